@@ -1,0 +1,199 @@
+"""Content-addressed stage outputs.
+
+A stage's output is the folder `<output>/<stage>/<label>-<fingerprint>`; the fingerprint is a hash of its inputs and of
+every field it depends on. The folder appears under that name only when it is whole, with `manifest.json` in it: work is
+done in a `.partial` neighbour and renamed. So "exists" means "complete", and the same run again finds everything done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cpift.errors import CpiftError
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON-serialisable value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+
+
+def _chunked(file: Any) -> str:  # Python 3.10
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder by its relative name, the manifest itself apart."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write through a temporary neighbour, so that a reader never meets half a file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary neighbour and flush it to the disk before the rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's output, made or to be made."""
+
+    root: Path
+    stage: str
+    label: str
+    inputs: Mapping[str, str]  # name → fingerprint of each input
+    fields: Mapping[str, Any]  # the config fields that the stage depends on
+    version: int  # raised when the stage's code starts to give another result
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([self.stage, self.version, dict(self.inputs), dict(self.fields)])
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.fingerprint[:12]}" if self.label else self.fingerprint[:12]
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.stage / self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage} {self.label}".strip()
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    @property
+    def work_dir(self) -> Path:
+        """Where a stage keeps what lets it resume after a crash; removed once the stage is complete."""
+        return self.root / ".work" / f"{self.stage}-{self.name}"
+
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.path / MANIFEST)
+
+    @contextmanager
+    def build(self, device: str = "cpu") -> Iterator[Path]:
+        """Give a folder to write into; when the block ends without an error, complete it with its manifest."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        started = time.time()
+        yield partial
+        write_json(partial / MANIFEST, self._manifest(partial, started, device))
+        _sync_folder(partial)
+        os.rename(partial, self.path)
+        _sync_folder(self.path.parent)
+        shutil.rmtree(self.work_dir, ignore_errors=True)
+
+    def _manifest(self, folder: Path, started: float, device: str) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "label": self.label,
+            "fingerprint": self.fingerprint,
+            "stage_version": self.version,
+            "inputs": dict(self.inputs),
+            "fields": dict(self.fields),
+            "outputs": folder_hashes(folder),
+            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 2),
+            "device": device,
+            "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "versions": package_versions(),
+            "commit": source_commit(),
+        }
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold a run's output folder, so that two commands never build the same stage at once."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        yield
+
+
+@lru_cache
+def package_versions() -> dict[str, str]:
+    """Versions of what decides a stage's result."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache
+def source_commit() -> str | None:
+    """The commit of the source tree that this package runs from, "+changes" if it is modified; None outside a tree."""
+    tree = Path(__file__).resolve().parents[1]
+    if not (tree / ".git").exists():
+        return None
+    git = ["git", "-C", str(tree)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")

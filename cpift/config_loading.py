@@ -1,0 +1,126 @@
+"""From a YAML file to a RunConfig, or to one message that lists everything wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cpift.config import RunConfig
+from cpift.errors import ConfigError, Problem
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+# The fields that hold paths of inputs; `backbone.source` is one only if such a folder exists.
+_PATH_FIELDS = {"file", "path"}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override (`field.name=value`) and validate a run's YAML file.
+
+    Raises ConfigError listing every problem: unreadable YAML, unknown or missing fields, wrong types, values out of
+    range. Files that the config names are checked later, by `pipeline.preflight`, together with their contents.
+    """
+    raw = _read_yaml(path)
+    problems = [problem for text in overrides if (problem := _override(raw, text)) is not None]
+    problems += list(_resolve_paths(raw, path.absolute().parent, ""))
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += [_problem(details) for details in error.errors()]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole config as YAML, defaults included: what a run was really made with."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [Problem("file", error.strerror or str(error), "check the path")]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [Problem("YAML", str(error).replace("\n", " "), "mend the syntax")]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [Problem("YAML", "is no mapping of fields", "see configs/quickstart.yaml")])
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> Problem | None:
+    """Set `a.b=value` (value read as YAML) in the raw mapping; list elements by number: `tasks.0.name=x`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Problem(f"--set {text}", "has no '='", "write it as field.name=value")
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (TypeError, AttributeError, IndexError, ValueError, yaml.YAMLError) as error:
+        return Problem(f"--set {text}", f"cannot be applied ({error})", "name a field of the file")
+    return None
+
+
+def _resolve_paths(node: Any, folder: Path, where: str) -> Iterator[Problem]:
+    """Expand ${NAME} and make input paths absolute, in place."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in list(items):
+        here = f"{where}.{key}" if where else str(key)
+        if not isinstance(value, str):
+            yield from _resolve_paths(value, folder, here)
+            continue
+        missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+        yield from (
+            Problem(here, f"the environment has no variable {name}", f"export {name}=... first") for name in missing
+        )
+        value = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
+        packaged = isinstance(node, dict) and node.get("package") is not None
+        if key in _PATH_FIELDS and not packaged:
+            value = str((folder / Path(value).expanduser()).resolve())
+        elif here == "backbone.source" and (folder / value).is_dir():
+            value = str((folder / value).resolve())
+        node[key] = value
+
+
+def _problem(details: Mapping[str, Any]) -> Problem:
+    """One pydantic error in our words: the field's dotted path, the value, the remedy."""
+    # A union adds the tried type's name to the path; such parts are no fields of the file.
+    location = [str(part) for part in details["loc"] if not re.search(r"[\[(]|^(float|int|literal)$", str(part))]
+    where = ".".join(location) or "run"
+    if details["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _fields_at(location[:-1]), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_fields_at(location[:-1]))}"
+        return Problem(where, "is not a field", hint)
+    if details["type"] == "missing":
+        return Problem(where, "is required", "add it")
+    value = details.get("input")
+    shown = "" if isinstance(value, (dict, list, BaseModel)) else f"{value!r}: "
+    message = details["msg"].removeprefix("Value error, ")
+    return Problem(where, shown + message[0].lower() + message[1:])
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    """Names of the fields that the config allows at a dotted path."""
+    model: Any = RunConfig
+    for part in location:
+        if part.isdigit() or part not in getattr(model, "model_fields", {}):
+            continue
+        model = _section_of(model.model_fields[part].annotation)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    """The pydantic model inside an annotation such as `tuple[TaskConfig, ...]` or `Section | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg)) is not None), None)

@@ -1,0 +1,49 @@
+"""What went wrong, said to the person who can mend it. The CLI turns each of these into exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class CpiftError(Exception):
+    """An error that its message fully explains; no traceback helps."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with an input: where, what is there, and what to do."""
+
+    where: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+class ProblemsError(CpiftError):
+    """Several problems found together, so that one run of the command is enough to mend them all."""
+
+    def __init__(self, subject: str, problems: Sequence[Problem]):
+        self.subject = subject
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{subject}: {count}\n{lines}")
+
+
+class ConfigError(ProblemsError):
+    """The run's configuration cannot be used."""
+
+
+class CheckpointError(ProblemsError):
+    """A model's files cannot be used."""
+
+
+class DataError(ProblemsError):
+    """A task's examples cannot be used."""
+
+
+class StageError(CpiftError):
+    """A stage could not be completed; what it finished before stays in place."""

