@@ -1,0 +1,36 @@
+"""The element-wise work of CPI-FT: core selection, packed masks, overlap, masked Gram, fused merge, freezing.
+
+Every operation has a plain-torch reference and chooses its backend by
+`backend="auto"|"triton"|"cpu"|"reference"`. Importing this package imports torch alone; Triton and numba
+are imported when their backend first runs.
+"""
+
+from .apply import fused_apply
+from .dispatch import Backend, resolve
+from .freeze import gather_masked, scatter_masked_, zero_masked_
+from .gram import masked_gram
+from .masks import count_mask, pack_mask, union_mask, unpack_mask
+from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
+from .selection import CoreMask, select_cores
+from .slerp import SlerpResult, slerp_coefficients
+
+__all__ = [
+    "Backend",
+    "CoreMask",
+    "SlerpResult",
+    "count_mask",
+    "fused_apply",
+    "gather_masked",
+    "masked_gram",
+    "overlap_counts",
+    "overlap_counts_per_tensor",
+    "pack_mask",
+    "resolve",
+    "resolve_conflicts",
+    "scatter_masked_",
+    "select_cores",
+    "slerp_coefficients",
+    "union_mask",
+    "unpack_mask",
+    "zero_masked_",
+]

@@ -1,0 +1,54 @@
+"""Which implementation runs an operation.
+
+`auto` follows the tensors: Triton for CUDA and ROCm tensors, the plain-torch reference elsewhere. A
+backend that cannot run on the given tensors is an error; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "reference"]
+Resolved = Literal["triton", "reference"]
+
+
+def resolve(backend: Backend, *tensors: Tensor) -> Resolved:
+    """The backend that runs on `tensors`, all of which must share one device.
+
+    Raises ValueError, with the remedy, for an unknown backend, tensors on several devices, or a backend
+    that cannot run where the tensors are.
+    """
+    device = _common_device(tensors)
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "reference"
+    if backend == "triton":
+        return _triton(device)
+    if backend == "reference":
+        return "reference"
+    raise ValueError(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'reference'")
+
+
+def _common_device(tensors: tuple[Tensor, ...]) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"tensors lie on several devices ({names}); move them to one with .to(device)")
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _triton(device: torch.device) -> Resolved:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' needs CUDA or ROCm tensors, got {device}; move them there, use "
+            "backend='auto', or set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
+        )
+    if find_spec("triton") is None:
+        raise ValueError(
+            "backend='triton' needs the package triton (pip install triton); or use backend='reference'"
+        )
+    return "triton"

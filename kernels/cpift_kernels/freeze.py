@@ -1,0 +1,83 @@
+"""Freezing: hold the elements of a mask still under any optimizer (CPI-FT's masked update θ ← θ + Δθ ⊙ M).
+
+`zero_masked_` takes the frozen elements out of a gradient (or of an optimizer's moments), `gather_masked`
+saves their values in row-major order, `scatter_masked_` puts them back bit for bit. One tensor at a time,
+1-D contiguous; masks are packed (see `masks`) and a set bit means frozen.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .checks import check_values, check_words
+from .dispatch import Backend, resolve
+from .masks import count_mask, unpack_mask
+
+
+def zero_masked_reference_(values: Tensor, words: Tensor) -> None:
+    """`zero_masked_` in plain torch."""
+    values.masked_fill_(unpack_mask(words, values.numel()), 0.0)
+
+
+def gather_masked_reference(values: Tensor, words: Tensor) -> Tensor:
+    """`gather_masked` in plain torch."""
+    return values[unpack_mask(words, values.numel())]
+
+
+def scatter_masked_reference_(values: Tensor, words: Tensor, saved: Tensor) -> None:
+    """`scatter_masked_` in plain torch."""
+    if saved.numel() != count_mask(words):
+        raise saved_mismatch(saved.numel(), count_mask(words))
+    values.masked_scatter_(unpack_mask(words, values.numel()), saved)
+
+
+def zero_masked_(values: Tensor, words: Tensor, *, backend: Backend = "auto") -> None:
+    """Set the masked elements of `values` [numel] to +0 in place, NaN and Inf included."""
+    if _resolve(backend, values, words) == "triton":
+        from .gpu.freeze import zero_masked_ as zero_masked_triton_
+
+        zero_masked_triton_(values, words)
+    else:
+        zero_masked_reference_(values, words)
+
+
+def gather_masked(values: Tensor, words: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The masked elements of `values` [numel], in order: a new tensor [count] of the same dtype."""
+    if _resolve(backend, values, words) == "triton":
+        from .gpu.freeze import gather_masked as gather_masked_triton
+
+        return gather_masked_triton(values, words)
+    return gather_masked_reference(values, words)
+
+
+def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, backend: Backend = "auto") -> None:
+    """Put `saved` [count], from `gather_masked`, back into `values` [numel] in place, bit for bit.
+
+    Raises ValueError if `saved` does not hold exactly as many values as the mask has bits.
+    """
+    resolved = _resolve(backend, values, words, saved)
+    if saved.dim() != 1 or saved.dtype != values.dtype or not saved.is_contiguous():
+        raise ValueError(
+            f"saved is {saved.dtype} {tuple(saved.shape)}; pass what gather_masked gave, {values.dtype} 1-D"
+        )
+    if resolved == "triton":
+        from .gpu.freeze import scatter_masked_ as scatter_masked_triton_
+
+        scatter_masked_triton_(values, words, saved)
+    else:
+        scatter_masked_reference_(values, words, saved)
+
+
+def saved_mismatch(given: int, expected: int) -> ValueError:
+    """The error of a `saved` of the wrong length, in the words that every backend uses."""
+    return ValueError(
+        f"saved holds {given} values, the mask {expected} bits; pass what gather_masked gave for this mask"
+    )
+
+
+def _resolve(backend: Backend, values: Tensor, words: Tensor, *others: Tensor) -> str:
+    check_values("values", values)
+    if values.dim() != 1:
+        raise ValueError(f"values has shape {tuple(values.shape)}; pass a 1-D view, tensor.view(-1)")
+    check_words("words", words, values.numel())
+    return resolve(backend, values, words, *others)

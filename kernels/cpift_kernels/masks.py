@@ -1,0 +1,51 @@
+"""Bit-packed element masks.
+
+A mask of a tensor with `numel` elements is a 1-D int32 tensor of ceil(numel / 32) words. Element j
+(row-major) is bit j % 32 of word j // 32; the padding bits of the last word are 0. An empty tensor has a
+mask of no words. These conversions are plain torch and run on any device of a little-endian machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_words, words_for
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into int32 words, row-major."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; pass a bool tensor")
+    numel = mask.numel()
+    bits = torch.zeros(words_for(numel) * 32, dtype=torch.uint8, device=mask.device)
+    bits[:numel] = mask.reshape(-1)
+    place = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits.view(-1, 8) * place).sum(1, dtype=torch.uint8).view(torch.int32)
+
+
+def unpack_mask(words: Tensor, numel: int) -> Tensor:
+    """The bool tensor [numel] that `words` packs."""
+    check_words("words", words, numel)
+    place = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((words.view(torch.uint8)[:, None] >> place) & 1).view(-1)[:numel].bool()
+
+
+def count_mask(words: Tensor) -> int:
+    """The number of set bits (popcount)."""
+    bits = words.view(torch.uint8)
+    bits = bits - ((bits >> 1) & 0x55)
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    return int(((bits + (bits >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+def union_mask(words: Sequence[Tensor]) -> Tensor:
+    """The OR of the masks of one tensor; a new tensor."""
+    if not words:
+        raise ValueError("words is empty; pass at least one mask")
+    union = words[0].clone()
+    for mask in words[1:]:
+        union |= mask
+    return union
