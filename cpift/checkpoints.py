@@ -112,7 +112,9 @@ class Checkpoint:
             if Path(name).name != name:
                 problems.append(Problem(INDEX_FILE, f"names {name!r}, which is not in the folder", "mend the index"))
             elif not (self.folder / name).is_file():
-                problems.append(Problem(name, "is named in the index but not there", "download or copy this shard again"))
+                problems.append(
+                    Problem(name, "is named in the index but not there", "download or copy this shard again")
+                )
         return [self.folder / name for name in names if Path(name).name == name and (self.folder / name).is_file()]
 
     def _read_header(self, file: Path, problems: list[Problem]) -> None:
@@ -122,7 +124,9 @@ class Checkpoint:
                 slices = {name: opened.get_slice(name) for name in names}
                 headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
-            problems.append(Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again"))
+            problems.append(
+                Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again")
+            )
             return
         for name, (shape, dtype) in headers.items():
             if name in self.tensors:
@@ -151,8 +155,12 @@ def _no_weights(folder: Path) -> Problem:
 
 def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
     """What keeps `other` from being a fine-tune of `base`: missing or extra tensors, other shapes."""
-    problems = [Problem(name, "is missing", "use fine-tunes of one model") for name in base.names if name not in other.tensors]
-    problems += [Problem(name, "is not in the pre-trained model", "") for name in other.names if name not in base.tensors]
+    problems = [
+        Problem(name, "is missing", "use fine-tunes of one model") for name in base.names if name not in other.tensors
+    ]
+    problems += [
+        Problem(name, "is not in the pre-trained model", "") for name in other.names if name not in base.tensors
+    ]
     for name in base.names:
         mine, theirs = base.tensors[name], other.tensors.get(name)
         if theirs is not None and theirs.shape != mine.shape:
@@ -240,7 +248,12 @@ def companions(folder: Path) -> Iterator[Path]:
     weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")
     skipped = {"manifest.json", "README.md"}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not weights.match(path.name) and not path.name.startswith(".") and path.name not in skipped:
+        if (
+            path.is_file()
+            and not weights.match(path.name)
+            and not path.name.startswith(".")
+            and path.name not in skipped
+        ):
             yield path
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Freeze = Literal["earlier", "all"]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -191,6 +192,10 @@ class IntegrationConfig(TrainingConfig):
     """The final staged fine-tune with earlier cores frozen."""
 
     samples_per_task: int | None = Field(None, ge=1, description="balanced sample; default: the smallest task's rows")
+    freeze: Freeze = Field(
+        "earlier",
+        description="earlier: cores of the groups before this stage's (paper); all: every core in every stage",
+    )
 
 
 class EvaluationConfig(Section):
@@ -208,7 +213,9 @@ class ResourcesConfig(Section):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     threads_per_worker: int | None = Field(
-        None, ge=1, description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits"
+        None,
+        ge=1,
+        description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
     )
     parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
     address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")

@@ -136,7 +136,9 @@ class Fusion:
 
     def _coefficients_of_model(self) -> torch.Tensor:
         """Granularity `model`: one Gram matrix, summed over all tensors, gives one angle a fold."""
-        grams = (self._gram(found) for name in self.inputs.backbone.names if (found := self._operands(name)) is not None)
+        grams = (
+            self._gram(found) for name in self.inputs.backbone.names if (found := self._operands(name)) is not None
+        )
         total = torch.stack([gram.sum(0) for gram in grams]).sum(0, keepdim=True)
         coefficients, angles, lerp = self._slerp(total)
         self.record.tensors.append({"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp})

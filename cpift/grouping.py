@@ -87,7 +87,9 @@ def _warnings(components: list[list[int]], tasks: int, tau: float, chance: float
     if tau <= chance:
         found.append(f"τ = {tau:.4g} is not above the chance level p/(2−p) = {chance:.4g}: unrelated tasks get grouped")
     if tasks > 1 and len(components) == 1:
-        found.append(f"τ = {tau:.4g} merges all {tasks} tasks into one group: integration has one stage and freezes nothing")
+        found.append(
+            f"τ = {tau:.4g} merges all {tasks} tasks into one group: integration has one stage and freezes nothing"
+        )
     if tasks > 1 and len(components) == tasks:
         found.append(f"τ = {tau:.4g} isolates every task: no two regions overlap that much")
     return found

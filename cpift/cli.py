@@ -1,0 +1,197 @@
+"""The `cpift` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpift.errors import CpiftError
+
+if TYPE_CHECKING:
+    from cpift.pipeline import Pipeline
+    from cpift.planning import Plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Fine-tune one language model on many tasks without the seesaw (CPI-FT).
+
+A run is one YAML file. Start with [bold]cpift plan CONFIG[/], then [bold]cpift run CONFIG[/]: it trains a probe a task,
+finds each task's core region, groups the tasks, trains a backbone, fuses, integrates, evaluates and writes a report.
+Every stage is cached by what it depends on: the same command again does nothing, and after a crash it goes on.""",
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="override a field, for example --set regions.p=0.05 (repeatable)"
+    ),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
+_METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
+
+
+def _open(config: Path, overrides: list[str] | None, output: Path | None, engine: bool = True) -> Pipeline:
+    """Load and check a config; give its pipeline."""
+    from cpift.config_loading import load_config
+    from cpift.planning import preflight
+
+    changes = [*(overrides or []), *([f"output={output}"] if output else [])]
+    run = load_config(config, changes)
+    preflight(run)
+    from cpift.pipeline import Pipeline
+
+    if not engine:
+        return Pipeline(run)
+    from cpift.distributed import RayEngine
+
+    return Pipeline(run, RayEngine(run))
+
+
+def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Any:
+    """Make one stage and what it needs, holding the run's folder."""
+    from cpift.artifacts import exclusive
+
+    pipeline = _open(config, overrides, output)
+    with exclusive(pipeline.root):
+        return getattr(pipeline, stage)()
+
+
+@app.command(rich_help_panel="Everything")
+def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """Run all stages and show the scores."""
+    from rich.console import Console
+
+    from cpift.artifacts import exclusive
+
+    pipeline = _open(config, overrides, output)
+    with exclusive(pipeline.root), pipeline.engine.session():
+        scores = pipeline.evaluate()
+        report = pipeline.report()
+    from cpift.report import scores_table
+    from cpift.stages import report_data
+
+    Console().print(scores_table(report_data(pipeline, scores)))
+    if not pipeline.worked:
+        typer.echo("Everything was cached: nothing to do.")
+    typer.echo(f"Report: {report}")
+    typer.echo(f"Final model: {pipeline.integrate().path}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def probe(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """1. Fine-tune θ0 on each task alone, in parallel."""
+    for model in _stage(config, overrides, output, "probe").values():
+        typer.echo(f"{model.title}: {model.path}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def regions(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """2. Select each task's core region: the elements that moved most."""
+    artifact = _stage(config, overrides, output, "regions")
+    from cpift.regions import read_summary
+
+    for task, region in read_summary(artifact.path)["regions"].items():
+        share = region["count"] / region["space"]
+        typer.echo(f"{task}: {region['count']:,} elements ({share:.3%}), |Δ| ≥ {region['threshold']:.3g}")
+    typer.echo(f"Masks: {artifact.path}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def group(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """3. Group tasks by the overlap of their core regions."""
+    grouping = _stage(config, overrides, output, "group")
+    for name, row in zip(grouping.tasks, grouping.jaccard, strict=True):
+        typer.echo(f"{name:>20}  " + "  ".join(f"{value:.4f}" for value in row))
+    typer.echo(f"chance {grouping.chance:.4f}, τ {grouping.tau:.4f}")
+    typer.echo("Stages: " + " → ".join(" + ".join(group) for group in grouping.groups))
+
+
+@app.command(rich_help_panel=_METHOD)
+def fuse(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """4–5. Train the backbone, transplant every core into it and SLERP the rest."""
+    typer.echo(f"Fused model: {_stage(config, overrides, output, 'fuse').path}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def integrate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """6. Fine-tune the fused model stage by stage with earlier cores frozen."""
+    typer.echo(f"Final model: {_stage(config, overrides, output, 'integrate').path}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def evaluate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """7. Score θ0, every probe, the backbone, the fused and the final model on every task."""
+    for title, scores in _stage(config, overrides, output, "evaluate").items():
+        figures = (f"{task} {_figure(one)}" for task, one in scores.items())
+        typer.echo(f"{title}: " + ", ".join(figures))
+
+
+def _figure(score: dict[str, Any]) -> str:
+    return f"loss {score['loss']:.3f}" + ("" if score["score"] is None else f" {score['metric']} {score['score']:.3f}")
+
+
+@app.command(rich_help_panel=_METHOD)
+def report(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """8. Write the report of a run: one HTML page."""
+    typer.echo(f"Report: {_stage(config, overrides, output, 'report')}")
+
+
+@app.command(rich_help_panel=_LOOK)
+def plan(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+    """Show the stages, what is cached, and what the run needs. Touches nothing."""
+    from cpift.planning import plan as make_plan
+
+    pipeline = _open(config, overrides, output, engine=False)
+    _print_plan(make_plan(pipeline), pipeline.root)
+
+
+def _print_plan(made: Plan, root: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "", "state", "what", title=f"Plan for {root}", title_justify="left")
+    colours = {"cached": "green", "to do": "cyan"}
+    for step in made.steps:
+        table.add_row(step.stage, step.label, f"[{colours.get(step.state, 'yellow')}]{step.state}[/]", step.detail)
+    console = Console()
+    console.print(table)
+    if made.parameters is None:
+        console.print("Parameters: known once the model has been downloaded", highlight=False)
+    else:
+        console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements", highlight=False)
+        console.print(
+            f"Disk: about {_size(made.disk_needed)} more, {_size(made.disk_free)} free. Memory of a training worker: "
+            f"about {_size(made.memory_per_worker)} for weights, gradients and AdamW, and the activations",
+            highlight=False,
+        )
+    for note in made.notes:
+        console.print(note, highlight=False)
+
+
+def _size(count: int | None) -> str:
+    value, units = float(count or 0), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def main() -> None:
+    """Entry point: problems that the message explains end with exit code 2 and no traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except CpiftError as error:
+        typer.secho(f"cpift: {error}", fg="red", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""One fine-tune, inside one worker: a sequence of stages, each a transformers.Trainer run on the model of the last.
+
+A probe is one stage on one task; the staged backbone trains group after group; integration does so with earlier cores
+frozen. The model is trained in float32 under bf16 autocast where the machine has it, and exported in θ0's dtypes.
+Ray is not imported here: `distributed.py` wires the hooks to Ray Train, a test may pass its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpift_kernels import union_mask
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from cpift.artifacts import read_json, write_json
+from cpift.checkpoints import Checkpoint, TensorInfo, write_like
+from cpift.config import Freeze, TaskConfig, TrainingConfig
+from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
+from cpift.devices import native_bf16
+from cpift.errors import CheckpointError, Problem, StageError
+from cpift.freezing import ElementFreezer, count_moved, snapshot
+from cpift.models import load_model, load_tokenizer
+from cpift.regions import read_mask, read_summary
+
+RESULT = "training.json"
+_STAGE_FILE = "cpift_stage.json"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: the tasks trained jointly, and the tasks whose core regions are frozen meanwhile."""
+
+    tasks: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """A whole fine-tune. Paths are absolute and, on a cluster, on storage that every node sees."""
+
+    title: str
+    model: Path
+    tasks: tuple[TaskConfig, ...]
+    stages: tuple[StageSpec, ...]
+    training: TrainingConfig
+    seed: int
+    threads: int
+    export: Path
+    scratch: Path
+    regions: Path | None = None
+    samples_per_task: int | None = None
+    balanced: bool = False
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class FitHooks:
+    """What the surroundings of a fine-tune provide. Called on every worker, in step."""
+
+    on_progress: Callable[[dict[str, Any]], None] = _nothing
+    on_checkpoint: Callable[[Path, dict[str, Any]], None] = _nothing
+    resume_from: Path | None = None
+    is_main: bool = True
+
+
+@dataclass
+class _Progress:
+    """Where the fine-tune stands; kept in each checkpoint so that a resumed one goes on from there."""
+
+    stage: int = 0
+    stage_done: bool = False
+    log: list[dict[str, Any]] = field(default_factory=list)
+    frozen: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
+    """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
+    hooks = hooks or FitHooks()
+    torch.set_num_threads(spec.threads)
+    progress = _resume(hooks.resume_from)
+    started = time.time() - progress.seconds
+    source = hooks.resume_from if hooks.resume_from and progress.stage_done else spec.model
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(spec.model)
+    _require_own_tensors(model, Checkpoint(spec.model))
+    mid_stage = hooks.resume_from if not progress.stage_done else None
+    first = progress.stage + int(progress.stage_done)
+    for index in range(first, len(spec.stages)):
+        _run_stage(spec, index, model, tokenizer, progress, hooks, mid_stage if index == first else None)
+    progress.seconds = time.time() - started
+    result = {"title": spec.title, "log": progress.log, "frozen": progress.frozen, "seconds": progress.seconds}
+    if hooks.is_main:
+        _export(spec, model, result)
+    return result
+
+
+def _resume(checkpoint: Path | None) -> _Progress:
+    return _Progress(**read_json(checkpoint / _STAGE_FILE)) if checkpoint else _Progress()
+
+
+def _run_stage(
+    spec: FitSpec,
+    index: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: _Progress,
+    hooks: FitHooks,
+    checkpoint: Path | None,
+) -> None:
+    stage = spec.stages[index]
+    progress.stage, progress.stage_done = index, False
+    follower = _Follower(spec, index, progress, hooks, _stage_masks(spec, stage))
+    trainer = Trainer(
+        model=model,
+        args=_arguments(spec, index),
+        train_dataset=_stage_data(spec, index, tokenizer),
+        data_collator=CompletionCollator(tokenizer),
+        callbacks=[follower],
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    follower.finish(model)
+    if index + 1 < len(spec.stages):
+        _save_stage_end(spec, index, model, progress, hooks)
+
+
+def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
+    examples = [load_examples(task.train) for task in chosen]
+    if spec.balanced:
+        examples = balanced_sample(examples, spec.samples_per_task, spec.seed)
+    parts = [tokenised_dataset(rows, tokenizer, spec.training.max_length) for rows in examples]
+    return mixture(parts, spec.seed + index)
+
+
+def _stage_masks(spec: FitSpec, stage: StageSpec) -> dict[str, torch.Tensor]:
+    """Union of the frozen tasks' cores by parameter name; empty where nothing is frozen."""
+    if not stage.frozen:
+        return {}
+    if spec.regions is None:
+        raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
+    names = next(iter(read_summary(spec.regions)["regions"].values()))["cores"]
+    masks = {}
+    for name in names:
+        parts = [read_mask(spec.regions, task, name) for task in stage.frozen]
+        masks[name] = union_mask([part for part in parts if part is not None])
+    return masks
+
+
+def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
+    training, cuda = spec.training, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(spec.scratch / f"stage-{index}"),
+        max_steps=training.steps or -1,
+        num_train_epochs=training.epochs or 1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=native_bf16("cuda" if cuda else "cpu"),
+        use_cpu=not cuda,
+        seed=spec.seed + index,
+        data_seed=spec.seed + index,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if training.checkpoint_every else "no",
+        save_steps=training.checkpoint_every or 1,
+        save_total_limit=1,
+        dataloader_pin_memory=cuda,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+
+class _Follower(TrainerCallback):
+    """Freezes, logs, reports and checkpoints one stage."""
+
+    def __init__(
+        self, spec: FitSpec, index: int, progress: _Progress, hooks: FitHooks, masks: Mapping[str, torch.Tensor]
+    ):
+        self._spec, self._index, self._progress, self._hooks, self._masks = spec, index, progress, hooks, masks
+        self._freezer: ElementFreezer | None = None
+        self._before: dict[str, torch.Tensor] = {}
+        self._started = time.time() - progress.seconds
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Freeze only now: a resumed Trainer has just put the checkpoint's weights into the model."""
+        if self._masks:
+            self._freezer = ElementFreezer(kw["model"], self._masks)
+            self._before = snapshot(kw["model"], self._masks)
+            self._freezer.attach(getattr(kw["optimizer"], "optimizer", kw["optimizer"]))
+        self._report(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._report(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kw: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            if not torch.isfinite(torch.tensor(float(logs["loss"]))):
+                raise StageError(
+                    f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
+                    "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
+                )
+            kept = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self._progress.log.append({"stage": self._index, "step": state.global_step, **kept})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        self._progress.seconds = time.time() - self._started
+        if self._hooks.is_main:
+            write_json(folder / _STAGE_FILE, self._progress.__dict__)
+        self._hooks.on_checkpoint(folder, {"stage": self._index, "step": state.global_step})
+
+    def finish(self, model: torch.nn.Module) -> None:
+        """Stop freezing and account for the frozen elements."""
+        if self._freezer is None:
+            return
+        self._freezer.detach()
+        moved = count_moved(self._before, snapshot(model, self._masks))
+        elements = self._freezer.frozen_elements
+        self._progress.frozen.append({"stage": self._index, "elements": elements, "moved": moved})
+        if moved:
+            raise StageError(f"{self._spec.title}: {moved} of {elements} frozen elements moved in stage {self._index}")
+
+    def _report(self, state: TrainerState) -> None:
+        last = self._progress.log[-1]["loss"] if self._progress.log else None
+        stages = len(self._spec.stages)
+        done = self._index + state.global_step / max(state.max_steps, 1)
+        self._hooks.on_progress(
+            {"title": self._spec.title, "done": done / stages, "stage": self._index, "stages": stages, "loss": last}
+            | {"step": state.global_step, "steps": state.max_steps}
+        )
+
+
+def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _Progress, hooks: FitHooks) -> None:
+    """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
+    folder = spec.scratch / f"stage-{index}" / "end"
+    progress.stage_done = True
+    if hooks.is_main:
+        model.save_pretrained(folder)
+        write_json(folder / _STAGE_FILE, progress.__dict__)
+    hooks.on_checkpoint(folder, {"stage": index, "step": -1})
+
+
+def _require_own_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Every parameter must be a tensor of the checkpoint, or its training could not be written back."""
+    names = [name for name, _ in model.named_parameters() if name not in checkpoint.tensors]
+    if names:
+        problems = [
+            Problem(name, "is trained but not in the checkpoint", "save the model with transformers 5")
+            for name in names
+        ]
+        raise CheckpointError(f"checkpoint {checkpoint.folder}", problems[:20])
+
+
+def _export(spec: FitSpec, model: PreTrainedModel, result: Mapping[str, Any]) -> None:
+    """Write the model with the names, dtypes and shards of `spec.model`; the folder's last file makes it complete."""
+    origin, state = Checkpoint(spec.model), model.state_dict()
+
+    def produce(info: TensorInfo) -> torch.Tensor:
+        # Buffers that the model rebuilds itself are not in its state: they are copied.
+        found = state.get(info.name)
+        return origin.tensor(info.name) if found is None else found.detach().cpu().to(info.dtype)
+
+    spec.export.mkdir(parents=True, exist_ok=True)
+    write_like(origin, spec.export, produce)
+    write_json(spec.export / RESULT, dict(result))
+
+
+def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
+    """Stages in group order. freeze: None (backbone); "earlier": cores of the groups before (paper); "all": every core."""
+    stages = []
+    for k, group in enumerate(groups):
+        frozen_groups = {None: [], "earlier": groups[:k], "all": groups}[freeze]
+        stages.append(StageSpec(tuple(group), tuple(task for earlier in frozen_groups for task in earlier)))
+    return tuple(stages)

@@ -1,0 +1,209 @@
+"""Before anything runs: what is wrong with a config, and what a run of it will do and cost. Nothing is written here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpift.artifacts import Artifact
+from cpift.config import ModelConfig, RunConfig, TrainingConfig
+from cpift.errors import ConfigError, Problem
+from cpift.pipeline import Model, Pipeline
+
+# Training state a parameter: float32 weight, gradient and AdamW's two moments.
+TRAINING_BYTES = 16
+_CHECKPOINT_BYTES = 12  # weights and moments, float32
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact of the run."""
+
+    stage: str
+    label: str
+    state: str  # "cached", "to do", or what it waits for
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Bytes; None where θ0 has not been seen yet."""
+
+    steps: tuple[Step, ...]
+    parameters: int | None
+    core_size: int | None
+    disk_needed: int | None
+    disk_free: int
+    memory_per_worker: int | None
+    notes: tuple[str, ...]
+
+
+def preflight(config: RunConfig) -> None:
+    """Check everything that can be checked cheaply: data rows, model files, the output folder.
+
+    Raises ConfigError with every problem found.
+    """
+    from cpift.data import check_task
+    from cpift.models import check_model
+
+    problems = check_model(config.model)
+    for task in config.tasks:
+        problems += check_task(task)
+    problems += _check_backbone(config) + _check_output(config.output_dir)
+    if problems:
+        raise ConfigError(f"run {config.name}", problems)
+
+
+def _check_backbone(config: RunConfig) -> list[Problem]:
+    from cpift.models import check_checkpoint
+
+    source = config.backbone.source
+    if source in ("staged", "pretrained"):
+        return []
+    if Path(source).is_dir():
+        return check_checkpoint(Path(source), "backbone.source")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        remedy = "write staged, pretrained, a model folder, or a hub id such as org/name"
+        return [Problem("backbone.source", f"{source!r} is no folder and no hub id", remedy)]
+    return []
+
+
+def _check_output(output: Path) -> list[Problem]:
+    existing = next(folder for folder in [output, *output.parents] if folder.exists())
+    if not existing.is_dir():
+        return [Problem("output", f"{existing} is a file", "give another folder with --output")]
+    if not os.access(existing, os.W_OK):
+        return [Problem("output", f"{existing} cannot be written", "give another folder with --output")]
+    return []
+
+
+def plan(pipeline: Pipeline) -> Plan:
+    """The steps of a run in order, what is cached, and what it costs."""
+    from cpift.regions import core_size
+
+    config = pipeline.config
+    parameters = count_parameters(config.model, pipeline.model_artifact)
+    steps = tuple(_steps(pipeline))
+    todo = sum(1 for step in steps if step.state != "cached" and step.stage in _MODEL_STAGES)
+    width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
+    parallel = config.resources.parallel or len(config.tasks)
+    checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in _trainings(config)) else 0
+    return Plan(
+        steps=steps,
+        parameters=parameters,
+        core_size=None if parameters is None else core_size(config.regions.p, parameters),
+        disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
+        disk_free=shutil.disk_usage(next(p for p in [pipeline.root, *pipeline.root.parents] if p.exists())).free,
+        memory_per_worker=None if parameters is None else parameters * TRAINING_BYTES,
+        notes=tuple(_notes(config)),
+    )
+
+
+_MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
+
+
+def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
+    return (config.probe, config.backbone_training, config.integration)
+
+
+def _steps(pipeline: Pipeline) -> Iterator[Step]:
+    config = pipeline.config
+    yield _step(pipeline.model_artifact, _source(config.model))
+    for artifact in pipeline.probe_artifacts.values():
+        yield _step(artifact, _length(config.probe))
+    yield _step(pipeline.regions_artifact, f"p = {config.regions.p:g}, {config.regions.scope}")
+    yield _step(pipeline.group_artifact, _threshold(config))
+    grouping = pipeline.known_grouping()
+    if grouping is None:
+        waiting = ["backbone"] * (config.backbone.source == "staged") + ["fuse", "integrate", "evaluate"]
+        yield from (Step(stage, "", "after group", "its groups decide the stages") for stage in waiting)
+        return
+    staged = pipeline.backbone_artifact(grouping.groups)
+    if staged is not None:
+        yield _step(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
+    elif config.backbone.source != "pretrained":
+        yield Step("backbone", "", "given", config.backbone.source)
+    if staged is None and config.backbone.source != "pretrained":
+        yield Step("fuse", "", "after backbone", _fusion(config))
+        return
+    base = Model("base", pipeline.model_artifact.path, pipeline.model_artifact.fingerprint)
+    backbone = base if staged is None else Model("backbone", staged.path, staged.fingerprint)
+    fused = pipeline.fuse_artifact(grouping.groups, backbone)
+    final = pipeline.integrate_artifact(grouping.groups, fused)
+    yield _step(fused, _fusion(config))
+    yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration)} each")
+    probes = [Model(f"probe {task}", made.path, made.fingerprint) for task, made in pipeline.probe_artifacts.items()]
+    scored = [base, *probes, *([backbone] if staged else []), Model("fused", fused.path, fused.fingerprint)]
+    for model in [*scored, Model("final", final.path, final.fingerprint)]:
+        yield _step(pipeline.evaluate_artifact(model), f"{len(config.tasks)} tasks")
+
+
+def _step(artifact: Artifact, detail: str) -> Step:
+    return Step(artifact.stage, artifact.label, "cached" if artifact.complete else "to do", detail)
+
+
+def _source(model: ModelConfig) -> str:
+    if model.gguf is not None:
+        return f"GGUF {model.gguf.file}"
+    return "random weights" if model.scratch is not None else str(model.path or model.hub)
+
+
+def _length(training: TrainingConfig) -> str:
+    amount = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
+    return f"{amount} of {training.batch_size * training.gradient_accumulation} examples"
+
+
+def _threshold(config: RunConfig) -> str:
+    groups = config.groups
+    tau = f"τ = {groups.tau:g}" if groups.tau is not None else f"τ = {groups.tau_chance:g} × chance"
+    return f"{tau}, order {groups.order}"
+
+
+def _fusion(config: RunConfig) -> str:
+    fusion = config.fusion
+    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict}"
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    from cpift.grouping import chance_level
+
+    chance, tau = chance_level(config.regions.p), config.groups.tau
+    yield f"chance level of the Jaccard overlap at this p: {chance:.4g}"
+    if tau is not None and tau <= chance:
+        yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
+
+
+def count_parameters(model: ModelConfig, artifact: Artifact) -> int | None:
+    """Number of parameters of θ0, tied tensors once, from headers alone; None if that needs a download."""
+    from cpift.checkpoints import Checkpoint
+
+    if artifact.complete:
+        return Checkpoint(artifact.path).numel
+    if model.path is not None:
+        return Checkpoint(model.path).numel
+    if model.gguf is not None:
+        return _gguf_parameters(model)
+    return _scratch_parameters(model) if model.scratch is not None else None
+
+
+def _gguf_parameters(model: ModelConfig) -> int:
+    from gguf import GGUFReader
+
+    from cpift.models import gguf_path
+
+    assert model.gguf is not None
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf_path(model.gguf)).tensors)
+
+
+def _scratch_parameters(model: ModelConfig) -> int:
+    import torch
+
+    from cpift.scratch import make_scratch_model, make_scratch_tokenizer
+
+    assert model.scratch is not None
+    with torch.random.fork_rng():
+        network = make_scratch_model(model.scratch, make_scratch_tokenizer(model.scratch))
+    return sum(parameter.numel() for parameter in network.parameters())

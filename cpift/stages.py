@@ -1,0 +1,179 @@
+"""What each stage of the pipeline does, given what it needs. Heavy imports (torch, transformers) start here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.artifacts import Artifact, read_json, write_json
+from cpift.checkpoints import Checkpoint
+from cpift.config import TrainingConfig
+from cpift.config_loading import dump_config
+from cpift.finetune import RESULT, FitSpec, StageSpec, stages_of
+from cpift.fusion import Fusion, FusionInputs
+from cpift.regions import read_summary, save_regions, select_regions
+from cpift.report import ReportData
+
+if TYPE_CHECKING:
+    from cpift.pipeline import Model, Pipeline
+
+FUSION_RECORD = "fusion.json"
+
+
+def _fit_spec(
+    run: Pipeline, title: str, model: Model, training: TrainingConfig, stages: tuple[StageSpec, ...], artifact: Artifact
+) -> FitSpec:
+    return FitSpec(
+        title=title,
+        model=model.path,
+        tasks=run.config.tasks,
+        stages=stages,
+        training=training,
+        seed=run.config.seed,
+        threads=run.config.resources.threads,
+        export=artifact.work_dir / "export",
+        scratch=artifact.work_dir,
+    )
+
+
+def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
+    """One single-stage fine-tune from θ0 a task."""
+    return [
+        _fit_spec(run, f"probe {task}", base, run.config.probe, (StageSpec((task,)),), artifact)
+        for task, artifact in run.probe_artifacts.items()
+    ]
+
+
+def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
+    """Multi-stage SFT from θ0, group after group, nothing frozen."""
+    return _fit_spec(run, "backbone", base, run.config.backbone_training, stages_of(groups, None), artifact)
+
+
+def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
+    """Multi-stage SFT of the fused model on balanced samples, cores frozen."""
+    from dataclasses import replace
+
+    settings = run.config.integration
+    spec = _fit_spec(run, "integration", fused, settings, stages_of(groups, settings.freeze), artifact)
+    return replace(spec, regions=run.regions_artifact.path, samples_per_task=settings.samples_per_task, balanced=True)
+
+
+def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: Path) -> None:
+    """Select every task's core region and keep masks, summaries and intersections."""
+    tuned = {task: Checkpoint(model.path) for task, model in probes.items()}
+    save_regions(select_regions(Checkpoint(base.path), tuned, run.config.regions), out)
+
+
+def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:
+    """Fuse and keep the record beside the model."""
+    inputs = FusionInputs(
+        pretrained=Checkpoint(run.model_artifact.path),
+        backbone=Checkpoint(backbone.path),
+        tuned={task: Checkpoint(artifact.path) for task, artifact in run.probe_artifacts.items()},
+        regions=run.regions_artifact.path,
+        priority=[task for group in groups for task in group],
+    )
+    fusion, total = Fusion(inputs, run.config.fusion), len(inputs.backbone.names)
+    done = 0
+
+    def on_tensor(name: str) -> None:
+        nonlocal done
+        done += 1
+        run.view.progress({"title": "fusion", "done": done / total, "task": name})
+
+    record = fusion.write(out, on_tensor)
+    write_json(out / FUSION_RECORD, asdict(record))
+
+
+def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
+    """Gather what the report shows from the artifacts of a finished run."""
+    grouping = run.group()
+    regions = read_summary(run.regions_artifact.path)["regions"]
+    model = Checkpoint(run.model_artifact.path)
+    made = _artifacts(run)
+    record = read_json(made["fuse"].path / FUSION_RECORD)
+    kept = ("metric", "score", "loss", "tokens", "rows")
+    return ReportData(
+        name=run.config.name,
+        config_yaml=dump_config(run.config),
+        models=list(scores),
+        tasks=[task.name for task in run.config.tasks],
+        scores={
+            title: {task: {key: one[key] for key in kept} for task, one in found.items()}
+            for title, found in scores.items()
+        },
+        jaccard=grouping.jaccard.tolist(),
+        chance=grouping.chance,
+        tau=grouping.tau,
+        groups=[list(group) for group in grouping.groups],
+        cores={
+            task: [
+                {"tensor": name, "numel": model.tensors[name].numel, "core": core}
+                for name, core in one["cores"].items()
+            ]
+            for task, one in regions.items()
+        },
+        regions={task: {key: one[key] for key in ("requested", "count", "threshold")} for task, one in regions.items()},
+        slerp=record["tensors"],
+        curves={title: read_json(artifact.path / RESULT)["log"] for title, artifact in _fits(run, made).items()},
+        checks=_checks(record, read_json(made["integrate"].path / RESULT)),
+        provenance=[artifact.manifest() for artifact in made.values()],
+        warnings=_warnings(run, grouping.warnings, regions),
+    )
+
+
+def _artifacts(run: Pipeline) -> dict[str, Artifact]:
+    """Every artifact of a finished run by title."""
+    groups, backbone = run.group().groups, run.backbone()
+    staged = run.backbone_artifact(groups)
+    fused = run.fuse_artifact(groups, backbone)
+    return {
+        "model": run.model_artifact,
+        **{f"probe {task}": artifact for task, artifact in run.probe_artifacts.items()},
+        "regions": run.regions_artifact,
+        "group": run.group_artifact,
+        **({"backbone": staged} if staged else {}),
+        "fuse": fused,
+        "integrate": run.integrate_artifact(groups, fused),
+        **{f"evaluate {model.title}": run.evaluate_artifact(model) for model in run.models()},
+    }
+
+
+def _fits(run: Pipeline, made: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    fits = {title: artifact for title, artifact in made.items() if title.startswith("probe") or title == "backbone"}
+    return fits | {"integration": made["integrate"]}
+
+
+def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the run verified of itself, with figures."""
+    core, differing = record["core_elements"], record["core_differing"]
+    checks = [
+        {
+            "name": "every core element of the fused model equals its donor bit for bit",
+            "passed": differing == 0,
+            "detail": f"{core:,} elements compared, {differing:,} differ",
+        }
+    ]
+    for entry in integration["frozen"]:
+        checks.append(
+            {
+                "name": f"integration stage {entry['stage'] + 1}: no frozen element moved",
+                "passed": entry["moved"] == 0,
+                "detail": f"{entry['elements']:,} elements compared before and after, {entry['moved']:,} moved",
+            }
+        )
+    return checks
+
+
+def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Any]) -> list[str]:
+    found = list(grouping)
+    for task, one in regions.items():
+        if one["count"] < one["requested"]:
+            share = one["count"] / one["space"]
+            found.append(
+                f"task {task}: only {share:.3%} of the elements moved at all, fewer than p = {run.config.regions.p:g}; "
+                "its core region holds those. Train the probe longer, or keep checkpoints in float32"
+            )
+    return found

@@ -1,0 +1,91 @@
+"""What a person sees of a run: one line a finished stage, bars for what is under way.
+
+On a terminal the bars are live; elsewhere (a log file, CI) progress is a line every few seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LOG_SECONDS = 15.0
+
+
+class View:
+    """Reports stages and progress to a console."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+        self._said = 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def cached(self, title: str) -> None:
+        self.console.print(f"[green]✓[/] {title} [dim](cached)[/]", highlight=False)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]![/] {text}", highlight=False)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Announce a stage, give it bars, and say how long it took."""
+        started = time.monotonic()
+        self.console.print(f"[cyan]▸[/] {title} …", highlight=False)
+        live = self.console.is_terminal
+        self._progress = _bars(self.console) if live else None
+        self._bars, self._said = {}, started
+        if self._progress:
+            self._progress.start()
+        try:
+            yield
+        finally:
+            if self._progress:
+                self._progress.stop()
+            self._progress = None
+        self.console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:.1f} s[/]", highlight=False)
+
+    def progress(self, message: dict[str, Any]) -> None:
+        """A message of a worker: `title`, `done` in 0..1, and what else there is to say (loss, step, task)."""
+        detail = _detail(message)
+        if self._progress is not None:
+            bar = self._bars.get(message["title"])
+            if bar is None:
+                bar = self._bars[message["title"]] = self._progress.add_task(message["title"], total=1.0, detail="")
+            self._progress.update(bar, completed=message["done"], detail=detail)
+        elif time.monotonic() - self._said > _LOG_SECONDS:
+            self._said = time.monotonic()
+            self.console.print(f"  {message['title']}: {message['done']:.0%} {detail}", highlight=False)
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+        console=console,
+        transient=True,
+    )
+
+
+def _detail(message: dict[str, Any]) -> str:
+    parts = []
+    if message.get("stages", 1) > 1:
+        parts.append(f"stage {message['stage'] + 1}/{message['stages']}")
+    if "step" in message:
+        parts.append(f"step {message['step']}/{message['steps']}")
+    if message.get("loss") is not None:
+        parts.append(f"loss {message['loss']:.3f}")
+    if "task" in message:
+        parts.append(str(message["task"]))
+    return ", ".join(parts)
