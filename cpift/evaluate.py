@@ -1,0 +1,244 @@
+"""Scores of one model on the tasks' test rows: loss per answer token, and each task's own metric.
+
+The loss is always measured. `choice` ranks the options by the likelihood of each as the assistant's whole reply;
+`number` and `rouge` read what the model writes under greedy decoding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cpift.config import EvaluationConfig, TaskConfig
+from cpift.data import load_examples
+from cpift.devices import native_bf16
+from cpift.errors import DataError, Problem
+from cpift.examples import Example, Message
+from cpift.likelihood import Labelled, pad, sequence_nll
+from cpift.models import load_model, load_tokenizer
+from cpift.text_metrics import last_number, rouge_l, same_final_number
+from cpift.tokens import IGNORED, tokenise
+
+Progress = Callable[[str, int, int], None]
+
+# Long enough that tokenisation never cuts: what does not fit `max_length` is then this module's decision, made visibly.
+_UNCUT = 1 << 30
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One model on one task."""
+
+    metric: str
+    score: float | None  # 0..1, higher is better; None where the metric is the loss itself
+    loss: float  # mean negative log-likelihood per answer token over all rows, in nats
+    tokens: int
+    rows: int
+    examples: list[dict[str, Any]]  # per test row, in the file's order: loss, tokens, and score and prediction
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One test row, tokenised. `options` are scored on their last turn; `prompt` ends where the last reply begins."""
+
+    example: Example
+    reply: Labelled
+    options: tuple[Labelled, ...]
+    prompt: list[int]
+    end_of_turn: int
+
+    @property
+    def length(self) -> int:
+        return max(len(sequence.ids) for sequence in (self.reply, *self.options))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What every step of one evaluation needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationConfig
+
+
+def evaluate_model(
+    path: Path,
+    tasks: Sequence[TaskConfig],
+    settings: EvaluationConfig,
+    *,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
+
+    Weights are kept in float32 and products computed in bf16 where that is native, else everything in float32.
+    `on_progress(task, done, total)` counts rows scored plus, where the metric needs them, rows generated.
+
+    Raises:
+        DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
+    """
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, torch.float32).to(device)
+    room = _Room(model, tokenizer, settings)
+    with torch.inference_mode(), _precision(torch.device(device).type):
+        return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
+
+
+def _silent(task: str, done: int, total: int) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _precision(device_type: str) -> Iterator[None]:
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=native_bf16(device_type)):
+        yield
+
+
+def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
+    rows = _rows(room, task)
+    generates = task.metric in ("number", "rouge")
+    total = len(rows) * (2 if generates else 1)
+    results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
+    if generates:
+        texts = _generate(room, rows, task.max_new_tokens, lambda done: on_progress(task.name, len(rows) + done, total))
+        for row, text, result in zip(rows, texts, results, strict=True):
+            result |= {"prediction": text, "score": _text_score(task.metric, row.example, text)}
+    tokens = sum(result["tokens"] for result in results)
+    loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
+    score = None if task.metric == "loss" else sum(result["score"] for result in results) / len(results)
+    return TaskScore(task.metric, score, loss, tokens, len(results), results)
+
+
+def _rows(room: _Room, task: TaskConfig) -> list[_Row]:
+    """The task's test rows, tokenised; every unusable one is reported at once."""
+    examples = load_examples(task.test)[: room.settings.limit]
+    rows = [_tokenised(room, example, task.metric) for example in examples]
+    problems = [
+        Problem(f"tasks.{task.name}.test row {number}", *found)
+        for number, row in enumerate(rows, start=1)
+        for found in _row_problems(row, task, room.settings.max_length)
+    ]
+    if not rows:
+        problems = [Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")]
+    if problems:
+        raise DataError(f"evaluation of {task.name}", problems[:10])
+    return [replace(row, reply=_cut(row.reply, room.settings.max_length)) for row in rows]
+
+
+def _tokenised(room: _Room, example: Example, metric: str) -> _Row:
+    def encode(reply: str) -> Labelled:
+        messages = (*example.messages[:-1], Message("assistant", reply))
+        encoded = tokenise(replace(example, messages=messages), room.tokenizer, _UNCUT)
+        return Labelled(encoded["input_ids"], encoded["labels"])
+
+    reply = encode(example.messages[-1].content)
+    options = tuple(_last_turn_only(encode(choice)) for choice in example.choices) if metric == "choice" else ()
+    start, end = _last_turn(reply.labels)
+    return _Row(example, reply, options, reply.ids[:start], reply.ids[end])
+
+
+def _last_turn(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last run of labels begins and ends: the first token of the last reply, and its end-of-turn token."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORED)
+    start = end
+    while start > 0 and labels[start - 1] != IGNORED:
+        start -= 1
+    return start, end
+
+
+def _last_turn_only(sequence: Labelled) -> Labelled:
+    start, _ = _last_turn(sequence.labels)
+    return Labelled(sequence.ids, [IGNORED] * start + sequence.labels[start:])
+
+
+def _cut(sequence: Labelled, length: int) -> Labelled:
+    return Labelled(sequence.ids[:length], sequence.labels[:length])
+
+
+def _row_problems(row: _Row, task: TaskConfig, max_length: int) -> Iterator[tuple[str, str]]:
+    example, raise_it = row.example, "raise evaluation.max_length or leave the row out"
+    if _cut(row.reply, max_length).scored() == 0:
+        yield f"no answer token within evaluation.max_length = {max_length}", raise_it
+    elif row.options and row.length > max_length:
+        yield f"an option ends after {row.length} tokens, evaluation.max_length is {max_length}", raise_it
+    if task.metric == "choice" and (not example.choices or _right_choice(example) not in example.choices):
+        yield f"answer {_right_choice(example)!r} is none of its choices {list(example.choices)}", "correct the row"
+    if task.metric == "number" and last_number(example.answer or "") is None:
+        yield f"answer {example.answer!r} holds no number", "put the number in `answer`"
+
+
+def _right_choice(example: Example) -> str:
+    return example.messages[-1].content if example.answer is None else example.answer
+
+
+def _batches(rows: Sequence[_Row], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of rows, longest first (memory runs out at once or not at all), at most `limit` sequences together."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (-rows[i].length, i)):
+        if batch and sum(sizes[i] for i in batch) + sizes[index] > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Loss of each row's reply; where there are options, also the likeliest (of equals the first) and if it is right."""
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    done = 0
+    for batch in _batches(rows, [1 + len(row.options) for row in rows], room.settings.batch_size):
+        groups = [(rows[i].reply, *rows[i].options) for i in batch]
+        for i, (reply, *options) in zip(batch, sequence_nll(room.model, groups), strict=True):
+            tokens = rows[i].reply.scored()
+            results[i] = {"loss": reply / tokens, "tokens": tokens}
+            if options:
+                prediction = rows[i].example.choices[options.index(min(options))]
+                right = float(prediction == _right_choice(rows[i].example))
+                results[i] |= {"prediction": prediction, "score": right, "option_nll": options}
+        done += len(batch)
+        on_done(done)
+    return results
+
+
+def _text_score(metric: str, example: Example, text: str) -> float:
+    if metric == "number":
+        return float(same_final_number(text, example.answer or ""))
+    return rouge_l(text, example.messages[-1].content)
+
+
+def _generate(room: _Room, rows: Sequence[_Row], max_new_tokens: int, on_done: Callable[[int], None]) -> list[str]:
+    """The greedy reply to each row's prompt, without special tokens."""
+    config = _greedy(room, rows, max_new_tokens)
+    texts = [""] * len(rows)
+    done = 0
+    for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):
+        prompts = [rows[i].prompt for i in batch]
+        ids = pad(prompts, config.pad_token_id, "left", room.model.device)
+        mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left", room.model.device)
+        written = room.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+        for i, text in zip(batch, room.tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+            texts[i] = text.strip()
+        done += len(batch)
+        on_done(done)
+    return texts
+
+
+def _greedy(room: _Room, rows: Sequence[_Row], max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding that ignores the checkpoint's sampling preferences and stops at every token that ends a turn."""
+    configured = room.model.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured]) - {None}
+    ends |= {room.tokenizer.eos_token_id, *(row.end_of_turn for row in rows)}
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=room.tokenizer.pad_token_id,
+    )
