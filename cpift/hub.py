@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from .errors import CpiftError
+from cpift.errors import CpiftError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import GgufFile, ModelConfig
-from .errors import CheckpointError, Problem
-from .hub import resolve_revision
+from cpift.config import GgufFile, ModelConfig
+from cpift.errors import CheckpointError, Problem
+from cpift.hub import resolve_revision
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def materialise(model: ModelConfig, out: Path) -> None:
     if problems:
         raise CheckpointError("model", problems)
     if model.scratch is not None:
-        from .scratch import make_scratch_model, make_scratch_tokenizer
+        from cpift.scratch import make_scratch_model, make_scratch_tokenizer
 
         tokenizer: PreTrainedTokenizerBase = make_scratch_tokenizer(model.scratch)
         network: PreTrainedModel = make_scratch_model(model.scratch, tokenizer).to(_torch_dtype(model.dtype, "float32"))

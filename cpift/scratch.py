@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .config import ScratchModel
+from cpift.config import ScratchModel
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,9 +19,9 @@ _CHAT_TEMPLATE = (
 
 
 def make_scratch_tokenizer(scratch: ScratchModel) -> PreTrainedTokenizerFast:
-    """One token a byte (ids 0 to 255 in the byte-level alphabet's order) and three special tokens; any text round-trips.
+    """One token a byte (ids 0 to 255 in the byte-level alphabet's order), three special tokens; any text round-trips.
 
-    The chat template writes a turn as `<|start|>`, the first letter of the role, a newline, the text, `<|end|>`, newline.
+    A turn of the chat template is `<|start|>`, the first letter of the role, a newline, the text, `<|end|>`, a newline.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

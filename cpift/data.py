@@ -1,0 +1,219 @@
+"""Tasks' rows: loaded from files, the hub or a generator, checked, fingerprinted, sampled and mixed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from cpift.artifacts import digest, file_sha256
+from cpift.config import DataSource, TaskConfig
+from cpift.errors import CpiftError, DataError, Problem
+from cpift.examples import Example, Message, RowError, parse_row
+from cpift.hub import HubError, resolve_revision
+from cpift.text_metrics import last_number
+from cpift.tokens import CompletionCollator, tokenise, tokenised_dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "CompletionCollator",
+    "Example",
+    "Message",
+    "balanced_sample",
+    "check_task",
+    "load_examples",
+    "mixture",
+    "source_fingerprint",
+    "tokenise",
+    "tokenised_dataset",
+]
+_SHOWN = 10  # bad rows listed by number; more are counted
+
+
+def load_examples(source: DataSource) -> list[Example]:
+    """The source's rows in order, at most `limit` of them.
+
+    Raises:
+        DataError: the source cannot be read or has no rows, or rows are no examples (listed by number, from 1).
+        HubError: the hub does not answer.
+    """
+    name = _describe(source)
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    for number, row in enumerate(islice(_rows(source), source.limit), start=1):
+        try:
+            examples.append(parse_row(_as_mapping(row), source.columns))
+        except RowError as error:
+            problems.append(Problem(f"row {number}", str(error)))
+    if problems:
+        raise DataError(name, _shortened(problems))
+    if not examples:
+        raise DataError(name, [Problem(name, "no rows", "give a source that has some")])
+    return examples
+
+
+def source_fingerprint(source: DataSource) -> str:
+    """sha256 (hex) of what decides the rows.
+
+    That is a file's bytes, a hub data set's id, subset, split and commit, or a generator's name, version, split, size
+    and seed; with all of them `limit` and `columns`.
+
+    Raises:
+        DataError: the file is not there.
+        HubError: the commit is not pinned and the hub does not answer.
+    """
+    identity: dict[str, Any] = {"limit": source.limit, "columns": source.columns}
+    if source.file is not None:
+        problems = _check_file(source)
+        if problems:
+            raise DataError(_describe(source), problems)
+        identity |= {"file": file_sha256(source.file)}
+    elif source.hub is not None:
+        commit = resolve_revision("dataset", source.hub, source.revision)
+        identity |= {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
+    else:
+        from cpift.synthetic import VERSION
+
+        identity |= {"procedural": source.procedural, "version": VERSION, "split": source.split}
+        identity |= {"size": source.size, "seed": source.seed}
+    return digest(identity)
+
+
+def check_task(task: TaskConfig, *, download: bool = True) -> list[Problem]:
+    """What can be found wrong with a task before any training: sources, rows, and the columns that its metric needs.
+
+    With `download=False` hub data sets are not looked at, so nothing is fetched.
+    """
+    problems: list[Problem] = []
+    for split in ("train", "test"):
+        source: DataSource = getattr(task, split)
+        if source.hub is not None and not download:
+            continue
+        try:
+            examples = load_examples(source)
+        except (DataError, HubError) as error:
+            problems += _located(f"tasks.{task.name}.{split}", error)
+            continue
+        if split == "test":
+            problems += _shortened(list(_metric_problems(task, examples)))
+    return problems
+
+
+def mixture(datasets: Sequence[Dataset], seed: int) -> Dataset:
+    """The tasks of one group for joint training: all rows of all of them, in a random order that `seed` decides."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(list(datasets)).shuffle(seed=seed)
+
+
+def balanced_sample(examples_by_task: Sequence[list[Example]], per_task: int | None, seed: int) -> list[list[Example]]:
+    """`per_task` random rows of each task, without repetition; None: as many as the smallest task has.
+
+    A task with fewer than `per_task` rows gives all of them. What one task gives does not depend on the other tasks.
+    """
+    wanted = per_task if per_task is not None else min(len(examples) for examples in examples_by_task)
+    return [
+        random.Random(f"{seed}/{place}").sample(examples, min(wanted, len(examples)))
+        for place, examples in enumerate(examples_by_task)
+    ]
+
+
+def _describe(source: DataSource) -> str:
+    if source.file is not None:
+        return str(source.file)
+    if source.hub is not None:
+        return f"hub data set {source.hub}"
+    return f"generator {source.procedural}"
+
+
+def _rows(source: DataSource) -> Iterator[Any]:
+    if source.file is not None:
+        return _file_rows(source)
+    if source.hub is not None:
+        return iter(_hub_rows(source))
+    from cpift.synthetic import generate
+
+    assert source.procedural is not None
+    assert source.size is not None
+    return iter(generate(source.procedural, source.size, source.seed, source.split))
+
+
+def _check_file(source: DataSource) -> list[Problem]:
+    assert source.file is not None
+    if source.file.is_file():
+        return []
+    return [Problem("file", f"there is no {source.file}", "check the path; it starts from the config's folder")]
+
+
+def _file_rows(source: DataSource) -> Iterator[Any]:
+    """JSON values of the non-empty lines; a line that is no JSON comes as the error that it gave."""
+    problems = _check_file(source)
+    if problems:
+        raise DataError(_describe(source), problems)
+    assert source.file is not None
+    with source.file.open(encoding="utf-8", errors="strict") as lines:
+        try:
+            for line in lines:
+                if line.strip():
+                    yield _parsed(line)
+        except UnicodeDecodeError as error:
+            raise DataError(_describe(source), [Problem("file", f"is no UTF-8: {error}", "convert it")]) from None
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return RowError(f"no JSON: {error}")
+
+
+def _as_mapping(row: Any) -> dict[str, Any]:
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, dict):
+        raise RowError(f"must be a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _hub_rows(source: DataSource) -> Iterable[Any]:
+    """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    assert source.hub is not None
+    commit = resolve_revision("dataset", source.hub, source.revision)
+    try:
+        rows = load_dataset(source.hub, source.subset, split=source.split, revision=commit)
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
+        raise DataError(_describe(source), [Problem("hub", str(error).strip(), remedy)]) from error
+    return rows
+
+
+def _located(where: str, error: CpiftError) -> list[Problem]:
+    if isinstance(error, DataError):
+        return [Problem(f"{where}, {problem.where}", problem.what, problem.remedy) for problem in error.problems]
+    return [Problem(where, str(error))]
+
+
+def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> Iterator[Problem]:
+    for number, example in enumerate(examples, start=1):
+        where = f"tasks.{task.name}.test, row {number}"
+        if task.metric == "choice":
+            if len(set(example.choices)) < max(2, len(example.choices)):
+                yield Problem(where, f"choices {list(example.choices)!r}", "give two or more, all different")
+            elif example.answer not in example.choices:
+                yield Problem(where, f"answer {example.answer!r} is none of the choices", "give one of their texts")
+        elif task.metric == "number" and last_number(example.answer or "") is None:
+            yield Problem(where, f"no number in answer {example.answer!r}", "metric number needs one")
+
+
+def _shortened(problems: list[Problem]) -> list[Problem]:
+    hidden = len(problems) - _SHOWN
+    if hidden <= 0:
+        return problems
+    return [*problems[:_SHOWN], Problem("and", f"{hidden} more rows with problems")]

@@ -1,0 +1,145 @@
+"""Conversations as token ids, with labels on what the model must write itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cpift.errors import DataError, Problem
+from cpift.examples import Example, Message
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+IGNORED = -100  # the label that cross entropy leaves out
+_MARK = "\ue000reply\ue001"  # private-use characters, so that no template treats them specially
+
+
+def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    """Token ids of the conversation in the tokenizer's chat template, and labels of equal length.
+
+    Labels are the ids of each assistant turn: its text and the end-of-turn token after it, −100 everywhere else. The
+    text is tokenised once as a whole and spans are found in characters, so ids are what inference sees. Both lists are
+    cut after `max_length` tokens.
+
+    Raises:
+        DataError: the chat template changes the assistant's text, or writes no special token after it.
+    """
+    text = render(example.messages, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [IGNORED] * len(ids)
+    special = _special_ids(tokenizer)
+    for turn, message in enumerate(example.messages):
+        if message.role == "assistant":
+            start, end = _reply_span(example.messages, turn, text, tokenizer)
+            first, last = _token_span(ids, offsets, (start, end), special)
+            labels[first : last + 1] = ids[first : last + 1]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """A map-style data set with columns `input_ids` and `labels`, in the examples' order.
+
+    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out and counted in the log.
+
+    Raises:
+        DataError: no example is left.
+    """
+    from datasets import Dataset
+
+    rows = [tokenise(example, tokenizer, max_length) for example in examples]
+    # The first label is never predicted: a causal model has nothing before it.
+    kept = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+    if not kept:
+        remedy = "raise max_length"
+        raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
+    if len(kept) < len(rows):
+        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", len(rows) - len(kept), len(rows), max_length)
+    return Dataset.from_list(kept)
+
+
+class CompletionCollator:
+    """Pads a batch on the right to its longest row, rounded up to a multiple of 8 tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.pad_token_id is None:
+            raise DataError("tokenizer", [Problem("pad_token", "is not set", "load it with models.load_tokenizer")])
+        self.pad_token_id = int(tokenizer.pad_token_id)
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, padded length)."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in features)
+        shape = (len(features), -(-longest // 8) * 8)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED)
+        for place, row in enumerate(features):
+            length = len(row["input_ids"])
+            input_ids[place, :length] = torch.tensor(row["input_ids"])
+            attention_mask[place, :length] = 1
+            labels[place, :length] = torch.tensor(row["labels"])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as text in the tokenizer's chat template."""
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def _reply_span(
+    messages: Sequence[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """First and one-past-last character of what the model writes in an assistant turn, up to the end of its content.
+
+    The content is located by rendering a mark in its place. A template may write something between the generation
+    prompt and the content (an empty thought, say): the model has to write that too.
+    """
+    marked = render([*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]], tokenizer)
+    before, found, after = marked.partition(_MARK)
+    end = len(text) - len(after)
+    content = text[len(before) : end]
+    if (
+        not found
+        or text[: len(before)] != before
+        or text[end:] != after
+        or content.strip() != messages[turn].content.strip()
+    ):
+        what = f"the assistant's text of message {turn} does not appear in it as it is"
+        raise DataError("chat template", [Problem("chat_template", what, "use one that keeps contents unchanged")])
+    prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
+    return (len(prompt) if before.startswith(prompt) else len(before)), end
+
+
+def _token_span(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], span: tuple[int, int], special: frozenset[int]
+) -> tuple[int, int]:
+    """First token of the span, and the end-of-turn token: the first special token at or after the span's end."""
+    start, end = span
+    first = next((place for place, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+    after = (place for place in range(first, len(ids)) if offsets[place][0] >= end and ids[place] in special)
+    last = next(after, None)
+    if last is None:
+        what = "it writes no special token after the assistant's text, so a model could not learn to stop"
+        raise DataError("chat template", [Problem("chat_template", what, "end assistant turns with eos_token")])
+    return first, last
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    if not tokenizer.is_fast:
+        what = f"{type(tokenizer).__name__} cannot tell where its tokens lie in the text"
+        raise DataError("tokenizer", [Problem("tokenizer", what, "use the model's fast tokenizer (tokenizer.json)")])
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
