@@ -166,8 +166,9 @@ class Pipeline:
         self._make(self.group_artifact, "task groups", lambda out: self._build_groups(regions, out))
         grouping = self.known_grouping()
         assert grouping is not None
-        for warning in grouping.warnings:
+        for warning in set(grouping.warnings) - self._said:
             self.view.warn(warning)
+        self._said.update(grouping.warnings)
         return grouping
 
     def backbone(self) -> Model:

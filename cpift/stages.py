@@ -14,9 +14,9 @@ from cpift.config_loading import dump_config
 from cpift.finetune import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion import Fusion, FusionInputs
 from cpift.regions import read_summary, save_regions, select_regions
-from cpift.report import ReportData
 
 if TYPE_CHECKING:
+    from cpift.report import ReportData
     from cpift.pipeline import Model, Pipeline
 
 FUSION_RECORD = "fusion.json"
@@ -89,6 +89,8 @@ def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model
 
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
     """Gather what the report shows from the artifacts of a finished run."""
+    from cpift.report import ReportData
+
     grouping = run.group()
     regions = read_summary(run.regions_artifact.path)["regions"]
     model = Checkpoint(run.model_artifact.path)

