@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift.artifacts import file_sha256
 from cpift.config import GgufFile, ModelConfig
 from cpift.errors import CheckpointError, Problem
 from cpift.hub import resolve_revision
@@ -33,11 +34,11 @@ def model_fingerprint(model: ModelConfig) -> str:
     digest = hashlib.sha256(f"dtype={model.dtype}\n".encode())
     if model.path is not None:
         for file in _checkpoint_files(model.path):
-            digest.update(f"file {file.name} {_file_sha256(file)}\n".encode())
+            digest.update(f"file {file.name} {file_sha256(file)}\n".encode())
     elif model.hub is not None:
         digest.update(f"hub {model.hub} {resolve_revision('model', model.hub, model.revision)}\n".encode())
     elif model.gguf is not None:
-        digest.update(f"gguf {_file_sha256(gguf_path(model.gguf))}\n".encode())
+        digest.update(f"gguf {file_sha256(gguf_path(model.gguf))}\n".encode())
     elif model.scratch is not None:
         digest.update(f"scratch {json.dumps(model.scratch.model_dump(), sort_keys=True)}\n".encode())
     return digest.hexdigest()
@@ -80,7 +81,8 @@ def materialise(model: ModelConfig, out: Path) -> None:
         from cpift.scratch import make_scratch_model, make_scratch_tokenizer
 
         tokenizer: PreTrainedTokenizerBase = make_scratch_tokenizer(model.scratch)
-        network: PreTrainedModel = make_scratch_model(model.scratch, tokenizer).to(_torch_dtype(model.dtype, "float32"))
+        network: Any = make_scratch_model(model.scratch, tokenizer)
+        network = network.to(dtype=_torch_dtype(model.dtype, "float32"))
     elif model.gguf is not None:
         network, tokenizer = _load_gguf(model.gguf, model.dtype)
     else:
@@ -102,13 +104,14 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with _no_progress_bars(), _checkpoint_errors(path):
-        network, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype or "auto",
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
+    network, info = loaded
     problems = _loading_problems(info, path)
     if problems:
         raise CheckpointError(f"model {path}", problems)
@@ -207,14 +210,6 @@ def _checkpoint_files(path: Path) -> list[Path]:
     return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
 
 
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _download(model: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -245,7 +240,6 @@ def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedT
     for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
         if hasattr(holder, name):
             delattr(holder, name)
-    network.is_quantized = False
     return network, _checked_tokenizer(tokenizer, str(file))
 
 

@@ -31,7 +31,7 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
         DataError: the chat template changes the assistant's text, or writes no special token after it.
     """
     text = render(example.messages, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     special = _special_ids(tokenizer)
@@ -111,12 +111,8 @@ def _reply_span(
     before, found, after = marked.partition(_MARK)
     end = len(text) - len(after)
     content = text[len(before) : end]
-    if (
-        not found
-        or text[: len(before)] != before
-        or text[end:] != after
-        or content.strip() != messages[turn].content.strip()
-    ):
+    unchanged = found and text[: len(before)] == before and text[end:] == after
+    if not unchanged or content.strip() != messages[turn].content.strip():
         what = f"the assistant's text of message {turn} does not appear in it as it is"
         raise DataError("chat template", [Problem("chat_template", what, "use one that keeps contents unchanged")])
     prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
