@@ -84,9 +84,11 @@ def evaluate_model(
         DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
     """
     tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32).to(device)
+    model = load_model(path, torch.float32).to(device)  # type: ignore[arg-type]
+    # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     room = _Room(model, tokenizer, settings)
-    with torch.inference_mode(), _precision(torch.device(device).type):
+    with torch.no_grad(), _precision(torch.device(device).type):
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
@@ -190,7 +192,7 @@ def _batches(rows: Sequence[_Row], sizes: Sequence[int], limit: int) -> Iterator
 
 
 def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Loss of each row's reply; where there are options, also the likeliest (of equals the first) and if it is right."""
+    """Loss of each row's reply; with options also the likeliest (of equals the first) and whether it is right."""
     results: list[dict[str, Any]] = [{} for _ in rows]
     done = 0
     for batch in _batches(rows, [1 + len(row.options) for row in rows], room.settings.batch_size):
@@ -222,8 +224,9 @@ def _generate(room: _Room, rows: Sequence[_Row], max_new_tokens: int, on_done: C
         prompts = [rows[i].prompt for i in batch]
         ids = pad(prompts, config.pad_token_id, "left", room.model.device)
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left", room.model.device)
-        written = room.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-        for i, text in zip(batch, room.tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+        whole = room.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        written = room.tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(batch, written, strict=True):
             texts[i] = text.strip()
         done += len(batch)
         on_done(done)
@@ -231,7 +234,7 @@ def _generate(room: _Room, rows: Sequence[_Row], max_new_tokens: int, on_done: C
 
 
 def _greedy(room: _Room, rows: Sequence[_Row], max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that ignores the checkpoint's sampling preferences and stops at every token that ends a turn."""
+    """Greedy decoding that stops at every token that ends a turn."""
     configured = room.model.generation_config.eos_token_id
     ends = set(configured if isinstance(configured, list) else [configured]) - {None}
     ends |= {room.tokenizer.eos_token_id, *(row.end_of_turn for row in rows)}

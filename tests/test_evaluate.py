@@ -1,0 +1,260 @@
+"""Scores of a small model against slow references: one unpadded sequence at a time, no cache, all logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpift import evaluate
+from cpift.config import DataSource, EvaluationConfig, ModelConfig, ScratchModel, TaskConfig
+from cpift.data import load_examples
+from cpift.errors import DataError
+from cpift.evaluate import TaskScore, evaluate_model
+from cpift.examples import Example, Message
+from cpift.likelihood import Labelled, sequence_nll
+from cpift.models import load_model, load_tokenizer, materialise
+from cpift.text_metrics import rouge_l, same_final_number
+from cpift.tokens import IGNORED, tokenise
+
+CHAT = [
+    {"messages": [("user", "2+2="), ("assistant", "4")], "answer": "4"},
+    {"messages": [("system", "Be brief."), ("user", "What is 10 + 20, please?"), ("assistant", "30")], "answer": "30"},
+    {"messages": [("user", "Hi"), ("assistant", "Hello"), ("user", "5-4?"), ("assistant", "1.0")], "answer": "1"},
+    {"messages": [("user", "half of 9"), ("assistant", "it is 4.5")], "answer": "4.5"},
+    {"messages": [("user", "x"), ("assistant", "no number is as good as 7")], "answer": "7"},
+]
+CHOICES = [
+    {"messages": [("user", "17?"), ("assistant", "odd")], "choices": ["even", "odd"], "answer": "odd"},
+    {"messages": [("user", "colour of snow"), ("assistant", "white")], "choices": ["white", "white paint", "red"]},
+    {"messages": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "choices": ["d", "e", "fgh"]},
+    {"messages": [("user", "7? " * 9), ("assistant", "yes")], "choices": ["no", "yes", "maybe", "yesterday"]},
+]
+
+
+def task(folder: Path, rows: list[dict], metric: str, **fields: object) -> TaskConfig:
+    file = folder / f"{metric}.jsonl"
+    chat = [{**row, "messages": [{"role": r, "content": c} for r, c in row["messages"]]} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in chat), encoding="utf-8")
+    source = DataSource(file=file)
+    return TaskConfig.model_validate({"name": metric, "train": source, "test": source, "metric": metric, **fields})
+
+
+def reference_nll(model: torch.nn.Module, ids: list[int], labels: list[int]) -> float:
+    logits = model(input_ids=torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
+    return -sum(float(logits[i - 1, label]) for i, label in enumerate(labels) if i and label != IGNORED)
+
+
+def with_reply(example: Example, reply: str) -> Example:
+    return replace(example, messages=(*example.messages[:-1], Message("assistant", reply)))
+
+
+def prompt_length(labels: list[int]) -> int:
+    """Tokens before the last run of labels."""
+    end = len(labels)
+    while labels[end - 1] == IGNORED:
+        end -= 1
+    while end and labels[end - 1] != IGNORED:
+        end -= 1
+    return end
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scratch model, trained for a moment on some of the rows so that what it says depends on what it is told."""
+    path = tmp_path_factory.mktemp("model") / "scratch"
+    materialise(ModelConfig.model_validate({"scratch": ScratchModel(hidden_size=64, max_length=256)}), path)
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    rows = [*CHAT, CHOICES[0], CHOICES[3]]
+    examples = [Example(tuple(Message(*message) for message in row["messages"])) for row in rows]
+    batches = [tokenise(example, tokenizer, 256) for example in examples]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(140):
+        batch = {key: torch.tensor([value]) for key, value in batches[step % len(batches)].items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: False)
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_loss_equals_the_reference(model_path: Path, tmp_path: Path, batch_size: int) -> None:
+    config = task(tmp_path, CHAT, "loss")
+    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=batch_size))["loss"]
+    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    sums, tokens = [], []
+    for example in load_examples(config.test):
+        row = tokenise(example, tokenizer, 256)
+        sums.append(reference_nll(model, row["input_ids"], row["labels"]))
+        tokens.append(sum(label != IGNORED for label in row["labels"]))
+    assert [row["tokens"] for row in score.examples] == tokens
+    assert [row["loss"] * row["tokens"] for row in score.examples] == pytest.approx(sums, rel=1e-5)
+    assert score.loss == pytest.approx(sum(sums) / sum(tokens), rel=1e-5)
+    assert (score.metric, score.score, score.tokens, score.rows) == ("loss", None, sum(tokens), len(CHAT))
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("batch_size", [1, 9, 64])
+def test_choice_equals_the_reference(model_path: Path, tmp_path: Path, batch_size: int) -> None:
+    config = task(tmp_path, CHOICES, "choice")
+    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=batch_size))["choice"]
+    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    right = []
+    for example, row in zip(load_examples(config.test), score.examples, strict=True):
+        expected = []
+        for choice in example.choices:
+            encoded = tokenise(with_reply(example, choice), tokenizer, 256)
+            start = prompt_length(encoded["labels"])
+            labels = [IGNORED] * start + encoded["labels"][start:]
+            expected.append(reference_nll(model, encoded["input_ids"], labels))
+        assert row["option_nll"] == pytest.approx(expected, rel=1e-5)
+        assert row["prediction"] == example.choices[expected.index(min(expected))]
+        right.append(row["prediction"] == (example.answer or example.reply))
+        whole = tokenise(example, tokenizer, 256)
+        assert row["loss"] * row["tokens"] == pytest.approx(
+            reference_nll(model, whole["input_ids"], whole["labels"]), rel=1e-5
+        )
+    assert score.score == sum(right) / len(right)
+
+
+def greedy_reference(model_path: Path, example: Example, limit: int) -> str:
+    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    row = tokenise(example, tokenizer, 256)
+    ids = row["input_ids"][: prompt_length(row["labels"])]
+    written: list[int] = []
+    while len(written) < limit:
+        written.append(int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+        if written[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("metric", ["number", "rouge"])
+def test_generated_text_equals_the_reference(model_path: Path, tmp_path: Path, metric: str) -> None:
+    config = task(tmp_path, CHAT, metric, max_new_tokens=12)
+    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=3))[metric]
+    expected = []
+    for example, row in zip(load_examples(config.test), score.examples, strict=True):
+        text = greedy_reference(model_path, example, 12)
+        assert row["prediction"] == text
+        same = same_final_number(text, example.answer or "")
+        expected.append(float(same) if metric == "number" else rouge_l(text, example.reply))
+    assert [row["score"] for row in score.examples] == expected
+    assert score.score == pytest.approx(sum(expected) / len(expected))
+    assert 0 < score.score, (
+        "the model was trained on these rows: some reply must be right for this test to mean anything"
+    )
+
+
+@pytest.mark.usefixtures("float32")
+def test_sampling_preferences_of_the_checkpoint_are_ignored(model_path: Path, tmp_path: Path) -> None:
+    config = task(tmp_path, CHAT, "rouge", max_new_tokens=12)
+    plain = evaluate_model(model_path, [config], EvaluationConfig())["rouge"]
+    stored = json.loads((model_path / "generation_config.json").read_text())
+    wild = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 5.0, "num_beams": 2}
+    (model_path / "generation_config.json").write_text(json.dumps(stored | wild))
+    try:
+        assert evaluate_model(model_path, [config], EvaluationConfig())["rouge"] == plain
+    finally:
+        (model_path / "generation_config.json").write_text(json.dumps(stored))
+
+
+def test_bf16_is_close_and_repeatable(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast rounds products to 8 bits of mantissa: a few per cent of a loss, never more."""
+    tasks = [task(tmp_path, CHAT, "loss"), task(tmp_path, CHOICES, "choice")]
+    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: True)
+    first, second = (evaluate_model(model_path, tasks, EvaluationConfig()) for _ in range(2))
+    assert first == second
+    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: False)
+    exact = evaluate_model(model_path, tasks, EvaluationConfig())
+    for name in exact:
+        assert first[name].loss == pytest.approx(exact[name].loss, rel=0.05)
+
+
+def test_equal_options_go_to_the_first(model_path: Path, tmp_path: Path) -> None:
+    rows = [{"messages": [("user", "?"), ("assistant", "b")], "choices": ["b", "b"]}]
+    score = evaluate_model(model_path, [task(tmp_path, rows, "choice")], EvaluationConfig())["choice"]
+    assert score.examples[0]["prediction"] == "b"
+    assert score.score == 1.0
+
+
+def test_score_is_plain_json(model_path: Path, tmp_path: Path) -> None:
+    tasks = [task(tmp_path, CHAT, "number", max_new_tokens=2), task(tmp_path, CHOICES, "choice")]
+    for score in evaluate_model(model_path, tasks, EvaluationConfig()).values():
+        assert TaskScore(**json.loads(json.dumps(asdict(score)))) == score
+
+
+def test_progress_ends_at_the_total(model_path: Path, tmp_path: Path) -> None:
+    tasks = [task(tmp_path, CHAT, "number", max_new_tokens=2), task(tmp_path, CHOICES, "choice")]
+    seen: dict[str, list[tuple[int, int]]] = {"number": [], "choice": []}
+    settings = EvaluationConfig(batch_size=2)
+    evaluate_model(model_path, tasks, settings, on_progress=lambda name, *counts: seen[name].append(counts))
+    for name, total in (("number", 2 * len(CHAT)), ("choice", len(CHOICES))):
+        done = [count for count, _ in seen[name]]
+        assert done == sorted(done)
+        assert seen[name][-1] == (total, total)
+
+
+def test_limit_takes_the_first_rows(model_path: Path, tmp_path: Path) -> None:
+    config = task(tmp_path, CHAT, "loss")
+    two = evaluate_model(model_path, [config], EvaluationConfig(limit=2, batch_size=2))["loss"]
+    only = evaluate_model(model_path, [task(tmp_path, CHAT[:2], "loss")], EvaluationConfig(batch_size=2))["loss"]
+    assert two == only
+
+
+def test_a_long_reply_is_scored_as_far_as_it_fits(model_path: Path, tmp_path: Path) -> None:
+    config = task(tmp_path, CHAT[-1:], "loss")
+    whole = evaluate_model(model_path, [config], EvaluationConfig())["loss"]
+    cut = evaluate_model(model_path, [config], EvaluationConfig(max_length=20))["loss"]
+    assert 0 < cut.tokens < whole.tokens
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "settings", "words"),
+    [
+        (CHAT[1], "loss", {"max_length": 16}, ["row 1", "no answer token", "max_length = 16", "raise"]),
+        (CHOICES[3], "choice", {"max_length": 40}, ["row 1", "evaluation.max_length is 40"]),
+        (CHOICES[0] | {"answer": "prime"}, "choice", {}, ["'prime'", "even", "correct the row"]),
+        (CHAT[0] | {"answer": "four"}, "number", {}, ["'four'", "holds no number"]),
+    ],
+)
+def test_unusable_rows_are_refused(
+    model_path: Path, tmp_path: Path, row: dict, metric: str, settings: dict, words: list[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        evaluate_model(model_path, [task(tmp_path, [row], metric)], EvaluationConfig(**settings))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_shared_prefix_changes_nothing(model_path: Path) -> None:
+    """Groups whose members share nothing, everything but the end, or are alone, in one batch."""
+    model = load_model(model_path)
+
+    def labelled(ids: list[int], prompt: int) -> Labelled:
+        return Labelled(ids, [IGNORED] * prompt + ids[prompt:])
+
+    groups = [
+        [labelled([5, 6, 7, 8], 3), labelled([5, 6, 7, 9, 10, 11], 3)],
+        [labelled([1, 2, 3], 1), labelled([4, 2, 3], 1)],
+        [labelled([*range(20, 40)], 13)],
+        [labelled([9, 9, 9, 1], 1), labelled([9, 9, 9, 2], 3), labelled([9, 9, 9, 2], 3)],
+    ]
+    with torch.no_grad():
+        found = sequence_nll(model, groups)
+        expected = [[reference_nll(model, one.ids, one.labels) for one in group] for group in groups]
+    for got, wanted in zip(found, expected, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    assert all(math.isfinite(value) for group in found for value in group)
