@@ -217,7 +217,7 @@ class _ShardWriter:
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def append(self, tensor: torch.Tensor) -> None:
-        self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         self._file.flush()

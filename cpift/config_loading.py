@@ -87,6 +87,8 @@ def _resolve_paths(node: Any, folder: Path, where: str) -> Iterator[Problem]:
         packaged = isinstance(node, dict) and node.get("package") is not None
         if key in _PATH_FIELDS and not packaged:
             value = str((folder / Path(value).expanduser()).resolve())
+            if not missing and not Path(value).exists():
+                yield Problem(here, f"there is no such file or folder: {value}", "check the path")
         elif here == "backbone.source" and (folder / value).is_dir():
             value = str((folder / value).resolve())
         node[key] = value

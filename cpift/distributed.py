@@ -7,6 +7,7 @@ shortens the way there after a crash.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -44,17 +45,13 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
         yield
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
+    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 256 * 2**20}
+    if address is not None:
+        options = {"address": address}
+    else:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    local = {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    ray.init(
-        address=address,
-        namespace=_NAMESPACE,
-        log_to_driver=False,
-        logging_level="ERROR",
-        **({} if address else local),
-    )
+    ray.init(namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield
     finally:
@@ -121,6 +118,8 @@ def _run_fit(spec: FitSpec, resources: ResourcesConfig, board_name: str) -> None
     storage.mkdir(parents=True, exist_ok=True)
     use_gpu = resources.gpus_per_worker > 0
     per_worker = {"CPU": resources.cpus_per_worker}
+    # Ray's own default for the controller is to try for ever.
+    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec, "board": board_name},
@@ -134,9 +133,7 @@ def _run_fit(spec: FitSpec, resources: ResourcesConfig, board_name: str) -> None
             name="fit",
             storage_path=str(storage),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(
-                max_failures=resources.max_failures, controller_failure_limit=resources.max_failures
-            ),
+            failure_config=ray.train.FailureConfig(**limits),
         ),
     )
     result = trainer.fit()

@@ -30,7 +30,7 @@ from cpift.artifacts import read_json, write_json
 from cpift.checkpoints import Checkpoint, TensorInfo, write_like
 from cpift.config import Freeze, TaskConfig, TrainingConfig
 from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
-from cpift.devices import native_bf16
+from cpift.devices import device_name, native_bf16
 from cpift.errors import CheckpointError, Problem, StageError
 from cpift.freezing import ElementFreezer, count_moved, snapshot
 from cpift.models import load_model, load_tokenizer
@@ -105,7 +105,13 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     for index in range(first, len(spec.stages)):
         _run_stage(spec, index, model, tokenizer, progress, hooks, mid_stage if index == first else None)
     progress.seconds = time.time() - started
-    result = {"title": spec.title, "log": progress.log, "frozen": progress.frozen, "seconds": progress.seconds}
+    result = {
+        "title": spec.title,
+        "log": progress.log,
+        "frozen": progress.frozen,
+        "seconds": progress.seconds,
+        "device": device_name(),
+    }
     if hooks.is_main:
         _export(spec, model, result)
     return result
@@ -229,8 +235,8 @@ class _Follower(TrainerCallback):
                     f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
                     "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
                 )
-            kept = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self._progress.log.append({"stage": self._index, "step": state.global_step, **kept})
+            kept: dict[str, Any] = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self._progress.log.append({"stage": self._index, "step": state.global_step} | kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -7,7 +7,7 @@ so neither momentum nor decoupled weight decay moves them. Memory: the packed ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
@@ -59,7 +59,7 @@ class ElementFreezer:
         for name, parameter in self._parameters.items():
             scatter_masked_(parameter.detach().view(-1), self._words[name], self._saved[name])
 
-    def _zero_gradient(self, name: str):  # noqa: ANN202 (a hook's type is torch's own)
+    def _zero_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
         words = self._words[name]
 
         def hook(parameter: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ class ElementFreezer:
 
 @torch.no_grad()
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the masked values by plain boolean indexing: an account of them that shares nothing with the freezer."""
+    """Copies of the masked values by plain boolean indexing: an account that shares nothing with the freezer."""
     parameters = dict(model.named_parameters())
     return {
         name: parameters[name].detach().cpu().flatten()[unpack_mask(words.cpu(), parameters[name].numel())]

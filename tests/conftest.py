@@ -1,0 +1,48 @@
+"""Shared by all tests: tiny checkpoints, and a stop to anything that would reach for a network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1) -> Path:
+    """A model folder with these tensors, in one file or in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+    names, weight_map = sorted(tensors), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = names[number::shards]
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def random_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Parameters of odd shapes, an integer buffer and a scalar among them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (31, 7), "layers.0.q.weight": (13, 13), "layers.0.norm": (13,), "bias": (1,), "cube": (2, 3, 5)}
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()
+    }
+    return tensors | {"buffer": torch.arange(4)}
+
+
+@pytest.fixture(scope="session")
+def smoke_config() -> Path:
+    return Path(__file__).parents[1] / "configs" / "smoke.yaml"

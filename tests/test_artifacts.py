@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from cpift.artifacts import Artifact, digest, exclusive, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.errors import CpiftError
+
+
+def artifact(root: Path, **fields: object) -> Artifact:
+    return Artifact(root, "probe", "a", {"model": "x"}, fields, version=1)
+
+
+def test_the_fingerprint_follows_inputs_fields_and_version(tmp_path: Path) -> None:
+    first = artifact(tmp_path, steps=3)
+    assert first.fingerprint == artifact(tmp_path, steps=3).fingerprint
+    others = [
+        artifact(tmp_path, steps=4),
+        Artifact(tmp_path, "probe", "a", {"model": "y"}, {"steps": 3}, 1),
+        Artifact(tmp_path, "probe", "a", {"model": "x"}, {"steps": 3}, 2),
+    ]
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_digest_does_not_depend_on_key_order() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+
+
+def test_an_artifact_is_complete_only_when_its_block_ends(tmp_path: Path) -> None:
+    made = artifact(tmp_path)
+
+    def fail_half_way() -> None:
+        with made.build() as out:
+            (out / "half").write_text("x")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert not made.complete
+    assert not made.path.exists()
+    made.work_dir.mkdir(parents=True)
+    with made.build("some device") as out:
+        assert not (out / "half").exists()
+        (out / "whole").write_text("y")
+    assert made.complete
+    assert not made.work_dir.exists()
+    manifest = made.manifest()
+    assert manifest["outputs"] == {"whole": file_sha256(made.path / "whole")} == folder_hashes(made.path)
+    assert manifest["fingerprint"] == made.fingerprint
+    assert manifest["device"] == "some device"
+    assert manifest["versions"]["torch"]
+
+
+def _hold(root: Path, held: object, release: object) -> None:
+    with exclusive(root):
+        held.set()  # type: ignore[attr-defined]
+        release.wait(30)  # type: ignore[attr-defined]
+
+
+def test_two_commands_never_share_a_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, held, release))
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(CpiftError, match=f"in use by process {other.pid}"), exclusive(tmp_path):
+        pass
+    release.set()
+    other.join()
+    with exclusive(tmp_path):
+        pass
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert path.read_text() == '{\n "a": 2\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_linked_file_outlives_its_first_name(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("kept")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").unlink()
+    assert (tmp_path / "b").read_text() == "kept"

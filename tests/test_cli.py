@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from .conftest import random_tensors, save_checkpoint
+
+
+def cpift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cpift.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['cpift', '--help']\n"
+        "from cpift import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'ray', 'datasets', 'numba', 'triton', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("run", "plan", "probe", "regions", "group", "fuse", "integrate", "evaluate", "report", "core region"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "probe", "evaluate"])
+def test_every_command_has_help(command: str) -> None:
+    done = cpift(command, "--help")
+    assert done.returncode == 0
+    assert "CONFIG" in done.stdout
+    assert "--set" in done.stdout
+
+
+def test_plan_touches_nothing(tmp_path: Path, smoke_config: Path) -> None:
+    done = cpift("plan", smoke_config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "to do" in done.stdout
+    assert "Parameters:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def bad(tmp_path: Path, smoke_config: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+    arguments = [part for change in changes for part in ("--set", change)]
+    return cpift("run", smoke_config, *arguments, "--output", tmp_path / "out", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("probe.stepz=3", "did you mean 'steps'?"),
+        ("regions.p=0", "regions.p: 0"),
+        ("tasks.1.name=%FIRST%", "is named twice"),
+        ("tasks.0.train={file: nowhere.jsonl}", "nowhere.jsonl"),
+        ("probe.learning_rate=fast", "probe.learning_rate: 'fast'"),
+        ("backbone.source=./nothing", "backbone.source"),
+    ],
+)
+def test_bad_configs_end_with_one_message_and_code_2(tmp_path: Path, smoke_config: Path, change: str, said: str) -> None:
+    first = yaml.safe_load(smoke_config.read_text())["tasks"][0]["name"]
+    done = bad(tmp_path, smoke_config, change.replace("%FIRST%", first))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def checkpoint_with(folder: Path, how: str) -> Path:
+    tensors = random_tensors(1)
+    if how == "NaN":
+        tensors["cube"][0, 0, 0] = torch.nan
+    save_checkpoint(folder, tensors, shards=3)
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vocab_size": 32,
+            }
+        )
+    )
+    if how == "missing shard":
+        (folder / "model-00002-of-00003.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["missing shard", "other shape"])
+def test_bad_checkpoints_end_with_one_message_and_code_2(tmp_path: Path, smoke_config: Path, how: str) -> None:
+    folder = checkpoint_with(tmp_path / "model", how)
+    done = bad(tmp_path, smoke_config, f"model={{path: {folder}}}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(folder) in done.stderr
+    assert not (tmp_path / "out" / "probe").exists()
+
+
+def test_a_real_model_with_nan_is_refused_before_training(tmp_path: Path, smoke_config: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from cpift.config import ModelConfig, ScratchModel
+    from cpift.models import materialise
+
+    materialise(ModelConfig(scratch=ScratchModel()), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = bad(tmp_path, smoke_config, f"model={{path: {tmp_path / 'model'}}}")
+    assert done.returncode == 2, done.stderr
+    assert "model.norm.weight" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "probe").exists()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpift.config_loading import dump_config, load_config
+from cpift.errors import ConfigError
+
+
+def minimal() -> dict:
+    source = {"procedural": "addition", "size": 8}
+    return {
+        "name": "t",
+        "model": {"scratch": {}},
+        "tasks": [{"name": "a", "train": dict(source), "test": dict(source)}],
+        "probe": {"steps": 2},
+        "integration": {"steps": 1},
+    }
+
+
+def load(tmp_path: Path, raw: dict, *overrides: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return load_config(path, overrides)
+
+
+def problems(tmp_path: Path, raw: dict, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, raw, *overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    config = load(tmp_path, minimal())
+    assert (config.regions.p, config.groups.tau, config.backbone.source) == (0.01, 0.1, "staged")
+    assert (config.fusion.omega, config.fusion.granularity, config.fusion.space) == ("uniform", "tensor", "weights")
+    assert config.integration.freeze == "earlier"
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = load(tmp_path, minimal())
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"probee": {}}, ["probee: is not a field", "did you mean 'probe'?"]),
+        ({"probe": {"steps": 2, "learning_rat": 1}}, ["probe.learning_rat: is not a field", "'learning_rate'"]),
+        ({"probe": {"steps": "many"}}, ["probe.steps: 'many'", "integer"]),
+        ({"regions": {"p": 0}}, ["regions.p: 0", "greater than 0"]),
+        ({"regions": {"p": 1.5}}, ["regions.p: 1.5", "less than or equal to 1"]),
+        ({"groups": {"tau": 0.1, "tau_chance": 2}}, ["groups", "exactly one of tau, tau_chance"]),
+        ({"probe": {}}, ["probe", "exactly one of steps, epochs; none"]),
+        ({"fusion": {"omega": 2}}, ["fusion.omega: 2"]),
+        ({"name": "../x"}, ["name: '../x'", "letters, digits"]),
+        ({"tasks": []}, ["tasks", "at least 1"]),
+        ({"model": {"path": "nowhere"}}, ["model.path", "no such", "nowhere"]),
+    ],
+)
+def test_each_mistake_is_named(tmp_path: Path, change: dict, said: list[str]) -> None:
+    message = problems(tmp_path, minimal() | change)
+    for part in said:
+        assert part in message
+
+
+def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
+    raw = minimal() | {"regions": {"p": -1}, "unknown": 1}
+    raw["tasks"][0]["train"] = {"file": "missing.jsonl"}
+    message = problems(tmp_path, raw)
+    assert "3 problems" in message
+    assert "regions.p" in message
+    assert "unknown" in message
+    assert "missing.jsonl" in message
+
+
+def test_a_task_named_twice(tmp_path: Path) -> None:
+    raw = minimal()
+    raw["tasks"].append(dict(raw["tasks"][0], name="A"))
+    assert "'a' is named twice" in problems(tmp_path, raw)
+
+
+def test_overrides_replace_and_create_fields(tmp_path: Path) -> None:
+    config = load(tmp_path, minimal(), "regions.p=0.25", "tasks.0.name=b", "fusion.space=delta")
+    assert (config.regions.p, config.tasks[0].name, config.fusion.space) == (0.25, "b", "delta")
+
+
+def test_overrides_that_cannot_be_applied(tmp_path: Path) -> None:
+    message = problems(tmp_path, minimal(), "regions.p", "tasks.7.name=x")
+    assert "has no '='" in message
+    assert "tasks.7.name=x" in message
+
+
+def test_input_paths_are_relative_to_the_file_and_may_use_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    raw = minimal()
+    raw["tasks"][0]["train"] = {"file": "rows.jsonl"}
+    raw["tasks"][0]["test"] = {"file": "${ROWS_FOLDER}/rows.jsonl"}
+    assert "ROWS_FOLDER" in problems(tmp_path, raw)
+    monkeypatch.setenv("ROWS_FOLDER", str(tmp_path))
+    task = load(tmp_path, raw).tasks[0]
+    assert task.train.file == task.test.file == tmp_path / "rows.jsonl"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just text"])
+def test_files_that_are_no_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,136 @@
+"""`cpift run` as a user runs it: on real local Ray, twice, and killed in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cpift_kernels import unpack_mask
+
+from cpift.artifacts import file_sha256, read_json
+from cpift.checkpoints import Checkpoint
+from cpift.regions import read_mask, read_summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# A line of the log that starts each stage, in order.
+STAGES = ("model", "probes", "core regions", "task groups", "staged backbone", "fusion", "integration", "evaluation")
+
+
+def command(config: Path, output: Path) -> list[str]:
+    return [sys.executable, "-m", "cpift.cli", "run", str(config), "--output", str(output)]
+
+
+def run(config: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, output), capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(smoke_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run's folder and what it printed."""
+    output = tmp_path_factory.mktemp("run")
+    done = run(smoke_config, output)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def only(folder: Path) -> Path:
+    (found,) = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return found
+
+
+def test_a_run_ends_with_scores_and_a_report(finished: tuple[Path, str]) -> None:
+    output, printed = finished
+    for word in ("base", "probe", "backbone", "fused", "final", "addition", "spelling", "ending", "report.html"):
+        assert word in printed
+    assert (output / "report.html").read_text().lower().startswith("<!doctype html>")
+    scores = {}
+    for path in (output / "evaluate").iterdir():
+        manifest = read_json(path / "manifest.json")
+        scores[manifest["label"]] = read_json(path / "scores.json")
+        assert manifest["outputs"]["scores.json"] == file_sha256(path / "scores.json")
+    assert set(scores) == {"base", "probe-addition", "probe-spelling", "probe-ending", "backbone", "fused", "final"}
+    for task in ("addition", "spelling", "ending"):
+        assert scores[f"probe-{task}"][task]["loss"] < scores["base"][task]["loss"]
+
+
+def test_a_finished_run_loads_in_transformers(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = only(finished[0] / "integrate")
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    batch = tokenizer.apply_chat_template([{"role": "user", "content": "2+2="}], return_tensors="pt", return_dict=True)
+    logits = AutoModelForCausalLM.from_pretrained(final)(**batch).logits
+    assert bool(logits.isfinite().all())
+
+
+def test_cores_are_the_donors_and_frozen_elements_did_not_move(finished: tuple[Path, str]) -> None:
+    output, _ = finished
+    regions, fused = only(output / "regions"), Checkpoint(only(output / "fuse"))
+    summary = read_summary(regions)
+    probes = {path.name.rpartition("-")[0]: Checkpoint(path) for path in (output / "probe").iterdir()}
+    compared = 0
+    for name in fused.names:
+        masks = {task: bits(regions, task, name, fused.tensors[name].numel) for task in summary["tasks"]}
+        owners = torch.stack(list(masks.values())).sum(0)
+        for task, mask in masks.items():
+            sole = mask & (owners == 1)
+            assert torch.equal(fused.tensor(name).flatten()[sole], probes[task].tensor(name).flatten()[sole])
+            compared += int(sole.sum())
+    assert compared > 0
+    training = read_json(only(output / "integrate") / "training.json")
+    groups = read_json(only(output / "group") / "groups.json")["groups"]
+    assert [entry["stage"] for entry in training["frozen"]] == list(range(1, len(groups)))
+    assert len(groups) > 1
+    assert all(entry["moved"] == 0 < entry["elements"] for entry in training["frozen"])
+
+
+def bits(regions: Path, task: str, name: str, numel: int) -> torch.Tensor:
+    words = read_mask(regions, task, name)
+    return torch.zeros(numel, dtype=torch.bool) if words is None else unpack_mask(words, numel)
+
+
+def test_the_same_command_again_does_nothing(finished: tuple[Path, str], smoke_config: Path) -> None:
+    output, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("manifest.json")}
+    done = run(smoke_config, output)
+    assert done.returncode == 0, done.stderr
+    assert "Everything was cached" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("manifest.json")} == before
+
+
+def kill_in(stage: str, config: Path, output: Path) -> None:
+    """Start a run and SIGKILL it shortly after a stage has begun."""
+    process = subprocess.Popen(command(config, output), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(f"▸ {stage}"):
+            # Some stages are over in milliseconds; the fine-tunes and the evaluation are hit while workers work.
+            time.sleep({"probes": 25, "staged backbone": 18, "integration": 18, "evaluation": 6}.get(stage, 0))
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def test_killed_in_every_stage_the_run_ends_with_the_same_models(
+    finished: tuple[Path, str], smoke_config: Path, tmp_path: Path
+) -> None:
+    undisturbed, _ = finished
+    output = tmp_path / "killed"
+    for stage in STAGES:
+        kill_in(stage, smoke_config, output)
+    done = run(smoke_config, output)
+    assert done.returncode == 0, done.stderr
+    for folder in ("probe", "backbone", "fuse", "integrate"):
+        wanted = {path.name: file_sha256(path / "model.safetensors") for path in (undisturbed / folder).iterdir()}
+        got = {p.name: file_sha256(p / "model.safetensors") for p in (output / folder).iterdir() if p.name[0] != "."}
+        assert got == wanted
+    assert json.loads((output / "summary.json").read_text()) == json.loads((undisturbed / "summary.json").read_text())

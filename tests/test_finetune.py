@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpift.artifacts import file_sha256
+from cpift.checkpoints import Checkpoint
+from cpift.config import DataSource, ModelConfig, RegionsConfig, ScratchModel, TaskConfig, TrainingConfig
+from cpift.finetune import FitHooks, FitSpec, StageSpec, fit, stages_of
+from cpift.models import materialise
+from cpift.regions import read_mask, save_regions, select_regions
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    materialise(ModelConfig(scratch=ScratchModel(hidden_size=32, intermediate_size=48, heads=2), dtype="bfloat16"), folder)
+    return folder
+
+
+def task(name: str, kind: str) -> TaskConfig:
+    return TaskConfig(
+        name=name, train=DataSource(procedural=kind, size=40), test=DataSource(procedural=kind, size=8, split="test")
+    )
+
+
+TASKS = (task("add", "addition"), task("rev", "reverse"))
+
+
+def spec(base: Path, out: Path, *stages: StageSpec, **training: object) -> FitSpec:
+    settings = {"steps": 6, "learning_rate": 3e-3, "weight_decay": 0.1, "batch_size": 4, "gradient_accumulation": 2}
+    return FitSpec(
+        title="fit",
+        model=base,
+        tasks=TASKS,
+        stages=stages or (StageSpec(("add",)),),
+        training=TrainingConfig(**(settings | {"checkpoint_every": 0, "log_every": 2} | training)),  # type: ignore[arg-type]
+        seed=3,
+        threads=1,
+        export=out / "export",
+        scratch=out / "scratch",
+    )
+
+
+def weights(folder: Path) -> str:
+    return file_sha256(folder / "model.safetensors")
+
+
+def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_path: Path) -> None:
+    result = fit(spec(base, tmp_path, steps=30))
+    assert result["log"][-1]["loss"] < 0.8 * result["log"][0]["loss"]
+    before, after = Checkpoint(base), Checkpoint(tmp_path / "export")
+    assert {n: (i.shape, i.dtype) for n, i in before.tensors.items()} == {
+        n: (i.shape, i.dtype) for n, i in after.tensors.items()
+    }
+    assert after.tensors["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_the_same_fit_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
+    fit(spec(base, tmp_path / "a"))
+    fit(spec(base, tmp_path / "b"))
+    assert weights(tmp_path / "a" / "export") == weights(tmp_path / "b" / "export")
+    fit(replace(spec(base, tmp_path / "c"), seed=4))
+    assert weights(tmp_path / "c" / "export") != weights(tmp_path / "a" / "export")
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [(0, 2), (0, 4), (0, -1), (1, 4)])
+def test_a_resumed_fit_ends_with_the_same_bits(base: Path, tmp_path: Path, stop: tuple[int, int]) -> None:
+    stages = (StageSpec(("add",)), StageSpec(("rev", "add")))
+    whole = fit(spec(base, tmp_path / "whole", *stages, checkpoint_every=2))
+    kept: list[Path] = []
+
+    def on_checkpoint(folder: Path, metrics: dict[str, int]) -> None:
+        if (metrics["stage"], metrics["step"]) == stop:
+            kept.append(folder)
+            raise _Killed
+
+    broken = spec(base, tmp_path / "broken", *stages, checkpoint_every=2)
+    with pytest.raises(_Killed):
+        fit(broken, FitHooks(on_checkpoint=on_checkpoint))
+    assert not broken.export.exists()
+    resumed = fit(broken, FitHooks(resume_from=kept[0]))
+    assert weights(broken.export) == weights(tmp_path / "whole" / "export")
+    assert [(e["stage"], e["step"], e["loss"]) for e in resumed["log"]] == [
+        (e["stage"], e["step"], e["loss"]) for e in whole["log"]
+    ]
+
+
+@pytest.fixture
+def regions(base: Path, tmp_path: Path) -> Path:
+    probes = {}
+    for one in TASKS:
+        fit(spec(base, tmp_path / one.name, StageSpec((one.name,))))
+        probes[one.name] = Checkpoint(tmp_path / one.name / "export")
+    folder = tmp_path / "regions"
+    folder.mkdir()
+    save_regions(select_regions(Checkpoint(base), probes, RegionsConfig(p=0.2)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("freeze", ["earlier", "all"])
+def test_frozen_cores_leave_a_staged_fit_as_they_entered(base: Path, tmp_path: Path, regions: Path, freeze: str) -> None:
+    stages = stages_of([["rev"], ["add"]], freeze)  # type: ignore[arg-type]
+    settings = replace(spec(base, tmp_path / "i", *stages, checkpoint_every=3), regions=regions, balanced=True)
+    after_stage: list[Path] = []
+    result = fit(settings, FitHooks(on_checkpoint=lambda folder, m: after_stage.append(folder) if m["step"] == -1 else None))
+    start = Checkpoint(base) if freeze == "all" else Checkpoint(after_stage[0])
+    end = Checkpoint(settings.export)
+    frozen_tasks = ["rev", "add"] if freeze == "all" else ["rev"]
+    frozen = free = 0
+    for name in end.names:
+        masks = torch.stack([bits(regions, one, name, end.tensors[name].numel) for one in frozen_tasks]).any(0)
+        before = start.tensor(name).to(torch.bfloat16).flatten()
+        after = end.tensor(name).flatten()
+        assert torch.equal(before[masks], after[masks])
+        frozen += int(masks.sum())
+        free += int((before != after).sum())
+    assert result["frozen"][-1] == {"stage": 1, "elements": frozen, "moved": 0}
+    assert free > 1000
+
+
+def bits(regions: Path, task: str, name: str, numel: int) -> torch.Tensor:
+    from cpift_kernels import unpack_mask
+
+    words = read_mask(regions, task, name)
+    assert words is not None
+    return unpack_mask(words, numel)
+
+
+def test_stages_freeze_what_the_method_says() -> None:
+    groups = [["a"], ["b", "c"], ["d"]]
+    assert [stage.frozen for stage in stages_of(groups, "earlier")] == [(), ("a",), ("a", "b", "c")]
+    assert [stage.frozen for stage in stages_of(groups, "all")] == [("a", "b", "c", "d")] * 3
+    assert [stage.frozen for stage in stages_of(groups, None)] == [()] * 3

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from cpift_kernels import pack_mask
+
+from cpift.errors import CpiftError
+from cpift.freezing import ElementFreezer, count_moved, snapshot
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=False),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, weight_decay=0.1),
+}
+
+
+def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.Tanh(), torch.nn.Linear(13, 3)).to(dtype)
+
+
+def bool_masks(model: torch.nn.Module, share: float) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.rand_like(p, dtype=torch.float32) < share for name, p in model.named_parameters()}
+
+
+def packed(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: pack_mask(mask) for name, mask in masks.items()}
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12, accumulate: int = 2) -> None:
+    torch.manual_seed(2)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        for _ in range(accumulate):
+            model(torch.randn(5, 7).to(dtype)).float().square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_moves_a_frozen_bit(name: str, share: float, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and name == "adagrad":
+        pytest.skip("Adagrad's epsilon is zero in float16")
+    model = network(dtype)
+    masks = packed(bool_masks(model, share))
+    before, start = snapshot(model, masks), copy.deepcopy(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with ElementFreezer(model, masks) as freezer:
+        freezer.attach(optimizer)
+        train(model, optimizer)
+    assert count_moved(before, snapshot(model, masks)) == 0
+    total = sum(p.numel() for p in model.parameters())
+    moved = sum(int((a != b).sum()) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert moved >= 0.5 * (total - freezer.frozen_elements)
+
+
+def test_free_elements_train_as_if_the_frozen_ones_were_constants() -> None:
+    """Against AdamW over the free elements alone, clipped by their own norm: the definition of the masked update."""
+    model = network()
+    masks = bool_masks(model, 0.3)
+    slow = copy.deepcopy(model)
+    free = {name: p.detach()[~masks[name]].clone().requires_grad_() for name, p in slow.named_parameters()}
+    reference = torch.optim.AdamW(free.values(), lr=0.05, weight_decay=0.1)
+    torch.manual_seed(2)
+    for _ in range(12):
+        for _ in range(2):
+            slow(torch.randn(5, 7)).square().mean().backward()
+        for name, p in slow.named_parameters():
+            assert p.grad is not None
+            free[name].grad = p.grad[~masks[name]].clone()
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_(free.values(), 0.05)
+        reference.step()
+        with torch.no_grad():
+            for name, p in slow.named_parameters():
+                p[~masks[name]] = free[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    with ElementFreezer(model, packed(masks)) as freezer:
+        freezer.attach(optimizer)
+        train(model, optimizer)
+    for mine, wanted in zip(model.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_optimizers_state_of_frozen_elements_stays_zero() -> None:
+    model = network()
+    masks = bool_masks(model, 0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with ElementFreezer(model, packed(masks)) as freezer:
+        freezer.attach(optimizer)
+        train(model, optimizer)
+    for name, parameter in model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[parameter][moment][masks[name]].any()
+
+
+def test_after_detaching_everything_trains_again() -> None:
+    model = network()
+    masks = packed(bool_masks(model, 0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ElementFreezer(model, masks) as freezer:
+        freezer.attach(optimizer)
+    before = snapshot(model, masks)
+    train(model, optimizer)
+    assert count_moved(before, snapshot(model, masks)) > 0.9 * freezer.frozen_elements
+
+
+def test_a_mask_for_no_parameter_is_an_error() -> None:
+    with pytest.raises(CpiftError, match="cannot freeze ghost"):
+        ElementFreezer(network(), {"ghost": torch.zeros(1, dtype=torch.int32)})

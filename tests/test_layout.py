@@ -1,0 +1,81 @@
+"""The tree keeps its shape: imports point one way, modules stay small, nothing shadows Hugging Face's `kernels`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted([*(ROOT / "cpift").glob("*.py"), *(ROOT / "kernels" / "cpift_kernels").rglob("*.py")])
+
+# A module imports only from its own layer or from those before it.
+LAYERS = [
+    {"errors", "artifacts", "config", "config_loading", "devices", "examples", "hub", "text_metrics", "view", "__init__"},
+    {"checkpoints", "data", "synthetic", "tokens", "scratch", "models", "likelihood"},
+    {"regions", "grouping", "fusion", "freezing"},
+    {"finetune", "evaluate"},
+    {"report", "report_plots", "report_page", "model_card"},
+    {"stages", "pipeline", "planning"},
+    {"distributed", "sweep"},
+    {"cli"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """First and second part of every imported name, for example `cpift.config`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = "cpift" if node.level and path.parent.name == "cpift" else "." if node.level else ""
+            module = ".".join(part for part in (package, node.module) if part)
+            found |= {module} | ({f"cpift.{alias.name}" for alias in node.names} if module == "cpift" else set())
+    return found
+
+
+def layer(module: str) -> int:
+    return next((number for number, names in enumerate(LAYERS) if module in names), -1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cpift").glob("*.py")), ids=lambda path: path.name)
+def test_imports_point_one_way(path: Path) -> None:
+    mine = layer(path.stem)
+    assert mine >= 0, f"{path.name} has no layer: add it to LAYERS where it belongs"
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "cpift" and len(parts) > 1 and layer(parts[1]) >= 0:
+            assert layer(parts[1]) <= mine, f"{path.name} imports {name}, a later layer"
+        if parts[0] == "ray":
+            assert path.stem in {"distributed", "sweep"}, f"{path.name} imports Ray"
+
+
+def test_kernels_import_nothing_of_the_method() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not {name for name in imports_of(path) if name.split(".")[0] in {"cpift", "ray", "transformers"}}, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 330
+
+
+def test_no_package_named_kernels() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_both_packages(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run(list(map(str, build)), check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("cpift-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"cpift/{path.name}" for path in (ROOT / "cpift").glob("*.py")}
+    sources |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels" / "cpift_kernels").rglob("*.py")}
+    assert sources <= names
+    assert not any(name.startswith(("kernels/", "tests/")) for name in names)
