@@ -61,8 +61,8 @@ class TensorInfo:
 class Checkpoint:
     """A model folder opened for reading. Only headers are read until a tensor is asked for.
 
-    Raises CheckpointError, with every problem of the folder: no safetensors, a missing or truncated shard, a tensor that
-    the index names but no shard has, a tensor in two shards, an unsupported dtype.
+    Raises CheckpointError, with every problem of the folder: no safetensors, a missing or truncated shard, a tensor
+    that the index names but no shard has, a tensor in two shards, an unsupported dtype.
     """
 
     def __init__(self, folder: Path):

@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cpift.config import EvaluationConfig, ResourcesConfig, RunConfig, TaskConfig
 from cpift.errors import CpiftError, StageError
-from cpift.finetune import RESULT, FitHooks, FitSpec, fit
+from cpift.fit_spec import RESULT, FitSpec
 
 OnProgress = Callable[[dict[str, Any]], None]
 _NAMESPACE = "cpift"
@@ -155,7 +155,9 @@ def _drop_damaged_state(run: Path) -> None:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What runs in every Ray Train worker."""
+    """What runs in every Ray Train worker; only there is transformers imported."""
+    from cpift.finetune import FitHooks, fit
+
     spec: FitSpec = config["spec"]
     context = ray.train.get_context()
     main = context.get_world_rank() == 0

@@ -8,7 +8,7 @@ Ray is not imported here: `distributed.py` wires the hooks to Ray Train, a test 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,42 +28,15 @@ from transformers import (
 
 from cpift.artifacts import read_json, write_json
 from cpift.checkpoints import Checkpoint, TensorInfo, write_like
-from cpift.config import Freeze, TaskConfig, TrainingConfig
 from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
 from cpift.devices import device_name, native_bf16
 from cpift.errors import CheckpointError, Problem, StageError
+from cpift.fit_spec import RESULT, FitSpec, StageSpec
 from cpift.freezing import ElementFreezer, count_moved, snapshot
 from cpift.models import load_model, load_tokenizer
 from cpift.regions import read_mask, read_summary
 
-RESULT = "training.json"
 _STAGE_FILE = "cpift_stage.json"
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One stage: the tasks trained jointly, and the tasks whose core regions are frozen meanwhile."""
-
-    tasks: tuple[str, ...]
-    frozen: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class FitSpec:
-    """A whole fine-tune. Paths are absolute and, on a cluster, on storage that every node sees."""
-
-    title: str
-    model: Path
-    tasks: tuple[TaskConfig, ...]
-    stages: tuple[StageSpec, ...]
-    training: TrainingConfig
-    seed: int
-    threads: int
-    export: Path
-    scratch: Path
-    regions: Path | None = None
-    samples_per_task: int | None = None
-    balanced: bool = False
 
 
 def _nothing(*_: Any) -> None:
@@ -235,7 +208,9 @@ class _Follower(TrainerCallback):
                     f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
                     "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
                 )
-            kept: dict[str, Any] = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            kept: dict[str, Any] = {
+                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+            }
             self._progress.log.append({"stage": self._index, "step": state.global_step} | kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -299,12 +274,3 @@ def _export(spec: FitSpec, model: PreTrainedModel, result: Mapping[str, Any]) ->
     spec.export.mkdir(parents=True, exist_ok=True)
     write_like(origin, spec.export, produce)
     write_json(spec.export / RESULT, dict(result))
-
-
-def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
-    """Stages in group order. freeze: None (backbone); "earlier": cores of the groups before (paper); "all": every core."""
-    stages = []
-    for k, group in enumerate(groups):
-        frozen_groups = {None: [], "earlier": groups[:k], "all": groups}[freeze]
-        stages.append(StageSpec(tuple(group), tuple(task for earlier in frozen_groups for task in earlier)))
-    return tuple(stages)

@@ -11,13 +11,13 @@ from cpift.artifacts import Artifact, read_json, write_json
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
-from cpift.finetune import RESULT, FitSpec, StageSpec, stages_of
+from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion import Fusion, FusionInputs
 from cpift.regions import read_summary, save_regions, select_regions
 
 if TYPE_CHECKING:
-    from cpift.report import ReportData
     from cpift.pipeline import Model, Pipeline
+    from cpift.report import ReportData
 
 FUSION_RECORD = "fusion.json"
 

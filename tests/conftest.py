@@ -36,10 +36,14 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: i
 def random_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """Parameters of odd shapes, an integer buffer and a scalar among them."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (31, 7), "layers.0.q.weight": (13, 13), "layers.0.norm": (13,), "bias": (1,), "cube": (2, 3, 5)}
-    tensors = {
-        name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()
+    shapes = {
+        "embed.weight": (31, 7),
+        "layers.0.q.weight": (13, 13),
+        "layers.0.norm": (13,),
+        "bias": (1,),
+        "cube": (2, 3, 5),
     }
+    tensors = {name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
     return tensors | {"buffer": torch.arange(4)}
 
 

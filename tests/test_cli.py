@@ -64,7 +64,9 @@ def bad(tmp_path: Path, smoke_config: Path, *changes: str) -> subprocess.Complet
         ("backbone.source=./nothing", "backbone.source"),
     ],
 )
-def test_bad_configs_end_with_one_message_and_code_2(tmp_path: Path, smoke_config: Path, change: str, said: str) -> None:
+def test_bad_configs_end_with_one_message_and_code_2(
+    tmp_path: Path, smoke_config: Path, change: str, said: str
+) -> None:
     first = yaml.safe_load(smoke_config.read_text())["tasks"][0]["name"]
     done = bad(tmp_path, smoke_config, change.replace("%FIRST%", first))
     assert done.returncode == 2

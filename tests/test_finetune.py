@@ -9,7 +9,8 @@ import torch
 from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
 from cpift.config import DataSource, ModelConfig, RegionsConfig, ScratchModel, TaskConfig, TrainingConfig
-from cpift.finetune import FitHooks, FitSpec, StageSpec, fit, stages_of
+from cpift.finetune import FitHooks, fit
+from cpift.fit_spec import FitSpec, StageSpec, stages_of
 from cpift.models import materialise
 from cpift.regions import read_mask, save_regions, select_regions
 
@@ -17,7 +18,9 @@ from cpift.regions import read_mask, save_regions, select_regions
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    materialise(ModelConfig(scratch=ScratchModel(hidden_size=32, intermediate_size=48, heads=2), dtype="bfloat16"), folder)
+    materialise(
+        ModelConfig(scratch=ScratchModel(hidden_size=32, intermediate_size=48, heads=2), dtype="bfloat16"), folder
+    )
     return folder
 
 
@@ -106,11 +109,15 @@ def regions(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("freeze", ["earlier", "all"])
-def test_frozen_cores_leave_a_staged_fit_as_they_entered(base: Path, tmp_path: Path, regions: Path, freeze: str) -> None:
+def test_frozen_cores_leave_a_staged_fit_as_they_entered(
+    base: Path, tmp_path: Path, regions: Path, freeze: str
+) -> None:
     stages = stages_of([["rev"], ["add"]], freeze)  # type: ignore[arg-type]
     settings = replace(spec(base, tmp_path / "i", *stages, checkpoint_every=3), regions=regions, balanced=True)
     after_stage: list[Path] = []
-    result = fit(settings, FitHooks(on_checkpoint=lambda folder, m: after_stage.append(folder) if m["step"] == -1 else None))
+    result = fit(
+        settings, FitHooks(on_checkpoint=lambda folder, m: after_stage.append(folder) if m["step"] == -1 else None)
+    )
     start = Checkpoint(base) if freeze == "all" else Checkpoint(after_stage[0])
     end = Checkpoint(settings.export)
     frozen_tasks = ["rev", "add"] if freeze == "all" else ["rev"]

@@ -69,7 +69,10 @@ def vectors_of(tensor: torch.Tensor, granularity: str) -> list[torch.Tensor]:
 def expected_non_core(inputs: FusionInputs, config: FusionConfig) -> dict[str, torch.Tensor]:
     """Sequential SLERP by its definition, in float64; NaN at core positions."""
     names = [n for n in inputs.backbone.names if read_mask(inputs.regions, "t0", n) is not None]
-    flat = {n: [m.tensor(n).double().flatten() for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())] for n in names}
+    flat = {
+        n: [m.tensor(n).double().flatten() for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())]
+        for n in names
+    }
     core = {}
     for n in names:
         parts = [unpack_mask(read_mask(inputs.regions, t, n), flat[n][0].numel()) for t in inputs.tuned]  # type: ignore[arg-type]

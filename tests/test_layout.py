@@ -15,7 +15,19 @@ MODULES = sorted([*(ROOT / "cpift").glob("*.py"), *(ROOT / "kernels" / "cpift_ke
 
 # A module imports only from its own layer or from those before it.
 LAYERS = [
-    {"errors", "artifacts", "config", "config_loading", "devices", "examples", "hub", "text_metrics", "view", "__init__"},
+    {
+        "errors",
+        "artifacts",
+        "config",
+        "config_loading",
+        "devices",
+        "fit_spec",
+        "examples",
+        "hub",
+        "text_metrics",
+        "view",
+        "__init__",
+    },
     {"checkpoints", "data", "synthetic", "tokens", "scratch", "models", "likelihood"},
     {"regions", "grouping", "fusion", "freezing"},
     {"finetune", "evaluate"},

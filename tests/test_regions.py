@@ -78,7 +78,9 @@ def test_a_probe_that_moved_little_has_a_small_core(tmp_path: Path) -> None:
 def test_scope_tensor_takes_its_share_of_each(tmp_path: Path) -> None:
     base, tuned = models(tmp_path, torch.float32)
     summary = select_regions(base, tuned, RegionsConfig(p=0.3, scope="tensor"))["t0"].summary
-    assert summary.cores == {name: core_size(0.3, base.tensors[name].numel) for name in parameter_space(base, RegionsConfig())}
+    assert summary.cores == {
+        name: core_size(0.3, base.tensors[name].numel) for name in parameter_space(base, RegionsConfig())
+    }
 
 
 def test_the_parameter_space_follows_the_patterns(tmp_path: Path) -> None:
@@ -90,7 +92,9 @@ def test_the_parameter_space_follows_the_patterns(tmp_path: Path) -> None:
         parameter_space(base, RegionsConfig(include=("nothing*",)))
 
 
-@pytest.mark.parametrize(("p", "elements", "count"), [(0.1, 30, 3), (0.29, 100, 29), (0.01, 99, 0), (1.0, 7, 7), (0.07, 100, 7)])
+@pytest.mark.parametrize(
+    ("p", "elements", "count"), [(0.1, 30, 3), (0.29, 100, 29), (0.01, 99, 0), (1.0, 7, 7), (0.07, 100, 7)]
+)
 def test_the_core_size_is_the_floor_of_the_decimal_product(p: float, elements: int, count: int) -> None:
     assert core_size(p, elements) == count
 

@@ -1,0 +1,49 @@
+"""A fine-tune, described. Light on purpose: Ray's helper processes unpickle it and must not pay for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpift.config import Freeze, TaskConfig, TrainingConfig
+
+RESULT = "training.json"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: the tasks trained jointly, and the tasks whose core regions are frozen meanwhile."""
+
+    tasks: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """A whole fine-tune. Paths are absolute and, on a cluster, on storage that every node sees."""
+
+    title: str
+    model: Path
+    tasks: tuple[TaskConfig, ...]
+    stages: tuple[StageSpec, ...]
+    training: TrainingConfig
+    seed: int
+    threads: int
+    export: Path
+    scratch: Path
+    regions: Path | None = None
+    samples_per_task: int | None = None
+    balanced: bool = False
+
+
+def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
+    """One stage a group, in order.
+
+    freeze: None (backbone) nothing; "earlier" the cores of the groups before (paper); "all" every core in every stage.
+    """
+    stages = []
+    for k, group in enumerate(groups):
+        frozen_groups = {None: [], "earlier": groups[:k], "all": groups}[freeze]
+        stages.append(StageSpec(tuple(group), tuple(task for earlier in frozen_groups for task in earlier)))
+    return tuple(stages)
