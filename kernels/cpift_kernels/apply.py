@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_SOURCES, check_same_shape, check_values, check_words
-from .dispatch import Backend, resolve
+from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
 
 _CHUNK = 1 << 20
@@ -48,9 +48,7 @@ def _fuse(dtype: torch.dtype, values: list[Tensor], scale: list[float], bits: li
             holders += bit
     fused = torch.where(holders > 0, total / holders, combined.float()).to(dtype)
     for value, bit in zip(values, bits, strict=True):
-        if (
-            bit is not None
-        ):  # a single donor is copied, so that its bits survive, NaN payloads and −0.0 included
+        if bit is not None:  # a single donor is copied, so that its bits survive, NaN payloads and −0.0 included
             fused = torch.where(bit & (holders == 1), value.to(dtype), fused)
     return fused
 
@@ -71,17 +69,10 @@ def fused_apply(
     """
     _check(out, sources, coefficients, masks)
     resolved = resolve(backend, out, *sources, *(words for words in masks if words is not None))
-    if resolved == "triton":
-        from .gpu.apply import fused_apply as fused_apply_triton
-
-        fused_apply_triton(out, sources, coefficients, masks)
-    else:
-        fused_apply_reference(out, sources, coefficients, masks)
+    implementation(resolved, fused_apply_reference)(out, sources, coefficients, masks)
 
 
-def _check(
-    out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, masks: Sequence[Tensor | None]
-) -> None:
+def _check(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, masks: Sequence[Tensor | None]) -> None:
     check_values("out", out)
     if not 1 <= len(sources) <= MAX_SOURCES or len(masks) != len(sources):
         raise ValueError(f"{len(sources)} sources and {len(masks)} masks; pass 1 to {MAX_SOURCES} of each")
@@ -94,11 +85,7 @@ def _check(
             raise ValueError(f"out shares memory with sources[{m}]; give it its own tensor")
     rows = {1, out.shape[0] if out.dim() >= 2 else 1}
     if coefficients.dtype != torch.float64 or coefficients.dim() != 2 or coefficients.device.type != "cpu":
-        raise ValueError(
-            f"coefficients is {coefficients.dtype} {tuple(coefficients.shape)}; pass CPU float64 [R, M]"
-        )
+        raise ValueError(f"coefficients is {coefficients.dtype} {tuple(coefficients.shape)}; pass CPU float64 [R, M]")
     if coefficients.shape[0] not in rows or coefficients.shape[1] != len(sources):
         shape = tuple(coefficients.shape)
-        raise ValueError(
-            f"coefficients has shape {shape}; expected [R, {len(sources)}] with R in {sorted(rows)}"
-        )
+        raise ValueError(f"coefficients has shape {shape}; expected [R, {len(sources)}] with R in {sorted(rows)}")

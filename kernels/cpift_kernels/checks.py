@@ -28,13 +28,9 @@ def check_values(name: str, tensor: Tensor) -> None:
 def check_words(name: str, words: Tensor, numel: int) -> None:
     """A mask of `numel` elements: contiguous 1-D int32, ceil(numel / 32) words, or ValueError."""
     if words.dtype != torch.int32 or words.dim() != 1 or not words.is_contiguous():
-        raise ValueError(
-            f"{name} is {words.dtype} of shape {tuple(words.shape)}; make it with pack_mask (int32, 1-D)"
-        )
+        raise ValueError(f"{name} is {words.dtype} of shape {tuple(words.shape)}; make it with pack_mask (int32, 1-D)")
     if words.numel() != words_for(numel):
-        raise ValueError(
-            f"{name} has {words.numel()} words for {numel} elements; expected {words_for(numel)}"
-        )
+        raise ValueError(f"{name} has {words.numel()} words for {numel} elements; expected {words_for(numel)}")
 
 
 def check_same_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
@@ -51,9 +47,7 @@ def check_models(pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]]
         check_values(f"pretrained[{t}]", tensor)
     for i, model in enumerate(tuned):
         if len(model) != len(pretrained):
-            raise ValueError(
-                f"tuned[{i}] holds {len(model)} tensors, pretrained {len(pretrained)}; pass the same list"
-            )
+            raise ValueError(f"tuned[{i}] holds {len(model)} tensors, pretrained {len(pretrained)}; pass the same list")
         for t, tensor in enumerate(model):
             check_values(f"tuned[{i}][{t}]", tensor)
             check_same_shape(f"tuned[{i}][{t}]", tensor, pretrained[t])

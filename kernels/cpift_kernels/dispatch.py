@@ -1,20 +1,23 @@
 """Which implementation runs an operation.
 
-`auto` follows the tensors: Triton for CUDA and ROCm tensors, the plain-torch reference elsewhere. A
-backend that cannot run on the given tensors is an error; nothing falls back in silence.
+`auto` follows the tensors: Triton for CUDA and ROCm tensors, the numba kernels for CPU tensors. A backend that cannot
+run on the given tensors is an error; nothing falls back in silence.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "reference"]
-Resolved = Literal["triton", "reference"]
+Backend = Literal["auto", "triton", "cpu", "reference"]
+Resolved = Literal["triton", "cpu", "reference"]
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def resolve(backend: Backend, *tensors: Tensor) -> Resolved:
@@ -25,12 +28,25 @@ def resolve(backend: Backend, *tensors: Tensor) -> Resolved:
     """
     device = _common_device(tensors)
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "reference"
+        backend = "triton" if device.type == "cuda" else "cpu"
     if backend == "triton":
         return _triton(device)
+    if backend == "cpu":
+        return _cpu(device)
     if backend == "reference":
         return "reference"
-    raise ValueError(f"backend={backend!r} is unknown; use 'auto', 'triton' or 'reference'")
+    raise ValueError(f"backend={backend!r} is unknown; use 'auto', 'triton', 'cpu' or 'reference'")
+
+
+def implementation(resolved: Resolved, reference: Operation) -> Operation:
+    """What a backend runs for an operation, given its reference `<module>.<name>_reference`: that reference, or
+    `<name>` of `cpu/<module>.py` or `gpu/<module>.py`, imported now."""
+    if resolved == "reference":
+        return reference
+    package = {"triton": "gpu", "cpu": "cpu"}[resolved]
+    module = import_module(f".{package}.{reference.__module__.rpartition('.')[2]}", __package__)
+    operation: Operation = getattr(module, reference.__name__.replace("_reference", ""))
+    return operation
 
 
 def _common_device(tensors: tuple[Tensor, ...]) -> torch.device:
@@ -48,7 +64,16 @@ def _triton(device: torch.device) -> Resolved:
             "backend='auto', or set TRITON_INTERPRET=1 before the import to interpret the kernels on the CPU"
         )
     if find_spec("triton") is None:
-        raise ValueError(
-            "backend='triton' needs the package triton (pip install triton); or use backend='reference'"
-        )
+        raise ValueError("backend='triton' needs the package triton (pip install triton); or use backend='reference'")
     return "triton"
+
+
+def _cpu(device: torch.device) -> Resolved:
+    if device.type != "cpu":
+        raise ValueError(
+            f"backend='cpu' needs CPU tensors, got {device}; move them with .cpu(), or use backend='auto' on CUDA and "
+            "ROCm and backend='reference' on other devices"
+        )
+    if find_spec("numba") is None:
+        raise ValueError("backend='cpu' needs the package numba (pip install numba); or use backend='reference'")
+    return "cpu"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import check_values, check_words
-from .dispatch import Backend, resolve
+from .dispatch import Backend, Resolved, implementation, resolve
 from .masks import count_mask, unpack_mask
 
 
@@ -33,21 +33,12 @@ def scatter_masked_reference_(values: Tensor, words: Tensor, saved: Tensor) -> N
 
 def zero_masked_(values: Tensor, words: Tensor, *, backend: Backend = "auto") -> None:
     """Set the masked elements of `values` [numel] to +0 in place, NaN and Inf included."""
-    if _resolve(backend, values, words) == "triton":
-        from .gpu.freeze import zero_masked_ as zero_masked_triton_
-
-        zero_masked_triton_(values, words)
-    else:
-        zero_masked_reference_(values, words)
+    implementation(_resolve(backend, values, words), zero_masked_reference_)(values, words)
 
 
 def gather_masked(values: Tensor, words: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The masked elements of `values` [numel], in order: a new tensor [count] of the same dtype."""
-    if _resolve(backend, values, words) == "triton":
-        from .gpu.freeze import gather_masked as gather_masked_triton
-
-        return gather_masked_triton(values, words)
-    return gather_masked_reference(values, words)
+    return implementation(_resolve(backend, values, words), gather_masked_reference)(values, words)
 
 
 def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, backend: Backend = "auto") -> None:
@@ -57,15 +48,9 @@ def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, backend: Ba
     """
     resolved = _resolve(backend, values, words, saved)
     if saved.dim() != 1 or saved.dtype != values.dtype or not saved.is_contiguous():
-        raise ValueError(
-            f"saved is {saved.dtype} {tuple(saved.shape)}; pass what gather_masked gave, {values.dtype} 1-D"
-        )
-    if resolved == "triton":
-        from .gpu.freeze import scatter_masked_ as scatter_masked_triton_
-
-        scatter_masked_triton_(values, words, saved)
-    else:
-        scatter_masked_reference_(values, words, saved)
+        given = f"{saved.dtype} {tuple(saved.shape)}"
+        raise ValueError(f"saved is {given}; pass what gather_masked gave, {values.dtype} and 1-D")
+    implementation(resolved, scatter_masked_reference_)(values, words, saved)
 
 
 def saved_mismatch(given: int, expected: int) -> ValueError:
@@ -75,7 +60,7 @@ def saved_mismatch(given: int, expected: int) -> ValueError:
     )
 
 
-def _resolve(backend: Backend, values: Tensor, words: Tensor, *others: Tensor) -> str:
+def _resolve(backend: Backend, values: Tensor, words: Tensor, *others: Tensor) -> Resolved:
     check_values("values", values)
     if values.dim() != 1:
         raise ValueError(f"values has shape {tuple(values.shape)}; pass a 1-D view, tensor.view(-1)")

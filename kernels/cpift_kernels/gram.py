@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_TASKS, check_same_shape, check_values, check_words
-from .dispatch import Backend, resolve
+from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
 
 Granularity = Literal["tensor", "row"]
@@ -75,11 +75,8 @@ def masked_gram(
     for words in masks:
         check_words("excluded", words, reference.numel())
     resolved = resolve(backend, reference, *vectors, *masks)
-    if resolved == "triton":
-        from .gpu.gram import masked_gram as masked_gram_triton
-
-        return masked_gram_triton(reference, vectors, excluded, granularity=granularity)
-    return masked_gram_reference(reference, vectors, excluded, granularity=granularity)
+    run = implementation(resolved, masked_gram_reference)
+    return run(reference, vectors, excluded, granularity=granularity)
 
 
 def row_count(tensor: Tensor, granularity: Granularity) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_TASKS, check_same_shape, check_values, check_words
-from .dispatch import Backend, resolve
+from .dispatch import Backend, implementation, resolve
 from .masks import count_mask, pack_mask, unpack_mask
 
 ConflictPolicy = Literal["magnitude", "last", "mean"]
@@ -39,11 +39,7 @@ def overlap_counts_per_tensor(masks: Sequence[Sequence[Tensor]], *, backend: Bac
     """
     _check_masks(masks)
     resolved = resolve(backend, *(words for task in masks for words in task))
-    if resolved == "triton":
-        from .gpu.overlap import overlap_counts_per_tensor as overlap_counts_per_tensor_triton
-
-        return overlap_counts_per_tensor_triton(masks)
-    return overlap_counts_per_tensor_reference(masks)
+    return implementation(resolved, overlap_counts_per_tensor_reference)(masks)
 
 
 def overlap_counts(masks: Sequence[Sequence[Tensor]], *, backend: Backend = "auto") -> Tensor:
@@ -84,11 +80,7 @@ def resolve_conflicts(
     """
     _check_conflict(policy, pretrained, tuned, masks)
     resolved = resolve(backend, pretrained, *tuned, *masks)
-    if resolved == "triton":
-        from .gpu.overlap import resolve_conflicts as resolve_conflicts_triton
-
-        return resolve_conflicts_triton(policy, pretrained, tuned, masks)
-    return resolve_conflicts_reference(policy, pretrained, tuned, masks)
+    return implementation(resolved, resolve_conflicts_reference)(policy, pretrained, tuned, masks)
 
 
 def _check_masks(masks: Sequence[Sequence[Tensor]]) -> None:
@@ -96,9 +88,7 @@ def _check_masks(masks: Sequence[Sequence[Tensor]]) -> None:
         raise ValueError(f"masks holds {len(masks)} tasks; between 1 and {MAX_TASKS} are supported")
     for i, task in enumerate(masks):
         if len(task) != len(masks[0]):
-            raise ValueError(
-                f"masks[{i}] covers {len(task)} tensors, masks[0] {len(masks[0])}; pass the same tensors"
-            )
+            raise ValueError(f"masks[{i}] covers {len(task)} tensors, masks[0] {len(masks[0])}; pass the same tensors")
         for t, words in enumerate(task):
             check_words(f"masks[{i}][{t}]", words, 32 * masks[0][t].numel())
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_models
-from .dispatch import Backend, resolve
+from .dispatch import Backend, implementation, resolve
 from .masks import pack_mask
 
 
@@ -44,9 +44,7 @@ def select_cores_reference(
     """`select_cores` in plain torch; holds |Δ| of one task in fp32 at a time."""
     cores = []
     for task, model in enumerate(tuned):
-        magnitudes = [
-            (x.float() - x0.float()).abs().reshape(-1) for x, x0 in zip(model, pretrained, strict=True)
-        ]
+        magnitudes = [(x.float() - x0.float()).abs().reshape(-1) for x, x0 in zip(model, pretrained, strict=True)]
         for index, magnitude in enumerate(magnitudes):
             if not magnitude.isfinite().all():
                 raise nonfinite_update(index, task)
@@ -91,11 +89,7 @@ def select_cores(
         if not 0 <= count <= total:
             raise ValueError(f"counts holds {count}; the models have {total} elements, so use 0..{total}")
     resolved = resolve(backend, *pretrained, *(tensor for model in tuned for tensor in model))
-    if resolved == "triton":
-        from .gpu.selection import select_cores as select_cores_triton
-
-        return select_cores_triton(pretrained, tuned, counts)
-    return select_cores_reference(pretrained, tuned, counts)
+    return implementation(resolved, select_cores_reference)(pretrained, tuned, counts)
 
 
 def nonfinite_update(tensor: int, task: int) -> ValueError:

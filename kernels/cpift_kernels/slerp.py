@@ -100,19 +100,10 @@ def _stack(columns: list[Tensor], gram: Tensor) -> Tensor:
 def _check(gram: Tensor, omegas: Sequence[float], epsilon: float, space: Space) -> None:
     if space not in ("weights", "delta"):
         raise ValueError(f"space={space!r} is unknown; use 'weights' or 'delta'")
-    if (
-        gram.dtype != torch.float64
-        or gram.dim() < 2
-        or gram.shape[-1] != gram.shape[-2]
-        or gram.shape[-1] < 2
-    ):
-        raise ValueError(
-            f"gram is {gram.dtype} {tuple(gram.shape)}; pass float64 [..., N+1, N+1] from masked_gram"
-        )
+    if gram.dtype != torch.float64 or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] < 2:
+        raise ValueError(f"gram is {gram.dtype} {tuple(gram.shape)}; pass float64 [..., N+1, N+1] from masked_gram")
     if not gram.isfinite().all():
-        raise ValueError(
-            "gram holds NaN or Inf; look for NaN or Inf in the models, or overflow of their squares"
-        )
+        raise ValueError("gram holds NaN or Inf; look for NaN or Inf in the models, or overflow of their squares")
     steps = gram.shape[-1] - (1 if space == "weights" else 2)
     if len(omegas) != steps:
         raise ValueError(f"omegas holds {len(omegas)} factors; {steps} steps in space={space!r} need {steps}")

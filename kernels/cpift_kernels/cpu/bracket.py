@@ -1,0 +1,125 @@
+"""Where the k-th largest update lies, from a sample.
+
+The updates of a task are ordered by (|Δ| descending, position ascending), positions being counted in whole chunks. A
+point (key, chunk) of that order, key = the fp32 bits of |Δ|, stands after every update with a larger key and after
+those with an equal key in chunks of a smaller number. Ties then cost nothing: within one chunk an update lies before
+the point if and only if its key exceeds one number, `key` or `key - 1`. A bracket is two points, `high` and `low`; its
+candidates lie between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .compiled import in_threads, kernel
+from .segments import CHUNK, Ints, Segments
+from .vector import bits_of, load_one_kind
+
+RUN = 16  # consecutive elements sampled together
+ALL = 1 << 16  # models up to this size need no sample: every element that moved is a candidate
+LARGEST = 0x7F7FFFFF  # bits of the largest finite fp32
+ATTEMPTS = 4  # brackets of 6, 24 and 96 standard errors; the last holds every element that moved
+
+
+@kernel
+def _sample_runs(segment, start, numel, base, base_kind, tuned, tuned_kind, keys):  # type: ignore[no-untyped-def]
+    """keys [N, R, RUN]: bits of |Δ| of the RUN elements from start[r] of segment[r] on, 0 past the segment's end."""
+    for task in range(keys.shape[0]):
+        for run in range(keys.shape[1]):
+            s, first = segment[run], start[run]
+            for i in range(RUN):
+                keys[task, run, i] = 0
+                if first + i < numel[s]:
+                    x = load_one_kind(tuned_kind[task, s], tuned[task, s], first + i)
+                    x0 = load_one_kind(base_kind[s], base[s], first + i)
+                    keys[task, run, i] = bits_of(abs(x - x0))
+
+
+def draw_brackets(segments: Segments, counts: Sequence[int], attempt: int) -> Ints:
+    """Brackets [N, K, 4] (high key, high chunk, low key, low chunk) around the `counts[k]`-th largest update.
+
+    Each attempt samples anew and draws wider; the last of ATTEMPTS cannot miss.
+    """
+    total = segments.total
+    if total <= ALL or attempt == ATTEMPTS - 1:
+        widest = [[LARGEST, 0, 0 if count else LARGEST, 0] for count in counts]
+        return np.array([widest] * len(segments.tuned), np.int64).reshape(-1, len(counts), 4)
+    chunk, keys = _sample(segments, seed=attempt)
+    fractions = [count / total for count in counts]
+    errors = 6.0 * 4**attempt
+    return np.array(in_threads(lambda task: _bracket_task(task, chunk, fractions, errors), keys)).reshape(
+        -1, len(counts), 4
+    )
+
+
+def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
+    """One run at a random place of each of R equal strata of the positions: chunk [R] and keys [N, R, RUN]."""
+    total = segments.total
+    runs = min(max(total // 2048, 1 << 16), 1 << 21) // RUN
+    place = ((np.arange(runs) + np.random.default_rng(seed).random(runs)) * (total / runs)).astype(np.int64)
+    begin = np.cumsum(segments.numel) - segments.numel
+    segment = np.searchsorted(begin, np.minimum(place, total - 1), side="right") - 1
+    start = np.maximum(np.minimum(place - begin[segment], segments.numel[segment] - RUN), 0)
+    keys = np.empty((len(segments.tuned), runs, RUN), np.int32)
+    s = segments
+    _sample_runs(segment, start, s.numel, s.base, s.base_kind, s.tuned, s.tuned_kind, keys)
+    return segments.chunk[segment] + start // CHUNK, keys
+
+
+def _bracket_task(keys: NDArray[np.int32], chunk: Ints, fractions: Sequence[float], errors: float) -> Ints:
+    """The brackets [K, 4] of one task, `errors` standard errors to either side of the sampled quantiles.
+
+    The error of a rank is that of a sample of whole runs, since neighbours often move together.
+    """
+    size, flat = keys.size, np.minimum(keys.reshape(-1), np.int32(LARGEST))
+    brackets = np.zeros((len(fractions), 4), np.int64)
+    for k, fraction in enumerate(fractions):
+        brackets[k, 0] = LARGEST
+        if fraction == 0.0:
+            brackets[k, 2] = LARGEST
+            continue
+        rank = min(int(fraction * size), size - 1)
+        per_run = largest(flat, rank)[0].reshape(keys.shape).sum(1)
+        variance = max(float(per_run.var()) * len(keys), rank * (1 - rank / size))
+        margin = int(errors * math.sqrt(variance)) + 8
+        if rank > margin:
+            key, at = largest(flat, rank - margin)[1:]
+            brackets[k, :2] = (key, chunk[at // RUN]) if key else (0, 0)
+        if rank + margin < size:
+            key, at = largest(flat, rank + margin)[1:]
+            brackets[k, 2:] = (key, chunk[at // RUN] + 1) if key else (0, 0)
+    return brackets
+
+
+def largest(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.bool_], int, int]:
+    """The `count` largest of non-negative keys, ties to the earlier ones: who they are [C], the last one's key and
+    index (0 and -1 if count is 0). In linear time whatever the ties, unlike numpy's partition."""
+    if count == 0:
+        return np.zeros(len(keys), np.bool_), 0, -1
+    key, ties = _kth_largest(keys, count)
+    chosen = keys > key
+    equal = np.flatnonzero(keys == key)[:ties]
+    chosen[equal] = True
+    return chosen, int(key), int(equal[-1])
+
+
+@kernel
+def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
+    """(the count-th largest key, how many of its equals are among the count largest); radix 2**11, three digits."""
+    histogram = np.empty(1 << 11, np.int64)
+    prefix, rest = 0, count
+    for shift in (22, 11, 0):
+        histogram[:] = 0
+        for key in keys:
+            if key >> (shift + 11) == prefix:
+                histogram[(key >> shift) & 0x7FF] += 1
+        digit = (1 << 11) - 1
+        while histogram[digit] < rest:
+            rest -= histogram[digit]
+            digit -= 1
+        prefix = prefix << 11 | digit
+    return prefix, rest

@@ -1,0 +1,85 @@
+"""How the CPU kernels are compiled, cached and run on threads.
+
+Cache: numba's, in a folder named after everything that decides the machine code (this package's source, numba, the
+processor), so a new version or another machine on a shared file system never meets a stale file. Each kernel has
+exactly one signature; processes that compile it at the same time replace a file by an equal one, atomically.
+
+Threads: a pool of Python threads around kernels that release the GIL. Unlike numba's own threading layers it may be
+entered from several threads, after a fork and beside OpenMP. Work is cut by size, never by thread, and results come
+back in order, so they do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import torch
+from llvmlite import binding
+from numba.core import config
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile an entry point: cached on disk, without the GIL. Called with ints, floats and int64 arrays only."""
+    before, config.CACHE_DIR = config.CACHE_DIR, str(cache_folder())
+    try:
+        return numba.njit(function, cache=True, nogil=True, error_model="numpy")
+    finally:
+        config.CACHE_DIR = before
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function that kernels call; it becomes part of them."""
+    return numba.njit(function, nogil=True, error_model="numpy")
+
+
+@cache
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $NUMBA_CACHE_DIR, the user's cache, or a private temporary folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    for base in (config.CACHE_DIR, home, tempfile.gettempdir()):
+        folder = Path(base).expanduser() / f"cpift-kernels-{_user()}" / _fingerprint()
+        if base and _usable(folder):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="cpift-kernels-"))
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def _usable(folder: Path) -> bool:
+    """Writable, and nobody else's: cached code is executed."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owners = {path.stat().st_uid for path in (folder, folder.parent)}
+        return os.access(folder, os.W_OK) and (os.name != "posix" or owners == {_user()})
+    except OSError:
+        return False
+
+
+def _fingerprint() -> str:
+    parts = [numba.__version__, torch.__version__, binding.get_host_cpu_name(), str(binding.get_host_cpu_features())]
+    parts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")]
+    parts += [source.read_text() for source in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`[work(item) for item in items]` on torch.get_num_threads() threads."""
+    items = list(items)
+    threads = min(torch.get_num_threads(), len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, thread_name_prefix="cpift") as pool:
+        return list(pool.map(work, items))
