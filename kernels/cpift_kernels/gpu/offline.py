@@ -1,0 +1,90 @@
+"""Compile a kernel exactly as a launch would, on a machine without its GPU.
+
+`record` runs a launcher with the launches themselves held back; `compile_launch` compiles one of them for a target,
+with the types and alignments that Triton would specialise on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import common
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS = {
+    torch.int16: "*i16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One held-back launch, its arguments by the kernel's own names."""
+
+    kernel: Any
+    programs: int
+    threads: int
+    arguments: dict[str, Any]
+
+
+def record(action: Callable[[], object]) -> list[Launch]:
+    """The launches that `action` makes; none of them runs, so what they would have written stays as it was."""
+    launches: list[Launch] = []
+    with patch.object(common, "launch", lambda *args, **options: launches.append(describe(*args, **options))):
+        action()
+    return launches
+
+
+def describe(kernel: Any, programs: int, device: torch.device, *args: Any, threads: int, **options: Any) -> Launch:
+    """The `Launch` that `common.launch` would make of the same arguments."""
+    del device
+    arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
+    return Launch(kernel, programs, threads, {name: arguments[name] for name in kernel.arg_names})
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel of `launch` for `target`."""
+    constants = {p.name for p in inspect.signature(launch.kernel.fn).parameters.values() if "constexpr" in str(p)}
+    signature, values, aligned = {}, {}, {}
+    for i, (name, argument) in enumerate(launch.arguments.items()):
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", argument
+        else:
+            signature[name] = _specialise(argument, (i,), values, aligned)
+    source = ASTSource(launch.kernel, signature, constexprs=values, attrs=aligned)
+    options = {"num_warps": launch.threads // target.warp_size, **common.FUSED}
+    return triton.compile(source, target=target, options=options)
+
+
+def _specialise(argument: Any, path: tuple[int, ...], values: dict, aligned: dict) -> Any:
+    """Triton's type of a run-time argument; notes constants and alignment the way its launcher does."""
+    if isinstance(argument, tuple):
+        return tuple(_specialise(item, (*path, i), values, aligned) for i, item in enumerate(argument))
+    if argument is None or (isinstance(argument, int) and argument == 1):
+        values[path] = argument
+        return "constexpr"
+    if (argument.data_ptr() if isinstance(argument, Tensor) else argument) % 16 == 0:
+        aligned[path] = [["tt.divisibility", 16]]
+    if isinstance(argument, Tensor):
+        return _POINTERS[argument.dtype]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"

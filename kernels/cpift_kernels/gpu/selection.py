@@ -1,0 +1,261 @@
+"""Core selection on the GPU: sample a bracket, mark in one pass over all models, finish exactly.
+
+|Δ| is ordered by (magnitude descending, linear index ascending). A sample brackets the k-th element between two cut
+points of that order. One pass over the models writes two bit masks per region, the elements before the upper cut
+(certainly in) and before the lower cut (possibly in), and counts both. The candidates, those in the second mask alone,
+are about 0.1 % of the model; sorting them settles the region exactly. A bracket that missed is widened.
+
+The index half of a cut point acts at block boundaries, so a block compares with one number per cut and any amount of
+ties costs nothing.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import words_for
+from ..selection import CoreMask, nonfinite_update
+from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, draw_samples
+from .common import bytes_within, elements, launch_blocks, mask_bytes, pack, popcount, read, widen, within
+
+BLOCK = 4096  # elements that one program reads of every tensor
+SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is marked, then its candidates taken
+
+
+@triton.jit
+def mark_kernel(
+    pretrained, tuned, upper, lower, lower_stride, counts, faults, cuts, edges, start, numel, base,
+    N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Mark one block of N models against K cut pairs each.
+
+    pretrained, tuned[N]: elements of the slice; upper[N * K], lower [N * K, lower_stride]: mask bytes;
+    counts [blocks, N * K]: elements above the upper cut | those above the lower one << 16; faults [blocks]: whether
+    any Δ is NaN or Inf; cuts, edges [N * K, 2]: key bits and linear index of the upper and lower cut;
+    start: linear index of the slice's first element.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK + base
+    row = tl.arange(0, BLOCK // 8)
+    inside = within(numel - first, BLOCK, TAIL)
+    # The padding bits of the last word are written too.
+    row_inside = bytes_within((numel - first + 31) // 32 * 32, BLOCK, TAIL)
+    origin = read(pretrained, first, inside, BLOCK)
+    fault = tl.zeros((BLOCK // 8, 8), tl.float32)
+    for i in tl.static_range(N):
+        delta = read(tuned[i], first, inside, BLOCK) - origin
+        fault += delta * 0.0  # NaN from the first NaN or Inf on
+        for k in tl.static_range(K):
+            c = i * K + k
+            above = tl.load(cuts + 2 * c) - (start + first < tl.load(edges + 2 * c)).to(tl.int32)
+            below = tl.load(cuts + 2 * c + 1) - (start + first < tl.load(edges + 2 * c + 1)).to(tl.int32)
+            # Non-negative floats order like their bits, so the cut's bits serve as a float.
+            sure = pack(tl.abs(delta) > above.to(tl.float32, bitcast=True))
+            possible = pack(tl.abs(delta) > below.to(tl.float32, bitcast=True))
+            upper_row = upper[i * K + k] + first // 8 + row
+            lower_row = lower + lower_stride * c + first // 8 + row
+            tl.store(upper_row, sure.to(tl.uint8), mask=row_inside)
+            tl.store(lower_row, possible.to(tl.uint8), mask=row_inside)
+            found = popcount(sure.to(tl.uint32)) + (popcount(possible.to(tl.uint32)) << 16)
+            tl.store(counts + first // BLOCK * (N * K) + c, tl.sum(found, 0))
+    tl.store(faults + first // BLOCK, tl.max(tl.max((fault != fault).to(tl.int32), 1), 0))
+
+
+@triton.jit
+def collect_kernel(
+    pretrained, tuned, upper, lower, ranks, keys, indices, start, numel, base,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write key bits and linear index of every element in `lower` but not in `upper`, in order.
+
+    upper, lower: int32 words of one slice; ranks [blocks]: candidates before each block.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK + base
+    word = tl.arange(0, BLOCK // 32)
+    inside = (word * 32 < numel - first) if TAIL else tl.full((BLOCK // 32,), True, tl.int1)
+    sure = tl.load(upper + first // 32 + word, mask=inside, other=0)
+    possible = tl.load(lower + first // 32 + word, mask=inside, other=0)
+    bits = (possible & ~sure).to(tl.uint32, bitcast=True)
+    left = popcount(bits)
+    rank = tl.load(ranks + first // BLOCK) + tl.cumsum(left, 0) - left
+    while tl.max(left, 0) > 0:  # one bit of every word a turn: candidates are few
+        live = left > 0
+        position = first + word * 32 + popcount((bits & (0 - bits)) - 1)
+        value = widen(tl.load(tuned + position, mask=live, other=0))
+        origin = widen(tl.load(pretrained + position, mask=live, other=0))
+        tl.store(keys + rank, tl.abs(value - origin).to(tl.int32, bitcast=True), mask=live)
+        tl.store(indices + rank, start + position, mask=live)
+        bits = bits & (bits - 1)
+        left -= 1
+        rank += 1
+
+
+@dataclass
+class Region:
+    """One region while it is being selected: its upper mask so far, counts, and candidates in linear order."""
+
+    words: list[Tensor]
+    sure: int
+    possible: int
+    keys: list[Tensor]
+    indices: list[Tensor]
+
+
+def select_cores(
+    pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], counts: Sequence[int]
+) -> list[list[CoreMask]]:
+    """`cpift_kernels.select_cores` on CUDA or ROCm tensors."""
+    return [
+        [core or _retry(pretrained, model, count) for core, count in zip(cores, counts, strict=True)]
+        for model, cores in zip(tuned, _attempt(pretrained, tuned, counts, 0), strict=True)
+    ]
+
+
+def _retry(pretrained: Sequence[Tensor], model: Sequence[Tensor], count: int) -> CoreMask:
+    """A region whose bracket missed, with another sample and a wider bracket; the last one spans everything."""
+    for attempt in range(1, len(SPREADS)):
+        core = _attempt(pretrained, [model], [count], attempt)[0][0]
+        if core is not None:
+            return core
+    raise AssertionError("the widest bracket holds every element that moved")
+
+
+def _attempt(
+    pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], counts: Sequence[int], attempt: int
+) -> list[list[CoreMask | None]]:
+    """One pass over the models; None for a region whose bracket missed."""
+    brackets = [
+        [sample.bracket(count, SPREADS[attempt]) for count in counts]
+        for sample in draw_samples(pretrained, tuned, attempt)
+    ]
+    regions = mark_models(pretrained, tuned, brackets)
+    sizes = [tensor.numel() for tensor in pretrained]
+    return [
+        [_finish(*item, sizes) for item in zip(row, cuts, counts, strict=True)]
+        for row, cuts in zip(regions, brackets, strict=True)
+    ]
+
+
+def mark_models(
+    pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], brackets: Sequence[Sequence[Bracket]]
+) -> list[list[Region]]:
+    """The pass over all models, slice by slice: upper masks, counts and candidates of every region."""
+    regions = [[Region([], 0, 0, [], []) for _ in row] for row in brackets]
+    pairs = [(i, k) for i, row in enumerate(brackets) for k in range(len(row))]
+    if not pairs:
+        return regions
+    limit = max(SCRATCH_BYTES * 8 // len(pairs) // BLOCK, 1) * BLOCK
+    start = 0
+    for t, origin in enumerate(pretrained):
+        numel, device = origin.numel(), origin.device
+        for i, k in pairs:
+            regions[i][k].words.append(torch.empty(words_for(numel), dtype=torch.int32, device=device))
+        for offset in range(0, numel, limit):
+            part = slice(offset, min(offset + limit, numel))
+            models = [elements(model[t])[part] for model in tuned]
+            uppers = [regions[i][k].words[t][part.start // 32 : words_for(part.stop)] for i, k in pairs]
+            try:
+                _mark_slice(elements(origin)[part], models, uppers, brackets, regions, start + offset)
+            except ArithmeticError:
+                raise _blame(pretrained, tuned, t) from None
+        start += numel
+    return regions
+
+
+def _mark_slice(
+    origin: Tensor,
+    models: list[Tensor],
+    uppers: list[Tensor],
+    brackets: Sequence[Sequence[Bracket]],
+    regions: list[list[Region]],
+    start: int,
+) -> None:
+    """Mark one slice and take its candidates; ArithmeticError if a Δ in it is NaN or Inf."""
+    lower, counts, faults = launch_mark(origin, models, uppers, brackets, start)
+    sure, possible = (counts & 0xFFFF).T.long(), (counts >> 16).T.long()
+    faulty, *totals = torch.cat([faults.sum()[None], sure.sum(1), possible.sum(1)]).tolist()
+    if faulty:
+        raise ArithmeticError
+    before = (possible - sure).cumsum(1) - (possible - sure)
+    for c, region in enumerate(region for row in regions for region in row):
+        certain, maximal = totals[c], totals[len(uppers) + c]
+        region.sure += certain
+        region.possible += maximal
+        if maximal > certain:
+            model = models[c // len(brackets[0])]
+            keys, indices = launch_collect(origin, model, uppers[c], lower[c], before[c], maximal - certain, start)
+            region.keys.append(keys)
+            region.indices.append(indices)
+
+
+def launch_mark(
+    origin: Tensor, models: list[Tensor], uppers: list[Tensor], brackets: Sequence[Sequence[Bracket]], start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `uppers`; the lower mask words [N * K, ...], counts [blocks, N * K] and faults [blocks] of `mark_kernel`."""
+    numel, device = origin.numel(), origin.device
+    flat = [(cut.upper, cut.lower) for row in brackets for cut in row]
+    cuts = torch.tensor([[side[0] for side in cut] for cut in flat], dtype=torch.int32, device=device)
+    edges = torch.tensor([[side[1] for side in cut] for cut in flat], dtype=torch.int64, device=device)
+    lower = torch.empty(len(flat), triton.cdiv(numel, 512) * 16, dtype=torch.int32, device=device)
+    counts = torch.empty(triton.cdiv(numel, BLOCK), len(flat), dtype=torch.int32, device=device)
+    faults = torch.empty(len(counts), dtype=torch.int32, device=device)
+    launch_blocks(
+        mark_kernel, numel, BLOCK, device,
+        origin, tuple(models), tuple(map(mask_bytes, uppers)), mask_bytes(lower.view(-1)), 4 * lower.stride(0),
+        counts, faults, cuts, edges, start, numel,
+        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, threads=BLOCK // 16,
+    )  # fmt: skip
+    return lower, counts, faults
+
+
+def launch_collect(
+    origin: Tensor, model: Tensor, upper: Tensor, lower: Tensor, before: Tensor, amount: int, start: int
+) -> tuple[Tensor, Tensor]:
+    """Key bits and linear indices of the `amount` candidates of one slice; before [blocks]: those before each block."""
+    keys = torch.empty(amount, dtype=torch.int32, device=origin.device)
+    indices = torch.empty(amount, dtype=torch.int64, device=origin.device)
+    launch_blocks(
+        collect_kernel, origin.numel(), BLOCK, origin.device,
+        origin, model, upper, lower, before, keys, indices, start, origin.numel(),
+        BLOCK=BLOCK, threads=BLOCK // 16,
+    )  # fmt: skip
+    return keys, indices
+
+
+def _blame(pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], tensor: int) -> ValueError:
+    """The error that names the first task whose update of `tensor` is not finite."""
+    for task, model in enumerate(tuned):
+        if not (model[tensor].float() - pretrained[tensor].float()).isfinite().all():
+            return nonfinite_update(tensor, task)
+    raise AssertionError(f"tensor {tensor} was flagged, yet every update of it is finite")
+
+
+def _finish(region: Region, bracket: Bracket, count: int, sizes: Sequence[int]) -> CoreMask | None:
+    """Settle the candidates; None if the bracket missed."""
+    wanted = min(count, region.possible)
+    if wanted == 0 and bracket.lower in (EVERYTHING, NOTHING):
+        return CoreMask(region.words, 0, count, math.inf)
+    complete = region.possible >= count or bracket.lower == EVERYTHING
+    if not complete or region.sure >= wanted:  # equality would leave the threshold unknown
+        return None
+    keys, indices = torch.cat(region.keys), torch.cat(region.indices)
+    ordered, order = keys.sort(descending=True, stable=True)
+    taken = wanted - region.sure
+    _set_bits(region.words, sizes, indices[order[:taken]].sort().values)
+    return CoreMask(region.words, wanted, count, float(ordered[taken - 1].view(torch.float32)))
+
+
+def _set_bits(words: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> None:
+    """Set the bits at ascending linear `indices`, none of which is set."""
+    ends = torch.tensor(sizes, device=indices.device).cumsum(0)
+    parts = indices.tensor_split(torch.searchsorted(indices, ends)[:-1].cpu())
+    for mask, part, end, size in zip(words, parts, ends.tolist(), sizes, strict=True):
+        local = part - (end - size)
+        mask.index_add_(0, local // 32, (1 << local % 32).to(torch.int32))  # distinct bits: adding sets them
