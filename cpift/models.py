@@ -109,13 +109,10 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
             dtype=dtype or "auto",
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; _checked_network refuses them
             output_loading_info=True,
         )
-    network, info = loaded
-    problems = _loading_problems(info, path)
-    if problems:
-        raise CheckpointError(f"model {path}", problems)
-    return network.eval()
+    return _checked_network(loaded, path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -234,8 +231,11 @@ def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedT
     if hasattr(transformers, "GgufConfig"):  # releases that can keep the blocks packed have to be told not to
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _no_progress_bars():
-        network = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **arguments)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, **arguments, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    network = _checked_network(loaded, file)
     # The weights are dense now; transformers refuses to save a model that still says it is quantised.
     for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
         if hasattr(holder, name):
@@ -265,13 +265,17 @@ def _checked_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTra
     return tokenizer
 
 
-def _loading_problems(info: Any, path: Path) -> list[Problem]:
-    missing = [Problem(str(path), f"tensor {name} is missing", "restore it") for name in sorted(info["missing_keys"])]
-    mismatched = [
+def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrainedModel:
+    """The model of `from_pretrained(..., output_loading_info=True)`, if every tensor of it came from the file."""
+    network, info = loaded
+    problems = [Problem(str(path), f"tensor {name} is missing", "restore it") for name in sorted(info["missing_keys"])]
+    problems += [
         Problem(str(path), f"tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}", "restore it")
         for name, found, wanted in sorted(info["mismatched_keys"])
     ]
-    return missing + mismatched
+    if problems:
+        raise CheckpointError(f"model {path}", problems)
+    return network.eval()
 
 
 def _check_dense(network: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from cpift.errors import DataError, Problem
 
 VERSION = 1  # raise it whenever a generator's rows change: fingerprints depend on it
 _TEST_SHARE = 5  # one prompt in so many belongs to the test split
-_TRIES = 200  # draws per wanted row before a generator counts as exhausted
+_PATIENCE = 5000  # draws without a new prompt after which a generator counts as exhausted
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 Row = dict[str, Any]
@@ -32,14 +32,17 @@ def generate(name: str, size: int, seed: int, split: str = "train") -> list[Row]
         raise DataError(f"generator {name}", [Problem("split", f"{split!r} is unknown", "use train or test")])
     source = random.Random(f"{name}/{split}/{seed}")
     rows: dict[str, Row] = {}
-    for _ in range(size * _TRIES):
+    idle = 0
+    while len(rows) < size:
         row = GENERATORS[name](source)
-        if _is_test(row["prompt"]) == (split == "test"):
-            rows.setdefault(row["prompt"], row)
-        if len(rows) == size:
-            return list(rows.values())
-    what = f"{size} {split} rows wanted, only {len(rows)} different prompts found"
-    raise DataError(f"generator {name}", [Problem("size", what, "ask for fewer")])
+        new = row["prompt"] not in rows and _is_test(row["prompt"]) == (split == "test")
+        idle = 0 if new else idle + 1
+        if idle == _PATIENCE:
+            what = f"{size} {split} rows wanted, only {len(rows)} different prompts found"
+            raise DataError(f"generator {name}", [Problem("size", what, "ask for fewer")])
+        if new:
+            rows[row["prompt"]] = row
+    return list(rows.values())
 
 
 def addition(source: random.Random) -> Row:

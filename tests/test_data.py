@@ -1,0 +1,325 @@
+"""Rows become examples or named errors; labels cover exactly what the model must write; samples are reproducible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpift import data, hub
+from cpift.config import DataSource, ScratchModel, TaskConfig
+from cpift.data import (
+    CompletionCollator,
+    Example,
+    Message,
+    balanced_sample,
+    check_task,
+    load_examples,
+    mixture,
+    source_fingerprint,
+    tokenise,
+    tokenised_dataset,
+)
+from cpift.errors import DataError
+from cpift.scratch import make_scratch_tokenizer
+from cpift.tokens import IGNORED
+
+TOKENIZER = make_scratch_tokenizer(ScratchModel())
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|start|>system\nBe kind.<|end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def write(path: Path, rows: list[Any]) -> DataSource:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return DataSource(file=path)
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
+
+
+def example(*turns: str) -> Example:
+    return Example(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)))
+
+
+def labelled(row: dict[str, list[int]]) -> str:
+    return TOKENIZER.decode([label for label in row["labels"] if label != IGNORED])
+
+
+# --- rows ---
+
+
+def test_chat_and_prompt_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [chat("a", "b", "c", "d"), {"prompt": "p", "completion": "q", "answer": 7}])
+    first, second = load_examples(source)
+    assert [message.content for message in first.messages] == ["a", "b", "c", "d"]
+    assert first.reply == "d"
+    assert [message.role for message in first.prompt] == ["user", "assistant", "user"]
+    assert second == Example((Message("user", "p"), Message("assistant", "q")), "7", ())
+
+
+def test_columns_build_what_a_metric_needs(tmp_path: Path) -> None:
+    rows = [{"question": "Which?", "options": {"text": ["x", "y"]}, "label": 1, "note": {"by": "me"}}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    columns = {"prompt": "{question} ({note[by]})", "choices": "{options[text]}", "answer": "{label}"}
+    (found,) = load_examples(source.model_copy(update={"columns": columns}))
+    assert found == Example((Message("user", "Which? (me)"), Message("assistant", "y")), "y", ("x", "y"))
+
+
+def test_choices_may_be_lines_of_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "p", "a": "one", "b": "two", "answer": "two"}])
+    (found,) = load_examples(source.model_copy(update={"columns": {"choices": "{a}\n{b}"}}))
+    assert found.choices == ("one", "two")
+    assert found.reply == "two"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{broken", "no JSON"),
+        ("[1]", "must be a JSON object, not list"),
+        ({"prompt": "p"}, "needs `messages`, or `prompt` and `completion`; it has prompt"),
+        ({"messages": "hello"}, "must be a list of role and content, not str"),
+        ({"messages": []}, "must be a list of role and content"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] has no role and content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "has role 'robot'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content must be text, not int"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "must be the assistant's reply, not the user's"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "no message of the user"),
+        ({"prompt": "p", "completion": "  "}, "last reply is empty"),
+        ({"prompt": "p", "answer": 2, "choices": ["x", "y"]}, "2 is no position in the 2 choices"),
+        ({"prompt": "p", "answer": True}, "must be text or a number, not bool"),
+        ({"prompt": "p", "answer": "x", "choices": [1, 2]}, "`choices` must be a list of text"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        load_examples(write(tmp_path / "rows.jsonl", [chat("a", "b"), row]))
+    assert [problem.where for problem in error.value.problems] == ["row 2"]
+
+
+def test_all_bad_rows_are_counted_and_ten_shown(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [chat("a", "b")] + [{"x": 1}] * 14)
+    with pytest.raises(DataError) as error:
+        load_examples(source)
+    assert len(error.value.problems) == 11
+    assert error.value.problems[0].where == "row 2"
+    assert error.value.problems[-1].what == "4 more rows with problems"
+
+
+def test_limit_is_applied_before_rows_are_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [chat("a", "b"), "{broken"]).model_copy(update={"limit": 1})
+    assert len(load_examples(source)) == 1
+
+
+def test_empty_missing_and_wrongly_encoded_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        load_examples(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(DataError, match=r"there is no .*nothing\.jsonl"):
+        load_examples(DataSource(file=tmp_path / "nothing.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "completion": "x"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="is no UTF-8"):
+        load_examples(DataSource(file=tmp_path / "latin.jsonl"))
+
+
+def test_unknown_column_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"q": "x"}]).model_copy(update={"columns": {"prompt": "{question}"}})
+    with pytest.raises(DataError, match=r"columns\.prompt: '\{question\}' cannot be filled .* the row has q"):
+        load_examples(source)
+
+
+# --- checks before training ---
+
+
+def test_check_task_finds_everything_at_once(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", [chat("a", "b"), chat("a", "b") | {"choices": ["x", "x"], "answer": "x"}])
+    task = TaskConfig(name="t", train=DataSource(file=tmp_path / "none.jsonl"), test=test, metric="choice")
+    where = [problem.where for problem in check_task(task)]
+    assert where == ["tasks.t.train, file", "tasks.t.test, row 1", "tasks.t.test, row 2"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "message"),
+    [
+        ("choice", {"choices": ["x", "y"], "answer": "z"}, "answer 'z' is none of the choices"),
+        ("choice", {"choices": ["x"], "answer": "x"}, "choices"),
+        ("number", {"answer": "many"}, "no number in answer 'many'"),
+        ("number", {}, "no number in answer None"),
+    ],
+)
+def test_metric_needs_its_columns_in_the_test_rows_only(tmp_path: Path, metric: Any, row: Any, message: str) -> None:
+    plain = write(tmp_path / "train.jsonl", [chat("a", "b")])
+    test = write(tmp_path / "test.jsonl", [chat("a", "b") | row])
+    (problem,) = check_task(TaskConfig(name="t", train=plain, test=test, metric=metric))
+    assert message in str(problem)
+    assert check_task(TaskConfig(name="t", train=plain, test=test, metric="rouge")) == []
+
+
+def test_check_task_fetches_nothing_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "resolve_revision", lambda *_: pytest.fail("asked the hub"))
+    source = DataSource(hub="org/set")
+    assert check_task(TaskConfig(name="t", train=source, test=source), download=False) == []
+
+
+# --- fingerprints ---
+
+
+def test_fingerprint_of_a_file_follows_bytes_limit_and_columns_not_its_place(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [chat("a", "b")])
+    same = write(tmp_path / "b.jsonl", [chat("a", "b")])
+    other = write(tmp_path / "c.jsonl", [chat("a", "c")])
+    assert source_fingerprint(first) == source_fingerprint(same)
+    changed = [first.model_copy(update=fields) for fields in ({"limit": 1}, {"columns": {"prompt": "{q}"}})]
+    assert len({source_fingerprint(source) for source in (first, other, *changed)}) == 4
+
+
+def test_fingerprint_of_a_generator_follows_its_fields() -> None:
+    fields: list[dict[str, Any]] = [{}, {"size": 6}, {"seed": 1}, {"split": "test"}, {"procedural": "order"}]
+    found = {source_fingerprint(DataSource(**({"procedural": "addition", "size": 5} | more))) for more in fields}
+    assert len(found) == len(fields)
+
+
+def test_hub_rows_come_from_the_commit_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader is replaced: this checks what is asked for, not the hub."""
+    asked: dict[str, Any] = {}
+
+    def load_dataset(name: str, subset: str | None, **options: Any) -> list[dict[str, str]]:
+        asked.update(options, name=name, subset=subset)
+        return [{"q": "p", "a": "r"}, {"q": "p2", "a": "r2"}]
+
+    monkeypatch.setattr(data, "resolve_revision", lambda kind, name, revision: f"commit of {kind} {name} {revision}")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    columns = {"prompt": "{q}", "completion": "{a}"}
+    source = DataSource(hub="org/set", subset="main", split="train[:2]", revision="v1", limit=1, columns=columns)
+    (found,) = load_examples(source)
+    assert (found.prompt[0].content, found.reply) == ("p", "r")
+    commit = "commit of dataset org/set v1"
+    assert asked == {"name": "org/set", "subset": "main", "split": "train[:2]", "revision": commit}
+    moved = source.model_copy(update={"revision": "v2"})
+    assert source_fingerprint(source) != source_fingerprint(moved)
+
+
+def test_a_pinned_commit_asks_nobody_and_an_unreachable_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert hub.resolve_revision("dataset", "org/set", commit) == commit
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubError, match="pin `revision`"):
+        hub.resolve_revision("dataset", "org/no-such-set-in-any-cache", None)
+
+
+def test_the_cached_commit_answers_when_the_hub_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    refs = tmp_path / "models--org--net" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc\n")
+    assert hub.resolve_revision("model", "org/net", None) == "abc"
+
+
+# --- tokens ---
+
+
+@pytest.mark.parametrize("template", [TOKENIZER.chat_template, CHATML], ids=["scratch", "chatml"])
+@settings(max_examples=30, deadline=None)
+@given(turns=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=2, max_size=6))
+def test_labels_are_every_reply_with_its_end_of_turn(template: str, turns: list[str]) -> None:
+    turns = [turn for turn in turns if turn.strip() and "<|" not in turn] or ["x", "y"]
+    turns = turns if len(turns) % 2 == 0 else [*turns, "z"]
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    tokenizer.chat_template = template
+    row = tokenise(example(*turns), tokenizer, 10_000)
+    assert len(row["input_ids"]) == len(row["labels"])
+    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert labelled(row) == "".join(reply + "<|end|>" for reply in turns[1::2])
+    prompt = tokenizer.decode(row["input_ids"][: next(i for i, x in enumerate(row["labels"]) if x != IGNORED)])
+    assert prompt.endswith(f"{turns[0]}<|end|>\n<|start|>{'a' if template != CHATML else 'assistant'}\n")
+
+
+def test_trimming_templates_and_templates_that_write_before_the_reply() -> None:
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | trim")
+    assert labelled(tokenise(example("hi", "  ho \n"), tokenizer, 500)) == "ho<|end|>"
+    tokenizer.chat_template = CHATML.replace(
+        "message['content']", "('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
+    )
+    assert labelled(tokenise(example("hi", "ho"), tokenizer, 500)) == "<think></think>ho<|end|>"
+
+
+def test_thoughts_dropped_from_earlier_turns_do_not_confuse_spans() -> None:
+    """Such a template is not prefix-stable: an earlier reply is written otherwise than when it was the last."""
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    thought = "('<think></think>' if loop.last and message['role'] == 'assistant' else '')"
+    tokenizer.chat_template = CHATML.replace("message['content']", f"{thought} + message['content']")
+    row = tokenise(example("a", "b", "c", "d"), tokenizer, 500)
+    assert labelled(row) == "b<|end|><think></think>d<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("message['content']", "message['content'] | upper", "does not appear in it as it is"),
+        ("+ '<|end|>'", "+ '.'", "writes no special token after"),
+    ],
+)
+def test_templates_that_cannot_be_labelled_are_refused(old: str, new: str, message: str) -> None:
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    tokenizer.chat_template = CHATML.replace(old, new)
+    with pytest.raises(DataError, match=message):
+        tokenise(example("hi", "ho"), tokenizer, 500)
+
+
+def test_long_examples_are_cut_and_those_without_a_reply_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    whole = tokenise(example("hi", "a long reply"), TOKENIZER, 500)
+    cut = tokenise(example("hi", "a long reply"), TOKENIZER, 16)
+    assert {key: values[:16] for key, values in whole.items()} == cut
+    rows = tokenised_dataset([example("hi", "ho"), example("h" * 50, "ho")], TOKENIZER, 30)
+    assert len(rows) == 1
+    assert "1 of 2 examples left out" in caplog.text
+    with pytest.raises(DataError, match="no reply begins within 30 tokens"):
+        tokenised_dataset([example("h" * 50, "ho")], TOKENIZER, 30)
+
+
+def test_collator_pads_right_to_a_multiple_of_eight() -> None:
+    rows = [tokenise(example("hi", reply), TOKENIZER, 500) for reply in ("x", "a reply of some length")]
+    batch = CompletionCollator(TOKENIZER)(rows)
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, -(-longest // 8) * 8)
+    for place, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert batch["input_ids"][place, :length].tolist() == row["input_ids"]
+        assert batch["labels"][place, :length].tolist() == row["labels"]
+        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
+        assert bool((batch["input_ids"][place, length:] == TOKENIZER.pad_token_id).all())
+        assert bool((batch["labels"][place, length:] == IGNORED).all())
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+# --- mixtures and samples ---
+
+
+def test_mixture_has_every_row_in_an_order_that_the_seed_decides() -> None:
+    parts = [tokenised_dataset([example("p", f"{name}{i}") for i in range(9)], TOKENIZER, 50) for name in "ab"]
+    rows = [labelled(row) for row in mixture(parts, seed=0)]
+    assert sorted(rows) == sorted(f"{name}{i}<|end|>" for name in "ab" for i in range(9))
+    assert rows == [labelled(row) for row in mixture(parts, seed=0)]
+    assert rows != [labelled(row) for row in mixture(parts, seed=1)]
+
+
+def test_balanced_samples() -> None:
+    tasks = [[example("p", f"{name}{i}") for i in range(size)] for name, size in (("a", 20), ("b", 5))]
+    assert [len(rows) for rows in balanced_sample(tasks, None, 0)] == [5, 5]
+    assert [len(rows) for rows in balanced_sample(tasks, 8, 0)] == [8, 5]
+    chosen = balanced_sample(tasks, 8, 0)
+    assert chosen == balanced_sample(tasks, 8, 0) != balanced_sample(tasks, 8, 1)
+    assert len(set(chosen[0])) == 8
+    assert set(chosen[0]) <= set(tasks[0])
