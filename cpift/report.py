@@ -1,0 +1,51 @@
+"""The report of a run: a page for readers, a table for the terminal, a summary for machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from cpift.artifacts import write_text
+from cpift.report_scores import ReportData, compare, standing, summary
+
+__all__ = ["ReportData", "scores_table", "summary", "write_report"]
+
+
+def write_report(data: ReportData, path: Path) -> None:
+    """Write one self-contained HTML page: no network, no other files. `path` is replaced at once or not at all."""
+    from cpift.report_page import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page(data))
+
+
+def scores_table(data: ReportData) -> Table:
+    """Scores of every model on every task for the terminal; the best of each column is bold."""
+    table = Table(
+        title=f"{data.name}: test scores",
+        caption="Above: metric in %, higher is better. Below: loss per answer token, lower is better.\n"
+        "Retention: score ÷ the task's own probe's, or the ratio of losses. Bold: best.",
+    )
+    table.add_column("model", no_wrap=True)
+    for task in data.tasks:
+        metric = data.scores[data.models[0]][task]["metric"]
+        table.add_column(f"{task}\n{'loss' if metric == 'loss' else f'{metric} / loss'}", justify="right")
+    table.add_column("mean\nretention", justify="right")
+    table.add_column("worst task", justify="right")
+    for model in data.models:
+        found = standing(data, model)
+        mean, worst = (
+            ("–", "–") if found is None else (f"{found.mean:.1%}", f"{found.worst:.1%}\n[dim]{found.worst_task}[/dim]")
+        )
+        table.add_row(model, *(_cell(data, model, task) for task in data.tasks), mean, worst)
+    return table
+
+
+def _cell(data: ReportData, model: str, task: str) -> str:
+    score = data.scores[model][task]
+    best = all(compare(score, data.scores[other][task]) >= 0 for other in data.models)
+    main, below = f"{score['loss']:.3f}", ""
+    if score["score"] is not None:
+        main, below = f"{100 * score['score']:.1f}", f"\n[dim]{score['loss']:.3f}[/dim]"
+    return (f"[bold]{main}[/bold]" if best else main) + below
