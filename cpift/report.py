@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from cpift.artifacts import write_text
@@ -24,20 +25,21 @@ def scores_table(data: ReportData) -> Table:
     """Scores of every model on every task for the terminal; the best of each column is bold."""
     table = Table(
         title=f"{data.name}: test scores",
-        caption="Above: metric in %, higher is better. Below: loss per answer token, lower is better.\n"
-        "Retention: score ÷ the task's own probe's, or the ratio of losses. Bold: best.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption="Above: metric in %, higher is better. Below: loss per answer token.\n"
+        "Retention: score ÷ the own probe's, or the ratio of losses. Bold: best.",
     )
     table.add_column("model", no_wrap=True)
     for task in data.tasks:
         metric = data.scores[data.models[0]][task]["metric"]
-        table.add_column(f"{task}\n{'loss' if metric == 'loss' else f'{metric} / loss'}", justify="right")
-    table.add_column("mean\nretention", justify="right")
-    table.add_column("worst task", justify="right")
+        table.add_column(task + ("" if metric == "loss" else f"\n{metric}") + "\n[dim]loss[/dim]", justify="right")
+    table.add_column("mean\nreten-\ntion", justify="right")
+    table.add_column("worst\ntask", justify="right")
     for model in data.models:
         found = standing(data, model)
-        mean, worst = (
-            ("–", "–") if found is None else (f"{found.mean:.1%}", f"{found.worst:.1%}\n[dim]{found.worst_task}[/dim]")
-        )
+        mean = f"{found.mean:.1%}" if found else "–"
+        worst = f"{found.worst:.1%}\n[dim]{found.worst_task}[/dim]" if found else "–"
         table.add_row(model, *(_cell(data, model, task) for task in data.tasks), mean, worst)
     return table
 

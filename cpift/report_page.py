@@ -42,7 +42,7 @@ def page(data: ReportData) -> str:
         "config": f"<pre><code>{escape(data.config_yaml.strip())}</code></pre>",
         "provenance": _provenance(data),
     }
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in _SECTIONS.items())
+    links = " ".join(f'<a href="#{key}">{title}</a>' for key, title in _SECTIONS.items())
     sections = "".join(f'<section id="{k}"><h2>{_SECTIONS[k]}</h2>{html}</section>' for k, html in body.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,11 +84,11 @@ def _table(head: Sequence[str], rows: Iterable[str], caption: str, kind: str = "
     )
 
 
-def _figure(svg: str, caption: str, wide: bool = True) -> str:
+def _figure(svg: str, caption: str) -> str:
     if not svg:
         return ""
-    text, kind = escape(caption), ' class="wide"' if wide else ""
-    return f'<figure{kind}><div role="img" aria-label="{text}">{svg}</div><figcaption>{text}</figcaption></figure>'
+    text = escape(caption)
+    return f'<figure><div role="img" aria-label="{text}">{svg}</div><figcaption>{text}</figcaption></figure>'
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -131,9 +131,7 @@ def _marks(data: ReportData, model: str, task: str, score: Score) -> str:
     marks = ""
     probe = data.scores.get(probe_of(task), {}).get(task)
     if probe is not None and model != probe_of(task) and compare(score, probe) > 0:
-        marks += (
-            '<span class="up" role="img" aria-label="better than own probe" title="better than own probe">★</span> '
-        )
+        marks += _mark("★", "up", "better than the task's own probe")
     if "base" in data.models and model != "base":
         sign = compare(score, data.scores["base"][task])
         name, symbol, kind = {1: ("better", "▲", "up"), -1: ("worse", "▼", "down"), 0: ("equal", "=", "muted")}[sign]
@@ -146,13 +144,8 @@ def _mark(symbol: str, kind: str, label: str) -> str:
 
 
 def _scores_legend(data: ReportData) -> str:
-    by_loss = [t for t in data.tasks if (kept := retention(data, data.models[-1], t)) is not None and kept.by_loss]
-    note = (
-        f" † For {escape(', '.join(by_loss))} it is a ratio of losses, probe ÷ model, because the metric is the loss or "
-        "the probe scored 0."
-        if by_loss
-        else ""
-    )
+    by_loss = any((kept := retention(data, data.models[-1], task)) and kept.by_loss for task in data.tasks)
+    note = " † A ratio of losses, probe ÷ model: the metric is the loss, or the probe scored 0." if by_loss else ""
     return (
         '<p class="muted">▲ better, ▼ worse than the pre-trained θ0 (base); ★ better than the task\'s own probe, whose '
         "cell is dashed; bold: best of the column. Marks compare the metric where there is one, else the loss. "
@@ -175,7 +168,7 @@ def _overlap(data: ReportData) -> str:
     )
     order = "".join(f"<li>stage {k}: {escape(', '.join(group))}</li>" for k, group in enumerate(data.groups, start=1))
     return (
-        _table(["", *map(escape, data.tasks)], rows, caption, "heat")
+        _table(["task", *map(escape, data.tasks)], rows, caption, "heat")
         + f"<p>{_grouping_sentence(data)}</p><ul>{order}</ul>"
     )
 
@@ -216,11 +209,15 @@ def _cores(data: ReportData) -> str:
         )
     head = ["task", "core elements", "requested", "share", "smallest |Δ| in the core"]
     table = _table(head, rows, "Core regions: the elements that the probe moved most")
-    layers = _figure(
-        plots.density_by_layer(data.cores), "Core density by layer: share of a layer's parameters in each core."
+    return (
+        table
+        + '<div class="pair">'
+        + _figure(
+            plots.density_by_layer(data.cores), "Core density by layer: share of a layer's parameters in the core."
+        )
+        + _figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
+        + "</div>"
     )
-    kinds = _figure(plots.density_by_kind(data.cores), "Core density by module kind.")
-    return table + layers + kinds
 
 
 # ---- fusion --------------------------------------------------------------------------------------------------------
@@ -241,7 +238,8 @@ def _fusion(data: ReportData) -> str:
         "weighted mean changes here.</p>"
     )
     histogram = _figure(plots.angle_histogram(data.slerp), "Angles between the vectors that were interpolated.")
-    return text + histogram + _figure(plots.angles_by_layer(data.slerp), "Median angle by layer, for each fold (task).")
+    layers = _figure(plots.angles_by_layer(data.slerp), "Median angle by layer. Fold k takes in the k-th fine-tune.")
+    return f'{text}<div class="pair">{histogram}{layers}</div>'
 
 
 # ---- training, checks, provenance ----------------------------------------------------------------------------------
@@ -253,7 +251,6 @@ def _training(data: ReportData) -> str:
         _figure(
             plots.training_curve(title, log, [] if title.startswith("probe ") else stages),
             f"{title}: training loss {_ends(log)}",
-            wide=False,
         )
         for title, log in data.curves.items()
     )
@@ -297,7 +294,6 @@ def _versions(data: ReportData) -> str:
             used.setdefault(package, set()).add(str(version))
         if row.get("platform"):
             used.setdefault("platform", set()).add(str(row["platform"]))
-    items = "".join(
-        f"<li>{escape(name)}: {escape(' and '.join(sorted(found)))}</li>" for name, found in sorted(used.items())
-    )
+    lines = (f"{name}: {' and '.join(sorted(found))}" for name, found in sorted(used.items()))
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<details><summary>Versions</summary><ul>{items}</ul></details>" if items else ""

@@ -57,7 +57,7 @@ def density_by_layer(cores: Cores) -> str:
     )
     if not layers:
         return ""
-    figure, axes = _figure("density by layer", 6.4, 2.9)
+    figure, axes = _figure("density by layer", 5.2, 2.9)
     for place, (task, rows) in enumerate(cores.items()):
         shares = _shares(rows, layer_of)
         points = [(layer, 100 * shares[layer]) for layer in layers if layer in shares]
@@ -72,7 +72,7 @@ def density_by_kind(cores: Cores) -> str:
     """Share of each module kind's parameters that lies in each task's core."""
     shares = {task: _shares(rows, kind_of) for task, rows in cores.items()}
     kinds = [kind for kind in KINDS if any(kind in share for share in shares.values())]
-    figure, axes = _figure("density by kind", 6.4, 2.9)
+    figure, axes = _figure("density by kind", 5.2, 2.9)
     width = 0.8 / max(1, len(shares))
     for place, (task, share) in enumerate(shares.items()):
         left = [i - 0.4 + width * (place + 0.5) for i in range(len(kinds))]
@@ -89,7 +89,7 @@ def angle_histogram(slerp: Sequence[Mapping[str, Any]]) -> str:
     angles = [angle for row in slerp for angle in row.get("angles", ()) if angle > 0]
     if len(angles) < 2:
         return ""
-    figure, axes = _figure("angles", 6.4, 2.6)
+    figure, axes = _figure("angles", 5.2, 2.7)
     low, high = min(angles), max(angles)
     logarithmic = high / low > 20
     count = min(40, max(8, len(angles) // 8))
@@ -112,7 +112,7 @@ def angles_by_layer(slerp: Sequence[Mapping[str, Any]]) -> str:
             found.setdefault(fold, {}).setdefault(int(layer or 0), []).append(angle)
     if not found:
         return ""
-    figure, axes = _figure("angles by layer", 6.4, 2.6)
+    figure, axes = _figure("angles by layer", 5.2, 2.7)
     for fold, layers in found.items():
         points = [(layer, median(layers[layer])) for layer in sorted(layers)]
         axes.plot(*zip(*points, strict=True), label=f"fold {fold + 1}", **_series(fold))

@@ -5,13 +5,15 @@ STYLE = """
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1d2430; --muted: #5b6575; --grid: #d9dee6; --soft: #f4f6f9;
   --good: #00618f; --bad: #a34700; --warn: #fdf3d8; --heat: 0, 114, 178;
-  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #b07d00; --s5: #3a9bd1; --s6: #7a5195; --s7: #6b7280;
+  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #b07d00;
+  --s5: #3a9bd1; --s6: #7a5195; --s7: #6b7280;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181f; --ink: #e4e8ee; --muted: #a3adbb; --grid: #343c48; --soft: #1c222b;
     --good: #6cc0ef; --bad: #f5a35f; --warn: #3a3118; --heat: 86, 180, 233;
-    --s0: #56b4e9; --s1: #f0884a; --s2: #2fc79a; --s3: #e3a2c6; --s4: #e6b740; --s5: #9ad4f5; --s6: #bda0d6; --s7: #a3adbb;
+    --s0: #56b4e9; --s1: #f0884a; --s2: #2fc79a; --s3: #e3a2c6; --s4: #e6b740;
+    --s5: #9ad4f5; --s6: #bda0d6; --s7: #a3adbb;
   }
 }
 * { box-sizing: border-box; }
@@ -41,18 +43,19 @@ th[scope="row"], .left { text-align: left; }
 .scores th[scope="row"] { position: sticky; left: 0; background: var(--paper); white-space: nowrap; }
 .scores td small { display: block; white-space: nowrap; }
 td.own { outline: 1px dashed var(--muted); outline-offset: -3px; }
-tr.final th, tr.final td { background: var(--soft); }
+tr.final td, .scores tr.final th { background: var(--soft); }
 .best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
 .heat td { text-align: center; min-width: 4.2rem; }
+.heat td small { color: inherit; }
 .diagonal { color: var(--muted); }
 .edge { outline: 2px solid var(--s1); outline-offset: -3px; }
 figure { margin: .8rem 0; }
-figure.wide { max-width: 46rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: .4rem 2rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { font-size: .88rem; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .6rem 1.2rem; max-width: none; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem 1.2rem; }
 pre {
   background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; margin: .5rem 0;
 }

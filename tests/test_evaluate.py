@@ -153,9 +153,7 @@ def test_generated_text_equals_the_reference(model_path: Path, tmp_path: Path, m
         expected.append(float(same) if metric == "number" else rouge_l(text, example.reply))
     assert [row["score"] for row in score.examples] == expected
     assert score.score == pytest.approx(sum(expected) / len(expected))
-    assert score.score > 0, (
-        "the model was trained on these rows: some reply must be right for this test to mean anything"
-    )
+    assert score.score, "the model was trained on these rows: with no reply right this test would mean nothing"
 
 
 @pytest.mark.usefixtures("float32")

@@ -1,0 +1,161 @@
+"""README.md beside a model that a run made: what it is, how it came about, and what it may be used for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpift.artifacts import write_text
+from cpift.config import FusionConfig, ModelConfig, RunConfig
+
+_KINDS = {
+    "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
+    "final": "the fused model after integrated fine-tuning with earlier cores frozen",
+}
+
+
+def write_model_card(
+    folder: Path,
+    kind: str,
+    config: RunConfig,
+    groups: Sequence[Sequence[str]],
+    manifest: Mapping[str, Any],
+    pretrained: Path | None = None,
+) -> None:
+    """Write `README.md` into `folder`, in the format of the Hugging Face hub.
+
+    Args:
+        folder: the model's directory.
+        kind: "fused" or "final".
+        config: the run.
+        groups: the task groups in stage order.
+        manifest: the model's own, for fingerprint, versions, device and commit.
+        pretrained: θ0's directory, searched for a license statement.
+    """
+    write_text(folder / "README.md", model_card(kind, config, groups, manifest, license_of(pretrained)))
+
+
+def model_card(
+    kind: str,
+    config: RunConfig,
+    groups: Sequence[Sequence[str]],
+    manifest: Mapping[str, Any],
+    license_name: str | None,
+) -> str:
+    """The card's text; `license_name` is that of θ0, None where it is unknown."""
+    parts = [
+        _front_matter(config.model, license_name),
+        f"# {config.name} ({kind})\n\nA language model made by Core Parameter Isolation Fine-Tuning (CPI-FT, "
+        f"[arXiv 2508.21741](https://arxiv.org/abs/2508.21741)): {_KINDS[kind]}.",
+        f"## Made from\n\n{_origin(config.model)}\n\n{_license_note(license_name)}",
+        f"## Tasks\n\n{_tasks(config, groups)}",
+        f"## Recipe\n\n{_recipe(kind, config)}",
+        f"## Provenance\n\n{_provenance(manifest)}",
+        "## Limits\n\nOne run with one seed. Its scores on held-out rows are in the run's report; nothing else about "
+        "its behaviour was tested, and what θ0 gets wrong it may get wrong too.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def license_of(folder: Path | None) -> str | None:
+    """The license that a checkpoint directory states in its README's front matter; None where it states none."""
+    readme = folder / "README.md" if folder is not None else None
+    if readme is None or not readme.is_file():
+        return None
+    import yaml
+
+    parts = readme.read_text(encoding="utf-8").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        stated = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    name = stated.get("license") if isinstance(stated, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _front_matter(model: ModelConfig, license_name: str | None) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [cpift, merge]"]
+    if model.hub is not None:
+        lines.append(f"base_model: {json.dumps(model.hub)}")
+    if license_name is not None:
+        lines.append(f"license: {json.dumps(license_name)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _origin(model: ModelConfig) -> str:
+    if model.hub is not None:
+        return f"`{model.hub}`, revision `{model.revision or 'main'}`."
+    if model.gguf is not None:
+        package = f" of the Python package `{model.gguf.package}`" if model.gguf.package else ""
+        return f"The GGUF file `{Path(model.gguf.file).name}`{package}, dequantised."
+    if model.path is not None:
+        return f"A local checkpoint, `{model.path.name}`."
+    return "A small Llama with random weights, made on the spot. It is of use for tests only."
+
+
+def _license_note(license_name: str | None) -> str:
+    if license_name is not None:
+        return f"Its license is stated as `{license_name}`; a derived model such as this one is bound by it."
+    return (
+        "Its license is not recorded in the checkpoint. A derived model such as this one is bound by it: look it up "
+        "before passing this model on. The same holds for the data sets."
+    )
+
+
+def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
+    rows = [
+        f"| {number} | {name} | {task.metric} | {_source(task.train)} |"
+        for number, group in enumerate(groups, start=1)
+        for name in group
+        for task in [config.task(name)]
+    ]
+    return "\n".join(["| stage | task | metric | training data |", "|---|---|---|---|", *rows])
+
+
+def _source(source: Any) -> str:
+    if source.hub is not None:
+        return f"`{source.hub}`" + (f" ({source.subset})" if source.subset else "") + f", {source.split}"
+    if source.procedural is not None:
+        return f"generated: {source.procedural}"
+    return f"`{source.file.name}`"
+
+
+def _recipe(kind: str, config: RunConfig) -> str:
+    lines = [
+        f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
+        f"(scope {config.regions.scope}).",
+        f"Backbone: {config.backbone.source}.",
+        _fusion(config.fusion),
+    ]
+    if kind == "final":
+        tuning = config.integration
+        length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
+        lines.append(
+            f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, cores of earlier stages frozen."
+        )
+    lines.append(f"Seed: {config.seed}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _fusion(fusion: FusionConfig) -> str:
+    return (
+        f"Fusion: core transplant (conflicts: {fusion.conflict}), then SLERP of {fusion.space} by {fusion.granularity}, "
+        f"ω = {fusion.omega}, LERP below {fusion.epsilon:g} rad."
+    )
+
+
+def _provenance(manifest: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted((manifest.get("versions") or {}).items()))
+    facts = {
+        "fingerprint": manifest.get("fingerprint"),
+        "made": manifest.get("started"),
+        "device": manifest.get("device"),
+        "platform": manifest.get("platform"),
+        "commit": manifest.get("commit"),
+        "versions": versions,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
