@@ -56,7 +56,7 @@ def within(left, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def bytes_within(left, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """Which mask bytes of a block exist when `left` elements remain: those whose first element does."""
+    """Which mask bytes of a block hold any of the `left` elements that remain."""
     return (tl.arange(0, BLOCK // 8) * 8 < left) if TAIL else tl.full((BLOCK // 8,), True, tl.int1)
 
 
@@ -79,6 +79,12 @@ def popcount(x):
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def word_bytes_within(left, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """`bytes_within` and the padding bytes up to the end of the last word: what a mask's writer writes."""
+    return bytes_within((left + 31) // 32 * 32, BLOCK, TAIL)
 
 
 @triton.jit

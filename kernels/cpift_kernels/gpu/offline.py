@@ -65,7 +65,9 @@ def describe(kernel: Any, programs: int, device: torch.device, *args: Any, threa
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel of `launch` for `target`."""
     constants = {p.name for p in inspect.signature(launch.kernel.fn).parameters.values() if "constexpr" in str(p)}
-    signature, values, aligned = {}, {}, {}
+    signature: dict[str, Any] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (name, argument) in enumerate(launch.arguments.items()):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", argument
@@ -76,7 +78,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def _specialise(argument: Any, path: tuple[int, ...], values: dict, aligned: dict) -> Any:
+def _specialise(argument: Any, path: tuple[int, ...], values: dict[Any, Any], aligned: dict[Any, Any]) -> Any:
     """Triton's type of a run-time argument; notes constants and alignment the way its launcher does."""
     if isinstance(argument, tuple):
         return tuple(_specialise(item, (*path, i), values, aligned) for i, item in enumerate(argument))

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import words_for
 from ..selection import CoreMask, nonfinite_update
 from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, draw_samples
-from .common import bytes_within, elements, launch_blocks, mask_bytes, pack, popcount, read, widen, within
+from .common import elements, launch_blocks, mask_bytes, pack, popcount, read, widen, within, word_bytes_within
 
 BLOCK = 4096  # elements that one program reads of every tensor
 SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is marked, then its candidates taken
@@ -45,8 +45,7 @@ def mark_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK + base
     row = tl.arange(0, BLOCK // 8)
     inside = within(numel - first, BLOCK, TAIL)
-    # The padding bits of the last word are written too.
-    row_inside = bytes_within((numel - first + 31) // 32 * 32, BLOCK, TAIL)
+    written = word_bytes_within(numel - first, BLOCK, TAIL)
     origin = read(pretrained, first, inside, BLOCK)
     fault = tl.zeros((BLOCK // 8, 8), tl.float32)
     for i in tl.static_range(N):
@@ -61,8 +60,8 @@ def mark_kernel(
             possible = pack(tl.abs(delta) > below.to(tl.float32, bitcast=True))
             upper_row = upper[i * K + k] + first // 8 + row
             lower_row = lower + lower_stride * c + first // 8 + row
-            tl.store(upper_row, sure.to(tl.uint8), mask=row_inside)
-            tl.store(lower_row, possible.to(tl.uint8), mask=row_inside)
+            tl.store(upper_row, sure.to(tl.uint8), mask=written)
+            tl.store(lower_row, possible.to(tl.uint8), mask=written)
             found = popcount(sure.to(tl.uint32)) + (popcount(possible.to(tl.uint32)) << 16)
             tl.store(counts + first // BLOCK * (N * K) + c, tl.sum(found, 0))
     tl.store(faults + first // BLOCK, tl.max(tl.max((fault != fault).to(tl.int32), 1), 0))
