@@ -60,7 +60,7 @@ def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage
     from cpift.artifacts import exclusive
 
     pipeline = _open(config, overrides, output)
-    with exclusive(pipeline.root):
+    with exclusive(pipeline.root), pipeline.engine.session():
         return getattr(pipeline, stage)()
 
 

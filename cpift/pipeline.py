@@ -32,7 +32,8 @@ _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "f
 class Engine(Protocol):
     """Where fine-tunes and evaluations run."""
 
-    def session(self) -> AbstractContextManager[None]: ...
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
 
     def fit(self, specs: Sequence[Any], on_progress: Callable[[dict[str, Any]], None]) -> None:
         """Run every FitSpec; each leaves its model in its `export`."""
@@ -220,6 +221,7 @@ class Pipeline:
         if todo:
             self.worked = True
             with self.view.stage(f"evaluation of {len(todo)} models"):
+                self._said.add("evaluation")
                 self.engine.evaluate(todo, keep, self.view.progress)
         else:
             self._say_cached("evaluation")
