@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compiled import in_threads, kernel
-from .segments import CHUNK, Ints, Segments
+from .segments import Ints, Segments
 from .vector import bits_of, load_one_kind
 
 RUN = 16  # consecutive elements sampled together
@@ -67,7 +67,7 @@ def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
     keys = np.empty((len(segments.tuned), runs, RUN), np.int32)
     s = segments
     _sample_runs(segment, start, s.numel, s.base, s.base_kind, s.tuned, s.tuned_kind, keys)
-    return segments.chunk[segment] + start // CHUNK, keys
+    return segments.chunk[segment] + start // segments.chunk_size, keys
 
 
 def _bracket_task(keys: NDArray[np.int32], chunk: Ints, fractions: Sequence[float], errors: float) -> Ints:

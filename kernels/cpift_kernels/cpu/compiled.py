@@ -25,17 +25,19 @@ import torch
 from llvmlite import binding
 from numba.core import config
 
+_settings: Any = config  # its attributes are set at run time
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile an entry point: cached on disk, without the GIL. Called with ints, floats and int64 arrays only."""
-    before, config.CACHE_DIR = config.CACHE_DIR, str(cache_folder())
+    before, _settings.CACHE_DIR = _settings.CACHE_DIR, str(cache_folder())
     try:
         return numba.njit(function, cache=True, nogil=True, error_model="numpy")
     finally:
-        config.CACHE_DIR = before
+        _settings.CACHE_DIR = before
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +49,7 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $NUMBA_CACHE_DIR, the user's cache, or a private temporary folder."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    for base in (config.CACHE_DIR, home, tempfile.gettempdir()):
+    for base in (_settings.CACHE_DIR, home, tempfile.gettempdir()):
         folder = Path(base).expanduser() / f"cpift-kernels-{_user()}" / _fingerprint()
         if base and _usable(folder):
             return folder
@@ -62,8 +64,9 @@ def _usable(folder: Path) -> bool:
     """Writable, and nobody else's: cached code is executed."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owners = {path.stat().st_uid for path in (folder, folder.parent)}
-        return os.access(folder, os.W_OK) and (os.name != "posix" or owners == {_user()})
+        states = [path.stat() for path in (folder, folder.parent)]
+        ours = all(state.st_uid == _user() and not state.st_mode & 0o022 for state in states)
+        return os.access(folder, os.W_OK) and (os.name != "posix" or ours)
     except OSError:
         return False
 

@@ -28,10 +28,12 @@ def storage_kind(tensor: Tensor) -> int:
 class Segments:
     """S segments of N models and their base, in linear order; no segment is empty.
 
+    chunk_size: elements of a chunk, a multiple of 32;
     tensor, start (within it), numel, chunk (number of its first chunk): [S]; base, base_kind [S] and tuned,
     tuned_kind [N, S]: addresses and storage kinds.
     """
 
+    chunk_size: int
     tensor: Ints
     start: Ints
     numel: Ints
@@ -53,7 +55,7 @@ class Segments:
         address = np.array([[t.data_ptr() for t in model] for model in models], np.int64)[:, tensor]
         address += start * np.where(kind == 2, 4, 2)
         first = np.cumsum(chunks) - chunks
-        return cls(tensor, start, numel, first, address[0], kind[0], address[1:], kind[1:])
+        return cls(CHUNK, tensor, start, numel, first, address[0], kind[0], address[1:], kind[1:])
 
     @property
     def total(self) -> int:

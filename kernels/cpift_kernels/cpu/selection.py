@@ -22,7 +22,7 @@ from ..checks import words_for
 from ..selection import CoreMask, nonfinite_update
 from .bracket import ATTEMPTS, LARGEST, draw_brackets, largest
 from .compiled import in_threads, inner, kernel
-from .segments import CHUNK, Ints, Segments
+from .segments import Ints, Segments
 from .vector import (
     BF16,
     FP16,
@@ -136,7 +136,7 @@ def _mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets:
     while place[0] < item[1]:
         held = np.zeros(shape, np.int64)
         _mark_segments(
-            place, *item, s.numel, s.chunk, s.base, s.base_kind, s.tuned, s.tuned_kind, words, brackets,
+            place, *item, s.chunk_size, s.numel, s.chunk, s.base, s.base_kind, s.tuned, s.tuned_kind, words, brackets,
             keys, places, marked, held, per_segment, bad,
         )  # fmt: skip
         if bad[0] >= 0:
@@ -220,7 +220,7 @@ def _collect(kind, x, kind0, x0, start, stop, inside, keys, places, held):  # ty
 
 @kernel
 def _mark_segments(  # type: ignore[no-untyped-def]
-    place, first, last, numel, chunk, base, base_kind, tuned, tuned_kind, words, brackets,
+    place, first, last, chunk_size, numel, chunk, base, base_kind, tuned, tuned_kind, words, brackets,
     keys, places, marked, held, found, bad,
 ):  # fmt: skip
     """Mark segments place[0]..last-1 from element place[1] on, until done or out of room; advances `place`.
@@ -230,16 +230,16 @@ def _mark_segments(  # type: ignore[no-untyped-def]
     held [N, K], found [N, K, last - first] (candidates per segment): counters; bad [2]: task and segment of a NaN or
     Inf.
     """
-    room = keys.shape[2] - CHUNK
-    inside = np.empty(CHUNK // LANES, np.uint32)
+    room = keys.shape[2] - chunk_size
+    inside = np.empty(chunk_size // LANES, np.uint32)
     for segment in range(place[0], last):
         x0, kind0 = base[segment], base_kind[segment]
-        for start in range(place[1], numel[segment], CHUNK):
+        for start in range(place[1], numel[segment], chunk_size):
             if held.max() > room:
                 place[0], place[1] = segment, start
                 return
-            stop = min(start + CHUNK, numel[segment])
-            number = chunk[segment] + start // CHUNK
+            stop = min(start + chunk_size, numel[segment])
+            number = chunk[segment] + start // chunk_size
             for task in range(brackets.shape[0]):
                 x, kind = tuned[task, segment], tuned_kind[task, segment]
                 for k in range(brackets.shape[1]):
