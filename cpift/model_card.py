@@ -12,7 +12,7 @@ from cpift.config import FusionConfig, ModelConfig, RunConfig
 
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
-    "final": "the fused model after integrated fine-tuning with earlier cores frozen",
+    "final": "the fused model after integrated fine-tuning with core regions frozen",
 }
 
 
@@ -134,17 +134,16 @@ def _recipe(kind: str, config: RunConfig) -> str:
     if kind == "final":
         tuning = config.integration
         length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
-        lines.append(
-            f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, cores of earlier stages frozen."
-        )
+        frozen = "cores of earlier stages" if tuning.freeze == "earlier" else "all cores"
+        lines.append(f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, {frozen} frozen.")
     lines.append(f"Seed: {config.seed}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _fusion(fusion: FusionConfig) -> str:
     return (
-        f"Fusion: core transplant (conflicts: {fusion.conflict}), then SLERP of {fusion.space} by {fusion.granularity}, "
-        f"ω = {fusion.omega}, LERP below {fusion.epsilon:g} rad."
+        f"Fusion: core transplant (conflicts: {fusion.conflict}), then SLERP of {fusion.space} "
+        f"by {fusion.granularity}, ω = {fusion.omega}, LERP below {fusion.epsilon:g} rad."
     )
 
 

@@ -212,9 +212,7 @@ def _cores(data: ReportData) -> str:
     return (
         table
         + '<div class="pair">'
-        + _figure(
-            plots.density_by_layer(data.cores), "Core density by layer: share of a layer's parameters in the core."
-        )
+        + _figure(plots.density_by_layer(data.cores), "Core density by layer: share of its parameters in the core.")
         + _figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
         + "</div>"
     )
@@ -246,15 +244,13 @@ def _fusion(data: ReportData) -> str:
 
 
 def _training(data: ReportData) -> str:
-    stages = [", ".join(group) for group in data.groups]
+    stages = "; ".join(f"{number}: {', '.join(group)}" for number, group in enumerate(data.groups, start=1))
+    note = f'<p class="muted">Stages of the backbone and of the integration: {escape(stages)}.</p>'
     panels = "".join(
-        _figure(
-            plots.training_curve(title, log, [] if title.startswith("probe ") else stages),
-            f"{title}: training loss {_ends(log)}",
-        )
+        _figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()
     )
-    return f'<div class="panels">{panels}</div>'
+    return f'{note}<div class="panels">{panels}</div>'
 
 
 def _ends(log: Sequence[dict[str, Any]]) -> str:

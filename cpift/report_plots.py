@@ -122,8 +122,8 @@ def angles_by_layer(slerp: Sequence[Mapping[str, Any]]) -> str:
 
 
 @rc_context(_STYLE)
-def training_curve(title: str, log: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> str:
-    """Training loss of one fine-tune; a dotted line where a stage begins."""
+def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss of one fine-tune; a dotted line and the stage's number where a stage begins."""
     rows = [row for row in log if "loss" in row]
     if not rows:
         return ""
@@ -132,9 +132,10 @@ def training_curve(title: str, log: Sequence[Mapping[str, Any]], stages: Sequenc
     axes.plot(steps, [row["loss"] for row in rows], **_series(0) | {"marker": "o" if len(rows) < 15 else None})
     for start in starts[1:]:
         axes.axvline(start, color=_MUTED, linestyle=":", linewidth=1)
-    top = axes.get_ylim()[1]
-    for start, stage in zip(starts, stages, strict=False):
-        axes.annotate(stage, (start, top), (3, -2), textcoords="offset points", va="top", fontsize=7.5, color=_MUTED)
+    axes.set_xlim(left=0)
+    for stage, start in enumerate(starts if len(starts) > 1 else [], start=1):
+        place = (start, 1.0)
+        axes.annotate(f"{stage}", place, (3, 0), axes.get_xaxis_transform(), "offset points", color=_MUTED, va="top")
     axes.set_title(title)
     axes.set(xlabel="optimizer step", ylabel="loss")
     return _finished(figure, axes)
@@ -197,6 +198,7 @@ def _finished(figure: Figure, axes: Axes, legend: int = 1) -> str:
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=")
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} aria-hidden="true">{svg}</svg>'

@@ -62,6 +62,8 @@ pre {
 code { font-size: .88em; overflow-wrap: anywhere; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--good); }
+.checks th, .provenance th { text-align: left; }
+.pass, .fail { white-space: nowrap; }
 .pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 700; }
 @media (max-width: 40rem) { body { padding: 1.2rem .8rem 3rem; } th, td { padding: .3rem .45rem; } }
 @media print { body { max-width: none; } details > * { display: block; } nav { display: none; } }

@@ -1,0 +1,400 @@
+"""The report on made-up figures: what it computes, what it says, and that the page stands alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cpift import report_plots
+from cpift.config import RunConfig
+from cpift.model_card import license_of, model_card, write_model_card
+from cpift.report import ReportData, scores_table, summary, write_report
+from cpift.report_scores import compare, retention, standing, verdict
+from cpift.tensor_names import kind_of, layer_of
+
+VOID = {"meta", "br", "path", "rect", "use", "link", "img"}
+
+
+def score(metric: str, value: float | None, loss: float, rows: int = 64) -> dict:
+    return {"metric": metric, "score": value, "loss": loss, "tokens": 100, "rows": rows}
+
+
+def made_up() -> ReportData:
+    """Three tasks (accuracy, loss, a probe that scores 0), figures easy to check by hand."""
+    scores = {
+        "base": {"a": score("choice", 0.25, 2.0), "b": score("loss", None, 2.0), "c": score("number", 0.0, 1.0)},
+        "probe a": {"a": score("choice", 0.5, 1.0), "b": score("loss", None, 3.0), "c": score("number", 0.0, 2.0)},
+        "probe b": {"a": score("choice", 0.125, 3.0), "b": score("loss", None, 1.0), "c": score("number", 0.0, 2.0)},
+        "probe c": {"a": score("choice", 0.25, 2.5), "b": score("loss", None, 2.5), "c": score("number", 0.0, 0.5)},
+        "fused": {"a": score("choice", 0.25, 1.5), "b": score("loss", None, 2.0), "c": score("number", 0.0, 1.0)},
+        "final": {"a": score("choice", 0.75, 1.2), "b": score("loss", None, 1.25), "c": score("number", 0.0, 2.0)},
+    }
+    tensors = [
+        f"model.layers.{layer}.{name}.weight"
+        for layer in range(3)
+        for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
+    ]
+    cores = [{"tensor": name, "numel": 100, "core": place} for place, name in enumerate(tensors)]
+    angles = [
+        {"tensor": name, "angles": [0.01, 0.02 * (i + 1)], "lerp": [0, 0.5], "core": 1, "numel": 100}
+        for i, name in enumerate(tensors)
+    ]
+    curve = [{"stage": s, "step": 5 * k, "loss": 2.0 / k, "learning_rate": 1e-4} for s in (0, 1) for k in (1, 2, 3)]
+    manifest = {
+        "stage": "probe",
+        "label": "<b>a</b>",
+        "fingerprint": "f" * 64,
+        "started": "2020-01-02T03:04:05+00:00",
+        "seconds": 61.0,
+        "device": "cpu",
+        "commit": None,
+        "versions": {"torch": "9.9"},
+        "platform": "Linux",
+    }
+    return ReportData(
+        name="made-up",
+        config_yaml="name: made-up\nnote: <script>alert(1)</script>\n",
+        models=list(scores),
+        tasks=["a", "b", "c"],
+        scores=scores,
+        jaccard=[[1, 0.3, 0.01], [0.3, 1, 0.02], [0.01, 0.02, 1]],
+        chance=0.01,
+        tau=0.1,
+        groups=[["c"], ["a", "b"]],
+        cores=dict.fromkeys("abc", cores),
+        regions={task: {"requested": 40, "count": 36, "threshold": 1e-3} for task in "abc"},
+        slerp=angles,
+        curves={"probe a": curve[:3], "integration": curve},
+        checks=[{"name": "cores equal their donors", "passed": True, "detail": "36 compared"}],
+        provenance=[manifest],
+        warnings=["a <warning>"],
+    )
+
+
+@pytest.fixture
+def data() -> ReportData:
+    return made_up()
+
+
+def test_retention(data: ReportData) -> None:
+    """0.75 ÷ 0.5; losses 1 ÷ 1.25 where the metric is the loss; losses 0.5 ÷ 2 where the probe scored 0."""
+    found = [retention(data, "final", task) for task in data.tasks]
+    assert [(one.value, one.by_loss) for one in found if one] == [(1.5, False), (0.8, True), (0.25, True)]
+    kept = standing(data, "final")
+    assert kept is not None
+    assert kept.mean == pytest.approx((1.5 + 0.8 + 0.25) / 3)
+    assert (kept.worst_task, kept.worst) == ("c", 0.25)
+
+
+def test_every_probe_retains_its_own_task(data: ReportData) -> None:
+    for task in data.tasks:
+        own = retention(data, f"probe {task}", task)
+        assert own is not None
+        assert own.value == 1.0
+
+
+def test_standing_is_unknown_without_every_probe(data: ReportData) -> None:
+    scores = {model: found for model, found in data.scores.items() if model != "probe b"}
+    partial = replace(data, scores=scores, models=list(scores))
+    assert standing(partial, "final") is None
+    assert summary(partial)["models"]["final"]["mean_retention"] is None
+    assert "–" in rendered(partial)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sign"),
+    [
+        (score("choice", 0.5, 9.0), score("choice", 0.4, 1.0), 1),
+        (score("choice", 0.5, 9.0), score("choice", 0.5, 1.0), 0),
+        (score("loss", None, 1.0), score("loss", None, 2.0), 1),
+        (score("loss", None, 2.0), score("loss", None, 1.0), -1),
+    ],
+)
+def test_compare(one: dict, other: dict, sign: int) -> None:
+    assert compare(one, other) == sign
+
+
+def test_verdict_says_better_equal_and_worse_by_name(data: ReportData) -> None:
+    sentences = verdict(data)
+    assert sentences[0] == "The final model against θ0: better on 2 of 3 (a, b); equal on 1 of 3 (c)."
+    assert sentences[1] == "The final model against the fused model: better on 2 of 3 (a, b); equal on 1 of 3 (c)."
+    assert (
+        sentences[2] == "The final model against each task's own probe: "
+        "better on 1 of 3 (a); equal on 1 of 3 (c); worse on 1 of 3 (b)."
+    )
+    assert "one seed on 64 test rows" in sentences[-1]
+    assert "±12 points" in sentences[-1], "1.96 · √(¼ ÷ 64) = 0.1225"
+
+
+def test_summary_is_plain_json(data: ReportData) -> None:
+    found = summary(data)
+    assert json.loads(json.dumps(found)) == found
+    assert found["models"]["final"]["worst_task"] == "c"
+    assert found["checks_passed"] is True
+    failing = replace(data, checks=[*data.checks, {"name": "x", "passed": False, "detail": ""}])
+    assert summary(failing)["checks_passed"] is False
+
+
+def rendered(data: ReportData, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(scores_table(data))
+    return console.export_text()
+
+
+def test_terminal_table_shows_every_figure_in_80_columns(data: ReportData) -> None:
+    text = rendered(data)
+    for words in ("base", "probe a", "final", "75.0", "1.250", "85.0%", "25.0%"):
+        assert words in text, text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps what matters here."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.seen: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.addresses += [value for name, value in attrs if name in ("href", "src", "xlink:href") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.html"
+    write_report(data, path)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.seen
+    assert len(page.ids) == len(set(page.ids)), "ids of one plot must not shadow those of another"
+    assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None:
+    write_report(data, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for raw in ("<script>", "<b>a</b>", "<warning>"):
+        assert raw not in text
+    for shown in ("&lt;script&gt;", "&lt;b&gt;a&lt;/b&gt;", "a &lt;warning&gt;"):
+        assert shown in text
+
+
+def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
+    write_report(data, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for words in (
+        "75.0",
+        "1.250",
+        "80%†",
+        "0.3000",
+        "(30.0×)",
+        "2 groups of the 3",
+        "4.000%",
+        "✓ passed",
+        "torch: 9.9",
+    ):
+        assert words in text, words
+    assert text.count('class="edge"') == 2, "one pair reaches τ, shown twice in a symmetric matrix"
+    assert text.count('class="own"') == 3
+    assert "FAILED" not in text
+    failing = replace(data, checks=[{"name": "frozen", "passed": False, "detail": "3 moved"}])
+    write_report(failing, tmp_path / "report.html")
+    assert "✗ FAILED" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_is_the_same_for_the_same_data(data: ReportData, tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        write_report(data, tmp_path / name)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_page_of_the_smallest_run(data: ReportData, tmp_path: Path) -> None:
+    """One task, no layers in the tensors' names, one angle for the whole model, nothing logged."""
+    scores = {model: {"a": found["a"]} for model, found in data.scores.items() if model in ("base", "probe a", "final")}
+    small = replace(
+        data,
+        models=list(scores),
+        tasks=["a"],
+        scores=scores,
+        jaccard=[[1.0]],
+        groups=[["a"]],
+        checks=[],
+        provenance=[],
+        cores={"a": [{"tensor": "weight", "numel": 10, "core": 0}]},
+        regions={"a": {"requested": 1, "count": 0, "threshold": None}},
+        slerp=[
+            {"tensor": "weight", "numel": 10, "core": 0},
+            {"tensor": "(model)", "angles": [0.0], "lerp": [1.0], "core": 0, "numel": 0},
+        ],
+        curves={"probe a": []},
+        warnings=[],
+    )
+    write_report(small, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert "100.0% of them" in text
+    write_report(replace(small, slerp=[]), tmp_path / "report.html")
+    assert "No vector was interpolated" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_plots_are_svg_with_text_and_variables(data: ReportData) -> None:
+    plots = {
+        "layer": report_plots.density_by_layer(data.cores),
+        "norm": report_plots.density_by_kind(data.cores),
+        "tensors × folds": report_plots.angle_histogram(data.slerp),
+        "fold 2": report_plots.angles_by_layer(data.slerp),
+        "optimizer step": report_plots.training_curve("integration", data.curves["integration"]),
+    }
+    for words, svg in plots.items():
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert words in svg
+        assert "var(--ink)" in svg or "var(--muted)" in svg
+        assert not re.search(r"#0[1-4]0[0-9a-f]{3}\b", svg), "a stand-in colour was left"
+        assert len(svg) < 60_000
+
+
+def test_sixteen_tasks_fit(data: ReportData) -> None:
+    cores = {f"task{i}": data.cores["a"] for i in range(16)}
+    assert "task15" in report_plots.density_by_layer(cores)
+    assert "task15" in report_plots.density_by_kind(cores)
+
+
+@pytest.mark.parametrize(
+    ("steps", "running", "starts"),
+    [
+        ([(0, 5), (0, 10), (1, 5), (1, 10), (2, 5)], [5, 10, 15, 20, 25], [0, 10, 20]),
+        ([(0, 5), (0, 10), (1, 15), (1, 20)], [5, 10, 15, 20], [0, 10]),
+        ([(0, 1)], [1], [0]),
+    ],
+)
+def test_steps_run_on_through_stages(steps: list[tuple[int, int]], running: list[int], starts: list[int]) -> None:
+    rows = [{"stage": stage, "step": step} for stage, step in steps]
+    assert report_plots._running_steps(rows) == (running, starts)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "kind"),
+    [
+        ("model.embed_tokens.weight", None, "embed"),
+        ("model.layers.0.self_attn.q_proj.weight", 0, "q"),
+        ("model.layers.11.self_attn.k_proj.bias", 11, "k"),
+        ("model.layers.2.self_attn.v_proj.weight", 2, "v"),
+        ("model.layers.2.self_attn.o_proj.weight", 2, "o"),
+        ("model.layers.2.self_attn.q_norm.weight", 2, "norm"),
+        ("model.layers.2.mlp.gate_proj.weight", 2, "gate"),
+        ("model.layers.2.mlp.up_proj.weight", 2, "up"),
+        ("model.layers.2.mlp.down_proj.weight", 2, "down"),
+        ("model.layers.2.post_attention_layernorm.weight", 2, "norm"),
+        ("model.norm.weight", None, "norm"),
+        ("lm_head.weight", None, "head"),
+        ("transformer.wte.weight", None, "embed"),
+        ("transformer.h.7.attn.c_attn.weight", 7, "qkv"),
+        ("transformer.h.7.attn.c_proj.weight", 7, "o"),
+        ("transformer.h.7.mlp.c_fc.weight", 7, "up"),
+        ("transformer.h.7.mlp.c_proj.weight", 7, "down"),
+        ("transformer.h.7.ln_1.bias", 7, "norm"),
+        ("gpt_neox.layers.3.attention.query_key_value.weight", 3, "qkv"),
+        ("gpt_neox.layers.3.attention.dense.weight", 3, "o"),
+        ("gpt_neox.layers.3.mlp.dense_4h_to_h.weight", 3, "down"),
+        ("model.layers.2.block_sparse_moe.experts.3.w2.weight", 2, "down"),
+        ("something.else", None, "other"),
+    ],
+)
+def test_layer_and_kind_of_a_tensor(name: str, layer: int | None, kind: str) -> None:
+    assert (layer_of(name), kind_of(name)) == (layer, kind)
+
+
+def run_config(model: dict) -> RunConfig:
+    source = {"procedural": "addition", "size": 4}
+    return RunConfig.model_validate(
+        {
+            "name": "card",
+            "model": model,
+            "tasks": [{"name": name, "train": source, "test": source} for name in ("a", "b")],
+            "probe": {"steps": 1},
+            "integration": {"steps": 7, "learning_rate": 3e-5},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            {"hub": "someone/model", "revision": "abc"},
+            ["`someone/model`, revision `abc`", 'base_model: "someone/model"'],
+        ),
+        ({"gguf": {"file": "m.gguf", "package": "pack"}}, ["GGUF file `m.gguf` of the Python package `pack`"]),
+        ({"path": "/secret/place/model"}, ["A local checkpoint, `model`."]),
+        ({"scratch": {}}, ["random weights"]),
+    ],
+)
+def test_model_card(model: dict, words: list[str]) -> None:
+    manifest = {"fingerprint": "abc123", "versions": {"torch": "9.9"}, "commit": None}
+    text = model_card("final", run_config(model), [["b"], ["a"]], manifest, None)
+    for expected in [
+        *words,
+        "| 1 | b |",
+        "| 2 | a |",
+        "7 steps a stage",
+        "3e-05",
+        "abc123",
+        "torch 9.9",
+        "not recorded",
+    ]:
+        assert expected in text
+    assert "/secret" not in text, "a card is published: no paths of the machine that made it"
+    assert text.startswith("---\nlibrary_name: transformers")
+    assert "Integration" not in model_card("fused", run_config(model), [["b"], ["a"]], manifest, None)
+
+
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("---\nlicense: mit\n---\n# Model\n", "mit"),
+        ("---\ntags: [x]\n---\n", None),
+        ("# license: mit\n", None),
+        ("---\n: [\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+    ],
+)
+def test_license_is_read_from_front_matter_only(tmp_path: Path, readme: str, found: str | None) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    assert license_of(tmp_path) == found
+    write_model_card(tmp_path, "fused", run_config({"scratch": {}}), [["a", "b"]], {}, tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("license is stated as `mit`" in text) == (found == "mit")
+
+
+def test_license_of_nothing(tmp_path: Path) -> None:
+    assert license_of(None) is None
+    assert license_of(tmp_path) is None
