@@ -132,6 +132,7 @@ def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> str:
     axes.plot(steps, [row["loss"] for row in rows], **_series(0) | {"marker": "o" if len(rows) < 15 else None})
     for start in starts[1:]:
         axes.axvline(start, color=_MUTED, linestyle=":", linewidth=1)
+    axes.margins(y=0.15)  # room for the stages' numbers
     axes.set_xlim(left=0)
     for stage, start in enumerate(starts if len(starts) > 1 else [], start=1):
         place = (start, 1.0)
