@@ -121,13 +121,19 @@ def verdict(data: ReportData) -> list[str]:
 
 
 def _against(data: ReportData, model: str, name: str, rivals: Mapping[str, str]) -> str:
-    """`rivals`: by task, the model to compare with."""
-    outcomes: dict[int, list[str]] = {1: [], 0: [], -1: []}
-    for task, rival in rivals.items():
-        outcomes[compare(data.scores[model][task], data.scores[rival][task])].append(task)
+    """`rivals`: by task, the model to compare with. By metric, and by loss where that is another question."""
+    pairs = {task: (data.scores[model][task], data.scores[rival][task]) for task, rival in rivals.items()}
+    text = f"The {model} model against {name}: {_outcomes({task: compare(*pair) for task, pair in pairs.items()})}."
+    if all(own["score"] is None for own, _ in pairs.values()):
+        return text
+    by_loss = {task: compare(own | {"score": None}, other) for task, (own, other) in pairs.items()}
+    return f"{text} By loss per answer token: {_outcomes(by_loss)}."
+
+
+def _outcomes(signs: Mapping[str, int]) -> str:
     words = {1: "better on", 0: "equal on", -1: "worse on"}
-    parts = [f"{words[sign]} {_count(tasks, len(data.tasks))}" for sign, tasks in outcomes.items() if tasks]
-    return f"The {model} model against {name}: {'; '.join(parts)}."
+    tasks = {sign: [task for task, found in signs.items() if found == sign] for sign in words}
+    return "; ".join(f"{words[sign]} {_count(found, len(signs))}" for sign, found in tasks.items() if found)
 
 
 def _count(tasks: Sequence[str], total: int) -> str:

@@ -124,12 +124,15 @@ def test_compare(one: dict, other: dict, sign: int) -> None:
 
 def test_verdict_says_better_equal_and_worse_by_name(data: ReportData) -> None:
     sentences = verdict(data)
-    assert sentences[0] == "The final model against θ0: better on 2 of 3 (a, b); equal on 1 of 3 (c)."
-    assert sentences[1] == "The final model against the fused model: better on 2 of 3 (a, b); equal on 1 of 3 (c)."
-    assert (
-        sentences[2] == "The final model against each task's own probe: "
-        "better on 1 of 3 (a); equal on 1 of 3 (c); worse on 1 of 3 (b)."
+    assert sentences[0] == (
+        "The final model against θ0: better on 2 of 3 (a, b); equal on 1 of 3 (c). "
+        "By loss per answer token: better on 2 of 3 (a, b); worse on 1 of 3 (c)."
     )
+    assert sentences[1].startswith("The final model against the fused model: better on 2 of 3 (a, b); equal on 1")
+    assert sentences[2].startswith(
+        "The final model against each task's own probe: better on 1 of 3 (a); equal on 1 of 3 (c); worse on 1 of 3 (b)."
+    )
+    assert "loss per answer" not in verdict(replace(data, tasks=["b"]))[0], "by metric and by loss are one question"
     assert "one seed on 64 test rows" in sentences[-1]
     assert "±12 points" in sentences[-1], "1.96 · √(¼ ÷ 64) = 0.1225"
 
