@@ -19,17 +19,17 @@ from .compiled import in_threads, kernel
 from .segments import Ints, Segments
 from .vector import bits_of, load_one_kind
 
-RUN = 16  # consecutive elements sampled together
+RUN = 32  # consecutive elements sampled together
 ALL = 1 << 16  # models up to this size need no sample: every element that moved is a candidate
 LARGEST = 0x7F7FFFFF  # bits of the largest finite fp32
 ATTEMPTS = 4  # brackets of 6, 24 and 96 standard errors; the last holds every element that moved
 
 
 @kernel
-def _sample_runs(segment, start, numel, base, base_kind, tuned, tuned_kind, keys):  # type: ignore[no-untyped-def]
+def _sample_runs(first_run, last_run, segment, start, numel, base, base_kind, tuned, tuned_kind, keys):  # type: ignore[no-untyped-def]
     """keys [N, R, RUN]: bits of |Δ| of the RUN elements from start[r] of segment[r] on, 0 past the segment's end."""
     for task in range(keys.shape[0]):
-        for run in range(keys.shape[1]):
+        for run in range(first_run, last_run):
             s, first = segment[run], start[run]
             for i in range(RUN):
                 keys[task, run, i] = 0
@@ -59,14 +59,19 @@ def draw_brackets(segments: Segments, counts: Sequence[int], attempt: int) -> In
 def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
     """One run at a random place of each of R equal strata of the positions: chunk [R] and keys [N, R, RUN]."""
     total = segments.total
-    runs = min(max(total // 2048, 1 << 16), 1 << 21) // RUN
+    runs = min(max(total // 512, 1 << 16), 1 << 21) // RUN
     place = ((np.arange(runs) + np.random.default_rng(seed).random(runs)) * (total / runs)).astype(np.int64)
     begin = np.cumsum(segments.numel) - segments.numel
     segment = np.searchsorted(begin, np.minimum(place, total - 1), side="right") - 1
     start = np.maximum(np.minimum(place - begin[segment], segments.numel[segment] - RUN), 0)
     keys = np.empty((len(segments.tuned), runs, RUN), np.int32)
-    s = segments
-    _sample_runs(segment, start, s.numel, s.base, s.base_kind, s.tuned, s.tuned_kind, keys)
+    s, step = segments, 1 << 10
+    in_threads(
+        lambda r: _sample_runs(
+            r, min(r + step, runs), segment, start, s.numel, s.base, s.base_kind, s.tuned, s.tuned_kind, keys
+        ),
+        range(0, runs, step),
+    )
     return segments.chunk[segment] + start // segments.chunk_size, keys
 
 

@@ -15,6 +15,7 @@ from .vector import (
     LANES,
     MIXED,
     WHOLE,
+    count_common,
     exceeds,
     fill,
     magnitude,
@@ -22,7 +23,9 @@ from .vector import (
     read,
     read_word,
     select,
+    total_of,
     write_word,
+    zeros,
 )
 
 SPAN = 1 << 17  # words of one mask that one call reads
@@ -56,8 +59,11 @@ def _count_pairs(masks, start, stop, counts):  # type: ignore[no-untyped-def]
         last = min(first + BLOCK, stop)
         for i in range(len(masks)):
             for j in range(i, len(masks)):
-                total = 0
-                for word in range(first, last):
+                common, whole = zeros(), first + (last - first) // LANES * LANES
+                for word in range(first, whole, LANES):
+                    common = count_common(masks[i] + 4 * word, masks[j] + 4 * word, common)
+                total = total_of(common)
+                for word in range(whole, last):
                     total += popcount(read_word(masks[i] + 4 * word) & read_word(masks[j] + 4 * word))
                 counts[i, j] += total
                 if i != j:

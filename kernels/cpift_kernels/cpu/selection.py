@@ -30,6 +30,7 @@ from .vector import (
     LANES,
     above,
     bits_of,
+    larger,
     load,
     load_kind,
     load_one_kind,
@@ -40,6 +41,7 @@ from .vector import (
     read_word,
     width,
     write_word,
+    zeros,
 )
 
 ROOM = 1 << 15  # candidates that one call of the kernel returns for a task and k, before it is called again
@@ -157,21 +159,21 @@ def _mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets:
 @inner
 def _compare(storage, x, x0, first, last, words, inside, high, low):  # type: ignore[no-untyped-def]
     """Mask words first..last-1, all whole: `words` (> high) and, from its start, `inside` (> low and not > high)."""
-    marked, nonfinite, step = 0, np.uint32(0), LANES * width(storage)
+    marked, peak, step = 0, zeros(), LANES * width(storage)
     for word in range(first, last):
         key = magnitude_bits(load(storage, x + word * step), load(storage, x0 + word * step))
         selected = above(key, high)
-        nonfinite |= above(key, LARGEST)
+        peak = larger(key, peak)
         write_word(words + 4 * word, selected)
         write_word(inside + 4 * (word - first), above(key, low) ^ selected)
         marked += popcount(selected)
-    return marked, nonfinite
+    return marked, above(peak, LARGEST)
 
 
 @inner
 def _compare_mixed(kind, x, kind0, x0, first, stop, words, inside, high, low):  # type: ignore[no-untyped-def]
     """`_compare` for any two storage types, up to element `stop`: the last word need not be whole."""
-    marked, nonfinite = 0, np.uint32(0)
+    marked, peak = 0, zeros()
     for word in range(first, (stop + LANES - 1) // LANES):
         element = word * LANES
         if stop - element >= LANES:
@@ -180,11 +182,11 @@ def _compare_mixed(kind, x, kind0, x0, first, stop, words, inside, high, low):  
             bits = np.uint32((1 << (stop - element)) - 1)
             key = magnitude_bits(load_some_kind(kind, x, element, bits), load_some_kind(kind0, x0, element, bits))
         selected = above(key, high)
-        nonfinite |= above(key, LARGEST)
+        peak = larger(key, peak)
         write_word(words + 4 * word, selected)
         write_word(inside + 4 * (word - first), above(key, low) ^ selected)
         marked += popcount(selected)
-    return marked, nonfinite
+    return marked, above(peak, LARGEST)
 
 
 @inner

@@ -287,6 +287,49 @@ def lowest_bit(typing: Any, word: types.Type) -> Emitted:
 
 
 @intrinsic
+def zeros(typing: Any) -> Emitted:
+    """32 times the int32 0."""
+    return INTS(), lambda context, builder, sig, args: _constant(0, _INTS)
+
+
+@intrinsic
+def larger(typing: Any, left: types.Type, right: types.Type) -> Emitted:
+    """The larger of two signed int32, lane by lane."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return INTS(INTS, INTS), emit
+
+
+@intrinsic
+def count_common(typing: Any, left: types.Type, right: types.Type, total: types.Type) -> Emitted:
+    """total + the bits that 32 mask words at one address share with 32 at another, word by word."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        words = [builder.load(builder.inttoptr(arg, _INTS.as_pointer()), align=4) for arg in args[:2]]
+        count = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_INTS, [_INTS]), f"llvm.ctpop.v{LANES}i32"
+        )
+        return builder.add(args[2], builder.call(count, [builder.and_(*words)]))
+
+    return INTS(types.int64, types.int64, INTS), emit
+
+
+@intrinsic
+def total_of(typing: Any, values: types.Type) -> Emitted:
+    """The sum of 32 int32, which must fit one."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        reduce = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, [_INTS]), f"llvm.vector.reduce.add.v{LANES}i32"
+        )
+        return builder.sext(builder.call(reduce, [args[0]]), ir.IntType(64))
+
+    return types.int64(INTS), emit
+
+
+@intrinsic
 def read_word(typing: Any, address: types.Type) -> Emitted:
     """The mask word at an address."""
 
