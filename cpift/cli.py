@@ -12,6 +12,7 @@ import typer
 from cpift.errors import CpiftError
 
 if TYPE_CHECKING:
+    from cpift.config import RunConfig
     from cpift.pipeline import Pipeline
     from cpift.planning import Plan
 
@@ -38,19 +39,21 @@ Output = Annotated[Path | None, typer.Option("--output", help="folder for all re
 _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 
-def _open(config: Path, overrides: list[str] | None, output: Path | None, engine: bool = True) -> Pipeline:
-    """Load and check a config; give its pipeline."""
+def _load(config: Path, overrides: list[str] | None, output: Path | None) -> RunConfig:
+    """Load and check a config."""
     from cpift.config_loading import load_config
     from cpift.planning import preflight
 
-    changes = [*(overrides or []), *([f"output={output}"] if output else [])]
-    run = load_config(config, changes)
+    run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
     preflight(run)
-    from cpift.pipeline import Pipeline
+    return run
 
-    if not engine:
-        return Pipeline(run)
+
+def _open(config: Path, overrides: list[str] | None, output: Path | None) -> Pipeline:
+    """The pipeline of a checked config, on Ray."""
+    run = _load(config, overrides, output)
     from cpift.distributed import RayEngine
+    from cpift.pipeline import Pipeline
 
     return Pipeline(run, RayEngine(run))
 
@@ -148,9 +151,10 @@ def report(config: Config, overrides: Overrides = None, output: Output = None) -
 def plan(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Show the stages, what is cached, and what the run needs. Touches nothing."""
     from cpift.planning import plan as make_plan
+    from cpift.stage_artifacts import StageArtifacts
 
-    pipeline = _open(config, overrides, output, engine=False)
-    _print_plan(make_plan(pipeline), pipeline.root)
+    artifacts = StageArtifacts(_load(config, overrides, output))
+    _print_plan(make_plan(artifacts), artifacts.root)
 
 
 def _print_plan(made: Plan, root: Path) -> None:

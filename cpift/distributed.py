@@ -86,9 +86,12 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
         parallel = _parallel_fits(resources)
         board_name = f"progress-{uuid.uuid4().hex[:8]}"
         board = ProgressBoard.options(name=board_name).remote()  # type: ignore[attr-defined]
-        with ThreadPoolExecutor(parallel) as pool:
-            futures = {pool.submit(_run_fit, spec, resources, board_name): spec for spec in todo}
+        pool = ThreadPoolExecutor(parallel)
+        futures = {pool.submit(_run_fit, spec, resources, board_name): spec for spec in todo}
+        try:
             _follow(list(futures), board, on_progress)
+        finally:  # interrupted: what is queued must not start, and what runs ends with the Ray session
+            pool.shutdown(wait=False, cancel_futures=True)
         ray.kill(board)
         _raise_failures({spec.title: future.exception() for future, spec in futures.items()})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from cpift.artifacts import Artifact
 from cpift.config import ModelConfig, RunConfig, TrainingConfig
 from cpift.errors import ConfigError, Problem
-from cpift.pipeline import Model, Pipeline
+from cpift.stage_artifacts import Model, StageArtifacts
 
 # Training state a parameter: float32 weight, gradient and AdamW's two moments.
 TRAINING_BYTES = 16
@@ -80,13 +80,13 @@ def _check_output(output: Path) -> list[Problem]:
     return []
 
 
-def plan(pipeline: Pipeline) -> Plan:
+def plan(artifacts: StageArtifacts) -> Plan:
     """The steps of a run in order, what is cached, and what it costs."""
     from cpift.regions import core_size
 
-    config = pipeline.config
-    parameters = count_parameters(config.model, pipeline.model_artifact)
-    steps = tuple(_steps(pipeline))
+    config = artifacts.config
+    parameters = count_parameters(config.model, artifacts.model)
+    steps = tuple(_steps(artifacts))
     todo = sum(1 for step in steps if step.state != "cached" and step.stage in _MODEL_STAGES)
     width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
@@ -96,7 +96,7 @@ def plan(pipeline: Pipeline) -> Plan:
         parameters=parameters,
         core_size=None if parameters is None else core_size(config.regions.p, parameters),
         disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
-        disk_free=shutil.disk_usage(next(p for p in [pipeline.root, *pipeline.root.parents] if p.exists())).free,
+        disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
         memory_per_worker=None if parameters is None else parameters * TRAINING_BYTES,
         notes=tuple(_notes(config)),
     )
@@ -109,19 +109,19 @@ def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
     return (config.probe, config.backbone_training, config.integration)
 
 
-def _steps(pipeline: Pipeline) -> Iterator[Step]:
-    config = pipeline.config
-    yield _step(pipeline.model_artifact, _source(config.model))
-    for artifact in pipeline.probe_artifacts.values():
+def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
+    config = artifacts.config
+    yield _step(artifacts.model, _source(config.model))
+    for artifact in artifacts.probes.values():
         yield _step(artifact, _length(config.probe))
-    yield _step(pipeline.regions_artifact, f"p = {config.regions.p:g}, {config.regions.scope}")
-    yield _step(pipeline.group_artifact, _threshold(config))
-    grouping = pipeline.known_grouping()
+    yield _step(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
+    yield _step(artifacts.group, _threshold(config))
+    grouping = artifacts.known_grouping()
     if grouping is None:
         waiting = ["backbone"] * (config.backbone.source == "staged") + ["fuse", "integrate", "evaluate"]
         yield from (Step(stage, "", "after group", "its groups decide the stages") for stage in waiting)
         return
-    staged = pipeline.backbone_artifact(grouping.groups)
+    staged = artifacts.backbone(grouping.groups)
     if staged is not None:
         yield _step(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
     elif config.backbone.source != "pretrained":
@@ -129,16 +129,16 @@ def _steps(pipeline: Pipeline) -> Iterator[Step]:
     if staged is None and config.backbone.source != "pretrained":
         yield Step("fuse", "", "after backbone", _fusion(config))
         return
-    base = Model("base", pipeline.model_artifact.path, pipeline.model_artifact.fingerprint)
-    backbone = base if staged is None else Model("backbone", staged.path, staged.fingerprint)
-    fused = pipeline.fuse_artifact(grouping.groups, backbone)
-    final = pipeline.integrate_artifact(grouping.groups, fused)
+    base = Model.of("base", artifacts.model)
+    backbone = base if staged is None else Model.of("backbone", staged)
+    fused = artifacts.fuse(grouping.groups, backbone)
+    final = artifacts.integrate(grouping.groups, fused)
     yield _step(fused, _fusion(config))
     yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration)} each")
-    probes = [Model(f"probe {task}", made.path, made.fingerprint) for task, made in pipeline.probe_artifacts.items()]
-    scored = [base, *probes, *([backbone] if staged else []), Model("fused", fused.path, fused.fingerprint)]
-    for model in [*scored, Model("final", final.path, final.fingerprint)]:
-        yield _step(pipeline.evaluate_artifact(model), f"{len(config.tasks)} tasks")
+    probes = [Model.of(f"probe {task}", made) for task, made in artifacts.probes.items()]
+    scored = [base, *probes, *([backbone] if staged else []), Model.of("fused", fused)]
+    for model in [*scored, Model.of("final", final)]:
+        yield _step(artifacts.evaluate(model), f"{len(config.tasks)} tasks")
 
 
 def _step(artifact: Artifact, detail: str) -> Step:

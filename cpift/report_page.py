@@ -236,7 +236,7 @@ def _fusion(data: ReportData) -> str:
         "weighted mean changes here.</p>"
     )
     histogram = _figure(plots.angle_histogram(data.slerp), "Angles between the vectors that were interpolated.")
-    layers = _figure(plots.angles_by_layer(data.slerp), "Median angle by layer. Fold k takes in the k-th fine-tune.")
+    layers = _figure(plots.angles_by_layer(data.slerp, data.tasks), "Median angle by layer, as each task is folded in.")
     return f'{text}<div class="pair">{histogram}{layers}</div>'
 
 

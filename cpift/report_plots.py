@@ -103,8 +103,8 @@ def angle_histogram(slerp: Sequence[Mapping[str, Any]]) -> str:
 
 
 @rc_context(_STYLE)
-def angles_by_layer(slerp: Sequence[Mapping[str, Any]]) -> str:
-    """Median angle of each block's tensors, one line a fold."""
+def angles_by_layer(slerp: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """Median angle of each block's tensors, one line a fold; fold k takes in the k-th task's fine-tune."""
     found: dict[int, dict[int, list[float]]] = {}
     for row in slerp:
         layer = layer_of(row["tensor"])
@@ -115,7 +115,7 @@ def angles_by_layer(slerp: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = _figure("angles by layer", 5.2, 2.7)
     for fold, layers in found.items():
         points = [(layer, median(layers[layer])) for layer in sorted(layers)]
-        axes.plot(*zip(*points, strict=True), label=f"fold {fold + 1}", **_series(fold))
+        axes.plot(*zip(*points, strict=True), label=tasks[fold], **_series(fold))
     axes.set(xlabel="layer", ylabel="median angle Ω, radians")
     _whole_numbers(axes, sorted(found[0]))
     return _finished(figure, axes, legend=len(found))

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifacts import Artifact, read_json, write_json
+from cpift.artifacts import Artifact, package_versions, read_json, source_commit, write_json
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
+from cpift.devices import device_name
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion import Fusion, FusionInputs
 from cpift.regions import read_summary, save_regions, select_regions
@@ -42,7 +43,7 @@ def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
     return [
         _fit_spec(run, f"probe {task}", base, run.config.probe, (StageSpec((task,)),), artifact)
-        for task, artifact in run.probe_artifacts.items()
+        for task, artifact in run.artifacts.probes.items()
     ]
 
 
@@ -57,7 +58,7 @@ def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]
 
     settings = run.config.integration
     spec = _fit_spec(run, "integration", fused, settings, stages_of(groups, settings.freeze), artifact)
-    return replace(spec, regions=run.regions_artifact.path, samples_per_task=settings.samples_per_task, balanced=True)
+    return replace(spec, regions=run.artifacts.regions.path, samples_per_task=settings.samples_per_task, balanced=True)
 
 
 def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: Path) -> None:
@@ -69,10 +70,10 @@ def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: 
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:
     """Fuse and keep the record beside the model."""
     inputs = FusionInputs(
-        pretrained=Checkpoint(run.model_artifact.path),
+        pretrained=Checkpoint(run.artifacts.model.path),
         backbone=Checkpoint(backbone.path),
-        tuned={task: Checkpoint(artifact.path) for task, artifact in run.probe_artifacts.items()},
-        regions=run.regions_artifact.path,
+        tuned={task: Checkpoint(artifact.path) for task, artifact in run.artifacts.probes.items()},
+        regions=run.artifacts.regions.path,
         priority=[task for group in groups for task in group],
     )
     fusion, total = Fusion(inputs, run.config.fusion), len(inputs.backbone.names)
@@ -85,6 +86,15 @@ def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model
 
     record = fusion.write(out, on_tensor)
     write_json(out / FUSION_RECORD, asdict(record))
+    add_card(run, "fused", groups, run.artifacts.fuse(groups, backbone), out)
+
+
+def add_card(run: Pipeline, kind: str, groups: Sequence[Sequence[str]], artifact: Artifact, out: Path) -> None:
+    """Write the model card of a fused or final model beside it."""
+    from cpift.model_card import write_model_card
+
+    known = {"fingerprint": artifact.fingerprint, "versions": package_versions(), "commit": source_commit()}
+    write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, run.artifacts.model.path)
 
 
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
@@ -92,8 +102,8 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
     from cpift.report import ReportData
 
     grouping = run.group()
-    regions = read_summary(run.regions_artifact.path)["regions"]
-    model = Checkpoint(run.model_artifact.path)
+    regions = read_summary(run.artifacts.regions.path)["regions"]
+    model = Checkpoint(run.artifacts.model.path)
     made = _artifacts(run)
     record = read_json(made["fuse"].path / FUSION_RECORD)
     kept = ("metric", "score", "loss", "tokens", "rows")
@@ -129,17 +139,17 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
 def _artifacts(run: Pipeline) -> dict[str, Artifact]:
     """Every artifact of a finished run by title."""
     groups, backbone = run.group().groups, run.backbone()
-    staged = run.backbone_artifact(groups)
-    fused = run.fuse_artifact(groups, backbone)
+    staged = run.artifacts.backbone(groups)
+    fused = run.artifacts.fuse(groups, backbone)
     return {
-        "model": run.model_artifact,
-        **{f"probe {task}": artifact for task, artifact in run.probe_artifacts.items()},
-        "regions": run.regions_artifact,
-        "group": run.group_artifact,
+        "model": run.artifacts.model,
+        **{f"probe {task}": artifact for task, artifact in run.artifacts.probes.items()},
+        "regions": run.artifacts.regions,
+        "group": run.artifacts.group,
         **({"backbone": staged} if staged else {}),
         "fuse": fused,
-        "integrate": run.integrate_artifact(groups, fused),
-        **{f"evaluate {model.title}": run.evaluate_artifact(model) for model in run.models()},
+        "integrate": run.artifacts.integrate(groups, fused),
+        **{f"evaluate {model.title}": run.artifacts.evaluate(model) for model in run.models()},
     }
 
 

@@ -33,7 +33,7 @@ LAYERS = [
     {"regions", "grouping", "fusion", "freezing"},
     {"finetune", "evaluate"},
     {"report", "report_scores", "report_plots", "report_page", "report_style", "model_card"},
-    {"stages", "pipeline", "planning"},
+    {"stages", "stage_artifacts", "pipeline", "planning"},
     {"distributed", "sweep"},
     {"cli"},
 ]

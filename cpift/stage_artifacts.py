@@ -1,0 +1,123 @@
+"""What identifies each stage's output: the artifacts of a run, made or not.
+
+A downstream artifact's fingerprint follows from its inputs' fingerprints. Only the groups are taken by content: stages
+after grouping depend on which groups came out, not on the threshold that gave them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpift.artifacts import Artifact, read_json
+from cpift.config import RunConfig, TrainingConfig
+from cpift.data import source_fingerprint
+from cpift.grouping import Grouping
+from cpift.models import model_fingerprint
+
+# Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
+_VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 1, "integrate": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the run: its name in the report, its folder, and the fingerprint that stands for its content."""
+
+    title: str
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def of(cls, title: str, artifact: Artifact) -> Model:
+        return cls(title, artifact.path, artifact.fingerprint)
+
+
+class StageArtifacts:
+    """The artifacts of one run."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.root = config.output_dir
+
+    def artifact(self, stage: str, label: str, inputs: Mapping[str, str], fields: Mapping[str, Any]) -> Artifact:
+        return Artifact(self.root, stage, label, inputs, fields, _VERSIONS[stage])
+
+    @cached_property
+    def model(self) -> Artifact:
+        return self.artifact("model", "", {"source": model_fingerprint(self.config.model)}, {})
+
+    @cached_property
+    def _train_data(self) -> dict[str, str]:
+        return {f"data {task.name}": source_fingerprint(task.train) for task in self.config.tasks}
+
+    def _training_fields(self, training: TrainingConfig) -> dict[str, Any]:
+        """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
+        resources = self.config.resources
+        fields = training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"})
+        return fields | {"seed": self.config.seed, "threads": resources.threads, "workers": resources.workers}
+
+    @cached_property
+    def probes(self) -> dict[str, Artifact]:
+        model, fields = self.model.fingerprint, self._training_fields(self.config.probe)
+        return {
+            task.name: self.artifact(
+                "probe", task.name, {"model": model, "data": self._train_data[f"data {task.name}"]}, fields
+            )
+            for task in self.config.tasks
+        }
+
+    @property
+    def _probe_inputs(self) -> dict[str, str]:
+        return {f"probe {task}": probe.fingerprint for task, probe in self.probes.items()}
+
+    @cached_property
+    def regions(self) -> Artifact:
+        inputs = {"model": self.model.fingerprint} | self._probe_inputs
+        return self.artifact("regions", "", inputs, self.config.regions.model_dump(mode="json"))
+
+    @cached_property
+    def group(self) -> Artifact:
+        fields = self.config.groups.model_dump(mode="json") | {"seed": self.config.seed}
+        return self.artifact("group", "", {"regions": self.regions.fingerprint}, fields)
+
+    def backbone(self, groups: Sequence[Sequence[str]]) -> Artifact | None:
+        """None where no staged backbone is trained."""
+        if self.config.backbone.source != "staged":
+            return None
+        inputs = {"model": self.model.fingerprint} | self._train_data
+        fields = self._training_fields(self.config.backbone_training) | {"groups": [list(group) for group in groups]}
+        return self.artifact("backbone", "", inputs, fields)
+
+    def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
+        inputs = {"model": self.model.fingerprint, "regions": self.regions.fingerprint}
+        fields = self.config.fusion.model_dump(mode="json")
+        if self.config.fusion.conflict == "last":
+            fields["groups"] = [list(group) for group in groups]
+        return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
+
+    def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
+        integration = self.config.integration
+        fields = self._training_fields(integration) | {"groups": [list(group) for group in groups]}
+        inputs = {"fused": fused.fingerprint, "regions": self.regions.fingerprint} | self._train_data
+        return self.artifact("integrate", "", inputs, fields)
+
+    def evaluate(self, model: Model) -> Artifact:
+        tasks = self.config.tasks
+        inputs = {"model": model.fingerprint} | {f"data {task.name}": source_fingerprint(task.test) for task in tasks}
+        fields = self.config.evaluation.model_dump(mode="json") | {"threads": self.config.resources.threads}
+        fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
+        return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)
+
+    def known_grouping(self) -> Grouping | None:
+        """The grouping if it has been made, else None."""
+        if not self.group.complete:
+            return None
+        kept = read_json(self.group.path / "groups.json")
+        groups = tuple(tuple(group) for group in kept["groups"])
+        jaccard = np.array(kept["jaccard"])
+        return Grouping(tuple(kept["tasks"]), jaccard, kept["chance"], kept["tau"], groups, tuple(kept["warnings"]))
