@@ -5,13 +5,16 @@ A single donor's values go through fp32, which leaves their bits as they are; an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .compiled import in_threads, inner, kernel
+from .fuse import MOST, fuse_words
 from .segments import ITEM, storage_kind
 from .vector import (
     BF16,
@@ -30,6 +33,8 @@ from .vector import (
     write,
 )
 
+BLOCK = 1 << 12  # elements that the fast path fuses before it looks for shared elements
+
 
 def fused_apply(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, masks: Sequence[Tensor | None]) -> None:
     """See `cpift_kernels.fused_apply`."""
@@ -41,15 +46,53 @@ def fused_apply(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, ma
     addresses = np.array([sources[m].data_ptr() for m in used], np.int64)
     words = np.array([0 if (mask := masks[m]) is None else mask.data_ptr() for m in used], np.int64)
     scale = np.ascontiguousarray(coefficients[:, used].numpy().astype(np.float32))
-    same = bool((kinds == storage_kind(out)).all())
-    size = max(min(ITEM // (len(sources) + 1), numel // (4 * torch.get_num_threads())), 1 << 14) // LANES * LANES
-    in_threads(
-        lambda start: _apply(
-            storage_kind(out), out.data_ptr(), same, kinds, addresses, words, scale, numel // rows,
-            start, min(start + size, numel),
-        ),
-        range(0, numel, size),
-    )  # fmt: skip
+    kind, width, same = storage_kind(out), numel // rows, bool((kinds == storage_kind(out)).all())
+    run = _apply
+    if same and 0 < len(used) <= MOST and (rows == 1 or width % LANES == 0) and scale.all():
+        run = _fast_apply(len(used), kind)
+    size = max(min(ITEM // (len(sources) + 1), numel // (4 * torch.get_num_threads())), 1 << 14) // BLOCK * BLOCK
+
+    def apply(start: int) -> None:
+        stop = min(start + size, numel)
+        run(kind, out.data_ptr(), same, kinds, addresses, words, scale, width, start, stop)
+
+    in_threads(apply, range(0, numel, size))
+
+
+@cache
+def _fast_apply(count: int, storage: int) -> Callable[..., Any]:
+    """`_apply` where all tensors are stored alike, no coefficient is 0 and rows are whole words."""
+    marker = (BF16, FP16, FP32)[storage]
+    element = 4 if storage == 2 else 2
+
+    def fast_apply(kind, out, same, kinds, sources, words, scale, width, start, stop):  # type: ignore[no-untyped-def]
+        table, masks = np.empty(count, np.int64), np.empty(count, np.int64)
+        no_mask = np.zeros(BLOCK // LANES, np.uint32)
+        first = start
+        while first < stop:
+            row = first // width
+            last = min(first + BLOCK, stop, (row + 1) * width)
+            whole = (last - first) // LANES
+            for m in range(count):
+                table[m] = sources[m] + first * element
+                masks[m] = words[m] + first // 8 if words[m] != 0 else no_mask.ctypes.data
+            shared = fuse_words(
+                marker,
+                count,
+                table.ctypes.data,
+                masks.ctypes.data,
+                scale[row].ctypes.data,
+                out + first * element,
+                whole,
+            )
+            if shared:  # elements with several donors: rare, since conflicts are usually resolved before
+                _apply_as(marker, kind, out, kinds, sources, words, scale, width, first, last)
+            elif first + whole * LANES < last:
+                _apply_as(marker, kind, out, kinds, sources, words, scale, width, first + whole * LANES, last)
+            first = last
+
+    fast_apply.__qualname__ = f"fast_apply_{count}_{storage}"
+    return kernel(fast_apply)
 
 
 @kernel

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..gram import Granularity, row_count
 from .compiled import in_threads, inner, kernel
 from .segments import storage_kind
-from .vector import BF16, FP16, FP32, LANES, MIXED, WHOLE, intrinsic, load_register, read, read_word, store
+from .vector import BF16, FP16, FP32, LANES, MIXED, WHOLE, intrinsic, load_at, load_register, read, read_word, store
 
 BLOCK = 1 << 12  # elements summed in fp32
 SPAN = 1 << 18  # elements of one row that one call sums, a multiple of BLOCK
@@ -136,13 +136,13 @@ def _sum_words(
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         _, _, table, kept, words, sums = args
-        sources = [_load_at(builder, table, v, ir.IntType(64)) for v in range(n)]
+        sources = [load_at(builder, table, v, ir.IntType(64)) for v in range(n)]
         pairs = [(a, b) for a in range(n) for b in range(a, n)]
         vector = ir.VectorType(ir.FloatType(), _REGISTER)
         totals = {pair: cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for pair in pairs}
         fma = _declare(builder, f"llvm.fma.v{_REGISTER}f32", vector, [vector] * 3)
         with cgutils.for_range(builder, words) as loop:
-            bits = _load_at(builder, kept, loop.index, ir.IntType(32))
+            bits = load_at(builder, kept, loop.index, ir.IntType(32))
             for part in range(0, LANES, _REGISTER):
                 offset = builder.add(builder.mul(loop.index, ir.Constant(ir.IntType(64), LANES)), _i64(part))
                 vectors = _differences(builder, storage, sources, offset, _part_mask(builder, bits, part))
@@ -165,11 +165,6 @@ def _i64(value: int) -> ir.Constant:
 
 def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
-
-
-def _load_at(builder: ir.IRBuilder, address: ir.Value, index: int | ir.Value, kind: ir.Type) -> ir.Value:
-    index = _i64(index) if isinstance(index, int) else index
-    return builder.load(builder.gep(builder.inttoptr(address, kind.as_pointer()), [index]))
 
 
 def _part_mask(builder: ir.IRBuilder, bits: ir.Value, part: int) -> ir.Value:

@@ -84,6 +84,21 @@ def load_register(
     return _widen(builder, builder.load(pointer, align=_WIDTH[storage]), storage)
 
 
+def store_register(
+    builder: ir.IRBuilder, storage: types.Type, address: ir.Value, element: ir.Value, values: ir.Value
+) -> None:
+    """Emit a store of 32 values from `element` on, rounded to the storage type."""
+    offset = builder.mul(element, ir.Constant(ir.IntType(64), _WIDTH[storage]))
+    pointer = builder.inttoptr(builder.add(address, offset), _MEMORY[storage].as_pointer())
+    builder.store(_narrow(builder, values, storage), pointer, align=_WIDTH[storage])
+
+
+def load_at(builder: ir.IRBuilder, address: ir.Value, index: int | ir.Value, kind: ir.Type) -> ir.Value:
+    """Emit a load of entry `index` of an array at an address."""
+    index = ir.Constant(ir.IntType(64), index) if isinstance(index, int) else index
+    return builder.load(builder.gep(builder.inttoptr(address, kind.as_pointer()), [index]))
+
+
 def _narrow(builder: ir.IRBuilder, values: ir.Value, storage: types.Type) -> ir.Value:
     """Round to nearest even; by hand for bf16, whose machine instruction flushes subnormals."""
     if storage == types.uint16:
