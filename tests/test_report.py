@@ -274,7 +274,7 @@ def test_plots_are_svg_with_text_and_variables(data: ReportData) -> None:
         "layer": report_plots.density_by_layer(data.cores),
         "norm": report_plots.density_by_kind(data.cores),
         "tensors × folds": report_plots.angle_histogram(data.slerp),
-        TASKS[1]: report_plots.angles_by_layer(data.slerp, TASKS),
+        data.tasks[1]: report_plots.angles_by_layer(data.slerp, data.tasks),
         "optimizer step": report_plots.training_curve("integration", data.curves["integration"]),
     }
     for words, svg in plots.items():
