@@ -63,14 +63,14 @@ def _collect(x: _Inputs) -> object:
     return selection.launch_collect(elements(x.origin), model, x.masks[0], x.masks[0], before, 1, 0)
 
 
-def _apply(x: _Inputs) -> object:
+def _apply(x: _Inputs) -> None:
     coefficients = torch.zeros(1, len(x.tuned) + 1, dtype=torch.float64)
-    return apply.fused_apply(x.origin, [x.origin, *x.tuned], coefficients, [None, *x.masks])
+    apply.fused_apply(x.origin, [x.origin, *x.tuned], coefficients, [None, *x.masks])
 
 
-def _move(x: _Inputs, restore: bool) -> object:
+def _move(x: _Inputs, restore: bool) -> None:
     starts = torch.zeros(SIZE // freeze.BLOCK + 1, dtype=torch.int64)
-    return freeze._move(x.origin, x.masks[0], starts, x.tuned[0], restore=restore)
+    freeze._move(x.origin, x.masks[0], starts, x.tuned[0], restore=restore)
 
 
 _ACTIONS: dict[str, Callable[[_Inputs], object]] = {

@@ -1,0 +1,27 @@
+"""test_operations.py again, under Triton's interpreter: it must be chosen before the kernels are imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    "part", [["-m", "not slow", "-k", "not TestSelection"], pytest.param([], marks=pytest.mark.slow)]
+)
+def test_under_the_interpreter(part: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part, str(HERE / "test_operations.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,231 @@
+"""Every operation of the Triton backend against its reference.
+
+In an ordinary run the launches execute as PTX compiled for each CUDA target; with TRITON_INTERPRET=1 (see
+test_interpreted.py) Triton's own interpreter runs the same tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from cpift_kernels import apply as apply_module
+from cpift_kernels import freeze as freeze_module
+from cpift_kernels import gram as gram_module
+from cpift_kernels import overlap as overlap_module
+from cpift_kernels.gpu import apply, bracket, freeze, gram, overlap, selection
+from cpift_kernels.masks import pack_mask, unpack_mask
+from cpift_kernels.selection import select_cores_reference
+from torch import Tensor
+
+from tests.ptx.device import interpreted_ptx
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SLOW = pytest.mark.slow
+MODES = (
+    [pytest.param("interpreter", id="interpreter")]
+    if INTERPRETED
+    else ["sm_90", pytest.param("sm_80", marks=SLOW), pytest.param("sm_100", marks=SLOW)]
+)
+DTYPES = [
+    pytest.param((torch.bfloat16, torch.bfloat16), id="bf16"),
+    pytest.param((torch.float16, torch.float16), id="fp16", marks=SLOW),
+    pytest.param((torch.float32, torch.float32), id="fp32", marks=SLOW),
+    pytest.param((torch.bfloat16, torch.float32), id="mixed", marks=SLOW),
+]
+SIZES = [1, 31, 4096, 5003]
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
+
+
+@pytest.fixture(params=MODES, autouse=True)
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.manual_seed(0)
+    with nullcontext() if request.param == "interpreter" else interpreted_ptx(request.param):
+        yield
+
+
+def _models(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype], tasks: int, moved: float = 1.0):
+    """A model and its fine-tunes, of which a share `moved` of the elements changed."""
+    origin = [torch.randn(size).to(dtypes[0]) for size in sizes]
+    steps = [[0.02 * torch.randn(size) * (torch.rand(size) < moved) for size in sizes] for _ in range(tasks)]
+    return origin, [[(x.float() + s).to(dtypes[1]) for x, s in zip(origin, row, strict=True)] for row in steps]
+
+
+def _masks(size: int, tasks: int, share: float = 0.3) -> list[Tensor]:
+    return [pack_mask(torch.rand(size) < share) for _ in range(tasks)]
+
+
+def _same_cores(origin: list[Tensor], tuned: list[list[Tensor]], counts: list[int]) -> None:
+    got = selection.select_cores(origin, tuned, counts)
+    expected = select_cores_reference(origin, tuned, counts)
+    for row, wanted in zip(got, expected, strict=True):
+        for core, other in zip(row, wanted, strict=True):
+            assert (core.count, core.requested, core.threshold) == (other.count, other.requested, other.threshold)
+            assert all(torch.equal(a, b) for a, b in zip(core.words, other.words, strict=True))
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample far smaller than the model and slices of one block, as with models of billions of elements."""
+    monkeypatch.setattr(bracket, "SAMPLE", 1500)
+    monkeypatch.setattr(selection, "SCRATCH_BYTES", 1)
+
+
+@pytest.mark.usefixtures("small_slices")
+class TestSelection:
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    def test_random(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        origin, tuned = _models([5003, 1, 0, 8192, 37], dtypes, 2)
+        _same_cores(origin, tuned, [133, 6000])
+
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    def test_few_moved_and_ties(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        origin, tuned = _models([5003, 8192], dtypes, 2, moved=0.05)
+        _same_cores(origin, tuned, [133, 6000])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("counts", [[0, 13195], [1, 4096]])
+    @pytest.mark.parametrize("value", [0.0, 2.0**-130, 1.0])
+    def test_constant(self, value: float, counts: list[int]) -> None:
+        origin = [torch.zeros(5003), torch.zeros(8192)]
+        _same_cores(origin, [[torch.full_like(x, value) for x in origin] for _ in range(2)], counts)
+
+    @pytest.mark.slow
+    def test_denormals(self) -> None:
+        origin = [torch.zeros(9001)]
+        tuned = [[torch.randint(0, 50, (9001,), dtype=torch.int32).view(torch.float32)] for _ in range(2)]
+        _same_cores(origin, tuned, [90, 8999])
+
+    def test_bracket_that_misses_is_widened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bracket, "SPREADS", (0.0, 0.5, float("inf")))
+        monkeypatch.setattr(selection, "SPREADS", (0.0, 0.5, float("inf")))
+        attempts = []
+        attempt = selection._attempt
+        monkeypatch.setattr(selection, "_attempt", lambda *args: attempts.append(args[3]) or attempt(*args))
+        origin, tuned = _models([5003, 8192], (torch.bfloat16, torch.bfloat16), 2)
+        _same_cores(origin, tuned, [133, 6000])
+        assert max(attempts) > 0
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_nonfinite_is_named(self, bad: float) -> None:
+        origin, tuned = _models([5003, 8192], (torch.bfloat16, torch.bfloat16), 2)
+        tuned[1][1][8191] = bad
+        with pytest.raises(ValueError, match=r"task 1, tensor 1"):
+            selection.select_cores(origin, tuned, [133, 6000])
+
+
+class TestGram:
+    @pytest.mark.parametrize("tasks", [3, pytest.param(10, marks=SLOW)])
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("size", [1, 9001])
+    def test_tensor(self, size: int, dtypes: tuple[torch.dtype, torch.dtype], tasks: int) -> None:
+        origin, tuned = _models([size], dtypes, tasks)
+        self._check(origin[0], [x[0] for x in tuned], _masks(size, 1)[0], "tensor")
+
+    @pytest.mark.parametrize("shape", [(3, 64), pytest.param((5, 33), marks=SLOW), pytest.param((2, 5000), marks=SLOW)])
+    def test_rows(self, shape: tuple[int, int]) -> None:
+        origin = torch.randn(shape).bfloat16()
+        tuned = [(origin.float() + 0.01 * torch.randn(shape)).bfloat16() for _ in range(2)]
+        self._check(origin, tuned, _masks(origin.numel(), 1)[0], "row")
+        self._check(origin, tuned, None, "row")
+
+    def test_everything_excluded(self) -> None:
+        origin, tuned = _models([9001], (torch.bfloat16, torch.bfloat16), 3)
+        excluded = pack_mask(torch.ones(9001, dtype=torch.bool))
+        assert not gram.masked_gram(origin[0], [x[0] for x in tuned], excluded).any()
+
+    @staticmethod
+    def _check(origin: Tensor, tuned: list[Tensor], excluded: Tensor | None, granularity: str) -> None:
+        got = gram.masked_gram(origin, tuned, excluded, granularity=granularity)
+        expected = gram_module.masked_gram_reference(origin, tuned, excluded, granularity=granularity)
+        norms = expected.diagonal(dim1=1, dim2=2).sqrt()
+        # Relative to the vectors' norms: that is what an angle depends on.
+        assert ((got - expected).abs() <= 1e-7 * norms[:, :, None] * norms[:, None, :]).all()
+        assert torch.equal(got, gram.masked_gram(origin, tuned, excluded, granularity=granularity))
+
+
+class TestApply:
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("size", SIZES)
+    def test_tensor(self, size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        self._check((size,), dtypes, 3, 1)
+
+    @pytest.mark.parametrize("shape", [(3, 64), pytest.param((5, 33), marks=SLOW), pytest.param((2, 5000), marks=SLOW)])
+    def test_rows(self, shape: tuple[int, int]) -> None:
+        self._check(shape, (torch.bfloat16, torch.bfloat16), 2, shape[0])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("tasks", [1, 17])
+    def test_tasks(self, tasks: int) -> None:
+        self._check((5003,), (torch.bfloat16, torch.bfloat16), tasks, 1)
+
+    @staticmethod
+    def _check(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], tasks: int, rows: int) -> None:
+        base, tuned = torch.randn(shape).to(dtypes[1]), [torch.randn(shape).to(dtypes[0]) for _ in range(tasks)]
+        masks: list[Tensor | None] = [None, *_masks(base.numel(), tasks, 1.2 / (tasks + 1))]
+        coefficients = torch.rand(rows, tasks + 1, dtype=torch.float64) - 0.3
+        coefficients[:, -1] = 0.0
+        tuned[-1].view(-1)[0] = float("nan")  # left out of the sum by its coefficient, unless its mask holds it
+        out = torch.full(shape, float("nan"), dtype=dtypes[0])
+        expected = out.clone()
+        apply.fused_apply(out, [base, *tuned], coefficients, masks)
+        apply_module.fused_apply_reference(expected, [base, *tuned], coefficients, masks)
+        held = torch.stack([unpack_mask(words, base.numel()) for words in masks if words is not None]).sum(0)
+        donated = (held == 1).view(shape)
+        assert torch.equal(out[donated].isnan(), expected[donated].isnan())
+        donated &= ~expected.isnan()
+        assert torch.equal(out[donated], expected[donated])
+        size = (base.float().abs() + sum(x.float().nan_to_num().abs() for x in tuned)) * 2.0**-22
+        bound = expected.float().nan_to_num().abs() * EPSILON[dtypes[0]] + size
+        close = (out.float() - expected.float()).abs() <= bound
+        assert (close | (out.isnan() & expected.isnan())).all()
+
+
+class TestOverlapAndConflicts:
+    @pytest.mark.parametrize("size", [0, 1, 33, 70003])
+    @pytest.mark.parametrize("tasks", [3, pytest.param(16, marks=SLOW)])
+    def test_counts(self, size: int, tasks: int) -> None:
+        masks = [[words, words] for words in _masks(size, tasks)]
+        got = overlap.overlap_counts_per_tensor(masks)
+        assert torch.equal(got, overlap_module.overlap_counts_per_tensor_reference(masks))
+
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("policy", ["magnitude", "last", "mean"])
+    @pytest.mark.parametrize("size", SIZES)
+    def test_conflicts(self, size: int, policy: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        origin, tuned = _models([size], dtypes, 3, moved=0.5)
+        arguments = (policy, origin[0], [x[0] for x in tuned], _masks(size, 3))
+        expected = overlap_module.resolve_conflicts_reference(*arguments)
+        got = overlap.resolve_conflicts(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+class TestFreeze:
+    @pytest.mark.parametrize("dtypes", DTYPES[:3])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+    @pytest.mark.parametrize("size", SIZES)
+    def test_round_trip(self, size: int, share: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        (words,), values = _masks(size, 1, share), torch.randn(size).to(dtypes[0])
+        saved = freeze.gather_masked(values, words)
+        assert torch.equal(saved, freeze_module.gather_masked_reference(values, words))
+        zeroed, expected = values.clone(), values.clone()
+        freeze.zero_masked_(zeroed, words)
+        freeze_module.zero_masked_reference_(expected, words)
+        assert torch.equal(zeroed, expected)
+        freeze.scatter_masked_(zeroed, words, saved)
+        assert torch.equal(zeroed, values)
+
+    def test_restore_in_one_launch(self) -> None:
+        (words,), values = _masks(5003, 1), torch.randn(5003)
+        starts, saved = freeze.block_starts(words, 5003), freeze.gather_masked(values, words)
+        moved = values + 1.0
+        freeze.scatter_masked_(moved, words, saved, starts=starts)
+        assert torch.equal(moved, torch.where(unpack_mask(words, 5003), values, values + 1.0))
+
+    def test_wrong_length_is_refused(self) -> None:
+        (words,), values = _masks(5003, 1), torch.randn(5003)
+        with pytest.raises(ValueError, match="saved holds"):
+            freeze.scatter_masked_(values, words, values)

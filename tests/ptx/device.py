@@ -1,0 +1,93 @@
+"""A stand-in for `common.launch`: compile the launch for a GPU target and interpret its PTX over CPU tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cpift_kernels.gpu import common
+from cpift_kernels.gpu.offline import TARGETS, Launch, compile_launch, describe
+from torch import Tensor
+
+from .machine import Machine
+from .memory import Buffer, Dense, Memory
+from .parser import Program, parse
+
+THREADS_AT_ONCE = 1 << 14
+
+
+@cache
+def _parsed(ptx: str) -> Program:
+    return parse(ptx)
+
+
+@dataclass
+class Execution:
+    """What a launch cost: instructions by opcode summed over threads, and bytes of touched 32-byte sectors."""
+
+    counts: Counter[str]
+    traffic: int
+
+
+def run_launch(launch: Launch, target: str, buffers: dict[int, Buffer] | None = None) -> Execution:
+    """Execute one launch. A tensor argument is mapped with its whole storage; `buffers` replaces the storage that
+    starts at a data pointer.
+    """
+    compiled = compile_launch(launch, TARGETS[target])
+    return run_ptx(compiled.asm["ptx"], compiled.metadata.shared, launch, buffers)
+
+
+def run_ptx(ptx: str, shared: int, launch: Launch, buffers: dict[int, Buffer] | None = None) -> Execution:
+    """`run_launch` of a given text."""
+    program, memory = _parsed(ptx), Memory("global")
+    bases: dict[int, int] = {}
+    values = tuple(_value(argument, memory, bases, buffers or {}) for argument in _passed(launch))
+    batch = max(THREADS_AT_ONCE // launch.threads, 1)
+    done = Execution(Counter(), 0)
+    for start in range(0, launch.programs, batch):
+        blocks = range(start, min(start + batch, launch.programs))
+        machine = Machine(program, blocks, launch.threads, values, shared, memory)
+        machine.run()
+        done.counts += machine.counts
+        done.traffic += machine.traffic
+    return done
+
+
+def _passed(launch: Launch) -> Iterator[Tensor | int]:
+    """The arguments that reach the kernel: tuples flat, constants and values that Triton specialises away left out."""
+    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    for name, argument in launch.arguments.items():
+        if name not in constants:
+            for item in argument if isinstance(argument, tuple) else (argument,):
+                if item is not None and not (isinstance(item, int) and item == 1):
+                    yield item
+
+
+def _value(argument: Tensor | int, memory: Memory, bases: dict[int, int], buffers: dict[int, Buffer]) -> int:
+    if isinstance(argument, int):
+        return argument
+    storage = argument.untyped_storage()
+    start = storage.data_ptr()
+    if start not in bases:
+        data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        bases[start] = memory.map(buffers.get(start) or Dense(data))
+    return bases[start] + argument.data_ptr() - start
+
+
+@contextmanager
+def interpreted_ptx(target: str) -> Iterator[None]:
+    """Within it every launch of the package runs here, as compiled for `target`."""
+
+    def launch(*args: Any, **options: Any) -> None:
+        described = describe(*args, **options)
+        if described.programs:
+            run_launch(described, target)
+
+    with patch.object(common, "launch", launch):
+        yield

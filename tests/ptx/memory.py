@@ -1,0 +1,107 @@
+"""Checked memory: every access must lie inside one mapped buffer and be aligned to its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .parser import PtxError
+
+PAGE = 1 << 16
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Buffer(Protocol):
+    """Bytes addressed from 0."""
+
+    size: int
+
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray: ...
+
+    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None: ...
+
+
+class Dense:
+    """A buffer over existing bytes."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data, self.size = data, data.nbytes
+        self._views = {w: data[: data.nbytes // w * w].view(t) for w, t in _UNSIGNED.items()}
+
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray:
+        return self._views[width][offsets // np.uint64(width)]
+
+    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None:
+        width = values.dtype.itemsize
+        self._views[width][offsets // np.uint64(width)] = values
+
+
+class Sparse:
+    """A buffer of any size that keeps the touched pages only; untouched bytes are 0."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pages: dict[int, Dense] = {}
+
+    def _page(self, number: int) -> Dense:
+        return self.pages.setdefault(number, Dense(np.zeros(PAGE, np.uint8)))
+
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray:
+        values = np.empty(len(offsets), _UNSIGNED[width])
+        for number in np.unique(offsets // np.uint64(PAGE)):
+            here = offsets // np.uint64(PAGE) == number
+            values[here] = self._page(int(number)).load(offsets[here] % np.uint64(PAGE), width)
+        return values
+
+    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None:
+        for number in np.unique(offsets // np.uint64(PAGE)):
+            here = offsets // np.uint64(PAGE) == number
+            self._page(int(number)).store(offsets[here] % np.uint64(PAGE), values[here])
+
+
+@dataclass
+class Memory:
+    """An address space. Every buffer has its own window, with nothing mapped between two windows."""
+
+    name: str
+    window: int = 1 << 44
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def map(self, buffer: Buffer) -> int:
+        """The address of the buffer's first byte."""
+        self.buffers.append(buffer)
+        return len(self.buffers) * self.window
+
+    def load(self, addresses: NDArray[np.uint64], width: int) -> NDArray:
+        """`width` bytes from each address, as unsigned integers."""
+        values = np.empty(len(addresses), _UNSIGNED[width])
+        for buffer, here, offsets in self._resolve(addresses, width):
+            values[here] = buffer.load(offsets, width)
+        return values
+
+    def store(self, addresses: NDArray[np.uint64], values: NDArray) -> None:
+        """One value to each address; of two values to one address the later thread's stays."""
+        for buffer, here, offsets in self._resolve(addresses, values.dtype.itemsize):
+            buffer.store(offsets, values[here])
+
+    def _resolve(
+        self, addresses: NDArray[np.uint64], width: int
+    ) -> Iterator[tuple[Buffer, NDArray[np.bool_], NDArray[np.uint64]]]:
+        if misaligned := addresses[addresses % np.uint64(width) != 0].tolist():
+            raise PtxError(f"{self.name}: misaligned access of {width} bytes at {misaligned[0]:#x}")
+        numbers = addresses // np.uint64(self.window)
+        for number in np.unique(numbers):
+            here = numbers == number
+            offsets = addresses[here] - number * np.uint64(self.window)
+            index = int(number) - 1
+            if not 0 <= index < len(self.buffers) or int(offsets.max()) + width > self.buffers[index].size:
+                size = self.buffers[index].size if 0 <= index < len(self.buffers) else 0
+                raise PtxError(
+                    f"{self.name}: access of {width} bytes out of bounds at offset {int(offsets.max())} "
+                    f"of buffer {index} ({size} bytes)"
+                )
+            yield self.buffers[index], here, offsets
