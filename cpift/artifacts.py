@@ -122,12 +122,15 @@ class Artifact:
         return read_json(self.path / MANIFEST)
 
     @contextmanager
-    def build(self, device: str = "cpu") -> Iterator[Path]:
-        """Give a folder to write into; when the block ends without an error, complete it with its manifest."""
+    def build(self, device: str = "cpu", seconds: float = 0.0) -> Iterator[Path]:
+        """Give a folder to write into; when the block ends without an error, complete it with its manifest.
+
+        `seconds`: work done for it elsewhere, before the block.
+        """
         partial = self.path.with_name(f".{self.path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        started = time.time()
+        started = time.time() - seconds
         yield partial
         write_json(partial / MANIFEST, self._manifest(partial, started, device))
         _sync_folder(partial)

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def _drop_damaged_state(run: Path) -> None:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs in every Ray Train worker; only there is transformers imported."""
+    import torch
+
     from cpift.finetune import FitHooks, fit
 
     spec: FitSpec = config["spec"]
@@ -168,7 +171,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
 
     def on_checkpoint(folder: Path, metrics: dict[str, Any]) -> None:
-        # Every rank reports, in step; the folder holds all ranks' random states, and rank 0 hands it over.
+        # Every rank reports, in step; rank 0 hands over the folder once all have put their random state in it.
+        if context.get_world_size() > 1:
+            torch.distributed.barrier()
         kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
         ray.train.report(metrics, checkpoint=kept)
 
@@ -194,7 +199,7 @@ def evaluate_models(
     on_result: Callable[[str, dict[str, Any]], None],
     on_progress: OnProgress,
 ) -> None:
-    """Score models in parallel Ray tasks; `on_result` gets each model's scores as soon as they are there."""
+    """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
     if not models:
         return
     with ray_session(resources):
@@ -229,10 +234,9 @@ def _evaluate_worker(
     threads: int,
     board_name: str,
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     import torch
 
+    from cpift.devices import device_name
     from cpift.evaluate import evaluate_model
 
     torch.set_num_threads(threads)
@@ -244,8 +248,10 @@ def _evaluate_worker(
         board.post.remote({"title": title, "done": share, "task": task})
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    started = time.time()
     scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_progress)
-    return {task: asdict(score) for task, score in scores.items()}
+    kept = {task: asdict(score) for task, score in scores.items()}
+    return {"scores": kept, "seconds": time.time() - started, "device": device_name()}
 
 
 def _follow(futures: Sequence[Future[None]], board: Any, on_progress: OnProgress) -> None:

@@ -39,7 +39,7 @@ class Engine(Protocol):
         on_result: Callable[[str, dict[str, Any]], None],
         on_progress: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Score every model on every task."""
+        """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
 
 
 class Pipeline:
@@ -129,9 +129,9 @@ class Pipeline:
         artifacts = {model.title: self.artifacts.evaluate(model) for model in models}
         todo = {model.title: model.path for model in models if not artifacts[model.title].complete}
 
-        def keep(title: str, scores: dict[str, Any]) -> None:
-            with artifacts[title].build() as out:
-                write_json(out / "scores.json", scores)
+        def keep(title: str, result: dict[str, Any]) -> None:
+            with artifacts[title].build(result["device"], result["seconds"]) as out:
+                write_json(out / "scores.json", result["scores"])
 
         if todo:
             self.worked = True
@@ -197,7 +197,9 @@ class Pipeline:
             return artifact
         self._said.add(title)
         self.worked = True
-        with self.view.stage(title), artifact.build() as out:
+        from cpift.devices import device_name
+
+        with self.view.stage(title), artifact.build(device_name()) as out:
             build(out)
         return artifact
 
@@ -228,10 +230,8 @@ class Pipeline:
 
 def _adopt(artifact: Artifact, export: Path, finish: Callable[[Path], None]) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
-    from cpift.devices import device_name
-
     trained = read_json(export / "training.json")
-    with artifact.build(trained.get("device", device_name())) as out:
+    with artifact.build(trained["device"], trained["seconds"]) as out:
         for path in sorted(export.iterdir()):
             link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole
         finish(out)
