@@ -39,13 +39,13 @@ Output = Annotated[Path | None, typer.Option("--output", help="folder for all re
 _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 
-def _load(config: Path, overrides: list[str] | None, output: Path | None) -> RunConfig:
+def _load(config: Path, overrides: list[str] | None, output: Path | None, download: bool = True) -> RunConfig:
     """Load and check a config."""
     from cpift.config_loading import load_config
     from cpift.planning import preflight
 
     run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
-    preflight(run)
+    preflight(run, download=download)
     return run
 
 
@@ -153,7 +153,7 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     from cpift.planning import plan as make_plan
     from cpift.stage_artifacts import StageArtifacts
 
-    artifacts = StageArtifacts(_load(config, overrides, output))
+    artifacts = StageArtifacts(_load(config, overrides, output, download=False))
     _print_plan(make_plan(artifacts), artifacts.root)
 
 

@@ -41,9 +41,10 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig, *, download: bool = True) -> None:
     """Check everything that can be checked cheaply: data rows, model files, the output folder.
 
+    Hub data sets are downloaded to look at their rows, unless `download` is False.
     Raises ConfigError with every problem found.
     """
     from cpift.data import check_task
@@ -51,7 +52,7 @@ def preflight(config: RunConfig) -> None:
 
     problems = check_model(config.model)
     for task in config.tasks:
-        problems += check_task(task)
+        problems += check_task(task, download=download)
     problems += _check_backbone(config) + _check_output(config.output_dir)
     if problems:
         raise ConfigError(f"run {config.name}", problems)
