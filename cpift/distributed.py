@@ -23,6 +23,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cpift.artifacts import write_text
 from cpift.config import EvaluationConfig, ResourcesConfig, RunConfig, TaskConfig
 from cpift.errors import CpiftError, StageError
 from cpift.fit_spec import RESULT, FitSpec
@@ -140,9 +141,13 @@ def _run_fit(spec: FitSpec, resources: ResourcesConfig, board_name: str) -> None
             failure_config=ray.train.FailureConfig(**limits),
         ),
     )
+    _failure_file(spec).unlink(missing_ok=True)
     result = trainer.fit()
     if result.error is not None:
         raise result.error
+    if _failure_file(spec).is_file():
+        shutil.rmtree(storage)  # Ray holds this run for finished
+        raise StageError(_failure_file(spec).read_text(encoding="utf-8"))
     if not (spec.export / RESULT).is_file():
         raise StageError(f"{spec.title}: its worker ended but {spec.export} is not there; is it on shared storage?")
 
@@ -186,9 +191,17 @@ def _train_worker(config: dict[str, Any]) -> None:
     partial = spec.export.with_name(f".{spec.export.name}.partial")
     if main:
         shutil.rmtree(partial, ignore_errors=True)
-    fit(replace(spec, export=partial), hooks)
+    try:
+        fit(replace(spec, export=partial), hooks)
+    except CpiftError as error:  # it would only happen again: tell the driver instead of being retried
+        write_text(_failure_file(spec), str(error))
+        return
     if main:
         os.replace(partial, spec.export)
+
+
+def _failure_file(spec: FitSpec) -> Path:
+    return spec.scratch / "failure.txt"
 
 
 def evaluate_models(
@@ -270,7 +283,7 @@ def _raise_failures(failures: dict[str, BaseException | None]) -> None:
     interrupt = next((error for error in found.values() if not isinstance(error, Exception)), None)
     if interrupt is not None:
         raise interrupt
-    lines = [f"  - {title}: {_root_cause(error)}" for title, error in found.items()]
+    lines = [f"  - {title}: {_root_cause(error).removeprefix(f'{title}: ')}" for title, error in found.items()]
     done = len(failures) - len(found)
     raise StageError(f"{len(found)} of {len(failures)} failed, {done} finished and are kept\n" + "\n".join(lines))
 
