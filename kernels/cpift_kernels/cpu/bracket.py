@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from .compiled import in_threads, kernel
 from .segments import Ints, Segments
-from .vector import bits_of, load_one_kind
+from .vector import LANES, MIXED, WHOLE, magnitude_bits, read, write_ints
 
-RUN = 32  # consecutive elements sampled together
+RUN = LANES  # consecutive elements sampled together
 ALL = 1 << 16  # models up to this size need no sample: every element that moved is a candidate
 LARGEST = 0x7F7FFFFF  # bits of the largest finite fp32
 ATTEMPTS = 4  # brackets of 6, 24 and 96 standard errors; the last holds every element that moved
@@ -31,12 +31,11 @@ def _sample_runs(first_run, last_run, segment, start, numel, base, base_kind, tu
     for task in range(keys.shape[0]):
         for run in range(first_run, last_run):
             s, first = segment[run], start[run]
-            for i in range(RUN):
-                keys[task, run, i] = 0
-                if first + i < numel[s]:
-                    x = load_one_kind(tuned_kind[task, s], tuned[task, s], first + i)
-                    x0 = load_one_kind(base_kind[s], base[s], first + i)
-                    keys[task, run, i] = bits_of(abs(x - x0))
+            rest = min(RUN, numel[s] - first)
+            bits = np.uint32(WHOLE) if rest == RUN else np.uint32((1 << rest) - 1)
+            x = read(MIXED, tuned_kind[task, s], tuned[task, s], first, bits)
+            x0 = read(MIXED, base_kind[s], base[s], first, bits)
+            write_ints(keys[task, run].ctypes.data, magnitude_bits(x, x0))
 
 
 def draw_brackets(segments: Segments, counts: Sequence[int], attempt: int) -> Ints:
@@ -115,16 +114,16 @@ def largest(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.bool_], int
 @kernel
 def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
     """(the count-th largest key, how many of its equals are among the count largest); radix 2**11, three digits."""
-    histogram = np.empty(1 << 11, np.int64)
+    histogram = np.empty((4, 1 << 11), np.int64)  # four, since an increment waits for the one before it in its place
     prefix, rest = 0, count
     for shift in (22, 11, 0):
         histogram[:] = 0
-        for key in keys:
-            if key >> (shift + 11) == prefix:
-                histogram[(key >> shift) & 0x7FF] += 1
+        for i in range(len(keys)):
+            if keys[i] >> (shift + 11) == prefix:
+                histogram[i & 3, (keys[i] >> shift) & 0x7FF] += 1
         digit = (1 << 11) - 1
-        while histogram[digit] < rest:
-            rest -= histogram[digit]
+        while histogram[:, digit].sum() < rest:
+            rest -= histogram[:, digit].sum()
             digit -= 1
         prefix = prefix << 11 | digit
     return prefix, rest

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CHUNK = 1 << 13  # elements handled together: the base's chunk stays in the L1/L2 cache while all tasks pass by
+CHUNK = 1 << 14  # elements handled together: the base's chunk stays in the L1/L2 cache while all tasks pass by
 SEGMENT = 1 << 18  # most elements of one tensor that one row of the table describes, a multiple of CHUNK
 ITEM = 1 << 22  # elements of all models together that one call of a kernel reads
 

@@ -37,6 +37,7 @@ from .vector import (
     load_some_kind,
     lowest_bit,
     magnitude_bits,
+    occupied,
     popcount,
     read_word,
     width,
@@ -207,16 +208,20 @@ def _compare_chunk(kind, x, kind0, x0, start, stop, words, inside, high, low):  
 
 
 @inner
-def _collect(kind, x, kind0, x0, start, stop, inside, keys, places, held):  # type: ignore[no-untyped-def]
-    """Append the candidates of one chunk; returns the number held."""
-    for word in range((stop - start + LANES - 1) // LANES):
-        bits = inside[word]
-        while bits != 0:
-            place = start + word * LANES + lowest_bit(bits)
-            keys[held] = bits_of(abs(load_one_kind(kind, x, place) - load_one_kind(kind0, x0, place)))
-            places[held] = place
-            held += 1
-            bits = np.uint32(bits & (bits - np.uint32(1)))
+def _collect(kind, x, kind0, x0, start, inside, keys, places, held):  # type: ignore[no-untyped-def]
+    """Append the candidates of one chunk, the set bits of `inside`; returns the number held."""
+    for group in range(0, len(inside), LANES):
+        words = occupied(inside.ctypes.data + 4 * group)
+        while words != 0:
+            word = group + lowest_bit(words)
+            words = np.uint32(words & (words - np.uint32(1)))
+            bits = inside[word]
+            while bits != 0:
+                place = start + LANES * word + lowest_bit(bits)
+                keys[held] = bits_of(abs(load_one_kind(kind, x, place) - load_one_kind(kind0, x0, place)))
+                places[held] = place
+                held += 1
+                bits = np.uint32(bits & (bits - np.uint32(1)))
     return held
 
 
@@ -233,7 +238,7 @@ def _mark_segments(  # type: ignore[no-untyped-def]
     Inf.
     """
     room = keys.shape[2] - chunk_size
-    inside = np.empty(chunk_size // LANES, np.uint32)
+    inside = np.zeros((chunk_size // LANES + LANES - 1) // LANES * LANES, np.uint32)
     for segment in range(place[0], last):
         x0, kind0 = base[segment], base_kind[segment]
         for start in range(place[1], numel[segment], chunk_size):
@@ -242,6 +247,8 @@ def _mark_segments(  # type: ignore[no-untyped-def]
                 return
             stop = min(start + chunk_size, numel[segment])
             number = chunk[segment] + start // chunk_size
+            if stop - start < chunk_size:
+                inside[:] = 0  # words past the end hold the last chunk's candidates
             for task in range(brackets.shape[0]):
                 x, kind = tuned[task, segment], tuned_kind[task, segment]
                 for k in range(brackets.shape[1]):
@@ -257,9 +264,7 @@ def _mark_segments(  # type: ignore[no-untyped-def]
                         bad[0], bad[1] = task, segment
                         return
                     before = held[task, k]
-                    held[task, k] = _collect(
-                        kind, x, kind0, x0, start, stop, inside, keys[task, k], places[task, k], before
-                    )
+                    held[task, k] = _collect(kind, x, kind0, x0, start, inside, keys[task, k], places[task, k], before)
                     found[task, k, segment - first] += held[task, k] - before
                     marked[task, k] += count
         place[1] = 0
@@ -272,7 +277,6 @@ def _set_bits(words, found, places, chosen):  # type: ignore[no-untyped-def]
     i = 0
     for segment in range(found.shape[0]):
         for _ in range(found[segment]):
-            if chosen[i]:
-                word = words[segment] + places[i] // LANES * 4
-                write_word(word, np.uint32(read_word(word) | (1 << (places[i] % LANES))))
+            word, bit = words[segment] + places[i] // LANES * 4, places[i] % LANES
+            write_word(word, np.uint32(read_word(word) | (np.uint32(chosen[i]) << bit)))  # no branch to mispredict
             i += 1

@@ -355,6 +355,28 @@ def read_word(typing: Any, address: types.Type) -> Emitted:
 
 
 @intrinsic
+def occupied(typing: Any, address: types.Type) -> Emitted:
+    """Which of the 32 mask words at an address are not 0: bit i for word i."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        words = builder.load(builder.inttoptr(args[0], _INTS.as_pointer()), align=4)
+        return builder.bitcast(builder.icmp_signed("!=", words, _constant(0, _INTS)), _I32)
+
+    return types.uint32(types.int64), emit
+
+
+@intrinsic
+def write_ints(typing: Any, address: types.Type, values: types.Type) -> Emitted:
+    """Write 32 int32 to an address."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(args[1], builder.inttoptr(args[0], _INTS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, INTS), emit
+
+
+@intrinsic
 def write_word(typing: Any, address: types.Type, word: types.Type) -> Emitted:
     """Write a mask word to an address."""
 
