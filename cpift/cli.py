@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -155,6 +156,18 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
 
     artifacts = StageArtifacts(_load(config, overrides, output, download=False))
     _print_plan(make_plan(artifacts), artifacts.root)
+
+
+@app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
+
+    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16,fp32
+    """
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_kernels.py"
+    if not script.is_file():
+        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
 def _print_plan(made: Plan, root: Path) -> None:
