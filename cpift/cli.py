@@ -22,11 +22,11 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""Fine-tune one language model on many tasks without the seesaw (CPI-FT).
-
-A run is one YAML file. Start with [bold]cpift plan CONFIG[/], then [bold]cpift run CONFIG[/]: it trains a probe a task,
-finds each task's core region, groups the tasks, trains a backbone, fuses, integrates, evaluates and writes a report.
-Every stage is cached by what it depends on: the same command again does nothing, and after a crash it goes on.""",
+    help="Fine-tune one language model on many tasks without the seesaw (CPI-FT).\n\n"
+    "A run is one YAML file. Start with [bold]cpift plan CONFIG[/], then [bold]cpift run CONFIG[/]: it trains a probe a "
+    "task, finds each task's core region, groups the tasks, trains a backbone, fuses, integrates, evaluates and writes a "
+    "report.\n\nEvery stage is cached by what it depends on: the same command again does nothing, and after a crash it "
+    "goes on.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
@@ -162,7 +162,7 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
 def bench(context: typer.Context) -> None:
     """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
 
-    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16,fp32
+    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
     """
     script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_kernels.py"
     if not script.is_file():
