@@ -52,3 +52,10 @@ def test_results_come_in_order_and_errors_come_through() -> None:
     assert compiled.in_threads(lambda x: x * x, range(50)) == [x * x for x in range(50)]
     with pytest.raises(ZeroDivisionError):
         compiled.in_threads(lambda x: 1 // x, [1, 0])
+
+
+def test_an_old_processor_is_refused_with_the_remedy() -> None:
+    compiled.require_features("aarch64", {})
+    compiled.require_features("x86_64", {"avx2": True, "fma": True, "f16c": True})
+    with pytest.raises(ValueError, match="needs a processor with f16c; use backend='reference'"):
+        compiled.require_features("x86_64", {"avx2": True, "fma": True})

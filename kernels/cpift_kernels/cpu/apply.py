@@ -16,22 +16,9 @@ from torch import Tensor
 from .compiled import in_threads, inner, kernel
 from .fuse import MOST, fuse_words
 from .segments import ITEM, storage_kind
-from .vector import (
-    BF16,
-    FP16,
-    FP32,
-    LANES,
-    MIXED,
-    WHOLE,
-    add,
-    divide,
-    fill,
-    fma,
-    read,
-    read_word,
-    select,
-    write,
-)
+from .storage import MIXED, WHOLE, read, write
+from .vector import BF16, FP16, FP32, LANES, add, divide, fill, fma, select
+from .words import read_word
 
 BLOCK = 1 << 12  # elements that the fast path fuses before it looks for shared elements
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from .compiled import in_threads, kernel
 from .segments import Ints, Segments
-from .vector import LANES, MIXED, WHOLE, magnitude_bits, read, write_ints
+from .storage import MIXED, WHOLE, read
+from .vector import LANES, magnitude_bits, write_ints
 
 RUN = LANES  # consecutive elements sampled together
 ALL = 1 << 16  # models up to this size need no sample: every element that moved is a candidate

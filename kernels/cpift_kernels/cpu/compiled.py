@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,19 @@ _settings: Any = config  # its attributes are set at run time
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+REQUIRED = ("avx2", "fma", "f16c")  # without them LLVM calls library functions that a compiled kernel cannot find
+
+
+def require_features(machine: str, features: Mapping[str, bool]) -> None:
+    """Refuse an x86 processor from before 2013, on which LLVM would abort the process."""
+    missing = [name for name in REQUIRED if not features.get(name)]
+    if machine.lower() in ("x86_64", "amd64") and missing:
+        raise ValueError(f"backend='cpu' needs a processor with {', '.join(missing)}; use backend='reference'")
+
+
+require_features(platform.machine(), binding.get_host_cpu_features())
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,9 @@ from torch import Tensor
 from ..gram import Granularity, row_count
 from .compiled import in_threads, inner, kernel
 from .segments import storage_kind
-from .vector import BF16, FP16, FP32, LANES, MIXED, WHOLE, intrinsic, load_at, load_register, read, read_word, store
+from .storage import MIXED, WHOLE, read
+from .vector import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, store
+from .words import read_word
 
 BLOCK = 1 << 12  # elements summed in fp32
 SPAN = 1 << 18  # elements of one row that one call sums, a multiple of BLOCK

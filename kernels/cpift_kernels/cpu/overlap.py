@@ -11,22 +11,9 @@ from torch import Tensor
 from ..overlap import ConflictPolicy
 from .compiled import in_threads, inner, kernel
 from .segments import storage_kind
-from .vector import (
-    LANES,
-    MIXED,
-    WHOLE,
-    count_common,
-    exceeds,
-    fill,
-    magnitude,
-    popcount,
-    read,
-    read_word,
-    select,
-    total_of,
-    write_word,
-    zeros,
-)
+from .storage import MIXED, WHOLE, read
+from .vector import LANES, exceeds, fill, magnitude, select, total_of, zeros
+from .words import count_common, popcount, read_word, write_word
 
 SPAN = 1 << 17  # words of one mask that one call reads
 BLOCK = 1 << 9  # words of each mask that stay in the L1 cache while all pairs are counted

@@ -23,27 +23,9 @@ from ..selection import CoreMask, nonfinite_update
 from .bracket import ATTEMPTS, LARGEST, draw_brackets, largest
 from .compiled import in_threads, inner, kernel
 from .segments import Ints, Segments
-from .vector import (
-    BF16,
-    FP16,
-    FP32,
-    LANES,
-    above,
-    bits_of,
-    larger,
-    load,
-    load_kind,
-    load_one_kind,
-    load_some_kind,
-    lowest_bit,
-    magnitude_bits,
-    occupied,
-    popcount,
-    read_word,
-    width,
-    write_word,
-    zeros,
-)
+from .storage import load_kind, load_one_kind, load_some_kind
+from .vector import BF16, FP16, FP32, LANES, above, larger, load, magnitude_bits, width, zeros
+from .words import bits_of, lowest_bit, occupied, popcount, read_word, write_word
 
 ROOM = 1 << 15  # candidates that one call of the kernel returns for a task and k, before it is called again
 SKIP = -1  # the high key of a bracket that needs no pass

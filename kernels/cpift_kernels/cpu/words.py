@@ -1,0 +1,108 @@
+"""Mask words and single elements: the scalar side of the vector kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from .vector import I1, I32, INT_LANES, INTS, LANES, MASK_LANES, WIDTH, Emitted, constant, intrinsic
+
+
+@intrinsic
+def bits_of(typing: Any, value: types.Type) -> Emitted:
+    """The bit pattern of an fp32 value."""
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], I32)
+
+
+@intrinsic
+def popcount(typing: Any, word: types.Type) -> Emitted:
+    """The number of set bits of a mask word."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
+
+    return types.int64(types.uint32), emit
+
+
+@intrinsic
+def lowest_bit(typing: Any, word: types.Type) -> Emitted:
+    """The index of the lowest set bit of a non-zero mask word."""
+    return types.uint32(types.uint32), lambda context, builder, sig, args: builder.cttz(args[0], ir.Constant(I1, 1))
+
+
+@intrinsic
+def count_common(typing: Any, left: types.Type, right: types.Type, total: types.Type) -> Emitted:
+    """total + the bits that 32 mask words at one address share with 32 at another, word by word."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        words = [builder.load(builder.inttoptr(arg, INT_LANES.as_pointer()), align=4) for arg in args[:2]]
+        count = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(INT_LANES, [INT_LANES]), f"llvm.ctpop.v{LANES}i32"
+        )
+        return builder.add(args[2], builder.call(count, [builder.and_(*words)]))
+
+    return INTS(types.int64, types.int64, INTS), emit
+
+
+@intrinsic
+def read_word(typing: Any, address: types.Type) -> Emitted:
+    """The mask word at an address."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], I32.as_pointer()), align=4)
+
+    return types.uint32(types.int64), emit
+
+
+@intrinsic
+def occupied(typing: Any, address: types.Type) -> Emitted:
+    """Which of the 32 mask words at an address are not 0: bit i for word i."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        words = builder.load(builder.inttoptr(args[0], INT_LANES.as_pointer()), align=4)
+        return builder.bitcast(builder.icmp_signed("!=", words, constant(0, INT_LANES)), I32)
+
+    return types.uint32(types.int64), emit
+
+
+@intrinsic
+def write_word(typing: Any, address: types.Type, word: types.Type) -> Emitted:
+    """Write a mask word to an address."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(args[1], builder.inttoptr(args[0], I32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32), emit
+
+
+@intrinsic
+def move(typing: Any, storage: types.Type, source: types.Type, target: types.Type) -> Emitted:
+    """Copy the bits of one element."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw, align = ir.IntType(8 * WIDTH[storage]).as_pointer(), WIDTH[storage]
+        value = builder.load(builder.inttoptr(args[1], raw), align=align)
+        builder.store(value, builder.inttoptr(args[2], raw), align=align)
+        return context.get_dummy_value()
+
+    return types.void(storage, types.int64, types.int64), emit
+
+
+@intrinsic
+def clear(typing: Any, storage: types.Type, address: types.Type, bits: types.Type) -> Emitted:
+    """Set to +0 those of 32 elements whose bit is set; the others keep their bits."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory, align = ir.VectorType(ir.IntType(8 * WIDTH[storage]), LANES), WIDTH[storage]
+        pointer = builder.inttoptr(args[1], memory.as_pointer())
+        kept = builder.select(
+            builder.bitcast(args[2], MASK_LANES), ir.Constant(memory, None), builder.load(pointer, align=align)
+        )
+        builder.store(kept, pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(storage, types.int64, types.uint32), emit
