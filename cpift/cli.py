@@ -25,8 +25,8 @@ app = typer.Typer(
     help="Fine-tune one language model on many tasks without the seesaw (CPI-FT).\n\n"
     "A run is one YAML file. Start with [bold]cpift plan CONFIG[/], then [bold]cpift run CONFIG[/]: it trains a probe "
     "a task, finds each task's core region, groups the tasks, trains a backbone, fuses, integrates, evaluates and "
-    "writes a report.\n\nEvery stage is cached by what it depends on: the same command again does nothing, and after a crash it "
-    "goes on.",
+    "writes a report.\n\nEvery stage is cached by what it depends on: the same command again does nothing, and after a "
+    "crash it goes on.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
