@@ -37,7 +37,7 @@ def fused_apply(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, ma
     run = _apply
     if same and 0 < len(used) <= MOST and (rows == 1 or width % LANES == 0) and scale.all():
         run = _fast_apply(len(used), kind)
-    size = max(min(ITEM // (len(sources) + 1), numel // (4 * torch.get_num_threads())), 1 << 14) // BLOCK * BLOCK
+    size = max(min(ITEM // (4 * len(sources) + 4), numel // (4 * torch.get_num_threads())), 1 << 14) // BLOCK * BLOCK
 
     def apply(start: int) -> None:
         stop = min(start + size, numel)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CHUNK = 1 << 14  # elements handled together: the base's chunk stays in the L1/L2 cache while all tasks pass by
+CHUNK = 1 << 16  # elements handled together: the base's chunk stays in the L2 cache while all tasks pass by
 SEGMENT = 1 << 18  # most elements of one tensor that one row of the table describes, a multiple of CHUNK
-ITEM = 1 << 22  # elements of all models together that one call of a kernel reads
+ITEM = 1 << 24  # elements of all models together that one call of a kernel reads
 
 Ints = NDArray[np.int64]
 _KIND = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}

@@ -27,7 +27,7 @@ from .storage import load_kind, load_one_kind, load_some_kind
 from .vector import BF16, FP16, FP32, LANES, above, larger, load, magnitude_bits, width, zeros
 from .words import bits_of, lowest_bit, occupied, popcount, read_word, write_word
 
-ROOM = 1 << 15  # candidates that one call of the kernel returns for a task and k, before it is called again
+ROOM = 1 << 17  # candidates that one call of the kernel returns for a task and k, before it is called again
 SKIP = -1  # the high key of a bracket that needs no pass
 
 
@@ -131,8 +131,8 @@ def _mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets:
     return {
         w: _Found(
             int(marked[w]),
-            np.concatenate([piece[0] for piece in pieces[w]]),
-            np.concatenate([piece[1] for piece in pieces[w]]),
+            pieces[w][0][0] if len(pieces[w]) == 1 else np.concatenate([keys for keys, _ in pieces[w]]),
+            pieces[w][0][1] if len(pieces[w]) == 1 else np.concatenate([places for _, places in pieces[w]]),
             per_segment[w],
         )
         for w in wanted
