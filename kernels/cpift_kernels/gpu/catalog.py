@@ -18,15 +18,14 @@ from .offline import Launch, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZE = 1 << 16  # elements of the stand-in tensors: whole blocks of every kernel
-CORE = 0.1  # share of core elements that the data-dependent kernels are priced at
+CORE = 0.05  # share of core elements that the data-dependent kernels are priced at
 
 
 @dataclass(frozen=True)
 class Entry:
     """One kernel at one dtype and number of tasks, with the launch that covers whole blocks.
 
-    elements: parameters that one program covers; vectorised: whether it streams model tensors or masks, so that all
-    wide accesses must be 128 bits.
+    elements: parameters that one program covers.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Entry:
     elements: int
     bytes_moved: float
     bytes_needed: float
-    vectorised: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class _Inputs:
 
 
 def _mark(x: _Inputs) -> object:
-    tasks = len(x.tuned)
-    brackets = [[Bracket(NOTHING, NOTHING)]] * tasks
-    return selection.launch_mark(elements(x.origin), [elements(t) for t in x.tuned], x.masks, brackets, 0)
+    models = [elements(model) for model in x.tuned[: selection.GROUP]]
+    brackets = [[Bracket(NOTHING, NOTHING)]] * len(models)
+    return selection.launch_mark(elements(x.origin), models, x.masks[: len(models)], brackets, 0)
 
 
 def _collect(x: _Inputs) -> object:
@@ -89,31 +87,41 @@ KERNELS = tuple(_ACTIONS)
 ANY_DTYPE = ("overlap", "count")  # they see masks alone
 
 
+def launches(name: str, dtype: str, tasks: int) -> list[Launch]:
+    """Every launch that kernel `name`, one of `KERNELS`, takes over a tensor of whole blocks."""
+    return record(lambda: _ACTIONS[name](_Inputs.make(DTYPES[dtype], tasks)))
+
+
 def entry(name: str, dtype: str, tasks: int) -> Entry:
-    """The hot launch of kernel `name`, one of `KERNELS`."""
-    launches = record(lambda: _ACTIONS[name](_Inputs.make(DTYPES[dtype], tasks)))
-    launch = launches[0]
+    """The first, hot launch of kernel `name`."""
+    launch = launches(name, dtype, tasks)[0]
     moved, needed = _traffic(name, DTYPES[dtype].itemsize, tasks)
-    covered = SIZE // launch.programs
-    return Entry(name, dtype, tasks, launch, covered, moved, needed, name not in ("collect", "count"))
+    return Entry(name, dtype, tasks, launch, SIZE // launch.programs, moved, needed)
 
 
 def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
-    """Bytes per parameter: moved and needed. Touched groups are 16 bytes with at least one core element."""
-    touched = 1 - (1 - CORE) ** (16 // item)
-    shared = 1 - (1 - CORE) ** 8  # a mask byte with a core element
-    models, mask, groups = item * (tasks + 1), 1 / 8, max(1, -(-tasks // gram.GROUP))
-    gram_reads = groups * (groups + 1) // 2 + tasks * groups  # origins per launch, vectors per pair of groups
-    exact = {
-        "mark": (models + 2 * tasks * mask, models + tasks * mask),
+    """Bytes per parameter: moved and needed.
+
+    Where only core elements matter (each core by chance), what moves is the 32-byte sectors that hold one.
+    """
+    sector = 32 // item
+    touched = 1 - (1 - CORE) ** sector
+    alone = (1 - CORE) ** tasks + tasks * CORE * (1 - CORE) ** (tasks - 1)
+    contested = 1 - alone**sector
+    models, mask = item * (tasks + 1), 1 / 8
+    again = item * (-(-tasks // selection.GROUP) - 1)  # the origin, read once a group
+    plan = gram.plan(tasks)
+    gram_reads = sum(1 + len(left) + len(right or ()) for left, right in plan)
+    table = {
+        "mark": (models + again + 2 * tasks * mask, models + tasks * mask),
         "collect": (2 * mask, 2 * mask),
         "overlap": (tasks * mask, tasks * mask),
-        "conflict": (2 * tasks * mask + shared * models, 2 * tasks * mask),
-        "gram": (item * gram_reads + mask, models + mask),
+        "conflict": (2 * tasks * mask + contested * models, 2 * tasks * mask + (1 - alone) * models),
+        "gram": (item * gram_reads + mask * len(plan), models + mask),
         "apply": (models + item + tasks * mask, models + item + tasks * mask),
         "zero": (mask + 2 * item * touched, mask + item * CORE),
         "gather": (mask + item * (touched + CORE), mask + 2 * item * CORE),
         "scatter": (mask + item * (2 * touched + CORE), mask + 2 * item * CORE),
         "count": (mask, mask),
     }
-    return exact[name]
+    return table[name]

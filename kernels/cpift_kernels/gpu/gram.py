@@ -1,7 +1,7 @@
 """Masked Gram matrix on the GPU: fp32 products summed inside a thread, fp64 across threads, blocks in fixed order.
 
-Up to GROUP vectors are read once. More do not fit the registers: they are cut into groups, and every pair of groups
-costs one more read of its vectors.
+Up to GROUP vectors are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads
+its vectors again.
 """
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
@@ -20,7 +20,8 @@ from .common import bit_masks, elements, launch_rows, mask_bytes, member_bits, r
 
 BLOCK = 1024
 TILES = 8  # blocks a program adds up before it writes: 64 fp32 products a thread
-GROUP = 8
+GROUP = 8  # vectors whose products with one another one launch takes
+ACROSS = 4  # further vectors that one launch multiplies a group with
 
 
 @triton.jit
@@ -81,21 +82,26 @@ def masked_gram(
     gram = torch.zeros(rows, size, size, dtype=torch.float64)
     if reference.numel() == 0:
         return gram
-    groups = [range(start, min(start + GROUP, size - 1)) for start in range(0, size - 1, GROUP)]
-    for g, own in enumerate(groups):
-        index = [0, *(i + 1 for i in own)]
-        a, b = torch.tril_indices(len(index), len(index))
-        _place(
-            gram, torch.tensor(index)[a], torch.tensor(index)[b], _run(reference, vectors, own, None, excluded, rows)
-        )
-        for other in groups[g + 1 :]:
-            b, a = torch.meshgrid(torch.tensor(other), torch.tensor(own), indexing="ij")
-            _place(gram, a.flatten() + 1, b.flatten() + 1, _run(reference, vectors, own, other, excluded, rows))
+    for left, right in plan(size - 1):
+        values = _run(reference, vectors, left, right, excluded, rows)
+        if right is None:
+            index = torch.tensor([0, *(i + 1 for i in left)])
+            a, b = torch.tril_indices(len(index), len(index))
+            a, b = index[a], index[b]
+        else:
+            b, a = (x.flatten() + 1 for x in torch.meshgrid(torch.tensor(right), torch.tensor(left), indexing="ij"))
+        gram[:, a, b] = gram[:, b, a] = values
     return gram
 
 
-def _place(gram: Tensor, a: Tensor, b: Tensor, values: Tensor) -> None:
-    gram[:, a, b] = gram[:, b, a] = values
+def plan(vectors: int) -> list[tuple[range, range | None]]:
+    """The launches over so many vectors: a group with itself and the reference, or with vectors of a later group."""
+    groups = [range(start, min(start + GROUP, vectors)) for start in range(0, vectors, GROUP)]
+    launches: list[tuple[range, range | None]] = [(group, None) for group in groups]
+    for g, left in enumerate(groups):
+        for other in groups[g + 1 :]:
+            launches += [(left, other[i : i + ACROSS]) for i in range(0, len(other), ACROSS)]
+    return launches
 
 
 def _run(

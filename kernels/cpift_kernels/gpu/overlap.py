@@ -58,31 +58,30 @@ def conflict_kernel(
     written = word_bytes_within(numel - first, BLOCK, TAIL)
     held = tl.zeros((BLOCK // 8,), tl.int32)
     contested = tl.zeros((BLOCK // 8,), tl.int32)
+    members = ()
     for i in tl.static_range(N):
-        byte = tl.load(masks[i] + first // 8 + row, mask=written, other=0).to(tl.int32)
-        contested = contested | (held & byte)
-        held = held | byte
+        members = members + (tl.load(masks[i] + first // 8 + row, mask=written, other=0).to(tl.int32),)
+        contested = contested | (held & members[i])
+        held = held | members[i]
     if MAGNITUDE:
         needed = (contested[:, None] != 0) & within(numel - first, BLOCK, TAIL)
         origin = read(pretrained, first, needed, BLOCK)
         best = tl.full((BLOCK // 8, 8), -1.0, tl.float32)
         owner = tl.full((BLOCK // 8, 8), -1, tl.int32)
         for i in tl.static_range(N):
-            byte = tl.load(masks[i] + first // 8 + row, mask=written, other=0).to(tl.int32)
             claim = tl.abs(read(tuned[i], first, needed, BLOCK) - origin)
-            takes = ((byte[:, None] & bit_masks(True)) != 0) & (claim > best)
+            takes = ((members[i][:, None] & bit_masks(True)) != 0) & (claim > best)
             best = tl.where(takes, claim, best)
             owner = tl.where(takes, i, owner)
         for i in tl.static_range(N):
-            byte = tl.load(masks[i] + first // 8 + row, mask=written, other=0).to(tl.int32)
-            won = byte & (pack(owner == i) | ~contested)
+            won = members[i] & (pack(owner == i) | ~contested)
             tl.store(settled[i] + first // 8 + row, won.to(tl.uint8), mask=written)
     else:
         later = tl.zeros((BLOCK // 8,), tl.int32)
         for back in tl.static_range(N):
-            byte = tl.load(masks[N - 1 - back] + first // 8 + row, mask=written, other=0).to(tl.int32)
-            tl.store(settled[N - 1 - back] + first // 8 + row, (byte & ~later).to(tl.uint8), mask=written)
-            later = later | byte
+            won = members[N - 1 - back] & ~later
+            tl.store(settled[N - 1 - back] + first // 8 + row, won.to(tl.uint8), mask=written)
+            later = later | members[N - 1 - back]
 
 
 def overlap_counts_per_tensor(masks: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -27,6 +27,7 @@ from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, draw_samples
 from .common import elements, launch_blocks, mask_bytes, pack, popcount, read, widen, within, word_bytes_within
 
 BLOCK = 4096  # elements that one program reads of every tensor
+GROUP = 8  # models that one launch marks; more would spill registers, and θ0 is read once a group
 SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is marked, then its candidates taken
 
 
@@ -147,23 +148,24 @@ def mark_models(
 ) -> list[list[Region]]:
     """The pass over all models, slice by slice: upper masks, counts and candidates of every region."""
     regions = [[Region([], 0, 0, [], []) for _ in row] for row in brackets]
-    pairs = [(i, k) for i, row in enumerate(brackets) for k in range(len(row))]
-    if not pairs:
-        return regions
-    limit = max(SCRATCH_BYTES * 8 // len(pairs) // BLOCK, 1) * BLOCK
+    groups = [slice(i, i + GROUP) for i in range(0, len(tuned), GROUP)] if regions and regions[0] else []
+    masks = sum(map(len, brackets[:GROUP]))
     start = 0
     for t, origin in enumerate(pretrained):
         numel, device = origin.numel(), origin.device
-        for i, k in pairs:
-            regions[i][k].words.append(torch.empty(words_for(numel), dtype=torch.int32, device=device))
+        for region in (region for row in regions for region in row):
+            region.words.append(torch.empty(words_for(numel), dtype=torch.int32, device=device))
+        limit = max(SCRATCH_BYTES * 8 // max(masks, 1) // BLOCK, 1) * BLOCK
         for offset in range(0, numel, limit):
             part = slice(offset, min(offset + limit, numel))
             models = [elements(model[t])[part] for model in tuned]
-            uppers = [regions[i][k].words[t][part.start // 32 : words_for(part.stop)] for i, k in pairs]
-            try:
-                _mark_slice(elements(origin)[part], models, uppers, brackets, regions, start + offset)
-            except ArithmeticError:
-                raise _blame(pretrained, tuned, t) from None
+            for group in groups:
+                rows = regions[group]
+                uppers = [core.words[t][part.start // 32 : words_for(part.stop)] for row in rows for core in row]
+                try:
+                    _mark_slice(elements(origin)[part], models[group], uppers, brackets[group], rows, start + offset)
+                except ArithmeticError:
+                    raise _blame(pretrained, tuned, t) from None
         start += numel
     return regions
 

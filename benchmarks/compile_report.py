@@ -1,0 +1,123 @@
+"""What the compiler makes of every Triton kernel, for GPUs that need not be there.
+
+    python benchmarks/compile_report.py [--markdown] [--tasks 5] [--kernels mark apply] [--targets sm_90]
+
+For each kernel, dtype and target: whether every access of a tensor is 128 bits wide, registers, spills, shared memory,
+estimated occupancy, bytes moved per parameter against the least possible, and the time that a card would take. The time
+is a prediction, not a measurement: bytes at the card's peak bandwidth, or PTX instructions (counted by executing the
+compiled PTX on the CPU, NVIDIA only) at its peak issue rate, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from cpift_kernels.gpu import catalog  # noqa: E402
+from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code  # noqa: E402
+from cpift_kernels.gpu.offline import TARGETS, compile_launch  # noqa: E402
+
+from tests.ptx.device import run_launch  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peak figures from the vendor's data sheet.
+
+    bandwidth: bytes a second; issue: thread instructions a second (multiprocessors x 4 schedulers x 32 lanes x clock),
+    None where no instruction count is taken; shared: bytes of shared memory of one multiprocessor.
+    """
+
+    name: str
+    bandwidth: float
+    issue: float | None
+    shared: int
+
+
+CARDS = {
+    "sm_80": Card("A100", 2.039e12, 108 * 4 * 32 * 1.41e9, 164 << 10),
+    "sm_90": Card("H100", 3.35e12, 132 * 4 * 32 * 1.755e9, 228 << 10),
+    "sm_100": Card("B200", 8.0e12, 148 * 4 * 32 * 1.85e9, 228 << 10),
+    "gfx942": Card("MI300X", 5.3e12, None, 64 << 10),
+}
+HEADER = (
+    "kernel", "dtype", "target", "128-bit", "registers", "spills", "shared B", "occupancy",
+    "bytes/param", "least", "PTX instr/param", "predicted ms", "bound by",
+)  # fmt: skip
+# Kernels whose work is a few scattered elements: width is not theirs to choose.
+SCATTERED = ("collect", "count")
+
+
+def occupancy(code: MachineCode, threads: int, target: str) -> float:
+    """Share of a multiprocessor's warp (NVIDIA) or a SIMD's wave (AMD) slots that the registers and memory allow."""
+    if target == "gfx942":
+        return min(8, 512 // max(-(-code.registers // 8) * 8, 1)) / 8
+    warps = threads // 32
+    by_registers = 65536 // (-(-code.registers * 32 // 256) * 256) // warps
+    by_shared = CARDS[target].shared // max(code.shared, 1)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
+
+
+def row(name: str, dtype: str, target: str, tasks: int, parameters: float) -> tuple[str, ...]:
+    """One line of the report."""
+    entry, card = catalog.entry(name, dtype, tasks), CARDS[target]
+    code = read_machine_code(compile_launch(entry.launch, TARGETS[target]), TARGETS[target])
+    instructions = None
+    if card.issue is not None:
+        covered = entry.launch.programs * entry.elements
+        instructions = sum(run_launch(entry.launch, target).counts.values()) / covered
+    moving = entry.bytes_moved * parameters / card.bandwidth
+    issuing = instructions * parameters / card.issue if instructions and card.issue else 0.0
+    wide = "–" if name in SCATTERED else ("yes" if is_wide(entry, code) else "NO")
+    spills = str(code.spilled) + (f" (+{code.scalar_spilled} scalar)" if code.scalar_spilled else "")
+    return (
+        name, "any" if name in catalog.ANY_DTYPE else dtype, target, wide, str(code.registers), spills,
+        str(code.shared), f"{occupancy(code, entry.launch.threads, target):.0%}",
+        f"{entry.bytes_moved:.2f}", f"{entry.bytes_needed:.2f}",
+        f"{instructions:.1f}" if instructions else "–",
+        f"{1e3 * max(moving, issuing):.1f} ({card.name})", "issue" if issuing > moving else "memory",
+    )  # fmt: skip
+
+
+def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
+    """Whether the tensors that the program must read arrive by 128-bit loads alone."""
+    item = 1 / 8 if entry.name == "overlap" else catalog.DTYPES[entry.dtype].itemsize
+    tensors = {"overlap": entry.tasks, "zero": 1, "gather": 1, "scatter": 1}.get(entry.name, 1 + min(entry.tasks, 8))
+    loops = entry.launch.arguments.get("TILES", 1)
+    return code.loads[128] >= tensors * entry.elements / entry.launch.threads / loops * item / 16
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    for name in options.kernels:
+        for dtype in options.dtypes:
+            if name in catalog.ANY_DTYPE and dtype != options.dtypes[0]:
+                continue
+            for target in options.targets:
+                yield row(name, dtype, target, options.tasks, options.parameters)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", default=[*catalog.KERNELS], choices=catalog.KERNELS)
+    parser.add_argument("--dtypes", nargs="+", default=[*catalog.DTYPES], choices=catalog.DTYPES)
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=TARGETS)
+    parser.add_argument("--tasks", type=int, default=5, help="tuned models that an operation takes")
+    parser.add_argument("--parameters", type=float, default=7e9, help="model size of the predicted time")
+    parser.add_argument("--markdown", action="store_true", help="a table for kernels/README.md")
+    options = parser.parse_args()
+    if options.markdown:
+        print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    else:
+        print("\t".join(HEADER))
+    for line in rows(options):
+        print("| " + " | ".join(line) + " |" if options.markdown else "\t".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Gates on the compiled kernels, without a GPU: spills, registers, access widths, instructions, bytes a parameter."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import pytest
+import torch
+from cpift_kernels.gpu import catalog, offline
+from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code
+
+from tests.ptx.device import run_launch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+SLOW = pytest.mark.slow
+TASKS = 4
+TARGETS = ["sm_90", *(pytest.param(name, marks=SLOW) for name in ("sm_80", "sm_100", "gfx942"))]
+NVIDIA = ["sm_90", *(pytest.param(name, marks=SLOW) for name in ("sm_80", "sm_100"))]
+CELLS = [
+    pytest.param(name, dtype, marks=() if dtype == "bf16" else SLOW, id=f"{name}-{dtype}")
+    for name in catalog.KERNELS
+    for dtype in catalog.DTYPES
+    if dtype == "bf16" or name not in catalog.ANY_DTYPE
+]
+# Registers a thread at four tasks: 128 leave 16 warps on a multiprocessor.
+REGISTERS = {
+    "mark": 128, "collect": 40, "overlap": 40, "conflict": 96, "gram": 128, "apply": 96, "zero": 32, "gather": 56,
+    "scatter": 40, "count": 24,
+}  # fmt: skip
+# PTX instructions a parameter at four tasks: what was measured, and a tenth more.
+INSTRUCTIONS = {
+    "mark": 97, "collect": 8, "overlap": 2.2, "conflict": 80, "gram": 92, "apply": 99, "zero": 15, "gather": 33,
+    "scatter": 32, "count": 6,
+}  # fmt: skip
+# 128-bit accesses of model tensors or mask words in the code, as tensors read and written; a fused apply reads the
+# masked sources in its contested branch again.
+WIDE = {
+    "mark": (TASKS + 1, 0), "overlap": (TASKS, 0), "conflict": (TASKS + 1, 0), "gram": (TASKS + 1, 0),
+    "apply": (2 * TASKS + 1, 1), "zero": (1, 1), "gather": (1, 0), "scatter": (1, 1),
+}  # fmt: skip
+# Loads of 16 to 64 bits that belong there: cut points, coefficients, block starts, and saved values one by one.
+SCALARS = {"mark": 4 * TASKS, "apply": TASKS + 1, "gather": 1, "scatter": 9}
+
+
+@cache
+def _machine_code(name: str, dtype: str, target: str, tasks: int = TASKS) -> MachineCode:
+    launch = catalog.entry(name, dtype, tasks).launch
+    return read_machine_code(offline.compile_launch(launch, offline.TARGETS[target]), offline.TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "dtype"), CELLS)
+def test_no_spills_and_few_registers(name: str, dtype: str, target: str) -> None:
+    code = _machine_code(name, dtype, target)
+    assert code.spilled == 0
+    assert code.registers <= REGISTERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*offline.TARGETS])
+@pytest.mark.parametrize(("name", "dtype"), [("mark", "fp32"), ("gram", "fp32"), ("apply", "bf16"), ("apply", "fp32")])
+def test_no_spills_at_sixteen_tasks(name: str, dtype: str, target: str) -> None:
+    for launch in catalog.launches(name, dtype, 16):
+        compiled = offline.compile_launch(launch, offline.TARGETS[target])
+        assert read_machine_code(compiled, offline.TARGETS[target]).spilled == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "dtype"), [cell for cell in CELLS if cell.values[0] in WIDE])
+def test_tensors_move_128_bits_at_a_time(name: str, dtype: str, target: str) -> None:
+    code, entry = _machine_code(name, dtype, target), catalog.entry(name, dtype, TASKS)
+    item = 1 / 8 if name == "overlap" else catalog.DTYPES[dtype].itemsize
+    # The body of the Gram kernel's loop covers an eighth of what its program does.
+    loops = entry.launch.arguments.get("TILES", 1)
+    accesses = entry.elements / entry.launch.threads / loops * item / 16
+    loads, stores = WIDE[name]
+    assert code.loads[128] >= loads * accesses
+    assert code.stores[128] == stores * accesses
+    assert sum(code.loads[bits] for bits in (16, 32, 64)) <= SCALARS.get(name, 0)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(("name", "dtype"), CELLS)
+def test_instructions_and_bytes_a_parameter(name: str, dtype: str, target: str) -> None:
+    """Counted while the compiled PTX runs; masks are empty, so kernels that skip unmasked parts move less."""
+    entry = catalog.entry(name, dtype, TASKS)
+    done = run_launch(entry.launch, target)
+    parameters = entry.launch.programs * entry.elements
+    assert sum(done.counts.values()) / parameters <= INSTRUCTIONS[name]
+    assert done.traffic / parameters <= 1.03 * entry.bytes_moved
+    if name in ("mark", "overlap", "gram", "apply"):
+        assert done.traffic / parameters >= 0.99 * entry.bytes_moved
+        assert entry.bytes_moved <= 1.06 * entry.bytes_needed
+
+
+def test_widths_are_lost_without_alignment() -> None:
+    """The width gate sees what it is for: a tensor off its 16-byte boundary."""
+    values, words = torch.zeros(4097)[1:], torch.zeros(128, dtype=torch.int32)
+    from cpift_kernels.gpu import freeze
+
+    launch = offline.record(lambda: freeze.zero_masked_(values, words))[0]
+    code = read_machine_code(offline.compile_launch(launch, offline.TARGETS["sm_90"]), offline.TARGETS["sm_90"])
+    assert code.loads[128] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [*catalog.DTYPES])
+@pytest.mark.parametrize("name", ["mark", "gram", "apply"])
+def test_tails_and_rows_compile(name: str, dtype: str, target: str) -> None:
+    """The launches that the catalogue's whole tensors do not make: bounds masks, and rows that share mask bytes."""
+    for launch in catalog.launches(name, dtype, 2):
+        for changed in ({"TAIL": True}, {"TAIL": True, "ALIGNED": False}):
+            arguments = launch.arguments | {key: value for key, value in changed.items() if key in launch.arguments}
+            varied = offline.Launch(launch.kernel, 1, launch.threads, arguments)
+            compiled = offline.compile_launch(varied, offline.TARGETS[target])
+            assert read_machine_code(compiled, offline.TARGETS[target]).spilled == 0
