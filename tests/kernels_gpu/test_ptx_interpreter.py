@@ -154,6 +154,8 @@ def test_fma_rounds_once() -> None:
         ("popc.b32", (0xF0F00001,), 9),
         ("shr.s32", (0x80000000, 40), 0xFFFFFFFF),
         ("shl.b32", (1, 32), 0),
+        ("mul.hi.s32", (0xFFFFFFFE, 3), 0xFFFFFFFF),
+        ("mul.hi.u32", (0xFFFFFFFE, 3), 2),
     ],
 )
 def test_integer_operations(opcode: str, operands: tuple[int, ...], expected: int) -> None:

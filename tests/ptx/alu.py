@@ -124,6 +124,10 @@ def _wide(kind: type) -> Callable[..., Array]:
     return compute
 
 
+def _high(kind: type, wide: type) -> Callable[[Array, Array], Array]:
+    return lambda a, b: (a.astype(wide) * b.astype(wide) >> wide(32)).astype(kind)
+
+
 def _comparisons() -> dict[str, Operation]:
     tests = {
         "eq": np.equal,
@@ -176,6 +180,7 @@ def _integers() -> dict[str, Operation]:
             table[f"neg.{kind}"] = Operation(kind, (kind,), np.negative)
     table["div.s32"] = Operation("s32", ("s32", "s32"), lambda a, b: (a.astype(np.int64) / b).astype(np.int32))
     for kind, wide in (("s32", "s64"), ("u32", "u64")):
+        table[f"mul.hi.{kind}"] = Operation(kind, (kind, kind), _high(TYPES[kind], TYPES[wide]))
         table[f"mul.wide.{kind}"] = Operation(wide, (kind, kind), _wide(TYPES[wide]))
         table[f"mad.wide.{kind}"] = Operation(wide, (kind, kind, wide), _wide(TYPES[wide]))
     for kind in ("b16", "b32", "b64", "pred"):
