@@ -51,7 +51,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, omega: float, epsilon: float) -> tor
     """The definition, in float64."""
     norms = a.norm() * b.norm()
     angle = torch.arccos((a @ b / norms).clamp(-1, 1)) if norms > 0 else torch.tensor(0.0)
-    if angle < epsilon or torch.pi - angle < 1e-6:  # parallel, or antiparallel: no great circle is singled out
+    if angle < epsilon or torch.pi - angle < 0.01:  # parallel, or antiparallel: no great circle is singled out
         return (1 - omega) * a + omega * b
     return (torch.sin((1 - omega) * angle) * a + torch.sin(omega * angle) * b) / torch.sin(angle)
 

@@ -74,7 +74,7 @@ def sequential_slerp(start: Tensor, others: Sequence[Tensor], omegas: Sequence[f
     a = start.double()
     for b, omega in zip((x.double() for x in others), omegas, strict=True):
         angle = _angle(a, b)
-        if angle < epsilon or math.pi - angle < max(epsilon, 1e-6):
+        if angle < epsilon or math.pi - angle < max(epsilon, 0.01):
             a = (1 - omega) * a + omega * b
         else:
             a = (math.sin((1 - omega) * angle) * a + math.sin(omega * angle) * b) / math.sin(angle)
