@@ -1,7 +1,9 @@
 """Masked Gram matrix on the CPU: one pass, all products of a run of elements in registers.
 
 A block of BLOCK elements is summed in fp32, 8 or 16 lanes side by side (so at most BLOCK / 8 additions long), blocks in
-fp64. Blocks and the spans that threads take are cut by position, so the sums have one order.
+fp64. A block with few elements left is summed in fp64 throughout: there the rounding of fp32 products does not average
+out, and a vector of one element, parallel or opposite to every other, would get an angle that is neither. Blocks and the
+spans that threads take are cut by position, so the sums have one order.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from .compiled import in_threads, inner, kernel
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
 from .vector import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, store
-from .words import read_word
+from .words import popcount, read_word
 
 BLOCK = 1 << 12  # elements summed in fp32
+FEW = 128  # elements of a block that are summed in fp64
 SPAN = 1 << 18  # elements of one row that one call sums, a multiple of BLOCK
 # Kernels exist for these numbers of vectors; others repeat their last vector. Each takes about a second to compile.
 SIZES = (2, 3, 4, 5, 7, 9, 13, 17)
@@ -82,6 +85,9 @@ def _sum_rows(size: int, storage: int) -> Callable[..., Any]:
                 end = min(begin + BLOCK, row * width + stop)
                 whole = (end - begin) // LANES
                 _kept_words(words, begin, end, kept)
+                if _count(kept, end - begin) <= FEW:
+                    _sum_few(addresses, kinds, kept, begin, end, scratch, out[row - first])
+                    continue
                 for v in range(size):
                     table[v] = addresses[v] + begin * element
                     if kinds[v] != storage:
@@ -119,6 +125,38 @@ def _kept_words(words, begin, end, kept):  # type: ignore[no-untyped-def]
             if shift > 0 and first + LANES - shift < end:
                 excluded = np.uint32(excluded | (read_word(address + 4) << (LANES - shift)))
         kept[i] = ~excluded
+
+
+@inner
+def _count(kept, elements):  # type: ignore[no-untyped-def]
+    """Bits set among the first `elements`; those after them are cleared in the last word."""
+    rest = elements % LANES
+    if rest > 0:
+        kept[elements // LANES] &= np.uint32((1 << rest) - 1)
+    total = np.int64(0)
+    for i in range((elements + LANES - 1) // LANES):
+        total += popcount(kept[i])
+    return total
+
+
+@inner
+def _sum_few(addresses, kinds, kept, begin, end, scratch, out):  # type: ignore[no-untyped-def]
+    """Add the products of a block with few elements, in fp64."""
+    size = len(addresses)
+    for i in range((end - begin + LANES - 1) // LANES):
+        word = kept[i]
+        if word == 0:
+            continue
+        for v in range(size):
+            store(FP32, scratch[v].ctypes.data, read(MIXED, kinds[v], addresses[v], begin + i * LANES, word))
+        for lane in range(LANES):
+            if (word >> np.uint32(lane)) & np.uint32(1) == 0:
+                continue
+            for v in range(1, size):
+                scratch[v, lane] = scratch[v, lane] - scratch[0, lane]
+            for a in range(size):
+                for b in range(size):
+                    out[a, b] += np.float64(scratch[a, lane]) * np.float64(scratch[b, lane])
 
 
 @intrinsic(prefer_literal=True)
