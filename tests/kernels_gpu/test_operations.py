@@ -37,7 +37,8 @@ DTYPES = [
     pytest.param((torch.bfloat16, torch.float32), id="mixed", marks=SLOW),
 ]
 SIZES = [1, 31, 4096, 5003]
-EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
+# One unit in the last place: beside a rounding boundary the two results may fall to either side.
+ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
 
 
 @pytest.fixture(params=MODES, autouse=True)
@@ -179,9 +180,11 @@ class TestApply:
         donated &= ~expected.isnan()
         assert torch.equal(out[donated], expected[donated])
         size = (base.float().abs() + sum(x.float().nan_to_num().abs() for x in tuned)) * 2.0**-22
-        bound = expected.float().nan_to_num().abs() * EPSILON[dtypes[0]] + size
+        bound = expected.float().nan_to_num().abs() * ULP[dtypes[0]] + size
         close = (out.float() - expected.float()).abs() <= bound
         assert (close | (out.isnan() & expected.isnan())).all()
+        differs = (out != expected) & ~expected.isnan()
+        assert dtypes[0] == torch.float32 or differs.float().mean() < 0.002
 
 
 class TestOverlapAndConflicts:
