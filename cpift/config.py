@@ -217,6 +217,9 @@ class ResourcesConfig(Section):
         ge=1,
         description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
     )
+    threads_alone: int | None = Field(
+        None, ge=1, description="torch threads where no other fine-tune runs (backbone, integration); default: the same"
+    )
     parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
     address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")

@@ -55,15 +55,18 @@ class StageArtifacts:
     def _train_data(self) -> dict[str, str]:
         return {f"data {task.name}": source_fingerprint(task.train) for task in self.config.tasks}
 
-    def _training_fields(self, training: TrainingConfig) -> dict[str, Any]:
+    def _training_fields(self, training: TrainingConfig, threads: int) -> dict[str, Any]:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
-        resources = self.config.resources
         fields = training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"})
-        return fields | {"seed": self.config.seed, "threads": resources.threads, "workers": resources.workers}
+        return fields | {"seed": self.config.seed, "threads": threads, "workers": self.config.resources.workers}
+
+    @property
+    def threads_alone(self) -> int:
+        return self.config.resources.threads_alone or self.config.resources.threads
 
     @cached_property
     def probes(self) -> dict[str, Artifact]:
-        model, fields = self.model.fingerprint, self._training_fields(self.config.probe)
+        model, fields = self.model.fingerprint, self._training_fields(self.config.probe, self.config.resources.threads)
         return {
             task.name: self.artifact(
                 "probe", task.name, {"model": model, "data": self._train_data[f"data {task.name}"]}, fields
@@ -90,7 +93,9 @@ class StageArtifacts:
         if self.config.backbone.source != "staged":
             return None
         inputs = {"model": self.model.fingerprint} | self._train_data
-        fields = self._training_fields(self.config.backbone_training) | {"groups": [list(group) for group in groups]}
+        fields = self._training_fields(self.config.backbone_training, self.threads_alone) | {
+            "groups": [list(group) for group in groups]
+        }
         return self.artifact("backbone", "", inputs, fields)
 
     def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
@@ -102,7 +107,7 @@ class StageArtifacts:
 
     def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
         integration = self.config.integration
-        fields = self._training_fields(integration) | {"groups": [list(group) for group in groups]}
+        fields = self._training_fields(integration, self.threads_alone) | {"groups": [list(group) for group in groups]}
         inputs = {"fused": fused.fingerprint, "regions": self.regions.fingerprint} | self._train_data
         return self.artifact("integrate", "", inputs, fields)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +49,21 @@ def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
 
 def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
     """Multi-stage SFT from θ0, group after group, nothing frozen."""
-    return _fit_spec(run, "backbone", base, run.config.backbone_training, stages_of(groups, None), artifact)
+    spec = _fit_spec(run, "backbone", base, run.config.backbone_training, stages_of(groups, None), artifact)
+    return replace(spec, threads=run.artifacts.threads_alone)
 
 
 def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
     """Multi-stage SFT of the fused model on balanced samples, cores frozen."""
-    from dataclasses import replace
-
     settings = run.config.integration
     spec = _fit_spec(run, "integration", fused, settings, stages_of(groups, settings.freeze), artifact)
-    return replace(spec, regions=run.artifacts.regions.path, samples_per_task=settings.samples_per_task, balanced=True)
+    return replace(
+        spec,
+        threads=run.artifacts.threads_alone,
+        regions=run.artifacts.regions.path,
+        samples_per_task=settings.samples_per_task,
+        balanced=True,
+    )
 
 
 def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: Path) -> None:
