@@ -2,8 +2,8 @@
 
 A block of BLOCK elements is summed in fp32, 8 or 16 lanes side by side (so at most BLOCK / 8 additions long), blocks in
 fp64. A block with few elements left is summed in fp64 throughout: there the rounding of fp32 products does not average
-out, and a vector of one element, parallel or opposite to every other, would get an angle that is neither. Blocks and the
-spans that threads take are cut by position, so the sums have one order.
+out, and a vector of one element, parallel or opposite to every other, would get an angle that is neither. Blocks, and
+the spans that threads take, are cut by position, so the sums have one order.
 """
 
 from __future__ import annotations
