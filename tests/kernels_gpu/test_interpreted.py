@@ -12,8 +12,15 @@ import pytest
 HERE = Path(__file__).parent
 
 
+PARTS = {
+    "quick": ["-m", "not slow", "-k", "not TestSelection"],
+    "selection": ["-m", "not slow", "-k", "TestSelection"],
+    "rest": ["-m", "slow"],
+}
+
+
 @pytest.mark.parametrize(
-    "part", [["-m", "not slow", "-k", "not TestSelection"], pytest.param([], marks=pytest.mark.slow)]
+    "part", [part if name == "quick" else pytest.param(part, marks=pytest.mark.slow) for name, part in PARTS.items()]
 )
 def test_under_the_interpreter(part: list[str]) -> None:
     done = subprocess.run(
