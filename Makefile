@@ -38,10 +38,10 @@ smoke: $(VENV)/.ready
 	$(BIN)/cpift run configs/smoke.yaml
 
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -32,6 +32,9 @@ class ProblemsError(CpiftError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{subject}: {count}\n{lines}")
 
+    def __reduce__(self) -> tuple[type[ProblemsError], tuple[str, tuple[Problem, ...]]]:
+        return type(self), (self.subject, self.problems)  # so that a worker's error reaches the driver as it is
+
 
 class ConfigError(ProblemsError):
     """The run's configuration cannot be used."""

@@ -92,6 +92,23 @@ def evaluate_model(
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
+def check_rows(path: Path, tasks: Sequence[TaskConfig], settings: EvaluationConfig) -> None:
+    """Find test rows that could not be scored, with θ0's tokenizer alone: before anything is trained.
+
+    Raises:
+        DataError: as `evaluate_model` would, for all tasks at once.
+    """
+    tokenizer = load_tokenizer(path)
+    problems: list[Problem] = []
+    for task in tasks:
+        try:
+            _rows(tokenizer, settings, task)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError("test rows", problems)
+
+
 def _silent(task: str, done: int, total: int) -> None:
     pass
 
@@ -103,7 +120,7 @@ def _precision(device_type: str) -> Iterator[None]:
 
 
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
-    rows = _rows(room, task)
+    rows = _rows(room.tokenizer, room.settings, task)
     generates = task.metric in ("number", "rouge")
     total = len(rows) * (2 if generates else 1)
     results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
@@ -117,26 +134,26 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> Task
     return TaskScore(task.metric, score, loss, tokens, len(results), results)
 
 
-def _rows(room: _Room, task: TaskConfig) -> list[_Row]:
+def _rows(tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig) -> list[_Row]:
     """The task's test rows, tokenised; every unusable one is reported at once."""
-    examples = load_examples(task.test)[: room.settings.limit]
-    rows = [_tokenised(room, example, task.metric) for example in examples]
+    examples = load_examples(task.test)[: settings.limit]
+    rows = [_tokenised(tokenizer, example, task.metric) for example in examples]
     problems = [
         Problem(f"tasks.{task.name}.test row {number}", *found)
         for number, row in enumerate(rows, start=1)
-        for found in _row_problems(row, task, room.settings.max_length)
+        for found in _row_problems(row, task, settings.max_length)
     ]
     if not rows:
         problems = [Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")]
     if problems:
         raise DataError(f"evaluation of {task.name}", problems[:10])
-    return [replace(row, reply=_cut(row.reply, room.settings.max_length)) for row in rows]
+    return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
 
 
-def _tokenised(room: _Room, example: Example, metric: str) -> _Row:
+def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str) -> _Row:
     def encode(reply: str) -> Labelled:
         messages = (*example.messages[:-1], Message("assistant", reply))
-        encoded = tokenise(replace(example, messages=messages), room.tokenizer, _UNCUT)
+        encoded = tokenise(replace(example, messages=messages), tokenizer, _UNCUT)
         return Labelled(encoded["input_ids"], encoded["labels"])
 
     reply = encode(example.messages[-1].content)

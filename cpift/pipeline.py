@@ -62,8 +62,10 @@ class Pipeline:
     def probe(self) -> dict[str, Model]:
         """Stage 1: one fine-tune a task, all in parallel."""
         base = self.pretrained()
-        from cpift.stages import probe_specs
+        from cpift.stages import check_data, probe_specs
 
+        if not all(artifact.complete for artifact in self.artifacts.probes.values()):
+            check_data(self, base)
         self._fit(self.artifacts.probes.values(), "probes", lambda: probe_specs(self, base))
         return {task: Model.of(f"probe {task}", made) for task, made in self.artifacts.probes.items()}
 

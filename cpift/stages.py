@@ -39,6 +39,13 @@ def _fit_spec(
     )
 
 
+def check_data(run: Pipeline, base: Model) -> None:
+    """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
+    from cpift.evaluate import check_rows
+
+    check_rows(base.path, run.config.tasks, run.config.evaluation)
+
+
 def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
     return [
