@@ -77,12 +77,10 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
 
     pipeline = _open(config, overrides, output)
     with exclusive(pipeline.root), pipeline.engine.session():
-        scores = pipeline.evaluate()
         report = pipeline.report()
     from cpift.report import scores_table
-    from cpift.stages import report_data
 
-    Console().print(scores_table(report_data(pipeline, scores)))
+    Console().print(scores_table(pipeline.report_data))
     if not pipeline.worked:
         typer.echo("Everything was cached: nothing to do.")
     typer.echo(f"Report: {report}")

@@ -75,6 +75,17 @@ class ProgressBoard:
         return messages
 
 
+@contextmanager
+def _progress_board() -> Iterator[tuple[str, Any]]:
+    """The name of a new board, for workers to find it, and its handle; the board ends with the block."""
+    name = f"progress-{uuid.uuid4().hex[:8]}"
+    board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]
+    try:
+        yield name, board
+    finally:
+        ray.kill(board)
+
+
 def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
     """Run fine-tunes side by side, as many as fit, the rest queued; each leaves its model in its `export`.
 
@@ -84,17 +95,14 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
     todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
     if not todo:
         return
-    with ray_session(resources):
+    with ray_session(resources), _progress_board() as (board_name, board):
         parallel = _parallel_fits(resources)
-        board_name = f"progress-{uuid.uuid4().hex[:8]}"
-        board = ProgressBoard.options(name=board_name).remote()  # type: ignore[attr-defined]
         pool = ThreadPoolExecutor(parallel)
         futures = {pool.submit(_run_fit, spec, resources, board_name): spec for spec in todo}
         try:
             _follow(list(futures), board, on_progress)
         finally:  # interrupted: what is queued must not start, and what runs ends with the Ray session
             pool.shutdown(wait=False, cancel_futures=True)
-        ray.kill(board)
         _raise_failures({spec.title: future.exception() for future, spec in futures.items()})
 
 
@@ -215,9 +223,7 @@ def evaluate_models(
     """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
     if not models:
         return
-    with ray_session(resources):
-        board_name = f"progress-{uuid.uuid4().hex[:8]}"
-        board = ProgressBoard.options(name=board_name).remote()  # type: ignore[attr-defined]
+    with ray_session(resources), _progress_board() as (board_name, board):
         remote = _evaluate_worker.options(
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or None, max_retries=2
         )
@@ -234,7 +240,6 @@ def evaluate_models(
                     on_result(title, ray.get(reference))
                 except ray.exceptions.RayError as error:
                     failures[title] = error
-        ray.kill(board)
         _raise_failures(failures)
 
 
@@ -290,14 +295,9 @@ def _raise_failures(failures: dict[str, BaseException | None]) -> None:
 
 def _root_cause(error: BaseException) -> str:
     """The last words of the innermost error, for Ray wraps a worker's exception several times."""
-    inner: BaseException = error
-    for attribute in ("worker_failures", "cause"):
-        found = getattr(inner, attribute, None)
-        if isinstance(found, dict) and found:
-            inner = next(iter(found.values()))
-        elif isinstance(found, BaseException):
-            inner = found
-    return str(inner).strip()
+    workers = getattr(error, "worker_failures", None)
+    inner = next(iter(workers.values())) if workers else error
+    return str(getattr(inner, "cause", None) or inner).strip()
 
 
 class RayEngine:

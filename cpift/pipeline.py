@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from cpift.grouping import Grouping, group_tasks
 from cpift.models import materialise, model_fingerprint
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.view import View
+
+if TYPE_CHECKING:
+    from cpift.report import ReportData
 
 
 class Engine(Protocol):
@@ -144,13 +147,19 @@ class Pipeline:
             self._say_cached("evaluation")
         return {title: read_json(made.path / "scores.json") for title, made in artifacts.items()}
 
-    def report(self) -> Path:
-        """The page a person reads; written anew each time, for it costs nothing."""
+    @cached_property
+    def report_data(self) -> ReportData:
+        """What the report shows: scores, regions, fusion, training, checks and provenance."""
         scores = self.evaluate()
-        from cpift.report import summary, write_report
         from cpift.stages import report_data
 
-        data = report_data(self, scores)
+        return report_data(self, scores)
+
+    def report(self) -> Path:
+        """The page a person reads; written anew each time, for it costs nothing."""
+        data = self.report_data
+        from cpift.report import summary, write_report
+
         path = self.root / "report.html"
         write_report(data, path)
         write_json(self.root / "summary.json", summary(data))
