@@ -77,7 +77,14 @@ def core_size(p: float, elements: int) -> int:
 def select_regions(
     pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig
 ) -> dict[str, CoreRegion]:
-    """Core regions of all tasks, from one pass over the checkpoints.
+    """Core regions of all tasks; see `select_regions_many`."""
+    return select_regions_many(pretrained, tuned, config, [config.p])[config.p]
+
+
+def select_regions_many(
+    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig, ps: Sequence[float]
+) -> dict[float, dict[str, CoreRegion]]:
+    """Core regions of all tasks for every p of `ps` (`config.p` is not looked at), from one pass over the checkpoints.
 
     Ties go to the lower linear index (name order, then row-major). Elements that did not move are never core.
     Raises CheckpointError for models of other layout and for NaN or Inf, naming task and tensor.
@@ -85,21 +92,23 @@ def select_regions(
     require_same_layout(pretrained, tuned)
     names = parameter_space(pretrained, config)
     blocks = [names] if config.scope == "global" else [(name,) for name in names]
-    masks: dict[str, list[CoreMask]] = {task: [] for task in tuned}
+    chosen = list(dict.fromkeys(ps))
+    masks: dict[float, dict[str, list[CoreMask]]] = {p: {task: [] for task in tuned} for p in chosen}
     for block in blocks:
-        for task, mask in zip(tuned, _select_block(pretrained, tuned, block, config.p), strict=True):
-            masks[task].append(mask)
-    return {task: _region(task, config.p, pretrained, names, found) for task, found in masks.items()}
+        for task, found in zip(tuned, _select_block(pretrained, tuned, block, chosen), strict=True):
+            for p, mask in zip(chosen, found, strict=True):
+                masks[p][task].append(mask)
+    return {p: {task: _region(task, p, pretrained, names, found) for task, found in masks[p].items()} for p in chosen}
 
 
 def _select_block(
-    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], names: Sequence[str], p: float
-) -> list[CoreMask]:
-    count = core_size(p, sum(pretrained.tensors[name].numel for name in names))
+    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], names: Sequence[str], ps: Sequence[float]
+) -> list[list[CoreMask]]:
+    elements = sum(pretrained.tensors[name].numel for name in names)
     base = [pretrained.tensor(name) for name in names]
     others = [[model.tensor(name) for name in names] for model in tuned.values()]
     try:
-        return [found[0] for found in select_cores(base, others, [count])]
+        return select_cores(base, others, [core_size(p, elements) for p in ps])
     except ValueError:
         _raise_if_not_finite({"pretrained": pretrained, **tuned}, names)
         raise

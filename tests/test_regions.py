@@ -18,6 +18,7 @@ from cpift.regions import (
     region_overlaps,
     save_regions,
     select_regions,
+    select_regions_many,
 )
 
 from .conftest import random_tensors, save_checkpoint
@@ -62,6 +63,19 @@ def test_regions_are_the_elements_that_moved_most(tmp_path: Path, p: float, dtyp
         assert region.summary.count == expected.sum()
         assert region.summary.requested == count
         assert sum(region.summary.cores.values()) == region.summary.count
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_several_p_at_once_are_each_alone(tmp_path: Path, scope: str) -> None:
+    base, tuned = models(tmp_path, torch.bfloat16)
+    config = RegionsConfig(scope=scope)
+    several = select_regions_many(base, tuned, config, [0.5, 0.01, 0.2, 0.5])
+    assert list(several) == [0.5, 0.01, 0.2]
+    for p, regions in several.items():
+        alone = select_regions(base, tuned, config.model_copy(update={"p": p}))
+        for task, region in regions.items():
+            assert region.summary == alone[task].summary
+            assert all(torch.equal(words, alone[task].words[name]) for name, words in region.words.items())
 
 
 def test_a_probe_that_moved_little_has_a_small_core(tmp_path: Path) -> None:
