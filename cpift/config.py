@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Freeze = Literal["earlier", "all"]
+Strategy = Literal["ddp", "fsdp"]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -210,6 +211,11 @@ class ResourcesConfig(Section):
     """What one fine-tune may use, and how many run at once."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers (data parallel) per fine-tune")
+    strategy: Strategy = Field(
+        "ddp",
+        description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
+        "fsdp: FSDP2, each holds its share of them",
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     threads_per_worker: int | None = Field(

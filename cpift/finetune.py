@@ -8,7 +8,7 @@ Ray is not imported here: `distributed.py` wires the hooks to Ray Train, a test 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from cpift.checkpoints import Checkpoint, TensorInfo, write_like
 from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
 from cpift.devices import device_name, native_bf16
 from cpift.errors import CheckpointError, Problem, StageError
-from cpift.fit_spec import RESULT, FitSpec, StageSpec
-from cpift.freezing import ElementFreezer, count_moved, snapshot
+from cpift.fit_spec import RESULT, FitSpec
+from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
 from cpift.regions import read_mask, read_summary
+from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole
 
 _STAGE_FILE = "cpift_stage.json"
 
@@ -71,7 +72,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     progress = _resume(hooks.resume_from)
     started = time.time() - progress.seconds
     source = hooks.resume_from if hooks.resume_from and progress.stage_done else spec.model
-    model, tokenizer = load_model(source, torch.float32), load_tokenizer(spec.model)
+    model, tokenizer = _load(spec, source), load_tokenizer(spec.model)
     _require_own_tensors(model, Checkpoint(spec.model))
     mid_stage = hooks.resume_from if not progress.stage_done else None
     first = progress.stage + int(progress.stage_done)
@@ -85,9 +86,18 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "seconds": progress.seconds,
         "device": device_name(),
     }
-    if hooks.is_main:
-        _export(spec, model, result)
+    _export(spec, model, result, hooks.is_main)
     return result
+
+
+def _sharded(spec: FitSpec) -> bool:
+    """One worker has nothing to shard."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return spec.strategy == "fsdp" and group and torch.distributed.get_world_size() > 1
+
+
+def _load(spec: FitSpec, source: Path) -> PreTrainedModel:
+    return load_sharded(source, torch.float32) if _sharded(spec) else load_model(source, torch.float32)
 
 
 def _resume(checkpoint: Path | None) -> _Progress:
@@ -105,8 +115,9 @@ def _run_stage(
 ) -> None:
     stage = spec.stages[index]
     progress.stage, progress.stage_done = index, False
-    follower = _Follower(spec, index, progress, hooks, _stage_masks(spec, stage))
-    trainer = Trainer(
+    masks = _FrozenCores(spec, stage.frozen) if stage.frozen else {}
+    follower = _Follower(spec, index, progress, hooks, masks)
+    trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
         model=model,
         args=_arguments(spec, index),
         train_dataset=_stage_data(spec, index, tokenizer),
@@ -128,18 +139,24 @@ def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -
     return mixture(parts, spec.seed + index)
 
 
-def _stage_masks(spec: FitSpec, stage: StageSpec) -> dict[str, torch.Tensor]:
-    """Union of the frozen tasks' cores by parameter name; empty where nothing is frozen."""
-    if not stage.frozen:
-        return {}
-    if spec.regions is None:
-        raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
-    names = next(iter(read_summary(spec.regions)["regions"].values()))["cores"]
-    masks = {}
-    for name in names:
-        parts = [read_mask(spec.regions, task, name) for task in stage.frozen]
-        masks[name] = union_mask([part for part in parts if part is not None])
-    return masks
+class _FrozenCores(Mapping[str, torch.Tensor]):
+    """Union of the frozen tasks' cores by parameter name, read from the regions' files when it is asked for."""
+
+    def __init__(self, spec: FitSpec, tasks: Sequence[str]):
+        if spec.regions is None:
+            raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
+        self._folder, self._tasks = spec.regions, tasks
+        self._names = tuple(next(iter(read_summary(spec.regions)["regions"].values()))["cores"])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [read_mask(self._folder, task, name) for task in self._tasks]
+        return union_mask([part for part in parts if part is not None])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
@@ -225,7 +242,7 @@ class _Follower(TrainerCallback):
         if self._freezer is None:
             return
         self._freezer.detach()
-        moved = count_moved(self._before, snapshot(model, self._masks))
+        moved = count_moved_everywhere(model, self._before, snapshot(model, self._masks))
         elements = self._freezer.frozen_elements
         self._progress.frozen.append({"stage": self._index, "elements": elements, "moved": moved})
         if moved:
@@ -245,8 +262,8 @@ def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
     folder = spec.scratch / f"stage-{index}" / "end"
     progress.stage_done = True
+    save_whole(model, folder, hooks.is_main)
     if hooks.is_main:
-        model.save_pretrained(folder)
         write_json(folder / _STAGE_FILE, progress.__dict__)
     hooks.on_checkpoint(folder, {"stage": index, "step": -1})
 
@@ -262,15 +279,23 @@ def _require_own_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None
         raise CheckpointError(f"checkpoint {checkpoint.folder}", problems[:20])
 
 
-def _export(spec: FitSpec, model: PreTrainedModel, result: Mapping[str, Any]) -> None:
-    """Write the model with the names, dtypes and shards of `spec.model`; the folder's last file makes it complete."""
+def _export(spec: FitSpec, model: PreTrainedModel, result: Mapping[str, Any], main: bool) -> None:
+    """Write the model with the names, dtypes and shards of `spec.model`; the folder's last file makes it complete.
+
+    All workers take part, for a sharded model is gathered tensor by tensor; the main one writes.
+    """
     origin, state = Checkpoint(spec.model), model.state_dict()
 
     def produce(info: TensorInfo) -> torch.Tensor:
         # Buffers that the model rebuilds itself are not in its state: they are copied.
         found = state.get(info.name)
-        return origin.tensor(info.name) if found is None else found.detach().cpu().to(info.dtype)
+        return origin.tensor(info.name) if found is None else whole(found.detach()).cpu().to(info.dtype)
 
+    if not main:
+        for info in (info for file in origin.files for info in origin.tensors.values() if info.file == file):
+            if info.name in state:
+                whole(state[info.name])  # in the order in which the main worker asks
+        return
     spec.export.mkdir(parents=True, exist_ok=True)
     write_like(origin, spec.export, produce)
     write_json(spec.export / RESULT, dict(result))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpift.config import Freeze, TaskConfig, TrainingConfig
+from cpift.config import Freeze, Strategy, TaskConfig, TrainingConfig
 
 RESULT = "training.json"
 
@@ -35,6 +35,7 @@ class FitSpec:
     regions: Path | None = None
     samples_per_task: int | None = None
     balanced: bool = False
+    strategy: Strategy = "ddp"
 
 
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:

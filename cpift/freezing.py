@@ -3,6 +3,11 @@
 The *update* is masked, not only the gradient: gradients of frozen elements are zeroed as they are accumulated, so they
 enter neither the clipping norm nor the optimizer's moments, and their values are put back bit for bit after each step,
 so neither momentum nor decoupled weight decay moves them. Memory: the packed masks (D/8 bytes) and the frozen values.
+
+The same hooks serve one process, DDP and FSDP2. DDP copies a gradient into its bucket after the hook has zeroed it, on
+every worker alike, so the mean is zero too. FSDP2 calls the hook on the sharded parameter after the reduce-scatter;
+each worker then holds its own slice of the mask and of the values. An optimizer sees zero gradients at frozen
+elements; one that mixes elements (Adafactor's row and column means) counts those zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +16,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
-from cpift_kernels import gather_masked, scatter_masked_, unpack_mask, zero_masked_
+from cpift_kernels import count_mask, gather_masked, pack_mask, scatter_masked_, unpack_mask, zero_masked_
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
 from cpift.errors import CpiftError
@@ -20,32 +26,37 @@ from cpift.errors import CpiftError
 class ElementFreezer:
     """Holds the masked elements of a model at the values that they have when this object is made.
 
-    `masks`: packed int32 words by parameter name (set bit = frozen). A name that is no parameter of the model is an
-    error: an element that nobody holds still would be a silent breach of the method.
-    Use as a context manager, or `attach` and `detach`.
+    `masks`: packed int32 words of whole parameters by name (set bit = frozen), read one at a time. A name that is no
+    parameter of the model is an error: an element that nobody holds still would be a silent breach of the method. So
+    is LoRA, where no mask of A's and B's elements can hold single elements of their product.
+    Use as a context manager, or `attach` and `detach`. Under DDP give the model without its wrapper.
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor]):
-        parameters = dict(model.named_parameters())
-        unknown = sorted(set(masks) - set(parameters))
-        if unknown:
-            raise CpiftError(
-                f"cannot freeze {', '.join(unknown[:5])}: the model has no parameter of that name. "
-                f"Its parameters look like {next(iter(parameters), 'none')!r}"
-            )
-        self._parameters = {name: parameters[name] for name in masks}
-        self._words = {name: words.to(parameters[name].device) for name, words in masks.items()}
-        self._saved = {name: self._gather(name) for name in masks}
+        self._parameters = _parameters_of(model, masks)
+        self._words: dict[str, torch.Tensor] = {}
+        self._saved: dict[str, torch.Tensor] = {}
+        self.frozen_elements = 0  # of the whole model, whatever this worker holds of it
+        for name, parameter in self._parameters.items():
+            whole = masks[name]
+            self.frozen_elements += count_mask(whole)
+            words = _local_words(parameter, whole)
+            if bool(words.any()):
+                self._words[name] = words
+                self._saved[name] = gather_masked(_flat(parameter), words)
         self._handles: list[RemovableHandle] = []
 
     @property
-    def frozen_elements(self) -> int:
-        return sum(values.numel() for values in self._saved.values())
+    def nbytes(self) -> int:
+        """Memory held on this worker: masks and frozen values."""
+        return sum(tensor.nbytes for held in (self._words, self._saved) for tensor in held.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start holding: hooks on the gradients of the masked parameters and on the optimizer's step."""
-        for name, parameter in self._parameters.items():
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._zero_gradient(name)))
+        for name, words in self._words.items():
+            if self._parameters[name].requires_grad:
+                hook = _zeroing(words)
+                self._handles.append(self._parameters[name].register_post_accumulate_grad_hook(hook))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
 
     def detach(self) -> None:
@@ -53,24 +64,10 @@ class ElementFreezer:
             handle.remove()
         self._handles.clear()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put every frozen value back."""
-        for name, parameter in self._parameters.items():
-            scatter_masked_(parameter.detach().view(-1), self._words[name], self._saved[name])
-
-    def _zero_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
-        words = self._words[name]
-
-        def hook(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
-                zero_masked_(parameter.grad.view(-1), words)
-
-        return hook
-
-    @torch.no_grad()
-    def _gather(self, name: str) -> torch.Tensor:
-        return gather_masked(self._parameters[name].detach().view(-1), self._words[name])
+        for name, words in self._words.items():
+            scatter_masked_(_flat(self._parameters[name]), words, self._saved[name])
 
     def __enter__(self) -> ElementFreezer:
         return self
@@ -81,13 +78,14 @@ class ElementFreezer:
         self.detach()
 
 
-@torch.no_grad()
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the masked values by plain boolean indexing: an account that shares nothing with the freezer."""
-    parameters = dict(model.named_parameters())
+    """Copies of this worker's masked values by plain boolean indexing: an account that shares nothing with the freezer.
+
+    Of a parameter that FSDP2 shards, the values in this worker's shard.
+    """
     return {
-        name: parameters[name].detach().cpu().flatten()[unpack_mask(words.cpu(), parameters[name].numel())]
-        for name, words in masks.items()
+        name: _flat(parameter).cpu()[_local_mask(parameter, masks[name]).cpu()]
+        for name, parameter in _parameters_of(model, masks).items()
     }
 
 
@@ -98,3 +96,67 @@ def count_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Te
         int((values.view(bits[values.itemsize]) != after[name].view(bits[values.itemsize])).sum())
         for name, values in before.items()
     )
+
+
+def count_moved_everywhere(
+    model: torch.nn.Module, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> int:
+    """`count_moved` over the shards of all workers; where the model is not sharded, of this worker. Collective."""
+    moved = count_moved(before, after)
+    sharded = next((parameter for parameter in model.parameters() if isinstance(parameter, DTensor)), None)
+    if sharded is None:
+        return moved
+    total = torch.tensor(moved, device=sharded.device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _parameters_of(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """The masked parameters by the masks' names; tied parameters answer to each of their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(masks) - set(parameters))
+    if unknown and any(".lora_" in name for name in parameters):
+        raise CpiftError(
+            f"cannot freeze {unknown[0]} under LoRA: an element of the weight W + s·BA is no element of A or B, so "
+            "no mask can hold it. Train this stage without `lora`, or merge the adapter first"
+        )
+    if unknown:
+        raise CpiftError(
+            f"cannot freeze {', '.join(unknown[:5])}: the model has no parameter of that name. "
+            f"Its parameters look like {next(iter(parameters), 'none')!r}"
+        )
+    found = {name: parameters[name] for name in masks}
+    if len({id(parameter) for parameter in found.values()}) < len(found):
+        twice = sorted(name for name, one in found.items() if sum(one is other for other in found.values()) > 1)
+        raise CpiftError(f"{' and '.join(twice)} are one tied parameter: give one mask for it")
+    return found
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """What this worker holds of a parameter or gradient, as a 1-D view."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+
+
+def _local_mask(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Bool [elements that this worker holds]: the worker's slice of a whole parameter's mask. No communication."""
+    mask = unpack_mask(words, parameter.numel())
+    if isinstance(parameter, DTensor):
+        whole = mask.view(parameter.shape)
+        placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        mask = placed.to_local().reshape(-1)
+    return mask
+
+
+def _local_words(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """`_local_mask`, packed, where the worker's values are."""
+    local = pack_mask(_local_mask(parameter, words)) if isinstance(parameter, DTensor) else words
+    return local.to(_flat(parameter).device)
+
+
+def _zeroing(words: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def hook(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            zero_masked_(_flat(parameter.grad), words)
+
+    return hook

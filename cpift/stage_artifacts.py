@@ -58,7 +58,9 @@ class StageArtifacts:
     def _training_fields(self, training: TrainingConfig, threads: int) -> dict[str, Any]:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
         fields = training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"})
-        return fields | {"seed": self.config.seed, "threads": threads, "workers": self.config.resources.workers}
+        resources = self.config.resources
+        fields |= {"seed": self.config.seed, "threads": threads, "workers": resources.workers}
+        return fields | ({"strategy": resources.strategy} if resources.workers > 1 else {})
 
     @property
     def threads_alone(self) -> int:

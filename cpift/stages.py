@@ -36,6 +36,7 @@ def _fit_spec(
         threads=run.config.resources.threads,
         export=artifact.work_dir / "export",
         scratch=artifact.work_dir,
+        strategy=run.config.resources.strategy,
     )
 
 

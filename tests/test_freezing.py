@@ -117,3 +117,26 @@ def test_after_detaching_everything_trains_again() -> None:
 def test_a_mask_for_no_parameter_is_an_error() -> None:
     with pytest.raises(CpiftError, match="cannot freeze ghost"):
         ElementFreezer(network(), {"ghost": torch.zeros(1, dtype=torch.int32)})
+
+
+def test_a_tied_parameter_answers_to_each_of_its_names_but_takes_one_mask() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(5, 5, bias=False), "b": torch.nn.Linear(5, 5, bias=False)})
+    model["b"].weight = model["a"].weight
+    mask = pack_mask(torch.arange(25) % 2 == 0)
+    assert ElementFreezer(model, {"b.weight": mask}).frozen_elements == 13
+    with pytest.raises(CpiftError, match=r"a\.weight and b\.weight are one tied parameter"):
+        ElementFreezer(model, {"a.weight": mask, "b.weight": mask})
+
+
+def test_freezing_under_lora_is_refused() -> None:
+    model = torch.nn.ModuleDict({"q": torch.nn.ModuleDict({"lora_A": torch.nn.Linear(5, 2)})})
+    with pytest.raises(CpiftError, match=r"cannot freeze q\.weight under LoRA"):
+        ElementFreezer(model, {"q.weight": torch.zeros(1, dtype=torch.int32)})
+
+
+def test_the_freezer_holds_the_masks_and_the_frozen_values_and_no_more() -> None:
+    model = network()
+    masks = packed(bool_masks(model, 0.3))
+    freezer = ElementFreezer(model, masks)
+    held = sum(words.nbytes for words in masks.values() if words.any())
+    assert freezer.nbytes == held + 4 * freezer.frozen_elements

@@ -29,7 +29,7 @@ LAYERS = [
         "view",
         "__init__",
     },
-    {"checkpoints", "data", "synthetic", "tokens", "scratch", "models", "likelihood"},
+    {"checkpoints", "data", "synthetic", "tokens", "scratch", "models", "likelihood", "sharding"},
     {"regions", "grouping", "fusion", "freezing"},
     {"finetune", "evaluate"},
     {"report", "report_scores", "report_plots", "report_page", "report_style", "model_card"},
