@@ -15,8 +15,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -37,7 +37,13 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
+    """sha256 (hex) of a file's bytes; read once as long as the file stays as it is."""
+    found = path.stat()
+    return _file_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _file_sha256(path: Path, *identity: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
 
@@ -163,6 +169,21 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(artifacts: Iterable[Artifact]) -> Iterator[None]:
+    """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
+
+    Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
+    its process. On shared storage this needs a file system with `flock` (NFS 4, Lustre and CephFS have it).
+    """
+    with ExitStack() as held:
+        for artifact in sorted(artifacts, key=lambda one: one.path):
+            artifact.work_dir.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

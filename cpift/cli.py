@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpift import cli_cluster
 from cpift.errors import CpiftError
 
 if TYPE_CHECKING:
@@ -196,6 +197,9 @@ def _size(count: int | None) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}"
+
+
+cli_cluster.register(app)
 
 
 def main() -> None:

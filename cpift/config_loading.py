@@ -18,6 +18,8 @@ from cpift.errors import ConfigError, Problem
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # The fields that hold paths of inputs; `backbone.source` is one only if such a folder exists.
 _PATH_FIELDS = {"file", "path"}
+# Fields of one section of which exactly one may be given: setting one by name takes the other's place.
+_ALTERNATIVES = {"tau": "tau_chance", "tau_chance": "tau", "steps": "epochs", "epochs": "steps"}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,15 +28,35 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError listing every problem: unreadable YAML, unknown or missing fields, wrong types, values out of
     range. Files that the config names are checked later, by `pipeline.preflight`, together with their contents.
     """
-    raw = _read_yaml(path)
+    return parse_config(read_yaml(path), path.absolute().parent, str(path), overrides)
+
+
+def parse_config(raw: dict[str, Any], folder: Path, subject: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, from a mapping whose relative paths are meant from `folder`; `subject` names it in errors."""
     problems = [problem for text in overrides if (problem := _override(raw, text)) is not None]
-    problems += list(_resolve_paths(raw, path.absolute().parent, ""))
+    problems += list(_resolve_paths(raw, folder))
+    return _validated(raw, subject, problems)
+
+
+def with_fields(config: RunConfig, fields: Mapping[str, Any], subject: str) -> RunConfig:
+    """A loaded config with some fields (by dotted name) set anew; of two alternatives the other one is unset.
+
+    Raises ConfigError for unknown fields and values that do not fit.
+    """
+    raw = config.model_dump(mode="json", exclude_none=True)
+    problems = [
+        problem for name, value in fields.items() if (problem := _set_field(raw, name, value, name)) is not None
+    ]
+    return _validated(raw, subject, problems)
+
+
+def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems += [_problem(details) for details in error.errors()]
+        problems += [problem_of(details) for details in error.errors()]
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(subject, problems)
     return config
 
 
@@ -43,7 +65,7 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,18 +82,28 @@ def _override(raw: dict[str, Any], text: str) -> Problem | None:
     key, equals, value = text.partition("=")
     if not equals:
         return Problem(f"--set {text}", "has no '='", "write it as field.name=value")
-    *parents, last = key.strip().split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return Problem(f"--set {text}", f"cannot be applied ({error})", "name a field of the file")
+    return _set_field(raw, key.strip(), parsed, f"--set {text}")
+
+
+def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Problem | None:
+    *parents, last = name.split(".")
     node: Any = raw
     try:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
-    except (TypeError, AttributeError, IndexError, ValueError, yaml.YAMLError) as error:
-        return Problem(f"--set {text}", f"cannot be applied ({error})", "name a field of the file")
+        node[int(last) if isinstance(node, list) else last] = value
+        if value is not None and isinstance(node, dict):
+            node.pop(_ALTERNATIVES.get(last), None)
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        return Problem(where, f"cannot be applied ({error})", "name a field of the file")
     return None
 
 
-def _resolve_paths(node: Any, folder: Path, where: str) -> Iterator[Problem]:
+def _resolve_paths(node: Any, folder: Path, where: str = "") -> Iterator[Problem]:
     """Expand ${NAME} and make input paths absolute, in place."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in list(items):
@@ -94,14 +126,14 @@ def _resolve_paths(node: Any, folder: Path, where: str) -> Iterator[Problem]:
         node[key] = value
 
 
-def _problem(details: Mapping[str, Any]) -> Problem:
-    """One pydantic error in our words: the field's dotted path, the value, the remedy."""
+def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> Problem:
+    """One pydantic error in our words: the field's dotted path, the value, the remedy. `model`: what was validated."""
     # A union adds the tried type's name to the path; such parts are no fields of the file.
     location = [str(part) for part in details["loc"] if not re.search(r"[\[(]|^(float|int|literal)$", str(part))]
     where = ".".join(location) or "run"
     if details["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _fields_at(location[:-1]), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_fields_at(location[:-1]))}"
+        close = difflib.get_close_matches(location[-1], _fields_at(location[:-1], model), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_fields_at(location[:-1], model))}"
         return Problem(where, "is not a field", hint)
     if details["type"] == "missing":
         return Problem(where, "is required", "add it")
@@ -111,9 +143,9 @@ def _problem(details: Mapping[str, Any]) -> Problem:
     return Problem(where, shown + message[0].lower() + message[1:])
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
+def _fields_at(location: Sequence[str], root: type[BaseModel]) -> list[str]:
     """Names of the fields that the config allows at a dotted path."""
-    model: Any = RunConfig
+    model: Any = root
     for part in location:
         if part.isdigit() or part not in getattr(model, "model_fields", {}):
             continue

@@ -29,7 +29,7 @@ from cpift.errors import CpiftError, StageError
 from cpift.fit_spec import RESULT, FitSpec
 
 OnProgress = Callable[[dict[str, Any]], None]
-_NAMESPACE = "cpift"
+NAMESPACE = "cpift"
 _POLL_SECONDS = 0.5
 # Ray Train's defaults are made for hours of training; these shave seconds off short ones on the cluster that we start.
 _LOCAL_ENVIRONMENT = {
@@ -53,7 +53,7 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     else:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    ray.init(namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+    ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ class ProgressBoard:
 
 
 @contextmanager
-def _progress_board() -> Iterator[tuple[str, Any]]:
+def progress_board() -> Iterator[tuple[str, Any]]:
     """The name of a new board, for workers to find it, and its handle; the board ends with the block."""
     name = f"progress-{uuid.uuid4().hex[:8]}"
     board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]
@@ -95,8 +95,8 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
     todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
     if not todo:
         return
-    with ray_session(resources), _progress_board() as (board_name, board):
-        parallel = _parallel_fits(resources)
+    with ray_session(resources), progress_board() as (board_name, board):
+        parallel = parallel_fits(resources)
         pool = ThreadPoolExecutor(parallel)
         futures = {pool.submit(_run_fit, spec, resources, board_name): spec for spec in todo}
         try:
@@ -106,7 +106,7 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
         _raise_failures({spec.title: future.exception() for future, spec in futures.items()})
 
 
-def _parallel_fits(resources: ResourcesConfig) -> int:
+def parallel_fits(resources: ResourcesConfig) -> int:
     """How many whole worker groups fit at once.
 
     Ray retries an unplaceable group for ever, and groups that each hold a part of what they need wait for each other:
@@ -180,7 +180,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     spec: FitSpec = config["spec"]
     context = ray.train.get_context()
     main = context.get_world_rank() == 0
-    board = ray.get_actor(config["board"], namespace=_NAMESPACE)
+    board = ray.get_actor(config["board"], namespace=NAMESPACE)
     checkpoint = ray.train.get_checkpoint()
 
     def on_checkpoint(folder: Path, metrics: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def evaluate_models(
     """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
     if not models:
         return
-    with ray_session(resources), _progress_board() as (board_name, board):
+    with ray_session(resources), progress_board() as (board_name, board):
         remote = _evaluate_worker.options(
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or None, max_retries=2
         )
@@ -258,7 +258,7 @@ def _evaluate_worker(
     from cpift.evaluate import evaluate_model
 
     torch.set_num_threads(threads)
-    board = ray.get_actor(board_name, namespace=_NAMESPACE)
+    board = ray.get_actor(board_name, namespace=NAMESPACE)
     order = [task.name for task in tasks]
 
     def on_progress(task: str, done: int, total: int) -> None:

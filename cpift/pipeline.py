@@ -6,7 +6,7 @@ stage can be run alone. What is trained and scored runs on an *engine* that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cpift.artifacts import Artifact, link_or_copy, read_json, write_json, write_text
+from cpift.artifacts import Artifact, claimed, link_or_copy, read_json, write_json, write_text
 from cpift.config import RunConfig
 from cpift.fit_spec import FitSpec
 from cpift.grouping import Grouping, group_tasks
@@ -128,23 +128,15 @@ class Pipeline:
         staged = [backbone] if self.config.backbone.source != "pretrained" else []
         return [self.pretrained(), *self.probe().values(), *staged, fused, final]
 
-    def evaluate(self) -> dict[str, dict[str, Any]]:
-        """Stage 7: scores by model and task."""
-        models = self.models()
+    def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:
+        """Stage 7: scores by model and task, of every model or of the ones given."""
+        models = self.models() if models is None else models
         artifacts = {model.title: self.artifacts.evaluate(model) for model in models}
-        todo = {model.title: model.path for model in models if not artifacts[model.title].complete}
-
-        def keep(title: str, result: dict[str, Any]) -> None:
-            with artifacts[title].build(result["device"], result["seconds"]) as out:
-                write_json(out / "scores.json", result["scores"])
-
-        if todo:
-            self.worked = True
-            with self.view.stage(f"evaluation of {len(todo)} models"):
-                self._said.add("evaluation")
-                self.engine.evaluate(todo, keep, self.view.progress)
-        else:
+        if all(artifact.complete for artifact in artifacts.values()):
             self._say_cached("evaluation")
+        else:
+            with claimed(artifact for artifact in artifacts.values() if not artifact.complete):
+                self._score(models, artifacts)
         return {title: read_json(made.path / "scores.json") for title, made in artifacts.items()}
 
     @cached_property
@@ -193,6 +185,19 @@ class Pipeline:
         self._make(artifact, "given backbone", lambda out: materialise(given, out))
         return Model.of("backbone", artifact)
 
+    def _score(self, models: Sequence[Model], artifacts: Mapping[str, Artifact]) -> None:
+        """Score the models whose scores are missing, and keep each one's as soon as it is there."""
+        todo = {model.title: model.path for model in models if not artifacts[model.title].complete}
+
+        def keep(title: str, result: dict[str, Any]) -> None:
+            with artifacts[title].build(result["device"], result["seconds"]) as out:
+                write_json(out / "scores.json", result["scores"])
+
+        self.worked = True
+        self._said.add("evaluation")
+        with self.view.stage(f"evaluation of {len(todo)} models"):
+            self.engine.evaluate(todo, keep, self.view.progress)
+
     def _say_cached(self, title: str) -> None:
         if title not in self._said:
             self._said.add(title)
@@ -206,12 +211,15 @@ class Pipeline:
         if artifact.complete:
             self._say_cached(title)
             return artifact
-        self._said.add(title)
-        self.worked = True
-        from cpift.devices import device_name
+        with claimed([artifact]):
+            if artifact.complete:  # another process made it while this one waited
+                return artifact
+            self._said.add(title)
+            self.worked = True
+            from cpift.devices import device_name
 
-        with self.view.stage(title), artifact.build(device_name()) as out:
-            build(out)
+            with self.view.stage(title), artifact.build(device_name()) as out:
+                build(out)
         return artifact
 
     def _fit(
@@ -228,11 +236,29 @@ class Pipeline:
             return
         self._said.add(title)
         self.worked = True
-        wanted = {artifact.work_dir / "export": artifact for artifact in missing}
-        chosen = [spec for spec in specs() if spec.export in wanted]
-        with self.view.stage(title):
+        fit_all(self.engine.fit, self.view, title, missing, specs(), finish)
+
+
+def fit_all(
+    fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
+    view: View,
+    title: str,
+    artifacts: Sequence[Artifact],
+    specs: Sequence[FitSpec],
+    finish: Callable[[Path], None] = lambda out: None,
+) -> None:
+    """Run the fine-tunes that export for these artifacts, and complete each one that ended; `finish` adds to it.
+
+    `fit`: as `Engine.fit`.
+    """
+    with claimed(artifacts):
+        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.complete}
+        chosen = [spec for spec in specs if spec.export in wanted]
+        if not chosen:  # other processes made them while this one waited
+            return
+        with view.stage(title):
             try:
-                self.engine.fit(chosen, self.view.progress)
+                fit(chosen, view.progress)
             finally:  # a failed one does not cost the others
                 for export, artifact in wanted.items():
                     if (export / "training.json").is_file():

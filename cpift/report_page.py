@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from statistics import median
 from typing import Any
 
 from cpift import report_plots as plots
+from cpift.report_parts import document, duration, figure, table
 from cpift.report_scores import ReportData, Score, compare, probe_of, retention, standing, verdict
-from cpift.report_style import STYLE
 
 _SECTIONS = {
     "scores": "Scores",
@@ -42,15 +42,8 @@ def page(data: ReportData) -> str:
         "config": f"<pre><code>{escape(data.config_yaml.strip())}</code></pre>",
         "provenance": _provenance(data),
     }
-    links = " ".join(f'<a href="#{key}">{title}</a>' for key, title in _SECTIONS.items())
-    sections = "".join(f'<section id="{k}"><h2>{_SECTIONS[k]}</h2>{html}</section>' for k, html in body.items())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(data.name)}: CPI-FT report</title><style>{STYLE}</style></head><body>"
-        f'<header><h1>{escape(data.name)}</h1><p class="muted">{_subtitle(data)}</p><nav>{links}</nav></header>'
-        f"<main>{_verdict(data)}{sections}</main></body></html>\n"
-    )
+    sections = {key: (_SECTIONS[key], html) for key, html in body.items()}
+    return document(data.name, "CPI-FT report", _subtitle(data), _verdict(data), sections)
 
 
 def _subtitle(data: ReportData) -> str:
@@ -58,14 +51,8 @@ def _subtitle(data: ReportData) -> str:
     seconds = sum(float(row.get("seconds") or 0) for row in data.provenance)
     tasks = f"{len(data.tasks)} task{'s' if len(data.tasks) > 1 else ''}"
     when = f" · begun {escape(started[:16].replace('T', ' '))} UTC" if started else ""
-    spent = f" · {_duration(seconds)} of work in all stages together" if seconds else ""
+    spent = f" · {duration(seconds)} of work in all stages together" if seconds else ""
     return f"Core Parameter Isolation Fine-Tuning · {tasks}{when}{spent}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _verdict(data: ReportData) -> str:
@@ -74,21 +61,6 @@ def _verdict(data: ReportData) -> str:
     failed = [check["name"] for check in data.checks if not check["passed"]]
     broken = f'<p class="fail">Failed: {escape("; ".join(failed))}</p>' if failed else ""
     return f'<div class="verdict">{broken}{sentences}</div>{warnings}'
-
-
-def _table(head: Sequence[str], rows: Iterable[str], caption: str, kind: str = "") -> str:
-    columns = "".join(f'<th scope="col"{" class=left" if i == 0 else ""}>{cell}</th>' for i, cell in enumerate(head))
-    return (
-        f'<div class="scroll"><table class="{kind}"><caption>{caption}</caption>'
-        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _figure(svg: str, caption: str) -> str:
-    if not svg:
-        return ""
-    text = escape(caption)
-    return f'<figure><div role="img" aria-label="{text}">{svg}</div><figcaption>{text}</figcaption></figure>'
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -103,7 +75,7 @@ def _scores(data: ReportData) -> str:
     rows = [_scores_row(data, model) for model in data.models]
     caption = "Large: the task's metric. Below: loss in nats per answer token, and retention."
     head = ["model", *heads, "mean retention", "worst task"]
-    return _table(head, rows, caption, "scores") + _scores_legend(data)
+    return table(head, rows, caption, "scores") + _scores_legend(data)
 
 
 def _scores_row(data: ReportData, model: str) -> str:
@@ -168,7 +140,7 @@ def _overlap(data: ReportData) -> str:
     )
     order = "".join(f"<li>stage {k}: {escape(', '.join(group))}</li>" for k, group in enumerate(data.groups, start=1))
     return (
-        _table(["task", *map(escape, data.tasks)], rows, caption, "heat")
+        table(["task", *map(escape, data.tasks)], rows, caption, "heat")
         + f"<p>{_grouping_sentence(data)}</p><ul>{order}</ul>"
     )
 
@@ -208,12 +180,12 @@ def _cores(data: ReportData) -> str:
             f"<td>{share:.3%}</td><td>{threshold}</td></tr>"
         )
     head = ["task", "core elements", "requested", "share", "smallest |Δ| in the core"]
-    table = _table(head, rows, "Core regions: the elements that the probe moved most")
+    shown = table(head, rows, "Core regions: the elements that the probe moved most")
     return (
-        table
+        shown
         + '<div class="pair">'
-        + _figure(plots.density_by_layer(data.cores), "Core density by layer: share of its parameters in the core.")
-        + _figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
+        + figure(plots.density_by_layer(data.cores), "Core density by layer: share of its parameters in the core.")
+        + figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
         + "</div>"
     )
 
@@ -235,8 +207,8 @@ def _fusion(data: ReportData) -> str:
         "longer, as a share of the length, than the middle of the chord: that is how much choosing SLERP over a plain "
         "weighted mean changes here.</p>"
     )
-    histogram = _figure(plots.angle_histogram(data.slerp), "Angles between the vectors that were interpolated.")
-    layers = _figure(plots.angles_by_layer(data.slerp, data.tasks), "Median angle by layer, as each task is folded in.")
+    histogram = figure(plots.angle_histogram(data.slerp), "Angles between the vectors that were interpolated.")
+    layers = figure(plots.angles_by_layer(data.slerp, data.tasks), "Median angle by layer, as each task is folded in.")
     return f'{text}<div class="pair">{histogram}{layers}</div>'
 
 
@@ -247,7 +219,7 @@ def _training(data: ReportData) -> str:
     stages = "; ".join(f"{number}: {', '.join(group)}" for number, group in enumerate(data.groups, start=1))
     note = f'<p class="muted">Stages of the backbone and of the integration: {escape(stages)}.</p>'
     panels = "".join(
-        _figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
+        figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()
     )
     return f'{note}<div class="panels">{panels}</div>'
@@ -265,7 +237,7 @@ def _checks(data: ReportData) -> str:
         f'<td class="left">{escape(str(check["detail"]))}</td></tr>'
         for check in data.checks
     ]
-    return _table(["result", "check", "detail"], rows, "What the run verified of itself", "checks")
+    return table(["result", "check", "detail"], rows, "What the run verified of itself", "checks")
 
 
 def _provenance(data: ReportData) -> str:
@@ -274,13 +246,13 @@ def _provenance(data: ReportData) -> str:
         f'<td class="left">{escape(str(row.get("stage", "")))}</td>'
         f'<td class="left"><code>{escape(str(row.get("fingerprint", ""))[:12])}</code></td>'
         f'<td class="left">{escape(str(row.get("started", ""))[:19].replace("T", " "))}</td>'
-        f"<td>{_duration(float(row.get('seconds') or 0))}</td>"
+        f"<td>{duration(float(row.get('seconds') or 0))}</td>"
         f'<td class="left">{escape(str(row.get("device") or ""))}</td>'
         f'<td class="left"><code>{escape(str(row.get("commit") or "–")[:10])}</code></td></tr>'
         for row in data.provenance
     ]
     head = ["artifact", "stage", "fingerprint", "started (UTC)", "time", "device", "commit"]
-    return _table(head, rows, "Every artifact of the run, from cache or made by it", "provenance") + _versions(data)
+    return table(head, rows, "Every artifact of the run, from cache or made by it", "provenance") + _versions(data)
 
 
 def _versions(data: ReportData) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol
 
 Score = dict[str, Any]
 
@@ -35,6 +35,16 @@ class ReportData:
     warnings: list[str]
 
 
+class Scored(Protocol):
+    """What retention is computed from: a run's report, or the scores alone."""
+
+    @property
+    def tasks(self) -> list[str]: ...
+
+    @property
+    def scores(self) -> dict[str, dict[str, Score]]: ...
+
+
 @dataclass(frozen=True)
 class Retention:
     """One model on one task, relative to the task's own probe: 1 is as good."""
@@ -57,7 +67,7 @@ def probe_of(task: str) -> str:
     return f"probe {task}"
 
 
-def retention(data: ReportData, model: str, task: str) -> Retention | None:
+def retention(data: Scored, model: str, task: str) -> Retention | None:
     """Score of `model` ÷ score of the task's own probe; None where the task has no probe or the ratio no meaning."""
     own, probe = data.scores[model].get(task), data.scores.get(probe_of(task), {}).get(task)
     if own is None or probe is None:
@@ -67,7 +77,7 @@ def retention(data: ReportData, model: str, task: str) -> Retention | None:
     return Retention(probe["loss"] / own["loss"], by_loss=True) if own["loss"] > 0 else None
 
 
-def standing(data: ReportData, model: str) -> Standing | None:
+def standing(data: Scored, model: str) -> Standing | None:
     """Mean retention and the worst task; None where a task's retention is unknown."""
     found = {task: retention(data, model, task) for task in data.tasks}
     values = {task: one.value for task, one in found.items() if one is not None}

@@ -117,7 +117,7 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
     grouping = run.group()
     regions = read_summary(run.artifacts.regions.path)["regions"]
     model = Checkpoint(run.artifacts.model.path)
-    made = _artifacts(run)
+    made = artifacts_of(run)
     record = read_json(made["fuse"].path / FUSION_RECORD)
     kept = ("metric", "score", "loss", "tokens", "rows")
     return ReportData(
@@ -149,7 +149,7 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
     )
 
 
-def _artifacts(run: Pipeline) -> dict[str, Artifact]:
+def artifacts_of(run: Pipeline) -> dict[str, Artifact]:
     """Every artifact of a finished run by title."""
     groups, backbone = run.group().groups, run.backbone()
     staged = run.artifacts.backbone(groups)

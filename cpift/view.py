@@ -65,6 +65,11 @@ class View:
             self.console.print(f"  {message['title']}: {message['done']:.0%} {detail}", highlight=False)
 
 
+def quiet() -> View:
+    """A view that shows nothing."""
+    return View(Console(quiet=True))
+
+
 def _bars(console: Console) -> Progress:
     return Progress(
         TextColumn("  {task.description}"),

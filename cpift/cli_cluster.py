@@ -1,0 +1,57 @@
+"""The commands that run more than one run, or run elsewhere: `cpift sweep` and `cpift submit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PANEL = "Many runs, other machines"
+
+SweepFile = Annotated[
+    Path, typer.Argument(metavar="SWEEP", help="the sweep's YAML file, for example sweeps/smoke_p_tau.yaml")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="a field of the run for the whole sweep (repeatable)"),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<sweep's name>]")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(rich_help_panel=_PANEL)(sweep)
+
+
+def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None) -> None:
+    """Run a config with many values of its fields, sharing all work that they have in common.
+
+    Probes are trained once, core regions of all p come from one pass, and points with the same groups are one trial.
+    The same command again goes on after a crash, and does nothing once all is there. Ends with an HTML report and the
+    best config as a YAML file.
+    """
+    from rich.console import Console
+
+    from cpift.errors import StageError
+    from cpift.sweep_config import load_sweep
+
+    loaded = load_sweep(config, overrides or [], output)
+    from cpift.artifacts import exclusive
+    from cpift.planning import preflight
+
+    preflight(loaded.base)
+    from cpift.sweep import pipeline, run_sweep
+    from cpift.sweep_results import failures, gather, results_table, write_results
+    from cpift.view import View
+
+    with exclusive(loaded.base.output_dir):
+        data = gather(loaded, run_sweep(loaded, View()), pipeline)
+        report = write_results(data, loaded.base.output_dir)
+    Console().print(results_table(data))
+    typer.echo(f"Report: {report}")
+    if data.best_yaml:
+        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift run finds everything made)")
+    if failed := failures(data):
+        lines = "\n".join(f"  - {line}" for line in failed)
+        raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")

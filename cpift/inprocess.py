@@ -1,0 +1,114 @@
+"""An engine without a cluster: fine-tunes and evaluations in this process, one after another.
+
+A sweep's trials run on it, each in a warm worker of its own, and spare the helper processes and the start-up that a
+Ray Train run costs every time. The same fine-tune ends with the same bits on either engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cpift.artifacts import link_or_copy
+from cpift.config import RunConfig
+from cpift.errors import CpiftError
+from cpift.fit_spec import RESULT, FitSpec
+
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+class InProcessEngine:
+    """The pipeline's engine in one process (see `pipeline.Engine`); data parallel fine-tunes need Ray's."""
+
+    def __init__(self, config: RunConfig):
+        if config.resources.workers > 1:
+            raise CpiftError(f"resources.workers {config.resources.workers}: one process is one worker")
+        self._config = config
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Nothing to keep open."""
+        yield
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        for spec in specs:
+            if not (spec.export / RESULT).is_file():
+                fit_here(spec, on_progress)
+
+    def evaluate(
+        self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
+    ) -> None:
+        for title, path in models.items():
+            on_result(title, self._evaluate(title, path, on_progress))
+
+    def _evaluate(self, title: str, path: Path, on_progress: OnProgress) -> dict[str, Any]:
+        import torch
+
+        from cpift.devices import device_name
+        from cpift.evaluate import evaluate_model
+
+        tasks, settings = self._config.tasks, self._config.evaluation
+        order = [task.name for task in tasks]
+
+        def on_rows(task: str, done: int, total: int) -> None:
+            share = (order.index(task) + done / max(total, 1)) / len(order)
+            on_progress({"title": title, "done": share, "task": task})
+
+        torch.set_num_threads(self._config.resources.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        started = time.time()
+        scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_rows)
+        kept = {task: asdict(score) for task, score in scores.items()}
+        _free_memory()
+        return {"scores": kept, "seconds": time.time() - started, "device": device_name()}
+
+
+def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
+    """One fine-tune in this process; killed and called again it goes on from its last checkpoint."""
+    from cpift.finetune import FitHooks, fit
+
+    spec.scratch.mkdir(parents=True, exist_ok=True)
+    hooks = FitHooks(
+        on_progress=on_progress,
+        on_checkpoint=lambda folder, _: _keep(folder, spec.scratch),
+        resume_from=max(_kept(spec.scratch), default=None),
+    )
+    partial = spec.export.with_name(f".{spec.export.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    fit(replace(spec, export=partial), hooks)
+    os.replace(partial, spec.export)
+    _free_memory()
+
+
+def _kept(scratch: Path) -> list[Path]:
+    return list(scratch.glob("kept-*"))
+
+
+def _keep(folder: Path, scratch: Path) -> None:
+    """Give a checkpoint a second name, which the Trainer's rotation spares, and drop the one before it."""
+    before = _kept(scratch)
+    number = 1 + max((int(path.name.removeprefix("kept-")) for path in before), default=0)
+    partial = scratch / ".kept.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in folder.iterdir():
+        link_or_copy(path, partial / path.name)
+    os.rename(partial, scratch / f"kept-{number:06}")
+    for path in before:
+        shutil.rmtree(path)
+
+
+def _free_memory() -> None:
+    """A warm worker holds models of earlier trials no longer than it must."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,75 @@
+"""Figures as inline SVG: text stays text, and colours are CSS variables, so a page can be light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Stand-ins that the SVG is searched for: ink, muted ink, grid, and eight series colours (Okabe and Ito's, told apart
+# by readers with any colour vision; lighter on a dark page).
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+SERIES = tuple(f"#0400{i:02x}" for i in range(8))
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"s{i}" for i, color in enumerate(SERIES)}
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+PLOT_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+def new_figure(salt: str, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.set_gid(salt)
+    return figure, figure.subplots()
+
+
+def series_style(place: int) -> dict[str, Any]:
+    return {"color": SERIES[place % 8], "marker": _MARKERS[place % 8], "linestyle": "-" if place < 8 else "--"}
+
+
+def as_svg(figure: Figure, axes: Axes, legend: int = 1) -> str:
+    """The figure as an SVG element that scales with the page, with CSS variables for colours and no stray ids."""
+    if legend > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(legend, 4), borderaxespad=0.2)
+    axes.tick_params(length=0)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": str(figure.get_gid())}):  # ids of clip paths must differ between figures of a page
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    box = re.search(r'viewBox="[^"]*"', buffer.getvalue())
+    body = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), flags=re.DOTALL)
+    assert box is not None
+    assert body is not None
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body.group(1), flags=re.DOTALL)
+    svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=")
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} aria-hidden="true">{svg}</svg>'

@@ -1,0 +1,273 @@
+"""A sweep on Ray Tune: shared work first, then trials that each do what is left for their own point.
+
+A trial is a thin wrapper around the pipeline in a warm worker. Tune chooses, places and restarts trials; what they made
+is in the artifacts, so the same command again goes on from those even where Tune's own state is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+from ray import tune
+
+from cpift.artifacts import Artifact, digest, write_json
+from cpift.config import ResourcesConfig, RunConfig
+from cpift.distributed import RayEngine, evaluate_models, parallel_fits, progress_board, ray_session, run_fits
+from cpift.fit_spec import FitSpec
+from cpift.pipeline import Pipeline
+from cpift.sweep_config import Range, Sweep, describe
+from cpift.sweep_plan import Trial, choose_points, merged, outcome
+from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
+from cpift.sweep_shared import OnProgress, OnResult, SharedWork
+from cpift.sweep_trial import failure_file, run_trial
+from cpift.view import View, quiet
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are read from the artifacts
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
+    """Make everything the sweep needs and return what was tried; what is there already is not made again.
+
+    A trial that fails is recorded and the others go on; the record is complete, and a rerun does nothing, only when
+    none failed. Raises what shared work raises: without probes and regions there is no trial.
+    """
+    sweep = pinned(sweep)
+    record = sweep_record(sweep)
+    if record.complete:
+        view.cached(f"sweep {sweep.name}")
+        return read_attempts(record)
+    started = time.time()
+    with ray_session(sweep.base.resources):
+        search = _search_as_it_goes if sweep.config.search.method == "optuna" else _search_planned
+        attempts = search(sweep, record, view)
+    if not any(attempt.status == "failed" for attempt in attempts):
+        with record.build(seconds=time.time() - started) as out:
+            write_json(out / "attempts.json", [attempt.__dict__ for attempt in attempts])
+    return attempts
+
+
+def pipeline(config: RunConfig) -> Pipeline:
+    """A run of the sweep as the driver sees it: silent, for the sweep reports shared work itself."""
+    return Pipeline(config, RayEngine(config), quiet())
+
+
+def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
+    """Grid, random and ASHA: every point is known, so those with one outcome are merged before trials start."""
+    points = choose_points(sweep.config)
+    runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
+    shared = SharedWork([run for one in runs for run in one], _OnRay(), view)
+    shared.prepare()
+    trials = merged(points, runs)
+    view.note(f"{len(points)} points × {len(sweep.seeds)} seeds: {len(trials)} trials differ in their outcome")
+    shared.complete([run for trial in trials for run in trial.runs])
+    todo = [trial for trial in trials if not _done(sweep, trial)]
+    if todo:
+        space = {"fields": tune.grid_search([trial.fields for trial in todo])}
+        results = _tune(sweep, record, space, len(todo), view)
+        return [_attempt(sweep, trial, record, results) for trial in trials]
+    view.cached(f"{len(trials)} trials")
+    return [_attempt(sweep, trial, record, {}) for trial in trials]
+
+
+def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
+    """Optuna: a point follows from the results before it; what no field of the space changes is shared all the same."""
+    fixed = _before_search(sweep)
+    if fixed is not None:
+        SharedWork([pipeline(run) for run in fixed], _OnRay(), view).prepare()
+    space = {name: _domain(values) for name, values in sweep.config.space.items()}
+    results = _tune(sweep, record, space, sweep.config.search.samples or 1, view)
+    return attempts_of(sweep, results, pipeline)
+
+
+def _before_search(sweep: Sweep) -> list[RunConfig] | None:
+    """Runs with the probes, and if p has a list the regions, of every point; None where points differ earlier."""
+    space = dict(sweep.config.space)
+    p = space.pop("regions.p", None)
+    later = ("groups.", "backbone.", "fusion.", "integration.")
+    if not all(name.startswith(later) for name in space):
+        return None
+    points = [{}] if p is None or isinstance(p, Range) else [{"regions.p": value} for value in p]
+    return [sweep.run(point, seed) for point in points for seed in sweep.seeds]
+
+
+def _domain(values: Sequence[Any] | Range) -> Any:
+    if not isinstance(values, Range):
+        return tune.choice(list(values))
+    if values.integer:
+        draw = tune.lograndint if values.log else tune.randint
+        return draw(int(values.low), int(values.high) + 1)
+    return (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
+
+
+def _done(sweep: Sweep, trial: Trial) -> bool:
+    return all(outcome(run, sweep.config.model).complete for run in trial.runs)
+
+
+def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, dict[str, Any]]) -> Attempt:
+    found = results.get(digest(trial.fields), {})
+    points = [dict(point) for point in trial.points]
+    if _done(sweep, trial):
+        return Attempt(points, "done", "")
+    return Attempt(points, "failed" if found.get("error") else "stopped", found.get("error") or "")
+
+
+def _tune(sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, view: View) -> dict[str, dict[str, Any]]:
+    """Run trials to their end; by digest of its fields each one's fields and error."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    storage = record.work_dir
+    shutil.rmtree(storage / "failures", ignore_errors=True)  # what failed in an earlier call is tried again
+    storage.mkdir(parents=True, exist_ok=True)
+    with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
+        _Progress.current = (view, board)
+        trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
+        resources = _trial_resources(sweep.base.resources)
+        grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
+    found = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
+    return {digest(one["fields"]): one for one in found}
+
+
+def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:
+    """A trial's fields and, if it failed, why."""
+    config = result.config or {}
+    fields = config.get("fields", config)
+    marker = failure_file(failures, fields)
+    reason = marker.read_text(encoding="utf-8") if marker.is_file() else str(result.error)
+    return {"fields": fields, "error": reason if result.error else ""}
+
+
+def _restored_or_new(
+    sweep: Sweep, trainable: Any, storage: Path, space: dict[str, Any], samples: int, view: View
+) -> tune.ResultGrid:
+    """Go on where a killed driver left Tune; where its state is not usable, begin anew over the artifacts."""
+    experiment = storage / "tune"
+    if tune.Tuner.can_restore(str(experiment)):
+        try:
+            view.note("Going on with the trials of an earlier call")
+            return tune.Tuner.restore(str(experiment), trainable, resume_errored=False, restart_errored=True).fit()
+        except (ValueError, KeyError, EOFError, OSError, RuntimeError, json.JSONDecodeError) as error:
+            view.warn(f"Ray Tune's state cannot be used ({error}): trials begin anew, what they made is kept")
+    shutil.rmtree(experiment, ignore_errors=True)
+    method = sweep.config.search.method
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=samples if method == "optuna" else 1,
+            search_alg=_optuna(sweep) if method == "optuna" else None,
+            scheduler=_asha(sweep) if method == "asha" else None,
+            max_concurrent_trials=_concurrency(sweep),
+            reuse_actors=True,  # a warm worker has torch and transformers imported
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            failure_config=tune.FailureConfig(max_failures=sweep.base.resources.max_failures),
+            callbacks=[_Progress()],
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _optuna(sweep: Sweep) -> Any:
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        objectives = sweep.config.objectives
+        return OptunaSearch(
+            metric=[one.figure for one in objectives],
+            mode=["max" if one.sign > 0 else "min" for one in objectives],
+            seed=sweep.config.search.seed,
+        )
+    except (ImportError, AssertionError):
+        from cpift.errors import CpiftError
+
+        raise CpiftError("search.method optuna needs the extra: pip install 'cpift[optuna]'") from None
+
+
+def _asha(sweep: Sweep) -> Any:
+    """Rungs: the fused model with the first seed, then the judged model's mean over one seed more each time."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    objective = sweep.config.objectives[0]
+    rungs = len(sweep.seeds) + (sweep.config.model == "final")
+    return ASHAScheduler(
+        time_attr="rung",
+        metric=objective.figure,
+        mode="max" if objective.sign > 0 else "min",
+        max_t=rungs,
+        grace_period=1,
+        reduction_factor=sweep.config.search.reduction,
+    )
+
+
+def _concurrency(sweep: Sweep) -> int | None:
+    """Trials at once at most: what was asked for, and never more fine-tunes than fit whole."""
+    resources = sweep.base.resources
+    fitting = parallel_fits(resources)  # raises where not even one can be placed
+    limits = [sweep.config.concurrency, fitting if resources.workers > 1 else resources.parallel]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
+    """What a trial holds. One of several workers holds next to nothing itself, for its fine-tunes ask for theirs."""
+    if resources.workers > 1:
+        return {"cpu": 0.01}
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    threads = max(resources.threads, resources.threads_alone or 0)
+    cpus = max(resources.cpus_per_worker, min(float(threads), largest))
+    return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
+
+
+class _OnRay:
+    """`SharedEngine` on Ray; never more threads at once than CPUs."""
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        threads = max(spec.threads for spec in specs)
+        if threads > resources.threads:  # meant to run alone on its cores
+            fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // (threads * resources.workers)))
+            resources = resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)})
+        run_fits(specs, resources, on_progress)
+
+    def evaluate(
+        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
+    ) -> None:
+        cpus = max(config.resources.cpus_per_worker, float(config.resources.threads))
+        resources = config.resources.model_copy(update={"cpus_per_worker": cpus})
+        evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
+
+
+class _Progress(tune.Callback):
+    """Shows what trials post. Tune keeps a copy of it on disk, so what it shows them on belongs to the class."""
+
+    current: ClassVar[tuple[View, Any] | None] = None
+    polled: ClassVar[float] = 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.current is not None and time.monotonic() - _Progress.polled > 0.5:
+            _Progress.polled = time.monotonic()
+            view, board = self.current
+            for message in ray.get(board.take.remote()):
+                view.progress(message)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trials, trial, "finished")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(trials, trial, "failed")
+
+    def _say(self, trials: list[Any], trial: Any, how: str) -> None:
+        if self.current is not None:
+            fields = trial.config.get("fields", trial.config)
+            ended = sum(one.is_finished() for one in trials)
+            self.current[0].note(f"  {how} ({ended} of {len(trials)}): {describe(fields)}")

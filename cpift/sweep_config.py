@@ -1,0 +1,205 @@
+"""One sweep, described: the run it varies, the fields it varies, how points are chosen and what is better.
+
+A sweep file in short (sweeps/*.yaml are commented examples):
+
+    run: ../configs/smoke.yaml
+    space: {regions.p: [0.02, 0.05, 0.1], groups.tau_chance: [1.2, 1.5]}
+    seeds: [0, 1, 2]
+    objectives: [mean_retention]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from cpift.config import Name, RunConfig, Section
+from cpift.config_loading import load_config, parse_config, problem_of, read_yaml, with_fields
+from cpift.errors import ConfigError, Problem
+
+Value = str | int | float | bool
+Fields = dict[str, Any]  # a point of the space: dotted field name → value
+
+
+class Range(Section):
+    """A field's values from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    log: bool = Field(False, description="equal ratios are equally likely, rather than equal differences")
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range must begin above 0, not at {self.low:g}")
+        return self
+
+
+class Search(Section):
+    """How points of the space are chosen."""
+
+    method: Literal["grid", "random", "asha", "optuna"] = Field(
+        "grid",
+        description="grid: every combination; random: `samples` of them; asha: as random (without `samples` as grid), "
+        "and the worse ones stop early; optuna: each point is chosen in the light of those before (extra `optuna`)",
+    )
+    samples: int | None = Field(None, ge=1, description="points to try; for grid it follows from the space")
+    seed: int = Field(0, description="of the choice of points")
+    reduction: int = Field(2, ge=2, description="asha: of so many trials that reach a rung, one goes on")
+
+    @model_validator(mode="after")
+    def _samples_given(self) -> Search:
+        if self.method == "grid" and self.samples is not None:
+            raise ValueError("a grid tries every combination: leave `samples` out, or use method: random")
+        if self.method in ("random", "optuna") and self.samples is None:
+            raise ValueError(f"method {self.method} needs `samples`, the number of points to try")
+        return self
+
+
+class Objective(Section):
+    """What a trial is judged by."""
+
+    figure: str = Field(
+        description="mean_retention | worst_retention | mean_loss, or of one task "
+        "task.NAME.score | task.NAME.loss | task.NAME.retention"
+    )
+    mode: Literal["max", "min"] | None = Field(None, description="default: min for losses, max for all others")
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, −1 where less is."""
+        least = self.mode == "min" if self.mode else self.figure.endswith("loss")
+        return -1 if least else 1
+
+
+def _expanded(key: str) -> BeforeValidator:
+    """A bare string stands for a section with that one field."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class SweepConfig(Section):
+    """A whole sweep."""
+
+    name: Name | None = Field(None, description="default: the file's name")
+    output: Path | None = Field(None, description="folder for everything the sweep makes; default: runs/<name>")
+    run: str | dict[str, Any] = Field(description="the run's YAML file, relative to this one; or its fields, inline")
+    fixed: dict[str, Any] = Field(default_factory=dict, description="fields of the run set for the whole sweep")
+    space: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)] | Range] = Field(
+        min_length=1, description="any fields of the run by dotted name, each with a list of values or a range"
+    )
+    search: Annotated[Search, _expanded("method")] = Search()
+    objectives: tuple[Annotated[Objective, _expanded("figure")], ...] = Field(
+        (Objective(figure="mean_retention", mode=None),), min_length=1, max_length=4
+    )
+    model: Literal["final", "fused"] = Field(
+        "final", description="the model that is judged; with `fused` no integration is trained"
+    )
+    seeds: tuple[int, ...] = Field((), description="every point is run with each; default: the run's own seed")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals over seeds")
+    concurrency: int | None = Field(None, ge=1, description="trials at once; default: as many as fit")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        ranges = [name for name, values in self.space.items() if isinstance(values, Range)]
+        if ranges and (self.search.method == "grid" or self.search.samples is None):
+            raise ValueError(
+                f"{', '.join(ranges)}: a grid needs lists of values; ranges need random, asha or optuna with `samples`"
+            )
+        if "seed" in self.space:
+            raise ValueError("seed is no field to optimise: list repeats under `seeds`")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} has one twice")
+        if self.search.method == "asha" and len(self.objectives) > 1:
+            raise ValueError("asha stops trials by one figure: give one objective, or use another method")
+        return self
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep and the run that its points vary."""
+
+    name: str
+    config: SweepConfig
+    base: RunConfig
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.config.seeds or (self.base.seed,)
+
+    def run(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run of one point with one seed. Raises ConfigError where the point's values do not fit."""
+        return with_fields(self.base, {**fields, "seed": seed}, f"sweep {self.name} at {describe(fields)}")
+
+
+def describe(fields: Mapping[str, Any]) -> str:
+    """A point in words, for example `regions.p 0.05, groups.tau 0.1`."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
+
+
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+    """Read a sweep file and the run it names. `overrides` (`field.name=value`) change the run for the whole sweep.
+
+    Raises ConfigError listing every problem of the sweep file, of the run, and of values in `space` that do not fit it.
+    """
+    raw, folder = read_yaml(path), path.absolute().parent
+    try:
+        config = SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(str(path), [problem_of(details, SweepConfig) for details in error.errors()]) from None
+    name = config.name or path.stem
+    base = _base_run(config, folder, f"{path}: run", overrides)
+    target = output or config.output or Path("runs") / name
+    sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
+    problems = _check_space(sweep) + [problem for one in config.objectives for problem in _check_objective(one, base)]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return sweep
+
+
+def _base_run(config: SweepConfig, folder: Path, subject: str, overrides: Sequence[str]) -> RunConfig:
+    if isinstance(config.run, str):
+        base = load_config((folder / Path(config.run).expanduser()).resolve(), overrides)
+    else:
+        base = parse_config(dict(config.run), folder, subject, overrides)
+    return with_fields(base, config.fixed, f"{subject} with `fixed`")
+
+
+def _check_space(sweep: Sweep) -> list[Problem]:
+    """Each value alone, so that a message names the one that does not fit."""
+    problems = []
+    for name, values in sweep.config.space.items():
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
+            whole = isinstance(values, Range) and values.integer
+            try:
+                sweep.run({name: int(value) if whole else value}, sweep.seeds[0])
+            except ConfigError as error:
+                problems += [Problem(f"space.{name}", f"{shown(value)}: {one}") for one in error.problems]
+    return problems
+
+
+def _check_objective(objective: Objective, base: RunConfig) -> list[Problem]:
+    where, figure = "objectives", objective.figure
+    if figure in ("mean_retention", "worst_retention", "mean_loss"):
+        return []
+    names = {task.name: task.metric for task in base.tasks}
+    task, _, kind = figure.removeprefix("task.").rpartition(".")
+    if not figure.startswith("task.") or kind not in ("score", "loss", "retention"):
+        return [Problem(where, f"{figure!r} is no figure", Objective.model_fields["figure"].description or "")]
+    if task not in names:
+        return [Problem(where, f"{figure!r}: there is no task {task!r}", f"the run has {', '.join(names)}")]
+    if kind == "score" and names[task] == "loss":
+        return [Problem(where, f"{figure!r}: the metric of {task} is its loss", f"write task.{task}.loss")]
+    return []

@@ -1,0 +1,80 @@
+"""Which points of a sweep's space are tried, and which of them come to the same models and so are one trial."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cpift.artifacts import Artifact
+from cpift.pipeline import Pipeline
+from cpift.stage_artifacts import Model
+from cpift.sweep_config import Fields, Range, SweepConfig, Value
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Points of the space with the same outcome, and the runs (one a seed) that give it."""
+
+    points: tuple[Fields, ...]
+    runs: tuple[Pipeline, ...]
+
+    @property
+    def fields(self) -> Fields:
+        """The first of its points."""
+        return self.points[0]
+
+
+def choose_points(config: SweepConfig) -> list[Fields]:
+    """Every point that is tried, where that is known beforehand (all methods but optuna); none twice."""
+    return list(_grid(config) if config.search.samples is None else _random(config, config.search.samples))
+
+
+def _grid(config: SweepConfig) -> Iterator[Fields]:
+    lists = [list(dict.fromkeys(values)) for values in config.space.values() if not isinstance(values, Range)]
+    for values in itertools.product(*lists):
+        yield dict(zip(config.space, values, strict=True))
+
+
+def _random(config: SweepConfig, samples: int) -> Iterator[Fields]:
+    """Independent draws; one that was there before is drawn again, until the space seems to hold no more."""
+    source, seen = random.Random(config.search.seed), set[tuple[Value, ...]]()
+    for _ in range(20 * samples):
+        point = {name: _draw(values, source) for name, values in config.space.items()}
+        if len(seen) < samples and tuple(point.values()) not in seen:
+            seen.add(tuple(point.values()))
+            yield point
+
+
+def _draw(values: Sequence[Value] | Range, source: random.Random) -> Value:
+    if not isinstance(values, Range):
+        return source.choice(values)
+    if values.log:
+        found = math.exp(source.uniform(math.log(values.low), math.log(values.high)))
+    else:
+        found = source.uniform(values.low, values.high)
+    return round(found) if values.integer else float(f"{found:.4g}")  # as many digits as a table shows
+
+
+def merged(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]]) -> list[Trial]:
+    """Trials in the order of their first points. `runs`: each point's pipelines, one a seed, groups already made."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place, pipelines in enumerate(runs):
+        found.setdefault(tuple(outcome(run).fingerprint for run in pipelines), []).append(place)
+    return [Trial(tuple(points[i] for i in places), tuple(runs[places[0]])) for places in found.values()]
+
+
+def outcome(run: Pipeline, model: str = "final") -> Artifact:
+    """The scores of a run's final (or fused) model: an artifact that names everything they depend on."""
+    groups = run.group().groups
+    fused = run.artifacts.fuse(groups, expected_backbone(run))
+    made = fused if model == "fused" else run.artifacts.integrate(groups, fused)
+    return run.artifacts.evaluate(Model.of(model, made))
+
+
+def expected_backbone(run: Pipeline) -> Model:
+    """θ_base as it is or will be: a staged one is not trained here."""
+    staged = run.artifacts.backbone(run.group().groups)
+    return run.backbone() if staged is None else Model.of("backbone", staged)

@@ -1,0 +1,269 @@
+"""A sweep's results, read from the manifests and scores of its artifacts: what the report and the terminal show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.table import Table
+
+from cpift.artifacts import Artifact, read_json, write_json, write_text
+from cpift.config import RunConfig
+from cpift.config_loading import dump_config
+from cpift.pipeline import Pipeline
+from cpift.stage_artifacts import Model
+from cpift.sweep_config import Sweep, describe, shown
+from cpift.sweep_plan import expected_backbone
+from cpift.sweep_record import Attempt
+from cpift.sweep_scores import (
+    Estimate,
+    Overlaps,
+    Reuse,
+    SweepData,
+    TrialRow,
+    best_trial,
+    estimates,
+    figures,
+    judged,
+    pareto_front,
+)
+
+_STAGES = ("model", "probe", "regions", "backbone", "fuse", "integrate", "evaluate")
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """An attempt with its runs, one a seed."""
+
+    attempt: Attempt
+    runs: list[Pipeline]
+
+
+def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunConfig], Pipeline]) -> SweepData:
+    """Everything the report shows. Reads the store; makes nothing."""
+    tried = [
+        _Tried(attempt, [pipeline(sweep.run(attempt.points[0], seed)) for seed in sweep.seeds]) for attempt in attempts
+    ]
+    rows = [_row(sweep, number, one) for number, one in enumerate(tried, start=1)]
+    done = [one for one in tried if one.attempt.status == "done"]
+    base = sweep.base
+    data = SweepData(
+        name=sweep.name,
+        sweep_yaml=_sweep_yaml(sweep),
+        best_yaml="",
+        space=_space(sweep, attempts),
+        method=sweep.config.search.method,
+        seeds=list(sweep.seeds),
+        confidence=sweep.config.confidence,
+        model=sweep.config.model,
+        objectives=[(one.figure, one.sign) for one in sweep.config.objectives],
+        tasks=[task.name for task in base.tasks],
+        metrics={task.name: task.metric for task in base.tasks},
+        trials=rows,
+        references=_references(sweep, done[0].runs) if done else {},
+        overlaps=_overlaps(done),
+        reuse=_reuse(sweep, done),
+        points=sum(len(attempt.points) for attempt in attempts),
+        started=min((str(run.artifacts.model.manifest()["started"]) for one in done for run in one.runs), default=""),
+    )
+    best = best_trial(data)
+    if best is None:
+        return data
+    chosen = sweep.run(best.points[0], sweep.seeds[0])
+    return SweepData(**{**data.__dict__, "best_yaml": dump_config(chosen)})
+
+
+def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
+    attempt, done = tried.attempt, tried.attempt.status == "done"
+    own = {made.path: made for run in tried.runs for made in _own_artifacts(sweep, run)} if done else {}
+    return TrialRow(
+        number=number,
+        points=attempt.points,
+        status=attempt.status,
+        reason=attempt.reason,
+        groups=[[list(group) for group in run.group().groups] for run in tried.runs] if done else [],
+        figures=_figures(sweep, tried.runs, _trial_models) if done else {},
+        seconds=sum(made.manifest()["seconds"] for made in own.values()),
+    )
+
+
+def _trial_models(sweep: Sweep, run: Pipeline) -> list[Model]:
+    """The models that differ from trial to trial: the backbone, the fused and the final one."""
+    return _backbone_models(run) + [Model.of(title, made) for title, made in _own_models(sweep, run).items()]
+
+
+def _backbone_models(run: Pipeline) -> list[Model]:
+    """Empty where θ0 itself is the backbone."""
+    return [expected_backbone(run)] if run.config.backbone.source != "pretrained" else []
+
+
+def _own_models(sweep: Sweep, run: Pipeline) -> dict[str, Artifact]:
+    groups = run.group().groups
+    fused = run.artifacts.fuse(groups, expected_backbone(run))
+    final = {"final": run.artifacts.integrate(groups, fused)} if sweep.config.model == "final" else {}
+    return {"fused": fused} | final
+
+
+def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
+    probes = [Model.of(f"probe {task}", made) for task, made in run.artifacts.probes.items()]
+    return [Model.of("base", run.artifacts.model), *probes]
+
+
+def _own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
+    """What a trial makes and no other one asks for, as a rule: fused and final model and their scores."""
+    models = _own_models(sweep, run)
+    return [*models.values(), *(run.artifacts.evaluate(Model.of(title, made)) for title, made in models.items())]
+
+
+def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
+    """Every artifact of a run that took part in the sweep."""
+    yield from (run.artifacts.model, *run.artifacts.probes.values(), run.artifacts.regions)
+    staged = run.artifacts.backbone(run.group().groups)
+    yield from ([staged] if staged else [])
+    yield from (run.artifacts.evaluate(model) for model in _shared_models(sweep, run) + _backbone_models(run))
+    yield from _own_artifacts(sweep, run)
+
+
+def _scores(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+    return {model.title: read_json(run.artifacts.evaluate(model).path / "scores.json") for model in models}
+
+
+def _figures(
+    sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Sweep, Pipeline], list[Model]]
+) -> dict[str, dict[str, Estimate]]:
+    """Every figure of these models, over the seeds."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        chosen = models(sweep, run)
+        scores = _scores(run, [*_shared_models(sweep, run), *chosen])
+        for model in chosen:
+            tasks = [task.name for task in run.config.tasks]
+            found.setdefault(model.title, []).append(figures(scores, tasks, model.title))
+    return {title: estimates(repeats, sweep.config.confidence) for title, repeats in found.items()}
+
+
+def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, Estimate]]:
+    return _figures(sweep, runs, _shared_models)
+
+
+def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
+    """One a distinct regions artifact, in the order of p and seed."""
+    found: dict[Path, tuple[float, int, Overlaps]] = {}
+    for run in (run for one in tried for run in one.runs):
+        grouping, p, seed = run.group(), run.config.regions.p, run.config.seed
+        title = f"p = {shown(p)}, seed {seed}"
+        made = Overlaps(title, list(grouping.tasks), grouping.jaccard.tolist(), grouping.chance)
+        found.setdefault(run.artifacts.regions.path, (p, seed, made))
+    return [made for _, _, made in sorted(found.values(), key=lambda entry: entry[:2])]
+
+
+def _reuse(sweep: Sweep, tried: Sequence[_Tried]) -> list[Reuse]:
+    """What a separate run of every point with every seed would have made, beside what was made."""
+    needed: dict[str, list[float]] = {stage: [] for stage in _STAGES}
+    made: dict[str, dict[Path, float]] = {stage: {} for stage in _STAGES}
+    for one in tried:
+        for artifact in (artifact for run in one.runs for artifact in _made(sweep, run)):
+            seconds = made[artifact.stage].get(artifact.path) or float(artifact.manifest()["seconds"])
+            made[artifact.stage][artifact.path] = seconds
+            needed[artifact.stage] += [seconds] * len(one.attempt.points)
+    return [
+        Reuse(stage, len(needed[stage]), len(made[stage]), sum(needed[stage]), sum(made[stage].values()))
+        for stage in _STAGES
+        if needed[stage]
+    ]
+
+
+def _space(sweep: Sweep, attempts: Sequence[Attempt]) -> dict[str, list[Any]]:
+    found = {}
+    for name in sweep.config.space:
+        values = list(dict.fromkeys(point[name] for attempt in attempts for point in attempt.points))
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        found[name] = sorted(values) if numbers else values
+    return found
+
+
+def _sweep_yaml(sweep: Sweep) -> str:
+    fields = sweep.config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def write_results(data: SweepData, folder: Path) -> Path:
+    """The report, the figures as JSON, and the best run's config; returns the report's path."""
+    from cpift.sweep_report import write_sweep_report
+
+    report = folder / "sweep.html"
+    write_sweep_report(data, report)
+    write_json(folder / "sweep.json", summary(data))
+    if data.best_yaml:
+        write_text(folder / "best.yaml", data.best_yaml)
+    return report
+
+
+def summary(data: SweepData) -> dict[str, Any]:
+    """The sweep in figures, for machines."""
+    best = best_trial(data)
+    return {
+        "name": data.name,
+        "points": data.points,
+        "trials": [
+            {
+                "number": trial.number,
+                "points": trial.points,
+                "status": trial.status,
+                "reason": trial.reason,
+                "groups": trial.groups,
+                "seconds": trial.seconds,
+                "figures": {
+                    model: {name: one.__dict__ for name, one in found.items()} for model, found in trial.figures.items()
+                },
+            }
+            for trial in data.trials
+        ],
+        "best": best.number if best else None,
+        "pareto": [trial.number for trial in pareto_front(data)],
+        "reuse": [one.__dict__ for one in data.reuse],
+    }
+
+
+def results_table(data: SweepData, rows: int = 12) -> Table:
+    """The best trials by the first objective for the terminal, and every one that failed."""
+    title = (
+        f"{data.name}: {len(data.trials)} trials of {data.points} points, {len(data.seeds)} seeds, {data.model} model"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial", justify="right")
+    for name in data.space:
+        table.add_column(name, justify="right")
+    for figure, _ in data.objectives:
+        table.add_column(figure, justify="right")
+    (figure, sign), failed = data.objectives[0], [trial for trial in data.trials if trial.status == "failed"]
+    ranked = [(one.mean * sign, trial) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    for _, trial in sorted(ranked, key=lambda pair: -pair[0])[:rows]:
+        cells = [_cell(judged(data, trial, name)) for name, _ in data.objectives]
+        table.add_row(str(trial.number), *(_values(trial, name) for name in data.space), *cells)
+    for trial in failed:
+        table.add_row(f"[red]{trial.number}[/]", *(_values(trial, name) for name in data.space), "[red]failed[/]")
+    return table
+
+
+def _values(trial: TrialRow, name: str) -> str:
+    return ", ".join(dict.fromkeys(shown(point[name]) for point in trial.points))
+
+
+def _cell(found: Estimate | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.mean:.4f}" + ("" if found.low is None else f" [dim]±{found.mean - found.low:.3f}[/]")
+
+
+def failures(data: SweepData) -> list[str]:
+    """One line a failed trial: its point and the last line of the reason."""
+    return [
+        f"{describe(trial.points[0])}: {(trial.reason.strip() or 'no reason given').splitlines()[-1]}"
+        for trial in data.trials
+        if trial.status == "failed"
+    ]

@@ -1,0 +1,168 @@
+"""What a sweep found, as plain data: figures over seeds with their intervals, the best trial, the Pareto front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from cpift.report_scores import Score, retention, standing
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One figure over repeats with other seeds. The interval is Student's; None with a single value."""
+
+    values: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial: the points of the space that came to it, and how it went."""
+
+    number: int
+    points: list[dict[str, Any]]
+    status: str  # done | stopped (early, by ASHA) | failed
+    reason: str
+    groups: list[list[list[str]]]  # one a seed, in stage order
+    figures: dict[str, dict[str, Estimate]]  # model → figure → over seeds
+    seconds: float  # work done for this trial alone: fusion, integration, their scores
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Jaccard overlaps at one p with one seed: what any τ groups by."""
+
+    title: str
+    tasks: list[str]
+    jaccard: list[list[float]]
+    chance: float
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """One stage: outputs that separate runs would have made, those made, and their work in seconds."""
+
+    stage: str
+    needed: int
+    made: int
+    seconds_needed: float
+    seconds_made: float
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """Everything the sweep's report shows."""
+
+    name: str
+    sweep_yaml: str
+    best_yaml: str
+    space: dict[str, list[Any]]  # field → values that were tried, ascending where they are numbers
+    method: str
+    seeds: list[int]
+    confidence: float
+    model: str  # the one that is judged
+    objectives: list[tuple[str, int]]  # figure, and 1 where more is better, −1 where less is
+    tasks: list[str]
+    metrics: dict[str, str]
+    trials: list[TrialRow]
+    references: dict[str, dict[str, Estimate]]  # θ0 and probes, as TrialRow.figures
+    overlaps: list[Overlaps]
+    reuse: list[Reuse]
+    points: int
+    started: str
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One run's scores, for `retention`."""
+
+    tasks: list[str]
+    scores: dict[str, dict[str, Score]]
+
+
+def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
+    """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
+    run = _Scores(list(tasks), {title: dict(found) for title, found in scores.items()})
+    own, overall = run.scores[model], standing(run, model)
+    found = {"mean_loss": mean(own[task]["loss"] for task in tasks)}
+    if overall is not None:
+        found |= {"mean_retention": overall.mean, "worst_retention": overall.worst}
+    for task in tasks:
+        kept = retention(run, model, task)
+        found[f"task.{task}.loss"] = own[task]["loss"]
+        found |= {f"task.{task}.score": own[task]["score"]} if own[task]["score"] is not None else {}
+        found |= {f"task.{task}.retention": kept.value} if kept is not None else {}
+    return found
+
+
+def estimate(values: Sequence[float], confidence: float) -> Estimate:
+    """Mean and the two-sided t interval over independent repeats."""
+    middle = mean(values)
+    if len(values) < 2:
+        return Estimate(list(values), middle, None, None)
+    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(list(values), middle, middle - half, middle + half)
+
+
+def estimates(repeats: Sequence[Mapping[str, float]], confidence: float) -> dict[str, Estimate]:
+    """Each figure that all repeats have."""
+    shared = [name for name in repeats[0] if all(name in one for one in repeats)] if repeats else []
+    return {name: estimate([one[name] for one in repeats], confidence) for name in shared}
+
+
+def t_quantile(q: float, freedom: int) -> float:
+    """Quantile q > ½ of Student's t distribution, to about 1e-9: bisection on its distribution function."""
+    low, high = 0.0, 1.0
+    while _t_distribution(high, freedom) < q:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_distribution(middle, freedom) < q else (low, middle)
+    return (low + high) / 2
+
+
+def _t_distribution(t: float, freedom: int) -> float:
+    """P(T ≤ t), t ≥ 0: with θ = atan(t/√ν) it is ½ + c·∫₀^θ cos^(ν−1), by Simpson's rule."""
+    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    width, parts = math.atan(t / math.sqrt(freedom)), 400
+    weights = [1, *[4, 2] * (parts // 2 - 1), 4, 1]
+    area = sum(w * math.cos(i * width / parts) ** (freedom - 1) for i, w in enumerate(weights)) * width / parts / 3
+    return 0.5 + constant * area
+
+
+def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:
+    """A figure of a trial's judged model; None where the trial did not come so far."""
+    return trial.figures.get(data.model, {}).get(figure) if trial.status == "done" else None
+
+
+def best_trial(data: SweepData) -> TrialRow | None:
+    """The finished trial with the best mean of the first objective; of equals the first."""
+    figure, sign = data.objectives[0]
+    found = [(trial, one) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    return max(found, key=lambda pair: sign * pair[1].mean)[0] if found else None
+
+
+def pareto_front(data: SweepData) -> list[TrialRow]:
+    """Finished trials that no other one beats in one objective without losing in another."""
+    vectors = {}
+    for trial in data.trials:
+        found = [judged(data, trial, figure) for figure, _ in data.objectives]
+        if all(one is not None for one in found):
+            pairs = zip(found, data.objectives, strict=True)
+            vectors[trial.number] = [sign * one.mean for one, (_, sign) in pairs if one is not None]
+    return [
+        trial
+        for trial in data.trials
+        if (own := vectors.get(trial.number)) is not None
+        and not any(_dominates(other, own) for other in vectors.values())
+    ]
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True)) and list(one) != list(other)

@@ -1,0 +1,171 @@
+"""What trials share, made once before the first of them starts: probes, core regions, groups, backbones, their scores.
+
+Work is put together across all runs of a sweep (points × seeds): distinct fine-tunes run side by side, and regions of
+all p come from one pass over the checkpoints. Each output is the artifact that a single run would make and find.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from cpift.artifacts import Artifact, claimed, digest, write_json
+from cpift.checkpoints import Checkpoint
+from cpift.config import ResourcesConfig, RunConfig
+from cpift.devices import device_name
+from cpift.fit_spec import FitSpec
+from cpift.pipeline import Pipeline, fit_all
+from cpift.regions import save_regions, select_regions_many
+from cpift.stage_artifacts import Model
+from cpift.stages import backbone_spec, check_data, probe_specs
+from cpift.sweep_plan import expected_backbone
+from cpift.view import View
+
+OnProgress = Callable[[dict[str, Any]], None]
+OnResult = Callable[[str, dict[str, Any]], None]
+
+
+class SharedEngine(Protocol):
+    """Where shared work runs: as `pipeline.Engine`, but for any run's work (`sweep.py` has it on Ray)."""
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None: ...
+
+    def evaluate(
+        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
+    ) -> None: ...
+
+
+class SharedWork:
+    """The shared stages of many runs, each for all of them at once."""
+
+    def __init__(self, runs: Sequence[Pipeline], engine: SharedEngine, view: View):
+        self.runs, self.engine, self.view = runs, engine, view
+
+    def prepare(self) -> None:
+        """θ0, probes, regions and groups: what decides which points are one trial."""
+        for run in _distinct(self.runs, lambda run: [run.artifacts.model]):
+            check_data(run, run.pretrained())
+        self._probes()
+        self._regions()
+        for run in self.runs:
+            run.group()
+
+    def complete(self, runs: Sequence[Pipeline]) -> None:
+        """Backbones, and the scores of everything that several trials compare themselves with."""
+        self._backbones(runs)
+        self._scores(runs)
+
+    def _probes(self) -> None:
+        wanted: dict[Path, tuple[Artifact, FitSpec, Pipeline]] = {}
+        for run in _distinct(self.runs, lambda run: run.artifacts.probes.values()):
+            base = run.pretrained()
+            for artifact, spec in zip(run.artifacts.probes.values(), probe_specs(run, base), strict=True):
+                wanted.setdefault(artifact.path, (artifact, spec, run))
+        self._fit("probes", list(wanted.values()))
+
+    def _backbones(self, runs: Sequence[Pipeline]) -> None:
+        wanted: dict[Path, tuple[Artifact, FitSpec, Pipeline]] = {}
+        for run in runs:
+            groups = run.group().groups
+            artifact = run.artifacts.backbone(groups)
+            if artifact is not None and artifact.path not in wanted:
+                spec = backbone_spec(run, run.pretrained(), groups, artifact)
+                order = " | ".join(" ".join(group) for group in groups)
+                wanted[artifact.path] = (artifact, replace(spec, title=f"{spec.title} {order}"), run)
+        self._fit("staged backbones", list(wanted.values()))
+
+    def _fit(self, title: str, wanted: Sequence[tuple[Artifact, FitSpec, Pipeline]]) -> None:
+        """Runs that ask for other resources train one after the other; all others side by side."""
+        missing = [entry for entry in wanted if not entry[0].complete]
+        if not missing:
+            if wanted:
+                self.view.cached(f"{len(wanted)} {title}")
+            return
+        several = len({run.config.seed for _, _, run in missing}) > 1
+        for resources in dict.fromkeys(run.config.resources for _, _, run in missing):
+            chosen = [entry for entry in missing if entry[2].config.resources == resources]
+            specs = [
+                replace(spec, title=f"{spec.title} (seed {run.config.seed})") if several else spec
+                for _, spec, run in chosen
+            ]
+            fit = partial(self.engine.fit, resources)
+            fit_all(fit, self.view, f"{len(chosen)} {title}", [artifact for artifact, _, _ in chosen], specs)
+
+    def _regions(self) -> None:
+        """Families of runs whose regions differ in p alone are selected together."""
+        families: dict[str, dict[Path, Pipeline]] = {}
+        for run in self.runs:
+            artifact = run.artifacts.regions
+            fields = {name: value for name, value in artifact.fields.items() if name != "p"}
+            families.setdefault(digest([dict(artifact.inputs), fields]), {}).setdefault(artifact.path, run)
+        for family in families.values():
+            self._select(list(family.values()))
+
+    def _select(self, runs: Sequence[Pipeline]) -> None:
+        with claimed(run.artifacts.regions for run in runs if not run.artifacts.regions.complete):
+            missing = {
+                run.config.regions.p: run.artifacts.regions for run in runs if not run.artifacts.regions.complete
+            }
+            if not missing:
+                self.view.cached(f"core regions for {len(runs)} p")
+                return
+            first = runs[0]
+            with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
+                started = time.time()
+                tuned = {task: Checkpoint(made.path) for task, made in first.artifacts.probes.items()}
+                base = Checkpoint(first.artifacts.model.path)
+                found = select_regions_many(base, tuned, first.config.regions, list(missing))
+                seconds = (time.time() - started) / len(missing)
+                for p, artifact in missing.items():
+                    with artifact.build(device_name(), seconds) as out:
+                        save_regions(found.pop(p), out)
+
+    def _scores(self, runs: Sequence[Pipeline]) -> None:
+        wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
+        for run in runs:
+            probes = [Model.of(f"probe {task}", made) for task, made in run.artifacts.probes.items()]
+            staged = [expected_backbone(run)] if run.config.backbone.source != "pretrained" else []
+            for model in [run.pretrained(), *probes, *staged]:
+                artifact = run.artifacts.evaluate(model)
+                wanted.setdefault(artifact.path, (artifact, model, run))
+        missing = [entry for entry in wanted.values() if not entry[0].complete]
+        if not missing:
+            self.view.cached(f"scores of {len(wanted)} shared models")
+            return
+        with (
+            claimed(artifact for artifact, _, _ in missing),
+            self.view.stage(f"scores of {len(missing)} shared models"),
+        ):
+            for key in dict.fromkeys(_scoring(run) for _, _, run in missing):
+                self._score([entry for entry in missing if _scoring(entry[2]) == key and not entry[0].complete])
+
+    def _score(self, entries: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
+        titled = {f"{model.title} [{artifact.fingerprint[:6]}]": (artifact, model) for artifact, model, _ in entries}
+
+        def keep(title: str, result: dict[str, Any]) -> None:
+            with titled[title][0].build(result["device"], result["seconds"]) as out:
+                write_json(out / "scores.json", result["scores"])
+
+        if entries:
+            paths = {title: model.path for title, (_, model) in titled.items()}
+            self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)
+
+
+def _scoring(run: Pipeline) -> str:
+    """Stands for what an evaluation needs besides the model."""
+    config = run.config
+    return digest(
+        [config.evaluation.model_dump(), config.resources.model_dump(), [t.model_dump() for t in config.tasks]]
+    )
+
+
+def _distinct(runs: Iterable[Pipeline], artifacts: Callable[[Pipeline], Iterable[Artifact]]) -> list[Pipeline]:
+    """One run for each distinct set of these artifacts."""
+    found: dict[tuple[str, ...], Pipeline] = {}
+    for run in runs:
+        found.setdefault(tuple(artifact.fingerprint for artifact in artifacts(run)), run)
+    return list(found.values())

@@ -1,0 +1,88 @@
+"""One trial of a sweep, in its worker: the pipeline from what is shared to the judged model's scores, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import ray
+from ray import tune
+
+from cpift.artifacts import digest, write_text
+from cpift.config import RunConfig
+from cpift.distributed import NAMESPACE, RayEngine
+from cpift.errors import CpiftError, StageError
+from cpift.inprocess import InProcessEngine
+from cpift.pipeline import Engine, Pipeline
+from cpift.sweep_config import Sweep, describe
+from cpift.sweep_scores import figures
+from cpift.view import View, quiet
+
+
+def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path) -> None:
+    """What Tune runs: `config` is the point, under `fields` or field by field.
+
+    An error that would only come again is kept in `failures`, so that Tune's next try of the trial ends at once.
+    """
+    fields = config.get("fields", config)
+    marker = failure_file(failures, fields)
+    if marker.is_file():
+        raise StageError(marker.read_text(encoding="utf-8"))
+    view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE))
+    try:
+        for rung, found in enumerate(rungs(sweep, fields, view), start=1):
+            tune.report({"rung": rung} | found)
+    except CpiftError as error:
+        failures.mkdir(parents=True, exist_ok=True)
+        write_text(marker, str(error))
+        raise
+
+
+def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
+    return failures / f"{digest(dict(fields))[:16]}.txt"
+
+
+def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[str, float]]:
+    """The objectives' means after each seed; for ASHA first those of the fused model, before any integration."""
+    found: list[dict[str, float]] = []
+    for number, seed in enumerate(sweep.seeds):
+        config = sweep.run(fields, seed)
+        run = Pipeline(config, engine_for(config), view)
+        if number == 0 and sweep.config.search.method == "asha" and sweep.config.model == "final":
+            yield _means(sweep, [_figures(run, "fused")])
+        found.append(_figures(run, sweep.config.model))
+        yield _means(sweep, found)
+
+
+def engine_for(config: RunConfig) -> Engine:
+    """This very process where a fine-tune is one worker; else Ray Train, for which a trial holds next to nothing."""
+    return InProcessEngine(config) if config.resources.workers == 1 else RayEngine(config)
+
+
+def _figures(run: Pipeline, model: str) -> dict[str, float]:
+    fused = run.fuse()
+    backbone = [run.backbone()] if run.config.backbone.source != "pretrained" else []
+    final = [run.integrate()] if model == "final" else []
+    scores = run.evaluate([run.pretrained(), *run.probe().values(), *backbone, fused, *final])
+    return figures(scores, [task.name for task in run.config.tasks], model)
+
+
+def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
+    names = [objective.figure for objective in sweep.config.objectives]
+    for name in names:
+        if any(name not in one for one in found):
+            raise StageError(f"{name} is unknown: a loss of exactly 0 leaves no ratio to judge by")
+    return {name: mean(one[name] for one in found) for name in names}
+
+
+class _BoardView(View):
+    """Posts progress to the sweep's board and prints nothing."""
+
+    def __init__(self, trial: str, board: Any):
+        super().__init__(quiet().console)
+        self._trial, self._board = trial, board
+
+    def progress(self, message: dict[str, Any]) -> None:
+        self._board.post.remote(message | {"title": f"{self._trial}: {message['title']}"})
