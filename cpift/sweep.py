@@ -68,7 +68,7 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     shared = SharedWork([run for one in runs for run in one], _OnRay(), view)
     shared.prepare()
     trials = merged(points, runs)
-    view.note(f"{len(points)} points × {len(sweep.seeds)} seeds: {len(trials)} trials differ in their outcome")
+    view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
     shared.complete([run for trial in trials for run in trial.runs])
     todo = [trial for trial in trials if not _done(sweep, trial)]
     if todo:

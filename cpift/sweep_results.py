@@ -14,9 +14,10 @@ from rich.table import Table
 from cpift.artifacts import Artifact, read_json, write_json, write_text
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config
+from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import Sweep, describe, shown
+from cpift.sweep_config import Fields, Sweep, describe, shown
 from cpift.sweep_plan import expected_backbone
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import (
@@ -31,6 +32,7 @@ from cpift.sweep_scores import (
     judged,
     pareto_front,
 )
+from cpift.sweep_verdict import values_of
 
 _STAGES = ("model", "probe", "regions", "backbone", "fuse", "integrate", "evaluate")
 
@@ -151,14 +153,29 @@ def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, E
 
 
 def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
-    """One a distinct regions artifact, in the order of p and seed."""
-    found: dict[Path, tuple[float, int, Overlaps]] = {}
-    for run in (run for one in tried for run in one.runs):
-        grouping, p, seed = run.group(), run.config.regions.p, run.config.seed
-        title = f"p = {shown(p)}, seed {seed}"
-        made = Overlaps(title, list(grouping.tasks), grouping.jaccard.tolist(), grouping.chance)
-        found.setdefault(run.artifacts.regions.path, (p, seed, made))
-    return [made for _, _, made in sorted(found.values(), key=lambda entry: entry[:2])]
+    """One a distinct regions artifact, in the order of p and seed, with every absolute τ that was tried on it."""
+    found: dict[Path, tuple[float, int, Grouping, set[float]]] = {}
+    for one in tried:
+        for run in one.runs:
+            grouping, p = run.group(), run.config.regions.p
+            entry = found.setdefault(run.artifacts.regions.path, (p, run.config.seed, grouping, set()))
+            entry[3].update(_threshold(point, grouping) for point in one.attempt.points)
+    return [
+        Overlaps(
+            title=f"p = {shown(p)}, seed {seed}",
+            tasks=list(grouping.tasks),
+            jaccard=grouping.jaccard.tolist(),
+            chance=grouping.chance,
+            taus=sorted(taus),
+        )
+        for p, seed, grouping, taus in sorted(found.values(), key=lambda entry: entry[:2])
+    ]
+
+
+def _threshold(point: Fields, grouping: Grouping) -> float:
+    if "groups.tau_chance" in point:
+        return float(point["groups.tau_chance"]) * grouping.chance
+    return float(point.get("groups.tau", grouping.tau))
 
 
 def _reuse(sweep: Sweep, tried: Sequence[_Tried]) -> list[Reuse]:
@@ -244,14 +261,10 @@ def results_table(data: SweepData, rows: int = 12) -> Table:
     ranked = [(one.mean * sign, trial) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
     for _, trial in sorted(ranked, key=lambda pair: -pair[0])[:rows]:
         cells = [_cell(judged(data, trial, name)) for name, _ in data.objectives]
-        table.add_row(str(trial.number), *(_values(trial, name) for name in data.space), *cells)
+        table.add_row(str(trial.number), *(values_of(trial, name) for name in data.space), *cells)
     for trial in failed:
-        table.add_row(f"[red]{trial.number}[/]", *(_values(trial, name) for name in data.space), "[red]failed[/]")
+        table.add_row(f"[red]{trial.number}[/]", *(values_of(trial, name) for name in data.space), "[red]failed[/]")
     return table
-
-
-def _values(trial: TrialRow, name: str) -> str:
-    return ", ".join(dict.fromkeys(shown(point[name]) for point in trial.points))
 
 
 def _cell(found: Estimate | None) -> str:

@@ -42,6 +42,7 @@ class Overlaps:
     tasks: list[str]
     jaccard: list[list[float]]
     chance: float
+    taus: list[float]  # absolute thresholds that the sweep tried here
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,31 @@ def _t_distribution(t: float, freedom: int) -> float:
 def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:
     """A figure of a trial's judged model; None where the trial did not come so far."""
     return trial.figures.get(data.model, {}).get(figure) if trial.status == "done" else None
+
+
+def trials_at(data: SweepData, point: Mapping[str, Any]) -> list[TrialRow]:
+    """Trials with a point that has these values; several where the space has more fields."""
+    return [t for t in data.trials if any(all(one[name] == value for name, value in point.items()) for one in t.points)]
+
+
+def trial_at(data: SweepData, point: Mapping[str, Any], figure: str | None = None) -> TrialRow | None:
+    """The best of `trials_at` by a figure (default: the first objective), else the first of them."""
+    found = trials_at(data, point)
+    name = figure or data.objectives[0][0]
+    scored = [(trial, one) for trial in found if (one := judged(data, trial, name)) is not None]
+    if not scored:
+        return found[0] if found else None
+    return max(scored, key=lambda pair: _sign(data, name) * pair[1].mean)[0]
+
+
+def values_at(data: SweepData, figure: str, point: Mapping[str, Any]) -> Estimate | None:
+    """A figure where the fields have these values; the best over fields that `point` leaves open."""
+    trial = trial_at(data, point, figure)
+    return judged(data, trial, figure) if trial is not None else None
+
+
+def _sign(data: SweepData, figure: str) -> int:
+    return dict(data.objectives).get(figure, -1 if figure.endswith("loss") else 1)
 
 
 def best_trial(data: SweepData) -> TrialRow | None:

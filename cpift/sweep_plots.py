@@ -1,0 +1,178 @@
+"""The plots of a sweep's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+
+from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, new_figure, series_style
+from cpift.sweep_scores import Estimate, Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
+
+
+@rc_context(PLOT_STYLE)
+def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> str:
+    """A figure against one field, one line a value of another; bars are intervals over seeds."""
+    drawing, axes = new_figure(f"{figure} {x} {by}", 5.2, 2.9)
+    groups = data.space[by] if by is not None else [None]
+    spots = _positions(data.space[x])
+    for place, group in enumerate(groups):
+        found = [
+            (spot, one)
+            for value, spot in zip(data.space[x], spots, strict=True)
+            if (one := values_at(data, figure, {x: value} | ({by: group} if by is not None else {}))) is not None
+        ]
+        if found:
+            shift = (place - (len(groups) - 1) / 2) * 0.04  # so that bars do not hide each other
+            label = None if by is None else _text(group)
+            _line(axes, [spot + shift for spot, _ in found], [one for _, one in found], place, label)
+    axes.set_xticks(spots, [_text(value) for value in data.space[x]])
+    axes.set(xlabel=x, ylabel=ylabel)
+    return as_svg(drawing, axes, legend=len(groups) if by is not None else 1)
+
+
+def _positions(values: Sequence[Any]) -> list[float]:
+    return [float(i) for i in range(len(values))]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], place: int, label: str | None) -> None:
+    means = [one.mean for one in found]
+    axes.plot(x, means, label=label, **series_style(place))
+    bars = [(at, one) for at, one in zip(x, found, strict=True) if one.low is not None and one.high is not None]
+    for at, one in bars:
+        axes.vlines(at, one.low or 0.0, one.high or 0.0, color=SERIES[place % 8], linewidth=0.9, alpha=0.7)
+
+
+@rc_context(PLOT_STYLE)
+def dendrogram(overlaps: Overlaps) -> str:
+    """Which τ merges which tasks: single linkage on Jaccard overlap, which is connected components at every τ at once.
+
+    Dashed: chance, p/(2−p). Dotted: the τ that the sweep tried.
+    """
+    merges = single_linkage(overlaps.jaccard)
+    drawing, axes = new_figure(overlaps.title, 3.4, 0.9 + 0.28 * len(overlaps.tasks))
+    marks = [overlaps.chance, *overlaps.taus, *(level for level, _, _ in merges)]
+    right = 1.12 * max(marks, default=1.0)
+    order = leaf_order(merges, len(overlaps.tasks))
+    spots: dict[frozenset[int], tuple[float, float]] = {
+        frozenset([leaf]): (float(row), right) for row, leaf in enumerate(order)
+    }
+    for level, one, other in merges:
+        (low, low_level), (high, high_level) = spots[one], spots[other]
+        axes.plot([low_level, level, level, high_level], [low, low, high, high], color=SERIES[0], linewidth=1.4)
+        spots[one | other] = ((low + high) / 2, level)
+    for row, level in spots.values():
+        if level == right and not merges:
+            axes.plot([0, right], [row, row], color=SERIES[0])
+    if merges:
+        root, level = spots[frozenset(order)]
+        axes.plot([0, level], [root, root], color=SERIES[0], linewidth=1.4)
+    axes.axvline(overlaps.chance, color=MUTED, linestyle="--", linewidth=1)
+    for tau in overlaps.taus:
+        axes.axvline(tau, color=SERIES[1], linestyle=":", linewidth=1.1)
+    axes.set_yticks(range(len(order)), [overlaps.tasks[leaf] for leaf in order])
+    axes.set_xlim(0, right)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.grid(False)
+    axes.set_title(overlaps.title)
+    axes.set_xlabel("Jaccard overlap")
+    return as_svg(drawing, axes)
+
+
+def single_linkage(jaccard: Sequence[Sequence[float]]) -> list[tuple[float, frozenset[int], frozenset[int]]]:
+    """Merges from the highest overlap to the lowest: (level, members of one, members of the other)."""
+    tasks = len(jaccard)
+    pairs = sorted(((jaccard[i][j], i, j) for i in range(tasks) for j in range(i)), reverse=True)
+    cluster = {i: frozenset([i]) for i in range(tasks)}
+    merges = []
+    for level, i, j in pairs:
+        if cluster[i] != cluster[j]:
+            merges.append((level, cluster[i], cluster[j]))
+            joined = cluster[i] | cluster[j]
+            cluster |= dict.fromkeys(joined, joined)
+    return merges
+
+
+def leaf_order(merges: Sequence[tuple[float, frozenset[int], frozenset[int]]], tasks: int) -> list[int]:
+    """Leaves so ordered that no two branches cross."""
+    order = {frozenset([i]): [i] for i in range(tasks)}
+    for _, one, other in merges:
+        order[one | other] = order[one] + order[other]
+    return order[frozenset(range(tasks))] if merges else list(range(tasks))
+
+
+@rc_context(PLOT_STYLE)
+def pareto(data: SweepData) -> str:
+    """Every finished trial in the plane of the first two objectives, and the front."""
+    (first, sign), (second, _) = data.objectives[:2]
+    drawing, axes = new_figure("pareto", 5.2, 3.4)
+    spots = {
+        trial.number: (one.mean, other.mean)
+        for trial in data.trials
+        if (one := judged(data, trial, first)) is not None and (other := judged(data, trial, second)) is not None
+    }
+    front = sorted((spots[trial.number] for trial in pareto_front(data)), key=lambda spot: sign * spot[0])
+    across, up = zip(*spots.values(), strict=True)
+    axes.scatter(across, up, color=SERIES[0], s=14, zorder=3)
+    if len(data.objectives) == 2:
+        axes.plot(*zip(*front, strict=True), color=SERIES[1], linewidth=1.4, zorder=2)
+    on_front = {trial.number for trial in pareto_front(data)}
+    for number, spot in spots.items():
+        shade = INK if number in on_front else MUTED
+        axes.annotate(f"{number}", spot, (4, 3), textcoords="offset points", color=shade, fontsize=8)
+    axes.set(xlabel=first.replace("_", " "), ylabel=second.replace("_", " "))
+    axes.grid(True, axis="both")
+    axes.margins(0.08)
+    return as_svg(drawing, axes)
+
+
+@rc_context(PLOT_STYLE)
+def parallel_coordinates(data: SweepData) -> str:
+    """Every finished trial as a line through its fields' values to the first objective; the best ones stand out."""
+    figure, sign = data.objectives[0]
+    found = [(trial, one.mean) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    ranked = sorted(found, key=lambda pair: sign * pair[1])
+    best = {trial.number for trial, _ in ranked[-max(1, len(ranked) // 5) :]}
+    drawing, axes = new_figure("parallel coordinates", 8.0, 3.0)
+    names = list(data.space)
+    low, high = min(mean for _, mean in found), max(mean for _, mean in found)
+    for trial, mean in ranked:
+        height = (mean - low) / (high - low) if high > low else 0.5
+        _coordinates(axes, data, names, trial, height, trial.number in best)
+    _axis_labels(axes, data, names)
+    axes.annotate(f"{high:.3f}", (len(names), 1), (4, 0), textcoords="offset points", color=MUTED, va="center")
+    axes.annotate(f"{low:.3f}", (len(names), 0), (4, 0), textcoords="offset points", color=MUTED, va="center")
+    axes.set_xticks(range(len(names) + 1), [*names, figure])
+    axes.set_yticks([])
+    axes.margins(x=0.08, y=0.06)
+    axes.grid(True, axis="x")
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return as_svg(drawing, axes)
+
+
+def _height(values: Sequence[Any], value: Any) -> float:
+    return values.index(value) / (len(values) - 1) if len(values) > 1 else 0.5
+
+
+def _coordinates(axes: Axes, data: SweepData, names: Sequence[str], trial: TrialRow, height: float, best: bool) -> None:
+    style: dict[str, Any] = (
+        {"color": SERIES[1], "linewidth": 1.8, "zorder": 3} if best else {"color": SERIES[0], "alpha": 0.45}
+    )
+    for point in trial.points:
+        spots = [_height(data.space[name], point[name]) for name in names]
+        axes.plot(range(len(names) + 1), [*spots, height], **style)
+
+
+def _axis_labels(axes: Axes, data: SweepData, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        values = data.space[name]
+        for value in values if len(values) <= 8 else (values[0], values[-1]):
+            spot = (place, _height(values, value))
+            axes.annotate(_text(value), spot, (4, 2), textcoords="offset points", color=MUTED, fontsize=8)
