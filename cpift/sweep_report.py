@@ -153,8 +153,8 @@ def _tasks(data: SweepData) -> str:
         return ""
     panels = []
     for task in data.tasks:
-        kind = "loss" if data.metrics[task] == "loss" else "score"
-        panels.append(_lines(data, f"task.{task}.{kind}", axes, f"{task}, {kind}"))
+        name = _own_figure(data, task)
+        panels.append(_lines(data, name, axes, f"{task}, {name.rpartition('.')[2]}"))
     note = (
         '<p class="muted">Metric of each task from 0 to 1, or its loss in nats per answer token where it has none.</p>'
     )
@@ -200,7 +200,7 @@ def _front(data: SweepData) -> str:
     if len(_axes(data)) > 2 and len(done) > 1:
         caption = "One line a point, from its values to the first objective; the best fifth of the trials stands out."
         parts.append(figure(plots.parallel_coordinates(data), caption))
-    return f'<div class="pair">{"".join(parts)}</div>' if parts else ""
+    return "".join(f'<div class="narrow">{part}</div>' for part in parts)
 
 
 # ---- trials, cost --------------------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ def _front(data: SweepData) -> str:
 def _trials(data: SweepData) -> str:
     best, front = best_trial(data), {trial.number for trial in pareto_front(data)}
     rows = "".join(_trial(data, trial, trial is best, trial.number in front) for trial in data.trials)
-    names = [*(name for name, _ in data.objectives), "task scores", "groups (first seed)", "own work"]
+    tasks = [f"{task}, {'loss' if data.metrics[task] == 'loss' else data.metrics[task]}" for task in data.tasks]
+    names = [*(name for name, _ in data.objectives), *tasks, "groups (first seed)", "own work"]
     notes = "★ the best by the first objective; ◆ on the Pareto front." if len(data.objectives) > 1 else "★ the best."
     caption = f"{notes} Own work: fusion, integration and their scores, of all seeds together."
     heads = ["trial", *map(escape, data.space), *(escape(_label(name)) for name in names)]
@@ -224,11 +225,13 @@ def _trial(data: SweepData, trial: TrialRow, best: bool, front: bool) -> str:
     if trial.status != "done":
         words = "stopped early" if trial.status == "stopped" else f"failed: {escape(_last_line(trial.reason))}"
         style = "muted" if trial.status == "stopped" else "down"
-        return f'{head}<td class="left {style}" colspan="{len(data.objectives) + 3}">{words}</td></tr>'
-    scores = "".join(f"<td>{_figure_cell(judged(data, trial, name))}</td>" for name, _ in data.objectives)
+        return (
+            f'{head}<td class="left {style}" colspan="{len(data.objectives) + len(data.tasks) + 2}">{words}</td></tr>'
+        )
+    figures = [*(name for name, _ in data.objectives), *(_own_figure(data, task) for task in data.tasks)]
+    scores = "".join(f"<td>{_figure_cell(judged(data, trial, name))}</td>" for name in figures)
     groups = escape(" → ".join(" + ".join(group) for group in trial.groups[0]))
-    tasks, spent = _task_scores(data, trial), duration(trial.seconds)
-    return f'{head}{scores}<td>{tasks}</td><td class="left">{groups}</td><td>{spent}</td></tr>'
+    return f'{head}{scores}<td class="left">{groups}</td><td>{duration(trial.seconds)}</td></tr>'
 
 
 def _figure_cell(one: Estimate | None) -> str:
@@ -237,12 +240,9 @@ def _figure_cell(one: Estimate | None) -> str:
     return f"{one.mean:.3f}" + (f"<small>{one.low:.3f} to {one.high:.3f}</small>" if one.low is not None else "")
 
 
-def _task_scores(data: SweepData, trial: TrialRow) -> str:
-    parts = []
-    for task in data.tasks:
-        found = judged(data, trial, f"task.{task}.{'loss' if data.metrics[task] == 'loss' else 'score'}")
-        parts.append("–" if found is None else f"{found.mean:.3f}")
-    return f"<small>{escape(' · '.join(data.tasks))}</small>" + " · ".join(parts)
+def _own_figure(data: SweepData, task: str) -> str:
+    """A task's metric, or its loss where that is the metric."""
+    return f"task.{task}.{'loss' if data.metrics[task] == 'loss' else 'score'}"
 
 
 def _references(data: SweepData) -> str:
