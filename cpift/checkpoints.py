@@ -1,72 +1,40 @@
-"""Model directories as named lazy tensors, and the writer of new ones.
+"""Model directories as named lazy tensors.
 
 A checkpoint is a folder with safetensors (one file, or shards with an index) beside `config.json` and the tokenizer.
-Tensors are read one at a time through a memory map; a model is never whole in memory.
+Tensors are read through a memory map, whole or in slices: a model is never whole in memory, nor need a tensor be.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cpift.errors import CheckpointError, Problem
+from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of one tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def floating(self) -> bool:
-        return self.dtype.is_floating_point
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_SCAN = 1 << 22  # elements looked at together
 
 
 class Checkpoint:
     """A model folder opened for reading. Only headers are read until a tensor is asked for.
 
     Raises CheckpointError, with every problem of the folder: no safetensors, a missing or truncated shard, a tensor
-    that the index names but no shard has, a tensor in two shards, an unsupported dtype.
+    that the index names but no shard has or that a shard has but not the index, a tensor in two shards, an unsupported
+    dtype.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._maps: dict[Path, MappedFile] = {}
         problems: list[Problem] = []
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files(problems):
@@ -74,6 +42,7 @@ class Checkpoint:
         self._check_index(problems)
         if problems:
             raise CheckpointError(f"checkpoint {folder}", problems)
+        self._leave_out_alias()
         self.tensors = dict(sorted(self.tensors.items()))
 
     @cached_property
@@ -93,14 +62,56 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; empty where there is none."""
+        path = self.folder / "config.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, contiguous, in the file's dtype."""
-        with safe_open(self.tensors[name].file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        """One tensor, contiguous, in the file's dtype; the caller's own."""
+        info = self.tensors[name]
+        return self.slice(name, 0, info.numel).clone().reshape(info.shape)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop-1 of a tensor, row-major, as a view [stop - start] of the mapped file: only to read."""
+        info = self.tensors[name]
+        return self._map(info.file).view(info.start + start * info.dtype.itemsize, info.dtype, stop - start)
+
+    def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        """float32 [R, length]: the elements from each of starts [R] on; past the end the last one is repeated."""
+        numel = self.tensors[name].numel
+        places = np.minimum(starts[:, None] + np.arange(length), numel - 1)
+        return self.slice(name, 0, numel)[torch.from_numpy(places)].float()
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Have elements start..stop-1 read from the disk in the background."""
+        info = self.tensors[name]
+        size = info.dtype.itemsize
+        self._map(info.file).prefetch(info.start + start * size, info.start + stop * size)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Give back the memory that elements start..stop-1 took while they were read."""
+        info = self.tensors[name]
+        size = info.dtype.itemsize
+        self._map(info.file).release(info.start + start * size, info.start + stop * size)
+
+    def _map(self, file: Path) -> MappedFile:
+        if file not in self._maps:
+            self._maps[file] = MappedFile(file)
+        return self._maps[file]
 
     def _index(self) -> dict[str, str] | None:
         path = self.folder / INDEX_FILE
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): str(shard) for name, shard in found.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = Problem(INDEX_FILE, f"cannot be read ({type(error).__name__}: {error})", "download it again")
+            raise CheckpointError(f"checkpoint {self.folder}", [problem]) from error
 
     def _files(self, problems: list[Problem]) -> list[Path]:
         index = self._index()
@@ -119,36 +130,47 @@ class Checkpoint:
 
     def _read_header(self, file: Path, problems: list[Problem]) -> None:
         try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                slices = {name: opened.get_slice(name) for name in names}
-                headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
+            infos = read_header(file)
+        except (FormatError, OSError) as error:
             problems.append(
                 Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again")
             )
             return
-        for name, (shape, dtype) in headers.items():
-            if name in self.tensors:
-                first = self.tensors[name].file.name
-                problems.append(Problem(name, f"is in {first} and in {file.name}", "remove the stale shard"))
-            elif dtype not in _DTYPES:
-                problems.append(Problem(name, f"has dtype {dtype}", "convert the checkpoint to bf16, fp16 or fp32"))
+        for info in infos:
+            if info.name in self.tensors:
+                first = self.tensors[info.name].file.name
+                problems.append(Problem(info.name, f"is in {first} and in {file.name}", "remove the stale shard"))
             else:
-                self.tensors[name] = TensorInfo(name, shape, _DTYPES[dtype], file)
+                self.tensors[info.name] = info
 
     def _check_index(self, problems: list[Problem]) -> None:
+        index = self._index()
         readable = {info.file.name for info in self.tensors.values()}
-        for name, shard in (self._index() or {}).items():
+        for name, shard in (index or {}).items():
             if shard in readable and name not in self.tensors:
                 problems.append(Problem(name, f"is not in {shard}, where the index has it", "mend the index"))
+        for name, info in self.tensors.items():
+            if index is not None and name not in index:
+                problems.append(Problem(name, f"is in {info.file.name}, but not in the index", "mend the index"))
+
+    def _leave_out_alias(self) -> None:
+        """A tied output layer that the file holds a second time: the model has one parameter, so here is one tensor."""
+        head = self.tensors.get(HEAD)
+        if head is None or not self.config.get("tie_word_embeddings"):
+            return
+        if any(info.shape == head.shape for name, info in self.tensors.items() if name.endswith(EMBEDDINGS)):
+            del self.tensors[HEAD]
 
 
 def _no_weights(folder: Path) -> Problem:
     if not folder.is_dir():
         return Problem(str(folder), "is no folder", "check the path")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        convert = "load it with transformers and call save_pretrained, which writes safetensors"
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained({str(folder) + '-safetensors'!r})"
+        )
+        convert = f'where you trust the file, convert it and copy the tokenizer: python -c "{code}"'
         return Problem(str(folder), "holds pickled weights only, which can run code when loaded", convert)
     return Problem(str(folder), "holds no model.safetensors and no index of shards", "check the path")
 
@@ -177,7 +199,7 @@ def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> N
         for problem in differences(base, other)
     ]
     if found:
-        raise CheckpointError(f"models that do not fit {base.folder}", _first(found, 20))
+        raise CheckpointError(f"models that do not fit {base.folder}", first_problems(found, 20))
 
 
 def require_finite(label: str, checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
@@ -185,78 +207,21 @@ def require_finite(label: str, checkpoint: Checkpoint, names: Sequence[str] | No
     bad = [
         Problem(name, "holds NaN or Inf", "its training diverged: use an earlier checkpoint or a lower learning rate")
         for name in names or checkpoint.names
-        if checkpoint.tensors[name].floating and not bool(checkpoint.tensor(name).isfinite().all())
+        if checkpoint.tensors[name].floating and not is_finite(checkpoint, name)
     ]
     if bad:
-        raise CheckpointError(f"{label} ({checkpoint.folder})", _first(bad, 20))
+        raise CheckpointError(f"{label} ({checkpoint.folder})", first_problems(bad, 20))
 
 
-def _first(problems: list[Problem], count: int) -> list[Problem]:
+def is_finite(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether every element of a tensor is finite; read in slices."""
+    numel = checkpoint.tensors[name].numel
+    return all(
+        bool(checkpoint.slice(name, start, min(start + _SCAN, numel)).isfinite().all())
+        for start in range(0, numel, _SCAN)
+    )
+
+
+def first_problems(problems: list[Problem], count: int) -> list[Problem]:
     more = len(problems) - count
     return problems if more <= 0 else [*problems[:count], Problem("and", f"{more} more", "")]
-
-
-class _ShardWriter:
-    """A safetensors file written tensor by tensor; its header is known before any data."""
-
-    def __init__(self, path: Path, infos: Sequence[TensorInfo]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for info in infos:
-            size = info.numel * info.dtype.itemsize
-            shape = list(info.shape)
-            header[info.name] = {
-                "dtype": _DTYPE_NAMES[info.dtype],
-                "shape": shape,
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors start on an 8-byte boundary
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
-
-    def append(self, tensor: torch.Tensor) -> None:
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:
-    """Write a checkpoint with the names, shapes, dtypes and shards of `model`, one tensor at a time.
-
-    `produce` gives each tensor; another shape or dtype than announced is an error. Config, tokenizer and all other
-    small files are copied byte for byte. `out` must exist (a stage's partial folder).
-    """
-    for file in model.files:
-        infos = [info for info in model.tensors.values() if info.file == file]
-        writer = _ShardWriter(out / file.name, infos)
-        for info in infos:
-            tensor = produce(info)
-            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-                raise ValueError(f"{info.name}: got {tensor.dtype} {list(tensor.shape)}, announced {info}")
-            writer.append(tensor.cpu())
-        writer.close()
-    copy_companions(model.folder, out)
-
-
-def companions(folder: Path) -> Iterator[Path]:
-    """Everything of a model folder that is not weights: config, tokenizer, chat template, licence."""
-    weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")
-    skipped = {"manifest.json", "README.md"}
-    for path in sorted(folder.iterdir()):
-        if (
-            path.is_file()
-            and not weights.match(path.name)
-            and not path.name.startswith(".")
-            and path.name not in skipped
-        ):
-            yield path
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    for path in companions(source):
-        shutil.copyfile(path, out / path.name)

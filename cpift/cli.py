@@ -12,6 +12,7 @@ import typer
 
 from cpift import cli_cluster
 from cpift.errors import CpiftError
+from cpift.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config import RunConfig
@@ -38,24 +39,33 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", metavar="SIZE", help="most memory to hold, page cache apart, for example 512MiB"),
+]
 _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 
-def _load(config: Path, overrides: list[str] | None, output: Path | None, download: bool = True) -> RunConfig:
-    """Load and check a config."""
+def _load(
+    config: Path, overrides: list[str] | None, output: Path | None, stage: str | None, download: bool = True
+) -> RunConfig:
+    """Load a config and check it for a stage."""
     from cpift.config_loading import load_config
     from cpift.planning import preflight
 
     run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
-    preflight(run, download=download)
+    preflight(run, stage=stage, download=download)
     return run
 
 
-def _open(config: Path, overrides: list[str] | None, output: Path | None) -> Pipeline:
-    """The pipeline of a checked config, on Ray."""
-    run = _load(config, overrides, output)
+def _open(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Pipeline:
+    """The pipeline of a checked config, on Ray where something is trained or scored."""
+    run = _load(config, overrides, output, stage)
+    from cpift.pipeline import NoEngine, Pipeline
+
+    if run.merges_only and stage in ("probe", "regions", "group", "fuse"):
+        return Pipeline(run, NoEngine())
     from cpift.distributed import RayEngine
-    from cpift.pipeline import Pipeline
 
     return Pipeline(run, RayEngine(run))
 
@@ -64,7 +74,7 @@ def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage
     """Make one stage and what it needs, holding the run's folder."""
     from cpift.artifacts import exclusive
 
-    pipeline = _open(config, overrides, output)
+    pipeline = _open(config, overrides, output, stage)
     with exclusive(pipeline.root), pipeline.engine.session():
         return getattr(pipeline, stage)()
 
@@ -76,7 +86,7 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
 
     from cpift.artifacts import exclusive
 
-    pipeline = _open(config, overrides, output)
+    pipeline = _open(config, overrides, output, "run")
     with exclusive(pipeline.root), pipeline.engine.session():
         report = pipeline.report()
     from cpift.report import scores_table
@@ -96,9 +106,9 @@ def probe(config: Config, overrides: Overrides = None, output: Output = None) ->
 
 
 @app.command(rich_help_panel=_METHOD)
-def regions(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+def regions(config: Config, overrides: Overrides = None, output: Output = None, memory_budget: Budget = None) -> None:
     """2. Select each task's core region: the elements that moved most."""
-    artifact = _stage(config, overrides, output, "regions")
+    artifact = _stage(config, _with(overrides, memory_budget), output, "regions")
     from cpift.regions import read_summary
 
     for task, region in read_summary(artifact.path)["regions"].items():
@@ -118,9 +128,23 @@ def group(config: Config, overrides: Overrides = None, output: Output = None) ->
 
 
 @app.command(rich_help_panel=_METHOD)
-def fuse(config: Config, overrides: Overrides = None, output: Output = None) -> None:
-    """4–5. Train the backbone, transplant every core into it and SLERP the rest."""
-    typer.echo(f"Fused model: {_stage(config, overrides, output, 'fuse').path}")
+def fuse(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    memory_budget: Budget = None,
+    verify: Annotated[bool, typer.Option(help="read the fused model back and compare it with its inputs")] = True,
+) -> None:
+    """4–5. Train the backbone, transplant every core into it and SLERP the rest.
+
+    Fine-tunes that exist already are fused without training: give each task a `checkpoint` (configs/merge.yaml).
+    """
+    changed = _with(overrides, memory_budget) + ([] if verify else ["resources.verify=false"])
+    typer.echo(f"Fused model: {_stage(config, changed, output, 'fuse').path}")
+
+
+def _with(overrides: list[str] | None, memory_budget: str | None) -> list[str]:
+    return [*(overrides or []), *([f"resources.memory_budget={memory_budget}"] if memory_budget else [])]
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -153,7 +177,7 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     from cpift.planning import plan as make_plan
     from cpift.stage_artifacts import StageArtifacts
 
-    artifacts = StageArtifacts(_load(config, overrides, output, download=False))
+    artifacts = StageArtifacts(_load(config, overrides, output, None, download=False))
     _print_plan(make_plan(artifacts), artifacts.root)
 
 
@@ -183,20 +207,16 @@ def _print_plan(made: Plan, root: Path) -> None:
         console.print("Parameters: known once the model has been downloaded", highlight=False)
     else:
         console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements", highlight=False)
+        disk, free = show_size(made.disk_needed or 0), show_size(made.disk_free)
+        console.print(f"Disk: about {disk} more, {free} free", highlight=False)
+    if made.memory_per_worker is not None:
+        memory = show_size(made.memory_per_worker)
         console.print(
-            f"Disk: about {_size(made.disk_needed)} more, {_size(made.disk_free)} free. Memory of a training worker: "
-            f"about {_size(made.memory_per_worker)} for weights, gradients and AdamW, and the activations",
+            f"Memory of a training worker: about {memory} for weights, gradients and AdamW, and the activations",
             highlight=False,
         )
     for note in made.notes:
         console.print(note, highlight=False)
-
-
-def _size(count: int | None) -> str:
-    value, units = float(count or 0), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 cli_cluster.register(app)

@@ -9,117 +9,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+from cpift.config_inputs import (
+    Bytes,
+    CheckpointConfig,
+    DataSource,
+    ModelConfig,
+    Name,
+    Section,
+    exactly_one,
+    needed,
+)
+
 Freeze = Literal["earlier", "all"]
 Strategy = Literal["ddp", "fsdp"]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-def _identifier(name: str) -> str:
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise ValueError("use letters, digits, '-', '_' and '.' only: the name becomes part of file names")
-    return name
-
-
-Name = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_identifier)]
-
-
-class Section(BaseModel):
-    """A part of the file. Unknown fields are errors, and values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
-    given = [name for name in names if getattr(section, name) is not None]
-    if len(given) != 1:
-        found = "none of them is there" if not given else f"found {' and '.join(given)}"
-        raise ValueError(f"give exactly one of {', '.join(names)}; {found}")
-
-
-class GgufFile(Section):
-    """A GGUF file, dequantised once and kept as safetensors."""
-
-    file: str = Field(description="file name, inside `package` if that is given, else a path")
-    package: str | None = Field(None, description="installed Python package that ships the file")
-
-
-class ScratchModel(Section):
-    """A small Llama with random weights and a byte-level tokenizer, made on the spot."""
-
-    hidden_size: int = Field(64, ge=8)
-    intermediate_size: int = Field(128, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    max_length: int = Field(256, ge=16, description="tokens the position encoding is made for")
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ScratchModel:
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 × heads ({2 * self.heads})")
-        return self
-
-
-class ModelConfig(Section):
-    """The pre-trained model θ0. Exactly one of `path`, `hub`, `gguf`, `scratch`."""
-
-    path: Path | None = Field(None, description="local directory with config.json and safetensors")
-    hub: str | None = Field(None, description="model id on the Hugging Face hub")
-    revision: str | None = Field(None, description="branch, tag or commit of `hub`; pin a commit to be exact")
-    gguf: GgufFile | None = None
-    scratch: ScratchModel | None = None
-    dtype: Dtype = Field("auto", description="dtype that checkpoints are kept in; auto = θ0's own, GGUF: bfloat16")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelConfig:
-        _exactly_one(self, ("path", "hub", "gguf", "scratch"))
-        return self
-
-
-class DataSource(Section):
-    """Where a split's rows come from. Exactly one of `file`, `hub`, `procedural`.
-
-    A row is either chat (`messages`: list of role and content) or `prompt` and `completion`; `answer` (text) and
-    `choices` (list of text) where the metric needs them. `columns` builds these from other columns.
-    """
-
-    file: Path | None = Field(None, description="JSON lines")
-    hub: str | None = Field(None, description="data set id on the Hugging Face hub")
-    subset: str | None = Field(None, description="configuration name of the hub data set")
-    split: str = "train"
-    revision: str | None = None
-    procedural: str | None = Field(None, description="name of a generator in cpift.synthetic")
-    size: int | None = Field(None, ge=1, description="rows to generate (procedural)")
-    seed: int = Field(0, description="generator seed (procedural)")
-    limit: int | None = Field(None, ge=1, description="use the first so many rows")
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="templates over the row's own columns, for example prompt: '{question}'",
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        _exactly_one(self, ("file", "hub", "procedural"))
-        if self.procedural is not None and self.size is None:
-            raise ValueError("a procedural source needs `size`, the number of rows to generate")
-        return self
-
-
 class TaskConfig(Section):
-    """One task Ti: its data and how it is scored."""
+    """One task Ti: its fine-tune or the data to make it from, and how it is scored."""
 
     name: Name
-    train: DataSource
-    test: DataSource
+    checkpoint: CheckpointConfig | None = Field(None, description="θi, used instead of training a probe")
+    train: DataSource | None = Field(None, description="rows to train on; needed unless `checkpoint` is given")
+    test: DataSource | None = Field(None, description="rows to score on; needed by `cpift evaluate` and `run`")
     metric: Literal["loss", "choice", "number", "rouge"] = Field(
         "loss",
         description="choice: accuracy by option likelihood; number: exact match of the final number generated; "
         "rouge: ROUGE-L F1 of the text generated; loss: negative log-likelihood per answer token only",
     )
     max_new_tokens: int = Field(128, ge=1, description="generation limit for `number` and `rouge`")
+
+    @property
+    def train_data(self) -> DataSource:
+        return needed(self.train, f"tasks.{self.name}.train", "training")
+
+    @property
+    def test_data(self) -> DataSource:
+        return needed(self.test, f"tasks.{self.name}.test", "evaluation")
 
 
 class TrainingConfig(Section):
@@ -141,7 +69,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
-        _exactly_one(self, ("steps", "epochs"))
+        exactly_one(self, ("steps", "epochs"))
         return self
 
 
@@ -165,7 +93,7 @@ class GroupsConfig(Section):
 
     @model_validator(mode="after")
     def _one_threshold(self) -> GroupsConfig:
-        _exactly_one(self, ("tau", "tau_chance"))
+        exactly_one(self, ("tau", "tau_chance"))
         return self
 
 
@@ -187,6 +115,7 @@ class FusionConfig(Section):
     granularity: Literal["tensor", "row", "model"] = "tensor"
     space: Literal["weights", "delta"] = "weights"
     conflict: Literal["magnitude", "last", "mean"] = "magnitude"
+    shard_size: Bytes = Field(5 * 10**9, description="most bytes of one file of the fused model, for example 5GB")
 
 
 class IntegrationConfig(TrainingConfig):
@@ -228,6 +157,10 @@ class ResourcesConfig(Section):
     )
     parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
     address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")
+    memory_budget: Bytes = Field(
+        2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
+    )
+    verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
 
     @property
@@ -243,12 +176,12 @@ class RunConfig(Section):
     seed: int = 0
     model: ModelConfig
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, max_length=16)
-    probe: TrainingConfig
+    probe: TrainingConfig | None = Field(None, description="how probes are trained; needed unless all are given")
     regions: RegionsConfig = RegionsConfig()
     groups: GroupsConfig = GroupsConfig(tau=0.1, tau_chance=None)
     backbone: BackboneConfig = BackboneConfig()
     fusion: FusionConfig = FusionConfig()
-    integration: IntegrationConfig
+    integration: IntegrationConfig | None = Field(None, description="needed by `cpift integrate` and `run`")
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -264,9 +197,36 @@ class RunConfig(Section):
     def output_dir(self) -> Path:
         return (self.output or Path("runs") / self.name).absolute()
 
+    @model_validator(mode="after")
+    def _probes_can_be_had(self) -> RunConfig:
+        for task in self.trained:
+            if task.train is None:
+                raise ValueError(f"tasks.{task.name}: give `train` to train its probe, or the `checkpoint` to use")
+            if self.probe is None:
+                raise ValueError(f"probe: is required, for tasks.{task.name} has no checkpoint")
+        return self
+
+    @property
+    def trained(self) -> tuple[TaskConfig, ...]:
+        """The tasks whose probes are trained here."""
+        return tuple(task for task in self.tasks if task.checkpoint is None)
+
+    @property
+    def merges_only(self) -> bool:
+        """Whether everything up to the fused model is given: no fine-tune, θ0 and all θi used where they lie."""
+        return not self.trained and self.backbone.source != "staged"
+
+    @property
+    def probe_training(self) -> TrainingConfig:
+        return needed(self.probe, "probe", "training")
+
     @property
     def backbone_training(self) -> TrainingConfig:
-        return self.backbone.training or self.probe
+        return self.backbone.training or needed(self.probe, "backbone.training", "the staged backbone")
+
+    @property
+    def integration_training(self) -> IntegrationConfig:
+        return needed(self.integration, "integration", "integrated fine-tuning")
 
     def task(self, name: str) -> TaskConfig:
         return next(task for task in self.tasks if task.name == name)

@@ -90,8 +90,8 @@ def check_task(task: TaskConfig, *, download: bool = True) -> list[Problem]:
     """
     problems: list[Problem] = []
     for split in ("train", "test"):
-        source: DataSource = getattr(task, split)
-        if source.hub is not None and not download:
+        source: DataSource | None = getattr(task, split)
+        if source is None or (source.hub is not None and not download):
             continue
         try:
             examples = load_examples(source)

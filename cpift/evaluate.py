@@ -136,7 +136,7 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> Task
 
 def _rows(tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig) -> list[_Row]:
     """The task's test rows, tokenised; every unusable one is reported at once."""
-    examples = load_examples(task.test)[: settings.limit]
+    examples = load_examples(task.test_data)[: settings.limit]
     rows = [_tokenised(tokenizer, example, task.metric) for example in examples]
     problems = [
         Problem(f"tasks.{task.name}.test row {number}", *found)

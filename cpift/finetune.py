@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from cpift.artifacts import read_json, write_json
-from cpift.checkpoints import Checkpoint, TensorInfo, write_like
+from cpift.checkpoint_writing import write_like
+from cpift.checkpoints import Checkpoint
 from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
 from cpift.devices import device_name, native_bf16
 from cpift.errors import CheckpointError, Problem, StageError
@@ -35,6 +36,7 @@ from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
 from cpift.regions import read_mask, read_summary
+from cpift.safetensors_files import TensorInfo
 from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole
 
 _STAGE_FILE = "cpift_stage.json"
@@ -132,7 +134,7 @@ def _run_stage(
 
 def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
-    examples = [load_examples(task.train) for task in chosen]
+    examples = [load_examples(task.train_data) for task in chosen]
     if spec.balanced:
         examples = balanced_sample(examples, spec.samples_per_task, spec.seed)
     parts = [tokenised_dataset(rows, tokenizer, spec.training.max_length) for rows in examples]

@@ -1,32 +1,28 @@
 """Fusion: transplant every core into the backbone, SLERP the rest (METHOD.md, stage 5).
 
-Tensors are streamed: θ_base, θ0 and all θi of one parameter at a time. Sequential SLERP of N models is a linear
-combination whose coefficients follow from the masked Gram matrix, so one pass reads and one writes.
+Tensors are streamed in slices: θ_base, θ0 and all θi of one run of elements at a time. Sequential SLERP of N models is
+a linear combination whose coefficients follow from the masked Gram matrix, so a tensor is walked twice: for the Gram
+matrix, and to write the result. Slices have one fixed size and are summed in order: the result does not depend on the
+memory, the number of workers or where a shard ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cpift_kernels import (
-    count_mask,
-    fused_apply,
-    gather_masked,
-    masked_gram,
-    resolve_conflicts,
-    slerp_coefficients,
-    union_mask,
-)
+from cpift_kernels import count_mask, fused_apply, masked_gram, resolve_conflicts, slerp_coefficients, union_mask
 
-from cpift.checkpoints import Checkpoint, TensorInfo, require_finite, require_same_layout, write_like
+from cpift.checkpoints import Checkpoint, require_finite, require_same_layout
 from cpift.config import FusionConfig
-from cpift.regions import read_mask
+from cpift.regions import RegionMasks
+from cpift.safetensors_files import TensorInfo
+from cpift.streaming import Piece, pieces, sweep
 
-Progress = Callable[[str], None]
+Fill = Callable[[int, int, torch.Tensor], None]  # writes elements start..stop-1 into a buffer [stop - start]
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,9 @@ class FusionInputs:
     regions: Path
     priority: Sequence[str]
 
-
-@dataclass
-class FusionRecord:
-    """What happened, tensor by tensor."""
-
-    tensors: list[dict[str, Any]] = field(default_factory=list)
-    core_elements: int = 0  # elements that come from a single donor
-    core_differing: int = 0  # of these, how many differ from the donor in any bit (0, or the fusion is wrong)
+    def check(self) -> None:
+        """Raise CheckpointError if a model does not fit the pre-trained one."""
+        require_same_layout(self.pretrained, {"backbone": self.backbone, **self.tuned})
 
 
 def omegas(config: FusionConfig, tasks: int) -> list[float]:
@@ -57,8 +48,8 @@ def omegas(config: FusionConfig, tasks: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Operands:
-    """One parameter of all models. `masks` has a packed mask a task, conflicts resolved."""
+class Operands:
+    """Some elements of one parameter in all models. `masks` has a packed mask a task, conflicts resolved."""
 
     sources: list[torch.Tensor]  # [θ0 (delta space only), θ_base, θ1..θN]
     masks: list[torch.Tensor | None]  # one a source; None for those that donate nothing
@@ -66,106 +57,135 @@ class _Operands:
 
 
 class Fusion:
-    """Fuses the models of `inputs` under `config`, writing like the backbone."""
+    """CPI-FT's fusion of `inputs` under `config`, tensor by tensor and slice by slice."""
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig):
         self.inputs, self.config = inputs, config
-        self.record = FusionRecord()
-        self._model_coefficients: torch.Tensor | None = None
+        self.masks = RegionMasks(inputs.regions, list(inputs.tuned))
+        self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
 
-    def write(self, out: Path, progress: Progress = lambda name: None) -> FusionRecord:
-        """Write the fused checkpoint into the folder `out`.
-
-        Raises CheckpointError if a model does not fit the pre-trained one or a backbone tensor is not finite.
-        """
+    @property
+    def models(self) -> list[Checkpoint]:
+        """Every model that is read, each once."""
         inputs = self.inputs
-        require_same_layout(inputs.pretrained, {"backbone": inputs.backbone, **inputs.tuned})
-        require_finite("backbone", inputs.backbone)
-        if self.config.granularity == "model":
-            self._model_coefficients = self._coefficients_of_model()
+        return list({id(m): m for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())}.values())
 
-        def produce(info: TensorInfo) -> torch.Tensor:
-            progress(info.name)
-            return self._fuse(info)
+    def prepare(self) -> list[dict[str, Any]]:
+        """What must be known of the whole model before the first tensor, and records of it: with granularity `model`,
+        its one angle a fold, which takes a read of everything."""
+        if self.config.granularity != "model":
+            return []
+        total: torch.Tensor | float = 0.0
+        for name in self.inputs.backbone.names:
+            if self.masks.has(name):
+                total = total + self._gram(self.inputs.backbone.tensors[name])[0]
+        assert isinstance(total, torch.Tensor)  # a parameter space is never empty
+        coefficients, angles, lerp = self._slerp(total, "(model)")
+        record = {"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp}
+        self._model = coefficients, record
+        return [record]
 
-        write_like(inputs.backbone, out, produce)
-        return self.record
+    def pieces(self, info: TensorInfo) -> list[Piece]:
+        """The slices of a tensor, cut between rows where every row has its own angle."""
+        width = info.numel // info.shape[0] if self._by_row(info) and info.shape[0] else 0
+        return pieces(info.numel, width)
 
-    def _fuse(self, info: TensorInfo) -> torch.Tensor:
-        operands = self._operands(info.name)
-        if operands is None:  # outside the parameter space: θ_base bit for bit
-            return self.inputs.backbone.tensor(info.name)
-        coefficients = self._coefficients(info, operands)
-        out = torch.empty(info.shape, dtype=info.dtype)
-        fused_apply(out, operands.sources, coefficients, operands.masks)
-        self._check_donors(out, operands)
-        return out
+    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+        """A record of one tensor (None outside the parameter space), and what writes any of its `pieces`."""
+        if not self.masks.has(info.name):  # θ_base bit for bit
+            return None, self._copy(info)
+        record: dict[str, Any] = {"tensor": info.name, "numel": info.numel, "core": 0}
+        if self._model is not None:
+            coefficients = self._model[0]
+            record["core"] = self._core_count(info)
+        else:
+            gram, record["core"] = self._gram(info)
+            coefficients, record["angles"], record["lerp"] = self._slerp(gram, info.name)
+        width = info.numel // len(coefficients)
 
-    def _operands(self, name: str) -> _Operands | None:
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            operands = self.operands(info.name, start, stop)
+            if len(coefficients) == 1:
+                fused_apply(out, operands.sources, coefficients, operands.masks)
+                return
+            rows = slice(start // width, stop // width)
+            sources = [source.view(-1, width) for source in operands.sources]
+            fused_apply(out.view(-1, width), sources, coefficients[rows], operands.masks)
+
+        return record, fill
+
+    def _copy(self, info: TensorInfo) -> Fill:
+        backbone = self.inputs.backbone
+
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            values = backbone.slice(info.name, start, stop)
+            if info.floating and not bool(values.isfinite().all()):
+                require_finite("backbone", backbone, [info.name])
+            out.copy_(values)
+
+        return fill
+
+    def _by_row(self, info: TensorInfo) -> bool:
+        return self.config.granularity == "row" and len(info.shape) >= 2 and self.masks.has(info.name)
+
+    def _sources(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        inputs = self.inputs
+        first = [inputs.pretrained] if self.config.space == "delta" else []
+        return [model.slice(name, start, stop) for model in (*first, inputs.backbone, *inputs.tuned.values())]
+
+    def operands(self, name: str, start: int, stop: int) -> Operands:
+        """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
         inputs, tasks = self.inputs, list(self.inputs.tuned)
-        masks = {task: read_mask(inputs.regions, task, name) for task in tasks}
-        if any(mask is None for mask in masks.values()):
-            return None
-        pretrained = inputs.pretrained.tensor(name)
-        tuned = {task: inputs.tuned[task].tensor(name) for task in tasks}
+        masks = {task: self.masks.words(task, name, start, stop) for task in tasks}
+        sources = self._sources(name, start, stop)
+        tuned = dict(zip(tasks, sources[-len(tasks) :], strict=True))
         # `last` lets the later stage win, `magnitude` breaks ties for the earlier task: each has its own order.
         order = list(inputs.priority) if self.config.conflict == "last" else tasks
+        pretrained = inputs.pretrained.slice(name, start, stop)
         resolved = resolve_conflicts(
-            self.config.conflict, pretrained, [tuned[task] for task in order], [_present(masks[task]) for task in order]
+            self.config.conflict, pretrained, [tuned[task] for task in order], [masks[task] for task in order]
         )
         owned = dict(zip(order, resolved, strict=True))
-        origin = [pretrained] if self.config.space == "delta" else []
-        return _Operands(
-            sources=[*origin, inputs.backbone.tensor(name), *tuned.values()],
-            masks=[*[None] * (len(origin) + 1), *(owned[task] for task in tasks)],
-            core=union_mask([_present(mask) for mask in masks.values()]),
+        return Operands(
+            sources=sources,
+            masks=[*[None] * (len(sources) - len(tasks)), *(owned[task] for task in tasks)],
+            core=union_mask(list(masks.values())),
         )
 
-    def _gram(self, operands: _Operands) -> torch.Tensor:
-        by: Literal["row", "tensor"] = "row" if self.config.granularity == "row" else "tensor"
-        return masked_gram(operands.sources[0], operands.sources[1:], operands.core, granularity=by)
+    def _union(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return union_mask([self.masks.words(task, name, start, stop) for task in self.inputs.tuned])
 
-    def _coefficients(self, info: TensorInfo, operands: _Operands) -> torch.Tensor:
-        core = count_mask(operands.core)
-        entry: dict[str, Any] = {"tensor": info.name, "numel": info.numel, "core": core}
-        self.record.tensors.append(entry)
-        if self._model_coefficients is not None:
-            return self._model_coefficients
-        coefficients, entry["angles"], entry["lerp"] = self._slerp(self._gram(operands))
-        return coefficients
+    def _core_count(self, info: TensorInfo) -> int:
+        return sum(count_mask(self._union(info.name, start, stop)) for start, stop in self.pieces(info))
 
-    def _coefficients_of_model(self) -> torch.Tensor:
-        """Granularity `model`: one Gram matrix, summed over all tensors, gives one angle a fold."""
-        grams = (
-            self._gram(found) for name in self.inputs.backbone.names if (found := self._operands(name)) is not None
-        )
-        total = torch.stack([gram.sum(0) for gram in grams]).sum(0, keepdim=True)
-        coefficients, angles, lerp = self._slerp(total)
-        self.record.tensors.append({"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp})
-        return coefficients
+    def _gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
+        """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements."""
+        by: Literal["row", "tensor"] = "row" if self._by_row(info) else "tensor"
+        width, core, grams = (info.numel // info.shape[0] if by == "row" and info.shape[0] else 0), 0, []
+        for start, stop in sweep(self.models, info, self.pieces(info)):
+            sources, union = self._sources(info.name, start, stop), self._union(info.name, start, stop)
+            core += count_mask(union)
+            shaped = [source.view(-1, width) for source in sources] if width else sources
+            grams.append(masked_gram(shaped[0], shaped[1:], union, granularity=by))
+        if not grams:
+            size = len(self.inputs.tuned) + (2 if self.config.space == "delta" else 1)
+            return torch.zeros(1, size, size, dtype=torch.float64), 0
+        return (torch.cat(grams) if by == "row" else sum(grams[1:], grams[0])), core
 
-    def _slerp(self, gram: torch.Tensor) -> tuple[torch.Tensor, list[float], list[float]]:
+    def _slerp(self, gram: torch.Tensor, name: str) -> tuple[torch.Tensor, list[float], list[float]]:
         """Coefficients (R, sources); per fold the mean angle in radians and the share of vectors that took LERP."""
         factors = omegas(self.config, len(self.inputs.tuned))
-        result = slerp_coefficients(gram, factors, self.config.epsilon, space=self.config.space)
+        try:
+            result = slerp_coefficients(gram, factors, self.config.epsilon, space=self.config.space)
+        except ValueError:
+            self._raise_if_not_finite(name)
+            raise
         return result.coefficients, result.angles.mean(0).tolist(), result.lerp.double().mean(0).tolist()
 
-    def _check_donors(self, out: torch.Tensor, operands: _Operands) -> None:
-        """Compare every core element that has one donor with that donor, bit for bit."""
-        owned = [mask for mask in operands.masks if mask is not None]
-        for source, mask in zip(operands.sources, operands.masks, strict=True):
-            if mask is None:
-                continue
-            others = union_mask([other for other in owned if other is not mask]) if len(owned) > 1 else mask & 0
-            sole = mask & ~others
-            got, wanted = gather_masked(out.reshape(-1), sole), gather_masked(source.reshape(-1), sole).to(out.dtype)
-            self.record.core_elements += wanted.numel()
-            self.record.core_differing += int((got.view(torch.uint8) != wanted.view(torch.uint8)).sum())
-
-
-def _present(mask: torch.Tensor | None) -> torch.Tensor:
-    assert mask is not None  # `_operands` has already left out such parameters
-    return mask
+    def _raise_if_not_finite(self, name: str) -> None:
+        names = None if name == "(model)" else [name]
+        for label, model in {"backbone": self.inputs.backbone, **self.inputs.tuned}.items():
+            require_finite(label, model, names)
 
 
 def lerp_share(record: Mapping[str, Any]) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from cpift.errors import CpiftError
 
+# What of a repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -43,6 +46,22 @@ def resolve_revision(kind: Literal["model", "dataset"], repository: str, revisio
     if info.sha is None:
         raise HubError(f"hub: {kind} {repository!r} has no commit → pin `revision` to one")
     return info.sha
+
+
+def download(repository: str, revision: str | None) -> Path:
+    """A model repository's folder in the local cache, fetched if need be: the files of HUB_PATTERNS.
+
+    Raises:
+        HubError: see `resolve_revision`; or the download fails.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    commit = resolve_revision("model", repository, revision)
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_PATTERNS)))
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(f"hub: model {repository!r} at {commit}: {_first_line(error)}") from error
 
 
 def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:

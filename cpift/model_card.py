@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import write_text
-from cpift.config import FusionConfig, ModelConfig, RunConfig
+from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
@@ -108,12 +108,21 @@ def _license_note(license_name: str | None) -> str:
 
 def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
     rows = [
-        f"| {number} | {name} | {task.metric} | {_source(task.train)} |"
+        f"| {number} | {name} | {task.metric} | {_origin_of(task)} |"
         for number, group in enumerate(groups, start=1)
         for name in group
         for task in [config.task(name)]
     ]
     return "\n".join(["| stage | task | metric | training data |", "|---|---|---|---|", *rows])
+
+
+def _origin_of(task: TaskConfig) -> str:
+    if task.checkpoint is None:
+        return _source(task.train)
+    given = task.checkpoint
+    if given.hub is not None:
+        return f"given: `{given.hub}`, revision `{given.revision or 'main'}`"
+    return f"given: `{given.path.name if given.path else ''}`"
 
 
 def _source(source: Any) -> str:
@@ -132,7 +141,7 @@ def _recipe(kind: str, config: RunConfig) -> str:
         _fusion(config.fusion),
     ]
     if kind == "final":
-        tuning = config.integration
+        tuning = config.integration_training
         length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
         frozen = "cores of earlier stages" if tuning.freeze == "earlier" else "all cores"
         lines.append(f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, {frozen} frozen.")

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.artifacts import file_sha256
-from cpift.config import GgufFile, ModelConfig
+from cpift.config import ModelConfig
+from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
-from cpift.hub import resolve_revision
+from cpift.hub import HUB_PATTERNS, download, resolve_revision
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What of a hub repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -203,16 +202,13 @@ def _check_shard(file: Path, where: str) -> list[Problem]:
 
 def _checkpoint_files(path: Path) -> list[Path]:
     """Every file of a checkpoint directory that decides its weights, tokens or text, by name."""
-    found = {file for pattern in _HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
+    found = {file for pattern in HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
     return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
 
 
 def _download(model: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-
     assert model.hub is not None
-    commit = resolve_revision("model", model.hub, model.revision)
-    folder = Path(snapshot_download(model.hub, revision=commit, allow_patterns=list(_HUB_PATTERNS)))
+    folder = download(model.hub, model.revision)
     problems = check_checkpoint(folder, "model.hub")
     if problems:
         raise CheckpointError(f"model {model.hub}", problems)

@@ -7,7 +7,7 @@ stage can be run alone. What is trained and scored runs on an *engine* that the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ import numpy as np
 
 from cpift.artifacts import Artifact, claimed, link_or_copy, read_json, write_json, write_text
 from cpift.config import RunConfig
+from cpift.errors import CpiftError
 from cpift.fit_spec import FitSpec
+from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping, group_tasks
 from cpift.models import materialise, model_fingerprint
 from cpift.stage_artifacts import Model, StageArtifacts
@@ -45,6 +47,24 @@ class Engine(Protocol):
         """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
 
 
+class NoEngine:
+    """The engine of runs in which nothing is trained or scored."""
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+        raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
+
+    def evaluate(
+        self,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        raise CpiftError(f"{', '.join(models)}: this command scores nothing")
+
+
 class Pipeline:
     """One run's stages. Methods named after a stage make it (and what it needs) and return its artifact."""
 
@@ -59,18 +79,21 @@ class Pipeline:
 
     def pretrained(self) -> Model:
         """θ0 as a safetensors folder."""
-        self._make(self.artifacts.model, "model θ0", lambda out: materialise(self.config.model, out))
-        return Model.of("base", self.artifacts.model)
+        if not self.artifacts.in_place:
+            self._make(self.artifacts.model, "model θ0", lambda out: materialise(self.config.model, out))
+        return self.artifacts.base
 
     def probe(self) -> dict[str, Model]:
-        """Stage 1: one fine-tune a task, all in parallel."""
+        """Stage 1: one fine-tune a task, all in parallel; tasks that have their checkpoint keep it."""
         base = self.pretrained()
+        if not self.artifacts.probes:
+            return self.artifacts.tuned
         from cpift.stages import check_data, probe_specs
 
         if not all(artifact.complete for artifact in self.artifacts.probes.values()):
             check_data(self, base)
         self._fit(self.artifacts.probes.values(), "probes", lambda: probe_specs(self, base))
-        return {task: Model.of(f"probe {task}", made) for task, made in self.artifacts.probes.items()}
+        return self.artifacts.tuned
 
     def regions(self) -> Artifact:
         """Stage 2: core regions of all tasks."""
@@ -181,6 +204,8 @@ class Pipeline:
             gguf=None,
             scratch=None,
         )
+        if self.config.merges_only and given.dtype == "auto":
+            return Model("backbone", locate(given), given_fingerprint(given))
         artifact = self.artifacts.artifact("model", "backbone", {"source": model_fingerprint(given)}, {})
         self._make(artifact, "given backbone", lambda out: materialise(given, out))
         return Model.of("backbone", artifact)

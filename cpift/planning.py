@@ -41,21 +41,46 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def preflight(config: RunConfig, *, download: bool = True) -> None:
-    """Check everything that can be checked cheaply: data rows, model files, the output folder.
+def preflight(config: RunConfig, *, stage: str | None = None, download: bool = True) -> None:
+    """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
 
     Hub data sets are downloaded to look at their rows, unless `download` is False.
     Raises ConfigError with every problem found.
     """
     from cpift.data import check_task
+    from cpift.merge_planning import check_given
     from cpift.models import check_model
 
-    problems = check_model(config.model)
+    problems = list(_missing(config, stage)) + check_model(config.model)
+    if not problems:
+        problems += check_given(config)
     for task in config.tasks:
         problems += check_task(task, download=download)
     problems += _check_backbone(config) + _check_output(config.output_dir)
     if problems:
         raise ConfigError(f"run {config.name}", problems)
+
+
+_NEED_TRAINING = ("integrate", "evaluate", "report", "run")
+_NEED_TESTS = ("evaluate", "report", "run")
+
+
+def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """Fields that may be left out, but not for this stage."""
+    integrates = stage in _NEED_TRAINING
+    if integrates and config.integration is None:
+        yield Problem("integration", f"is not there, and `cpift {stage}` needs it", "add it; `cpift fuse` stops before")
+    staged = config.backbone.source == "staged" and (integrates or stage == "fuse")
+    if staged and config.probe is None and config.backbone.training is None:
+        remedy = "add it, or set backbone.source: pretrained"
+        yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
+    for task in config.tasks:
+        if task.train is None and (integrates or staged):
+            why = f"`cpift {stage}` trains on it" if integrates else "backbone.source: staged trains on it"
+            remedy = "give the task's training rows" if integrates else "give it, or set backbone.source: pretrained"
+            yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", remedy)
+        if task.test is None and stage in _NEED_TESTS:
+            yield Problem(f"tasks.{task.name}.test", f"is not there, and `cpift {stage}` scores on it", "give rows")
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:
@@ -86,7 +111,9 @@ def plan(artifacts: StageArtifacts) -> Plan:
     from cpift.regions import core_size
 
     config = artifacts.config
-    parameters = count_parameters(config.model, artifacts.model)
+    from cpift.merge_planning import given_notes
+
+    parameters = count_parameters(artifacts)
     steps = tuple(_steps(artifacts))
     todo = sum(1 for step in steps if step.state != "cached" and step.stage in _MODEL_STAGES)
     width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
@@ -98,8 +125,8 @@ def plan(artifacts: StageArtifacts) -> Plan:
         core_size=None if parameters is None else core_size(config.regions.p, parameters),
         disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
         disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
-        memory_per_worker=None if parameters is None else parameters * TRAINING_BYTES,
-        notes=tuple(_notes(config)),
+        memory_per_worker=None if parameters is None or config.merges_only else parameters * TRAINING_BYTES,
+        notes=(*_notes(config), *given_notes(config)),
     )
 
 
@@ -107,19 +134,27 @@ _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
 
 
 def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
-    return (config.probe, config.backbone_training, config.integration)
+    staged = config.backbone.source == "staged"
+    found = (config.probe, config.backbone_training if staged else None, config.integration)
+    return tuple(training for training in found if training is not None)
 
 
 def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     config = artifacts.config
-    yield _step(artifacts.model, _source(config.model))
-    for artifact in artifacts.probes.values():
-        yield _step(artifact, _length(config.probe))
+    if artifacts.in_place:
+        yield Step("model", "", "given", _source(config.model))
+    else:
+        yield _step(artifacts.model, _source(config.model))
+    for task in config.tasks:
+        if task.checkpoint is None:
+            yield _step(artifacts.probes[task.name], _length(config.probe_training))
+        else:
+            yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
     yield _step(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
     yield _step(artifacts.group, _threshold(config))
     grouping = artifacts.known_grouping()
     if grouping is None:
-        waiting = ["backbone"] * (config.backbone.source == "staged") + ["fuse", "integrate", "evaluate"]
+        waiting = ["backbone"] * (config.backbone.source == "staged") + ["fuse"] + _later(config)
         yield from (Step(stage, "", "after group", "its groups decide the stages") for stage in waiting)
         return
     staged = artifacts.backbone(grouping.groups)
@@ -130,16 +165,25 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     if staged is None and config.backbone.source != "pretrained":
         yield Step("fuse", "", "after backbone", _fusion(config))
         return
-    base = Model.of("base", artifacts.model)
-    backbone = base if staged is None else Model.of("backbone", staged)
+    backbone = artifacts.base if staged is None else Model.of("backbone", staged)
     fused = artifacts.fuse(grouping.groups, backbone)
-    final = artifacts.integrate(grouping.groups, fused)
     yield _step(fused, _fusion(config))
-    yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration)} each")
-    probes = [Model.of(f"probe {task}", made) for task, made in artifacts.probes.items()]
-    scored = [base, *probes, *([backbone] if staged else []), Model.of("fused", fused)]
+    if "integrate" not in _later(config):
+        return
+    final = artifacts.integrate(grouping.groups, fused)
+    yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
+    if "evaluate" not in _later(config):
+        return
+    scored = [artifacts.base, *artifacts.tuned.values(), *([backbone] if staged else []), Model.of("fused", fused)]
     for model in [*scored, Model.of("final", final)]:
         yield _step(artifacts.evaluate(model), f"{len(config.tasks)} tasks")
+
+
+def _later(config: RunConfig) -> list[str]:
+    """The stages after fusion that the config has the fields for."""
+    if config.integration is None or any(task.train is None for task in config.tasks):
+        return []
+    return ["integrate"] + ["evaluate"] * all(task.test is not None for task in config.tasks)
 
 
 def _step(artifact: Artifact, detail: str) -> Step:
@@ -177,14 +221,15 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
 
 
-def count_parameters(model: ModelConfig, artifact: Artifact) -> int | None:
+def count_parameters(artifacts: StageArtifacts) -> int | None:
     """Number of parameters of θ0, tied tensors once, from headers alone; None if that needs a download."""
     from cpift.checkpoints import Checkpoint
 
-    if artifact.complete:
-        return Checkpoint(artifact.path).numel
+    model = artifacts.config.model
     if model.path is not None:
         return Checkpoint(model.path).numel
+    if not artifacts.in_place and artifacts.model.complete:
+        return Checkpoint(artifacts.model.path).numel
     if model.gguf is not None:
         return _gguf_parameters(model)
     return _scratch_parameters(model) if model.scratch is not None else None

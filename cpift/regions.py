@@ -7,8 +7,8 @@ masks, one int32 tensor per parameter, in one safetensors file a task.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpift_kernels import CoreMask, count_mask, overlap_counts, select_cores
+from cpift_kernels import overlap_counts, overlap_counts_per_tensor
+from cpift_kernels.cpu.compiled import in_threads
+from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cpift.artifacts import read_json, write_json
-from cpift.checkpoints import Checkpoint, require_same_layout
+from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_same_layout
 from cpift.config import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError, Problem
+from cpift.safetensors_files import MappedFile, read_header
+from cpift.streaming import DEFAULT_BUDGET, MaskFiles, MasksInMemory, ModelTensors, elements_at_once
 
 SUMMARY = "regions.json"
 
@@ -77,7 +81,7 @@ def core_size(p: float, elements: int) -> int:
 def select_regions(
     pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig
 ) -> dict[str, CoreRegion]:
-    """Core regions of all tasks; see `select_regions_many`."""
+    """Core regions of all tasks, their masks in memory; see `select_regions_many`."""
     return select_regions_many(pretrained, tuned, config, [config.p])[config.p]
 
 
@@ -89,29 +93,103 @@ def select_regions_many(
     Ties go to the lower linear index (name order, then row-major). Elements that did not move are never core.
     Raises CheckpointError for models of other layout and for NaN or Inf, naming task and tensor.
     """
+    names = _checked_space(pretrained, tuned, config)
+    sizes, chosen = [pretrained.tensors[name].numel for name in names], list(dict.fromkeys(ps))
+    masks = MasksInMemory(len(tuned), len(chosen), sizes)
+    cores = _select(pretrained, tuned, config, names, chosen, masks, Streaming())
+    return _regions(tuned, names, sizes, chosen, cores, masks)
+
+
+def write_regions(
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    folders: Mapping[float, Path],
+    streaming: Streaming | None = None,
+) -> None:
+    """`select_regions_many` for models of any size: masks go straight to files, candidates to a nameless one.
+
+    folders: for every p, an empty folder, filled as by `save_regions`.
+    """
+    names = _checked_space(pretrained, tuned, config)
+    sizes, chosen = [pretrained.tensors[name].numel for name in names], list(folders)
+    paths = [[folders[p] / f"{task}.safetensors" for p in chosen] for task in tuned]
+    streaming = streaming or Streaming()
+    with MaskFiles(paths, names, sizes) as masks:
+        spill = next(iter(folders.values()))
+        cores = _select(pretrained, tuned, config, names, chosen, masks, replace(streaming, spill=spill))
+        for p, regions in _regions(tuned, names, sizes, chosen, cores, masks).items():
+            _write_summary(regions, folders[p])
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a selection reads: `budget` in bytes for buffers; `mark` does the marking elsewhere, given the selection of
+    each block; `spill` is a folder for candidates."""
+
+    budget: int = DEFAULT_BUDGET
+    spill: Path | None = None
+    mark: Callable[[Selection, Sequence[str], Masks], Mark] | None = None
+
+
+def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig) -> tuple[str, ...]:
     require_same_layout(pretrained, tuned)
-    names = parameter_space(pretrained, config)
-    blocks = [names] if config.scope == "global" else [(name,) for name in names]
-    chosen = list(dict.fromkeys(ps))
-    masks: dict[float, dict[str, list[CoreMask]]] = {p: {task: [] for task in tuned} for p in chosen}
-    for block in blocks:
-        for task, found in zip(tuned, _select_block(pretrained, tuned, block, chosen), strict=True):
-            for p, mask in zip(chosen, found, strict=True):
-                masks[p][task].append(mask)
-    return {p: {task: _region(task, p, pretrained, names, found) for task, found in masks[p].items()} for p in chosen}
+    return parameter_space(pretrained, config)
 
 
-def _select_block(
-    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], names: Sequence[str], ps: Sequence[float]
-) -> list[list[CoreMask]]:
-    elements = sum(pretrained.tensors[name].numel for name in names)
-    base = [pretrained.tensor(name) for name in names]
-    others = [[model.tensor(name) for name in names] for model in tuned.values()]
-    try:
-        return select_cores(base, others, [core_size(p, elements) for p in ps])
-    except ValueError:
-        _raise_if_not_finite({"pretrained": pretrained, **tuned}, names)
-        raise
+def _select(
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    names: Sequence[str],
+    ps: Sequence[float],
+    masks: Masks,
+    streaming: Streaming,
+) -> list[list[list[Core]]]:
+    """[block][task][p]; a block is everything (scope global) or one tensor."""
+    everything = config.scope == "global"
+    blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
+    found = []
+    for first, last in blocks:
+        models = ModelTensors([pretrained, *tuned.values()], names[first:last])
+        selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
+        block: Masks = masks if everything else _OneTensor(masks, first)
+        mark = streaming.mark(selection, names[first:last], block) if streaming.mark else mark_here(selection, block)
+        ranges = selection.ranges(elements_at_once(streaming.budget, len(models.models)))
+        try:
+            found.append(selection.select(block, ranges, mark, streaming.spill))
+        except ValueError:
+            _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
+            raise
+    return found
+
+
+@dataclass(frozen=True)
+class _OneTensor:
+    """The masks of one tensor, as those of a model that has no other."""
+
+    masks: Masks
+    number: int
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self.masks.store(task, k, self.number, first, words)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self.masks.words(task, k, self.number)
+
+
+def mark_here(selection: Selection, masks: Masks) -> Mark:
+    """Mark with this process's threads, a few ranges at once, while the next ones are read from the disk."""
+
+    def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
+        width = 2 * max(torch.get_num_threads(), 1)
+        for at in range(0, len(ranges), width):
+            for part in ranges[at + width : at + 2 * width]:
+                for piece in selection.pieces(part):
+                    selection.models.prefetch(*piece)
+            yield from in_threads(lambda part: selection.mark(part, brackets, masks), ranges[at : at + width])
+
+    return mark
 
 
 def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:
@@ -119,24 +197,37 @@ def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str])
         Problem(f"{label}: {name}", "holds NaN or Inf", "its training diverged: use an earlier checkpoint")
         for label, model in models.items()
         for name in names
-        if not bool(model.tensor(name).isfinite().all())
+        if not is_finite(model, name)
     ]
     if problems:
-        raise CheckpointError("models to select core regions from", problems)
+        raise CheckpointError("models to select core regions from", first_problems(problems, 20))
 
 
-def _region(task: str, p: float, model: Checkpoint, names: Sequence[str], masks: Sequence[CoreMask]) -> CoreRegion:
-    words = dict(zip(names, (part for mask in masks for part in mask.words), strict=True))
-    summary = RegionSummary(
-        task=task,
-        p=p,
-        space=sum(model.tensors[name].numel for name in names),
-        requested=sum(mask.requested for mask in masks),
-        count=sum(mask.count for mask in masks),
-        threshold=min(mask.threshold for mask in masks),
-        cores={name: count_mask(part) for name, part in words.items()},
-    )
-    return CoreRegion(summary, words)
+def _regions(
+    tasks: Iterable[str],
+    names: Sequence[str],
+    sizes: Sequence[int],
+    ps: Sequence[float],
+    cores: list[list[list[Core]]],
+    masks: Masks,
+) -> dict[float, dict[str, CoreRegion]]:
+    found: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
+    for i, task in enumerate(tasks):
+        for k, p in enumerate(ps):
+            words = {name: torch.from_numpy(masks.words(i, k, t)) for t, name in enumerate(names)}
+            counts = overlap_counts_per_tensor([list(words.values())])[:, 0, 0].tolist()
+            parts = [block[i][k] for block in cores]
+            summary = RegionSummary(
+                task=task,
+                p=p,
+                space=sum(sizes),
+                requested=sum(part.requested for part in parts),
+                count=sum(part.count for part in parts),
+                threshold=min(part.threshold for part in parts),
+                cores=dict(zip(names, counts, strict=True)),
+            )
+            found[p][task] = CoreRegion(summary, words)
+    return found
 
 
 def region_overlaps(regions: Sequence[CoreRegion]) -> np.ndarray:
@@ -148,6 +239,10 @@ def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
     """One mask file a task, the summaries and the pairwise intersections."""
     for task, region in regions.items():
         save_file({name: words.contiguous() for name, words in region.words.items()}, folder / f"{task}.safetensors")
+    _write_summary(regions, folder)
+
+
+def _write_summary(regions: Mapping[str, CoreRegion], folder: Path) -> None:
     summaries = {task: asdict(region.summary) for task, region in regions.items()}
     overlaps = region_overlaps(list(regions.values())).tolist()
     write_json(folder / SUMMARY, {"tasks": list(regions), "regions": summaries, "overlaps": overlaps})
@@ -156,6 +251,25 @@ def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """What `save_regions` wrote beside the masks: tasks, regions (RegionSummary fields), overlaps."""
     return read_json(folder / SUMMARY)
+
+
+class RegionMasks:
+    """The masks that `write_regions` or `save_regions` left in a folder, as views of the mapped files."""
+
+    def __init__(self, folder: Path, tasks: Sequence[str]):
+        files = {task: folder / f"{task}.safetensors" for task in tasks}
+        self._infos = {task: {info.name: info for info in read_header(file)} for task, file in files.items()}
+        self._maps = {task: MappedFile(file) for task, file in files.items()}
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter belongs to the parameter space."""
+        return all(name in infos for infos in self._infos.values())
+
+    def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """The mask words of elements start..stop-1; start is a multiple of 32."""
+        first, last = start // 32, (stop + 31) // 32
+        info = self._infos[task][name]
+        return self._maps[task].view(info.start + 4 * first, torch.int32, last - first)
 
 
 def read_mask(folder: Path, task: str, name: str) -> torch.Tensor | None:

@@ -17,11 +17,12 @@ import numpy as np
 from cpift.artifacts import Artifact, read_json
 from cpift.config import RunConfig, TrainingConfig
 from cpift.data import source_fingerprint
+from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping
 from cpift.models import model_fingerprint
 
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
-_VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 1, "integrate": 1, "evaluate": 1}
+_VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 2, "integrate": 1, "evaluate": 1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class StageArtifacts:
 
     @cached_property
     def _train_data(self) -> dict[str, str]:
-        return {f"data {task.name}": source_fingerprint(task.train) for task in self.config.tasks}
+        return {f"data {task.name}": source_fingerprint(task.train_data) for task in self.config.tasks}
 
     def _training_fields(self, training: TrainingConfig, threads: int) -> dict[str, Any]:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
@@ -67,22 +68,49 @@ class StageArtifacts:
         return self.config.resources.threads_alone or self.config.resources.threads
 
     @cached_property
+    def base(self) -> Model:
+        """θ0: where it lies if nothing is trained from it, else the copy that fine-tunes start from."""
+        if self.in_place:
+            return Model("base", locate(self.config.model), given_fingerprint(self.config.model))
+        return Model.of("base", self.model)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether θ0 is used where it lies."""
+        model = self.config.model
+        return self.config.merges_only and model.dtype == "auto" and (model.path or model.hub) is not None
+
+    @cached_property
+    def tuned(self) -> dict[str, Model]:
+        """θ1..θN: the probes, trained here or given."""
+        return {
+            task.name: Model.of(f"probe {task.name}", self.probes[task.name])
+            if task.checkpoint is None
+            else Model(f"probe {task.name}", locate(task.checkpoint), given_fingerprint(task.checkpoint))
+            for task in self.config.tasks
+        }
+
+    @cached_property
     def probes(self) -> dict[str, Artifact]:
-        model, fields = self.model.fingerprint, self._training_fields(self.config.probe, self.config.resources.threads)
+        """The probes that are trained here."""
+        threads = self.config.resources.threads
         return {
             task.name: self.artifact(
-                "probe", task.name, {"model": model, "data": self._train_data[f"data {task.name}"]}, fields
+                "probe",
+                task.name,
+                {"model": self.model.fingerprint, "data": source_fingerprint(task.train_data)},
+                self._training_fields(self.config.probe_training, threads),
             )
-            for task in self.config.tasks
+            for task in self.config.trained
         }
 
     @property
     def _probe_inputs(self) -> dict[str, str]:
-        return {f"probe {task}": probe.fingerprint for task, probe in self.probes.items()}
+        return {f"probe {task}": model.fingerprint for task, model in self.tuned.items()}
 
     @cached_property
     def regions(self) -> Artifact:
-        inputs = {"model": self.model.fingerprint} | self._probe_inputs
+        inputs = {"model": self.base.fingerprint} | self._probe_inputs
         return self.artifact("regions", "", inputs, self.config.regions.model_dump(mode="json"))
 
     @cached_property
@@ -101,21 +129,23 @@ class StageArtifacts:
         return self.artifact("backbone", "", inputs, fields)
 
     def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
-        inputs = {"model": self.model.fingerprint, "regions": self.regions.fingerprint}
+        inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
         fields = self.config.fusion.model_dump(mode="json")
         if self.config.fusion.conflict == "last":
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
 
     def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
-        integration = self.config.integration
+        integration = self.config.integration_training
         fields = self._training_fields(integration, self.threads_alone) | {"groups": [list(group) for group in groups]}
         inputs = {"fused": fused.fingerprint, "regions": self.regions.fingerprint} | self._train_data
         return self.artifact("integrate", "", inputs, fields)
 
     def evaluate(self, model: Model) -> Artifact:
         tasks = self.config.tasks
-        inputs = {"model": model.fingerprint} | {f"data {task.name}": source_fingerprint(task.test) for task in tasks}
+        inputs = {"model": model.fingerprint} | {
+            f"data {task.name}": source_fingerprint(task.test_data) for task in tasks
+        }
         fields = self.config.evaluation.model_dump(mode="json") | {"threads": self.config.resources.threads}
         fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
         return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)

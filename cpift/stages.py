@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifacts import Artifact, package_versions, read_json, source_commit, write_json
+from cpift.artifacts import Artifact, package_versions, read_json, source_commit
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
 from cpift.devices import device_name
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
-from cpift.fusion import Fusion, FusionInputs
-from cpift.regions import read_summary, save_regions, select_regions
+from cpift.fusion_stage import FUSION_RECORD, fuse_models
+from cpift.given import open_checkpoint
+from cpift.regions import Streaming, read_summary, write_regions
 
 if TYPE_CHECKING:
     from cpift.pipeline import Model, Pipeline
     from cpift.report import ReportData
-
-FUSION_RECORD = "fusion.json"
 
 
 def _fit_spec(
@@ -50,7 +49,7 @@ def check_data(run: Pipeline, base: Model) -> None:
 def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
     return [
-        _fit_spec(run, f"probe {task}", base, run.config.probe, (StageSpec((task,)),), artifact)
+        _fit_spec(run, f"probe {task}", base, run.config.probe_training, (StageSpec((task,)),), artifact)
         for task, artifact in run.artifacts.probes.items()
     ]
 
@@ -63,7 +62,7 @@ def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], a
 
 def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
     """Multi-stage SFT of the fused model on balanced samples, cores frozen."""
-    settings = run.config.integration
+    settings = run.config.integration_training
     spec = _fit_spec(run, "integration", fused, settings, stages_of(groups, settings.freeze), artifact)
     return replace(
         spec,
@@ -76,30 +75,17 @@ def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]
 
 def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: Path) -> None:
     """Select every task's core region and keep masks, summaries and intersections."""
-    tuned = {task: Checkpoint(model.path) for task, model in probes.items()}
-    save_regions(select_regions(Checkpoint(base.path), tuned, run.config.regions), out)
+    pretrained = Checkpoint(base.path)
+    tuned = {task: open_checkpoint(model.path, pretrained) for task, model in probes.items()}
+    streaming = Streaming(budget=run.config.resources.memory_budget)
+    write_regions(pretrained, tuned, run.config.regions, {run.config.regions.p: out}, streaming)
 
 
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:
-    """Fuse and keep the record beside the model."""
-    inputs = FusionInputs(
-        pretrained=Checkpoint(run.artifacts.model.path),
-        backbone=Checkpoint(backbone.path),
-        tuned={task: Checkpoint(artifact.path) for task, artifact in run.artifacts.probes.items()},
-        regions=run.artifacts.regions.path,
-        priority=[task for group in groups for task in group],
-    )
-    fusion, total = Fusion(inputs, run.config.fusion), len(inputs.backbone.names)
-    done = 0
-
-    def on_tensor(name: str) -> None:
-        nonlocal done
-        done += 1
-        run.view.progress({"title": "fusion", "done": done / total, "task": name})
-
-    record = fusion.write(out, on_tensor)
-    write_json(out / FUSION_RECORD, asdict(record))
-    add_card(run, "fused", groups, run.artifacts.fuse(groups, backbone), out)
+    """Fuse, check the result and keep the record beside it."""
+    artifact = run.artifacts.fuse(groups, backbone)
+    fuse_models(run.config, run.artifacts, artifact, groups, backbone, out, run.view.progress)
+    add_card(run, "fused", groups, artifact, out)
 
 
 def add_card(run: Pipeline, kind: str, groups: Sequence[Sequence[str]], artifact: Artifact, out: Path) -> None:
@@ -107,7 +93,7 @@ def add_card(run: Pipeline, kind: str, groups: Sequence[Sequence[str]], artifact
     from cpift.model_card import write_model_card
 
     known = {"fingerprint": artifact.fingerprint, "versions": package_versions(), "commit": source_commit()}
-    write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, run.artifacts.model.path)
+    write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, run.artifacts.base.path)
 
 
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
@@ -116,7 +102,7 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
 
     grouping = run.group()
     regions = read_summary(run.artifacts.regions.path)["regions"]
-    model = Checkpoint(run.artifacts.model.path)
+    model = Checkpoint(run.artifacts.base.path)
     made = artifacts_of(run)
     record = read_json(made["fuse"].path / FUSION_RECORD)
     kept = ("metric", "score", "loss", "tokens", "rows")
@@ -155,7 +141,7 @@ def artifacts_of(run: Pipeline) -> dict[str, Artifact]:
     staged = run.artifacts.backbone(groups)
     fused = run.artifacts.fuse(groups, backbone)
     return {
-        "model": run.artifacts.model,
+        **({} if run.artifacts.in_place else {"model": run.artifacts.model}),
         **{f"probe {task}": artifact for task, artifact in run.artifacts.probes.items()},
         "regions": run.artifacts.regions,
         "group": run.artifacts.group,
@@ -173,14 +159,7 @@ def _fits(run: Pipeline, made: Mapping[str, Artifact]) -> dict[str, Artifact]:
 
 def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the run verified of itself, with figures."""
-    core, differing = record["core_elements"], record["core_differing"]
-    checks = [
-        {
-            "name": "every core element of the fused model equals its donor bit for bit",
-            "passed": differing == 0,
-            "detail": f"{core:,} elements compared, {differing:,} differ",
-        }
-    ]
+    checks = list(record["checks"])
     for entry in integration["frozen"]:
         checks.append(
             {

@@ -58,7 +58,7 @@ def pinned(sweep: Sweep) -> Sweep:
         fields["model.revision"] = resolve_revision("model", base.model.hub, base.model.revision)
     for number, task in enumerate(base.tasks):
         for split, source in (("train", task.train), ("test", task.test)):
-            if source.hub is not None:
+            if source is not None and source.hub is not None:
                 commit = resolve_revision("dataset", source.hub, source.revision)
                 fields[f"tasks.{number}.{split}.revision"] = commit
     return replace(sweep, base=with_fields(base, fields, f"sweep {sweep.name}")) if fields else sweep

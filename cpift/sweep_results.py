@@ -111,8 +111,7 @@ def _own_models(sweep: Sweep, run: Pipeline) -> dict[str, Artifact]:
 
 
 def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
-    probes = [Model.of(f"probe {task}", made) for task, made in run.artifacts.probes.items()]
-    return [Model.of("base", run.artifacts.model), *probes]
+    return [run.artifacts.base, *run.artifacts.tuned.values()]
 
 
 def _own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:

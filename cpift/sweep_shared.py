@@ -18,6 +18,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
 from cpift.fit_spec import FitSpec
+from cpift.given import open_checkpoint
 from cpift.pipeline import Pipeline, fit_all
 from cpift.regions import save_regions, select_regions_many
 from cpift.stage_artifacts import Model
@@ -116,8 +117,8 @@ class SharedWork:
             first = runs[0]
             with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
                 started = time.time()
-                tuned = {task: Checkpoint(made.path) for task, made in first.artifacts.probes.items()}
-                base = Checkpoint(first.artifacts.model.path)
+                base = Checkpoint(first.artifacts.base.path)
+                tuned = {task: open_checkpoint(made.path, base) for task, made in first.artifacts.tuned.items()}
                 found = select_regions_many(base, tuned, first.config.regions, list(missing))
                 seconds = (time.time() - started) / len(missing)
                 for p, artifact in missing.items():
@@ -127,9 +128,8 @@ class SharedWork:
     def _scores(self, runs: Sequence[Pipeline]) -> None:
         wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
         for run in runs:
-            probes = [Model.of(f"probe {task}", made) for task, made in run.artifacts.probes.items()]
             staged = [expected_backbone(run)] if run.config.backbone.source != "pretrained" else []
-            for model in [run.pretrained(), *probes, *staged]:
+            for model in [run.pretrained(), *run.artifacts.tuned.values(), *staged]:
                 artifact = run.artifacts.evaluate(model)
                 wanted.setdefault(artifact.path, (artifact, model, run))
         missing = [entry for entry in wanted.values() if not entry[0].complete]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpift.checkpoints import Checkpoint, require_finite, require_same_layout, write_like
+from cpift.checkpoint_writing import write_like
+from cpift.checkpoints import Checkpoint, require_finite, require_same_layout
 from cpift.errors import CheckpointError
 
 from .conftest import random_tensors, save_checkpoint

@@ -111,7 +111,8 @@ def test_bad_checkpoints_end_with_one_message_and_code_2(tmp_path: Path, smoke_c
 def test_a_real_model_with_nan_is_refused_before_training(tmp_path: Path, smoke_config: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from cpift.config import ModelConfig, ScratchModel
+    from cpift.config import ModelConfig
+    from cpift.config_inputs import ScratchModel
     from cpift.models import materialise
 
     materialise(ModelConfig(scratch=ScratchModel()), tmp_path / "model")

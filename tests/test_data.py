@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpift import data, hub
-from cpift.config import DataSource, ScratchModel, TaskConfig
+from cpift.config import DataSource, TaskConfig
+from cpift.config_inputs import ScratchModel
 from cpift.data import (
     CompletionCollator,
     Example,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cpift import evaluate
-from cpift.config import DataSource, EvaluationConfig, ModelConfig, ScratchModel, TaskConfig
+from cpift.config import DataSource, EvaluationConfig, ModelConfig, TaskConfig
+from cpift.config_inputs import ScratchModel
 from cpift.data import load_examples
 from cpift.errors import DataError
 from cpift.evaluate import TaskScore, evaluate_model

@@ -8,7 +8,8 @@ import torch
 
 from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
-from cpift.config import DataSource, ModelConfig, RegionsConfig, ScratchModel, TaskConfig, TrainingConfig
+from cpift.config import DataSource, ModelConfig, RegionsConfig, TaskConfig, TrainingConfig
+from cpift.config_inputs import ScratchModel
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
 from cpift.models import materialise

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpift import models
-from cpift.config import GgufFile, ModelConfig, ScratchModel
+from cpift.config import ModelConfig
+from cpift.config_inputs import GgufFile, ScratchModel
 from cpift.errors import CheckpointError
 from cpift.models import check_model, gguf_path, load_model, load_tokenizer, materialise, model_fingerprint
 from cpift.scratch import make_scratch_model, make_scratch_tokenizer

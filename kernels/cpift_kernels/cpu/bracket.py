@@ -10,7 +10,7 @@ candidates lie between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +44,17 @@ def draw_brackets(segments: Segments, counts: Sequence[int], attempt: int) -> In
 
     Each attempt samples anew and draws wider; the last of ATTEMPTS cannot miss.
     """
-    total = segments.total
+    return brackets_from(lambda: _sample(segments, seed=attempt), len(segments.tuned), segments.total, counts, attempt)
+
+
+def brackets_from(
+    sample: Callable[[], tuple[Ints, NDArray[np.int32]]], tasks: int, total: int, counts: Sequence[int], attempt: int
+) -> Ints:
+    """`draw_brackets` of `tasks` models of `total` elements; `sample` gives chunk [R] and keys [N, R, RUN]."""
     if total <= ALL or attempt == ATTEMPTS - 1:
         widest = [[LARGEST, 0, 0 if count else LARGEST, 0] for count in counts]
-        return np.array([widest] * len(segments.tuned), np.int64).reshape(-1, len(counts), 4)
-    chunk, keys = _sample(segments, seed=attempt)
+        return np.array([widest] * tasks, np.int64).reshape(-1, len(counts), 4)
+    chunk, keys = sample()
     fractions = [count / total for count in counts]
     errors = 6.0 * 4**attempt
     return np.array(in_threads(lambda task: _bracket_task(task, chunk, fractions, errors), keys)).reshape(
@@ -56,14 +62,23 @@ def draw_brackets(segments: Segments, counts: Sequence[int], attempt: int) -> In
     )
 
 
-def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
-    """One run at a random place of each of R equal strata of the positions: chunk [R] and keys [N, R, RUN]."""
-    total = segments.total
+def sample_places(numel: Ints, seed: int) -> tuple[Ints, Ints]:
+    """Segment [R] and start within it [R] of one run at a random place of each of R equal strata of the positions.
+
+    numel [S]: elements of each segment.
+    """
+    total = int(numel.sum())
     runs = min(max(total // 512, 1 << 16), 1 << 21) // RUN
     place = ((np.arange(runs) + np.random.default_rng(seed).random(runs)) * (total / runs)).astype(np.int64)
-    begin = np.cumsum(segments.numel) - segments.numel
+    begin = np.cumsum(numel) - numel
     segment = np.searchsorted(begin, np.minimum(place, total - 1), side="right") - 1
-    start = np.maximum(np.minimum(place - begin[segment], segments.numel[segment] - RUN), 0)
+    return segment, np.maximum(np.minimum(place - begin[segment], numel[segment] - RUN), 0)
+
+
+def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
+    """The sampled runs: chunk [R] and keys [N, R, RUN]."""
+    segment, start = sample_places(segments.numel, seed)
+    runs = len(segment)
     keys = np.empty((len(segments.tuned), runs, RUN), np.int32)
     s, step = segments, 1 << 10
     in_threads(

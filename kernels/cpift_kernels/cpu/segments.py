@@ -24,6 +24,15 @@ def storage_kind(tensor: Tensor) -> int:
     return _KIND[tensor.dtype]
 
 
+def cut(sizes: Sequence[int]) -> tuple[Ints, Ints, Ints, Ints]:
+    """(tensor, start, numel, chunk), each [S]: the segments of tensors with so many elements."""
+    rows = [(t, start) for t, size in enumerate(sizes) for start in range(0, size, SEGMENT)]
+    tensor, start = np.array(rows, np.int64).reshape(-1, 2).T.copy()
+    numel = np.minimum(SEGMENT, np.array(sizes, np.int64)[tensor] - start)
+    chunks = (numel + CHUNK - 1) // CHUNK
+    return tensor, start, numel, np.cumsum(chunks) - chunks
+
+
 @dataclass(frozen=True)
 class Segments:
     """S segments of N models and their base, in linear order; no segment is empty.
@@ -46,15 +55,11 @@ class Segments:
     @classmethod
     def of(cls, pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]]) -> Segments:
         """Cut the tensors; the tensors must outlive the segments, which hold addresses."""
-        rows = [(t, start) for t, tensor in enumerate(pretrained) for start in range(0, tensor.numel(), SEGMENT)]
-        tensor, start = np.array(rows, np.int64).reshape(-1, 2).T.copy()
-        numel = np.minimum(SEGMENT, np.array([t.numel() for t in pretrained], np.int64)[tensor] - start)
-        chunks = (numel + CHUNK - 1) // CHUNK
+        tensor, start, numel, first = cut([t.numel() for t in pretrained])
         models = [pretrained, *tuned]
         kind = np.array([[storage_kind(t) for t in model] for model in models], np.int64)[:, tensor]
         address = np.array([[t.data_ptr() for t in model] for model in models], np.int64)[:, tensor]
         address += start * np.where(kind == 2, 4, 2)
-        first = np.cumsum(chunks) - chunks
         return cls(CHUNK, tensor, start, numel, first, address[0], kind[0], address[1:], kind[1:])
 
     @property

@@ -1,0 +1,216 @@
+"""Checkpoints written: names, dtypes and shards decided beforehand, small files copied byte for byte.
+
+A shard has a temporary name until it is whole and on the disk; a note beside it says what it was made from, so that an
+interrupted merge goes on with the shards that are missing and never takes one of other inputs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from cpift.artifacts import digest, read_json, write_json
+from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
+from cpift.errors import StageError
+from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
+from cpift.units import show_size
+
+_SYNC_BYTES = 1 << 28  # written bytes after which the disk is made to follow
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a checkpoint to be written."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+
+    def key(self, made_from: str) -> str:
+        """What identifies its content, given the fingerprint of inputs and settings."""
+        layout = [(info.name, list(info.shape), DTYPE_NAMES[info.dtype]) for info in self.tensors]
+        return digest([made_from, self.name, layout])
+
+
+def plan_shards(tensors: Iterable[TensorInfo], limit: int) -> list[Shard]:
+    """Tensors in name order, packed into files of at most `limit` bytes (more where one tensor alone is larger)."""
+    groups: list[list[TensorInfo]] = []
+    room = 0
+    for info in sorted(tensors, key=lambda info: info.name):
+        if not groups or info.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(info)
+        room -= info.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+    names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
+    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write_index(shards: Sequence[Shard], folder: Path) -> None:
+    """The index that transformers finds tensors by; a checkpoint of one file has none."""
+    if [shard.name for shard in shards] != [SINGLE_FILE]:
+        total = sum(info.nbytes for shard in shards for info in shard.tensors)
+        places = {info.name: shard.name for shard in shards for info in shard.tensors}
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | None:
+    """The record of a shard that was finished before from the same inputs, None if it has to be written."""
+    note, file = _note(shard, folder), folder / shard.name
+    if not (note.is_file() and file.is_file()):
+        return None
+    found = read_json(note)
+    same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
+    return found["record"] if same else None
+
+
+def write_shard(
+    shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], dict[str, Any]]
+) -> dict[str, Any]:
+    """Write one shard into `folder`; `fill` writes every tensor and returns what is to be kept beside it.
+
+    Raises StageError where the disk is full or cannot be written; nothing half-written stays.
+    """
+    partial = folder / f".{shard.name}.{os.getpid()}.partial"
+    try:
+        record = _filled(partial, shard, fill)
+    except OSError as error:
+        remedy = "mend that, then the same command goes on with the files that are missing"
+        raise StageError(f"{folder / shard.name} could not be written: {error.strerror or error} → {remedy}") from error
+    os.replace(partial, folder / shard.name)
+    size = (folder / shard.name).stat().st_size
+    write_json(_note(shard, folder), {"key": shard.key(made_from), "bytes": size, "record": record})
+    return record
+
+
+def _filled(partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, Any]]) -> dict[str, Any]:
+    writer = FileWriter(partial, shard.tensors)
+    try:
+        record = fill(writer)
+        writer.flush()
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        writer.close()
+    return record
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raise StageError if the disk has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise StageError(
+            f"{folder}: the disk has {show_size(free)} free, the merged model takes {show_size(nbytes)} → free some, "
+            "or give another folder with --output"
+        )
+
+
+def _note(shard: Shard, folder: Path) -> Path:
+    return folder / f".{shard.name}.json"
+
+
+class WriteBehind:
+    """Writes buffers to files while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
+
+    def __init__(self, nbytes: int, depth: int):
+        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
+        self._buffers = {
+            buffer.data_ptr(): buffer for buffer in (torch.empty(nbytes, dtype=torch.uint8) for _ in range(depth))
+        }
+        for buffer in self._buffers.values():
+            self._free.put(buffer)
+        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
+        self._sync: Future[None] | None = None
+        self._unsynced = 0
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """An output buffer [numel]; waits until one has been written. Give it to `write`."""
+        self._raise_failed()
+        return self._free.get()[: numel * dtype.itemsize].view(dtype)
+
+    def write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
+        """Write a buffer as elements start.. of a tensor, some time before `drain` returns."""
+        self._pending.append(self._writer.submit(self._write, file, name, start, values))
+
+    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
+        try:
+            file.write(name, start, values)
+        finally:
+            self._free.put(self._buffers[values.data_ptr()])
+        self._unsynced += values.nbytes
+        if self._unsynced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            self._unsynced, self._sync = 0, self._syncer.submit(file.flush)
+
+    def drain(self) -> None:
+        """Wait until everything has been written; raises what went wrong."""
+        pending, self._pending = [*self._pending, *([self._sync] if self._sync else [])], []
+        wait(pending)
+        if self._sync is not None:  # the last write may have started another one
+            wait([self._sync])
+        for future in pending:
+            future.result()
+
+    def _raise_failed(self) -> None:
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        for future in done:
+            future.result()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._syncer.shutdown(wait=True, cancel_futures=True)
+
+
+def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:
+    """Write a checkpoint with the names, shapes, dtypes and shards of `model`, one tensor at a time.
+
+    `produce` gives each tensor; another shape or dtype than announced is an error. Config, tokenizer and all other
+    small files are copied byte for byte. `out` must exist (a stage's partial folder).
+    """
+    for file in model.files:
+        infos = [info for info in model.tensors.values() if info.file == file]
+        writer = FileWriter(out / file.name, infos)
+        for info in infos:
+            tensor = produce(info)
+            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+                raise ValueError(f"{info.name}: got {tensor.dtype} {list(tensor.shape)}, announced {info}")
+            writer.write(info.name, 0, tensor.cpu().contiguous())
+        writer.flush()
+        writer.close()
+    shards = [Shard(f.name, tuple(i for i in model.tensors.values() if i.file == f)) for f in model.files]
+    write_index(shards, out)
+    copy_companions(model.folder, out)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """Everything of a model folder that is not weights or their index: config, tokenizer, chat template, licence."""
+    weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")
+    skipped = {"manifest.json", "README.md", INDEX_FILE}
+    for path in sorted(folder.iterdir()):
+        if (
+            path.is_file()
+            and not weights.match(path.name)
+            and not path.name.startswith(".")
+            and path.name not in skipped
+        ):
+            yield path
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    for path in companions(source):
+        shutil.copyfile(path, out / path.name)

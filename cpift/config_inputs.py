@@ -1,0 +1,128 @@
+"""What a run starts from: models, checkpoints, rows. And what all sections of a run's YAML file share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cpift.errors import ConfigError, Problem
+from cpift.units import parse_size
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _identifier(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise ValueError("use letters, digits, '-', '_' and '.' only: the name becomes part of file names")
+    return name
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
+Value = TypeVar("Value")
+
+
+def needed(value: Value | None, field: str, purpose: str) -> Value:
+    """A section that a stage needs. Raises ConfigError naming it where the file has none."""
+    if value is None:
+        raise ConfigError("config", [Problem(field, "is not there", f"{purpose} needs it")])
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_identifier)]
+
+
+class Section(BaseModel):
+    """A part of the file. Unknown fields are errors, and values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def exactly_one(section: Section, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(section, name) is not None]
+    if len(given) != 1:
+        found = "none of them is there" if not given else f"found {' and '.join(given)}"
+        raise ValueError(f"give exactly one of {', '.join(names)}; {found}")
+
+
+class GgufFile(Section):
+    """A GGUF file, dequantised once and kept as safetensors."""
+
+    file: str = Field(description="file name, inside `package` if that is given, else a path")
+    package: str | None = Field(None, description="installed Python package that ships the file")
+
+
+class ScratchModel(Section):
+    """A small Llama with random weights and a byte-level tokenizer, made on the spot."""
+
+    hidden_size: int = Field(64, ge=8)
+    intermediate_size: int = Field(128, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    max_length: int = Field(256, ge=16, description="tokens the position encoding is made for")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchModel:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 × heads ({2 * self.heads})")
+        return self
+
+
+class ModelConfig(Section):
+    """The pre-trained model θ0. Exactly one of `path`, `hub`, `gguf`, `scratch`."""
+
+    path: Path | None = Field(None, description="local directory with config.json and safetensors")
+    hub: str | None = Field(None, description="model id on the Hugging Face hub")
+    revision: str | None = Field(None, description="branch, tag or commit of `hub`; pin a commit to be exact")
+    gguf: GgufFile | None = None
+    scratch: ScratchModel | None = None
+    dtype: Dtype = Field("auto", description="dtype that checkpoints are kept in; auto = θ0's own, GGUF: bfloat16")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        exactly_one(self, ("path", "hub", "gguf", "scratch"))
+        return self
+
+
+class DataSource(Section):
+    """Where a split's rows come from. Exactly one of `file`, `hub`, `procedural`.
+
+    A row is either chat (`messages`: list of role and content) or `prompt` and `completion`; `answer` (text) and
+    `choices` (list of text) where the metric needs them. `columns` builds these from other columns.
+    """
+
+    file: Path | None = Field(None, description="JSON lines")
+    hub: str | None = Field(None, description="data set id on the Hugging Face hub")
+    subset: str | None = Field(None, description="configuration name of the hub data set")
+    split: str = "train"
+    revision: str | None = None
+    procedural: str | None = Field(None, description="name of a generator in cpift.synthetic")
+    size: int | None = Field(None, ge=1, description="rows to generate (procedural)")
+    seed: int = Field(0, description="generator seed (procedural)")
+    limit: int | None = Field(None, ge=1, description="use the first so many rows")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="templates over the row's own columns, for example prompt: '{question}'",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSource:
+        exactly_one(self, ("file", "hub", "procedural"))
+        if self.procedural is not None and self.size is None:
+            raise ValueError("a procedural source needs `size`, the number of rows to generate")
+        return self
+
+
+class CheckpointConfig(Section):
+    """A fine-tune of θ0 that exists already, whole or a LoRA adapter. Exactly one of `path`, `hub`."""
+
+    path: Path | None = Field(None, description="local directory: safetensors, or adapter_config.json with its weights")
+    hub: str | None = Field(None, description="model id on the Hugging Face hub")
+    revision: str | None = Field(None, description="branch, tag or commit of `hub`; pin a commit to be exact")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CheckpointConfig:
+        exactly_one(self, ("path", "hub"))
+        return self

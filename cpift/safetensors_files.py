@@ -1,0 +1,225 @@
+"""The safetensors format: a file's header, its tensors as views of a memory map, and a file written in any order.
+
+A file is 8 bytes (the header's length, little-endian), a JSON header, and the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+# A private map of a file larger than the memory must not be counted as if every page would be written.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # the file system cannot reserve room
+
+
+class FormatError(ValueError):
+    """A file that is no whole safetensors file."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of one tensor; `start`: where its bytes begin in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    start: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """The tensors of a file, in the header's order. Nothing but the header is read.
+
+    Raises FormatError for anything but a whole file: no header, a dtype that is not known here, a tensor named twice,
+    bytes that are missing, left over or shared between tensors. OSError if it cannot be opened.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
+        if length > min(_LONGEST_HEADER, size - 8):
+            raise FormatError(f"no header fits its {size} bytes")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            infos = [_info(path, name, entry, 8 + length) for name, entry in entries.items()]
+        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise FormatError(f"its header cannot be read: {type(error).__name__} {error}") from error
+    _check_layout(infos, 8 + length, size)
+    return infos
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise FormatError(f"{next(name for name in names if names.count(name) > 1)!r} is in its header twice")
+    return found
+
+
+def _info(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise FormatError(f"{name} has dtype {entry['dtype']}: convert the checkpoint to bf16, fp16 or fp32")
+    begin, end = entry["data_offsets"]
+    info = TensorInfo(name, tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]], path, data + begin)
+    if end - begin != info.nbytes or min(info.shape, default=0) < 0:
+        raise FormatError(f"{name} has {end - begin} bytes, its shape {list(info.shape)} needs {info.nbytes}")
+    return info
+
+
+def _check_layout(infos: Iterable[TensorInfo], data: int, size: int) -> None:
+    end = data
+    for info in sorted(infos, key=lambda info: (info.start, info.nbytes)):
+        if info.start != end:
+            raise FormatError(f"{info.name} begins at byte {info.start}, the tensor before it ends at {end}")
+        end += info.nbytes
+    if end != size:
+        raise FormatError(f"it has {size} bytes, its header describes {end}")
+
+
+class MappedFile:
+    """A file's bytes as tensors that share the page cache: nothing is copied, and pages can be given back."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            self._map = mmap.mmap(
+                file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )  # writable, for torch warns of memory that is not; what would be written stays private
+
+    def view(self, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """`count` elements from byte `start` on. For reading only."""
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the system to read bytes start..stop-1 from the disk, without waiting for them."""
+        self._advise(mmap.MADV_WILLNEED, start // mmap.PAGESIZE * mmap.PAGESIZE, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Unmap whole pages of bytes start..stop-1; they stay in the page cache as long as there is room."""
+        self._advise(
+            mmap.MADV_DONTNEED, -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        )
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
+        if stop > start:
+            with suppress(OSError):  # advice only: a file system may not take it
+                self._map.madvise(advice, start, stop - start)
+
+
+def laid_out(path: Path, infos: Sequence[TensorInfo]) -> tuple[bytes, list[TensorInfo]]:
+    """The header of a file that holds these tensors in this order, and where each of them lies in it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in infos:
+        header[info.name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start on an 8-byte boundary
+    starts = _running(8 + len(encoded), [info.nbytes for info in infos])
+    placed = [TensorInfo(i.name, i.shape, i.dtype, path, start) for i, start in zip(infos, starts, strict=True)]
+    return struct.pack("<Q", len(encoded)) + encoded, placed
+
+
+def _running(start: int, sizes: Iterable[int]) -> Iterator[int]:
+    for size in sizes:
+        yield start
+        start += size
+
+
+class FileWriter:
+    """A safetensors file of known tensors, whose elements may be written in any order and from several threads."""
+
+    def __init__(self, path: Path, infos: Sequence[TensorInfo]):
+        header, placed = laid_out(path, infos)
+        self.tensors = {info.name: info for info in placed}
+        self.nbytes = len(header) + sum(info.nbytes for info in infos)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _reserve(self._descriptor, self.nbytes)
+            write_at(self._descriptor, header, 0)
+        except OSError:
+            os.close(self._descriptor)
+            path.unlink()
+            raise
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Write elements start.. of a tensor."""
+        info = self.tensors[name]
+        write_at(self._descriptor, raw_bytes(values), info.start + start * info.dtype.itemsize)
+
+    def flush(self) -> None:
+        """Wait until what was written so far is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give the file its length now: a full disk is then met before the work, not after it."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def write_at(descriptor: int, data: Any, offset: int) -> None:
+    """Write all of `data` at a place of a file."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def raw_bytes(values: torch.Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return values.reshape(-1).view(torch.uint8).numpy().data

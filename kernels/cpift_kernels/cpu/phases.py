@@ -1,0 +1,255 @@
+"""`select_cores` in phases, for models that are streamed from disk or read by several machines.
+
+    draw   brackets around every threshold, from a sample of all models
+    mark   any range of segments, in any order, anywhere: the mask before the bracket, and the candidates
+    finish the largest candidates join the mask; where a bracket missed, draw and mark again, wider
+
+Counts are sums and candidates are joined in the order of the segments, so the masks are those of `select_cores`, bit
+for bit, whoever marked what.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .bracket import ATTEMPTS, RUN, _kth_largest, brackets_from, sample_places
+from .segments import CHUNK, Ints, Segments, cut, storage_kind
+from .selection import SKIP, _Found, _mark_item, _set_bits, _wanted
+
+Range = tuple[int, int]  # segments [first, last)
+Marked = dict[tuple[int, int], _Found]  # by task and k
+
+
+class Models(Protocol):
+    """θ0 (number 0) and N tuned models (1..N): T tensors of equal sizes, read in pieces."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Elements of each tensor."""
+
+    @property
+    def tasks(self) -> int:
+        """N"""
+
+    def load(self, model: int, tensor: int, start: int, stop: int) -> Tensor:
+        """Elements start..stop-1, one-dimensional and contiguous, bf16, fp16 or fp32, on the CPU."""
+
+    def gather(self, model: int, tensor: int, starts: Ints, length: int) -> Tensor:
+        """float32 [R, length], the elements from each of starts [R] on; anything past the tensor's end. Used for the
+        sample only, so rounding may differ from that of `load`."""
+
+    def prefetch(self, tensor: int, start: int, stop: int) -> None:
+        """These elements of all models are wanted soon."""
+
+    def release(self, tensor: int, start: int, stop: int) -> None:
+        """These elements of all models have been used."""
+
+
+class Masks(Protocol):
+    """Where packed masks are kept: one of ⌈size/32⌉ words a task, k and tensor."""
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: NDArray[np.uint32]) -> None:
+        """Keep words first.. of a mask."""
+
+    def words(self, task: int, k: int, tensor: int) -> NDArray[Any]:
+        """All words of a mask, int32, which may be changed in place."""
+
+
+Mark = Callable[[Sequence[Range], Ints], Iterable[Marked]]  # in the order of the ranges
+
+
+@dataclass(frozen=True)
+class Core:
+    """What `CoreMask` says of a region beside its masks."""
+
+    count: int
+    requested: int
+    threshold: float
+
+
+class Selection:
+    """The phases over one set of models. counts: elements to select, for each k."""
+
+    def __init__(self, models: Models, counts: Sequence[int]):
+        self.models, self.counts = models, counts
+        self._tensor, self._start, self._numel, self._chunk = cut(models.sizes)
+
+    def ranges(self, elements: int) -> list[Range]:
+        """The segments cut into ranges of about so many elements of one model."""
+        number = (np.cumsum(self._numel) - self._numel) // max(elements, 1)
+        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(self._numel)]
+        return [(first, last) for first, last in pairwise(edges) if first < last]
+
+    def pieces(self, part: Range) -> Iterator[tuple[int, int, int]]:
+        """(tensor, start, stop) of the elements of a range, in linear order."""
+        first, last = part
+        for tensor in dict.fromkeys(self._tensor[first:last].tolist()):
+            mine = np.flatnonzero(self._tensor[first:last] == tensor) + first
+            yield tensor, int(self._start[mine[0]]), int(self._start[mine[-1]] + self._numel[mine[-1]])
+
+    def draw(self, attempt: int) -> Ints:
+        """Brackets [N, K, 4], see `bracket.draw_brackets`."""
+        total = int(self._numel.sum())
+        return brackets_from(lambda: self._sample(attempt), self.models.tasks, total, self.counts, attempt)
+
+    def _sample(self, attempt: int) -> tuple[Ints, NDArray[np.int32]]:
+        """Chunk [R] and keys [N, R, RUN] of the sampled runs, 0 past a segment's end."""
+        segment, start = sample_places(self._numel, attempt)
+        tensor, place = self._tensor[segment], self._start[segment] + start
+        keys = np.empty((self.models.tasks, len(segment), RUN), np.int32)
+        edges = np.flatnonzero(np.diff(tensor, prepend=-1, append=-1))
+        for first, last in pairwise(edges):
+            at = slice(first, last)
+            base = self.models.gather(0, int(tensor[first]), place[at], RUN)
+            for task in range(self.models.tasks):
+                values = self.models.gather(task + 1, int(tensor[first]), place[at], RUN)
+                keys[task, at] = (values - base).abs().view(torch.int32).numpy()
+        keys *= np.arange(RUN) < (self._numel[segment] - start)[:, None]
+        return self._chunk[segment] + start // CHUNK, keys
+
+    def mark(self, part: Range, brackets: Ints, masks: Masks) -> Marked:
+        """Mark one range: its mask words go to `masks`; the result counts and holds the candidates."""
+        first, last = part
+        window, held = self._window(part)
+        sizes = (window.numel + 31) // 32
+        words = np.empty((self.models.tasks, len(self.counts), int(sizes.sum())), np.uint32)
+        offsets = np.cumsum(sizes) - sizes
+        addresses = np.array([[row.ctypes.data for row in task] for task in words], np.int64)[:, :, None] + 4 * offsets
+        found = _mark_item((0, last - first), window, addresses, brackets)
+        del held
+        for tensor, start, stop in self.pieces(part):
+            at = int(offsets[np.flatnonzero(window.tensor == tensor)[0]])
+            for task, k in found:
+                masks.store(task, k, tensor, start // 32, words[task, k, at : at + (stop - start + 31) // 32])
+            self.models.release(tensor, start, stop)
+        return found
+
+    def _window(self, part: Range) -> tuple[Segments, list[Tensor]]:
+        """The segments of a range, loaded; and the tensors, which must outlive it."""
+        at, models = slice(*part), self.models.tasks + 1
+        kind, address = np.empty((models, part[1] - part[0]), np.int64), np.empty((models, part[1] - part[0]), np.int64)
+        held = []
+        for tensor, start, stop in self.pieces(part):
+            mine = np.flatnonzero(self._tensor[at] == tensor)
+            for model in range(models):
+                values = self.models.load(model, tensor, start, stop)
+                held.append(values)
+                kind[model, mine] = storage_kind(values)
+                offset = (self._start[at][mine] - start) * values.element_size()
+                address[model, mine] = values.data_ptr() + offset
+        window = Segments(
+            CHUNK, self._tensor[at], self._start[at], self._numel[at], self._chunk[at],
+            address[0], kind[0], address[1:], kind[1:],
+        )  # fmt: skip
+        return window, held
+
+    def select(self, masks: Masks, ranges: Sequence[Range], mark: Mark, spill: Path | None = None) -> list[list[Core]]:
+        """All phases: the regions as [task][k], their masks in `masks`. Candidates lie in folder `spill`, if given."""
+        cores: dict[tuple[int, int], Core] = {}
+        for attempt in range(ATTEMPTS):
+            brackets = self.draw(attempt)
+            for done in cores:
+                brackets[done][0] = SKIP
+            with ExitStack() as stack:
+                pools = {wanted: _Candidates(stack, spill) for wanted in _wanted(brackets)}
+                for part, found in zip(ranges, mark(ranges, brackets), strict=True):
+                    for wanted, piece in found.items():
+                        pools[wanted].add(part, piece)
+                for (task, k), pool in pools.items():
+                    core = self._finish(task, k, brackets[task, k], pool, masks)
+                    if core is not None:
+                        cores[task, k] = core
+            if len(cores) == self.models.tasks * len(self.counts):
+                break
+        return [[cores[task, k] for k in range(len(self.counts))] for task in range(self.models.tasks)]
+
+    def _finish(self, task: int, k: int, bracket: Ints, pool: _Candidates, masks: Masks) -> Core | None:
+        """Add the largest candidates to the mask; None if the bracket missed."""
+        requested = self.counts[k]
+        everything = bracket[2] == 0  # then the candidates reach down to the last element that moved
+        kept = min(requested, pool.marked + pool.held) if everything else requested
+        missing = kept - pool.marked
+        if kept == 0:
+            return Core(0, requested, math.inf)
+        if not 0 < missing <= pool.held:
+            return None
+        least, ties = _kth_largest(pool.keys, missing)
+        for (first, last), keys, places, per_segment in pool.pieces():
+            equal = keys == least
+            rank = np.cumsum(equal)
+            chosen = (keys > least) | (equal & (rank <= ties))
+            ties -= min(int(rank[-1]), ties) if len(rank) else 0
+            at = zip(self._tensor[first:last].tolist(), self._start[first:last].tolist(), strict=True)
+            held = {tensor: masks.words(task, k, tensor) for tensor in dict.fromkeys(self._tensor[first:last].tolist())}
+            words = np.array([held[tensor].ctypes.data + start // 8 for tensor, start in at], np.int64)
+            _set_bits(words, per_segment, places, chosen)
+        return Core(kept, requested, float(np.int32(least).view(np.float32)))
+
+
+@dataclass
+class _Candidates:
+    """The candidates of one task and k in linear order, in memory or in a nameless file."""
+
+    stack: ExitStack
+    folder: Path | None
+    marked: int = 0
+    held: int = 0
+    _parts: list[tuple[Range, int, Ints]] = field(default_factory=list)
+    _keys: list[NDArray[np.int32]] = field(default_factory=list)
+    _places: list[NDArray[np.uint32]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._files = [self._file(), self._file()] if self.folder else None
+
+    def _file(self) -> Any:
+        return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
+
+    def add(self, part: Range, found: _Found) -> None:
+        self.marked += found.marked
+        self.held += len(found.keys)
+        self._parts.append((part, len(found.keys), found.per_segment))
+        if self._files:
+            found.keys.tofile(self._files[0])
+            found.places.tofile(self._files[1])
+        else:
+            self._keys.append(found.keys)
+            self._places.append(found.places)
+
+    @cached_property
+    def keys(self) -> NDArray[np.int32]:
+        """[C]"""
+        if self._files:
+            return _mapped(self._files[0], np.int32, self.held)
+        return np.concatenate([np.zeros(0, np.int32), *self._keys])
+
+    def pieces(self) -> Iterator[tuple[Range, NDArray[np.int32], NDArray[np.uint32], Ints]]:
+        """Range, keys, places and candidates in each segment, range by range."""
+        places = (
+            _mapped(self._files[1], np.uint32, self.held)
+            if self._files
+            else np.concatenate([np.zeros(0, np.uint32), *self._places])
+        )
+        at = 0
+        for part, count, per_segment in self._parts:
+            yield part, self.keys[at : at + count], places[at : at + count], per_segment
+            at += count
+
+
+def _mapped(file: Any, dtype: Any, count: int) -> NDArray[Any]:
+    if count == 0:
+        return np.zeros(0, dtype)
+    file.flush()
+    return np.asarray(np.memmap(file, dtype, "r+", shape=(count,)))  # writable, as the kernels are compiled for

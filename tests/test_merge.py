@@ -1,0 +1,354 @@
+"""Fine-tunes that exist already: fused without Ray and without training, refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from cpift.artifacts import read_json
+from cpift.checkpoints import Checkpoint
+from cpift.config import ModelConfig, RunConfig
+from cpift.config_inputs import ScratchModel
+from cpift.config_loading import load_config
+from cpift.errors import CheckpointError, ConfigError, CpiftError, ProblemsError
+from cpift.models import load_model, materialise
+from cpift.pipeline import NoEngine, Pipeline
+from cpift.planning import preflight
+
+from .conftest import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, `base`, and two fine-tunes of it, `one` and `two` (in two shards)."""
+    root = tmp_path_factory.mktemp("models")
+    materialise(ModelConfig(scratch=ScratchModel(), dtype="bfloat16"), root / "base")
+    tensors = load_file(root / "base" / "model.safetensors")
+    for seed, name in enumerate(("one", "two")):
+        generator = torch.Generator().manual_seed(seed)
+        moved = {
+            n: (x.float() + 0.02 * torch.randn(x.shape, generator=generator)).bfloat16() for n, x in tensors.items()
+        }
+        shutil.copytree(root / "base", root / name)
+        if name == "one":
+            save_file(moved, root / name / "model.safetensors", metadata={"format": "pt"})
+        else:
+            (root / name / "model.safetensors").unlink()
+            config = (root / name / "config.json").read_bytes()
+            save_checkpoint(root / name, moved, shards=2)
+            (root / name / "config.json").write_bytes(config)
+            shutil.copy(root / "base" / "tokenizer.json", root / name)
+    return root
+
+
+def config_file(tmp_path: Path, models: Path, **changes: object) -> Path:
+    raw = {
+        "name": "merge",
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(models / "base")},
+        "tasks": [{"name": name, "checkpoint": {"path": str(models / name)}} for name in ("one", "two")],
+        "regions": {"p": 0.1},
+        "backbone": {"source": "pretrained"},
+        "fusion": {"shard_size": "100kB"},
+    }
+    path = tmp_path / "merge.yaml"
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def opened(tmp_path: Path, models: Path, **changes: object) -> RunConfig:
+    return load_config(config_file(tmp_path, models, **changes))
+
+
+def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, models: Path) -> None:
+    path = config_file(tmp_path, models)
+    code = (
+        "import sys; from cpift.cli import main\n"
+        f"sys.argv = ['cpift', 'fuse', {str(path)!r}, '--memory-budget', '256MiB']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    out = Path(done.stdout.split("Fused model: ")[1].strip())
+    assert len(Checkpoint(out).files) > 1
+    for companion in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / companion).read_bytes() == (models / "base" / companion).read_bytes()
+    record = read_json(out / "fusion.json")
+    assert len(record["checks"]) >= 4
+    assert all(check["passed"] for check in record["checks"])
+    network = load_model(out)
+    with torch.inference_mode():
+        assert bool(network(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
+    assert "given: `one`" in (out / "README.md").read_text()
+
+
+def test_the_same_command_again_does_nothing_and_another_file_is_noticed(tmp_path: Path, models: Path) -> None:
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    config = opened(tmp_path, mine)
+    first = Pipeline(config, NoEngine())
+    fused = first.fuse()
+    again = Pipeline(config, NoEngine())
+    assert again.fuse() == fused
+    assert not again.worked
+    os.utime(mine / "one" / "model.safetensors", ns=(0, 0))
+    changed = Pipeline(config, NoEngine())
+    assert changed.fuse().path != fused.path
+
+
+def test_stages_that_need_more_name_the_fields(tmp_path: Path, models: Path) -> None:
+    config = opened(tmp_path, models)
+    preflight(config, stage="fuse")
+    with pytest.raises(ConfigError) as caught:
+        preflight(config, stage="run")
+    for said in ("integration: is not there", "tasks.one.train: is not there", "tasks.two.test: is not there"):
+        assert said in str(caught.value)
+    with pytest.raises(ConfigError, match=r"tasks\.one\.train: is not there.*backbone\.source: pretrained"):
+        preflight(opened(tmp_path, models, backbone={}), stage="fuse")
+    with pytest.raises(ConfigError, match="give `train` to train its probe, or the `checkpoint` to use"):
+        opened(tmp_path, models, tasks=[{"name": "one"}])
+
+
+def edit_header(file: Path, edit: Callable[[dict[str, dict[str, object]]], None]) -> None:
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    edit(header)
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :])
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    edit(content["weight_map"])
+    index.write_text(json.dumps(content))
+
+
+def truncate(root: Path) -> None:
+    file = root / "one" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def poison(root: Path) -> None:
+    tensors = load_file(root / "one" / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, root / "one" / "model.safetensors")
+
+
+def add_tensor(root: Path) -> None:
+    tensors = load_file(root / "one" / "model.safetensors")
+    save_file(tensors | {"extra.weight": torch.zeros(3)}, root / "one" / "model.safetensors")
+
+
+def other_vocabulary(root: Path) -> None:
+    tensors = load_file(root / "one" / "model.safetensors")
+    tensors = {n: torch.cat([x, x[:2]]) if "embed" in n or "lm_head" in n else x for n, x in tensors.items()}
+    save_file(tensors, root / "one" / "model.safetensors")
+
+
+def other_architecture(root: Path) -> None:
+    config = root / "one" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen3"'))
+
+
+def symlink_loop(root: Path) -> None:
+    file = root / "one" / "model.safetensors"
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def pickle(root: Path) -> None:
+    (root / "one" / "model.safetensors").unlink()
+    (root / "one" / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated shard": (truncate, "tasks.one.checkpoint: model.safetensors: cannot be read"),
+    "missing index entry": (
+        lambda root: edit_index(root / "two", lambda entries: entries.pop("model.norm.weight")),
+        "tasks.two.checkpoint: model.norm.weight: is in model-0000",
+    ),
+    "NaN": (poison, "one: model.norm.weight: holds NaN or Inf"),
+    "extra tensor": (add_tensor, "tasks.one.checkpoint: extra.weight: is not in the pre-trained model"),
+    "other vocabulary": (other_vocabulary, "tasks.one.checkpoint: model.embed_tokens.weight: has"),
+    "wrong architecture": (other_architecture, "tasks.one.checkpoint: config.json, model_type: is 'qwen3'"),
+    "symlink loop": (symlink_loop, "tasks.one.checkpoint: "),
+    "path escape": (
+        lambda root: edit_index(root / "two", lambda entries: entries.update({"model.norm.weight": "../one/x"})),
+        "names '../one/x', which is not in the folder",
+    ),
+    "pickle": (pickle, "save_pretrained"),
+    "duplicate tensor": (
+        lambda root: shutil.copy(
+            root / "two" / "model-00001-of-00002.safetensors", root / "two" / "model-00002-of-00002.safetensors"
+        ),
+        "is in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors",
+    ),
+    "lying header": (
+        lambda root: edit_header(
+            root / "one" / "model.safetensors", lambda header: header["model.norm.weight"].update(shape=[63])
+        ),
+        "model.norm.weight has 128 bytes, its shape [63] needs 126",
+    ),
+    "no folder": (lambda root: shutil.rmtree(root / "one"), "there is no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_inputs_are_one_clear_message_and_nothing_is_written(tmp_path: Path, models: Path, kind: str) -> None:
+    damage, said = MALFORMED[kind]
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    damage(mine)
+    with pytest.raises(ProblemsError) as caught:
+        checked_and_fused(tmp_path, mine)
+    assert said in str(caught.value)
+    assert [path for path in (tmp_path / "run").rglob("*.safetensors") if ".partial" not in str(path)] == []
+
+
+def checked_and_fused(tmp_path: Path, models: Path) -> None:
+    config = opened(tmp_path, models)
+    preflight(config, stage="fuse")
+    Pipeline(config, NoEngine()).fuse()
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, models: Path) -> None:
+    config = opened(tmp_path, models)
+    (tmp_path / "run").write_text("a file of somebody's")
+    with pytest.raises(CpiftError, match="is a file"):
+        preflight(config, stage="fuse")
+    assert (tmp_path / "run").read_text() == "a file of somebody's"
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def adapter(folder: Path, base: Path, seed: int, *, fan: bool = False, **settings: object) -> dict[str, torch.Tensor]:
+    """Write a LoRA adapter for the attention and the embedding; returns scaling · B·A in fp64 by parameter name."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, deltas = load_file(base / "model.safetensors"), {}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "fan_in_fan_out": fan} | settings
+    factors = {}
+    for name, tensor in tensors.items():
+        module, embedding = name.removesuffix(".weight"), "embed" in name
+        if not (embedding or ".self_attn." in name):
+            continue
+        rank = 2 if settings.get("rank_pattern") and module.endswith("k_proj") else 4
+        alpha = 3 if settings.get("alpha_pattern") and module.endswith("q_proj") else 12
+        rows, columns = tensor.shape[::-1] if embedding or fan else tensor.shape
+        a = torch.randn(rank, columns, generator=generator) * 0.05
+        b = torch.randn(rows, rank, generator=generator) * 0.05
+        kind, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
+        factors[f"base_model.model.{module}.{kind}A{end}"] = a
+        factors[f"base_model.model.{module}.{kind}B{end}"] = b
+        delta = (b.double() @ a.double()) * alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        deltas[name] = delta.T if embedding or fan else delta
+    if settings.get("modules_to_save"):
+        factors["base_model.model.model.norm.weight"] = torch.full((64,), 1.5)
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in factors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return deltas
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {".*q_proj": 3}},
+        {"modules_to_save": ["norm"]},
+    ],
+)
+def test_an_adapter_is_its_merged_model(tmp_path: Path, models: Path, settings: dict[str, object]) -> None:
+    from cpift.lora import LoraCheckpoint
+
+    base = Checkpoint(models / "base")
+    deltas = adapter(tmp_path / "a", models / "base", 0, **settings)
+    lora = LoraCheckpoint(tmp_path / "a", base)
+    assert lora.names == base.names
+    for name, info in base.tensors.items():
+        whole = lora.slice(name, 0, info.numel)
+        assert whole.dtype == info.dtype
+        wanted = base.tensor(name).double() + deltas.get(name, torch.zeros(info.shape))
+        if name == "model.norm.weight" and settings.get("modules_to_save"):
+            wanted = torch.full((64,), 1.5).double()
+        torch.testing.assert_close(
+            whole.double().reshape(info.shape), wanted.reshape(info.shape), rtol=2**-8, atol=1e-6
+        )
+        for start, stop in ((0, 1), (5, 97), (info.numel // 2 - 3, info.numel)):
+            start, stop = max(start, 0), min(stop, info.numel)
+            assert torch.equal(lora.slice(name, start, stop), whole[start:stop])  # bits do not depend on the slice
+        starts = torch.arange(0, info.numel, 37).numpy()
+        near = lora.gather(name, starts, 3)[:-1]
+        exact = torch.stack([whole[s : s + 3].float() for s in starts[:-1] if s + 3 <= info.numel])
+        torch.testing.assert_close(near[: len(exact)], exact, rtol=2**-7, atol=1e-6)
+
+
+def test_fan_in_fan_out_is_transposed(tmp_path: Path, models: Path) -> None:
+    from cpift.lora import LoraCheckpoint
+
+    base = Checkpoint(models / "base")
+    deltas = adapter(tmp_path / "a", models / "base", 0, fan=True)
+    lora = LoraCheckpoint(tmp_path / "a", base)
+    for name, delta in deltas.items():
+        torch.testing.assert_close(
+            lora.tensor(name).double(), base.tensor(name).double() + delta, rtol=2**-8, atol=1e-6
+        )
+
+
+def test_fusing_adapters_equals_fusing_what_they_merge_to(tmp_path: Path, models: Path) -> None:
+    tasks = []
+    for seed, name in enumerate(("x", "y")):
+        deltas = adapter(tmp_path / name, models / "base", seed)
+        shutil.copytree(models / "base", tmp_path / f"{name}-merged")
+        tensors = load_file(models / "base" / "model.safetensors")
+        merged = {n: (x.double() + deltas[n]).float().bfloat16() if n in deltas else x for n, x in tensors.items()}
+        save_file({n: x.contiguous() for n, x in merged.items()}, tmp_path / f"{name}-merged" / "model.safetensors")
+        tasks.append(name)
+    fused = []
+    for end in ("", "-merged"):
+        given = [{"name": name, "checkpoint": {"path": str(tmp_path / f"{name}{end}")}} for name in tasks]
+        config = opened(tmp_path, models, tasks=given, output=str(tmp_path / f"run{end}"))
+        preflight(config, stage="fuse")
+        fused.append(Checkpoint(Pipeline(config, NoEngine()).fuse().path))
+    for name, info in fused[0].tensors.items():
+        one, other = fused[0].tensor(name).double(), fused[1].tensor(name).double()
+        assert info.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "DoRA is no plain product"),
+        ({"peft_type": "IA3"}, "is 'IA3', not LORA"),
+        ({"r": 8}, "has rank 4, adapter_config.json says 8"),
+        ({"r": "x"}, "adapter_config.json: cannot be read"),
+    ],
+)
+def test_adapters_that_cannot_be_streamed_say_why(
+    tmp_path: Path, models: Path, change: dict[str, object], said: str
+) -> None:
+    from cpift.lora import LoraCheckpoint
+
+    adapter(tmp_path / "a", models / "base", 0)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError) as caught:
+        LoraCheckpoint(tmp_path / "a", Checkpoint(models / "base"))
+    assert said in str(caught.value)
