@@ -22,6 +22,7 @@ Output = Annotated[Path | None, typer.Option("--output", help="folder for all re
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command(rich_help_panel=_PANEL)(sweep)
+    app.command(rich_help_panel=_PANEL)(submit)
 
 
 def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None) -> None:
@@ -55,3 +56,36 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)
         raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's or a sweep's YAML file")],
+    address: Annotated[
+        str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="the head's dashboard, http://HEAD:8265")
+    ],
+    output: Annotated[
+        str | None, typer.Option("--output", help="folder for all results, on storage that every node sees")
+    ] = None,
+    overrides: Overrides = None,
+    wheel: Annotated[
+        bool, typer.Option(help="send this cpift as a wheel; else the nodes must have cpift installed")
+    ] = True,
+    wait: Annotated[bool, typer.Option(help="show the job's log until it ends")] = True,
+) -> None:
+    """Send a run or a sweep to a Ray cluster as a job, and follow its log.
+
+    The config and the data files it names are sent along; models must be hub ids or lie on shared storage. A job that
+    died goes on from its artifacts when the same command is given again. Needs the extra `cluster`.
+    """
+    from tempfile import TemporaryDirectory
+
+    from cpift.submit import follow, package
+    from cpift.submit import submit as send
+
+    with TemporaryDirectory(prefix="cpift-submit-") as folder:
+        spec = package(config, overrides or [], output, Path(folder), wheel)
+        job = send(spec, address, config.stem)
+    typer.echo(f"Job {job}: {spec.entrypoint}")
+    if wait:
+        typer.echo(f"Ctrl-C leaves it running; stop it with: ray job stop --address {address} {job}")
+        follow(address, job)

@@ -50,6 +50,11 @@ def with_fields(config: RunConfig, fields: Mapping[str, Any], subject: str) -> R
     return _validated(raw, subject, problems)
 
 
+def check_fields(raw: dict[str, Any], subject: str, problems: Sequence[Problem] = ()) -> None:
+    """Raise ConfigError with these problems and whatever else is wrong with a run's fields; paths are not looked at."""
+    _validated(raw, subject, list(problems))
+
+
 def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)

@@ -103,7 +103,7 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
             _follow(list(futures), board, on_progress)
         finally:  # interrupted: what is queued must not start, and what runs ends with the Ray session
             pool.shutdown(wait=False, cancel_futures=True)
-        _raise_failures({spec.title: future.exception() for future, spec in futures.items()})
+        raise_failures({spec.title: future.exception() for future, spec in futures.items()})
 
 
 def parallel_fits(resources: ResourcesConfig) -> int:
@@ -240,7 +240,7 @@ def evaluate_models(
                     on_result(title, ray.get(reference))
                 except ray.exceptions.RayError as error:
                     failures[title] = error
-        _raise_failures(failures)
+        raise_failures(failures)
 
 
 @ray.remote
@@ -281,7 +281,7 @@ def _follow(futures: Sequence[Future[None]], board: Any, on_progress: OnProgress
             on_progress(message)
 
 
-def _raise_failures(failures: dict[str, BaseException | None]) -> None:
+def raise_failures(failures: dict[str, BaseException | None]) -> None:
     found = {title: error for title, error in failures.items() if error is not None}
     if not found:
         return

@@ -97,9 +97,7 @@ def _keep(folder: Path, scratch: Path) -> None:
     number = 1 + max((int(path.name.removeprefix("kept-")) for path in before), default=0)
     partial = scratch / ".kept.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in folder.iterdir():
-        link_or_copy(path, partial / path.name)
+    shutil.copytree(folder, partial, copy_function=lambda source, target: link_or_copy(Path(source), Path(target)))
     os.rename(partial, scratch / f"kept-{number:06}")
     for path in before:
         shutil.rmtree(path)

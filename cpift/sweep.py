@@ -23,6 +23,7 @@ from cpift.distributed import RayEngine, evaluate_models, parallel_fits, progres
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe
+from cpift.sweep_fits import cpus_for, fits_in_tasks
 from cpift.sweep_plan import Trial, choose_points, merged, outcome
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep_shared import OnProgress, OnResult, SharedWork
@@ -30,6 +31,7 @@ from cpift.sweep_trial import failure_file, run_trial
 from cpift.view import View, quiet
 
 _ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # no banner: progress is shown by ours
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are read from the artifacts
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -129,7 +131,7 @@ def _tune(sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, v
     shutil.rmtree(storage / "failures", ignore_errors=True)  # what failed in an earlier call is tried again
     storage.mkdir(parents=True, exist_ok=True)
     with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
-        _Progress.current = (view, board)
+        _Progress.current, _Progress.ended = (view, board), 0
         trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
         grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
@@ -223,9 +225,7 @@ def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
     """What a trial holds. One of several workers holds next to nothing itself, for its fine-tunes ask for theirs."""
     if resources.workers > 1:
         return {"cpu": 0.01}
-    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    threads = max(resources.threads, resources.threads_alone or 0)
-    cpus = max(resources.cpus_per_worker, min(float(threads), largest))
+    cpus = cpus_for(max(resources.threads, resources.threads_alone or 0), resources)
     return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
 
 
@@ -233,16 +233,19 @@ class _OnRay:
     """`SharedEngine` on Ray; never more threads at once than CPUs."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        threads = max(spec.threads for spec in specs)
-        if threads > resources.threads:  # meant to run alone on its cores
-            fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // (threads * resources.workers)))
-            resources = resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)})
-        run_fits(specs, resources, on_progress)
+        if resources.workers == 1:
+            fits_in_tasks(specs, resources, on_progress)
+            return
+        threads = max(spec.threads for spec in specs) * resources.workers
+        fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
+        run_fits(
+            specs, resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)}), on_progress
+        )
 
     def evaluate(
         self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
     ) -> None:
-        cpus = max(config.resources.cpus_per_worker, float(config.resources.threads))
+        cpus = cpus_for(config.resources.threads, config.resources)
         resources = config.resources.model_copy(update={"cpus_per_worker": cpus})
         evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
 
@@ -252,6 +255,7 @@ class _Progress(tune.Callback):
 
     current: ClassVar[tuple[View, Any] | None] = None
     polled: ClassVar[float] = 0.0
+    ended: ClassVar[int] = 0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.current is not None and time.monotonic() - _Progress.polled > 0.5:
@@ -261,13 +265,12 @@ class _Progress(tune.Callback):
                 view.progress(message)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trials, trial, "finished")
+        self._say(trial, "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(trials, trial, "failed")
+        self._say(trial, "failed")
 
-    def _say(self, trials: list[Any], trial: Any, how: str) -> None:
+    def _say(self, trial: Any, how: str) -> None:
         if self.current is not None:
-            fields = trial.config.get("fields", trial.config)
-            ended = sum(one.is_finished() for one in trials)
-            self.current[0].note(f"  {how} ({ended} of {len(trials)}): {describe(fields)}")
+            _Progress.ended += 1
+            self.current[0].note(f"  {_Progress.ended} {how}: {describe(trial.config.get('fields', trial.config))}")

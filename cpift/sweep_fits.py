@@ -1,0 +1,65 @@
+"""A sweep's shared fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
+
+Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distributed.run_fits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from cpift.config import ResourcesConfig
+from cpift.distributed import NAMESPACE, OnProgress, parallel_fits, progress_board, raise_failures
+from cpift.fit_spec import RESULT, FitSpec
+from cpift.inprocess import fit_here
+
+_POLL_SECONDS = 0.5
+
+
+def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
+    """Run fine-tunes side by side, as many as fit with a CPU for each of their threads; a killed worker's goes on.
+
+    A failed one does not stop the others. Raises StageError at the end that says which failed and why, and CpiftError
+    before anything starts if one can never be placed.
+    """
+    queue = [spec for spec in specs if not (spec.export / RESULT).is_file()]
+    limit = resources.parallel if parallel_fits(resources) and resources.parallel else len(queue)
+    running: dict[Any, str] = {}
+    failures: dict[str, BaseException | None] = dict.fromkeys(spec.title for spec in queue)
+    with progress_board() as (board_name, board):
+        while queue or running:
+            while queue and len(running) < limit:
+                spec = queue.pop(0)
+                running[_remote(spec, resources).remote(spec, board_name)] = spec.title
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
+            for message in ray.get(board.take.remote()):
+                on_progress(message)
+            for reference in ready:
+                title = running.pop(reference)
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    failures[title] = error
+    raise_failures(failures)
+
+
+def cpus_for(threads: int, resources: ResourcesConfig) -> float:
+    """CPUs that one worker holds: one for each thread, but no more than some node has."""
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return max(resources.cpus_per_worker, min(float(threads), largest))
+
+
+def _remote(spec: FitSpec, resources: ResourcesConfig) -> Any:
+    return _fit_task.options(
+        num_cpus=cpus_for(spec.threads, resources),
+        num_gpus=resources.gpus_per_worker or None,
+        max_retries=resources.max_failures,
+    )
+
+
+@ray.remote
+def _fit_task(spec: FitSpec, board_name: str) -> None:
+    board = ray.get_actor(board_name, namespace=NAMESPACE)
+    fit_here(spec, lambda message: board.post.remote(message))
