@@ -21,9 +21,8 @@ from cpift.config_inputs import (
     exactly_one,
     needed,
 )
+from cpift.config_training import IntegrationConfig, ResourcesConfig, TaskResources, Tracker, TrainingConfig
 
-Freeze = Literal["earlier", "all"]
-Strategy = Literal["ddp", "fsdp"]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -40,6 +39,9 @@ class TaskConfig(Section):
         "rouge: ROUGE-L F1 of the text generated; loss: negative log-likelihood per answer token only",
     )
     max_new_tokens: int = Field(128, ge=1, description="generation limit for `number` and `rouge`")
+    resources: TaskResources = TaskResources(
+        workers=None, cpus_per_worker=None, gpus_per_worker=None, threads_per_worker=None
+    )
 
     @property
     def train_data(self) -> DataSource:
@@ -48,29 +50,6 @@ class TaskConfig(Section):
     @property
     def test_data(self) -> DataSource:
         return needed(self.test, f"tasks.{self.name}.test", "evaluation")
-
-
-class TrainingConfig(Section):
-    """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps."""
-
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(8, ge=1, description="examples per worker and forward pass")
-    gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int = Field(512, ge=8, description="tokens; longer examples are cut at the end")
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0 = only at stage ends")
-    log_every: int = Field(5, ge=1)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
-        exactly_one(self, ("steps", "epochs"))
-        return self
 
 
 class RegionsConfig(Section):
@@ -118,54 +97,12 @@ class FusionConfig(Section):
     shard_size: Bytes = Field(5 * 10**9, description="most bytes of one file of the fused model, for example 5GB")
 
 
-class IntegrationConfig(TrainingConfig):
-    """The final staged fine-tune with earlier cores frozen."""
-
-    samples_per_task: int | None = Field(None, ge=1, description="balanced sample; default: the smallest task's rows")
-    freeze: Freeze = Field(
-        "earlier",
-        description="earlier: cores of the groups before this stage's (paper); all: every core in every stage",
-    )
-
-
 class EvaluationConfig(Section):
     """Scoring of θ0, every θi, the fused and the final model on every task's test rows."""
 
     batch_size: int = Field(16, ge=1)
     max_length: int = Field(1024, ge=8)
     limit: int | None = Field(None, ge=1, description="test rows per task at most")
-
-
-class ResourcesConfig(Section):
-    """What one fine-tune may use, and how many run at once."""
-
-    workers: int = Field(1, ge=1, description="Ray Train workers (data parallel) per fine-tune")
-    strategy: Strategy = Field(
-        "ddp",
-        description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
-        "fsdp: FSDP2, each holds its share of them",
-    )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    threads_per_worker: int | None = Field(
-        None,
-        ge=1,
-        description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
-    )
-    threads_alone: int | None = Field(
-        None, ge=1, description="torch threads where no other fine-tune runs (backbone, integration); default: the same"
-    )
-    parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
-    address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")
-    memory_budget: Bytes = Field(
-        2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
-    )
-    verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
-    max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
-
-    @property
-    def threads(self) -> int:
-        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
 
 
 class RunConfig(Section):
@@ -184,6 +121,11 @@ class RunConfig(Section):
     integration: IntegrationConfig | None = Field(None, description="needed by `cpift integrate` and `run`")
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    tracking: tuple[Tracker, ...] = Field(
+        ("tensorboard",),
+        description="where losses go while training: tensorboard (files in <output>/logs); mlflow and wandb as their "
+        "own environment variables say (MLFLOW_TRACKING_URI, WANDB_PROJECT)",
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
@@ -191,6 +133,13 @@ class RunConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks: {', '.join(repr(n) for n in twice)} is named twice; give every task its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_not_sharded(self) -> RunConfig:
+        trainings = (self.probe, self.backbone.training)
+        if self.resources.strategy == "fsdp" and any(training and training.lora for training in trainings):
+            raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
         return self
 
     @property

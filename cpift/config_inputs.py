@@ -102,6 +102,7 @@ class DataSource(Section):
     size: int | None = Field(None, ge=1, description="rows to generate (procedural)")
     seed: int = Field(0, description="generator seed (procedural)")
     limit: int | None = Field(None, ge=1, description="use the first so many rows")
+    streaming: bool = Field(False, description="hub: fetch the first `limit` rows only, not the whole data set")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="templates over the row's own columns, for example prompt: '{question}'",
@@ -112,6 +113,8 @@ class DataSource(Section):
         exactly_one(self, ("file", "hub", "procedural"))
         if self.procedural is not None and self.size is None:
             raise ValueError("a procedural source needs `size`, the number of rows to generate")
+        if self.streaming and (self.hub is None or self.limit is None):
+            raise ValueError("streaming is for a `hub` source with a `limit`: rows after that are never fetched")
         return self
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.artifacts import digest, file_sha256
 from cpift.config import DataSource, TaskConfig
+from cpift.config_training import Mixing
 from cpift.errors import CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
 from cpift.hub import HubError, resolve_revision
@@ -103,11 +104,31 @@ def check_task(task: TaskConfig, *, download: bool = True) -> list[Problem]:
     return problems
 
 
-def mixture(datasets: Sequence[Dataset], seed: int) -> Dataset:
-    """The tasks of one group for joint training: all rows of all of them, in a random order that `seed` decides."""
+def mixture(datasets: Sequence[Dataset], seed: int, mixing: Mixing = Mixing()) -> Dataset:  # noqa: B008 (frozen)
+    """The tasks of one group for joint training, in a random order that `seed` decides.
+
+    Temperature 1: all rows of all tasks. T > 1: task i's share becomes n_i^(1/T) / Σ_j n_j^(1/T), where n counts rows
+    or tokens, and the whole stays as long as it was: a task that is to give more rows than it has repeats all of them
+    before any a second time, one that is to give fewer gives a random choice.
+    """
     from datasets import concatenate_datasets
 
-    return concatenate_datasets(list(datasets)).shuffle(seed=seed)
+    parts = []
+    for place, (dataset, rows) in enumerate(zip(datasets, _quotas(datasets, mixing), strict=True)):
+        extra = random.Random(f"{seed}/{place}").sample(range(len(dataset)), rows % len(dataset))
+        parts += [dataset] * (rows // len(dataset)) + ([dataset.select(sorted(extra))] if extra else [])
+    return concatenate_datasets(parts).shuffle(seed=seed)
+
+
+def _quotas(datasets: Sequence[Dataset], mixing: Mixing) -> list[int]:
+    """Rows that each task gives, at least one."""
+    rows = [len(dataset) for dataset in datasets]
+    if mixing.temperature == 1:
+        return rows
+    sizes = [sum(map(len, d["input_ids"])) for d in datasets] if mixing.by == "tokens" else rows
+    weights = [size ** (1 / mixing.temperature) for size in sizes]
+    shares = [weight / sum(weights) * sum(sizes) for weight in weights]
+    return [max(1, round(share * n / size)) for share, n, size in zip(shares, rows, sizes, strict=True)]
 
 
 def balanced_sample(examples_by_task: Sequence[list[Example]], per_task: int | None, seed: int) -> list[list[Example]]:
@@ -187,7 +208,7 @@ def _hub_rows(source: DataSource) -> Iterable[Any]:
     assert source.hub is not None
     commit = resolve_revision("dataset", source.hub, source.revision)
     try:
-        rows = load_dataset(source.hub, source.subset, split=source.split, revision=commit)
+        rows = load_dataset(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
         raise DataError(_describe(source), [Problem("hub", str(error).strip(), remedy)]) from error

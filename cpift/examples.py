@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,16 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 # Fields that take a column's own value, not its text, where their template is one placeholder: '{options}'.
-_RAW_FIELDS = ("messages", "choices", "answer")
+_RAW_FIELDS = ("messages", "choices", "answer", "tools")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. `tool_calls`: JSON of the calls that an assistant's turn makes, else empty."""
 
     role: str
     content: str
+    tool_calls: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Example:
     """One row of a task: the conversation, and what its metric compares with.
 
     The last message is the assistant's reference reply. `answer` is the right option (metric `choice`) or the text that
-    ends in the right number (metric `number`); `choices` are the options' texts, none for other metrics.
+    ends in the right number (metric `number`); `choices` are the options' texts, none for other metrics. `tools` are
+    the JSON schemas of the functions that the assistant may call, shown to it as the chat template says.
     """
 
     messages: tuple[Message, ...]
     answer: str | None = None
     choices: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -56,7 +60,7 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
     fields = {**row, **{name: _filled(name, template, row) for name, template in columns.items()}}
     choices = _choices(fields.get("choices"))
     answer = _answer(fields.get("answer"), choices)
-    return Example(_messages(fields, answer), answer, choices)
+    return Example(_messages(fields, answer), answer, choices, _tools(fields.get("tools")))
 
 
 def _filled(name: str, template: str, row: Mapping[str, Any]) -> Any:
@@ -80,7 +84,7 @@ def _messages(fields: Mapping[str, Any], answer: str | None) -> tuple[Message, .
     messages = tuple(_message(item, place) for place, item in enumerate(raw))
     if messages[-1].role != "assistant":
         raise RowError(f"the last message must be the assistant's reply, not the {messages[-1].role}'s")
-    if not messages[-1].content.strip():
+    if not messages[-1].content.strip() and not messages[-1].tool_calls:
         raise RowError("the assistant's last reply is empty")
     if not any(message.role == "user" for message in messages):
         raise RowError("no message of the user")
@@ -97,13 +101,30 @@ def _prompt_and_completion(fields: Mapping[str, Any], answer: str | None) -> lis
 
 
 def _message(item: Any, place: int) -> Message:
-    if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
+    calls = item.get("tool_calls") if isinstance(item, Mapping) else None
+    if not isinstance(item, Mapping) or "role" not in item or not ("content" in item or calls):
         raise RowError(f"messages[{place}] has no role and content")
     if item["role"] not in ROLES:
         raise RowError(f"messages[{place}] has role {item['role']!r}; known: {', '.join(ROLES)}")
-    if not isinstance(item["content"], str):
-        raise RowError(f"messages[{place}]: content must be text, not {type(item['content']).__name__}")
-    return Message(item["role"], item["content"])
+    content = "" if calls and item.get("content") is None else item["content"]
+    if not isinstance(content, str):
+        raise RowError(f"messages[{place}]: content must be text, not {type(content).__name__}")
+    if calls and (item["role"] != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str)):
+        raise RowError(f"messages[{place}]: tool_calls must be a list, in a turn of the assistant")
+    return Message(item["role"], content, json.dumps(calls) if calls else "")
+
+
+def _tools(raw: Any) -> tuple[str, ...]:
+    """A list of schemas, or its JSON text."""
+    try:
+        raw = json.loads(raw) if isinstance(raw, str) else raw
+    except ValueError as error:
+        raise RowError(f"`tools` is no JSON: {error}") from None
+    if raw is None:
+        return ()
+    if not isinstance(raw, Sequence) or not all(isinstance(tool, Mapping) for tool in raw):
+        raise RowError("`tools` must be a list of JSON schemas")
+    return tuple(json.dumps(tool) for tool in raw)
 
 
 def _choices(raw: Any) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 A probe is one stage on one task; the staged backbone trains group after group; integration does so with earlier cores
 frozen. The model is trained in float32 under bf16 autocast where the machine has it, and exported in θ0's dtypes.
-Ray is not imported here: `distributed.py` wires the hooks to Ray Train, a test may pass its own.
+Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a test may pass its own.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from cpift.adapters import merged, with_adapters
 from cpift.artifacts import read_json, write_json
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
@@ -35,10 +37,13 @@ from cpift.errors import CheckpointError, Problem, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
+from cpift.packing import packed
 from cpift.regions import read_mask, read_summary
 from cpift.safetensors_files import TensorInfo
 from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole
+from cpift.tracking import tensorboard
 
+_log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
 
 
@@ -73,9 +78,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     torch.set_num_threads(spec.threads)
     progress = _resume(hooks.resume_from)
     started = time.time() - progress.seconds
-    source = hooks.resume_from if hooks.resume_from and progress.stage_done else spec.model
-    model, tokenizer = _load(spec, source), load_tokenizer(spec.model)
-    _require_own_tensors(model, Checkpoint(spec.model))
+    model = _load(spec, hooks.resume_from if progress.stage_done else None)
+    tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
     first = progress.stage + int(progress.stage_done)
     for index in range(first, len(spec.stages)):
@@ -88,18 +92,23 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "seconds": progress.seconds,
         "device": device_name(),
     }
-    _export(spec, model, result, hooks.is_main)
+    _export(spec, merged(model), result, hooks.is_main)
     return result
 
 
 def _sharded(spec: FitSpec) -> bool:
     """One worker has nothing to shard."""
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return spec.strategy == "fsdp" and group and torch.distributed.get_world_size() > 1
+    return spec.resources.strategy == "fsdp" and group and torch.distributed.get_world_size() > 1
 
 
-def _load(spec: FitSpec, source: Path) -> PreTrainedModel:
-    return load_sharded(source, torch.float32) if _sharded(spec) else load_model(source, torch.float32)
+def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
+    """The model to train, as `kept` at the end of a stage if that is given."""
+    lora = spec.training.lora
+    source = spec.model if kept is None or lora else kept
+    model = load_sharded(source, torch.float32) if _sharded(spec) else load_model(source, torch.float32)
+    _require_own_tensors(model, Checkpoint(spec.model))
+    return with_adapters(model, lora, spec.seed, kept) if lora else model
 
 
 def _resume(checkpoint: Path | None) -> _Progress:
@@ -124,7 +133,7 @@ def _run_stage(
         args=_arguments(spec, index),
         train_dataset=_stage_data(spec, index, tokenizer),
         data_collator=CompletionCollator(tokenizer),
-        callbacks=[follower],
+        callbacks=[follower, *tensorboard(spec.tracking, spec.logs / f"stage-{index}")],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     follower.finish(model)
@@ -138,7 +147,8 @@ def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -
     if spec.balanced:
         examples = balanced_sample(examples, spec.samples_per_task, spec.seed)
     parts = [tokenised_dataset(rows, tokenizer, spec.training.max_length) for rows in examples]
-    return mixture(parts, spec.seed + index)
+    mixed = mixture(parts, spec.seed + index, spec.training.mixing)
+    return packed(mixed, spec.training.max_length) if spec.training.packing else mixed
 
 
 class _FrozenCores(Mapping[str, torch.Tensor]):
@@ -186,8 +196,10 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         save_total_limit=1,
         dataloader_pin_memory=cuda,
         disable_tqdm=True,
-        report_to=[],
+        report_to=[name for name in spec.tracking if name != "tensorboard"],
+        run_name=spec.title,
         remove_unused_columns=False,
+        use_cache=False,  # with a cache, models take packed examples for one
     )
 
 
@@ -231,6 +243,7 @@ class _Follower(TrainerCallback):
                 key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
             }
             self._progress.log.append({"stage": self._index, "step": state.global_step} | kept)
+            _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpift.config import Freeze, Strategy, TaskConfig, TrainingConfig
+from cpift.config import ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.config_training import Freeze, Tracker
 
 RESULT = "training.json"
 
@@ -30,12 +31,14 @@ class FitSpec:
     training: TrainingConfig
     seed: int
     threads: int
+    resources: ResourcesConfig
     export: Path
     scratch: Path
+    logs: Path
     regions: Path | None = None
     samples_per_task: int | None = None
     balanced: bool = False
-    strategy: Strategy = "ddp"
+    tracking: tuple[Tracker, ...] = ()
 
 
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:

@@ -47,13 +47,16 @@ def preflight(config: RunConfig, *, stage: str | None = None, download: bool = T
     Hub data sets are downloaded to look at their rows, unless `download` is False.
     Raises ConfigError with every problem found.
     """
+    from cpift.adapters import check_lora
     from cpift.data import check_task
     from cpift.merge_planning import check_given
     from cpift.models import check_model
+    from cpift.tracking import check_trackers
 
     problems = list(_missing(config, stage)) + check_model(config.model)
     if not problems:
         problems += check_given(config)
+    problems += check_trackers(config.tracking) + check_lora(_trainings(config))
     for task in config.tasks:
         problems += check_task(task, download=download)
     problems += _check_backbone(config) + _check_output(config.output_dir)

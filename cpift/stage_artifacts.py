@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cpift.artifacts import Artifact, read_json
-from cpift.config import RunConfig, TrainingConfig
+from cpift.config import ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
 from cpift.data import source_fingerprint
 from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping
@@ -56,10 +56,9 @@ class StageArtifacts:
     def _train_data(self) -> dict[str, str]:
         return {f"data {task.name}": source_fingerprint(task.train_data) for task in self.config.tasks}
 
-    def _training_fields(self, training: TrainingConfig, threads: int) -> dict[str, Any]:
+    def _training_fields(self, training: TrainingConfig, threads: int, resources: ResourcesConfig) -> dict[str, Any]:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
         fields = training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"})
-        resources = self.config.resources
         fields |= {"seed": self.config.seed, "threads": threads, "workers": resources.workers}
         return fields | ({"strategy": resources.strategy} if resources.workers > 1 else {})
 
@@ -93,16 +92,13 @@ class StageArtifacts:
     @cached_property
     def probes(self) -> dict[str, Artifact]:
         """The probes that are trained here."""
-        threads = self.config.resources.threads
-        return {
-            task.name: self.artifact(
-                "probe",
-                task.name,
-                {"model": self.model.fingerprint, "data": source_fingerprint(task.train_data)},
-                self._training_fields(self.config.probe_training, threads),
-            )
-            for task in self.config.trained
-        }
+        return {task.name: self._probe(task) for task in self.config.trained}
+
+    def _probe(self, task: TaskConfig) -> Artifact:
+        inputs = {"model": self.model.fingerprint, "data": source_fingerprint(task.train_data)}
+        resources = self.config.resources.overridden(task.resources)
+        fields = self._training_fields(self.config.probe_training, resources.threads, resources)
+        return self.artifact("probe", task.name, inputs, fields)
 
     @property
     def _probe_inputs(self) -> dict[str, str]:
@@ -123,7 +119,7 @@ class StageArtifacts:
         if self.config.backbone.source != "staged":
             return None
         inputs = {"model": self.model.fingerprint} | self._train_data
-        fields = self._training_fields(self.config.backbone_training, self.threads_alone) | {
+        fields = self._training_fields(self.config.backbone_training, self.threads_alone, self.config.resources) | {
             "groups": [list(group) for group in groups]
         }
         return self.artifact("backbone", "", inputs, fields)
@@ -137,7 +133,8 @@ class StageArtifacts:
 
     def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
         integration = self.config.integration_training
-        fields = self._training_fields(integration, self.threads_alone) | {"groups": [list(group) for group in groups]}
+        fields = self._training_fields(integration, self.threads_alone, self.config.resources)
+        fields |= {"groups": [list(group) for group in groups]}
         inputs = {"fused": fused.fingerprint, "regions": self.regions.fingerprint} | self._train_data
         return self.artifact("integrate", "", inputs, fields)
 

@@ -35,7 +35,9 @@ def _fit_spec(
         threads=run.config.resources.threads,
         export=artifact.work_dir / "export",
         scratch=artifact.work_dir,
-        strategy=run.config.resources.strategy,
+        logs=run.root / "logs" / title.replace(" ", "-"),
+        tracking=run.config.tracking,
+        resources=run.config.resources,
     )
 
 
@@ -48,10 +50,12 @@ def check_data(run: Pipeline, base: Model) -> None:
 
 def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
-    return [
-        _fit_spec(run, f"probe {task}", base, run.config.probe_training, (StageSpec((task,)),), artifact)
-        for task, artifact in run.artifacts.probes.items()
-    ]
+    specs = []
+    for task, artifact in run.artifacts.probes.items():
+        spec = _fit_spec(run, f"probe {task}", base, run.config.probe_training, (StageSpec((task,)),), artifact)
+        own = run.config.resources.overridden(run.config.task(task).resources)
+        specs.append(replace(spec, resources=own, threads=own.threads))
+    return specs
 
 
 def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:

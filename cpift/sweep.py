@@ -19,7 +19,9 @@ from ray import tune
 
 from cpift.artifacts import Artifact, digest, write_json
 from cpift.config import ResourcesConfig, RunConfig
-from cpift.distributed import RayEngine, evaluate_models, parallel_fits, progress_board, ray_session, run_fits
+from cpift.distributed import RayEngine, evaluate_models
+from cpift.distributed_fits import parallel_fits, run_fits
+from cpift.distributed_session import progress_board, ray_session
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe

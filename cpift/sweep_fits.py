@@ -1,6 +1,6 @@
 """A sweep's shared fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
 
-Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distributed.run_fits`).
+Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distributed_fits.run_fits`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import ray
 
 from cpift.config import ResourcesConfig
-from cpift.distributed import NAMESPACE, OnProgress, parallel_fits, progress_board, raise_failures
+from cpift.distributed_fits import parallel_fits
+from cpift.distributed_session import NAMESPACE, OnProgress, progress_board, raise_failures
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.inprocess import fit_here
 

@@ -12,7 +12,8 @@ from ray import tune
 
 from cpift.artifacts import digest, write_text
 from cpift.config import RunConfig
-from cpift.distributed import NAMESPACE, RayEngine
+from cpift.distributed import RayEngine
+from cpift.distributed_session import NAMESPACE
 from cpift.errors import CpiftError, StageError
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Engine, Pipeline

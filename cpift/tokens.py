@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,16 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
         DataError: the chat template changes the assistant's text, or writes no special token after it.
     """
-    text = render(example.messages, tokenizer)
+    text = render(example.messages, tokenizer, tools=example.tools)
+    _require_shown(example, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     special = _special_ids(tokenizer)
     for turn, message in enumerate(example.messages):
         if message.role == "assistant":
-            start, end = _reply_span(example.messages, turn, text, tokenizer)
-            first, last = _token_span(ids, offsets, (start, end), special)
+            span = _call_span if message.tool_calls else _reply_span
+            first, last = _token_span(ids, offsets, span(example, turn, text, tokenizer), special)
             labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -54,14 +56,18 @@ def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenize
     from datasets import Dataset
 
     rows = [tokenise(example, tokenizer, max_length) for example in examples]
-    # The first label is never predicted: a causal model has nothing before it.
-    kept = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+    kept = [row for row in rows if learnable(row)]
     if not kept:
         remedy = "raise max_length"
         raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
     if len(kept) < len(rows):
         _log.warning("%d of %d examples left out: prompt ≥ %d tokens", len(rows) - len(kept), len(rows), max_length)
     return Dataset.from_list(kept)
+
+
+def learnable(row: Mapping[str, Sequence[int]]) -> bool:
+    """Whether any label is left. The first never counts: a causal model has nothing to predict it from."""
+    return any(label != IGNORED for label in row["labels"][1:])
 
 
 class CompletionCollator:
@@ -73,50 +79,93 @@ class CompletionCollator:
         self.pad_token_id = int(tokenizer.pad_token_id)
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, padded length)."""
+        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, padded length).
+
+        Of packed rows (see `packing.py`) `position_ids` instead of `attention_mask`; each token of padding has position
+        0, so that it is an example of its own.
+        """
         import torch
 
         longest = max(len(row["input_ids"]) for row in features)
         shape = (len(features), -(-longest // 8) * 8)
         input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
+        extra = "position_ids" if "position_ids" in features[0] else "attention_mask"
+        beside = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORED)
         for place, row in enumerate(features):
             length = len(row["input_ids"])
             input_ids[place, :length] = torch.tensor(row["input_ids"])
-            attention_mask[place, :length] = 1
+            beside[place, :length] = torch.tensor(row[extra]) if extra == "position_ids" else 1
             labels[place, :length] = torch.tensor(row["labels"])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"input_ids": input_ids, extra: beside, "labels": labels}
 
 
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[str] = (),
+    add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text in the tokenizer's chat template."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        calls = {"tool_calls": json.loads(message.tool_calls)} if message.tool_calls else {}
+        turns.append({"role": message.role, "content": message.content} | calls)
+    schemas = [json.loads(tool) for tool in tools] or None
+    text = tokenizer.apply_chat_template(
+        turns, tools=schemas, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     assert isinstance(text, str)
     return text
 
 
-def _reply_span(
-    messages: Sequence[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
+def _require_shown(example: Example, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError if the template leaves tools or tool calls out: the model would learn to call the unseen."""
+    without = [replace(message, tool_calls="") for message in example.messages]
+    for what, shown in (
+        ("tools", not example.tools or render(example.messages, tokenizer) != text),
+        ("tool calls", without == list(example.messages) or render(without, tokenizer, tools=example.tools) != text),
+    ):
+        if not shown:
+            problem = Problem(
+                "chat_template", f"it does not write {what}", "use the template of a model trained on them"
+            )
+            raise DataError("chat template", [problem])
+
+
+def _reply_span(example: Example, turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """First and one-past-last character of what the model writes in an assistant turn, up to the end of its content.
 
     The content is located by rendering a mark in its place. A template may write something between the generation
     prompt and the content (an empty thought, say): the model has to write that too.
     """
-    marked = render([*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]], tokenizer)
-    before, found, after = marked.partition(_MARK)
+    messages, tools = example.messages, example.tools
+    marked_turns = [*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]]
+    before, found, after = render(marked_turns, tokenizer, tools=tools).partition(_MARK)
     end = len(text) - len(after)
     content = text[len(before) : end]
     unchanged = found and text[: len(before)] == before and text[end:] == after
     if not unchanged or content.strip() != messages[turn].content.strip():
         what = f"the assistant's text of message {turn} does not appear in it as it is"
         raise DataError("chat template", [Problem("chat_template", what, "use one that keeps contents unchanged")])
-    prompt = render(messages[:turn], tokenizer, add_generation_prompt=True)
+    prompt = render(messages[:turn], tokenizer, tools=tools, add_generation_prompt=True)
     return (len(prompt) if before.startswith(prompt) else len(before)), end
+
+
+def _call_span(example: Example, turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """`_reply_span` of a turn that calls tools: all that the template writes of it after the generation prompt."""
+    prompt, through = (
+        render(example.messages[:count], tokenizer, tools=example.tools, add_generation_prompt=count == turn)
+        for count in (turn, turn + 1)
+    )
+    if not through.startswith(prompt) or not text.startswith(through):
+        what = f"the tool calls of message {turn} are written otherwise when more turns follow"
+        raise DataError(
+            "chat template", [Problem("chat_template", what, "use one whose turns do not depend on later ones")]
+        )
+    ends = [through.rfind(token, len(prompt)) for token in tokenizer.all_special_tokens]
+    return len(prompt), max(*ends, len(prompt))
 
 
 def _token_span(

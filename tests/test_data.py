@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cpift import data, hub
 from cpift.config import DataSource, TaskConfig
 from cpift.config_inputs import ScratchModel
+from cpift.config_training import Mixing
 from cpift.data import (
     CompletionCollator,
     Example,
@@ -27,6 +28,7 @@ from cpift.data import (
     tokenised_dataset,
 )
 from cpift.errors import DataError
+from cpift.packing import packed
 from cpift.scratch import make_scratch_tokenizer
 from cpift.tokens import IGNORED
 
@@ -205,7 +207,8 @@ def test_hub_rows_come_from_the_commit_in_the_fingerprint(monkeypatch: pytest.Mo
     (found,) = load_examples(source)
     assert (found.prompt[0].content, found.reply) == ("p", "r")
     commit = "commit of dataset org/set v1"
-    assert asked == {"name": "org/set", "subset": "main", "split": "train[:2]", "revision": commit}
+    wanted = {"name": "org/set", "subset": "main", "split": "train[:2]", "revision": commit, "streaming": False}
+    assert asked == wanted
     moved = source.model_copy(update={"revision": "v2"})
     assert source_fingerprint(source) != source_fingerprint(moved)
 
@@ -228,6 +231,46 @@ def test_the_cached_commit_answers_when_the_hub_does_not(tmp_path: Path, monkeyp
 
 
 # --- tokens ---
+
+TOOLS = (
+    "{% if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif %}"
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+TOOL_ROW = {
+    "tools": [{"type": "function", "function": {"name": "clock", "parameters": {}}}],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "The time?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Sure."},
+    ],
+}
+
+
+def test_every_assistant_turn_is_trained_on_its_tool_calls_too_and_nothing_else(tmp_path: Path) -> None:
+    (found,) = load_examples(write(tmp_path / "a.jsonl", [TOOL_ROW]))
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    tokenizer.chat_template = TOOLS
+    row = tokenise(found, tokenizer, 10_000)
+    assert labelled(row) == "<call>clock</call><|end|>It is noon.<|end|>Sure.<|end|>"
+    assert '"name": "clock"' in tokenizer.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize(("left_out", "what"), [("tools", "it does not write tools"), ("calls", "tool calls")])
+def test_templates_that_leave_tools_out_are_refused(tmp_path: Path, left_out: str, what: str) -> None:
+    (found,) = load_examples(write(tmp_path / "a.jsonl", [TOOL_ROW]))
+    tokenizer = make_scratch_tokenizer(ScratchModel())
+    tokenizer.chat_template = TOOLS.replace(
+        "if tools" if left_out == "tools" else "message.tool_calls", {"tools": "if 0", "calls": "[]"}[left_out]
+    )
+    with pytest.raises(DataError, match=what):
+        tokenise(found, tokenizer, 10_000)
 
 
 @pytest.mark.parametrize("template", [TOKENIZER.chat_template, CHATML], ids=["scratch", "chatml"])
@@ -314,6 +357,41 @@ def test_mixture_has_every_row_in_an_order_that_the_seed_decides() -> None:
     assert sorted(rows) == sorted(f"{name}{i}<|end|>" for name in "ab" for i in range(9))
     assert rows == [labelled(row) for row in mixture(parts, seed=0)]
     assert rows != [labelled(row) for row in mixture(parts, seed=1)]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "by", "wanted"), [(1, "rows", (24, 6)), (1e9, "rows", (15, 15)), (1e9, "tokens", (13, 50))]
+)
+def test_temperature_evens_out_what_tasks_give(temperature: float, by: Any, wanted: tuple[int, int]) -> None:
+    """Task b's rows are little more than half as long as task a's: in tokens it gives as much with more rows."""
+    sizes = {"a": (24, "x" * 37), "b": (6, "")}
+    parts = [
+        tokenised_dataset([example("p" + filler, f"{name}{i}") for i in range(count)], TOKENIZER, 100)
+        for name, (count, filler) in sizes.items()
+    ]
+    rows = [labelled(row) for row in mixture(parts, 0, Mixing(temperature=temperature, by=by))]
+    counts = {name: [row for row in rows if row.startswith(name)] for name in "ab"}
+    assert (len(counts["a"]), len(counts["b"])) == wanted
+    assert {name: len(set(found)) for name, found in counts.items()} == {"a": min(24, wanted[0]), "b": 6}
+    if by == "tokens":
+        tokens = {
+            name: sum(len(row) for row in part["input_ids"]) / len(part) for name, part in zip("ab", parts, strict=True)
+        }
+        assert wanted[0] * tokens["a"] == pytest.approx(wanted[1] * tokens["b"], rel=0.05)
+
+
+def test_packed_rows_hold_every_example_whole_and_once() -> None:
+    examples = [example("p" * (i % 7), f"reply {i}") for i in range(40)]
+    rows = tokenised_dataset(examples, TOKENIZER, 60)
+    found: list[tuple[list[int], list[int]]] = []
+    for row in packed(rows, 60):
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) <= 60
+        starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
+        for start, stop in zip(starts, [*starts[1:], None], strict=True):
+            assert row["position_ids"][start:stop] == list(range(len(row["input_ids"][start:stop])))
+            found.append((row["input_ids"][start:stop], row["labels"][start:stop]))
+    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in rows)
+    assert sum(1 for _ in packed(rows, 60)) < 0.7 * len(rows)
 
 
 def test_balanced_samples() -> None:

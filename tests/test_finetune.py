@@ -8,7 +8,7 @@ import torch
 
 from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
-from cpift.config import DataSource, ModelConfig, RegionsConfig, TaskConfig, TrainingConfig
+from cpift.config import DataSource, ModelConfig, RegionsConfig, ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
@@ -44,8 +44,10 @@ def spec(base: Path, out: Path, *stages: StageSpec, **training: object) -> FitSp
         training=TrainingConfig(**(settings | {"checkpoint_every": 0, "log_every": 2} | training)),  # type: ignore[arg-type]
         seed=3,
         threads=1,
+        resources=ResourcesConfig(),
         export=out / "export",
         scratch=out / "scratch",
+        logs=out / "logs",
     )
 
 
@@ -61,6 +63,14 @@ def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_pat
         n: (i.shape, i.dtype) for n, i in after.tensors.items()
     }
     assert after.tensors["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_losses_go_to_tensorboard_stage_by_stage(base: Path, tmp_path: Path) -> None:
+    stages = (StageSpec(("add",)), StageSpec(("rev",)))
+    fit(replace(spec(base, tmp_path, *stages, steps=2), tracking=("tensorboard",)))
+    for stage in ("stage-0", "stage-1"):
+        (events,) = (tmp_path / "logs" / stage).glob("events.out.tfevents.*")
+        assert b"train/loss" in events.read_bytes()
 
 
 def test_the_same_fit_gives_the_same_bits(base: Path, tmp_path: Path) -> None:

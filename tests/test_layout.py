@@ -20,12 +20,14 @@ LAYERS = [
         "artifacts",
         "config",
         "config_inputs",
+        "config_training",
         "config_loading",
         "sweep_config",
         "devices",
         "fit_spec",
         "examples",
         "hub",
+        "placement",
         "tensor_names",
         "text_metrics",
         "units",
@@ -39,7 +41,11 @@ LAYERS = [
         "lora",
         "given",
         "streaming",
+        "adapters",
         "data",
+        "data_preview",
+        "packing",
+        "tracking",
         "synthetic",
         "tokens",
         "scratch",
@@ -65,13 +71,13 @@ LAYERS = [
     },
     {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "merge_planning"},
     {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_results"},
-    {"distributed", "sweep_fits", "sweep_trial", "sweep"},
-    {"submit", "cli_cluster", "cli"},
+    {"distributed", "distributed_fits", "distributed_session", "sweep_fits", "sweep_trial", "sweep"},
+    {"submit", "cli_cluster", "cli_data", "cli"},
 ]
 
 
 # Modules whose job is Ray; all others run without it.
-ON_RAY = {"distributed", "sweep", "sweep_fits", "sweep_trial", "submit"}
+ON_RAY = {"distributed", "distributed_fits", "distributed_session", "sweep", "sweep_fits", "sweep_trial", "submit"}
 
 
 def imports_of(path: Path) -> set[str]:

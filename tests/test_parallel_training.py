@@ -13,14 +13,15 @@ import torch
 
 from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
-from cpift.config import RegionsConfig, RunConfig
+from cpift.config import RegionsConfig, ResourcesConfig, RunConfig
 from cpift.config_loading import load_config
+from cpift.config_training import Strategy
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
 from cpift.models import materialise
 from cpift.regions import save_regions, select_regions
 
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 # Two workers sum a batch's gradients in another order than one, and 80 steps of AdamW carry that on (measured: 2e-6).
 TOLERANCE = 1e-4
 
@@ -36,8 +37,10 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
         training=config.probe.model_copy(update=changes),
         seed=3,
         threads=1,
+        resources=ResourcesConfig(),
         export=out / "export",
         scratch=out / "scratch",
+        logs=out / "logs",
         regions=base.parent / "regions",
     )
 
@@ -62,12 +65,17 @@ def work(rank: int, folder: str, config: RunConfig) -> None:
             raise _Killed
 
     for strategy in STRATEGIES:
-        undisturbed = replace(spec(config, out / "base", out / strategy, 2, 2), strategy=strategy)
+        undisturbed = replace(
+            spec(config, out / "base", out / strategy, 2, 2), resources=ResourcesConfig(workers=2, strategy=strategy)
+        )
         hooks = FitHooks(on_checkpoint=lambda *_: barrier(), is_main=main)
         result = fit(undisturbed, hooks)
         if main:
             (out / f"{strategy}.json").write_text(json.dumps(result))
-        broken = replace(spec(config, out / "base", out / f"{strategy} resumed", 2, 2), strategy=strategy)
+        broken = replace(
+            spec(config, out / "base", out / f"{strategy} resumed", 2, 2),
+            resources=ResourcesConfig(workers=2, strategy=strategy),
+        )
         with pytest.raises(_Killed):
             fit(broken, replace(hooks, on_checkpoint=stop))
         fit(broken, replace(hooks, resume_from=kept.pop()))

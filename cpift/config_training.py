@@ -1,0 +1,122 @@
+"""How fine-tunes of a run are trained, and what they may use. See `config.py`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cpift.config_inputs import Bytes, Section, exactly_one
+
+Freeze = Literal["earlier", "all"]
+Strategy = Literal["ddp", "fsdp"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class Mixing(Section):
+    """How much each task of a joint stage gives."""
+
+    temperature: float = Field(
+        1.0, ge=1, description="1: every row once; larger: shares ∝ size^(1/temperature), towards equal shares"
+    )
+    by: Literal["rows", "tokens"] = Field("rows", description="what size counts")
+
+
+class LoraConfig(Section):
+    """LoRA (needs the `peft` extra): W + (alpha / rank)·B·A with A and B trained, merged when the model is kept."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="ends of module names, for example [q_proj, v_proj]; all-linear: all but the head"
+    )
+
+
+class TrainingConfig(Section):
+    """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(8, ge=1, description="examples per worker and forward pass")
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(512, ge=8, description="tokens; longer examples are cut at the end")
+    packing: bool = Field(
+        False, description="several examples in one row of max_length tokens, none sees another; batch_size counts rows"
+    )
+    mixing: Mixing = Mixing()  # of stages that train several tasks
+    lora: LoraConfig | None = Field(None, description="train adapters only; core regions come from the merged weights")
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0 = only at stage ends")
+    log_every: int = Field(5, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        exactly_one(self, ("steps", "epochs"))
+        return self
+
+
+class IntegrationConfig(TrainingConfig):
+    """The final staged fine-tune with earlier cores frozen."""
+
+    samples_per_task: int | None = Field(None, ge=1, description="balanced sample; default: the smallest task's rows")
+    freeze: Freeze = Field(
+        "earlier",
+        description="earlier: cores of the groups before this stage's (paper); all: every core in every stage",
+    )
+
+    @model_validator(mode="after")
+    def _no_lora(self) -> IntegrationConfig:
+        if self.lora is not None:
+            raise ValueError("lora: no mask can hold single elements of W + s·B·A; leave it out, or use it for probes")
+        return self
+
+
+class TaskResources(Section):
+    """What a task's probe takes instead of what `resources` says."""
+
+    workers: int | None = Field(None, ge=1)
+    cpus_per_worker: float | None = Field(None, gt=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    threads_per_worker: int | None = Field(None, ge=1)
+
+
+class ResourcesConfig(Section):
+    """What one fine-tune may use, and how many run at once."""
+
+    workers: int = Field(1, ge=1, description="Ray Train workers (data parallel) per fine-tune")
+    strategy: Strategy = Field(
+        "ddp",
+        description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
+        "fsdp: FSDP2, each holds its share of them",
+    )
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    threads_per_worker: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
+    )
+    threads_alone: int | None = Field(
+        None, ge=1, description="torch threads where no other fine-tune runs (backbone, integration); default: the same"
+    )
+    parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
+    address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")
+    memory_budget: Bytes = Field(
+        2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
+    )
+    verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
+    max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
+
+    @property
+    def threads(self) -> int:
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
+
+    def overridden(self, own: TaskResources) -> ResourcesConfig:
+        """These resources with what a task asks for itself."""
+        return self.model_copy(update=own.model_dump(exclude_none=True))

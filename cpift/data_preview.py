@@ -1,0 +1,76 @@
+"""A task's training data as the model sees it: tokens in the chat template, what is trained on, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from cpift.config import TrainingConfig
+from cpift.packing import packed
+from cpift.tokens import IGNORED, learnable, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cpift.examples import Example
+
+_UNCUT = 10**9
+TRAINED, CUT = "bold green", "red strike"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one task. Tokens are those within `max_length` of the examples that are kept."""
+
+    examples: int
+    left_out: int  # prompt alone fills max_length: nothing to learn
+    cut: int  # longer than max_length
+    tokens: int
+    trained: int
+    longest: int
+    rows: int  # after packing
+
+    @property
+    def fill(self) -> float:
+        return self.tokens / (self.rows * self.longest) if self.rows else 0.0
+
+
+def count(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, training: TrainingConfig) -> Counts:
+    """What training will make of the examples."""
+    whole = [tokenise(example, tokenizer, _UNCUT) for example in examples]
+    limit = training.max_length
+    cut = [{key: values[:limit] for key, values in row.items()} for row in whole]
+    kept = [row for row in cut if learnable(row)]
+    rows = len(packed(kept, limit)) if training.packing and kept else len(kept)
+    return Counts(
+        examples=len(examples),
+        left_out=len(cut) - len(kept),
+        cut=sum(len(row["input_ids"]) > limit for row in whole),
+        tokens=sum(len(row["input_ids"]) for row in kept),
+        trained=sum(label != IGNORED for row in kept for label in row["labels"]),
+        longest=limit if training.packing else max((len(row["input_ids"]) for row in kept), default=0),
+        rows=rows,
+    )
+
+
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, *, marks: bool) -> Text:
+    """The conversation's tokens: trained ones green, those cut off red; with `marks` also between ⟦ ⟧ and after ✂."""
+    row = tokenise(example, tokenizer, _UNCUT)
+    text = Text()
+    for (trained, cut), ids in _runs(row["input_ids"], row["labels"], max_length):
+        words = str(tokenizer.decode(ids))
+        style = CUT if cut else TRAINED if trained else "dim"
+        before, after = ("✂", "") if cut else ("⟦", "⟧") if trained else ("", "")
+        text.append(f"{before}{words}{after}" if marks else words, style=style)
+    return text
+
+
+def _runs(ids: list[int], labels: list[int], max_length: int) -> Iterator[tuple[tuple[bool, bool], list[int]]]:
+    """Neighbouring tokens of one kind: (trained on, cut off)."""
+    kinds = ((at < max_length and label != IGNORED, at >= max_length) for at, label in enumerate(labels))
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        yield kind, [token for _, token in group]

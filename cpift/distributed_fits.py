@@ -1,0 +1,215 @@
+"""Ray: fine-tunes as Ray Train runs that share a cluster.
+
+Ray's own state is an optimisation: a fine-tune is done when its exported model is there, and what Ray keeps of it only
+shortens the way there after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cpift.artifacts import write_text
+from cpift.config import ResourcesConfig
+from cpift.distributed_session import (
+    NAMESPACE,
+    POLL_SECONDS,
+    OnProgress,
+    progress_board,
+    raise_failures,
+    ray_session,
+    show_progress,
+)
+from cpift.errors import CpiftError, StageError
+from cpift.fit_spec import RESULT, FitSpec
+from cpift.placement import Nodes, Placement
+
+
+def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
+    """Run fine-tunes side by side, as many as fit, the rest queued; each leaves its model in its `export`.
+
+    Each takes its `spec.resources`. `resources` says where to run and how many at once at most. A failed one does not
+    stop the others. Raises StageError at the end that says which failed and why, and CpiftError before anything starts
+    if one's workers can never be placed.
+    """
+    todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
+    if not todo:
+        return
+    with ray_session(resources), progress_board() as (board_name, board):
+        nodes = _nodes()
+        for spec in todo:
+            _require_room(spec.title, spec.resources, nodes)
+        done: dict[str, Future[None]] = {}
+        pool = ThreadPoolExecutor(len(todo))
+        try:
+            _drive(todo, resources.parallel or len(todo), nodes, pool, board_name, board, done, on_progress)
+        finally:  # interrupted: what is queued must not start, and what runs ends with the Ray session
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise_failures({title: future.exception() for title, future in done.items()}, f"Logs: {todo[0].logs.parent}")
+
+
+def parallel_fits(resources: ResourcesConfig) -> int:
+    """How many fine-tunes of these resources fit the cluster at once. Raises CpiftError if not even one does."""
+    nodes = _nodes()
+    _require_room("a fine-tune", resources, nodes)
+    count = 0
+    while (placement := nodes.place(resources)) is not None:
+        nodes.take(placement)
+        count += 1
+    return min(resources.parallel or count, count)
+
+
+def _nodes() -> Nodes:
+    return Nodes([node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def _require_room(title: str, need: ResourcesConfig, nodes: Nodes) -> None:
+    """Ray retries workers that it cannot place for ever: refuse them."""
+    if nodes.place(need) is None:
+        raise CpiftError(
+            f"{title}: its workers do not fit the cluster even when nothing else runs: resources.workers "
+            f"{need.workers}, each {need.cpus_per_worker:g} CPUs (cpus_per_worker) and {need.gpus_per_worker:g} GPUs "
+            f"(gpus_per_worker), on {nodes}: lower them, or add nodes"
+        )
+
+
+def _drive(
+    todo: Sequence[FitSpec],
+    at_once: int,
+    nodes: Nodes,
+    pool: ThreadPoolExecutor,
+    board_name: str,
+    board: Any,
+    done: dict[str, Future[None]],
+    on_progress: OnProgress,
+) -> None:
+    """Start whatever fits beside what runs, first come first served; show progress until all have ended.
+
+    Only whole worker groups are started: groups that each hold a part of what they need would wait for each other.
+    """
+    queue = list(todo)
+    running: dict[Future[None], tuple[FitSpec, Placement]] = {}
+    while queue or running:
+        for spec in list(queue):
+            placement = nodes.place(spec.resources) if len(running) < at_once else None
+            if placement is not None:
+                nodes.take(placement)
+                queue.remove(spec)
+                running[pool.submit(_run_fit, spec, board_name)] = (spec, placement)
+        ended, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        show_progress(board, on_progress)
+        for future in ended:
+            spec, placement = running.pop(future)
+            nodes.give_back(placement)
+            done[spec.title] = future
+
+
+def _run_fit(spec: FitSpec, board_name: str) -> None:
+    """One TorchTrainer, driven by the calling thread until it ends."""
+    resources, storage = spec.resources, spec.scratch / "ray"
+    _drop_damaged_state(storage / "fit")
+    storage.mkdir(parents=True, exist_ok=True)
+    use_gpu = resources.gpus_per_worker > 0
+    per_worker = {"CPU": resources.cpus_per_worker}
+    # Ray's own default for the controller is to try for ever.
+    limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"spec": spec, "board": board_name},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker | ({"GPU": resources.gpus_per_worker} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="fit",
+            storage_path=str(storage),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(**limits),
+        ),
+    )
+    _failure_file(spec).unlink(missing_ok=True)
+    result = _fit_through_controllers(trainer, resources.max_failures)
+    if result.error is not None:
+        raise result.error
+    if _failure_file(spec).is_file():
+        shutil.rmtree(storage)  # Ray holds this run for finished
+        raise StageError(_failure_file(spec).read_text(encoding="utf-8"))
+    if not (spec.export / RESULT).is_file():
+        raise StageError(f"{spec.title}: its worker ended but {spec.export} is not there; is it on shared storage?")
+
+
+def _fit_through_controllers(trainer: TorchTrainer, failures: int) -> ray.train.Result:
+    """Ray restarts killed workers, but not a controller that dies: start another, which goes on where that one was."""
+    for left in reversed(range(failures + 1)):
+        try:
+            return trainer.fit()
+        except ray.exceptions.RayActorError:
+            if not left:
+                raise
+    raise AssertionError
+
+
+def _drop_damaged_state(run: Path) -> None:
+    """Forget a Ray Train run whose snapshot a crash left half written, which would block its name."""
+    snapshot = run / "checkpoint_manager_snapshot.json"
+    try:
+        json.loads(snapshot.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        shutil.rmtree(run)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What runs in every Ray Train worker; only there is transformers imported."""
+    import torch
+
+    from cpift.finetune import FitHooks, fit
+    from cpift.tracking import log_file
+
+    spec: FitSpec = config["spec"]
+    context = ray.train.get_context()
+    main = context.get_world_rank() == 0
+    board = ray.get_actor(config["board"], namespace=NAMESPACE)
+    checkpoint = ray.train.get_checkpoint()
+
+    def on_checkpoint(folder: Path, metrics: dict[str, Any]) -> None:
+        # Every rank reports, in step; rank 0 hands over the folder once all have put their random state in it.
+        if context.get_world_size() > 1:
+            torch.distributed.barrier()
+        kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
+        ray.train.report(metrics, checkpoint=kept)
+
+    hooks = FitHooks(
+        on_progress=lambda message: board.post.remote(message) if main else None,
+        on_checkpoint=on_checkpoint,
+        resume_from=Path(checkpoint.path) if checkpoint else None,
+        is_main=main,
+    )
+    partial = spec.export.with_name(f".{spec.export.name}.partial")
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with log_file(spec.logs / f"worker-{context.get_world_rank()}.log"):
+            fit(replace(spec, export=partial), hooks)
+    except CpiftError as error:  # it would only happen again: tell the driver instead of being retried
+        write_text(_failure_file(spec), str(error))
+        return
+    if main:
+        os.replace(partial, spec.export)
+
+
+def _failure_file(spec: FitSpec) -> Path:
+    return spec.scratch / "failure.txt"

@@ -1,0 +1,103 @@
+"""Ray: a connection for all stages, the progress of what runs on it, and how failures are told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from cpift.config import ResourcesConfig
+from cpift.errors import StageError
+
+OnProgress = Callable[[dict[str, Any]], None]
+NAMESPACE = "cpift"
+POLL_SECONDS = 0.5
+# Ray Train's defaults are made for hours of training; these shave seconds off short ones on the cluster that we start.
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+}
+
+
+@contextmanager
+def ray_session(resources: ResourcesConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or start Ray here and stop it afterwards. Nested use is free."""
+    if ray.is_initialized():
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 256 * 2**20}
+    if address is not None:
+        options = {"address": address}
+    else:
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class ProgressBoard:
+    """Collects the latest progress message of every running piece of work."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, dict[str, Any]] = {}
+
+    def post(self, message: dict[str, Any]) -> None:
+        self._latest[message["title"]] = message
+
+    def take(self) -> list[dict[str, Any]]:
+        messages, self._latest = list(self._latest.values()), {}
+        return messages
+
+
+@contextmanager
+def progress_board() -> Iterator[tuple[str, Any]]:
+    """The name of a new board, for workers to find it, and its handle; the board ends with the block."""
+    name = f"progress-{uuid.uuid4().hex[:8]}"
+    board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]
+    try:
+        yield name, board
+    finally:
+        ray.kill(board)
+
+
+def show_progress(board: Any, on_progress: OnProgress) -> None:
+    """Hand on what the workers posted since the last call."""
+    try:
+        messages = ray.get(board.take.remote())
+    except ray.exceptions.RayActorError:  # it died with its node and is being restarted; the work goes on
+        return
+    for message in messages:
+        on_progress(message)
+
+
+def raise_failures(failures: dict[str, BaseException | None], hint: str = "") -> None:
+    """Raise StageError that says which failed and why, if any did; `hint` is its last line."""
+    found = {title: error for title, error in failures.items() if error is not None}
+    if not found:
+        return
+    interrupt = next((error for error in found.values() if not isinstance(error, Exception)), None)
+    if interrupt is not None:
+        raise interrupt
+    lines = [f"  - {title}: {_root_cause(error).removeprefix(f'{title}: ')}" for title, error in found.items()]
+    done = len(failures) - len(found)
+    first = f"{len(found)} of {len(failures)} failed, {done} finished and are kept"
+    raise StageError("\n".join([first, *lines, hint]).rstrip())
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last words of the innermost error, for Ray wraps a worker's exception several times."""
+    workers = getattr(error, "worker_failures", None)
+    inner = next(iter(workers.values())) if workers else error
+    return str(getattr(inner, "cause", None) or inner).strip()

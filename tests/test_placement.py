@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from cpift.config import ResourcesConfig, TaskResources
+from cpift.placement import Nodes
+
+
+def need(workers: int, cpus: float = 1, gpus: float = 0) -> ResourcesConfig:
+    return ResourcesConfig(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+
+
+def started(nodes: Nodes, *needs: ResourcesConfig) -> list[bool]:
+    """Take what fits, in order."""
+    found = []
+    for one in needs:
+        placement = nodes.place(one)
+        found.append(placement is not None)
+        if placement is not None:
+            nodes.take(placement)
+    return found
+
+
+def test_groups_of_different_sizes_share_a_node_and_small_ones_pass_a_large_one_that_waits() -> None:
+    node = {"CPU": 16.0, "GPU": 8.0, "memory": 1e9}
+    assert started(Nodes([node]), need(4, gpus=1), need(6, gpus=1), need(2, gpus=2)) == [True, False, True]
+
+
+def test_a_worker_lies_on_one_node_and_a_group_on_several() -> None:
+    three = {"CPU": 3.0}
+    assert started(Nodes([three, three]), need(3, cpus=2)) == [False]  # six CPUs in all, but two workers of two
+    assert started(Nodes([three, three]), need(2, cpus=2), need(2)) == [True, True]
+
+
+def test_what_is_given_back_can_be_taken_again() -> None:
+    nodes = Nodes([{"CPU": 0.3}])
+    for _ in range(1000):
+        placement = nodes.place(need(3, cpus=0.1))
+        assert placement is not None
+        nodes.take(placement)
+        assert nodes.place(need(1, cpus=0.1)) is None
+        nodes.give_back(placement)
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(3, 0), (1, 1)])
+def test_what_no_node_has_is_never_placed(cpus: float, gpus: float) -> None:
+    assert Nodes([{"CPU": 2.0}, {"CPU": 2.0}]).place(need(1, cpus, gpus)) is None
+
+
+def test_a_task_overrides_only_what_it_names() -> None:
+    own = TaskResources(workers=4, gpus_per_worker=2)
+    merged = need(1, cpus=6).overridden(own)
+    assert (merged.workers, merged.cpus_per_worker, merged.gpus_per_worker, merged.threads) == (4, 6, 2, 6)
