@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cpift_kernels import CoreMask, pack_mask, select_cores, unpack_mask
-from cpift_kernels.cpu import bracket, segments
+from cpift_kernels.cpu import bracket, candidates, segments
 from cpift_kernels.cpu import selection as cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,7 +78,7 @@ def test_no_cut_of_the_work_changes_a_bit(update: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(segments, "CHUNK", chunk)
         monkeypatch.setattr(segments, "SEGMENT", segment)
         monkeypatch.setattr(segments, "ITEM", item)
-        monkeypatch.setattr(cpu, "ROOM", room)
+        monkeypatch.setattr(candidates, "ROOM", room)
         torch.set_num_threads(workers)
         try:
             assert_same(select_cores(pretrained, tuned, counts, backend="cpu"), expected)

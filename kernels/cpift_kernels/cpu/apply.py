@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .compiled import in_threads, inner, kernel
+from .emit import BF16, FP16, FP32, LANES
 from .fuse import MOST, fuse_words
 from .segments import ITEM, storage_kind
 from .storage import MIXED, WHOLE, read, write
-from .vector import BF16, FP16, FP32, LANES, add, divide, fill, fma, select
+from .vector import add, divide, fill, fma, select
 from .words import read_word
 
 BLOCK = 1 << 12  # elements that the fast path fuses before it looks for shared elements

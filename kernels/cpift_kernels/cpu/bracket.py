@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compiled import in_threads, kernel
+from .emit import LANES
 from .segments import Ints, Segments
 from .storage import MIXED, WHOLE, read
-from .vector import LANES, magnitude_bits, write_ints
+from .vector import magnitude_bits, write_ints
 
 RUN = LANES  # consecutive elements sampled together
 ALL = 1 << 16  # models up to this size need no sample: every element that moved is a candidate
 LARGEST = 0x7F7FFFFF  # bits of the largest finite fp32
-ATTEMPTS = 4  # brackets of 6, 24 and 96 standard errors; the last holds every element that moved
+ATTEMPTS = 4  # brackets of 4, 16 and 64 standard errors; the last holds every element that moved
 
 
 @kernel
@@ -56,7 +57,7 @@ def brackets_from(
         return np.array([widest] * tasks, np.int64).reshape(-1, len(counts), 4)
     chunk, keys = sample()
     fractions = [count / total for count in counts]
-    errors = 6.0 * 4**attempt
+    errors = 4.0 * 4**attempt
     return np.array(in_threads(lambda task: _bracket_task(task, chunk, fractions, errors), keys)).reshape(
         -1, len(counts), 4
     )
@@ -95,24 +96,34 @@ def _bracket_task(keys: NDArray[np.int32], chunk: Ints, fractions: Sequence[floa
 
     The error of a rank is that of a sample of whole runs, since neighbours often move together.
     """
-    size, flat = keys.size, np.minimum(keys.reshape(-1), np.int32(LARGEST))
-    brackets = np.zeros((len(fractions), 4), np.int64)
+    size, brackets = keys.size, np.zeros((len(fractions), 4), np.int64)
     for k, fraction in enumerate(fractions):
         brackets[k, 0] = LARGEST
         if fraction == 0.0:
             brackets[k, 2] = LARGEST
             continue
         rank = min(int(fraction * size), size - 1)
-        per_run = largest(flat, rank)[0].reshape(keys.shape).sum(1)
+        top, where = _largest_sampled(keys, min(2 * rank + 1024, size))  # usually all that the bracket needs
+        chosen = largest(top, rank)[0]
+        per_run = np.bincount(where[chosen] // RUN, minlength=len(keys))
         variance = max(float(per_run.var()) * len(keys), rank * (1 - rank / size))
         margin = int(errors * math.sqrt(variance)) + 8
+        if rank + margin > len(top):
+            top, where = _largest_sampled(keys, min(rank + margin, size))
         if rank > margin:
-            key, at = largest(flat, rank - margin)[1:]
-            brackets[k, :2] = (key, chunk[at // RUN]) if key else (0, 0)
+            key, at = largest(top, rank - margin)[1:]
+            brackets[k, :2] = (key, chunk[where[at] // RUN]) if key else (0, 0)
         if rank + margin < size:
-            key, at = largest(flat, rank + margin)[1:]
-            brackets[k, 2:] = (key, chunk[at // RUN] + 1) if key else (0, 0)
+            key, at = largest(top, rank + margin)[1:]
+            brackets[k, 2:] = (key, chunk[where[at] // RUN] + 1) if key else (0, 0)
     return brackets
+
+
+def _largest_sampled(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.int32], Ints]:
+    """At least the `count` largest of the sampled keys, in their order, and where they are."""
+    flat = np.minimum(keys.reshape(-1), np.int32(LARGEST))
+    where = np.flatnonzero(flat >= largest(flat, count)[1])
+    return flat[where], where
 
 
 def largest(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.bool_], int, int]:
@@ -129,17 +140,22 @@ def largest(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.bool_], int
 
 @kernel
 def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
-    """(the count-th largest key, how many of its equals are among the count largest); radix 2**11, three digits."""
+    """(the count-th largest key, how many of its equals are among the count largest); radix 2**11 on their range."""
     histogram = np.empty((4, 1 << 11), np.int64)  # four, since an increment waits for the one before it in its place
-    prefix, rest = 0, count
-    for shift in (22, 11, 0):
+    least, bits, prefix, rest = keys.min(), 0, 0, count
+    span = keys.max() - least
+    while span >> bits:
+        bits += 1
+    while bits > 0:
+        shift = max(bits - 11, 0)
+        digit = (1 << (bits - shift)) - 1
         histogram[:] = 0
         for i in range(len(keys)):
-            if keys[i] >> (shift + 11) == prefix:
-                histogram[i & 3, (keys[i] >> shift) & 0x7FF] += 1
-        digit = (1 << 11) - 1
+            offset = keys[i] - least
+            if offset >> bits == prefix:
+                histogram[i & 3, (offset >> shift) & digit] += 1
         while histogram[:, digit].sum() < rest:
             rest -= histogram[:, digit].sum()
             digit -= 1
-        prefix = prefix << 11 | digit
-    return prefix, rest
+        prefix, bits = prefix << (bits - shift) | digit, shift
+    return least + prefix, rest

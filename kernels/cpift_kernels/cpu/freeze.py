@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..freeze import saved_mismatch
 from .compiled import in_threads, inner, kernel
-from .vector import BF16, FP32, LANES
+from .emit import BF16, FP32, LANES
 from .words import clear, lowest_bit, move, popcount, read_word
 
 SPAN = 1 << 15  # mask words of one call

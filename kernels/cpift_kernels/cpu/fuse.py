@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .vector import LANES, intrinsic, load_at, load_register, store_register
+from .emit import FLOAT_LANES, LANES, MASK_LANES, broadcast, intrinsic, load_at, load_register, store_register
 
 MOST = 9  # sources for which the loop is unrolled; each number of sources takes about a second to compile
 
@@ -35,17 +35,16 @@ def fuse_words(
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         _, _, sources, masks, scale, out, words = args
         i64, i32 = ir.IntType(64), ir.IntType(32)
-        floats = ir.VectorType(ir.FloatType(), LANES)
         source = [load_at(builder, sources, m, i64) for m in range(number)]
         mask = [load_at(builder, masks, m, i64) for m in range(number)]
-        factor = [_broadcast(builder, load_at(builder, scale, m, ir.FloatType())) for m in range(number)]
+        factor = [broadcast(builder, load_at(builder, scale, m, ir.FloatType()), FLOAT_LANES) for m in range(number)]
         fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{LANES}f32"
+            builder.module, ir.FunctionType(FLOAT_LANES, [FLOAT_LANES] * 3), f"llvm.fma.v{LANES}f32"
         )
         shared = cgutils.alloca_once_value(builder, ir.Constant(i32, 0))
         with cgutils.for_range(builder, words) as loop:
             first = builder.mul(loop.index, ir.Constant(i64, LANES))
-            total = core = ir.Constant(floats, None)
+            total = core = ir.Constant(FLOAT_LANES, None)
             once, twice = ir.Constant(i32, 0), builder.load(shared)
             for m in range(number):
                 values = load_register(builder, storage, source[m], first, LANES)
@@ -61,11 +60,5 @@ def fuse_words(
     return types.uint32(storage, count, types.int64, types.int64, types.int64, types.int64, types.int64), emit
 
 
-def _broadcast(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    kind, lanes = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(lanes, [0] * LANES))
-
-
 def _lanes(builder: ir.IRBuilder, word: ir.Value) -> ir.Value:
-    return builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
+    return builder.bitcast(word, MASK_LANES)

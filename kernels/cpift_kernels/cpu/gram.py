@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..gram import Granularity, row_count
 from .compiled import in_threads, inner, kernel
+from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
-from .vector import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, store
+from .vector import store
 from .words import popcount, read_word
 
 BLOCK = 1 << 12  # elements summed in fp32

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..overlap import ConflictPolicy
 from .compiled import in_threads, inner, kernel
+from .emit import LANES
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
-from .vector import LANES, exceeds, fill, magnitude, select, total_of, zeros
+from .vector import exceeds, fill, magnitude, select, total_of, zeros
 from .words import count_common, popcount, read_word, write_word
 
 SPAN = 1 << 17  # words of one mask that one call reads

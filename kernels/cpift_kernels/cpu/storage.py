@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .vector import BF16, FP16, FP32, load, load_one, load_some, store, store_some, width
+from .emit import BF16, FP16, FP32
+from .vector import load, load_one, load_some, store, store_some, width
 
 MIXED = np.uint8(0)
 WHOLE = 0xFFFFFFFF  # all 32 elements

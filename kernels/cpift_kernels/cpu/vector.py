@@ -3,38 +3,33 @@
 numba leaves vectorisation to LLVM's loop vectoriser, which neither packs comparisons into mask words nor widens
 bf16. These intrinsics emit LLVM vector operations instead: LLVM lowers the same code to AVX-512 or AVX2.
 Memory is addressed by integers (`tensor.data_ptr()`), so that one compiled signature serves every tensor.
-
-A storage type is named by a sample of the type that holds its bits: BF16 = int16, FP16 = uint16, FP32 = float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import extending, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-# Any: to a type checker an intrinsic has the arguments of its typing function, not those of the kernels that call it
-intrinsic: Any = extending.intrinsic
-
-LANES = 32
-BF16, FP16, FP32 = np.int16(0), np.uint16(0), np.float32(0)
-
-I1, I32 = ir.IntType(1), ir.IntType(32)
-INT_LANES = ir.VectorType(I32, LANES)
-FLOAT_LANES = ir.VectorType(ir.FloatType(), LANES)
-MASK_LANES = ir.VectorType(I1, LANES)
-MEMORY: dict[types.Type, Any] = {
-    types.int16: ir.VectorType(ir.IntType(16), LANES),
-    types.uint16: ir.VectorType(ir.HalfType(), LANES),
-    types.float32: FLOAT_LANES,
-}
-_LLVM_NAME: dict[types.Type, str] = {types.int16: "i16", types.uint16: "f16", types.float32: "f32"}
-WIDTH: dict[types.Type, int] = {types.int16: 2, types.uint16: 2, types.float32: 4}
+from .emit import (
+    FLOAT_LANES,
+    I32,
+    INT_LANES,
+    LANES,
+    LLVM_NAME,
+    MASK_LANES,
+    MEMORY,
+    WIDTH,
+    Emitted,
+    broadcast,
+    constant,
+    intrinsic,
+    narrow,
+    widen,
+)
 
 
 class _Lanes(types.Type):
@@ -52,66 +47,6 @@ class _LanesModel(models.PrimitiveModel):
 
 
 INTS, FLOATS = _Lanes("int32", INT_LANES), _Lanes("float32", FLOAT_LANES)
-Emitted = tuple[Any, Callable[..., ir.Value]]
-
-
-def constant(value: float, kind: ir.Type) -> ir.Constant:
-    return ir.Constant(kind, [value] * LANES)
-
-
-def _broadcast(builder: ir.IRBuilder, scalar: ir.Value, kind: ir.Type) -> ir.Value:
-    single = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), constant(0, INT_LANES))
-
-
-def _widen(builder: ir.IRBuilder, raw: ir.Value, storage: types.Type) -> ir.Value:
-    lanes = raw.type.count
-    ints, floats = ir.VectorType(I32, lanes), ir.VectorType(ir.FloatType(), lanes)
-    if storage == types.int16:
-        return builder.bitcast(builder.shl(builder.zext(raw, ints), ir.Constant(ints, [16] * lanes)), floats)
-    return builder.fpext(raw, floats) if storage == types.uint16 else raw
-
-
-def load_register(
-    builder: ir.IRBuilder, storage: types.Type, address: ir.Value, element: ir.Value, lanes: int
-) -> ir.Value:
-    """Emit a load of `lanes` elements from `element` on, widened to fp32: for intrinsics of other widths than 32."""
-    memory = ir.VectorType(MEMORY[storage].element, lanes)
-    offset = builder.mul(element, ir.Constant(ir.IntType(64), WIDTH[storage]))
-    pointer = builder.inttoptr(builder.add(address, offset), memory.as_pointer())
-    return _widen(builder, builder.load(pointer, align=WIDTH[storage]), storage)
-
-
-def store_register(
-    builder: ir.IRBuilder, storage: types.Type, address: ir.Value, element: ir.Value, values: ir.Value
-) -> None:
-    """Emit a store of 32 values from `element` on, rounded to the storage type."""
-    offset = builder.mul(element, ir.Constant(ir.IntType(64), WIDTH[storage]))
-    pointer = builder.inttoptr(builder.add(address, offset), MEMORY[storage].as_pointer())
-    builder.store(_narrow(builder, values, storage), pointer, align=WIDTH[storage])
-
-
-def load_at(builder: ir.IRBuilder, address: ir.Value, index: int | ir.Value, kind: ir.Type) -> ir.Value:
-    """Emit a load of entry `index` of an array at an address."""
-    index = ir.Constant(ir.IntType(64), index) if isinstance(index, int) else index
-    return builder.load(builder.gep(builder.inttoptr(address, kind.as_pointer()), [index]))
-
-
-def _narrow(builder: ir.IRBuilder, values: ir.Value, storage: types.Type) -> ir.Value:
-    """Round to nearest even; by hand for bf16, whose machine instruction flushes subnormals."""
-    if storage == types.uint16:
-        return builder.fptrunc(values, MEMORY[storage])
-    if storage == types.float32:
-        return values
-    bits = builder.bitcast(values, INT_LANES)
-    high = builder.lshr(bits, constant(16, INT_LANES))
-    even = builder.add(builder.and_(high, constant(1, INT_LANES)), constant(0x7FFF, INT_LANES))
-    rounded = builder.lshr(builder.add(bits, even), constant(16, INT_LANES))
-    is_nan = builder.fcmp_unordered("uno", values, values)
-    # a NaN keeps its bits; one whose payload lies in the dropped bits becomes a quiet NaN
-    dropped = builder.icmp_signed("==", builder.and_(high, constant(0x7F, INT_LANES)), constant(0, INT_LANES))
-    kept = builder.select(dropped, builder.or_(high, constant(0x40, INT_LANES)), high)
-    return builder.trunc(builder.select(is_nan, kept, rounded), MEMORY[storage])
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, storage: types.Type) -> ir.Value:
@@ -130,7 +65,7 @@ def load(typing: Any, storage: types.Type, address: types.Type) -> Emitted:
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         raw = builder.load(_pointer(builder, args[1], storage), align=WIDTH[storage])
-        return _widen(builder, raw, storage)
+        return widen(builder, raw, storage)
 
     return FLOATS(storage, types.int64), emit
 
@@ -142,12 +77,12 @@ def load_some(typing: Any, storage: types.Type, address: types.Type, bits: types
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = MEMORY[storage]
         signature = ir.FunctionType(memory, [memory.as_pointer(), I32, MASK_LANES, memory])
-        name = f"llvm.masked.load.v{LANES}{_LLVM_NAME[storage]}.p0"
+        name = f"llvm.masked.load.v{LANES}{LLVM_NAME[storage]}.p0"
         masked = cgutils.get_or_insert_function(builder.module, signature, name)
         align = ir.Constant(I32, WIDTH[storage])
         pointer = _pointer(builder, args[1], storage)
         raw = builder.call(masked, [pointer, align, builder.bitcast(args[2], MASK_LANES), ir.Constant(memory, None)])
-        return _widen(builder, raw, storage)
+        return widen(builder, raw, storage)
 
     return FLOATS(storage, types.int64, types.uint32), emit
 
@@ -157,7 +92,7 @@ def store(typing: Any, storage: types.Type, address: types.Type, values: types.T
     """Round 32 values to the storage type, to nearest even, and write them."""
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        raw = _narrow(builder, args[2], storage)
+        raw = narrow(builder, args[2], storage)
         builder.store(raw, _pointer(builder, args[1], storage), align=WIDTH[storage])
         return context.get_dummy_value()
 
@@ -171,9 +106,9 @@ def store_some(typing: Any, storage: types.Type, address: types.Type, values: ty
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = MEMORY[storage]
         signature = ir.FunctionType(ir.VoidType(), [memory, memory.as_pointer(), I32, MASK_LANES])
-        name = f"llvm.masked.store.v{LANES}{_LLVM_NAME[storage]}.p0"
+        name = f"llvm.masked.store.v{LANES}{LLVM_NAME[storage]}.p0"
         masked = cgutils.get_or_insert_function(builder.module, signature, name)
-        raw, pointer = _narrow(builder, args[2], storage), _pointer(builder, args[1], storage)
+        raw, pointer = narrow(builder, args[2], storage), _pointer(builder, args[1], storage)
         align = ir.Constant(I32, WIDTH[storage])
         builder.call(masked, [raw, pointer, align, builder.bitcast(args[3], MASK_LANES)])
         return context.get_dummy_value()
@@ -184,7 +119,7 @@ def store_some(typing: Any, storage: types.Type, address: types.Type, values: ty
 @intrinsic
 def fill(typing: Any, value: types.Type) -> Emitted:
     """32 times one fp32 value."""
-    return FLOATS(types.float32), lambda context, builder, sig, args: _broadcast(builder, args[0], FLOAT_LANES)
+    return FLOATS(types.float32), lambda context, builder, sig, args: broadcast(builder, args[0], FLOAT_LANES)
 
 
 @intrinsic
@@ -194,7 +129,7 @@ def fma(typing: Any, values: types.Type, factor: types.Type, total: types.Type) 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         signature = ir.FunctionType(FLOAT_LANES, [FLOAT_LANES] * 3)
         fused = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.v{LANES}f32")
-        return builder.call(fused, [args[0], _broadcast(builder, args[1], FLOAT_LANES), args[2]])
+        return builder.call(fused, [args[0], broadcast(builder, args[1], FLOAT_LANES), args[2]])
 
     return FLOATS(FLOATS, types.float32, FLOATS), emit
 
@@ -258,7 +193,7 @@ def above(typing: Any, keys: types.Type, threshold: types.Type) -> Emitted:
     """A mask word: bit i says keys[i] > threshold."""
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(builder.icmp_signed(">", args[0], _broadcast(builder, args[1], INT_LANES)), I32)
+        return builder.bitcast(builder.icmp_signed(">", args[0], broadcast(builder, args[1], INT_LANES)), I32)
 
     return types.uint32(INTS, types.int32), emit
 

@@ -8,7 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .vector import I1, I32, INT_LANES, INTS, LANES, MASK_LANES, WIDTH, Emitted, constant, intrinsic
+from .emit import I1, I32, INT_LANES, LANES, MASK_LANES, WIDTH, Emitted, constant, intrinsic
+from .vector import INTS
 
 
 @intrinsic
