@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cpift_kernels import CoreMask, pack_mask, select_cores, unpack_mask
-from cpift_kernels.cpu import bracket, candidates, segments
+from cpift_kernels.cpu import bracket, candidates, order, segments
 from cpift_kernels.cpu import selection as cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,13 +129,14 @@ def test_any_ties_at_any_count(steps: list[int], data: st.DataObject) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 3), min_size=1, max_size=300), st.data())
-def test_largest_is_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+def test_order_statistics_are_those_of_a_stable_sort(values: list[int], data: st.DataObject) -> None:
     keys = np.array(values, np.int32)
-    count = data.draw(st.integers(0, len(keys)))
-    order = np.argsort(-keys.astype(np.int64), kind="stable")[:count]
-    chosen, key, index = bracket.largest(keys, count)
-    assert np.array_equal(np.flatnonzero(chosen), np.sort(order))
-    assert (key, index) == ((keys[order[-1]], order[-1]) if count else (0, -1))
+    count = data.draw(st.integers(1, len(keys)))
+    sorted_places = np.argsort(-keys.astype(np.int64), kind="stable")[:count]
+    last = sorted_places[-1]
+    assert order.point(keys, count) == (keys[last], last)
+    assert order.kth_largest(keys, count) == (keys[last], (keys[sorted_places] == keys[last]).sum())
+    assert order.kth_largest(keys, 0) == (int(keys.max()) + 1, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

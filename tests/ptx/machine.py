@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import warp
 from .alu import OPERATIONS, TYPES, Array
 from .memory import Dense, Memory
-from .parser import Instruction, Program, PtxError
+from .parser import Instruction, Program, PtxError, vector
 
-WARP = 32
 _RAW = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _ACCESS = re.compile(r"^(ld|st)\.(global|shared|shared::cta)(?:\.v([24]))?\.(b8|b16|b32|b64)$")
 _ADDRESS = re.compile(r"^\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]$")
@@ -38,7 +38,7 @@ class Machine:
     ) -> None:
         if len(parameters) > len(program.parameters):
             raise PtxError(f"{program.name} has {len(program.parameters)} parameters, got {len(parameters)} values")
-        if threads % WARP:
+        if threads % warp.WARP:
             raise PtxError(f"{threads} threads are not whole warps")
         self.program, self.memory, self.threads = program, memory, threads
         self.count = len(blocks) * threads
@@ -155,18 +155,14 @@ class Machine:
             "mov.u16": self._move, "mov.b16": self._move, "mov.u32": self._move, "mov.b32": self._move,
             "mov.u64": self._move, "mov.b64": self._move, "mov.pred": self._move,
             "ld.param.b32": self._parameter, "ld.param.b64": self._parameter, "ld.param.s32": self._parameter,
-            "shfl.sync.bfly.b32": self._shuffle, "shfl.sync.up.b32": self._shuffle,
-            "redux.sync.add.s32": self._reduce, "redux.sync.max.s32": self._reduce,
-            "ldmatrix.sync.aligned.m8n8.x4.shared.b16": self._matrix,
-            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": self._matrix,
-            "stmatrix.sync.aligned.m8n8.x4.shared.b16": self._matrix,
-            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16": self._matrix,
         }  # fmt: skip
+        if opcode in warp.OPERATIONS:
+            return lambda instruction, active: warp.OPERATIONS[opcode](self, instruction, active)
         if opcode not in special:
             raise PtxError(f"unknown opcode: {instruction.text}")
         return special[opcode]
 
-    def _read(self, operand: str, kind: str, active: NDArray[np.int64] | None) -> Array:
+    def read(self, operand: str, kind: str, active: NDArray[np.int64] | None) -> Array:
         """An operand as `kind`: a register's low bits, or an immediate."""
         wanted = TYPES[kind]
         if operand not in self.registers:
@@ -195,7 +191,7 @@ class Machine:
             return bool(value)
         return np.array(value % (1 << 8 * wanted.itemsize), f"u{wanted.itemsize}").view(wanted)
 
-    def _write(self, operand: str, value: Array, active: NDArray[np.int64] | None) -> None:
+    def write(self, operand: str, value: Array, active: NDArray[np.int64] | None) -> None:
         """To a register at least as wide; a signed value is sign-extended, any other zero-extended."""
         if operand == "_":  # PTX's bit bucket
             return
@@ -222,33 +218,33 @@ class Machine:
         target, *sources = instruction.operands
         if len(sources) != len(operation.operands):
             raise PtxError(f"{len(operation.operands)} sources expected: {instruction.text}")
-        values = [self._read(s, kind, active) for s, kind in zip(sources, operation.operands, strict=True)]
+        values = [self.read(s, kind, active) for s, kind in zip(sources, operation.operands, strict=True)]
         result = operation.compute(*values)
         if result.dtype != TYPES[operation.result]:
             raise PtxError(f"{instruction.opcode} gave {result.dtype}")
-        self._write(target, result, active)
+        self.write(target, result, active)
 
     def _move(self, instruction: Instruction, active: NDArray[np.int64] | None) -> None:
         """Copy, or pack and unpack a vector of equal parts, the first lowest."""
         kind = "pred" if instruction.opcode == "mov.pred" else "b" + instruction.opcode[5:]
         target, source = instruction.operands
         if source == "global_smem":
-            return self._write(target, self._shared_offset(active), active)
+            return self.write(target, self._shared_offset(active), active)
         if target.startswith("{"):
-            parts = _vector(target)
+            parts = vector(target)
             part = f"b{int(kind[1:]) // len(parts)}"
-            values = self._read(source, kind, active)
+            values = self.read(source, kind, active)
             for i, name in enumerate(parts):
-                self._write(name, (values >> values.dtype.type(i * int(part[1:]))).astype(TYPES[part]), active)
+                self.write(name, (values >> values.dtype.type(i * int(part[1:]))).astype(TYPES[part]), active)
             return None
         if source.startswith("{"):
-            parts = _vector(source)
+            parts = vector(source)
             part, wide = f"b{int(kind[1:]) // len(parts)}", TYPES[kind]
             packed = sum(
-                self._read(name, part, active).astype(wide) << wide(i * int(part[1:])) for i, name in enumerate(parts)
+                self.read(name, part, active).astype(wide) << wide(i * int(part[1:])) for i, name in enumerate(parts)
             )
-            return self._write(target, packed, active)
-        return self._write(target, self._read(source, kind, active), active)
+            return self.write(target, packed, active)
+        return self.write(target, self.read(source, kind, active), active)
 
     def _shared_offset(self, active: NDArray[np.int64] | None) -> Array:
         return np.zeros(self.count if active is None else len(active), np.uint32)
@@ -261,16 +257,16 @@ class Machine:
         kind = TYPES[instruction.opcode.split(".")[-1]]
         width = 8 * np.dtype(kind).itemsize
         value = np.array(self.parameters[name] % (1 << width), f"u{width // 8}").view(kind)
-        self._write(target, np.full(self.count if active is None else len(active), value), active)
+        self.write(target, np.full(self.count if active is None else len(active), value), active)
 
-    def _addresses(self, operand: str, shared: bool, active: NDArray[np.int64] | None) -> Array:
+    def addresses(self, operand: str, shared: bool, active: NDArray[np.int64] | None) -> Array:
         match = _ADDRESS.match(operand)
         if match is None:
             raise PtxError(f"unknown address {operand}")
         base, offset = match.group(1), int(match.group(2) or 0)
         if not shared:
-            return self._read(base, "u64", active) + np.uint64(offset % (1 << 64))
-        local = self._shared_offset(active) if base == "global_smem" else self._read(base, "u32", active)
+            return self.read(base, "u64", active) + np.uint64(offset % (1 << 64))
+        local = self._shared_offset(active) if base == "global_smem" else self.read(base, "u32", active)
         window = self.shared_base if active is None else self.shared_base[active]
         return window + (local + np.uint32(offset % (1 << 32))).astype(np.uint64)
 
@@ -282,10 +278,10 @@ class Machine:
         shared, width = space != "global", int(kind[1:]) // 8
         memory = self.shared if shared else self.memory
         registers, where = instruction.operands if direction == "ld" else instruction.operands[::-1]
-        names = _vector(registers) if registers.startswith("{") else [registers]
+        names = vector(registers) if registers.startswith("{") else [registers]
         if len(names) != int(lanes or 1):
             raise PtxError(f"{lanes or 1} registers expected: {instruction.text}")
-        addresses = self._addresses(where, shared, active)
+        addresses = self.addresses(where, shared, active)
         if not shared:
             self.traffic += 32 * len(np.unique(addresses // np.uint64(32)))
         try:
@@ -294,65 +290,8 @@ class Machine:
             for i, name in enumerate(names):
                 at = addresses + np.uint64(i * width)
                 if direction == "ld":
-                    self._write(name, memory.load(at, width), active)
+                    self.write(name, memory.load(at, width), active)
                 else:
-                    memory.store(at, self._read(name, kind, active))
+                    memory.store(at, self.read(name, kind, active))
         except PtxError as error:
             raise PtxError(f"{error} in: {instruction.text}") from None
-
-    def _lanes(self, instruction: Instruction, active: NDArray[np.int64] | None, mask: str | None) -> Array:
-        """The acting threads as [warps, 32]; a warp must act as a whole."""
-        who = np.arange(self.count) if active is None else active
-        if len(who) % WARP or np.any(who.reshape(-1, WARP) % WARP != np.arange(WARP)):
-            raise PtxError(f"a warp acts in part: {instruction.text}")
-        if mask is not None and np.any(self._read(mask, "b32", active) != 0xFFFFFFFF):
-            raise PtxError(f"a partial member mask: {instruction.text}")
-        return who.reshape(-1, WARP)
-
-    def _shuffle(self, instruction: Instruction, active: NDArray[np.int64] | None) -> None:
-        target, source, distance, clamp, mask = instruction.operands
-        up = ".up." in instruction.opcode
-        if clamp != ("0" if up else "31"):
-            raise PtxError(f"a segmented shuffle: {instruction.text}")
-        shape = self._lanes(instruction, active, mask).shape
-        lane, step = np.arange(WARP), int(distance)
-        chosen = np.where(lane >= step, lane - step, lane) if up else lane ^ step
-        values = self._read(source, "b32", active).reshape(shape)[:, chosen]
-        self._write(target, values.reshape(-1), active)
-
-    def _reduce(self, instruction: Instruction, active: NDArray[np.int64] | None) -> None:
-        target, source, mask = instruction.operands
-        shape = self._lanes(instruction, active, mask).shape
-        values = self._read(source, "s32", active).reshape(shape)
-        whole = values.sum(1, dtype=np.int32) if ".add." in instruction.opcode else values.max(1)
-        self._write(target, np.repeat(whole, WARP), active)
-
-    def _matrix(self, instruction: Instruction, active: NDArray[np.int64] | None) -> None:
-        """Four 8x8 matrices of 16-bit values: lane 8m + i addresses row i of matrix m, each lane holds two of each."""
-        load, transposed = instruction.opcode.startswith("ld"), ".trans." in instruction.opcode
-        registers, where = instruction.operands if load else instruction.operands[::-1]
-        names = _vector(registers)
-        warps = self._lanes(instruction, active, None)
-        rows = self._addresses(where, True, active)
-        if np.any(rows % np.uint64(16)):
-            raise PtxError(f"shared: misaligned matrix row in: {instruction.text}")
-        rows = rows.reshape(-1, 4, 8)
-        lane = np.arange(WARP)
-        for m, name in enumerate(names):
-            pairs = []
-            for half in range(2):
-                row, column = lane // 4, 2 * (lane % 4) + half
-                if transposed:
-                    row, column = column, row
-                at = (rows[:, m, row] + (2 * column).astype(np.uint64)).reshape(-1)
-                if load:
-                    pairs.append(self.shared.load(at, 2).astype(np.uint32) << np.uint32(16 * half))
-                else:
-                    bits = self._read(name, "b32", active) >> np.uint32(16 * half)
-                    self.shared.store(at, bits.astype(np.uint16))
-            if load:
-                self._write(name, (pairs[0] | pairs[1]).reshape(warps.size), active)
-
-
-def _vector(operand: str) -> list[str]:
-    return [name.strip() for name in operand.strip("{} ").split(",")]

@@ -71,3 +71,8 @@ def parse(ptx: str) -> Program:
 def _split(operands: str) -> tuple[str, ...]:
     """Comma-separated operands; a {vector} is one of them."""
     return tuple(part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands))
+
+
+def vector(operand: str) -> list[str]:
+    """The registers of a vector operand, `{%r1, %r2}`."""
+    return [name.strip() for name in operand.strip("{} ").split(",")]

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import in_threads, kernel
+from .compiled import in_threads, inner, kernel
 from .emit import LANES
+from .order import kth_largest, point
 from .segments import Ints, Segments
 from .storage import MIXED, WHOLE, read
 from .vector import magnitude_bits, write_ints
@@ -56,11 +57,15 @@ def brackets_from(
         widest = [[LARGEST, 0, 0 if count else LARGEST, 0] for count in counts]
         return np.array([widest] * tasks, np.int64).reshape(-1, len(counts), 4)
     chunk, keys = sample()
-    fractions = [count / total for count in counts]
-    errors = 4.0 * 4**attempt
-    return np.array(in_threads(lambda task: _bracket_task(task, chunk, fractions, errors), keys)).reshape(
-        -1, len(counts), 4
+    np.minimum(keys, np.int32(LARGEST), out=keys)  # a NaN or Inf is found by the pass
+    brackets = np.full((len(keys), len(counts), 4), (LARGEST, 0, LARGEST, 0), np.int64)
+    size, errors = keys[0].size, 4.0 * 4**attempt
+    ranks = [min(int(count / total * size), size - 1) for count in counts]
+    in_threads(
+        lambda where: _bracket_task(keys[where[0]], chunk, ranks[where[1]], errors, brackets[where]),
+        [(task, k) for task in range(len(keys)) for k in range(len(counts)) if counts[k]],
     )
+    return brackets
 
 
 def sample_places(numel: Ints, seed: int) -> tuple[Ints, Ints]:
@@ -91,71 +96,41 @@ def _sample(segments: Segments, seed: int) -> tuple[Ints, NDArray[np.int32]]:
     return segments.chunk[segment] + start // segments.chunk_size, keys
 
 
-def _bracket_task(keys: NDArray[np.int32], chunk: Ints, fractions: Sequence[float], errors: float) -> Ints:
-    """The brackets [K, 4] of one task, `errors` standard errors to either side of the sampled quantiles.
-
-    The error of a rank is that of a sample of whole runs, since neighbours often move together.
-    """
-    size, brackets = keys.size, np.zeros((len(fractions), 4), np.int64)
-    for k, fraction in enumerate(fractions):
-        brackets[k, 0] = LARGEST
-        if fraction == 0.0:
-            brackets[k, 2] = LARGEST
-            continue
-        rank = min(int(fraction * size), size - 1)
-        top, where = _largest_sampled(keys, min(2 * rank + 1024, size))  # usually all that the bracket needs
-        chosen = largest(top, rank)[0]
-        per_run = np.bincount(where[chosen] // RUN, minlength=len(keys))
-        variance = max(float(per_run.var()) * len(keys), rank * (1 - rank / size))
-        margin = int(errors * math.sqrt(variance)) + 8
-        if rank + margin > len(top):
-            top, where = _largest_sampled(keys, min(rank + margin, size))
-        if rank > margin:
-            key, at = largest(top, rank - margin)[1:]
-            brackets[k, :2] = (key, chunk[where[at] // RUN]) if key else (0, 0)
-        if rank + margin < size:
-            key, at = largest(top, rank + margin)[1:]
-            brackets[k, 2:] = (key, chunk[where[at] // RUN] + 1) if key else (0, 0)
-    return brackets
-
-
-def _largest_sampled(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.int32], Ints]:
-    """At least the `count` largest of the sampled keys, in their order, and where they are."""
-    flat = np.minimum(keys.reshape(-1), np.int32(LARGEST))
-    where = np.flatnonzero(flat >= largest(flat, count)[1])
-    return flat[where], where
-
-
-def largest(keys: NDArray[np.int32], count: int) -> tuple[NDArray[np.bool_], int, int]:
-    """The `count` largest of non-negative keys, ties to the earlier ones: who they are [C], the last one's key and
-    index (0 and -1 if count is 0). In linear time whatever the ties, unlike numpy's partition."""
-    if count == 0:
-        return np.zeros(len(keys), np.bool_), 0, -1
-    key, ties = _kth_largest(keys, count)
-    chosen = keys > key
-    equal = np.flatnonzero(keys == key)[:ties]
-    chosen[equal] = True
-    return chosen, int(key), int(equal[-1])
-
-
 @kernel
-def _kth_largest(keys, count):  # type: ignore[no-untyped-def]
-    """(the count-th largest key, how many of its equals are among the count largest); radix 2**11 on their range."""
-    histogram = np.empty((4, 1 << 11), np.int64)  # four, since an increment waits for the one before it in its place
-    least, bits, prefix, rest = keys.min(), 0, 0, count
-    span = keys.max() - least
-    while span >> bits:
-        bits += 1
-    while bits > 0:
-        shift = max(bits - 11, 0)
-        digit = (1 << (bits - shift)) - 1
-        histogram[:] = 0
-        for i in range(len(keys)):
-            offset = keys[i] - least
-            if offset >> bits == prefix:
-                histogram[i & 3, (offset >> shift) & digit] += 1
-        while histogram[:, digit].sum() < rest:
-            rest -= histogram[:, digit].sum()
-            digit -= 1
-        prefix, bits = prefix << (bits - shift) | digit, shift
-    return least + prefix, rest
+def _bracket_task(keys, chunk, rank, errors, bracket):  # type: ignore[no-untyped-def]
+    """The bracket [4] of one task, `errors` standard errors to either side of the sampled key of a rank.
+
+    The error of a rank is that of a sample of whole runs, since neighbours often move together. Only the larger keys
+    are looked at closely, which are few as long as k is.
+    """
+    size, flat = keys.size, keys.reshape(-1)
+    top, where = _at_least(flat, kth_largest(flat, min(2 * rank + 1024, size))[0])
+    margin = int(errors * math.sqrt(max(_spread(top, where, rank, len(keys)), rank * (1 - rank / size)))) + 8
+    if rank + margin > len(top):
+        top, where = _at_least(flat, kth_largest(flat, min(rank + margin, size))[0])
+    bracket[:] = LARGEST, 0, 0, 0
+    if rank > margin:
+        key, at = point(top, rank - margin)
+        bracket[0], bracket[1] = key, chunk[where[at] // RUN] if key > 0 else 0
+    if rank + margin < size:
+        key, at = point(top, rank + margin)
+        bracket[2], bracket[3] = key, chunk[where[at] // RUN] + 1 if key > 0 else 0
+
+
+@inner
+def _at_least(keys, least):  # type: ignore[no-untyped-def]
+    """The keys of `least` or more, in their order, and where they are."""
+    where = np.flatnonzero(keys >= least)
+    return keys[where], where
+
+
+@inner
+def _spread(top, where, rank, runs):  # type: ignore[no-untyped-def]
+    """The variance of the number of a sample's `rank` largest keys, if it were of other runs."""
+    key, ties = kth_largest(top, rank)
+    per_run = np.zeros(runs, np.int64)
+    for i in range(len(top)):
+        tied = top[i] == key
+        per_run[where[i] // RUN] += top[i] > key or (tied and ties > 0)
+        ties -= tied
+    return per_run.var() * runs

@@ -36,7 +36,7 @@ class Found:
 def mark_all(segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Found]:
     """One pass over the models for every (task, k) that is not to be skipped."""
     items = list(segments.items(torch.get_num_threads()))
-    parts = in_threads(lambda item: _mark_item(item, segments, words, brackets), items)
+    parts = in_threads(lambda item: mark_item(item, segments, words, brackets), items)
     return {
         (task, k): Found(
             sum(part[task, k].marked for part in parts),
@@ -44,11 +44,11 @@ def mark_all(segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int,
             np.concatenate([np.zeros(0, np.uint32), *(part[task, k].places for part in parts)]),
             np.concatenate([np.zeros(0, np.int64), *(part[task, k].per_segment for part in parts)]),
         )
-        for task, k in _wanted(brackets)
+        for task, k in wanted_of(brackets)
     }
 
 
-def _wanted(brackets: Ints) -> list[tuple[int, int]]:
+def wanted_of(brackets: Ints) -> list[tuple[int, int]]:
     return [(int(task), int(k)) for task, k in np.argwhere(brackets[:, :, 0] != SKIP)]
 
 
@@ -64,13 +64,13 @@ def _groups(brackets: Ints) -> Ints:
     return np.array(rows, np.int64).reshape(-1, 6)
 
 
-def _mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Found]:
+def mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Found]:
     """Mark the segments item[0]..item[1]-1."""
     shape = brackets.shape[:2]
     keys, places = np.empty((*shape, ROOM), np.int32), np.empty((*shape, ROOM), np.uint32)
     marked, per_segment = np.zeros(shape, np.int64), np.zeros((*shape, item[1] - item[0]), np.int64)
     place, bad = np.array([item[0], 0], np.int64), np.array([-1, -1], np.int64)
-    wanted, groups = _wanted(brackets), _groups(brackets)
+    wanted, groups = wanted_of(brackets), _groups(brackets)
     pieces: dict[tuple[int, int], list[tuple[NDArray[np.int32], NDArray[np.uint32]]]] = {w: [] for w in wanted}
     s = segments
     while place[0] < item[1]:

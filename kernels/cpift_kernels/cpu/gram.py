@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..gram import Granularity, row_count
 from .compiled import in_threads, inner, kernel
-from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register
+from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, prefetch
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
 from .vector import store
@@ -184,8 +184,11 @@ def _sum_words(
         fma = _declare(builder, f"llvm.fma.v{_REGISTER}f32", vector, [vector] * 3)
         with cgutils.for_range(builder, words) as loop:
             bits = load_at(builder, kept, loop.index, ir.IntType(32))
+            first = builder.mul(loop.index, _i64(LANES))
+            for source in sources:
+                prefetch(builder, storage, source, first)
             for part in range(0, LANES, _REGISTER):
-                offset = builder.add(builder.mul(loop.index, ir.Constant(ir.IntType(64), LANES)), _i64(part))
+                offset = builder.add(first, _i64(part))
                 vectors = _differences(builder, storage, sources, offset, _part_mask(builder, bits, part))
                 for a, b in pairs:
                     product = builder.call(fma, [vectors[a], vectors[b], builder.load(totals[a, b])])

@@ -25,12 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .bracket import ATTEMPTS, RUN, _kth_largest, brackets_from, sample_places
+from .bracket import ATTEMPTS, RUN, brackets_from, sample_places
+from .candidates import SKIP, Found, mark_item, wanted_of
+from .order import kth_largest
 from .segments import CHUNK, Ints, Segments, cut, storage_kind
-from .selection import SKIP, _Found, _mark_item, _set_bits, _wanted
+from .selection import set_chosen
 
 Range = tuple[int, int]  # segments [first, last)
-Marked = dict[tuple[int, int], _Found]  # by task and k
+Marked = dict[tuple[int, int], Found]  # by task and k
 
 
 class Models(Protocol):
@@ -128,7 +130,7 @@ class Selection:
         words = np.empty((self.models.tasks, len(self.counts), int(sizes.sum())), np.uint32)
         offsets = np.cumsum(sizes) - sizes
         addresses = np.array([[row.ctypes.data for row in task] for task in words], np.int64)[:, :, None] + 4 * offsets
-        found = _mark_item((0, last - first), window, addresses, brackets)
+        found = mark_item((0, last - first), window, addresses, brackets)
         del held
         for tensor, start, stop in self.pieces(part):
             at = int(offsets[np.flatnonzero(window.tensor == tensor)[0]])
@@ -164,7 +166,7 @@ class Selection:
             for done in cores:
                 brackets[done][0] = SKIP
             with ExitStack() as stack:
-                pools = {wanted: _Candidates(stack, spill) for wanted in _wanted(brackets)}
+                pools = {wanted: _Candidates(stack, spill) for wanted in wanted_of(brackets)}
                 for part, found in zip(ranges, mark(ranges, brackets), strict=True):
                     for wanted, piece in found.items():
                         pools[wanted].add(part, piece)
@@ -186,16 +188,12 @@ class Selection:
             return Core(0, requested, math.inf)
         if not 0 < missing <= pool.held:
             return None
-        least, ties = _kth_largest(pool.keys, missing)
+        least, ties = kth_largest(pool.keys, missing)
         for (first, last), keys, places, per_segment in pool.pieces():
-            equal = keys == least
-            rank = np.cumsum(equal)
-            chosen = (keys > least) | (equal & (rank <= ties))
-            ties -= min(int(rank[-1]), ties) if len(rank) else 0
             at = zip(self._tensor[first:last].tolist(), self._start[first:last].tolist(), strict=True)
             held = {tensor: masks.words(task, k, tensor) for tensor in dict.fromkeys(self._tensor[first:last].tolist())}
             words = np.array([held[tensor].ctypes.data + start // 8 for tensor, start in at], np.int64)
-            _set_bits(words, per_segment, places, chosen)
+            ties = set_chosen(words, per_segment, keys, places, least, ties)
         return Core(kept, requested, float(np.int32(least).view(np.float32)))
 
 
@@ -217,7 +215,7 @@ class _Candidates:
     def _file(self) -> Any:
         return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
-    def add(self, part: Range, found: _Found) -> None:
+    def add(self, part: Range, found: Found) -> None:
         self.marked += found.marked
         self.held += len(found.keys)
         self._parts.append((part, len(found.keys), found.per_segment))

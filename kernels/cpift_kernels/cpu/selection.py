@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..checks import words_for
 from ..selection import CoreMask
-from .bracket import ATTEMPTS, draw_brackets, largest
+from .bracket import ATTEMPTS, draw_brackets
 from .candidates import SKIP, Found, mark_all
 from .compiled import in_threads, kernel
 from .emit import LANES
+from .order import kth_largest
 from .segments import Ints, Segments
 from .words import read_word, write_word
 
@@ -77,17 +78,31 @@ def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, fou
         return CoreMask(masks, 0, requested, math.inf)
     if not 0 < missing <= len(found.keys):
         return None
-    chosen, least, _ = largest(found.keys, missing)
-    _set_bits(words, found.per_segment, found.places, chosen)
+    least = _set_largest(words, found.per_segment, found.keys, found.places, missing)
     return CoreMask(masks, kept, requested, float(np.int32(least).view(np.float32)))
 
 
 @kernel
-def _set_bits(words, found, places, chosen):  # type: ignore[no-untyped-def]
-    """Set the bits of the chosen candidates: words [S] addresses, found [S] candidates a segment, in order."""
+def _set_largest(words, found, keys, places, count):  # type: ignore[no-untyped-def]
+    """Set the bits of the `count` largest candidates, see `set_chosen`; returns the last one's key."""
+    key, ties = kth_largest(keys, count)
+    set_chosen(words, found, keys, places, key, ties)
+    return key
+
+
+@kernel
+def set_chosen(words, found, keys, places, key, ties):  # type: ignore[no-untyped-def]
+    """Set the bits of the candidates above `key` and of the first `ties` at it; returns the ties that are left.
+
+    words [S]: addresses; found [S]: candidates a segment; keys, places [C]: of the candidates, in linear order.
+    """
     i = 0
     for segment in range(found.shape[0]):
         for _ in range(found[segment]):
+            tied = keys[i] == key
+            chosen = (keys[i] > key) | (tied & (ties > 0))
+            ties -= tied
             word, bit = words[segment] + places[i] // LANES * 4, places[i] % LANES
-            write_word(word, np.uint32(read_word(word) | (np.uint32(chosen[i]) << bit)))  # no branch to mispredict
+            write_word(word, np.uint32(read_word(word) | (np.uint32(chosen) << bit)))  # no branch to mispredict
             i += 1
+    return max(ties, 0)
