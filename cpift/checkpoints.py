@@ -45,6 +45,9 @@ class Checkpoint:
         self._leave_out_alias()
         self.tensors = dict(sorted(self.tensors.items()))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # another process maps the files itself
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Tensor names in sorted order: the *name order* that linear indices and ties refer to, whatever the shards."""

@@ -43,6 +43,9 @@ Budget = Annotated[
     str | None,
     typer.Option("--memory-budget", metavar="SIZE", help="most memory to hold, page cache apart, for example 512MiB"),
 ]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="as Ray tasks, here or at RAY_ADDRESS; output on storage all nodes see")
+]
 _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 
@@ -63,11 +66,17 @@ def _open(config: Path, overrides: list[str] | None, output: Path | None, stage:
     run = _load(config, overrides, output, stage)
     from cpift.pipeline import NoEngine, Pipeline
 
-    if run.merges_only and stage in ("probe", "regions", "group", "fuse"):
-        return Pipeline(run, NoEngine())
+    trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
+    merging = None
+    if run.resources.on_cluster:
+        from cpift.distributed_fusion import RayMerging
+
+        merging = RayMerging(run.resources)
+    if not trains:
+        return Pipeline(run, NoEngine(), merging=merging)
     from cpift.distributed import RayEngine
 
-    return Pipeline(run, RayEngine(run))
+    return Pipeline(run, RayEngine(run), merging=merging)
 
 
 def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Any:
@@ -106,9 +115,15 @@ def probe(config: Config, overrides: Overrides = None, output: Output = None) ->
 
 
 @app.command(rich_help_panel=_METHOD)
-def regions(config: Config, overrides: Overrides = None, output: Output = None, memory_budget: Budget = None) -> None:
+def regions(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    memory_budget: Budget = None,
+    distributed: Distributed = False,
+) -> None:
     """2. Select each task's core region: the elements that moved most."""
-    artifact = _stage(config, _with(overrides, memory_budget), output, "regions")
+    artifact = _stage(config, _with(overrides, memory_budget, distributed), output, "regions")
     from cpift.regions import read_summary
 
     for task, region in read_summary(artifact.path)["regions"].items():
@@ -133,18 +148,20 @@ def fuse(
     overrides: Overrides = None,
     output: Output = None,
     memory_budget: Budget = None,
+    distributed: Distributed = False,
     verify: Annotated[bool, typer.Option(help="read the fused model back and compare it with its inputs")] = True,
 ) -> None:
     """4–5. Train the backbone, transplant every core into it and SLERP the rest.
 
     Fine-tunes that exist already are fused without training: give each task a `checkpoint` (configs/merge.yaml).
     """
-    changed = _with(overrides, memory_budget) + ([] if verify else ["resources.verify=false"])
+    changed = _with(overrides, memory_budget, distributed) + ([] if verify else ["resources.verify=false"])
     typer.echo(f"Fused model: {_stage(config, changed, output, 'fuse').path}")
 
 
-def _with(overrides: list[str] | None, memory_budget: str | None) -> list[str]:
-    return [*(overrides or []), *([f"resources.memory_budget={memory_budget}"] if memory_budget else [])]
+def _with(overrides: list[str] | None, memory_budget: str | None, distributed: bool) -> list[str]:
+    added = [f"resources.memory_budget={memory_budget}"] if memory_budget else []
+    return [*(overrides or []), *added, *(["resources.distributed=true"] if distributed else [])]
 
 
 @app.command(rich_help_panel=_METHOD)

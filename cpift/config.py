@@ -85,8 +85,16 @@ class BackboneConfig(Section):
 
 
 class FusionConfig(Section):
-    """Transplant and SLERP."""
+    """Transplant and SLERP; or another way to merge, to compare with."""
 
+    method: Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"] = Field(
+        "cpift", description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone"
+    )
+    weight: float = Field(1.0, description="of every task: linear (normalised), λ of task_arithmetic, ties and dare")
+    weights: dict[str, float] = Field(default_factory=dict, description="by task, where they differ from `weight`")
+    density: Fraction = Field(0.2, description="share of each update that ties and dare keep")
+    trim: Literal["tensor", "global"] = Field("tensor", description="ties: keep the largest of each tensor, or of all")
+    t: float = Field(0.5, ge=0, le=1, description="slerp: 0 is the first task, 1 the second")
     omega: Literal["uniform"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "uniform", description="uniform: ω_i = 1/(i+1), every model weighs the same; a number: the paper's fixed ω"
     )
@@ -147,6 +155,14 @@ class RunConfig(Section):
         return (self.output or Path("runs") / self.name).absolute()
 
     @model_validator(mode="after")
+    def _weights_name_tasks(self) -> RunConfig:
+        known = {task.name for task in self.tasks}
+        for name in self.fusion.weights:
+            if name not in known:
+                raise ValueError(f"fusion.weights: {name!r} is no task; there are {', '.join(sorted(known))}")
+        return self
+
+    @model_validator(mode="after")
     def _probes_can_be_had(self) -> RunConfig:
         for task in self.trained:
             if task.train is None:
@@ -163,7 +179,12 @@ class RunConfig(Section):
     @property
     def merges_only(self) -> bool:
         """Whether everything up to the fused model is given: no fine-tune, θ0 and all θi used where they lie."""
-        return not self.trained and self.backbone.source != "staged"
+        return not self.trained and self.backbone_source != "staged"
+
+    @property
+    def backbone_source(self) -> str:
+        """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0."""
+        return self.backbone.source if self.fusion.method == "cpift" else "pretrained"
 
     @property
     def probe_training(self) -> TrainingConfig:

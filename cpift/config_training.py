@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -110,8 +111,16 @@ class ResourcesConfig(Section):
     memory_budget: Bytes = Field(
         2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
     )
+    distributed: bool = Field(
+        False, description="run regions and fusion as Ray tasks too; models and output on storage that all nodes see"
+    )
     verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether regions and fusion run as Ray tasks: asked for, or a cluster is named."""
+        return self.distributed or self.address is not None or "RAY_ADDRESS" in os.environ
 
     @property
     def threads(self) -> int:

@@ -40,6 +40,18 @@ class FusionInputs:
         require_same_layout(self.pretrained, {"backbone": self.backbone, **self.tuned})
 
 
+def copy_of(model: Checkpoint, label: str, info: TensorInfo) -> Fill:
+    """Writes a tensor as it is in a model. Raises CheckpointError where it is not finite."""
+
+    def fill(start: int, stop: int, out: torch.Tensor) -> None:
+        values = model.slice(info.name, start, stop)
+        if info.floating and not bool(values.isfinite().all()):
+            require_finite(label, model, [info.name])
+        out.copy_(values)
+
+    return fill
+
+
 def omegas(config: FusionConfig, tasks: int) -> list[float]:
     """Interpolation factors ω_1..ω_N: 1/(i+1), or the fixed number."""
     if config.omega == "uniform":
@@ -93,7 +105,7 @@ class Fusion:
     def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
         """A record of one tensor (None outside the parameter space), and what writes any of its `pieces`."""
         if not self.masks.has(info.name):  # θ_base bit for bit
-            return None, self._copy(info)
+            return None, copy_of(self.inputs.backbone, "backbone", info)
         record: dict[str, Any] = {"tensor": info.name, "numel": info.numel, "core": 0}
         if self._model is not None:
             coefficients = self._model[0]
@@ -113,17 +125,6 @@ class Fusion:
             fused_apply(out.view(-1, width), sources, coefficients[rows], operands.masks)
 
         return record, fill
-
-    def _copy(self, info: TensorInfo) -> Fill:
-        backbone = self.inputs.backbone
-
-        def fill(start: int, stop: int, out: torch.Tensor) -> None:
-            values = backbone.slice(info.name, start, stop)
-            if info.floating and not bool(values.isfinite().all()):
-                require_finite("backbone", backbone, [info.name])
-            out.copy_(values)
-
-        return fill
 
     def _by_row(self, info: TensorInfo) -> bool:
         return self.config.granularity == "row" and len(info.shape) >= 2 and self.masks.has(info.name)

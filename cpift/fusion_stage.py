@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import Artifact, link_or_copy, write_json
 from cpift.checkpoints import Checkpoint
-from cpift.config import RunConfig
+from cpift.config import RegionsConfig, RunConfig
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import open_checkpoint
-from cpift.merging import Progress, merge
+from cpift.merging import Merging, Progress, merge
+from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
+from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
-from cpift.verify import verify
+from cpift.verify import check_loads, require_passed, verify
 
 FUSION_RECORD = "fusion.json"
 OnProgress = Callable[[dict[str, Any]], None]
 
 
 def open_inputs(artifacts: StageArtifacts, groups: Sequence[Sequence[str]], backbone: Model) -> FusionInputs:
-    """Every model of a fusion, opened for reading."""
+    """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
     base = artifacts.base
     pretrained = Checkpoint(base.path)
     return FusionInputs(
@@ -40,6 +43,7 @@ def fuse_models(
     backbone: Model,
     out: Path,
     on_progress: OnProgress,
+    merging: Merging | None = None,
 ) -> None:
     """Write the fused model into `out`, with the record of what happened and of what was checked.
 
@@ -48,7 +52,7 @@ def fuse_models(
     """
     inputs = open_inputs(artifacts, groups, backbone)
     inputs.check()
-    method = Fusion(inputs, config.fusion)
+    method = method_of(config, inputs, artifact.work_dir)
     shards = artifact.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     records = merge(
@@ -59,14 +63,39 @@ def fuse_models(
         shard_size=config.fusion.shard_size,
         budget=config.resources.memory_budget,
         progress=_counted(on_progress, "fusion", inputs.backbone.numel),
+        shards_by=merging.merge_shards if merging else None,
     )
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
     checks = []
     if config.resources.verify:
-        checks = verify(method, out, _counted(on_progress, "verification", inputs.backbone.numel))
+        checks = verify(method, inputs.backbone, out, _counted(on_progress, "verification", inputs.backbone.numel))
+        checks.append(check_loads(out, config.resources.memory_budget))
+        require_passed(checks)
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
+
+
+def method_of(config: RunConfig, inputs: FusionInputs, work: Path) -> Fusion | Baseline:
+    """The method that `fusion.method` names, over these models."""
+    settings, models = config.fusion, (inputs.pretrained, inputs.tuned)
+    if settings.method == "ties":
+        return Ties(*models, settings, _trimmed(config, inputs, work / "trimmed"))
+    if settings.method == "dare":
+        return Dare(*models, settings, config.seed)
+    plain: dict[str, Callable[..., Baseline]] = {"linear": Linear, "task_arithmetic": TaskArithmetic, "slerp": Slerp}
+    return plain[settings.method](*models, settings) if settings.method in plain else Fusion(inputs, settings)
+
+
+def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path) -> Path:
+    """The masks of what TIES keeps: the largest updates, as core regions are found; made if they are not there."""
+    if not (folder / SUMMARY).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        kept = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
+        streaming = Streaming(budget=config.resources.memory_budget)
+        write_regions(inputs.pretrained, inputs.tuned, kept, {kept.p: folder}, streaming)
+    return folder
 
 
 def _counted(on_progress: OnProgress, title: str, elements: int) -> Progress:

@@ -61,6 +61,9 @@ class LoraCheckpoint(Checkpoint):
             raise CheckpointError(f"adapter {folder}", first_problems(problems, 20))
         self._factors = lru_cache(maxsize=2)(self._read_factors)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.base)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The adapter's own file: θ0's are counted with θ0."""

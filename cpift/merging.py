@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from cpift_kernels.cpu.phases import Mark, Masks, Selection
 
 from cpift.checkpoint_writing import (
     Shard,
@@ -44,6 +45,9 @@ class Method(Protocol):
         """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer."""
 
 
+MergeShards = Callable[[Method, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
+
+
 def merge(
     method: Method,
     like: Checkpoint,
@@ -53,10 +57,12 @@ def merge(
     shard_size: int,
     budget: int = DEFAULT_BUDGET,
     progress: Progress = lambda elements, name: None,
+    shards_by: MergeShards | None = None,
 ) -> list[dict[str, Any]]:
     """Write the merged checkpoint into the folder `out`: names, shapes and dtypes as `like`, its small files copied.
 
-    made_from: the fingerprint of inputs and settings; shards that `out` already has of it are kept. Returns the records
+    made_from: the fingerprint of inputs and settings; shards that `out` already has of it are kept. shards_by: what
+    does the work of `merge_shards` where it is not this process. Returns the records
     of all tensors. Raises CheckpointError for a model that does not fit or is not finite, CpiftError for a budget
     in which not one slice fits.
     """
@@ -68,7 +74,7 @@ def merge(
     for shard in shards:
         if records[shard.name] is not None:
             progress(sum(info.numel for info in shard.tensors), shard.name)
-    records |= merge_shards(method, missing, out, made_from, budget, progress)
+    records |= (shards_by or merge_shards)(method, missing, out, made_from, budget, progress)
     write_index(shards, out)
     copy_companions(like.folder, out)
     return [*whole, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
@@ -126,3 +132,15 @@ def buffers_within(budget: int, nbytes: int, models: int) -> int:
 def _kept(record: dict[str, Any] | None) -> dict[str, Any]:
     assert record is not None  # every shard has been kept or written
     return record
+
+
+class Merging(Protocol):
+    """Where selection and merging run; `None` in place of one is this process."""
+
+    def mark(self, selection: Selection, masks: Masks) -> Mark:
+        """What marks ranges of a selection (`cpift_kernels.cpu.phases.Mark`)."""
+
+    def merge_shards(
+        self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """`merge_shards`."""

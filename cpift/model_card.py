@@ -134,12 +134,14 @@ def _source(source: Any) -> str:
 
 
 def _recipe(kind: str, config: RunConfig) -> str:
-    lines = [
-        f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
-        f"(scope {config.regions.scope}).",
-        f"Backbone: {config.backbone.source}.",
-        _fusion(config.fusion),
-    ]
+    lines = [_fusion(config.fusion)]
+    if config.fusion.method == "cpift" or kind == "final":
+        lines.insert(
+            0,
+            f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
+            f"(scope {config.regions.scope}).",
+        )
+        lines.insert(1, f"Backbone: {config.backbone_source}.")
     if kind == "final":
         tuning = config.integration_training
         length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
@@ -150,10 +152,19 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 
 def _fusion(fusion: FusionConfig) -> str:
+    if fusion.method != "cpift":
+        return f"Merged by {fusion.method} onto θ0: {_settings(fusion)}."
     return (
         f"Fusion: core transplant (conflicts: {fusion.conflict}), then SLERP of {fusion.space} "
         f"by {fusion.granularity}, ω = {fusion.omega}, LERP below {fusion.epsilon:g} rad."
     )
+
+
+def _settings(fusion: FusionConfig) -> str:
+    if fusion.method == "slerp":
+        return f"t = {fusion.t:g}, LERP below {fusion.epsilon:g} rad"
+    weights = f"weight {fusion.weight:g}" + "".join(f", {task} {weight:g}" for task, weight in fusion.weights.items())
+    return weights + (f", density {fusion.density:g}" if fusion.method in ("ties", "dare") else "")
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.view import View
 
 if TYPE_CHECKING:
+    from cpift.merging import Merging
     from cpift.report import ReportData
 
 
@@ -68,8 +69,9 @@ class NoEngine:
 class Pipeline:
     """One run's stages. Methods named after a stage make it (and what it needs) and return its artifact."""
 
-    def __init__(self, config: RunConfig, engine: Engine, view: View | None = None):
-        self.config, self.view = config, view or View()
+    def __init__(self, config: RunConfig, engine: Engine, view: View | None = None, merging: Merging | None = None):
+        """`merging`: where regions and fusion run, if not in this process."""
+        self.config, self.view, self.merging = config, view or View(), merging
         self.artifacts = StageArtifacts(config)
         self.engine = engine
         self.worked = False  # whether any stage had to be made
@@ -116,6 +118,8 @@ class Pipeline:
 
     def backbone(self) -> Model:
         """Stage 4: θ_base."""
+        if self.config.backbone_source == "pretrained":
+            return self.pretrained()
         groups = self.group().groups
         artifact = self.artifacts.backbone(groups)
         if artifact is not None:
@@ -124,11 +128,15 @@ class Pipeline:
 
             self._fit([artifact], "staged backbone", lambda: [backbone_spec(self, base, groups, artifact)])
             return Model.of("backbone", artifact)
-        return self.pretrained() if self.config.backbone.source == "pretrained" else self._given_backbone()
+        return self._given_backbone()
 
     def fuse(self) -> Model:
-        """Stage 5: transplant and SLERP."""
-        groups, backbone = self.group().groups, self.backbone()
+        """Stage 5: transplant and SLERP; or another merge of the probes, which needs no regions and no backbone."""
+        self.probe()
+        if self.config.fusion.method == "cpift":
+            groups, backbone = self.group().groups, self.backbone()
+        else:
+            groups, backbone = (), self.pretrained()
         artifact = self.artifacts.fuse(groups, backbone)
         from cpift.stages import build_fusion
 
@@ -148,7 +156,7 @@ class Pipeline:
     def models(self) -> list[Model]:
         """Every model that is scored, in the report's order, made if need be."""
         final, fused, backbone = self.integrate(), self.fuse(), self.backbone()
-        staged = [backbone] if self.config.backbone.source != "pretrained" else []
+        staged = [backbone] if self.config.backbone_source != "pretrained" else []
         return [self.pretrained(), *self.probe().values(), *staged, fused, final]
 
     def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:

@@ -73,7 +73,7 @@ def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
     integrates = stage in _NEED_TRAINING
     if integrates and config.integration is None:
         yield Problem("integration", f"is not there, and `cpift {stage}` needs it", "add it; `cpift fuse` stops before")
-    staged = config.backbone.source == "staged" and (integrates or stage == "fuse")
+    staged = config.backbone_source == "staged" and (integrates or stage == "fuse")
     if staged and config.probe is None and config.backbone.training is None:
         remedy = "add it, or set backbone.source: pretrained"
         yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
@@ -137,7 +137,7 @@ _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
 
 
 def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
-    staged = config.backbone.source == "staged"
+    staged = config.backbone_source == "staged"
     found = (config.probe, config.backbone_training if staged else None, config.integration)
     return tuple(training for training in found if training is not None)
 
@@ -153,24 +153,29 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
             yield _step(artifacts.probes[task.name], _length(config.probe_training))
         else:
             yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
+    if config.fusion.method != "cpift":
+        yield _step(artifacts.fuse((), artifacts.base), f"{config.fusion.method} of {len(config.tasks)} models")
+        if not _later(config):
+            return
     yield _step(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
     yield _step(artifacts.group, _threshold(config))
     grouping = artifacts.known_grouping()
     if grouping is None:
-        waiting = ["backbone"] * (config.backbone.source == "staged") + ["fuse"] + _later(config)
+        waiting = ["backbone"] * (config.backbone_source == "staged") + ["fuse"] + _later(config)
         yield from (Step(stage, "", "after group", "its groups decide the stages") for stage in waiting)
         return
     staged = artifacts.backbone(grouping.groups)
     if staged is not None:
         yield _step(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
-    elif config.backbone.source != "pretrained":
+    elif config.backbone_source != "pretrained":
         yield Step("backbone", "", "given", config.backbone.source)
-    if staged is None and config.backbone.source != "pretrained":
+    if staged is None and config.backbone_source != "pretrained":
         yield Step("fuse", "", "after backbone", _fusion(config))
         return
     backbone = artifacts.base if staged is None else Model.of("backbone", staged)
     fused = artifacts.fuse(grouping.groups, backbone)
-    yield _step(fused, _fusion(config))
+    if config.fusion.method == "cpift":
+        yield _step(fused, _fusion(config))
     if "integrate" not in _later(config):
         return
     final = artifacts.integrate(grouping.groups, fused)

@@ -115,7 +115,7 @@ def write_regions(
     sizes, chosen = [pretrained.tensors[name].numel for name in names], list(folders)
     paths = [[folders[p] / f"{task}.safetensors" for p in chosen] for task in tuned]
     streaming = streaming or Streaming()
-    with MaskFiles(paths, names, sizes) as masks:
+    with MaskFiles.create(paths, names, sizes) as masks:
         spill = next(iter(folders.values()))
         cores = _select(pretrained, tuned, config, names, chosen, masks, replace(streaming, spill=spill))
         for p, regions in _regions(tuned, names, sizes, chosen, cores, masks).items():
@@ -129,7 +129,7 @@ class Streaming:
 
     budget: int = DEFAULT_BUDGET
     spill: Path | None = None
-    mark: Callable[[Selection, Sequence[str], Masks], Mark] | None = None
+    mark: Callable[[Selection, Masks], Mark] | None = None
 
 
 def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ def _select(
         models = ModelTensors([pretrained, *tuned.values()], names[first:last])
         selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
         block: Masks = masks if everything else _OneTensor(masks, first)
-        mark = streaming.mark(selection, names[first:last], block) if streaming.mark else mark_here(selection, block)
+        mark = (streaming.mark or mark_here)(selection, block)
         ranges = selection.ranges(elements_at_once(streaming.budget, len(models.models)))
         try:
             found.append(selection.select(block, ranges, mark, streaming.spill))
@@ -257,9 +257,13 @@ class RegionMasks:
     """The masks that `write_regions` or `save_regions` left in a folder, as views of the mapped files."""
 
     def __init__(self, folder: Path, tasks: Sequence[str]):
+        self._made_of = folder, tuple(tasks)
         files = {task: folder / f"{task}.safetensors" for task in tasks}
         self._infos = {task: {info.name: info for info in read_header(file)} for task, file in files.items()}
         self._maps = {task: MappedFile(file) for task, file in files.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of  # another process maps the files itself
 
     def has(self, name: str) -> bool:
         """Whether a parameter belongs to the parameter space."""

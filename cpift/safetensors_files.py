@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -178,6 +179,7 @@ class FileWriter:
 
     def __init__(self, path: Path, infos: Sequence[TensorInfo]):
         header, placed = laid_out(path, infos)
+        self.path = path
         self.tensors = {info.name: info for info in placed}
         self.nbytes = len(header) + sum(info.nbytes for info in infos)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -188,6 +190,15 @@ class FileWriter:
             os.close(self._descriptor)
             path.unlink()
             raise
+
+    @classmethod
+    def attach(cls, path: Path) -> FileWriter:
+        """A file that another process has created and that several write to. Closed when it is forgotten."""
+        file = cls.__new__(cls)
+        file.path, file.tensors, file.nbytes = path, {i.name: i for i in read_header(path)}, path.stat().st_size
+        file._descriptor = os.open(path, os.O_RDWR)
+        weakref.finalize(file, os.close, file._descriptor)
+        return file
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Write elements start.. of a tensor."""

@@ -24,6 +24,8 @@ from cpift.models import model_fingerprint
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
 _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 2, "integrate": 1, "evaluate": 1}
 
+_CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "shard_size"}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -116,7 +118,7 @@ class StageArtifacts:
 
     def backbone(self, groups: Sequence[Sequence[str]]) -> Artifact | None:
         """None where no staged backbone is trained."""
-        if self.config.backbone.source != "staged":
+        if self.config.backbone_source != "staged":
             return None
         inputs = {"model": self.model.fingerprint} | self._train_data
         fields = self._training_fields(self.config.backbone_training, self.threads_alone, self.config.resources) | {
@@ -125,11 +127,20 @@ class StageArtifacts:
         return self.artifact("backbone", "", inputs, fields)
 
     def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
+        """The fused model; of other methods than cpift, neither groups nor backbone matter."""
+        if self.config.fusion.method != "cpift":
+            return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
-        fields = self.config.fusion.model_dump(mode="json")
+        fields = self.config.fusion.model_dump(mode="json", include=_CPIFT_FIELDS)
         if self.config.fusion.conflict == "last":
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
+
+    def _merged(self) -> Artifact:
+        fields = self.config.fusion.model_dump(mode="json", exclude=_CPIFT_FIELDS - {"epsilon", "shard_size"})
+        if fields["method"] == "dare":
+            fields["seed"] = self.config.seed
+        return self.artifact("fuse", fields["method"], {"model": self.base.fingerprint} | self._probe_inputs, fields)
 
     def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
         integration = self.config.integration_training

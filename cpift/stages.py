@@ -81,14 +81,15 @@ def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: 
     """Select every task's core region and keep masks, summaries and intersections."""
     pretrained = Checkpoint(base.path)
     tuned = {task: open_checkpoint(model.path, pretrained) for task, model in probes.items()}
-    streaming = Streaming(budget=run.config.resources.memory_budget)
+    mark = run.merging.mark if run.merging else None
+    streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
     write_regions(pretrained, tuned, run.config.regions, {run.config.regions.p: out}, streaming)
 
 
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:
     """Fuse, check the result and keep the record beside it."""
     artifact = run.artifacts.fuse(groups, backbone)
-    fuse_models(run.config, run.artifacts, artifact, groups, backbone, out, run.view.progress)
+    fuse_models(run.config, run.artifacts, artifact, groups, backbone, out, run.view.progress, run.merging)
     add_card(run, "fused", groups, artifact, out)
 
 

@@ -94,21 +94,25 @@ class MasksInMemory:
 
 
 class MaskFiles:
-    """`cpift_kernels.cpu.phases.Masks` in one safetensors file a task and k: paths [task][k]."""
+    """`cpift_kernels.cpu.phases.Masks` in safetensors files, one a task and k: files [task][k]."""
 
-    def __init__(self, paths: Sequence[Sequence[Path]], names: Sequence[str], sizes: Sequence[int]):
-        self._names = names
-        self._files = [
-            [
-                FileWriter(
-                    path,
-                    [TensorInfo(n, ((s + 31) // 32,), torch.int32, path) for n, s in zip(names, sizes, strict=True)],
-                )
-                for path in task
-            ]
-            for task in paths
-        ]
+    def __init__(self, files: Sequence[Sequence[FileWriter]], names: Sequence[str]):
+        self._files, self._names = files, names
         self._maps: dict[tuple[int, int], np.ndarray] = {}
+
+    @classmethod
+    def create(cls, paths: Sequence[Sequence[Path]], names: Sequence[str], sizes: Sequence[int]) -> MaskFiles:
+        """New files for tensors of these names and sizes."""
+        infos = [TensorInfo(n, ((s + 31) // 32,), torch.int32, Path()) for n, s in zip(names, sizes, strict=True)]
+        return cls([[FileWriter(path, infos) for path in task] for task in paths], names)
+
+    @classmethod
+    def attach(cls, paths: Sequence[Sequence[Path]], names: Sequence[str]) -> MaskFiles:
+        """Files that another process has created."""
+        return cls([[FileWriter.attach(path) for path in task] for task in paths], names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskFiles.attach, ([[file.path for file in task] for task in self._files], self._names)
 
     def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
         self._files[task][k].write(self._names[tensor], first, torch.from_numpy(words.view(np.int32)))
@@ -117,7 +121,7 @@ class MaskFiles:
         file = self._files[task][k]
         info = file.tensors[self._names[tensor]]
         if (task, k) not in self._maps:
-            self._maps[task, k] = np.asarray(np.memmap(info.file, np.uint8, "r+"))
+            self._maps[task, k] = np.asarray(np.memmap(file.path, np.uint8, "r+"))
         return self._maps[task, k][info.start : info.start + info.nbytes].view(np.int32)
 
     def __enter__(self) -> MaskFiles:

@@ -1,63 +1,76 @@
 """What a merge wrote, read back from the disk and compared with its inputs, by code that did not write it.
 
-The cores are compared with their donors bit for bit, all of them. Elsewhere the definition is evaluated: sequential
-SLERP in fp64, whole vectors, for a sample of tensors; a sample of their elements is compared.
+The cores are compared with their donors bit for bit, all of them; elsewhere the definition is evaluated for a sample
+(`verify_definition`). At last transformers is asked whether it takes the model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from cpift_kernels import count_mask, gather_masked, union_mask, unpack_mask
+from cpift_kernels import count_mask, gather_masked, union_mask
 
-from cpift.checkpoints import Checkpoint
+from cpift.checkpoints import Checkpoint, is_finite
 from cpift.errors import StageError
-from cpift.fusion import Fusion, omegas
+from cpift.fusion import Fusion
 from cpift.merging import Progress
+from cpift.methods import Baseline
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import pieces, sweep
+from cpift.units import show_size
+from cpift.verify_definition import check_definition
 
-_TENSORS = 4  # tensors whose SLERP is evaluated anew
-_LARGEST = 1 << 25  # elements of a tensor that is not too large for that
-_RUN = 1 << 20  # elements that are held in fp64 at once, a multiple of 32
-_SAMPLE = 1 << 13  # elements of the first and the last slice that are compared
-# Half a unit in the last place of the output's dtype; the fp32 sum may add as much again at a rounding boundary.
-_EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-_ANTIPARALLEL = 1e-2
+Check = dict[str, Any]  # name, passed, detail
 
 
-def verify(fusion: Fusion, folder: Path, progress: Progress = lambda elements, name: None) -> list[dict[str, Any]]:
-    """Check the fused checkpoint in `folder`; returns what was checked, as `name`, `passed` and `detail`.
+def verify(
+    method: Fusion | Baseline, like: Checkpoint, folder: Path, progress: Progress = lambda elements, name: None
+) -> list[Check]:
+    """Check the checkpoint in `folder`, which `method` made with the layout of `like`.
 
     Raises StageError that lists every check that failed.
     """
     written = Checkpoint(folder)
-    checks = [_accounted(fusion, written), _cores(fusion, written, progress), _outside(fusion, written)]
-    if fusion.config.granularity == "tensor":
-        checks.append(_combined(fusion, written))
-    failed = [f"  - {check['name']}: {check['detail']}" for check in checks if not check["passed"]]
-    if failed:
-        raise StageError("the fused model is not what it has to be; it is not kept\n" + "\n".join(failed))
+    checks = [_accounted(like, written)]
+    if isinstance(method, Fusion):
+        checks += [_cores(method, written, progress), _outside(method, written)]
+        if method.config.granularity == "tensor":
+            checks.append(check_definition(method, written))
+    else:
+        checks.append(check_definition(method, written))
+    checks.append(_finite(written))
+    require_passed(checks)
     return checks
 
 
-def _accounted(fusion: Fusion, written: Checkpoint) -> dict[str, Any]:
-    wanted = {name: (info.shape, info.dtype) for name, info in fusion.inputs.backbone.tensors.items()}
+def require_passed(checks: Sequence[Check]) -> None:
+    """Raise StageError that lists the checks that failed, if any did."""
+    failed = [f"  - {check['name']}: {check['detail']}" for check in checks if not check["passed"]]
+    if failed:
+        raise StageError("the fused model is not what it has to be; it is not kept\n" + "\n".join(failed))
+
+
+def _finite(written: Checkpoint) -> Check:
+    bad = [info.name for info in written.tensors.values() if info.floating and not is_finite(written, info.name)]
+    detail = f"{len(written.names)} tensors" + (f", not so: {', '.join(bad[:5])}" if bad else "")
+    return {"name": "every element of the fused model is finite", "passed": not bad, "detail": detail}
+
+
+def _accounted(like: Checkpoint, written: Checkpoint) -> Check:
+    wanted = {name: (info.shape, info.dtype) for name, info in like.tensors.items()}
     found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     return {
-        "name": "every tensor of the backbone is in the fused model, with its shape and dtype, and no other",
+        "name": "every tensor of the inputs is in the fused model, with shape and dtype, and no other",
         "passed": not wrong,
         "detail": f"{len(wanted)} tensors" + (f", wrong: {', '.join(wrong[:5])}" if wrong else ""),
     }
 
 
-def _cores(fusion: Fusion, written: Checkpoint, progress: Progress) -> dict[str, Any]:
+def _cores(fusion: Fusion, written: Checkpoint, progress: Progress) -> Check:
     """Compare every core element that has one donor with that donor, bit for bit."""
     compared = differing = 0
     for info in written.tensors.values():
@@ -90,7 +103,7 @@ def _slice_cores(fusion: Fusion, written: Checkpoint, info: TensorInfo, start: i
     return compared, differing
 
 
-def _outside(fusion: Fusion, written: Checkpoint) -> dict[str, Any]:
+def _outside(fusion: Fusion, written: Checkpoint) -> Check:
     """Tensors outside the parameter space equal θ_base bit for bit."""
     names = [name for name in written.names if not fusion.masks.has(name)]
     wrong = [name for name in names if not _same_bits(fusion.inputs.backbone, written, name)]
@@ -108,72 +121,29 @@ def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     )
 
 
-def _combined(fusion: Fusion, written: Checkpoint) -> dict[str, Any]:
-    """Elements in no core against sequential SLERP in fp64, for a sample of tensors."""
-    fit = [info for info in written.tensors.values() if fusion.masks.has(info.name) and 0 < info.numel <= _LARGEST]
-    chosen = sorted(fit, key=lambda info: hashlib.sha256(info.name.encode()).digest())[:_TENSORS]
-    compared = wrong = 0
-    for info in chosen:
-        folds = sequential_slerp(fusion, info)
-        for start, stop in pieces(info.numel)[:: max(len(pieces(info.numel)) - 1, 1)]:  # the first and the last
-            vectors, places = _vectors(fusion, info, start, min(stop, start + _SAMPLE))
-            expected, got = _folded(vectors, folds), _at(written, info.name, start, places)
-            scale = np.max([np.abs(vector) for vector in vectors], axis=0, initial=0.0)
-            if fusion.config.space == "delta":
-                expected = expected + _at(fusion.inputs.pretrained, info.name, start, places)
-            allowed = 2 * _EPSILON[info.dtype] * np.abs(expected) + 2.0**-20 * scale
-            compared += len(places)
-            wrong += int((np.abs(got - expected) > allowed).sum())
-    return {
-        "name": "sampled elements in no core equal sequential SLERP in fp64 within rounding",
-        "passed": wrong == 0,
-        "detail": f"{compared:,} elements of {len(chosen)} tensors compared, {wrong:,} beyond rounding",
-    }
+def check_loads(folder: Path, memory: int) -> Check:
+    """Whether transformers takes the model: names and shapes, and finite logits where it fits into so many bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from cpift.models import load_model
 
-def _at(model: Checkpoint, name: str, start: int, places: np.ndarray) -> np.ndarray:
-    """fp64 [P]: the elements of a tensor at places [P], counted from start."""
-    if len(places) == 0:
-        return np.zeros(0)
-    return model.slice(name, start, start + int(places[-1]) + 1)[torch.from_numpy(places)].double().numpy()
-
-
-Fold = tuple[float, float]  # running ← first · running + second · next vector
-
-
-def sequential_slerp(fusion: Fusion, info: TensorInfo) -> list[Fold]:
-    """The definition, fold after fold over the whole non-core vector, in fp64: the weights of every fold."""
-    folds: list[Fold] = []
-    for index, omega in enumerate(omegas(fusion.config, len(fusion.inputs.tuned))):
-        sums = np.zeros(5)
-        for start in range(0, info.numel, _RUN):
-            vectors, _ = _vectors(fusion, info, start, min(start + _RUN, info.numel))
-            a, b = _folded(vectors[: index + 1], folds), vectors[index + 1]
-            d = b - a
-            sums += (a @ a, b @ b, d @ d, a @ d, a @ b)
-        folds.append(_weights(sums, omega, fusion.config.epsilon))
-    return folds
-
-
-def _vectors(fusion: Fusion, info: TensorInfo, start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """θ_base, θ1..θN (less θ0 in delta space) in fp64 at the non-core places of start..stop-1, and these places."""
-    operands = fusion.operands(info.name, start, stop)
-    places = np.flatnonzero(~unpack_mask(operands.core, stop - start).numpy())
-    vectors = [source.double().numpy()[places] for source in operands.sources]
-    return ([vector - vectors[0] for vector in vectors[1:]] if fusion.config.space == "delta" else vectors), places
-
-
-def _folded(vectors: list[np.ndarray], folds: list[Fold]) -> np.ndarray:
-    running = vectors[0]
-    for vector, (first, second) in zip(vectors[1:], folds, strict=True):
-        running = first * running + second * vector
-    return running
-
-
-def _weights(sums: np.ndarray, omega: float, epsilon: float) -> Fold:
-    """The weights of SLERP(a, b, ω), of LERP where the angle is degenerate; sums: aa, bb, dd, ad, ab of d = b − a."""
-    aa, bb, dd, ad, ab = sums.tolist()
-    angle = math.atan2(math.sqrt(max(aa * dd - ad * ad, 0.0)), ab)
-    if min(aa, bb) <= 0 or angle <= epsilon or math.pi - angle < max(epsilon, _ANTIPARALLEL):
-        return 1 - omega, omega
-    return math.sin((1 - omega) * angle) / math.sin(angle), math.sin(omega * angle) / math.sin(angle)
+    written = Checkpoint(folder)
+    name = "transformers takes every tensor of the fused model"
+    if written.nbytes <= memory:
+        with torch.inference_mode():
+            logits = load_model(folder)(torch.arange(1, 9)[None]).logits
+        return {
+            "name": f"{name}, and its logits are finite",
+            "passed": bool(logits.isfinite().all()),
+            "detail": f"loaded, {logits.numel():,} logits",
+        }
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    wanted = {key: tuple(tensor.shape) for key, tensor in network.named_parameters()}
+    wrong = sorted(
+        key for key, shape in wanted.items() if key in written.tensors and written.tensors[key].shape != shape
+    )
+    wrong += sorted(key for key in wanted if key not in written.tensors)
+    detail = f"{len(wanted)} parameters by name and shape" + (f", wrong: {', '.join(wrong[:5])}" if wrong else "")
+    why = f"; not loaded, for it is larger than the memory budget ({show_size(memory)})"
+    return {"name": name, "passed": not wrong, "detail": detail + why}

@@ -49,7 +49,7 @@ def fuse(
     out.mkdir()
     fusion = Fusion(inputs, config)
     records = merge(fusion, inputs.backbone, out, "inputs", shard_size=shard_size)
-    assert all(check["passed"] for check in verify(fusion, out))
+    assert all(check["passed"] for check in verify(fusion, fusion.inputs.backbone, out))
     return Checkpoint(out), records
 
 

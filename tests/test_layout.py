@@ -53,7 +53,7 @@ LAYERS = [
         "likelihood",
         "sharding",
     },
-    {"regions", "grouping", "fusion", "merging", "verify", "freezing"},
+    {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
     {"finetune", "evaluate"},
     {
         "report",
@@ -71,13 +71,30 @@ LAYERS = [
     },
     {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "merge_planning"},
     {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_results"},
-    {"distributed", "distributed_fits", "distributed_session", "sweep_fits", "sweep_trial", "sweep"},
+    {
+        "distributed",
+        "distributed_fits",
+        "distributed_fusion",
+        "distributed_session",
+        "sweep_fits",
+        "sweep_trial",
+        "sweep",
+    },
     {"submit", "cli_cluster", "cli_data", "cli"},
 ]
 
 
 # Modules whose job is Ray; all others run without it.
-ON_RAY = {"distributed", "distributed_fits", "distributed_session", "sweep", "sweep_fits", "sweep_trial", "submit"}
+ON_RAY = {
+    "distributed",
+    "distributed_fits",
+    "distributed_fusion",
+    "distributed_session",
+    "sweep",
+    "sweep_fits",
+    "sweep_trial",
+    "submit",
+}
 
 
 def imports_of(path: Path) -> set[str]:

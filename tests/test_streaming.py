@@ -93,7 +93,7 @@ def test_the_budget_changes_nothing(tmp_path: Path, models, granularity: str, mo
         out = tmp_path / str(budget)
         out.mkdir()
         merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**6, budget=budget)
-        verify(fusion, out)
+        verify(fusion, fusion.inputs.backbone, out)
         found.append(shards_of(out))
     assert found[0] == found[1]
     assert len(found[0]) == 2
@@ -206,7 +206,7 @@ def test_verification_finds_a_changed_core_element(tmp_path: Path, models) -> No
         file.seek(info.start + 2 * place)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(StageError, match=r"every core element .* 1 differ"):
-        verify(fusion, out)
+        verify(fusion, fusion.inputs.backbone, out)
 
 
 @pytest.mark.parametrize(
