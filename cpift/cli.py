@@ -84,7 +84,7 @@ def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage
     from cpift.artifacts import exclusive
 
     pipeline = _open(config, overrides, output, stage)
-    with exclusive(pipeline.root), pipeline.engine.session():
+    with exclusive(pipeline.root), pipeline.session():
         return getattr(pipeline, stage)()
 
 
@@ -96,7 +96,7 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
     from cpift.artifacts import exclusive
 
     pipeline = _open(config, overrides, output, "run")
-    with exclusive(pipeline.root), pipeline.engine.session():
+    with exclusive(pipeline.root), pipeline.session():
         report = pipeline.report()
     from cpift.report import scores_table
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class RayMerging:
     def __init__(self, resources: ResourcesConfig):
         self._resources = resources
         self._cpus = max(1, math.ceil(resources.cpus_per_worker))
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
+        return ray_session(self._resources)
 
     def mark(self, selection: Selection, masks: Masks) -> Mark:
         """Marks ranges in tasks, as many as the cluster has room for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,6 +137,9 @@ def _kept(record: dict[str, Any] | None) -> dict[str, Any]:
 
 class Merging(Protocol):
     """Where selection and merging run; `None` in place of one is this process."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
 
     def mark(self, selection: Selection, masks: Masks) -> Mark:
         """What marks ranges of a selection (`cpift_kernels.cpu.phases.Mark`)."""

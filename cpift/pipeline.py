@@ -6,8 +6,8 @@ stage can be run alone. What is trained and scored runs on an *engine* that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,12 @@ class Pipeline:
         self.engine = engine
         self.worked = False  # whether any stage had to be made
         self.root = config.output_dir
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep one connection to where things run over several stages."""
+        with self.engine.session(), self.merging.session() if self.merging else nullcontext():
+            yield
 
     # ---- the stages ------------------------------------------------------------------------------------------------
 
