@@ -138,7 +138,7 @@ _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
 
 def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
     staged = config.backbone_source == "staged"
-    found = (config.probe, config.backbone_training if staged else None, config.integration)
+    found = (config.probe, config.backbone.training or config.probe if staged else None, config.integration)
     return tuple(training for training in found if training is not None)
 
 
