@@ -128,9 +128,15 @@ def plan(artifacts: StageArtifacts) -> Plan:
         core_size=None if parameters is None else core_size(config.regions.p, parameters),
         disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
         disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
-        memory_per_worker=None if parameters is None or config.merges_only else parameters * TRAINING_BYTES,
+        memory_per_worker=None if parameters is None or config.merges_only else _training_memory(config, parameters),
         notes=(*_notes(config), *given_notes(config)),
     )
+
+
+def _training_memory(config: RunConfig, parameters: int) -> int:
+    """Bytes a worker; FSDP2 shares them out."""
+    shards = config.resources.workers if config.resources.strategy == "fsdp" else 1
+    return parameters * TRAINING_BYTES // shards
 
 
 _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
