@@ -30,7 +30,7 @@ def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> 
             _line(axes, [spot + shift for spot, _ in found], [one for _, one in found], place, label)
     axes.set_xticks(spots, [_text(value) for value in data.space[x]])
     axes.set(xlabel=x, ylabel=ylabel)
-    return as_svg(drawing, axes, legend=len(groups) if by is not None else 1)
+    return as_svg(drawing, axes, legend=len(axes.get_legend_handles_labels()[1]))
 
 
 def _positions(values: Sequence[Any]) -> list[float]:
