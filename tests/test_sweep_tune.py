@@ -1,0 +1,130 @@
+"""Sweeps on real local Ray: shared work, a failure, a lost Ray state, ASHA and Optuna over the same artifacts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpift.artifacts import read_json
+from cpift.distributed import ray_session
+from cpift.sweep import pipeline, run_sweep
+from cpift.sweep_config import Sweep, load_sweep
+from cpift.sweep_record import Attempt, sweep_record
+from cpift.sweep_results import gather
+from cpift.sweep_scores import SweepData, best_trial
+from cpift.view import quiet
+
+from .test_sweep import sweep_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray_session(root: Path) -> Iterator[None]:
+    """Ray starts once; all sweeps share its warm workers."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with ray_session(load(root).base.resources):
+        yield
+    os.environ.pop("RAY_AUTH_MODE") if before is None else os.environ.update(RAY_AUTH_MODE=before)
+
+
+def load(root: Path, **changes: Any) -> Sweep:
+    folder = root / f"file-{len(list(root.iterdir()))}"
+    folder.mkdir()
+    return load_sweep(sweep_file(folder, **changes), output=root / "out")
+
+
+def made(root: Path) -> dict[Path, int]:
+    """Every artifact by the time its manifest was written."""
+    return {path: path.stat().st_mtime_ns for path in root.glob("out/*/*/manifest.json")}
+
+
+def count(root: Path, stage: str) -> int:
+    return len(list((root / "out" / stage).glob("[!.]*")))
+
+
+@pytest.fixture(scope="module")
+def grid(root: Path, one_ray_session: None) -> tuple[Sweep, list[Attempt], SweepData]:
+    """Two p and three τ, of which two give the same groups; ω of 0 and 1 are two fusions each."""
+    sweep = load(root, space={"regions.p": [0.05, 0.2], "groups.tau": [0.0, 0.001, 1.0]})
+    attempts = run_sweep(sweep, quiet())
+    return sweep, attempts, gather(sweep, attempts, pipeline)
+
+
+def test_a_grid_makes_everything_once(root: Path, grid: tuple[Sweep, list[Attempt], SweepData]) -> None:
+    _, attempts, data = grid
+    assert [(attempt.status, len(attempt.points)) for attempt in attempts] == [("done", 2), ("done", 1)] * 2
+    stages = {"model": 1, "probe": 3, "regions": 2, "backbone": 2, "fuse": 4, "integrate": 4, "evaluate": 1 + 3 + 2 + 8}
+    assert {stage: count(root, stage) for stage in stages} == stages
+    reuse = {one.stage: (one.needed, one.made) for one in data.reuse}
+    assert reuse["probe"] == (18, 3)
+    assert reuse["integrate"] == (6, 4)
+    assert best_trial(data) is not None
+
+
+def test_the_same_sweep_again_does_nothing(root: Path, grid: tuple[Sweep, list[Attempt], SweepData]) -> None:
+    sweep, attempts, _ = grid
+    before = made(root)
+    assert run_sweep(sweep, quiet()) == attempts
+    assert made(root) == before
+
+
+def test_without_rays_state_and_record_a_sweep_is_rebuilt_from_artifacts(
+    root: Path, grid: tuple[Sweep, list[Attempt], SweepData]
+) -> None:
+    import shutil
+
+    sweep, attempts, _ = grid
+    shutil.rmtree(root / "out" / "sweep")
+    shutil.rmtree(root / "out" / ".work")
+    victim = max(made(root), key=lambda path: (path.parent.parent.name == "integrate", str(path))).parent
+    shutil.rmtree(victim)
+    before = made(root)
+    assert run_sweep(sweep, quiet()) == attempts
+    after = made(root)
+    assert {path for path in after if path not in before and path.parts[-3] != "sweep"} == {victim / "manifest.json"}
+    assert all(after[path] == before[path] for path in before)
+
+
+def test_a_failed_trial_is_reported_and_the_others_finish(root: Path) -> None:
+    changes = {"integration.learning_rate": [0.001, 1e30], "integration.schedule": ["constant_with_warmup"]}
+    fixed = {"integration.steps": 4, "integration.log_every": 1, "integration.max_grad_norm": 1e30}
+    sweep = load(root, space=changes, fixed=fixed)
+    attempts = run_sweep(sweep, quiet())
+    assert [attempt.status for attempt in attempts] == ["done", "failed"]
+    assert "the loss is" in attempts[1].reason
+    assert not sweep_record(sweep).complete, "the same command must try it again"
+    data = gather(sweep, attempts, pipeline)
+    assert [trial.status for trial in data.trials] == ["done", "failed"]
+
+
+def test_asha_stops_trials_before_their_integration(root: Path, grid: Any) -> None:
+    space = {"fusion.omega": [0.1, 0.3, 0.5, 0.7]}
+    sweep = load(root, space=space, search={"method": "asha", "reduction": 4}, objectives=["mean_loss"], concurrency=1)
+    before = count(root, "integrate")
+    attempts = run_sweep(sweep, quiet())
+    states = [attempt.status for attempt in attempts]
+    assert set(states) == {"done", "stopped"}, states
+    assert count(root, "integrate") - before == states.count("done")
+
+
+def test_optuna_searches_and_reuses(root: Path, grid: Any) -> None:
+    pytest.importorskip("optuna")
+    space = {"regions.p": [0.05, 0.2], "fusion.omega": {"low": 0.0, "high": 1.0}}
+    sweep = load(root, space=space, search={"method": "optuna", "samples": 3}, fixed={"groups.tau": 0.0}, model="fused")
+    probes, integrations = count(root, "probe"), count(root, "integrate")
+    attempts = run_sweep(sweep, quiet())
+    assert sum(len(attempt.points) for attempt in attempts) == 3
+    assert all(attempt.status == "done" for attempt in attempts)
+    assert (count(root, "probe"), count(root, "integrate")) == (probes, integrations), "the fused model needs no more"
+    assert read_json(sweep_record(sweep).path / "attempts.json")
