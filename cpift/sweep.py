@@ -275,4 +275,6 @@ class _Progress(tune.Callback):
     def _say(self, trial: Any, how: str) -> None:
         if self.current is not None:
             _Progress.ended += 1
-            self.current[0].note(f"  {_Progress.ended} {how}: {describe(trial.config.get('fields', trial.config))}")
+            title = describe(trial.config.get("fields", trial.config))
+            self.current[0].finish(title)
+            self.current[0].note(f"  {_Progress.ended} {how}: {title}")

@@ -79,11 +79,12 @@ def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
 
 
 class _BoardView(View):
-    """Posts progress to the sweep's board and prints nothing."""
+    """Posts progress to the sweep's board, under the trial's name, and prints nothing."""
 
     def __init__(self, trial: str, board: Any):
         super().__init__(quiet().console)
         self._trial, self._board = trial, board
 
     def progress(self, message: dict[str, Any]) -> None:
-        self._board.post.remote(message | {"title": f"{self._trial}: {message['title']}"})
+        doing = ", ".join(str(message[key]) for key in ("title", "task") if key in message)
+        self._board.post.remote(message | {"title": self._trial, "task": doing})

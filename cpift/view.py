@@ -52,6 +52,12 @@ class View:
             self._progress = None
         self.console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:.1f} s[/]", highlight=False)
 
+    def finish(self, title: str) -> None:
+        """Take away the bar of work that has ended, where many pieces follow each other within one stage."""
+        bar = self._bars.pop(title, None)
+        if self._progress is not None and bar is not None:
+            self._progress.remove_task(bar)
+
     def progress(self, message: dict[str, Any]) -> None:
         """A message of a worker: `title`, `done` in 0..1, and what else there is to say (loss, step, task)."""
         detail = _detail(message)
