@@ -105,11 +105,10 @@ class Pipeline:
 
     def regions(self) -> Artifact:
         """Stage 2: core regions of all tasks."""
-        probes = self.probe()
+        self.probe()
         from cpift.stages import build_regions
 
-        base = self.pretrained()
-        return self._make(self.artifacts.regions, "core regions", lambda out: build_regions(self, base, probes, out))
+        return self._make(self.artifacts.regions, "core regions", lambda out: build_regions(self, out))
 
     def group(self) -> Grouping:
         """Stage 3: task groups in stage order."""

@@ -77,13 +77,18 @@ def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]
     )
 
 
-def build_regions(run: Pipeline, base: Model, probes: Mapping[str, Model], out: Path) -> None:
+def build_regions(run: Pipeline, out: Path) -> None:
     """Select every task's core region and keep masks, summaries and intersections."""
-    pretrained = Checkpoint(base.path)
-    tuned = {task: open_checkpoint(model.path, pretrained) for task, model in probes.items()}
+    select_core_regions(run, {run.config.regions.p: out})
+
+
+def select_core_regions(run: Pipeline, outputs: Mapping[float, Path]) -> None:
+    """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
+    pretrained = Checkpoint(run.artifacts.base.path)
+    tuned = {task: open_checkpoint(model.path, pretrained) for task, model in run.artifacts.tuned.items()}
     mark = run.merging.mark if run.merging else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
-    write_regions(pretrained, tuned, run.config.regions, {run.config.regions.p: out}, streaming)
+    write_regions(pretrained, tuned, run.config.regions, outputs, streaming)
 
 
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:

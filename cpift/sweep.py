@@ -21,13 +21,14 @@ from cpift.artifacts import Artifact, digest, write_json
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.distributed import RayEngine, evaluate_models
 from cpift.distributed_fits import parallel_fits, run_fits
-from cpift.distributed_session import progress_board, ray_session
+from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe
 from cpift.sweep_fits import cpus_for, fits_in_tasks
-from cpift.sweep_plan import Trial, choose_points, merged, outcome
+from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
+from cpift.sweep_results import all_there, own_artifacts
 from cpift.sweep_shared import OnProgress, OnResult, SharedWork
 from cpift.sweep_trial import failure_file, run_trial
 from cpift.view import View, quiet
@@ -47,9 +48,10 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
     """
     sweep = pinned(sweep)
     record = sweep_record(sweep)
-    if record.complete:
+    if record.complete and all_there(sweep, read_attempts(record), pipeline):
         view.cached(f"sweep {sweep.name}")
         return read_attempts(record)
+    shutil.rmtree(record.path, ignore_errors=True)  # of a sweep whose models somebody deleted
     started = time.time()
     with ray_session(sweep.base.resources):
         search = _search_as_it_goes if sweep.config.search.method == "optuna" else _search_planned
@@ -114,7 +116,7 @@ def _domain(values: Sequence[Any] | Range) -> Any:
 
 
 def _done(sweep: Sweep, trial: Trial) -> bool:
-    return all(outcome(run, sweep.config.model).complete for run in trial.runs)
+    return all(artifact.complete for run in trial.runs for artifact in own_artifacts(sweep, run))
 
 
 def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, dict[str, Any]]) -> Attempt:
@@ -235,8 +237,9 @@ class _OnRay:
     """`SharedEngine` on Ray; never more threads at once than CPUs."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        if resources.workers == 1:
-            fits_in_tasks(specs, resources, on_progress)
+        fits_in_tasks([spec for spec in specs if spec.resources.workers == 1], resources, on_progress)
+        specs = [spec for spec in specs if spec.resources.workers > 1]
+        if not specs:
             return
         threads = max(spec.threads for spec in specs) * resources.workers
         fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
@@ -263,8 +266,7 @@ class _Progress(tune.Callback):
         if self.current is not None and time.monotonic() - _Progress.polled > 0.5:
             _Progress.polled = time.monotonic()
             view, board = self.current
-            for message in ray.get(board.take.remote()):
-                view.progress(message)
+            show_progress(board, view.progress)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "finished")

@@ -12,11 +12,9 @@ import ray
 
 from cpift.config import ResourcesConfig
 from cpift.distributed_fits import parallel_fits
-from cpift.distributed_session import NAMESPACE, OnProgress, progress_board, raise_failures
+from cpift.distributed_session import NAMESPACE, POLL_SECONDS, OnProgress, progress_board, raise_failures, show_progress
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.inprocess import fit_here
-
-_POLL_SECONDS = 0.5
 
 
 def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
@@ -26,17 +24,20 @@ def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progr
     before anything starts if one can never be placed.
     """
     queue = [spec for spec in specs if not (spec.export / RESULT).is_file()]
-    limit = resources.parallel if parallel_fits(resources) and resources.parallel else len(queue)
+    if not queue:
+        return
+    for spec in queue:
+        parallel_fits(spec.resources)  # raises where it can never be placed
+    limit = resources.parallel or len(queue)
     running: dict[Any, str] = {}
     failures: dict[str, BaseException | None] = dict.fromkeys(spec.title for spec in queue)
     with progress_board() as (board_name, board):
         while queue or running:
             while queue and len(running) < limit:
                 spec = queue.pop(0)
-                running[_remote(spec, resources).remote(spec, board_name)] = spec.title
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
-            for message in ray.get(board.take.remote()):
-                on_progress(message)
+                running[_remote(spec).remote(spec, board_name)] = spec.title
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            show_progress(board, on_progress)
             for reference in ready:
                 title = running.pop(reference)
                 try:
@@ -52,11 +53,10 @@ def cpus_for(threads: int, resources: ResourcesConfig) -> float:
     return max(resources.cpus_per_worker, min(float(threads), largest))
 
 
-def _remote(spec: FitSpec, resources: ResourcesConfig) -> Any:
+def _remote(spec: FitSpec) -> Any:
+    need = spec.resources
     return _fit_task.options(
-        num_cpus=cpus_for(spec.threads, resources),
-        num_gpus=resources.gpus_per_worker or None,
-        max_retries=resources.max_failures,
+        num_cpus=cpus_for(spec.threads, need), num_gpus=need.gpus_per_worker or None, max_retries=need.max_failures
     )
 
 

@@ -70,7 +70,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         overlaps=_overlaps(done),
         reuse=_reuse(sweep, done),
         points=sum(len(attempt.points) for attempt in attempts),
-        started=min((str(run.artifacts.model.manifest()["started"]) for one in done for run in one.runs), default=""),
+        started=min((str(run.artifacts.regions.manifest()["started"]) for one in done for run in one.runs), default=""),
     )
     best = best_trial(data)
     if best is None:
@@ -81,7 +81,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
 
 def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
     attempt, done = tried.attempt, tried.attempt.status == "done"
-    own = {made.path: made for run in tried.runs for made in _own_artifacts(sweep, run)} if done else {}
+    own = {made.path: made for run in tried.runs for made in own_artifacts(sweep, run)} if done else {}
     return TrialRow(
         number=number,
         points=attempt.points,
@@ -114,19 +114,30 @@ def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
     return [run.artifacts.base, *run.artifacts.tuned.values()]
 
 
-def _own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
+def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
     """What a trial makes and no other one asks for, as a rule: fused and final model and their scores."""
     models = _own_models(sweep, run)
     return [*models.values(), *(run.artifacts.evaluate(Model.of(title, made)) for title, made in models.items())]
 
 
+def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunConfig], Pipeline]) -> bool:
+    """Whether everything that finished trials and their shared work made is still in the store."""
+    done = [attempt for attempt in attempts if attempt.status == "done"]
+    runs = [pipeline(sweep.run(attempt.points[0], seed)) for attempt in done for seed in sweep.seeds]
+    first = [[*run.artifacts.probes.values(), run.artifacts.regions, run.artifacts.group] for run in runs]
+    if not all(made.complete for one in first for made in one):  # without groups the later ones have no name
+        return False
+    return all(made.complete for run in runs for made in _made(sweep, run))
+
+
 def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     """Every artifact of a run that took part in the sweep."""
-    yield from (run.artifacts.model, *run.artifacts.probes.values(), run.artifacts.regions)
+    yield from ([] if run.artifacts.in_place else [run.artifacts.model])
+    yield from (*run.artifacts.probes.values(), run.artifacts.regions)
     staged = run.artifacts.backbone(run.group().groups)
     yield from ([staged] if staged else [])
     yield from (run.artifacts.evaluate(model) for model in _shared_models(sweep, run) + _backbone_models(run))
-    yield from _own_artifacts(sweep, run)
+    yield from own_artifacts(sweep, run)
 
 
 def _scores(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:

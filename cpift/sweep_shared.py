@@ -6,6 +6,7 @@ all p come from one pass over the checkpoints. Each output is the artifact that 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,16 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpift.artifacts import Artifact, claimed, digest, write_json
-from cpift.checkpoints import Checkpoint
+from cpift.artifacts import Artifact, claimed, digest, link_or_copy, write_json
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
 from cpift.fit_spec import FitSpec
-from cpift.given import open_checkpoint
 from cpift.pipeline import Pipeline, fit_all
-from cpift.regions import save_regions, select_regions_many
 from cpift.stage_artifacts import Model
-from cpift.stages import backbone_spec, check_data, probe_specs
+from cpift.stages import backbone_spec, check_data, probe_specs, select_core_regions
 from cpift.sweep_plan import expected_backbone
 from cpift.view import View
 
@@ -48,8 +46,10 @@ class SharedWork:
 
     def prepare(self) -> None:
         """θ0, probes, regions and groups: what decides which points are one trial."""
-        for run in _distinct(self.runs, lambda run: [run.artifacts.model]):
-            check_data(run, run.pretrained())
+        for run in _distinct(self.runs, lambda run: run.artifacts.base.fingerprint):
+            base = run.pretrained()
+            if not all(artifact.complete for artifact in run.artifacts.probes.values()):
+                check_data(run, base)
         self._probes()
         self._regions()
         for run in self.runs:
@@ -62,7 +62,7 @@ class SharedWork:
 
     def _probes(self) -> None:
         wanted: dict[Path, tuple[Artifact, FitSpec, Pipeline]] = {}
-        for run in _distinct(self.runs, lambda run: run.artifacts.probes.values()):
+        for run in _distinct(self.runs, lambda run: [made.fingerprint for made in run.artifacts.probes.values()]):
             base = run.pretrained()
             for artifact, spec in zip(run.artifacts.probes.values(), probe_specs(run, base), strict=True):
                 wanted.setdefault(artifact.path, (artifact, spec, run))
@@ -80,7 +80,7 @@ class SharedWork:
         self._fit("staged backbones", list(wanted.values()))
 
     def _fit(self, title: str, wanted: Sequence[tuple[Artifact, FitSpec, Pipeline]]) -> None:
-        """Runs that ask for other resources train one after the other; all others side by side."""
+        """Runs that ask for other resources train one after the other, all others side by side."""
         missing = [entry for entry in wanted if not entry[0].complete]
         if not missing:
             if wanted:
@@ -117,13 +117,16 @@ class SharedWork:
             first = runs[0]
             with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
                 started = time.time()
-                base = Checkpoint(first.artifacts.base.path)
-                tuned = {task: open_checkpoint(made.path, base) for task, made in first.artifacts.tuned.items()}
-                found = select_regions_many(base, tuned, first.config.regions, list(missing))
-                seconds = (time.time() - started) / len(missing)
+                folders = {p: artifact.work_dir / "regions" for p, artifact in missing.items()}
+                for folder in folders.values():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir(parents=True)
+                select_core_regions(first, folders)
+                share = (time.time() - started) / len(missing)
                 for p, artifact in missing.items():
-                    with artifact.build(device_name(), seconds) as out:
-                        save_regions(found.pop(p), out)
+                    with artifact.build(device_name(), share) as out:
+                        for path in folders[p].iterdir():
+                            link_or_copy(path, out / path.name)
 
     def _scores(self, runs: Sequence[Pipeline]) -> None:
         wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
@@ -163,9 +166,9 @@ def _scoring(run: Pipeline) -> str:
     )
 
 
-def _distinct(runs: Iterable[Pipeline], artifacts: Callable[[Pipeline], Iterable[Artifact]]) -> list[Pipeline]:
-    """One run for each distinct set of these artifacts."""
-    found: dict[tuple[str, ...], Pipeline] = {}
+def _distinct(runs: Iterable[Pipeline], key: Callable[[Pipeline], Any]) -> list[Pipeline]:
+    """One run for each distinct key."""
+    found: dict[str, Pipeline] = {}
     for run in runs:
-        found.setdefault(tuple(artifact.fingerprint for artifact in artifacts(run)), run)
+        found.setdefault(digest(key(run)), run)
     return list(found.values())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cpift.artifacts import read_json
-from cpift.distributed import ray_session
+from cpift.distributed_session import ray_session
 from cpift.sweep import pipeline, run_sweep
 from cpift.sweep_config import Sweep, load_sweep
 from cpift.sweep_record import Attempt, sweep_record
