@@ -7,7 +7,7 @@ are imported when their backend first runs.
 
 from .apply import fused_apply
 from .dispatch import Backend, resolve
-from .freeze import gather_masked, scatter_masked_, zero_masked_
+from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
 from .gram import masked_gram
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
@@ -21,6 +21,7 @@ __all__ = [
     "count_mask",
     "fused_apply",
     "gather_masked",
+    "mask_starts",
     "masked_gram",
     "overlap_counts",
     "overlap_counts_per_tensor",

@@ -7,6 +7,7 @@ saves their values in row-major order, `scatter_masked_` puts them back bit for 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .checks import check_values, check_words
@@ -24,7 +25,12 @@ def gather_masked_reference(values: Tensor, words: Tensor) -> Tensor:
     return values[unpack_mask(words, values.numel())]
 
 
-def scatter_masked_reference_(values: Tensor, words: Tensor, saved: Tensor) -> None:
+def mask_starts_reference(words: Tensor, numel: int) -> Tensor:
+    """`mask_starts` in plain torch: one block."""
+    return torch.tensor([0, count_mask(words)])
+
+
+def scatter_masked_reference_(values: Tensor, words: Tensor, saved: Tensor, *, starts: Tensor | None = None) -> None:
     """`scatter_masked_` in plain torch."""
     if saved.numel() != count_mask(words):
         raise saved_mismatch(saved.numel(), count_mask(words))
@@ -41,8 +47,22 @@ def gather_masked(values: Tensor, words: Tensor, *, backend: Backend = "auto") -
     return implementation(_resolve(backend, values, words), gather_masked_reference)(values, words)
 
 
-def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, backend: Backend = "auto") -> None:
+def mask_starts(words: Tensor, numel: int, *, backend: Backend = "auto") -> Tensor:
+    """Where the elements of each block of a mask begin among those saved: int64 [blocks + 1], the last their number.
+
+    For `scatter_masked_` with the same backend, which cuts the blocks as it likes.
+    """
+    check_words("words", words, numel)
+    return implementation(resolve(backend, words), mask_starts_reference)(words, numel)
+
+
+def scatter_masked_(
+    values: Tensor, words: Tensor, saved: Tensor, *, starts: Tensor | None = None, backend: Backend = "auto"
+) -> None:
     """Put `saved` [count], from `gather_masked`, back into `values` [numel] in place, bit for bit.
+
+    starts: what `mask_starts` gave for this mask, for a caller that restores the same mask often: one launch on a GPU
+    then, and no wait for it; the length of `saved` is taken on trust.
 
     Raises ValueError if `saved` does not hold exactly as many values as the mask has bits.
     """
@@ -50,7 +70,7 @@ def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, backend: Ba
     if saved.dim() != 1 or saved.dtype != values.dtype or not saved.is_contiguous():
         given = f"{saved.dtype} {tuple(saved.shape)}"
         raise ValueError(f"saved is {given}; pass what gather_masked gave, {values.dtype} and 1-D")
-    implementation(resolved, scatter_masked_reference_)(values, words, saved)
+    implementation(resolved, scatter_masked_reference_)(values, words, saved, starts=starts)
 
 
 def saved_mismatch(given: int, expected: int) -> ValueError:

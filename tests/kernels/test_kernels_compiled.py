@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -59,3 +60,46 @@ def test_an_old_processor_is_refused_with_the_remedy() -> None:
     compiled.require_features("x86_64", {"avx2": True, "fma": True, "f16c": True})
     with pytest.raises(ValueError, match="needs a processor with f16c; use backend='reference'"):
         compiled.require_features("x86_64", {"avx2": True, "fma": True})
+
+
+AVX2_ONLY = """
+import torch
+from cpift_kernels import *
+from cpift_kernels.cpu import freeze, gram
+assert not freeze.COMPRESSES and gram._REGISTER == 8
+g = torch.Generator().manual_seed(0)
+for dtype in (torch.bfloat16, torch.float32):
+    base = torch.randn(100_003, generator=g).to(dtype)
+    tuned = [(base + 0.1 * torch.randn(100_003, generator=g)).to(dtype) for _ in range(3)]
+    words = []
+    for backend in ("cpu", "reference"):
+        cores = select_cores([base], [[x] for x in tuned], [1000, 30_000], backend=backend)
+        words.append([core.words[0] for task in cores for core in task])
+        grams = masked_gram(base, tuned, words[0][0], backend=backend)
+        out = torch.empty_like(base)
+        fused_apply(out, [base, *tuned], torch.full((1, 4), 0.25, dtype=torch.float64), [None, *words[0][:3]],
+                    backend=backend)
+        saved = gather_masked(base, words[0][1], backend=backend)
+        back = torch.zeros_like(base)
+        scatter_masked_(back, words[0][1], saved, backend=backend)
+        words[-1] += [out, grams.float(), saved, back]
+    for found, expected in zip(*words, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(words[0][:6], words[1][:6]))
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="features of x86 processors")
+def test_a_processor_without_avx512_gets_the_same_results(tmp_path: Path) -> None:
+    features = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "NUMBA_CACHE_DIR": "", "NUMBA_CPU_NAME": "haswell"}
+    done = subprocess.run(
+        [sys.executable, "-c", AVX2_ONLY],
+        env=env | {"NUMBA_CPU_FEATURES": features},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "same\n", done.stderr

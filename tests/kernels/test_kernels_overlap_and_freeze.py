@@ -9,6 +9,7 @@ import torch
 from cpift_kernels import (
     count_mask,
     gather_masked,
+    mask_starts,
     overlap_counts,
     overlap_counts_per_tensor,
     pack_mask,
@@ -90,6 +91,11 @@ def test_freezing_equals_the_reference_bit_for_bit(n: int, share: float, dtype: 
         zero_masked_(zeroed, words, backend=backend)
         assert torch.equal(zeroed.view(raw), torch.where(member, 0, bits))
         scatter_masked_(zeroed, words, saved, backend=backend)
+        assert torch.equal(zeroed.view(raw), bits)
+        starts = mask_starts(words, n, backend=backend)
+        assert (starts.dtype, int(starts[-1])) == (torch.int64, len(saved))
+        zero_masked_(zeroed, words, backend=backend)
+        scatter_masked_(zeroed, words, saved, starts=starts, backend=backend)
         assert torch.equal(zeroed.view(raw), bits)
 
 

@@ -223,7 +223,7 @@ class TestFreeze:
 
     def test_restore_in_one_launch(self) -> None:
         (words,), values = _masks(5003, 1), torch.randn(5003)
-        starts, saved = freeze.block_starts(words, 5003), freeze.gather_masked(values, words)
+        starts, saved = freeze.mask_starts(words, 5003), freeze.gather_masked(values, words)
         moved = values + 1.0
         freeze.scatter_masked_(moved, words, saved, starts=starts)
         assert torch.equal(moved, torch.where(unpack_mask(words, 5003), values, values + 1.0))

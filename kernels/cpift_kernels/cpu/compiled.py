@@ -42,7 +42,14 @@ def require_features(machine: str, features: Mapping[str, bool]) -> None:
         raise ValueError(f"backend='cpu' needs a processor with {', '.join(missing)}; use backend='reference'")
 
 
-require_features(platform.machine(), binding.get_host_cpu_features())
+def cpu_features() -> dict[str, bool]:
+    """What the kernels are compiled for: this processor's features, or those that NUMBA_CPU_FEATURES names."""
+    if _settings.CPU_FEATURES is None:
+        return dict(binding.get_host_cpu_features())
+    return {name[1:]: name[0] == "+" for name in _settings.CPU_FEATURES.split(",") if name}
+
+
+require_features(platform.machine(), cpu_features())
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from ..freeze import saved_mismatch
-from .compiled import in_threads, inner, kernel
+from .compiled import cpu_features, in_threads, inner, kernel
 from .emit import BF16, FP32, LANES
-from .words import clear, lowest_bit, move, popcount, read_word
+from .words import clear, compress, expand, lowest_bit, move, popcount, read_word
 
 SPAN = 1 << 15  # mask words of one call
 GATHER, SCATTER = 0, 1
+# Without these LLVM takes such a copy apart, one branch an element.
+COMPRESSES = all(cpu_features().get(name) for name in ("avx512f", "avx512vbmi2"))
 
 
 def zero_masked_(values: Tensor, words: Tensor) -> None:
@@ -32,9 +34,14 @@ def gather_masked(values: Tensor, words: Tensor) -> Tensor:
     return saved
 
 
-def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor) -> None:
+def mask_starts(words: Tensor, numel: int) -> Tensor:
+    """See `cpift_kernels.mask_starts`."""
+    return torch.from_numpy(_offsets(words))
+
+
+def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, starts: Tensor | None = None) -> None:
     """See `cpift_kernels.scatter_masked_`."""
-    offsets = _offsets(words)
+    offsets = _offsets(words) if starts is None else starts.numpy()
     if saved.numel() != offsets[-1]:
         raise saved_mismatch(saved.numel(), int(offsets[-1]))
     _move_all(SCATTER, values, words, saved, offsets)
@@ -104,11 +111,21 @@ def _move(direction, size, values, words, start, stop, saved):  # type: ignore[n
 def _move_as(storage, direction, size, values, words, start, stop, saved):  # type: ignore[no-untyped-def]
     for word in range(start, stop):
         bits = read_word(words + 4 * word)
-        while bits != 0:
-            value = values + size * (LANES * word + lowest_bit(bits))
+        if bits == 0:
+            continue
+        first = values + size * LANES * word
+        if COMPRESSES:
             if direction == GATHER:
-                move(storage, value, saved)
+                compress(storage, first, saved, bits)
             else:
-                move(storage, saved, value)
-            saved += size
-            bits = np.uint32(bits & (bits - np.uint32(1)))
+                expand(storage, saved, first, bits)
+            saved += size * popcount(bits)
+        else:
+            while bits != 0:
+                value = first + size * lowest_bit(bits)
+                if direction == GATHER:
+                    move(storage, value, saved)
+                else:
+                    move(storage, saved, value)
+                saved += size
+                bits = np.uint32(bits & (bits - np.uint32(1)))

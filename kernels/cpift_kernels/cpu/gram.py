@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from torch import Tensor
 
 from ..gram import Granularity, row_count
-from .compiled import in_threads, inner, kernel
+from .compiled import cpu_features, in_threads, inner, kernel
 from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, prefetch
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
@@ -200,7 +200,7 @@ def _sum_words(
     return types.void(storage, size, types.int64, types.int64, types.int64, types.int64), emit
 
 
-_REGISTER = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # fp32 lanes of a vector register
+_REGISTER = 16 if cpu_features().get("avx512f") else 8  # fp32 lanes of a vector register
 
 
 def _i64(value: int) -> ir.Constant:

@@ -107,3 +107,60 @@ def clear(typing: Any, storage: types.Type, address: types.Type, bits: types.Typ
         return context.get_dummy_value()
 
     return types.void(storage, types.int64, types.uint32), emit
+
+
+@intrinsic
+def compress(typing: Any, storage: types.Type, source: types.Type, target: types.Type, bits: types.Type) -> Emitted:
+    """Copy those of 32 elements whose bit is set to consecutive places; memory behind a clear bit is not read."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory, name = _raw(storage)
+        chosen, align = builder.bitcast(args[3], MASK_LANES), ir.Constant(I32, WIDTH[storage])
+        pointer = builder.inttoptr(args[1], memory.as_pointer())
+        load = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(memory, [memory.as_pointer(), I32, MASK_LANES, memory]),
+            f"llvm.masked.load.{name}.p0",
+        )
+        values = builder.call(load, [pointer, align, chosen, ir.Constant(memory, None)])
+        single = memory.element.as_pointer()
+        store = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [memory, single, MASK_LANES]),
+            f"llvm.masked.compressstore.{name}",
+        )
+        builder.call(store, [values, builder.inttoptr(args[2], single), chosen])
+        return context.get_dummy_value()
+
+    return types.void(storage, types.int64, types.int64, types.uint32), emit
+
+
+@intrinsic
+def expand(typing: Any, storage: types.Type, source: types.Type, target: types.Type, bits: types.Type) -> Emitted:
+    """Copy consecutive elements to those of 32 places whose bit is set; the other places keep their bits."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory, name = _raw(storage)
+        chosen, single = builder.bitcast(args[3], MASK_LANES), memory.element.as_pointer()
+        load = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(memory, [single, MASK_LANES, memory]),
+            f"llvm.masked.expandload.{name}",
+        )
+        values = builder.call(load, [builder.inttoptr(args[1], single), chosen, ir.Constant(memory, None)])
+        store = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [memory, memory.as_pointer(), I32, MASK_LANES]),
+            f"llvm.masked.store.{name}.p0",
+        )
+        pointer = builder.inttoptr(args[2], memory.as_pointer())
+        builder.call(store, [values, pointer, ir.Constant(I32, WIDTH[storage]), chosen])
+        return context.get_dummy_value()
+
+    return types.void(storage, types.int64, types.int64, types.uint32), emit
+
+
+def _raw(storage: types.Type) -> tuple[ir.VectorType, str]:
+    """32 elements as integers of their width, and LLVM's name for that."""
+    bits = 8 * WIDTH[storage]
+    return ir.VectorType(ir.IntType(bits), LANES), f"v{LANES}i{bits}"

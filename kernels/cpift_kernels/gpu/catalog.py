@@ -81,7 +81,7 @@ _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "zero": lambda x: freeze.zero_masked_(x.origin, x.masks[0]),
     "gather": lambda x: _move(x, restore=False),
     "scatter": lambda x: _move(x, restore=True),
-    "count": lambda x: freeze.block_starts(x.masks[0], SIZE),
+    "count": lambda x: freeze.mask_starts(x.masks[0], SIZE),
 }
 KERNELS = tuple(_ACTIONS)
 ANY_DTYPE = ("overlap", "count")  # they see masks alone

@@ -1,7 +1,7 @@
 """Freezing on the GPU: zero, save and restore masked elements.
 
 Only the 128-bit groups of `values` that hold a masked element are touched. A saved element's place is its rank in the
-mask: the bits before its block (`block_starts`), before its byte (a scan) and below it in its byte.
+mask: the bits before its block (`mask_starts`), before its byte (a scan) and below it in its byte.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -75,27 +75,23 @@ def zero_masked_(values: Tensor, words: Tensor) -> None:
 
 def gather_masked(values: Tensor, words: Tensor) -> Tensor:
     """`cpift_kernels.gather_masked` on CUDA or ROCm tensors."""
-    starts = block_starts(words, values.numel())
+    starts = mask_starts(words, values.numel())
     saved = torch.empty(int(starts[-1]), dtype=values.dtype, device=values.device)
     _move(values, words, starts, saved, restore=False)
     return saved
 
 
 def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, starts: Tensor | None = None) -> None:
-    """`cpift_kernels.scatter_masked_` on CUDA or ROCm tensors.
-
-    starts: what `block_starts` gave for this mask, for a caller that restores the same mask often: one launch and no
-    wait for the device then, and the length of `saved` is taken on trust.
-    """
+    """`cpift_kernels.scatter_masked_` on CUDA or ROCm tensors."""
     if starts is None:
-        starts = block_starts(words, values.numel())
+        starts = mask_starts(words, values.numel())
         if saved.numel() != int(starts[-1]):
             raise saved_mismatch(saved.numel(), int(starts[-1]))
     _move(values, words, starts, saved, restore=True)
 
 
-def block_starts(words: Tensor, numel: int) -> Tensor:
-    """int64 [blocks + 1]: set bits before each block of a mask of `numel` elements; the last is their number."""
+def mask_starts(words: Tensor, numel: int) -> Tensor:
+    """`cpift_kernels.mask_starts` on CUDA or ROCm tensors."""
     counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int32, device=words.device)
     launch_blocks(
         count_kernel, numel, BLOCK, words.device, mask_bytes(words), counts, numel, BLOCK=BLOCK, threads=THREADS
