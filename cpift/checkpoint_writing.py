@@ -24,6 +24,11 @@ from cpift.errors import StageError
 from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
 from cpift.units import show_size
 
+_RECORDS = {
+    "fusion.json",
+    "inputs.json",
+    "training.json",
+}  # what a run says of a model, which another is not to inherit
 _SYNC_BYTES = 1 << 28  # written bytes after which the disk is made to follow
 
 
@@ -200,7 +205,7 @@ def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], tor
 def companions(folder: Path) -> Iterator[Path]:
     """Everything of a model folder that is not weights or their index: config, tokenizer, chat template, licence."""
     weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")
-    skipped = {"manifest.json", "README.md", INDEX_FILE}
+    skipped = {"manifest.json", "README.md", INDEX_FILE, *_RECORDS}
     for path in sorted(folder.iterdir()):
         if (
             path.is_file()

@@ -102,6 +102,9 @@ class FusionConfig(Section):
     granularity: Literal["tensor", "row", "model"] = "tensor"
     space: Literal["weights", "delta"] = "weights"
     conflict: Literal["magnitude", "last", "mean"] = "magnitude"
+    vocabulary: Literal["error", "base"] = Field(
+        "error", description="where models have other numbers of tokens, base: those of θ0, with its rows where missing"
+    )
     shard_size: Bytes = Field(5 * 10**9, description="most bytes of one file of the fused model, for example 5GB")
 
 

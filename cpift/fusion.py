@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from cpift_kernels import count_mask, fused_apply, masked_gram, resolve_conflicts, slerp_coefficients, union_mask
 
-from cpift.checkpoints import Checkpoint, require_finite, require_same_layout
+from cpift.checkpoints import Checkpoint, all_finite, require_finite, require_same_layout
 from cpift.config import FusionConfig
 from cpift.regions import RegionMasks
 from cpift.safetensors_files import TensorInfo
@@ -45,7 +45,7 @@ def copy_of(model: Checkpoint, label: str, info: TensorInfo) -> Fill:
 
     def fill(start: int, stop: int, out: torch.Tensor) -> None:
         values = model.slice(info.name, start, stop)
-        if info.floating and not bool(values.isfinite().all()):
+        if info.floating and not all_finite(values):
             require_finite(label, model, [info.name])
         out.copy_(values)
 
@@ -129,7 +129,8 @@ class Fusion:
     def _by_row(self, info: TensorInfo) -> bool:
         return self.config.granularity == "row" and len(info.shape) >= 2 and self.masks.has(info.name)
 
-    def _sources(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+    def sources(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        """Elements of [θ0 (delta space only), θ_base, θ1..θN]."""
         inputs = self.inputs
         first = [inputs.pretrained] if self.config.space == "delta" else []
         return [model.slice(name, start, stop) for model in (*first, inputs.backbone, *inputs.tuned.values())]
@@ -138,7 +139,7 @@ class Fusion:
         """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
         inputs, tasks = self.inputs, list(self.inputs.tuned)
         masks = {task: self.masks.words(task, name, start, stop) for task in tasks}
-        sources = self._sources(name, start, stop)
+        sources = self.sources(name, start, stop)
         tuned = dict(zip(tasks, sources[-len(tasks) :], strict=True))
         # `last` lets the later stage win, `magnitude` breaks ties for the earlier task: each has its own order.
         order = list(inputs.priority) if self.config.conflict == "last" else tasks
@@ -153,18 +154,19 @@ class Fusion:
             core=union_mask(list(masks.values())),
         )
 
-    def _union(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def union(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The packed union of the cores of all tasks; start is a multiple of 32."""
         return union_mask([self.masks.words(task, name, start, stop) for task in self.inputs.tuned])
 
     def _core_count(self, info: TensorInfo) -> int:
-        return sum(count_mask(self._union(info.name, start, stop)) for start, stop in self.pieces(info))
+        return sum(count_mask(self.union(info.name, start, stop)) for start, stop in self.pieces(info))
 
     def _gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
         """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements."""
         by: Literal["row", "tensor"] = "row" if self._by_row(info) else "tensor"
         width, core, grams = (info.numel // info.shape[0] if by == "row" and info.shape[0] else 0), 0, []
         for start, stop in sweep(self.models, info, self.pieces(info)):
-            sources, union = self._sources(info.name, start, stop), self._union(info.name, start, stop)
+            sources, union = self.sources(info.name, start, stop), self.union(info.name, start, stop)
             core += count_mask(union)
             shaped = [source.view(-1, width) for source in sources] if width else sources
             grams.append(masked_gram(shaped[0], shaped[1:], union, granularity=by))

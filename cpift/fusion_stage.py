@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import Artifact, link_or_copy, write_json
+from cpift.artifacts import Artifact, file_sha256, link_or_copy, write_json
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, RunConfig
 from cpift.fusion import Fusion, FusionInputs
-from cpift.given import open_checkpoint
+from cpift.given import model_files, open_checkpoint
 from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
 from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.verify import check_loads, require_passed, verify
 
-FUSION_RECORD = "fusion.json"
+FUSION_RECORD, INPUTS_RECORD = "fusion.json", "inputs.json"
 OnProgress = Callable[[dict[str, Any]], None]
 
 
 def open_inputs(artifacts: StageArtifacts, groups: Sequence[Sequence[str]], backbone: Model) -> FusionInputs:
     """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
-    base = artifacts.base
+    base, vocabulary = artifacts.base, artifacts.config.fusion.vocabulary
     pretrained = Checkpoint(base.path)
     return FusionInputs(
         pretrained=pretrained,
-        backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained),
-        tuned={task: open_checkpoint(model.path, pretrained) for task, model in artifacts.tuned.items()},
+        backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained, vocabulary),
+        tuned={task: open_checkpoint(model.path, pretrained, vocabulary) for task, model in artifacts.tuned.items()},
         regions=artifacts.regions.path,
         priority=[task for group in groups for task in group],
     )
@@ -68,12 +70,30 @@ def fuse_models(
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
+    write_json(out / INPUTS_RECORD, describe_inputs(artifacts, backbone, hashed=config.resources.verify))
     checks = []
     if config.resources.verify:
         checks = verify(method, inputs.backbone, out, _counted(on_progress, "verification", inputs.backbone.numel))
         checks.append(check_loads(out, config.resources.memory_budget))
         require_passed(checks)
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
+
+
+def describe_inputs(artifacts: StageArtifacts, backbone: Model, hashed: bool) -> dict[str, Any]:
+    """Every model that was read: its fingerprint, and the size and, if `hashed`, sha256 of each of its files."""
+    models = {"pretrained": artifacts.base, "backbone": backbone, **artifacts.tuned}
+    files = list(dict.fromkeys(file for model in models.values() for file in model_files(model.path)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = dict(zip(files, pool.map(file_sha256, files) if hashed else [None] * len(files), strict=True))
+    return {
+        label: {
+            "fingerprint": model.fingerprint,
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": hashes[file]} for file in model_files(model.path)
+            },
+        }
+        for label, model in models.items()
+    }
 
 
 def method_of(config: RunConfig, inputs: FusionInputs, work: Path) -> Fusion | Baseline:

@@ -11,6 +11,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import ADAPTER_CONFIG, LoraCheckpoint
+from cpift.vocabulary import FittedCheckpoint, resized
 
 
 def locate(source: CheckpointConfig | ModelConfig) -> Path:
@@ -21,11 +22,16 @@ def locate(source: CheckpointConfig | ModelConfig) -> Path:
     return download(source.hub, source.revision)
 
 
-def open_checkpoint(folder: Path, base: Checkpoint | None = None) -> Checkpoint:
-    """A model folder, or an adapter's folder as the model it makes of `base`. Raises CheckpointError."""
+def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: str = "error") -> Checkpoint:
+    """A model folder, or an adapter's folder as the model it makes of `base`. Raises CheckpointError.
+
+    vocabulary: `base` fits a model with another number of tokens to `base`, `error` opens it as it is.
+    """
     if base is not None and (folder / ADAPTER_CONFIG).is_file():
         return LoraCheckpoint(folder, base)
-    return Checkpoint(folder)
+    model = Checkpoint(folder)
+    fits = base is None or vocabulary == "error" or not resized(base, model)
+    return model if fits or base is None else FittedCheckpoint(model, base)
 
 
 def given_fingerprint(source: CheckpointConfig | ModelConfig) -> str:

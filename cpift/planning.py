@@ -118,7 +118,7 @@ def plan(artifacts: StageArtifacts) -> Plan:
 
     parameters = count_parameters(artifacts)
     steps = tuple(_steps(artifacts))
-    todo = sum(1 for step in steps if step.state != "cached" and step.stage in _MODEL_STAGES)
+    todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
     width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
     checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in _trainings(config)) else 0

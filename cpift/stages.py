@@ -85,7 +85,8 @@ def build_regions(run: Pipeline, out: Path) -> None:
 def select_core_regions(run: Pipeline, outputs: Mapping[float, Path]) -> None:
     """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
     pretrained = Checkpoint(run.artifacts.base.path)
-    tuned = {task: open_checkpoint(model.path, pretrained) for task, model in run.artifacts.tuned.items()}
+    vocabulary = run.config.fusion.vocabulary
+    tuned = {task: open_checkpoint(model.path, pretrained, vocabulary) for task, model in run.artifacts.tuned.items()}
     mark = run.merging.mark if run.merging else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
     write_regions(pretrained, tuned, run.config.regions, outputs, streaming)

@@ -23,7 +23,7 @@ from cpift.safetensors_files import TensorInfo
 from cpift.streaming import pieces
 
 _TENSORS = 4  # tensors that are evaluated anew
-_LARGEST = 1 << 25  # elements of a tensor that is not too large for that
+_LARGEST = 1 << 24  # elements of a tensor that is not too large for that
 _RUN = 1 << 20  # elements that are held in fp64 at once, a multiple of 32
 _SAMPLE = 1 << 13  # elements of the first and the last slice that are compared, a multiple of 32
 # Half a unit in the last place of the output's dtype; the fp32 sum may add as much again at a rounding boundary.
@@ -84,7 +84,8 @@ def _definition(method: Fusion | Baseline, info: TensorInfo) -> Definition:
     return _updated(method, info)
 
 
-Vectors = Callable[[int, int], tuple[list[np.ndarray], np.ndarray]]  # [P] of every model at places [P]
+# For elements start..stop-1: every model's vector [stop - start], and the places [P] that are defined.
+Vectors = Callable[[int, int], tuple[list[np.ndarray], np.ndarray]]
 
 
 def _vectors_of(models: Sequence[Checkpoint], info: TensorInfo) -> Vectors:
@@ -105,6 +106,7 @@ def _weighted(vectors: Vectors, weights: np.ndarray) -> Definition:
 def _combined(vectors: Vectors, folds: list[Fold]) -> Definition:
     def values(start: int, stop: int) -> _Expected:
         found, places = vectors(start, stop)
+        found = [vector[places] for vector in found]
         return _Expected(_folded(found, folds), places, np.max(np.abs(found), axis=0, initial=0.0))
 
     return values
@@ -112,11 +114,12 @@ def _combined(vectors: Vectors, folds: list[Fold]) -> Definition:
 
 def _fused(fusion: Fusion, info: TensorInfo) -> Definition:
     def vectors(start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """θ_base, θ1..θN (less θ0 in delta space) at the places in no core."""
-        operands = fusion.operands(info.name, start, stop)
-        places = np.flatnonzero(~unpack_mask(operands.core, stop - start).numpy())
-        found = [source.double().numpy()[places] for source in operands.sources]
-        return ([vector - found[0] for vector in found[1:]] if fusion.config.space == "delta" else found), places
+        """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
+        sources, core = fusion.sources(info.name, start, stop), fusion.union(info.name, start, stop)
+        kept = ~unpack_mask(core, stop - start).numpy()
+        found = [source.double().numpy() for source in sources]
+        found = [vector - found[0] for vector in found[1:]] if fusion.config.space == "delta" else found
+        return [vector * kept for vector in found], np.flatnonzero(kept)
 
     factors = omegas(fusion.config, len(fusion.inputs.tuned))
     combined = _combined(vectors, sequential_slerp(info.numel, vectors, factors, fusion.config.epsilon))

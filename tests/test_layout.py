@@ -40,6 +40,7 @@ LAYERS = [
         "checkpoint_writing",
         "lora",
         "given",
+        "vocabulary",
         "streaming",
         "adapters",
         "data",

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift.artifacts import read_json
+from cpift.artifacts import file_sha256, read_json
 from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig, RunConfig
 from cpift.config_inputs import ScratchModel
@@ -25,6 +26,7 @@ from cpift.errors import CheckpointError, ConfigError, CpiftError, ProblemsError
 from cpift.models import load_model, materialise
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.planning import preflight
+from cpift.vocabulary import FittedCheckpoint
 
 from .conftest import save_checkpoint
 
@@ -86,6 +88,14 @@ def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, mod
     assert len(Checkpoint(out).files) > 1
     for companion in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (out / companion).read_bytes() == (models / "base" / companion).read_bytes()
+    inputs = read_json(out / "inputs.json")
+    assert list(inputs) == ["pretrained", "backbone", "one", "two"]
+    for label, folder in (("pretrained", "base"), ("one", "one"), ("two", "two")):
+        files = inputs[label]["files"]
+        assert {name for name in files if name.endswith(".safetensors")} == {
+            file.name for file in (models / folder).glob("*.safetensors")
+        }
+        assert all(found["sha256"] == file_sha256(models / folder / name) for name, found in files.items())
     record = read_json(out / "fusion.json")
     assert len(record["checks"]) >= 4
     assert all(check["passed"] for check in record["checks"])
@@ -224,6 +234,30 @@ def checked_and_fused(tmp_path: Path, models: Path) -> None:
     config = opened(tmp_path, models)
     preflight(config, stage="fuse")
     Pipeline(config, NoEngine()).fuse()
+
+
+def test_another_vocabulary_is_fitted_where_asked_for(tmp_path: Path, models: Path) -> None:
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    other_vocabulary(mine)
+    config = opened(tmp_path, mine, fusion={"vocabulary": "base"})
+    preflight(config, stage="fuse")
+    fused = Checkpoint(Pipeline(config, NoEngine()).fuse().path)
+    plain = Checkpoint(Pipeline(opened(tmp_path, models, fusion={}), NoEngine()).fuse().path)
+    assert all(torch.equal(fused.tensor(name), plain.tensor(name)) for name in plain.names)
+
+    tensors = load_file(models / "one" / "model.safetensors")
+    short = {n: x[:-3].contiguous() if "embed" in n or "lm_head" in n else x for n, x in tensors.items()}
+    save_file(short, mine / "one" / "model.safetensors")
+    base = Checkpoint(models / "base")
+    fitted = FittedCheckpoint(Checkpoint(mine / "one"), base)
+    name = "model.embed_tokens.weight"
+    wanted = torch.cat([short[name], base.tensor(name)[-3:]])
+    assert torch.equal(fitted.tensor(name), wanted)
+    places = np.array([0, wanted.numel() - 200, wanted.numel() - 4])
+    assert torch.equal(
+        fitted.gather(name, places, 4), torch.stack([wanted.flatten()[p : p + 4] for p in places]).float()
+    )
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, models: Path) -> None:

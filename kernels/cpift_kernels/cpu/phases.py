@@ -119,6 +119,7 @@ class Selection:
             for task in range(self.models.tasks):
                 values = self.models.gather(task + 1, int(tensor[first]), place[at], RUN)
                 keys[task, at] = (values - base).abs().view(torch.int32).numpy()
+            self.models.release(int(tensor[first]), 0, self.models.sizes[int(tensor[first])])
         keys *= np.arange(RUN) < (self._numel[segment] - start)[:, None]
         return self._chunk[segment] + start // CHUNK, keys
 
