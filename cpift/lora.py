@@ -71,9 +71,8 @@ class LoraCheckpoint(Checkpoint):
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1: a view of θ0 or of the adapter's file, or computed into memory of its own."""
-        if name in self._full:
-            return self._view(self._full[name], start, stop)
-        values = self.base.slice(name, start, stop)
+        full = self._full.get(name)
+        values = self.base.slice(name, start, stop) if full is None else self._view(full, start, stop)
         if name not in self._updates:
             return values
         left, right = self._factors(name)
@@ -89,14 +88,13 @@ class LoraCheckpoint(Checkpoint):
         return out
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        places = np.minimum(starts[:, None] + np.arange(length), self.tensors[name].numel - 1)
         if name in self._full:
-            numel = self._full[name].numel
-            whole = np.minimum(starts[:, None] + np.arange(length), numel - 1)
-            return self._view(self._full[name], 0, numel)[torch.from_numpy(whole)].float()
-        values = self.base.gather(name, starts, length)
+            values = self._view(self._full[name], 0, self._full[name].numel)[torch.from_numpy(places)].float()
+        else:
+            values = self.base.gather(name, starts, length)
         if name in self._updates:
             left, right = self._factors(name)
-            places = np.minimum(starts[:, None] + np.arange(length), self.tensors[name].numel - 1)
             row, column = np.divmod(places, right.shape[1])
             delta = sum(left[row, k] * right[k, column] for k in range(left.shape[1]))
             rounded = (values + torch.from_numpy(np.asarray(delta)) * self._updates[name].scaling).to(
@@ -135,7 +133,8 @@ class LoraCheckpoint(Checkpoint):
             elif "lora_" in name:
                 problems.append(Problem(key, "is no plain LoRA factor", "merge this adapter with PEFT first"))
             else:
-                self._assign_full(key, name, info, problems)
+                # PEFT keeps an adapted embedding beside its factors; the product is added to that.
+                self._assign_full(key, name.replace(".base_layer.", "."), info, problems)
         for (module, embedding), factors in pairs.items():
             problem = self._assign_pair(module, embedding, factors)
             if problem is not None:

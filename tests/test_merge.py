@@ -386,3 +386,33 @@ def test_adapters_that_cannot_be_streamed_say_why(
     with pytest.raises(CheckpointError) as caught:
         LoraCheckpoint(tmp_path / "a", Checkpoint(models / "base"))
     assert said in str(caught.value)
+
+
+def test_what_peft_saves_is_what_it_merges(tmp_path: Path, models: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from cpift.lora import LoraCheckpoint
+
+    base = Checkpoint(models / "base")
+    network = load_model(models / "base", torch.float32)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=10,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj", "embed_tokens"],
+        modules_to_save=["norm"],
+        rank_pattern={"layers.1.mlp.down_proj": 2},
+        alpha_pattern={"q_proj": 6},
+    )
+    adapted = peft.get_peft_model(network, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    lora = LoraCheckpoint(tmp_path / "adapter", base)
+    changed = 0
+    for name in base.names:
+        torch.testing.assert_close(lora.tensor(name), merged[name].bfloat16(), rtol=2**-7, atol=1e-6)
+        changed += not torch.equal(lora.tensor(name), base.tensor(name))
+    assert changed >= 6
