@@ -130,7 +130,9 @@ def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> di
     where = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={ray_dir}"]
     head = start_node(folder, "--num-cpus=0", *where)
     time.sleep(20)
-    node = start_node(folder, "--num-cpus=2", f"--address=127.0.0.1:{PORT}")
+    # nodes of one machine need folders and agent ports of their own
+    own = [f"--address=127.0.0.1:{PORT}", f"--temp-dir={ray_dir}-node", "--dashboard-agent-listen-port=52401"]
+    node = start_node(folder, "--num-cpus=2", *own)
     time.sleep(10)
     started, events = time.time(), {}
     try:
@@ -144,7 +146,7 @@ def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> di
         events["node killed among the trials, another one joined"] = driver.wait(lambda: count(store, "integrate") >= 5)
         kill_tree(node)
         snapshots.append(manifests(store))
-        node = start_node(folder, "--num-cpus=2", f"--address=127.0.0.1:{PORT}")
+        node = start_node(folder, "--num-cpus=2", *own)
         code = driver.process.wait()
     finally:
         kill_tree(head)

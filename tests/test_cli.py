@@ -28,7 +28,8 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("run", "plan", "probe", "regions", "group", "fuse", "integrate", "evaluate", "report", "core region"):
+    stages = ("probe", "regions", "group", "fuse", "integrate", "evaluate", "report")
+    for word in ("run", "plan", *stages, "sweep", "submit", "core region"):
         assert word in done.stdout
 
 
