@@ -116,6 +116,11 @@ class ResourcesConfig(Section):
     )
     verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
+    storage: str | None = Field(
+        None,
+        description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
+        "s3://bucket/folder, to which they are uploaded while training goes on; default: the run's folder",
+    )
 
     @property
     def on_cluster(self) -> bool:

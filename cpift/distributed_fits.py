@@ -6,11 +6,11 @@ shortens the way there after a crash.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cpift.distributed_session import (
     ray_session,
     show_progress,
 )
+from cpift.distributed_storage import RUN, Storage
 from cpift.errors import CpiftError, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.placement import Nodes, Placement
@@ -116,9 +117,8 @@ def _drive(
 
 def _run_fit(spec: FitSpec, board_name: str) -> None:
     """One TorchTrainer, driven by the calling thread until it ends."""
-    resources, storage = spec.resources, spec.scratch / "ray"
-    _drop_damaged_state(storage / "fit")
-    storage.mkdir(parents=True, exist_ok=True)
+    resources, storage = spec.resources, Storage.of(spec)
+    storage.drop_damaged_state()
     use_gpu = resources.gpus_per_worker > 0
     per_worker = {"CPU": resources.cpus_per_worker}
     # Ray's own default for the controller is to try for ever.
@@ -133,8 +133,8 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
             resources_per_worker=per_worker | ({"GPU": resources.gpus_per_worker} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name="fit",
-            storage_path=str(storage),
+            name=RUN,
+            storage_path=storage.place,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(**limits),
         ),
@@ -143,8 +143,8 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     result = _fit_through_controllers(trainer, resources.max_failures)
     if result.error is not None:
         raise result.error
+    storage.drop()  # Ray holds this run for finished, and the model is exported or never will be
     if _failure_file(spec).is_file():
-        shutil.rmtree(storage)  # Ray holds this run for finished
         raise StageError(_failure_file(spec).read_text(encoding="utf-8"))
     if not (spec.export / RESULT).is_file():
         raise StageError(f"{spec.title}: its worker ended but {spec.export} is not there; is it on shared storage?")
@@ -159,17 +159,6 @@ def _fit_through_controllers(trainer: TorchTrainer, failures: int) -> ray.train.
             if not left:
                 raise
     raise AssertionError
-
-
-def _drop_damaged_state(run: Path) -> None:
-    """Forget a Ray Train run whose snapshot a crash left half written, which would block its name."""
-    snapshot = run / "checkpoint_manager_snapshot.json"
-    try:
-        json.loads(snapshot.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError:
-        shutil.rmtree(run)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -190,20 +179,21 @@ def _train_worker(config: dict[str, Any]) -> None:
         if context.get_world_size() > 1:
             torch.distributed.barrier()
         kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
-        ray.train.report(metrics, checkpoint=kept)
+        ray.train.report(metrics, checkpoint=kept, checkpoint_upload_mode=mode)
 
+    mode = ray.train.CheckpointUploadMode.ASYNC if spec.remote_storage else ray.train.CheckpointUploadMode.SYNC
     hooks = FitHooks(
         on_progress=lambda message: board.post.remote(message) if main else None,
         on_checkpoint=on_checkpoint,
-        resume_from=Path(checkpoint.path) if checkpoint else None,
         is_main=main,
     )
     partial = spec.export.with_name(f".{spec.export.name}.partial")
     if main:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        with log_file(spec.logs / f"worker-{context.get_world_rank()}.log"):
-            fit(replace(spec, export=partial), hooks)
+        with log_file(spec.logs / f"worker-{context.get_world_rank()}.log"), ExitStack() as stack:
+            resumed = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
+            fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
     except CpiftError as error:  # it would only happen again: tell the driver instead of being retried
         write_text(_failure_file(spec), str(error))
         return

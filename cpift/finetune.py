@@ -193,7 +193,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps" if training.checkpoint_every else "no",
         save_steps=training.checkpoint_every or 1,
-        save_total_limit=1,
+        save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded
         dataloader_pin_memory=cuda,
         disable_tqdm=True,
         report_to=[name for name in spec.tracking if name != "tensorboard"],

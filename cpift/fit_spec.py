@@ -40,6 +40,11 @@ class FitSpec:
     balanced: bool = False
     tracking: tuple[Tracker, ...] = ()
 
+    @property
+    def remote_storage(self) -> bool:
+        """Whether checkpoints are uploaded to an object store."""
+        return "://" in (self.resources.storage or "")
+
 
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
     """One stage a group, in order.

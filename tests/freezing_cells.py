@@ -83,7 +83,9 @@ def cells() -> Iterator[Cell]:
         unsharded = engine == "fsdp2" and optimizer in NOT_SHARDED
         # How DDP lays out its buckets matters to gradients alone.
         known = engine == "ddp bucket view" and (option not in ("plain", "all") or optimizer in NOT_SHARDED)
-        if not unsharded and not known:
+        # AdamW's other implementations and Adafactor differ in the step, not in what happens before it.
+        step_only = optimizer in ("adamw plain", "adamw fused", "adafactor") and option not in ("clipping", "all")
+        if not unsharded and not known and not step_only:
             yield engine, optimizer, option
 
 

@@ -77,6 +77,7 @@ LAYERS = [
         "distributed_fits",
         "distributed_fusion",
         "distributed_session",
+        "distributed_storage",
         "sweep_fits",
         "sweep_trial",
         "sweep",

@@ -22,13 +22,19 @@ from cpift.models import materialise
 from cpift.regions import save_regions, select_regions
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
-# Two workers sum a batch's gradients in another order than one, and 80 steps of AdamW carry that on (measured: 2e-6).
+# Two workers sum a batch's gradients in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
 TOLERANCE = 1e-4
 
 
 def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int = 1) -> FitSpec:
     """The smoke config's first probe, then a second stage in which its core is frozen; 8 examples a step."""
-    changes = {"batch_size": batch, "gradient_accumulation": accumulate, "checkpoint_every": 15, "log_every": 1}
+    changes = {
+        "steps": 16,
+        "batch_size": batch,
+        "gradient_accumulation": accumulate,
+        "checkpoint_every": 6,
+        "log_every": 1,
+    }
     return FitSpec(
         title="fit",
         model=base,
@@ -60,7 +66,7 @@ def work(rank: int, folder: str, config: RunConfig) -> None:
 
     def stop(checkpoint: Path, metrics: dict[str, Any]) -> None:
         barrier()
-        if (metrics["stage"], metrics["step"]) == (1, 15):
+        if (metrics["stage"], metrics["step"]) == (1, 6):
             kept.append(checkpoint)
             raise _Killed
 
@@ -107,7 +113,7 @@ def losses(folder: Path, name: str, field: str = "loss") -> torch.Tensor:
 def test_two_workers_have_the_loss_curve_of_one_process(folder: Path, strategy: str) -> None:
     for field in ("loss", "grad_norm", "learning_rate"):
         one, two = losses(folder, "one", field), losses(folder, strategy, field)
-        assert len(one) == 80
+        assert len(one) == 32
         torch.testing.assert_close(two, one, rtol=TOLERANCE, atol=TOLERANCE)
 
 

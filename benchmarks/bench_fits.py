@@ -1,0 +1,88 @@
+"""What Ray Train costs a fine-tune, and what side by side saves: the smoke config's probes.
+
+    python benchmarks/bench_fits.py              # about four minutes on two cores
+    python benchmarks/bench_fits.py --steps 400  # longer fine-tunes
+
+Rows in results/fits.jsonl, seconds of wall time: the three probes in this process one after another, as Ray Train runs
+one after another, and as Ray Train runs as many at once as fit. `session` is the start and stop of Ray by themselves.
+All must leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from record import append
+
+from cpift.artifacts import file_sha256
+from cpift.config import RunConfig
+from cpift.config_loading import load_config
+from cpift.distributed_fits import run_fits
+from cpift.distributed_session import ray_session
+from cpift.fit_spec import FitSpec
+from cpift.inprocess import InProcessEngine
+from cpift.pipeline import Pipeline
+from cpift.stages import probe_specs
+from cpift.view import View
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+
+
+def specs_in(output: Path, changes: list[str]) -> tuple[RunConfig, list[FitSpec]]:
+    config = load_config(SMOKE, [f"output={output}", *changes])
+    pipeline = Pipeline(config, InProcessEngine(config), View())
+    return config, probe_specs(pipeline, pipeline.pretrained())
+
+
+def timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return round(time.perf_counter() - started, 2)
+
+
+def nothing(message: dict[str, Any]) -> None:
+    pass
+
+
+def session(config: RunConfig) -> None:
+    with ray_session(config.resources):
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    seconds, digests = {}, set()
+    with tempfile.TemporaryDirectory() as temporary:
+        for way in ("warm-up", "in process", "ray, one after another", "ray, side by side"):
+            config, specs = specs_in(Path(temporary) / way, [f"probe.steps={options.steps}"])
+            if way == "ray, one after another":
+                seconds["session"] = timed(lambda config=config: session(config))  # type: ignore[misc]
+            if way.startswith("ray"):
+                at_once = 1 if way.endswith("another") else None
+                resources = config.resources.model_copy(update={"parallel": at_once})
+                seconds[way] = timed(lambda s=specs, r=resources: run_fits(s, r, nothing))  # type: ignore[misc]
+            else:  # imports are paid by the first way
+                engine = InProcessEngine(config)
+                chosen = specs[:1] if way == "warm-up" else specs
+                seconds[way] = timed(lambda e=engine, s=chosen: e.fit(s, nothing))  # type: ignore[misc]
+            if way != "warm-up":
+                digests.add(tuple(file_sha256(spec.export / "model.safetensors") for spec in specs))
+    del seconds["warm-up"]
+    row = {"probes": 3, "steps": options.steps, "seconds": seconds, "same_bytes": len(digests) == 1}
+    serial = seconds["ray, one after another"] - seconds["session"]
+    row["overhead_per_probe"] = round((serial - seconds["in process"]) / 3, 2)
+    append("fits", [row])
+    print(row)
+
+
+if __name__ == "__main__":
+    main()
