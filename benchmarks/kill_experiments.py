@@ -1,6 +1,6 @@
 """Kill parts of a run while it trains, again and again, and compare the model with an undisturbed run's.
 
-    python benchmarks/kill_experiments.py                  # every kind; about a quarter of an hour on two cores
+    python benchmarks/kill_experiments.py                  # every kind; about twenty minutes on two idle cores
     python benchmarks/kill_experiments.py worker node      # some kinds
 
 Each experiment runs `cpift probe` on one task of configs/smoke.yaml, with a checkpoint every 20 steps and a model large
@@ -10,7 +10,6 @@ enough for a step to take tens of milliseconds. After a checkpoint has appeared,
     ddp, fsdp    one of two training workers
     controller   Ray Train's controller
     driver       `cpift` itself; the same command is then run again
-    limit        the worker's next allocations, by an address-space limit set from outside
     memory       what Ray's memory monitor chooses when the node runs out of memory (a process beside it fills it)
     node         the Ray node that the worker is on; another takes over
 
@@ -25,7 +24,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -166,15 +164,6 @@ def kill_driver(probe: Probe, rng: random.Random) -> str | None:
     return "cpift probe"
 
 
-def limit_memory(probe: Probe, rng: random.Random) -> str | None:
-    found = probe.processes(WORKER)
-    if not found:
-        return None
-    size = int(Path(f"/proc/{found[0]}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(found[0], resource.RLIMIT_AS, (size - 2**28, size - 2**28))
-    return f"address space of {command_line(found[0])[:40]}"
-
-
 def used_and_total() -> tuple[int, int]:
     """Bytes, as Ray's memory monitor counts them: total − available."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -217,7 +206,6 @@ KINDS = {
     "fsdp": Kind(sigkill(WORKER), 3, "fsdp"),
     "controller": Kind(sigkill(CONTROLLER), 3),
     "driver": Kind(kill_driver, 4),
-    "limit": Kind(limit_memory, 2),
     "memory": Kind(fill_memory, 2),
     "node": Kind(sigkill("never used: nodes are removed through the cluster"), 3),
 }

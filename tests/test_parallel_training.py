@@ -22,7 +22,7 @@ from cpift.models import materialise
 from cpift.regions import save_regions, select_regions
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
-# Two workers sum a batch's gradients in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
+# Two workers sum a batch in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
 TOLERANCE = 1e-4
 
 
