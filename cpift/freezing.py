@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
-from cpift_kernels import count_mask, gather_masked, pack_mask, scatter_masked_, unpack_mask, zero_masked_
+from cpift_kernels import count_mask, gather_masked, mask_starts, pack_mask, scatter_masked_, unpack_mask, zero_masked_
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +35,7 @@ class ElementFreezer:
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor]):
         self._parameters = _parameters_of(model, masks)
         self._words: dict[str, torch.Tensor] = {}
+        self._starts: dict[str, torch.Tensor] = {}  # so that a restore on a GPU is one launch and no wait
         self._saved: dict[str, torch.Tensor] = {}
         self.frozen_elements = 0  # of the whole model, whatever this worker holds of it
         for name, parameter in self._parameters.items():
@@ -43,13 +44,14 @@ class ElementFreezer:
             words = _local_words(parameter, whole)
             if bool(words.any()):
                 self._words[name] = words
+                self._starts[name] = mask_starts(words, _flat(parameter).numel())
                 self._saved[name] = gather_masked(_flat(parameter), words)
         self._handles: list[RemovableHandle] = []
 
     @property
     def nbytes(self) -> int:
-        """Memory held on this worker: masks and frozen values."""
-        return sum(tensor.nbytes for held in (self._words, self._saved) for tensor in held.values())
+        """Memory held on this worker: masks, where their blocks begin, and frozen values."""
+        return sum(tensor.nbytes for held in (self._words, self._starts, self._saved) for tensor in held.values())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start holding: hooks on the gradients of the masked parameters and on the optimizer's step."""
@@ -67,7 +69,7 @@ class ElementFreezer:
     def restore(self) -> None:
         """Put every frozen value back."""
         for name, words in self._words.items():
-            scatter_masked_(_flat(self._parameters[name]), words, self._saved[name])
+            scatter_masked_(_flat(self._parameters[name]), words, self._saved[name], starts=self._starts[name])
 
     def __enter__(self) -> ElementFreezer:
         return self
