@@ -100,7 +100,7 @@ def _trial_models(sweep: Sweep, run: Pipeline) -> list[Model]:
 
 def _backbone_models(run: Pipeline) -> list[Model]:
     """Empty where θ0 itself is the backbone."""
-    return [expected_backbone(run)] if run.config.backbone.source != "pretrained" else []
+    return [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
 
 
 def _own_models(sweep: Sweep, run: Pipeline) -> dict[str, Artifact]:

@@ -131,7 +131,7 @@ class SharedWork:
     def _scores(self, runs: Sequence[Pipeline]) -> None:
         wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
         for run in runs:
-            staged = [expected_backbone(run)] if run.config.backbone.source != "pretrained" else []
+            staged = [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
             for model in [run.pretrained(), *run.artifacts.tuned.values(), *staged]:
                 artifact = run.artifacts.evaluate(model)
                 wanted.setdefault(artifact.path, (artifact, model, run))

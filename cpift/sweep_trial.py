@@ -64,7 +64,7 @@ def engine_for(config: RunConfig) -> Engine:
 
 def _figures(run: Pipeline, model: str) -> dict[str, float]:
     fused = run.fuse()
-    backbone = [run.backbone()] if run.config.backbone.source != "pretrained" else []
+    backbone = [run.backbone()] if run.config.backbone_source != "pretrained" else []
     final = [run.integrate()] if model == "final" else []
     scores = run.evaluate([run.pretrained(), *run.probe().values(), *backbone, fused, *final])
     return figures(scores, [task.name for task in run.config.tasks], model)
