@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift import models
+from cpift import hub, models
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile, ScratchModel
 from cpift.errors import CheckpointError
@@ -202,7 +202,8 @@ def test_hub_models_come_as_safetensors_at_one_commit(
         return str(checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(models, "resolve_revision", lambda kind, name, revision: f"{kind} commit of {revision}")
+    for module in (hub, models):  # the download asks for the commit, and so does the fingerprint
+        monkeypatch.setattr(module, "resolve_revision", lambda kind, name, revision: f"{kind} commit of {revision}")
     config = ModelConfig(hub="org/net", revision="v1")
     materialise(config, tmp_path / "out")
     assert (asked["repository"], asked["revision"]) == ("org/net", "model commit of v1")
@@ -216,7 +217,7 @@ def test_hub_models_without_safetensors_are_refused(
 ) -> None:
     (copy / "model.safetensors").unlink()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(copy))
-    monkeypatch.setattr(models, "resolve_revision", lambda *_: "commit")
+    monkeypatch.setattr(hub, "resolve_revision", lambda *_: "commit")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         materialise(ModelConfig(hub="org/net"), tmp_path / "out")
 
