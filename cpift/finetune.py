@@ -8,6 +8,7 @@ Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,9 @@ def _run_stage(
 ) -> None:
     stage = spec.stages[index]
     progress.stage, progress.stage_done = index, False
+    if checkpoint is None and hooks.is_main:
+        # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
+        shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
     masks = _FrozenCores(spec, stage.frozen) if stage.frozen else {}
     follower = _Follower(spec, index, progress, hooks, masks)
     trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
@@ -139,6 +143,10 @@ def _run_stage(
     follower.finish(model)
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
+
+
+def _stage_folder(spec: FitSpec, index: int) -> Path:
+    return spec.scratch / f"stage-{index}"
 
 
 def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -174,7 +182,7 @@ class _FrozenCores(Mapping[str, torch.Tensor]):
 def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
     training, cuda = spec.training, torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(spec.scratch / f"stage-{index}"),
+        output_dir=str(_stage_folder(spec, index)),
         max_steps=training.steps or -1,
         num_train_epochs=training.epochs or 1,
         per_device_train_batch_size=training.batch_size,
@@ -275,7 +283,7 @@ class _Follower(TrainerCallback):
 
 def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _Progress, hooks: FitHooks) -> None:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
-    folder = spec.scratch / f"stage-{index}" / "end"
+    folder = _stage_folder(spec, index) / "end"
     progress.stage_done = True
     save_whole(model, folder, hooks.is_main)
     if hooks.is_main:
