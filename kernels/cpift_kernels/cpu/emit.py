@@ -53,6 +53,12 @@ def widen(builder: ir.IRBuilder, raw: ir.Value, storage: types.Type) -> ir.Value
     return builder.fpext(raw, floats) if storage == types.uint16 else raw
 
 
+def magnitude_key(builder: ir.IRBuilder, tuned: ir.Value, pretrained: ir.Value) -> ir.Value:
+    """Emit |tuned − pretrained| as int32 bit patterns, which order as the magnitudes do."""
+    difference = builder.bitcast(builder.fsub(tuned, pretrained), INT_LANES)
+    return builder.and_(difference, constant(0x7FFFFFFF, INT_LANES))
+
+
 def load_register(
     builder: ir.IRBuilder, storage: types.Type, address: ir.Value, element: ir.Value, lanes: int
 ) -> ir.Value:

@@ -17,7 +17,6 @@ from .bracket import LARGEST
 from .compiled import inner
 from .emit import (
     BF16,
-    FLOAT_LANES,
     FP16,
     FP32,
     I32,
@@ -28,6 +27,7 @@ from .emit import (
     intrinsic,
     load_at,
     load_register,
+    magnitude_key,
     prefetch,
 )
 from .storage import load_kind, load_some_kind
@@ -75,7 +75,7 @@ def mark_words(
             origin = load_register(builder, storage, base, first, LANES)
             highest = builder.load(peak)
             for m in range(number):
-                key = _key(builder, load_register(builder, storage, tuned[m], first, LANES), origin)
+                key = magnitude_key(builder, load_register(builder, storage, tuned[m], first, LANES), origin)
                 highest = builder.select(builder.icmp_signed(">", key, highest), key, highest)
                 high, low = (builder.bitcast(builder.icmp_signed(">", key, c), I32) for c in cut[2 * m : 2 * m + 2])
                 _store_word(builder, mask[m], loop.index, high)
@@ -91,13 +91,6 @@ def mark_words(
 
     arguments = (types.int64,) * 6
     return types.boolean(storage, count, *arguments), emit
-
-
-def _key(builder: ir.IRBuilder, tuned: ir.Value, origin: ir.Value) -> ir.Value:
-    """The bits of |Δ|."""
-    assert tuned.type == FLOAT_LANES
-    difference = builder.bitcast(builder.fsub(tuned, origin), INT_LANES)
-    return builder.and_(difference, constant(0x7FFFFFFF, INT_LANES))
 
 
 def _store_word(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, word: ir.Value) -> None:

@@ -27,6 +27,7 @@ from .emit import (
     broadcast,
     constant,
     intrinsic,
+    magnitude_key,
     narrow,
     widen,
 )
@@ -159,12 +160,7 @@ def select(typing: Any, bits: types.Type, chosen: types.Type, otherwise: types.T
 @intrinsic
 def magnitude_bits(typing: Any, tuned: types.Type, pretrained: types.Type) -> Emitted:
     """|tuned − pretrained| as int32 bit patterns, which order as the magnitudes do."""
-
-    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        difference = builder.bitcast(builder.fsub(args[0], args[1]), INT_LANES)
-        return builder.and_(difference, constant(0x7FFFFFFF, INT_LANES))
-
-    return INTS(FLOATS, FLOATS), emit
+    return INTS(FLOATS, FLOATS), lambda context, builder, sig, args: magnitude_key(builder, *args)
 
 
 @intrinsic
@@ -172,8 +168,7 @@ def magnitude(typing: Any, tuned: types.Type, pretrained: types.Type) -> Emitted
     """|tuned − pretrained|."""
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        bits = builder.bitcast(builder.fsub(args[0], args[1]), INT_LANES)
-        return builder.bitcast(builder.and_(bits, constant(0x7FFFFFFF, INT_LANES)), FLOAT_LANES)
+        return builder.bitcast(magnitude_key(builder, *args), FLOAT_LANES)
 
     return FLOATS(FLOATS, FLOATS), emit
 
