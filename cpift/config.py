@@ -94,7 +94,9 @@ class FusionConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict, description="by task, where they differ from `weight`")
     density: Fraction = Field(0.2, description="share of each update that ties and dare keep")
     trim: Literal["tensor", "global"] = Field("tensor", description="ties: keep the largest of each tensor, or of all")
-    t: float = Field(0.5, ge=0, le=1, description="slerp: 0 is the first task, 1 the second")
+    t: float = Field(
+        0.5, ge=0, le=1, description="slerp of two tasks: 0 is the first, 1 the second; of more, each weighs the same"
+    )
     omega: Literal["uniform"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "uniform", description="uniform: ω_i = 1/(i+1), every model weighs the same; a number: the paper's fixed ω"
     )
@@ -102,6 +104,7 @@ class FusionConfig(Section):
     granularity: Literal["tensor", "row", "model"] = "tensor"
     space: Literal["weights", "delta"] = "weights"
     conflict: Literal["magnitude", "last", "mean"] = "magnitude"
+    transplant: bool = Field(True, description="false: no cores, SLERP everywhere, to see what the transplant does")
     vocabulary: Literal["error", "base"] = Field(
         "error", description="where models have other numbers of tokens, base: those of θ0, with its rows where missing"
     )

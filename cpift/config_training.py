@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cpift.config_inputs import Bytes, Section, exactly_one
 
-Freeze = Literal["earlier", "all"]
+Freeze = Literal["earlier", "all", "none"]
 Strategy = Literal["ddp", "fsdp"]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
@@ -68,7 +68,13 @@ class IntegrationConfig(TrainingConfig):
     samples_per_task: int | None = Field(None, ge=1, description="balanced sample; default: the smallest task's rows")
     freeze: Freeze = Field(
         "earlier",
-        description="earlier: cores of the groups before this stage's (paper); all: every core in every stage",
+        description="earlier: cores of the groups before this stage's (paper); all: every core in every stage; "
+        "none: nothing, to see what freezing does",
+    )
+    stages: Literal["groups", "mixed"] = Field(
+        "groups",
+        description="groups: one stage a group (paper); mixed: all tasks in one stage as long as those together, "
+        "nothing frozen",
     )
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -70,6 +71,7 @@ class _Progress:
     stage_done: bool = False
     log: list[dict[str, Any]] = field(default_factory=list)
     frozen: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
     seconds: float = 0.0
 
 
@@ -90,6 +92,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "title": spec.title,
         "log": progress.log,
         "frozen": progress.frozen,
+        "tokens": progress.tokens,
         "seconds": progress.seconds,
         "device": device_name(),
     }
@@ -125,8 +128,7 @@ def _run_stage(
     hooks: FitHooks,
     checkpoint: Path | None,
 ) -> None:
-    stage = spec.stages[index]
-    progress.stage, progress.stage_done = index, False
+    stage, progress.stage, progress.stage_done = spec.stages[index], index, False
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
@@ -135,12 +137,14 @@ def _run_stage(
     trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
         model=model,
         args=_arguments(spec, index),
-        train_dataset=_stage_data(spec, index, tokenizer),
+        train_dataset=stage_data(spec, index, tokenizer),
         data_collator=CompletionCollator(tokenizer),
         callbacks=[follower, *tensorboard(spec.tracking, spec.logs / f"stage-{index}")],
     )
+    trainer.remove_callback(PrinterCallback)  # progress and log are ours
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     follower.finish(model)
+    progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
 
@@ -149,7 +153,8 @@ def _stage_folder(spec: FitSpec, index: int) -> Path:
     return spec.scratch / f"stage-{index}"
 
 
-def _stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows that a stage goes over in every epoch, with column `input_ids` among others."""
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
     examples = [load_examples(task.train_data) for task in chosen]
     if spec.balanced:
@@ -199,6 +204,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         data_seed=spec.seed + index,
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all" if training.packing else "non_padding",  # packed rows have no mask to count
         save_strategy="steps" if training.checkpoint_every else "no",
         save_steps=training.checkpoint_every or 1,
         save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded

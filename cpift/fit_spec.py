@@ -49,10 +49,11 @@ class FitSpec:
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
     """One stage a group, in order.
 
-    freeze: None (backbone) nothing; "earlier" the cores of the groups before (paper); "all" every core in every stage.
+    freeze: None (backbone) and "none" nothing; "earlier" the cores of the groups before (paper); "all" every core in
+    every stage.
     """
     stages = []
     for k, group in enumerate(groups):
-        frozen_groups = {None: [], "earlier": groups[:k], "all": groups}[freeze]
+        frozen_groups = {None: [], "none": [], "earlier": groups[:k], "all": groups}[freeze]
         stages.append(StageSpec(tuple(group), tuple(task for earlier in frozen_groups for task in earlier)))
     return tuple(stages)

@@ -18,7 +18,7 @@ from cpift_kernels import count_mask, fused_apply, masked_gram, resolve_conflict
 
 from cpift.checkpoints import Checkpoint, all_finite, require_finite, require_same_layout
 from cpift.config import FusionConfig
-from cpift.regions import RegionMasks
+from cpift.regions import NoCores, RegionMasks
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
 
@@ -73,7 +73,7 @@ class Fusion:
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig):
         self.inputs, self.config = inputs, config
-        self.masks = RegionMasks(inputs.regions, list(inputs.tuned))
+        self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
         self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
 
     @property

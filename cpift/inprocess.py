@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import link_or_copy
-from cpift.config import RunConfig
+from cpift.config import ResourcesConfig, RunConfig
 from cpift.errors import CpiftError
 from cpift.fit_spec import RESULT, FitSpec
 
@@ -110,3 +110,23 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class SharedHere:
+    """`sweep_shared.SharedEngine` in this process, one piece of work after another."""
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        for spec in specs:
+            if spec.resources.workers > 1:
+                raise CpiftError(f"resources.workers {spec.resources.workers}: one process is one worker")
+            if not (spec.export / RESULT).is_file():
+                fit_here(spec, on_progress)
+
+    def evaluate(
+        self,
+        config: RunConfig,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: OnProgress,
+    ) -> None:
+        InProcessEngine(config).evaluate(models, on_result, on_progress)

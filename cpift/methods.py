@@ -2,7 +2,7 @@
 
 linear            Σ w_i·θi / Σ w_i
 task arithmetic   θ0 + Σ λ_i·(θi − θ0)                                    (arXiv 2212.04089)
-slerp             SLERP(θ1, θ2, t), tensor by tensor
+slerp             SLERP(θ1, θ2, t), tensor by tensor; of more models one after another, ω_i = 1/(i+1)
 TIES              θ0 + λ·mean of the largest updates that agree in sign   (arXiv 2306.01708)
 DARE              θ0 + Σ λ_i·(θi − θ0)·b / d,  b ~ Bernoulli(d)           (arXiv 2311.03099)
 """
@@ -93,24 +93,30 @@ class TaskArithmetic(Combination):
 
 
 class Slerp(Combination):
-    """SLERP of two fine-tunes, a vector being one tensor; LERP where the angle is below `epsilon`."""
+    """SLERP of fine-tunes one after another, a vector being one tensor; LERP where the angle is below `epsilon`.
+
+    `factors`: the ω of every fold. Of two tasks it is `t`; of more 1/(i+1), by which each weighs the same.
+    """
 
     def __init__(self, pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: FusionConfig):
         super().__init__(pretrained, tuned, config)
-        if len(tuned) != 2:
-            raise CpiftError(f"fusion.method: slerp takes two tasks, the config has {len(tuned)} → use cpift or linear")
+        if len(tuned) != 2 and (len(tuned) < 2 or config.t != 0.5):
+            remedy = "leave out fusion.t" if len(tuned) > 2 else "add a task"
+            raise CpiftError(f"fusion.t {config.t:g}: is for two tasks, the config has {len(tuned)} → {remedy}")
+        self.factors = [config.t] if len(tuned) == 2 else [1 / (i + 1) for i in range(1, len(tuned))]
 
     @property
     def models(self) -> list[Checkpoint]:
         return list(self.tuned.values())
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
-        one, two = self.models
-        gram = torch.zeros(1, 2, 2, dtype=torch.float64)
+        size = len(self.tuned)
+        gram = torch.zeros(1, size, size, dtype=torch.float64)
         for start, stop in sweep(self.models, info, self.pieces(info)):
-            gram += masked_gram(one.slice(info.name, start, stop), [two.slice(info.name, start, stop)], None)
+            first, *others = (model.slice(info.name, start, stop) for model in self.models)
+            gram += masked_gram(first, others, None)
         try:
-            result = slerp_coefficients(gram, [self.config.t], self.config.epsilon)
+            result = slerp_coefficients(gram, self.factors, self.config.epsilon)
         except ValueError:
             for task, model in self.tuned.items():
                 require_finite(task, model, [info.name])

@@ -145,7 +145,8 @@ def _recipe(kind: str, config: RunConfig) -> str:
     if kind == "final":
         tuning = config.integration_training
         length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
-        frozen = "cores of earlier stages" if tuning.freeze == "earlier" else "all cores"
+        kind = "none" if tuning.stages == "mixed" else tuning.freeze
+        frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[kind]
         lines.append(f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, {frozen} frozen.")
     lines.append(f"Seed: {config.seed}.")
     return "\n".join(f"- {line}" for line in lines)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from cpift.report import ReportData
 
 
+Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
+
+
 class Engine(Protocol):
     """Where fine-tunes and evaluations run."""
 
@@ -155,7 +158,9 @@ class Pipeline:
         from cpift.stages import add_card, integration_spec
 
         specs = [integration_spec(self, fused, groups, artifact)]
-        self._fit([artifact], "integration", lambda: specs, lambda out: add_card(self, "final", groups, artifact, out))
+        self._fit(
+            [artifact], "integration", lambda: specs, lambda made, out: add_card(self, "final", groups, made, out)
+        )
         return Model.of("final", artifact)
 
     def models(self) -> list[Model]:
@@ -265,9 +270,9 @@ class Pipeline:
         artifacts: Iterable[Artifact],
         title: str,
         specs: Callable[[], Sequence[FitSpec]],
-        finish: Callable[[Path], None] = lambda out: None,
+        finish: Finish = lambda made, out: None,
     ) -> None:
-        """Run the fine-tunes whose artifacts are missing, and keep what each exported; `finish` adds to it."""
+        """Run the fine-tunes whose artifacts are missing, and keep what each exported."""
         missing = [artifact for artifact in artifacts if not artifact.complete]
         if not missing:
             self._say_cached(title)
@@ -283,9 +288,9 @@ def fit_all(
     title: str,
     artifacts: Sequence[Artifact],
     specs: Sequence[FitSpec],
-    finish: Callable[[Path], None] = lambda out: None,
+    finish: Finish = lambda made, out: None,
 ) -> None:
-    """Run the fine-tunes that export for these artifacts, and complete each one that ended; `finish` adds to it.
+    """Run the fine-tunes that export for these artifacts, and complete each one that ended.
 
     `fit`: as `Engine.fit`.
     """
@@ -303,10 +308,10 @@ def fit_all(
                         _adopt(artifact, export, finish)
 
 
-def _adopt(artifact: Artifact, export: Path, finish: Callable[[Path], None]) -> None:
+def _adopt(artifact: Artifact, export: Path, finish: Finish) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
     trained = read_json(export / "training.json")
     with artifact.build(trained["device"], trained["seconds"]) as out:
         for path in sorted(export.iterdir()):
             link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole
-        finish(out)
+        finish(artifact, out)

@@ -276,6 +276,13 @@ class RegionMasks:
         return self._maps[task].view(info.start + 4 * first, torch.int32, last - first)
 
 
+class NoCores(RegionMasks):
+    """The same parameter space without a core."""
+
+    def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros_like(super().words(task, name, start, stop))
+
+
 def read_mask(folder: Path, task: str, name: str) -> torch.Tensor | None:
     """The packed mask of one parameter, None if it lies outside the parameter space."""
     with safe_open(folder / f"{task}.safetensors", framework="pt") as opened:

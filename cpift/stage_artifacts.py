@@ -24,7 +24,13 @@ from cpift.models import model_fingerprint
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
 _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 2, "integrate": 1, "evaluate": 1}
 
-_CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "shard_size"}
+_CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "transplant", "shard_size"}
+# Fields newer than artifacts that people keep: they name a new output only where they are not at their default.
+_ADDED = {"transplant": True, "stages": "groups"}
+
+
+def _told(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in _ADDED or value != _ADDED[name]}
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class StageArtifacts:
 
     def _training_fields(self, training: TrainingConfig, threads: int, resources: ResourcesConfig) -> dict[str, Any]:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
-        fields = training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"})
+        fields = _told(training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}))
         fields |= {"seed": self.config.seed, "threads": threads, "workers": resources.workers}
         return fields | ({"strategy": resources.strategy} if resources.workers > 1 else {})
 
@@ -131,7 +137,7 @@ class StageArtifacts:
         if self.config.fusion.method != "cpift":
             return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
-        fields = self.config.fusion.model_dump(mode="json", include=_CPIFT_FIELDS)
+        fields = _told(self.config.fusion.model_dump(mode="json", include=_CPIFT_FIELDS))
         if self.config.fusion.conflict == "last":
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)

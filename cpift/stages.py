@@ -65,9 +65,13 @@ def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], a
 
 
 def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
-    """Multi-stage SFT of the fused model on balanced samples, cores frozen."""
+    """Multi-stage SFT of the fused model on balanced samples, cores frozen; or one stage of the same length."""
     settings = run.config.integration_training
-    spec = _fit_spec(run, "integration", fused, settings, stages_of(groups, settings.freeze), artifact)
+    stages, training = stages_of(groups, settings.freeze), settings
+    if settings.stages == "mixed":
+        stages = (StageSpec(tuple(task for group in groups for task in group)),)
+        training = settings.model_copy(update={"steps": settings.steps and settings.steps * len(groups)})
+    spec = _fit_spec(run, "integration", fused, training, stages, artifact)
     return replace(
         spec,
         threads=run.artifacts.threads_alone,

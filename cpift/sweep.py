@@ -71,7 +71,7 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     """Grid, random and ASHA: every point is known, so those with one outcome are merged before trials start."""
     points = choose_points(sweep.config)
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    shared = SharedWork([run for one in runs for run in one], _OnRay(), view)
+    shared = SharedWork([run for one in runs for run in one], OnRay(), view)
     shared.prepare()
     trials = merged(points, runs)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
@@ -89,7 +89,7 @@ def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attem
     """Optuna: a point follows from the results before it; what no field of the space changes is shared all the same."""
     fixed = _before_search(sweep)
     if fixed is not None:
-        SharedWork([pipeline(run) for run in fixed], _OnRay(), view).prepare()
+        SharedWork([pipeline(run) for run in fixed], OnRay(), view).prepare()
     space = {name: _domain(values) for name, values in sweep.config.space.items()}
     results = _tune(sweep, record, space, sweep.config.search.samples or 1, view)
     return attempts_of(sweep, results, pipeline)
@@ -233,7 +233,7 @@ def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
     return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
 
 
-class _OnRay:
+class OnRay:
     """`SharedEngine` on Ray; never more threads at once than CPUs."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:

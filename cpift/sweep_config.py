@@ -160,7 +160,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     except ValidationError as error:
         raise ConfigError(str(path), [problem_of(details, SweepConfig) for details in error.errors()]) from None
     name = config.name or path.stem
-    base = _base_run(config, folder, f"{path}: run", overrides)
+    base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name
     sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
     problems = _check_space(sweep) + [problem for one in config.objectives for problem in _check_objective(one, base)]
@@ -169,12 +169,15 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     return sweep
 
 
-def _base_run(config: SweepConfig, folder: Path, subject: str, overrides: Sequence[str]) -> RunConfig:
-    if isinstance(config.run, str):
-        base = load_config((folder / Path(config.run).expanduser()).resolve(), overrides)
+def base_run(
+    run: str | dict[str, Any], fixed: Fields, folder: Path, subject: str, overrides: Sequence[str]
+) -> RunConfig:
+    """The run that a file names (relative to its folder) or holds, with fields set for all points."""
+    if isinstance(run, str):
+        base = load_config((folder / Path(run).expanduser()).resolve(), overrides)
     else:
-        base = parse_config(dict(config.run), folder, subject, overrides)
-    return with_fields(base, config.fixed, f"{subject} with `fixed`")
+        base = parse_config(dict(run), folder, subject, overrides)
+    return with_fields(base, fixed, f"{subject} with `fixed`")
 
 
 def _check_space(sweep: Sweep) -> list[Problem]:

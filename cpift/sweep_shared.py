@@ -18,13 +18,14 @@ from cpift.artifacts import Artifact, claimed, digest, link_or_copy, write_json
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
 from cpift.fit_spec import FitSpec
-from cpift.pipeline import Pipeline, fit_all
+from cpift.pipeline import Finish, Pipeline, fit_all
 from cpift.stage_artifacts import Model
 from cpift.stages import backbone_spec, check_data, probe_specs, select_core_regions
 from cpift.sweep_plan import expected_backbone
 from cpift.view import View
 
 OnProgress = Callable[[dict[str, Any]], None]
+Wanted = tuple[Artifact, FitSpec, Pipeline]
 OnResult = Callable[[str, dict[str, Any]], None]
 
 
@@ -57,30 +58,29 @@ class SharedWork:
 
     def complete(self, runs: Sequence[Pipeline]) -> None:
         """Backbones, and the scores of everything that several trials compare themselves with."""
-        self._backbones(runs)
+        self.fit("staged backbones", self.backbones(runs))
         self._scores(runs)
 
     def _probes(self) -> None:
-        wanted: dict[Path, tuple[Artifact, FitSpec, Pipeline]] = {}
+        wanted: dict[Path, Wanted] = {}
         for run in _distinct(self.runs, lambda run: [made.fingerprint for made in run.artifacts.probes.values()]):
             base = run.pretrained()
             for artifact, spec in zip(run.artifacts.probes.values(), probe_specs(run, base), strict=True):
                 wanted.setdefault(artifact.path, (artifact, spec, run))
-        self._fit("probes", list(wanted.values()))
+        self.fit("probes", list(wanted.values()))
 
-    def _backbones(self, runs: Sequence[Pipeline]) -> None:
-        wanted: dict[Path, tuple[Artifact, FitSpec, Pipeline]] = {}
+    def backbones(self, runs: Sequence[Pipeline]) -> list[Wanted]:
+        """The staged backbones of these runs, each once."""
+        wanted: dict[Path, Wanted] = {}
         for run in runs:
             groups = run.group().groups
             artifact = run.artifacts.backbone(groups)
             if artifact is not None and artifact.path not in wanted:
-                spec = backbone_spec(run, run.pretrained(), groups, artifact)
-                order = " | ".join(" ".join(group) for group in groups)
-                wanted[artifact.path] = (artifact, replace(spec, title=f"{spec.title} {order}"), run)
-        self._fit("staged backbones", list(wanted.values()))
+                wanted[artifact.path] = (artifact, titled_backbone(run, groups, artifact), run)
+        return list(wanted.values())
 
-    def _fit(self, title: str, wanted: Sequence[tuple[Artifact, FitSpec, Pipeline]]) -> None:
-        """Runs that ask for other resources train one after the other, all others side by side."""
+    def fit(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
+        """Make what is missing: runs that ask for other resources one after the other, all others side by side."""
         missing = [entry for entry in wanted if not entry[0].complete]
         if not missing:
             if wanted:
@@ -94,7 +94,8 @@ class SharedWork:
                 for _, spec, run in chosen
             ]
             fit = partial(self.engine.fit, resources)
-            fit_all(fit, self.view, f"{len(chosen)} {title}", [artifact for artifact, _, _ in chosen], specs)
+            artifacts = [artifact for artifact, _, _ in chosen]
+            fit_all(fit, self.view, f"{len(chosen)} {title}", artifacts, specs, finish)
 
     def _regions(self) -> None:
         """Families of runs whose regions differ in p alone are selected together."""
@@ -135,13 +136,17 @@ class SharedWork:
             for model in [run.pretrained(), *run.artifacts.tuned.values(), *staged]:
                 artifact = run.artifacts.evaluate(model)
                 wanted.setdefault(artifact.path, (artifact, model, run))
-        missing = [entry for entry in wanted.values() if not entry[0].complete]
+        self.score("shared models", list(wanted.values()))
+
+    def score(self, title: str, wanted: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
+        """Make the scores that are missing; `wanted` names no artifact twice."""
+        missing = [entry for entry in wanted if not entry[0].complete]
         if not missing:
-            self.view.cached(f"scores of {len(wanted)} shared models")
+            self.view.cached(f"scores of {len(wanted)} {title}")
             return
         with (
             claimed(artifact for artifact, _, _ in missing),
-            self.view.stage(f"scores of {len(missing)} shared models"),
+            self.view.stage(f"scores of {len(missing)} {title}"),
         ):
             for key in dict.fromkeys(_scoring(run) for _, _, run in missing):
                 self._score([entry for entry in missing if _scoring(entry[2]) == key and not entry[0].complete])
@@ -156,6 +161,12 @@ class SharedWork:
         if entries:
             paths = {title: model.path for title, (_, model) in titled.items()}
             self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)
+
+
+def titled_backbone(run: Pipeline, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
+    """The fine-tune from θ0 that goes over these groups, named after them: several may run side by side."""
+    spec = backbone_spec(run, run.pretrained(), groups, artifact)
+    return replace(spec, title=f"{spec.title} {' | '.join(' '.join(group) for group in groups)}")
 
 
 def _scoring(run: Pipeline) -> str:

@@ -70,6 +70,27 @@ def order(source: random.Random) -> Row:
     return {"prompt": f"sort {''.join(digits)}", "completion": result, "answer": result}
 
 
+def descending(source: random.Random) -> Row:
+    """Five digits in descending order: almost the prompt of `order`, and the opposite of it. Metric: number."""
+    digits = [str(source.randrange(10)) for _ in range(5)]
+    result = "".join(sorted(digits, reverse=True))
+    return {"prompt": f"sort {''.join(digits)} down", "completion": result, "answer": result}
+
+
+def echo(source: random.Random) -> Row:
+    """A made-up word or a number again: what a small model should know before it is fine-tuned. Metric: rouge."""
+    text = _word(source, 2) if source.random() < 0.5 else "".join(str(source.randrange(10)) for _ in range(5))
+    return {"prompt": f"say {text}", "completion": text}
+
+
+def beginning(source: random.Random) -> Row:
+    """Which kind of word it is, told by its first vowel: labels of `ending`, for another reason. Metric: choice."""
+    word = _word(source, 2)
+    kinds = {"a": "verb", "e": "name", "i": "noun", "o": "verb", "u": "name"}
+    answer = kinds[word[1]]
+    return {"prompt": f"kind {word} first", "completion": answer, "answer": answer, "choices": ["noun", "verb", "name"]}
+
+
 def plural(source: random.Random) -> Row:
     """A made-up word in the plural of a made-up language: the last vowel doubled, then n. Metric: rouge or loss."""
     word = _word(source, 2)
@@ -99,7 +120,19 @@ def ending(source: random.Random) -> Row:
 
 GENERATORS: dict[str, Callable[[random.Random], Row]] = {
     generator.__name__: generator
-    for generator in (addition, subtraction, reverse, order, plural, spelling, parity, ending)
+    for generator in (
+        addition,
+        subtraction,
+        reverse,
+        order,
+        descending,
+        echo,
+        plural,
+        spelling,
+        parity,
+        ending,
+        beginning,
+    )
 }
 
 

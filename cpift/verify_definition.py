@@ -76,7 +76,7 @@ def _definition(method: Fusion | Baseline, info: TensorInfo) -> Definition:
         return _fused(method, info)
     vectors = _vectors_of(method.models, info)
     if isinstance(method, Slerp):
-        return _combined(vectors, sequential_slerp(info.numel, vectors, [method.config.t], method.config.epsilon))
+        return _combined(vectors, sequential_slerp(info.numel, vectors, method.factors, method.config.epsilon))
     if isinstance(method, Linear):
         return _weighted(vectors, np.array(method.weights) / sum(method.weights))
     if isinstance(method, TaskArithmetic):

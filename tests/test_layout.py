@@ -23,6 +23,7 @@ LAYERS = [
         "config_training",
         "config_loading",
         "sweep_config",
+        "compare_config",
         "devices",
         "fit_spec",
         "examples",
@@ -69,9 +70,14 @@ LAYERS = [
         "sweep_plots",
         "sweep_verdict",
         "sweep_report",
+        "measures",
+        "compare_record",
+        "compare_report",
+        "compare_plots",
+        "compare_verdict",
     },
     {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "merge_planning"},
-    {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_results"},
+    {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_results", "baselines", "compare"},
     {
         "distributed",
         "distributed_fits",
@@ -82,7 +88,7 @@ LAYERS = [
         "sweep_trial",
         "sweep",
     },
-    {"submit", "cli_cluster", "cli_data", "cli"},
+    {"submit", "cli_cluster", "cli_compare", "cli_data", "cli"},
 ]
 
 

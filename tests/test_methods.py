@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,20 @@ def test_slerp_has_the_known_figures(
     torch.testing.assert_close(out.tensor("w"), torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
-def test_slerp_takes_two_models(tmp_path: Path) -> None:
+def test_slerp_of_three_folds_one_after_another(tmp_path: Path) -> None:
+    """On a circle: halfway from 0° to 60°, then a third of the way on to 90°."""
+    angles = [math.radians(angle) for angle in (0, 60, 90)]
+    base, tuned = saved(tmp_path, [[1.0, 1.0], *([math.cos(angle), math.sin(angle)] for angle in angles)])
+    out = merged(tmp_path / "out", Slerp(base, tuned, FusionConfig(method="slerp")), base)
+    wanted = math.radians(30 + (90 - 30) / 3)
+    expected = torch.tensor([math.cos(wanted), math.sin(wanted)], dtype=torch.float32)
+    torch.testing.assert_close(out.tensor("w"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_slerp_weighs_two_models_only(tmp_path: Path) -> None:
     base, tuned = saved(tmp_path, [[1.0], [1.0], [2.0], [3.0]])
-    with pytest.raises(CpiftError, match="slerp takes two tasks, the config has 3"):
-        Slerp(base, tuned, FusionConfig(method="slerp"))
+    with pytest.raises(CpiftError, match="is for two tasks, the config has 3"):
+        Slerp(base, tuned, FusionConfig(method="slerp", t=0.3))
 
 
 def fine_tunes(tmp_path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, dict[str, Checkpoint]]:

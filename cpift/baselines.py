@@ -1,0 +1,287 @@
+"""What CPI-FT is compared with, as methods over the run's own stages: no second training loop, no second merge.
+
+Plain SFT of any order is the staged backbone's fine-tune over groups that the baseline chooses, for as many epochs as
+its budget has tokens; merges are `fusion.method`; CPI-FT without one of its parts is the run with a field set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cpift.artifacts import Artifact, digest, read_json
+from cpift.compare_config import Budget, Comparison
+from cpift.compare_record import BASE, PROBES
+from cpift.config_loading import with_fields
+from cpift.data import load_examples
+from cpift.finetune import stage_data
+from cpift.fit_spec import RESULT, FitSpec, StageSpec
+from cpift.models import load_tokenizer
+from cpift.pipeline import Pipeline
+from cpift.stages import backbone_spec, integration_spec, probe_specs
+from cpift.sweep_plan import expected_backbone
+from cpift.sweep_shared import Wanted, titled_backbone
+
+Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
+Groups = tuple[tuple[str, ...], ...]
+OURS = "CPI-FT"
+
+MERGES: dict[str, dict[str, Any]] = {
+    "linear average": {"fusion.method": "linear"},
+    "SLERP": {"fusion.method": "slerp"},
+    "task arithmetic (λ 0.4)": {"fusion.method": "task_arithmetic", "fusion.weight": 0.4},
+    "TIES (density 0.2)": {"fusion.method": "ties", "fusion.density": 0.2},
+    "DARE (density 0.5, λ 0.4)": {"fusion.method": "dare", "fusion.density": 0.5, "fusion.weight": 0.4},
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "no transplant": {"fusion.transplant": False},
+    "no SLERP": {"fusion.omega": 0.0},
+    "no fusion": {"fusion.transplant": False, "fusion.omega": 0.0},
+    "no freezing": {"integration.freeze": "none"},
+    "no grouping": {"groups.tau": 1.0},
+    "one mixed stage": {"integration.stages": "mixed"},
+    "no fusion, no freezing": {"fusion.transplant": False, "fusion.omega": 0.0, "integration.freeze": "none"},
+}
+_REPLAY = "no fusion, no freezing"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make one model of all tasks. `judged`: which model of the run with these `fields`.
+
+    order: of plain SFT, the groups by a run (its config and seed). pair: the only two tasks, in the order learnt.
+    """
+
+    name: str
+    kind: str
+    judged: Judged
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    order: Callable[[Pipeline], Groups] | None = None
+    budget: Budget | None = None
+    task: str | None = None
+    pair: tuple[str, str] | None = None
+
+
+def methods_of(made: Comparison) -> list[Method]:
+    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part."""
+    config, tasks = made.config, [task.name for task in made.base.tasks]
+    found = [Method(BASE, "reference", "base"), Method(PROBES, "reference", "probes")]
+    found += [Method(f"probe {task}", "probe", "probe", task=task) for task in tasks]
+    found += [method for budget in config.budgets for method in _plain(made, budget) if config.chosen(method.name)]
+    found += [Method(name, "merge", "fused", fields) for name, fields in MERGES.items() if config.chosen(name)]
+    if made.base.backbone_source == "staged":
+        found.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
+    found += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
+    found += [Method(name, "part", "final", fields) for name, fields in PARTS.items() if config.chosen(name)]
+    found += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
+    found += [
+        Method(f"{name} = {value}", "curve", "final", {name: value})
+        for name, values in config.curves.items()
+        for value in values
+    ]
+    for one, other in config.forgetting:
+        found += [*_in_sequence((one, other)), *_in_sequence((other, one))]
+    return found
+
+
+def _plain(made: Comparison, budget: Budget) -> list[Method]:
+    """Plain SFT in every order, with a budget."""
+    suffix = "" if budget == made.config.budgets[0] else ", after probes" if budget == "after_probes" else ", total"
+    orders: dict[str, Callable[[Pipeline], Groups]] = {
+        "full SFT": together,
+        "multi-stage SFT, random": lambda run: in_stages(shuffled(run), made.config.stages),
+        "multi-stage SFT, heuristic": lambda run: made.config.heuristic or in_stages(by_rows(run), made.config.stages),
+        "sequential SFT": lambda run: in_stages(shuffled(run), len(run.config.tasks)),
+    }
+    return [Method(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+
+
+def _in_sequence(pair: tuple[str, str]) -> list[Method]:
+    """The forgetting protocol on A→B: plain SFT on A, then B; the same with CPI-FT's last stage but neither fusion nor
+    freezing, whose replay alone may explain a gain; CPI-FT; and joint training of the two, which has no order."""
+    title, replay, staged = f"{pair[0]} → {pair[1]}", PARTS[_REPLAY], {"backbone.source": "staged"}
+    return [
+        Method(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
+        Method(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
+        Method(f"joint SFT: {title}", "forgetting", "sft", order=together, pair=pair, budget="total"),
+        Method(f"{OURS}: {title}", "forgetting", "final", pair=pair),
+    ]
+
+
+# ---- orders of plain SFT ---------------------------------------------------------------------------------------------
+
+
+def together(run: Pipeline) -> Groups:
+    """All tasks in one stage."""
+    return (tuple(task.name for task in run.config.tasks),)
+
+
+def shuffled(run: Pipeline) -> list[str]:
+    """The tasks in an order that the run's seed decides."""
+    names = [task.name for task in run.config.tasks]
+    return random.Random(f"order/{run.config.seed}").sample(names, len(names))
+
+
+def by_rows(run: Pipeline) -> list[str]:
+    """Tasks of most training rows first, so that the small ones are not overwritten by what follows."""
+    tasks = sorted(run.config.tasks, key=lambda task: -len(load_examples(task.train_data)))
+    return [task.name for task in tasks]
+
+
+def in_stages(names: Sequence[str], stages: int) -> Groups:
+    """Cut a sequence into `stages` runs whose lengths differ by at most one; never an empty one."""
+    stages = min(stages, len(names))
+    cuts = [round(stage * len(names) / stages) for stage in range(stages + 1)]
+    return tuple(tuple(names[start:stop]) for start, stop in itertools.pairwise(cuts))
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+class Budgets:
+    """Tokens of fine-tunes before they run, from the very rows that they will go over."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[int, int]] = {}
+
+    def planned(self, spec: FitSpec) -> float:
+        """Input tokens that a fine-tune will see, padding apart; batches that are not full count as they are."""
+        total = 0.0
+        for index in range(len(spec.stages)):
+            rows, tokens = self.stage(spec, index)
+            total += tokens * (spec.training.epochs or self._seen(spec) / rows)
+        return total
+
+    def stage(self, spec: FitSpec, index: int) -> tuple[int, int]:
+        """Rows and tokens of one epoch of a stage. Where nothing is sampled or packed, tasks simply add up."""
+        training, tasks = spec.training, spec.stages[index].tasks
+        whole = not (spec.balanced or training.packing) and training.mixing.temperature == 1
+        if whole and len(tasks) > 1:
+            found = [self.stage(replace(spec, stages=(StageSpec((task,)),)), 0) for task in tasks]
+            return sum(rows for rows, _ in found), sum(tokens for _, tokens in found)
+        sources = [spec_task.model_dump(mode="json") for spec_task in spec.tasks if spec_task.name in tasks]
+        key = digest([str(spec.model), sources, training.max_length, training.packing, training.mixing.model_dump()])
+        key += "" if whole else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
+        if key not in self._rows:
+            lengths = [len(ids) for ids in stage_data(spec, index, load_tokenizer(spec.model))["input_ids"]]
+            self._rows[key] = len(lengths), sum(lengths)
+        return self._rows[key]
+
+    @staticmethod
+    def _seen(spec: FitSpec) -> int:
+        """Rows of one stage that is measured in steps."""
+        training = spec.training
+        steps = training.steps or 0
+        return steps * training.batch_size * training.gradient_accumulation * spec.resources.workers
+
+    def of(self, run: Pipeline, budget: Budget) -> float:
+        """What CPI-FT trains in this run, in tokens."""
+        base, groups = run.pretrained(), run.group().groups
+        fused = run.artifacts.fuse(groups, expected_backbone(run))
+        specs = [integration_spec(run, base, groups, run.artifacts.integrate(groups, fused))]
+        staged = run.artifacts.backbone(groups)
+        specs += [backbone_spec(run, base, groups, staged)] if staged else []
+        specs += probe_specs(run, base) if budget == "total" else []
+        return sum(self.planned(spec) for spec in specs)
+
+    def sft(self, run: Pipeline, groups: Groups, budget: Budget) -> Pipeline:
+        """The run whose staged backbone, over these groups, is plain SFT of as many tokens: every row equally often."""
+        tokens = self.of(run, budget)
+        training = run.config.backbone_training.model_copy(update={"steps": None, "epochs": 1.0})
+        sized = self._with(run, training.model_dump(mode="json", exclude_none=True))
+        artifact = sized.artifacts.backbone(groups)
+        assert artifact is not None
+        epoch = self.planned(backbone_spec(sized, run.pretrained(), groups, artifact))
+        return self._with(run, training.model_dump(mode="json", exclude_none=True) | {"epochs": tokens / epoch})
+
+    @staticmethod
+    def _with(run: Pipeline, training: Mapping[str, Any]) -> Pipeline:
+        fields = {"backbone.training": dict(training), "backbone.source": "staged", "fusion.method": "cpift"}
+        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view)
+
+
+# ---- one method with one seed ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """One method with one seed: its run, and of plain SFT the run that trains it and the groups it goes over."""
+
+    method: Method
+    run: Pipeline
+    sft: Pipeline | None = None
+    groups: Groups = ()
+
+    def plan(self, budgets: Budgets) -> None:
+        """Choose the groups of plain SFT and how long it trains; the run's own groups must be there."""
+        if self.method.judged == "sft":
+            assert self.method.order is not None
+            assert self.method.budget is not None
+            self.groups = self.method.order(self.run)
+            self.sft = budgets.sft(self.run, self.groups, self.method.budget)
+        elif self.method.judged in ("backbone", "fused", "final"):
+            self.groups = self.run.group().groups
+
+    def fit(self) -> Wanted | None:
+        """What plain SFT trains."""
+        if self.sft is None:
+            return None
+        artifact = self.sft.artifacts.backbone(self.groups)
+        assert artifact is not None
+        return artifact, titled_backbone(self.sft, self.groups, artifact), self.sft
+
+    @property
+    def needs_backbone(self) -> bool:
+        return self.method.judged in ("backbone", "fused", "final")
+
+    @property
+    def needs_fusion(self) -> bool:
+        return self.method.judged in ("fused", "final")
+
+    def integration(self) -> Wanted | None:
+        """What CPI-FT's last stage trains."""
+        if self.method.judged != "final":
+            return None
+        spec = integration_spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
+        title = f"{self.method.name}, integration"
+        return self.artifacts()[-1], replace(spec, title=title), self.run
+
+    def artifacts(self) -> list[Artifact]:
+        """Everything that was trained or made for the model, in order; the last one is the model."""
+        stages, run = self.run.artifacts, self.run
+        if self.method.judged == "base":
+            return [stages.model]
+        if self.sft is not None:
+            staged = self.sft.artifacts.backbone(self.groups)
+            assert staged is not None
+            return [staged]
+        if self.method.judged == "probe":
+            return [stages.probes[str(self.method.task)]]
+        return list(self._of_cpift(stages.probes, run))
+
+    def _of_cpift(self, probes: Mapping[str, Artifact], run: Pipeline) -> Iterator[Artifact]:
+        yield from probes.values()
+        if self.method.judged == "probes":
+            return
+        own = run.config.fusion.method == "cpift"  # other merges know no regions
+        staged = run.artifacts.backbone(self.groups) if own else None
+        yield from [run.artifacts.regions, *([staged] if staged else [])] if own else []
+        if self.method.judged != "backbone":
+            fused = run.artifacts.fuse(self.groups if own else (), expected_backbone(run) if own else run.pretrained())
+            yield fused
+            if self.method.judged == "final":
+                yield run.artifacts.integrate(self.groups, fused)
+
+
+def tokens_of(artifacts: Sequence[Artifact]) -> int:
+    """Input tokens that fine-tunes among these artifacts saw."""
+    files = [made.path / RESULT for made in artifacts]
+    return sum(sum(read_json(file)["tokens"]) for file in files if file.is_file())
+
+
+def seconds_of(artifacts: Sequence[Artifact]) -> float:
+    """Time that making them took, one after the other."""
+    return sum(float(made.manifest()["seconds"]) for made in artifacts)

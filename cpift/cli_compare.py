@@ -1,0 +1,101 @@
+"""`cpift compare`: whether CPI-FT pays, beside everything else that the same tokens could have bought."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command."""
+    app.command(rich_help_panel=panel)(compare)
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file, or a comparison's")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="a field of the run, for all methods (repeatable)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="folder for all results [default: the run's]")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0,1,2", help="train every method with each of these")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="total|after_probes", help="tokens that plain SFT may use")
+    ] = None,
+    here: Annotated[bool, typer.Option("--here", help="in this process, one fine-tune after another, no Ray")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="only list the methods; trains nothing")] = False,
+) -> None:
+    """Train and score CPI-FT beside its baselines on the same data, budget and evaluation.
+
+    Baselines: full multi-task SFT, multi-stage SFT (random and heuristic order), sequential SFT, the probes, linear
+    average, SLERP, task arithmetic, TIES, DARE, and CPI-FT without each of its parts. `--budget total` gives plain SFT
+    as many tokens as CPI-FT's probes, backbone and integration together, `after_probes` as many as the last two.
+
+    Intervals are over test rows and seeds; with one seed they say nothing about another training run. What a run of
+    this config made already is used; the same command again goes on after a crash. Writes comparison.jsonl (every
+    method's score on every test row) and comparison.md.
+    """
+    from cpift.compare_config import load_comparison
+
+    changes: dict[str, Any] = {"output": output} if output else {}
+    changes |= {"seeds": _seeds(seeds)} if seeds else {}
+    changes |= {"budgets": [budget]} if budget else {}
+    made = load_comparison(config, overrides or [], changes)
+    from cpift.planning import preflight
+
+    preflight(made.base, stage="run", download=not plan)
+    from cpift.baselines import methods_of
+
+    if plan:
+        for method in methods_of(made):
+            typer.echo(f"{method.kind:12} {method.name}")
+        typer.echo(f"Each with seeds {', '.join(map(str, made.seeds))}; results in {made.base.output_dir}")
+        return
+    from rich.console import Console
+
+    from cpift.artifacts import exclusive
+    from cpift.compare import run_comparison
+    from cpift.compare_record import write_record
+    from cpift.compare_report import comparison_table, write_report
+    from cpift.view import View
+
+    with exclusive(made.base.output_dir), _engine(made, here) as engine:
+        record = run_comparison(made, engine, View())
+    write_record(record, made.base.output_dir / "comparison.jsonl")
+    report = write_report(record, made.base.output_dir)
+    Console().print(comparison_table(record))
+    typer.echo(f"Report: {report}")
+
+
+def _seeds(text: str) -> list[int]:
+    from cpift.errors import ConfigError, Problem
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            "command line", [Problem("--seeds", repr(text), "write numbers, for example 0,1,2")]
+        ) from None
+
+
+def _engine(made: Any, here: bool) -> Any:
+    """A context that gives the engine: Ray's within its session, or this process."""
+    from contextlib import contextmanager, nullcontext
+
+    if here:
+        from cpift.inprocess import SharedHere
+
+        return nullcontext(SharedHere())
+    from cpift.distributed_session import ray_session
+    from cpift.sweep import OnRay
+
+    @contextmanager
+    def connected() -> Any:
+        with ray_session(made.base.resources):
+            yield OnRay()
+
+    return connected()

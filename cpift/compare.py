@@ -1,0 +1,177 @@
+"""A comparison: every method with every seed, through the stages and artifacts of ordinary runs.
+
+Work is put together across methods and seeds. Probes, regions and groups come first, for budgets follow from them; then
+every fine-tune from θ0 side by side; fusions; integrations; and the scores of every model on the run's test rows. What
+two methods share is one artifact and made once, so the same command after a crash goes on, and a longer list of
+methods costs only what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpift.artifacts import Artifact, package_versions, read_json, source_commit
+from cpift.baselines import Budgets, Method, Trained, methods_of, seconds_of, tokens_of
+from cpift.checkpoints import Checkpoint
+from cpift.compare_config import Comparison
+from cpift.compare_record import Header, Record, Row, kept_scores
+from cpift.devices import device_name
+from cpift.pipeline import NoEngine, Pipeline
+from cpift.stage_artifacts import Model
+from cpift.stages import add_card
+from cpift.sweep_shared import SharedEngine, SharedWork, Wanted
+from cpift.view import View, quiet
+
+Scoring = tuple[Artifact, Model, Pipeline]
+
+
+def run_comparison(made: Comparison, engine: SharedEngine, view: View) -> Record:
+    """Make whatever is missing and return what was found. Raises what a fine-tune, a fusion or an evaluation raises."""
+    work = _Work(made, engine, view)
+    work.prepare()
+    work.train()
+    work.fuse()
+    work.integrate()
+    work.score()
+    return work.record()
+
+
+class _Work:
+    """All methods with all seeds."""
+
+    def __init__(self, made: Comparison, engine: SharedEngine, view: View):
+        self.made, self.view = made, view
+        self.entries = [
+            Trained(method, self._pipeline(method, seed)) for seed in made.seeds for method in methods_of(made)
+        ]
+        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet()) for seed in made.seeds}
+        self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
+
+    def _pipeline(self, method: Method, seed: int) -> Pipeline:
+        made = self.made
+        fields = method.fields
+        config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
+        return Pipeline(config, NoEngine(), quiet())
+
+    def prepare(self) -> None:
+        """Probes, regions and groups of all runs, and then the budgets of plain SFT."""
+        self.shared.prepare()
+        budgets = Budgets()
+        with self.view.stage(f"budgets of {sum(one.method.judged == 'sft' for one in self.entries)} baselines"):
+            for place, one in enumerate(self.entries):
+                one.plan(budgets)
+                self.view.progress(
+                    {"title": "budgets", "done": (place + 1) / len(self.entries), "task": one.method.name}
+                )
+
+    def train(self) -> None:
+        """Everything that starts from θ0: plain SFT of every order, and staged backbones."""
+        wanted = _each_once(fit for one in self.entries if (fit := one.fit()) is not None)
+        runs = [one.run for one in self.entries if one.needs_backbone and one.run.config.backbone_source == "staged"]
+        self.shared.fit("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
+
+    def fuse(self) -> None:
+        """Fusions one after the other, in this process."""
+        entries = [one for one in self.entries if one.needs_fusion]
+        with self.view.stage(f"fusions of {len(entries)} models"):
+            for place, one in enumerate(entries):
+                one.run.fuse()
+                self.view.progress({"title": "fusions", "done": (place + 1) / len(entries), "task": one.method.name})
+
+    def integrate(self) -> None:
+        wanted, owners = [], {}
+        for one in self.entries:
+            if (fit := one.integration()) is not None:
+                wanted.append(fit)
+                owners[fit[0].path] = one
+
+        def finish(artifact: Artifact, out: Path) -> None:
+            owner = owners[artifact.path]
+            add_card(owner.run, "final", owner.groups, artifact, out)
+
+        self.shared.fit("integrations", _each_once(wanted), finish)
+
+    def score(self) -> None:
+        """Every model on every task of the whole run, also where it was trained on two of them."""
+        wanted: dict[Path, Scoring] = {}
+        for one in self.entries:
+            for scoring in self._scorings(one):
+                wanted.setdefault(scoring[0].path, scoring)
+        self.shared.score("models", list(wanted.values()))
+
+    def _scorings(self, one: Trained) -> list[Scoring]:
+        run = self.whole[one.run.config.seed]
+        if one.method.judged == "probes":
+            models = list(run.artifacts.tuned.values())
+        else:
+            title = "base" if one.method.judged == "base" else one.method.judged
+            models = [Model.of(one.method.name if title == "probe" else title, one.artifacts()[-1])]
+        return [(run.artifacts.evaluate(model), model, run) for model in models]
+
+    # ---- what was found ----------------------------------------------------------------------------------------------
+
+    def record(self) -> Record:
+        return Record(self._header(), [self._row(one) for one in self.entries])
+
+    def _row(self, one: Trained) -> Row:
+        method, artifacts = one.method, one.artifacts()
+        return Row(
+            method=method.name,
+            kind=method.kind,
+            seed=one.run.config.seed,
+            budget=method.budget,
+            pair=method.pair,
+            fields=dict(method.fields),
+            groups=[list(group) for group in one.groups],
+            tokens=tokens_of(artifacts),
+            seconds=round(seconds_of(artifacts), 1),
+            scores=kept_scores(self._scores(one)),
+        )
+
+    def _scores(self, one: Trained) -> dict[str, Any]:
+        """By task; of the probes as one method each task's own."""
+        found = [read_json(artifact.path / "scores.json") for artifact, _, _ in self._scorings(one)]
+        if one.method.judged != "probes":
+            return dict(found[0])
+        return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}
+
+    def _header(self) -> Header:
+        made, first = self.made, self.whole[self.made.seeds[0]]
+        return Header(
+            name=made.name,
+            config=_without_paths(made.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
+            comparison=made.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
+            tasks={task.name: task.metric for task in made.base.tasks},
+            seeds=list(made.seeds),
+            parameters=Checkpoint(first.artifacts.base.path).numel,
+            versions=package_versions(),
+            device=device_name(),
+            commit=source_commit(),
+            confidence=made.config.confidence,
+            resamples=made.config.resamples,
+            overlaps=[self._overlap(run) for run in self.whole.values()],
+        )
+
+    def _overlap(self, run: Pipeline) -> dict[str, Any]:
+        grouping = run.group()
+        jaccard = [[round(value, 5) for value in row] for row in grouping.jaccard.tolist()]
+        groups = [list(group) for group in grouping.groups]
+        return {"seed": run.config.seed, "jaccard": jaccard, "chance": grouping.chance, "groups": groups}
+
+
+def _each_once(wanted: Iterable[Wanted]) -> list[Wanted]:
+    found: dict[Path, Wanted] = {}
+    for one in wanted:
+        found.setdefault(one[0].path, one)
+    return list(found.values())
+
+
+def _without_paths(node: Any) -> Any:
+    """A config whose absolute paths have become file names: a record is read on other machines."""
+    if isinstance(node, dict):
+        return {key: _without_paths(value) for key, value in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_without_paths(value) for value in node]
+    return Path(node).name if isinstance(node, str) and node.startswith("/") else node

@@ -1,0 +1,57 @@
+"""The plots of a comparison, as SVG files that any page can show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib import rc_context
+
+from cpift.report_style import STYLE
+from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure
+from cpift.sweep_scores import Estimate
+
+_COLOURS = STYLE.partition("* {")[0].strip()  # the page's own names for ink and series, light and dark
+
+
+def standalone(svg: str) -> str:
+    """An inline figure as a file of its own, with the colours that a page would have given it."""
+    style = f"<style>{_COLOURS} svg {{ font-family: system-ui, sans-serif; background: var(--paper); }}</style>"
+    return svg.replace(">", f">{style}", 1) + "\n"
+
+
+@rc_context(PLOT_STYLE)
+def intervals(rows: Sequence[tuple[str, Estimate]], title: str, xlabel: str, ours: str) -> str:
+    """One line a method: its estimate in percent and the interval; `ours` stands out. Dashed: ours' estimate."""
+    figure, axes = new_figure(title, 6.4, 0.7 + 0.2 * len(rows))
+    for place, (name, one) in enumerate(reversed(rows)):
+        colour = SERIES[1] if name == ours else SERIES[0]
+        if one.low is not None and one.high is not None:
+            axes.hlines(place, 100 * one.low, 100 * one.high, color=colour, linewidth=1.6)
+        axes.plot([100 * one.mean], [place], "o", color=colour)
+        if name == ours:
+            axes.axvline(100 * one.mean, color=MUTED, linestyle="--", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.set(xlabel=xlabel, title=title)
+    return standalone(as_svg(figure, axes))
+
+
+@rc_context(PLOT_STYLE)
+def curve(
+    field: str, points: Sequence[tuple[str, Estimate, Estimate]], references: Sequence[tuple[str, Estimate]]
+) -> str:
+    """Mean retention and worst task over a field's values, in percent; `references` are drawn across."""
+    figure, axes = new_figure(field, 5.4, 3.0)
+    series = {"mean retention": [mean for _, mean, _ in points], "worst task": [worst for _, _, worst in points]}
+    for place, (label, found) in enumerate(series.items()):
+        spots = [spot + 0.06 * (place - 0.5) for spot in range(len(points))]
+        axes.plot(spots, [100 * one.mean for one in found], label=label, color=SERIES[place], marker="os"[place])
+        for spot, one in zip(spots, found, strict=True):
+            if one.low is not None and one.high is not None:
+                axes.vlines(spot, 100 * one.low, 100 * one.high, color=SERIES[place], linewidth=0.9, alpha=0.7)
+    for place, (name, one) in enumerate(references):
+        axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=name)
+    axes.set_xticks(range(len(points)), [value for value, _, _ in points])
+    axes.set(xlabel=field, ylabel="%")
+    return standalone(as_svg(figure, axes, legend=2 + len(references)))

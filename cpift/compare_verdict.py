@@ -1,0 +1,236 @@
+"""What a comparison shows: figures of every method with intervals, and sentences that follow from them by rule.
+
+A sentence says "above" or "below" only where a whole interval lies on one side of zero, and "no difference shown"
+everywhere else. Each interval has the stated confidence by itself; none is adjusted for how many there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cpift.compare_record import BASE, PROBES, Record, Row
+from cpift.measures import (
+    Forgetting,
+    Scores,
+    Seesaw,
+    forgetting,
+    forgetting_cut,
+    mean_retention,
+    ranks,
+    retention,
+    seesaw,
+    worst_retention,
+)
+from cpift.sweep_scores import Estimate
+
+OURS, FULL = "CPI-FT", "full SFT"
+REPLAYED = ("sequential SFT", "sequential SFT and replay")  # what CPI-FT's forgetting is measured against
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method of the comparison table."""
+
+    method: str
+    kind: str
+    scores: dict[str, Estimate]  # in the metric's units: 0..1, or nats of a loss
+    mean: Estimate  # retention, 1 is as good as each task's own probe
+    worst: Estimate
+    rank: Estimate | None
+    seesaw: Seesaw
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Against:
+    """One method less another, in retention."""
+
+    method: str
+    rival: str
+    mean: Estimate
+    worst: Estimate
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The forgetting protocol of one method on A→B."""
+
+    method: str
+    pair: tuple[str, str]
+    change: Forgetting
+
+
+class Findings:
+    """Everything that tables, plots and sentences of one comparison show."""
+
+    def __init__(self, record: Record):
+        self.record = record
+        self.methods = record.of_kind("reference", "probe", "sft", "merge", "cpift", "part", "variant", "curve")
+        self.ranked = [name for name in self.methods if self.kind(name) in ("sft", "merge", "cpift")]
+
+    @cached_property
+    def scores(self) -> Scores:
+        return self.record.scores([*self.methods, *self.record.of_kind("forgetting")])
+
+    @cached_property
+    def _ranks(self) -> dict[str, np.ndarray]:
+        return ranks(self.scores, self.ranked)
+
+    def kind(self, method: str) -> str:
+        return next(row.kind for row in self.record.rows if row.method == method)
+
+    def has(self, method: str) -> bool:
+        return method in self.methods
+
+    def line(self, method: str) -> Line:
+        scores, rows = self.scores, self.record.rows_of(method)
+        sign = {task: -1 if metric == "loss" else 1 for task, metric in self.record.header.tasks.items()}
+        return Line(
+            method=method,
+            kind=self.kind(method),
+            scores={task: scores.estimate(sign[task] * scores.of(method, task)) for task in scores.tasks},
+            mean=scores.estimate(mean_retention(scores, method, PROBES)),
+            worst=scores.estimate(worst_retention(scores, method, PROBES)),
+            rank=scores.estimate(self._ranks[method]) if method in self._ranks else None,
+            seesaw=seesaw(scores, method, BASE, PROBES),
+            tokens=_mean(rows, "tokens"),
+            seconds=_mean(rows, "seconds"),
+        )
+
+    def against(self, method: str, rival: str) -> Against:
+        """`method` less `rival`, paired by seed and test row."""
+        mean, worst = (
+            self.scores.estimate(figure(self.scores, method, PROBES) - figure(self.scores, rival, PROBES))
+            for figure in (mean_retention, worst_retention)
+        )
+        return Against(method, rival, mean, worst)
+
+    def on_task(self, method: str, rival: str, task: str) -> Estimate:
+        """Retention of `method` less that of `rival` on one task."""
+        place = self.scores.tasks.index(task)
+        own, other = (retention(self.scores, name, PROBES)[:, place] for name in (method, rival))
+        return self.scores.estimate(own - other)
+
+    # ---- forgetting --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every A→B, in the order of the record."""
+        return list(dict.fromkeys(row.pair for row in self.record.rows if row.pair is not None))
+
+    @cached_property
+    def sequences(self) -> list[Learnt]:
+        """Every method on every A→B."""
+        return [
+            Learnt(label, pair, forgetting(self.scores, method, f"probe {pair[0]}", pair))
+            for pair in self.pairs
+            for label, method in self._labelled(pair).items()
+        ]
+
+    def _labelled(self, pair: tuple[str, str]) -> dict[str, str]:
+        found = [row.method for row in self.record.rows if row.pair == pair]
+        return {method.partition(":")[0]: method for method in dict.fromkeys(found)}
+
+    def cut(self, method: str, rival: str) -> Estimate:
+        """How much less of A is forgotten than by the rival, over all A→B."""
+        changes = {}
+        for name in (method, rival):
+            each = [
+                self.scores.of(self._labelled(pair)[name], pair[0]) - self.scores.of(f"probe {pair[0]}", pair[0])
+                for pair in self.pairs
+            ]
+            changes[name] = np.mean(each, axis=0)
+        return forgetting_cut(self.scores, changes, rival, method)
+
+    # ---- sentences ---------------------------------------------------------------------------------------------------
+
+    def verdict(self) -> list[str]:
+        """What holds and what does not, most important first."""
+        rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
+        found = [self.aim(rivals)] if rivals else []
+        found += [self.sentence(OURS, rival) for rival in rivals if self.kind(rival) == "sft"]
+        return found + self._of_forgetting() + self._of_stages()
+
+    def aim(self, rivals: Sequence[str]) -> str:
+        """Whether CPI-FT is above every trained and merged baseline."""
+        outcomes = {rival: self.against(OURS, rival) for rival in rivals}
+        above = [rival for rival, one in outcomes.items() if side(one.mean) > 0 and side(one.worst) > 0]
+        below = [rival for rival, one in outcomes.items() if side(one.mean) < 0]
+        text = (
+            f"{OURS} is shown above {len(above)} of {len(rivals)} baselines in both mean retention and worst task, and "
+            f"below {len(below)} of them in mean retention"
+        )
+        if len(above) == len(rivals):
+            return f"{text}. The aim, to beat all of them, is met."
+        return f"{text}{': ' + ', '.join(below) if below else ''}. The aim, to beat all of them, is not met."
+
+    def sentence(self, method: str, rival: str) -> str:
+        one = self.against(method, rival)
+        return f"{method} − {rival}: mean retention {points(one.mean)}; worst task {points(one.worst)}."
+
+    def _of_forgetting(self) -> list[str]:
+        if not self.pairs:
+            return []
+        sentences = []
+        for rival in REPLAYED:
+            one = self.cut(OURS, rival)
+            if one.low is None or one.high is None:
+                sentences.append(f"Forgetting against {rival}: no ratio, for that forgets nothing.")
+                continue
+            text = f"Forgetting against {rival}: cut by {share(one)}"
+            aim = "reached" if one.low >= 0.65 else "missed" if one.high < 0.65 else "not decided"
+            shown = "a cut is shown" if one.low > 0 else "more is forgotten" if one.high < 0 else "no cut is shown"
+            sentences.append(f"{text}: {shown}; 65 % is {aim}.")
+        return sentences
+
+    def _of_stages(self) -> list[str]:
+        steps = [FULL, f"{OURS}, backbone alone", f"{OURS}, fused alone", OURS]
+        present = [name for name in steps if self.has(name)]
+        texts = []
+        for before, after in itertools.pairwise(present):
+            one = self.against(after, before)
+            texts.append(f"{before} → {after} {points(one.mean)}")
+        return [f"Where mean retention is won and lost: {'; '.join(texts)}."] if texts else []
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return float(np.mean([getattr(row, name) for row in rows]))
+
+
+def side(one: Estimate) -> int:
+    """1 where the whole interval is above zero, −1 where below, else 0."""
+    if one.low is None or one.high is None:
+        return 0
+    return int(one.low > 0) - int(one.high < 0)
+
+
+def points(one: Estimate) -> str:
+    """A difference of retentions in points, with its interval and what it shows."""
+    shown = {1: "above", -1: "below", 0: "no difference shown"}[side(one)]
+    if one.low is None or one.high is None:
+        return f"{signed(100 * one.mean)} (no interval)"
+    return f"{signed(100 * one.mean)} [{signed(100 * one.low)}, {signed(100 * one.high)}], {shown}"
+
+
+def share(one: Estimate) -> str:
+    """A share in percent with its interval."""
+    if one.low is None or one.high is None:
+        return f"{number(100 * one.mean)} %"
+    return f"{number(100 * one.mean)} % [{number(100 * one.low)}, {number(100 * one.high)}]"
+
+
+def number(value: float, digits: int = 1) -> str:
+    """A number with a true minus sign, and no minus before zero."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = number(value, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"

@@ -1,0 +1,163 @@
+"""Comparisons: what is refused, orders and budgets of baselines, and a whole one in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together
+from cpift.compare import run_comparison
+from cpift.compare_config import Comparison, load_comparison
+from cpift.compare_record import PROBES, Record, read_record, write_record
+from cpift.compare_report import document, write_report
+from cpift.errors import ConfigError
+from cpift.inprocess import SharedHere
+from cpift.pipeline import NoEngine, Pipeline
+from cpift.view import quiet
+from tests.test_sweep import TASKS, run_fields
+
+FIELDS = {"fusion.space": "delta"}
+
+
+def comparison_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump({"run": run_fields(), "fixed": {"tracking": []}} | changes, sort_keys=False))
+    return path
+
+
+def load(folder: Path, **changes: Any) -> Comparison:
+    return load_comparison(comparison_file(folder, **changes), (), {"output": folder / "out"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budgets": ["all"]}, ["budgets", "'all'"]),
+        ({"seeds": [1, 1]}, ["seeds has an entry twice"]),
+        ({"variants": {"x": {"fusion.spice": 1}}}, ["variants.x", "is not a field"]),
+        ({"curves": {"regions.p": [0.1, 2.0]}}, ["curves.regions.p", "less than or equal to 1"]),
+        ({"curves": {"seed": [1, 2]}}, ["list repeats under `seeds`"]),
+        ({"forgetting": [["a", "z"]]}, ["no task 'z'", "a, b, c"]),
+        ({"forgetting": [["a", "a"]]}, ["name two tasks"]),
+        ({"heuristic": [["a"], ["b"]]}, ["name every task once"]),
+        ({"budget": "total"}, ["budget: is not a field", "did you mean 'budgets'?"]),
+    ],
+)
+def test_bad_comparisons_are_refused(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, **changes)
+    assert all(part in str(caught.value) for part in said)
+
+
+def test_a_runs_own_file_is_a_comparison(smoke_config: Path) -> None:
+    made = load_comparison(smoke_config)
+    assert (made.name, made.base.output_dir.name) == ("smoke", "smoke")
+    names = [method.name for method in methods_of(made)]
+    assert names[:2] == ["θ0", "own probes"]
+    assert set(MERGES) | set(PARTS) | {"full SFT", "sequential SFT", "CPI-FT"} <= set(names)
+
+
+def test_methods_are_chosen_by_pattern(tmp_path: Path) -> None:
+    made = load(tmp_path, methods=["*SFT*"], budgets=["after_probes", "total"])
+    kinds = {method.kind for method in methods_of(made)}
+    assert kinds == {"reference", "probe", "sft", "cpift"}
+    assert [m.name for m in methods_of(made) if m.kind == "sft"][::4] == ["full SFT", "full SFT, total"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "stages", "sizes"), [(5, 3, [2, 1, 2]), (3, 3, [1, 1, 1]), (2, 5, [1, 1]), (4, 2, [2, 2])]
+)
+def test_stages_share_the_tasks(tasks: int, stages: int, sizes: list[int]) -> None:
+    names = [f"t{number}" for number in range(tasks)]
+    groups = in_stages(names, stages)
+    assert [len(group) for group in groups] == sizes
+    assert [name for group in groups for name in group] == names
+
+
+def test_orders(tmp_path: Path) -> None:
+    made = load(tmp_path)
+    runs = [Pipeline(made.run({"tasks.1.train.size": 9}, seed), NoEngine(), quiet()) for seed in range(8)]
+    assert together(runs[0]) == (TASKS,)
+    assert by_rows(runs[0]) == ["b", "a", "c"]
+    orders = {tuple(shuffled(run)) for run in runs}
+    assert all(sorted(order) == sorted(TASKS) for order in orders)
+    assert len(orders) > 2
+    assert shuffled(runs[3]) == shuffled(runs[3])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]:
+    folder = tmp_path_factory.mktemp("compare")
+    made = load(
+        folder,
+        seeds=[0, 1],
+        methods=["full SFT*", "linear*", "no fusion"],
+        budgets=["total", "after_probes"],
+        variants={"delta space": FIELDS},
+        curves={"regions.p": [0.01, 0.2]},
+        forgetting=[["a", "b"]],
+        resamples=100,
+    )
+    return made, run_comparison(made, SharedHere(), quiet())
+
+
+def test_every_method_is_scored_on_every_row_with_every_seed(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+    names = [method.name for method in methods_of(made)]
+    assert [(row.seed, row.method) for row in record.rows] == [(seed, name) for seed in (0, 1) for name in names]
+    assert all([len(one["items"]) for one in row.scores.values()] == [8, 8, 8] for row in record.rows)
+    own = record.rows_of(PROBES)[0].scores
+    assert own["b"] == record.rows_of("probe b")[0].scores["b"]
+
+
+def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
+    """Plain SFT sees what CPI-FT's fine-tunes saw, up to one batch of 4 rows of some 17 tokens."""
+    record = found[1]
+    tokens = {row.method: row.tokens for row in record.rows if row.seed == 0}
+    assert tokens["full SFT"] == pytest.approx(tokens["CPI-FT"], abs=4 * 20)
+    later = tokens["CPI-FT"] - tokens["own probes"]
+    assert 0 < tokens["full SFT, after probes"] == pytest.approx(later, abs=4 * 20)
+    assert tokens["linear average"] == tokens["own probes"] == sum(tokens[f"probe {task}"] for task in TASKS)
+    assert tokens["joint SFT: a → b"] == pytest.approx(tokens["CPI-FT: a → b"], abs=4 * 20)
+
+
+def test_planned_tokens_are_those_that_training_sees(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+    run = Pipeline(made.run({}, 0), NoEngine(), quiet())
+    planned = Budgets().of(run, "total")
+    assert record.rows_of("CPI-FT")[0].tokens == pytest.approx(planned, rel=0.02)
+
+
+def test_the_same_comparison_again_makes_nothing(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+
+    class Idle(SharedHere):
+        def fit(self, *_: Any) -> None:
+            raise AssertionError("trained again")
+
+        def evaluate(self, *_: Any) -> None:
+            raise AssertionError("scored again")
+
+    assert run_comparison(made, Idle(), quiet()) == record
+
+
+def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    write_record(found[1], tmp_path / "one.jsonl")
+    again = read_record(tmp_path / "one.jsonl")
+    assert document(again, "x") == document(found[1], "x")
+    (tmp_path / "two.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="cpift compare"):
+        read_record(tmp_path / "two.jsonl")
+
+
+def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    page = write_report(found[1], tmp_path).read_text()
+    for method in methods_of(found[0]):
+        shown = method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = ")
+        assert shown in page
+    assert "no difference shown" in page
+    assert str(tmp_path.parent.parent) not in page
+    assert all((tmp_path / file).read_text().startswith("<svg") for file in document(found[1], "comparison")[1])
