@@ -4,8 +4,12 @@
     python benchmarks/bench_freezing.py --shares 0.1 --steps 20
 
 Steps with and without the freezer alternate, on one model and optimizer (AdamW, clipping, bf16 autocast where the
-machine has it, as in cpift's fine-tunes). Rows in results/freezing.jsonl: medians of both, their ratio, the time of the
-freezer by itself (zeroing gradients, restoring values), and its memory beside D/8 bytes of masks + the frozen values.
+machine has it, as in cpift's fine-tunes). Rows in results/freezing.jsonl:
+
+    overhead          median of the ratios with / without of neighbouring steps, less 1; its quartiles are the noise
+    in_step           seconds that a step spends in the freezer (zeroing gradients, restoring values), clocked inside
+                      the very steps; in_step_share: of the step without. Steady where the steps themselves are not
+    bytes_held        its memory, beside D/8 bytes of masks + the frozen values
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from cpift_kernels import pack_mask
@@ -59,54 +65,65 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Te
     return time.perf_counter() - started
 
 
+class Clock:
+    """Adds up the seconds within the freezer's calls."""
+
+    def __init__(self) -> None:
+        self.seconds = {"zero": 0.0, "restore": 0.0}
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            found = call(*arguments)
+            self.seconds[name] += time.perf_counter() - started
+            return found
+
+        return clocked
+
+
 def measure(model: torch.nn.Module, share: float, steps: int, ids: torch.Tensor) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
     masks = masks_of(model, share)
-    before, freezer = snapshot(model, masks), ElementFreezer(model, masks)
+    before, freezer, clock = snapshot(model, masks), ElementFreezer(model, masks), Clock()
+    freezer.restore = clock.around("restore", freezer.restore)  # type: ignore[method-assign]
     times: dict[str, list[float]] = {"without": [], "with": []}
-    for number in range(2 * (steps + 1)):
-        kind = ("without", "with")[number % 2]
-        if kind == "with":
-            freezer.restore()  # the step before has moved them
-            freezer.attach(optimizer)
-        times[kind].append(step(model, optimizer, ids))
-        freezer.detach()
+    inside: dict[str, list[float]] = {"zero": [], "restore": []}
+    with mock.patch.object(freezing, "zero_masked_", clock.around("zero", freezing.zero_masked_)):
+        for number in range(2 * (steps + 1)):
+            kind = ("without", "with")[number % 2]
+            if kind == "with":
+                freezer.restore()  # the step before has moved them
+                freezer.attach(optimizer)
+                clock.seconds = dict.fromkeys(inside, 0.0)
+            times[kind].append(step(model, optimizer, ids))
+            freezer.detach()
+            if kind == "with":
+                for name, seconds in clock.seconds.items():
+                    inside[name].append(seconds)
     assert count_moved(before, snapshot(model, masks)) == 0
+    return figures(model, freezer, times, inside) | {"share": share, "tokens": ids.numel(), "steps": steps}
+
+
+def figures(
+    model: torch.nn.Module, freezer: ElementFreezer, times: dict[str, list[float]], inside: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Of all steps but the first of each kind, which warms up."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    median = {kind: statistics.median(found[1:]) for kind, found in times.items()}  # the first of each warms up
+    median = {kind: statistics.median(found[1:]) for kind, found in (times | inside).items()}
+    ratios = [frozen / free - 1 for free, frozen in zip(times["without"][1:], times["with"][1:], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
     return {
         "parameters": parameters,
         "frozen": freezer.frozen_elements,
-        "share": share,
-        "tokens": ids.numel(),
-        "steps": steps,
         "seconds_without": round(median["without"], 4),
         "seconds_with": round(median["with"], 4),
-        "overhead": round(median["with"] / median["without"] - 1, 4),
+        "overhead": round(quartiles[1], 4),
+        "overhead_quartiles": [round(quartiles[0], 4), round(quartiles[2], 4)],
+        "in_step": {name: round(median[name], 5) for name in inside},
+        "in_step_share": round(sum(median[name] for name in inside) / median["without"], 4),
         "bytes_held": freezer.nbytes,
         "bytes_masks_and_values": parameters // 8 + 4 * freezer.frozen_elements,
     }
-
-
-def freezer_alone(model: torch.nn.Module, share: float, repeats: int) -> dict[str, float]:
-    """Median seconds of what one step calls: every gradient zeroed, every value restored."""
-    masks = masks_of(model, share)
-    freezer = ElementFreezer(model, masks)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    gradients = [(freezing._flat(parameter.grad), masks[name]) for name, parameter in model.named_parameters()]  # type: ignore[arg-type]
-    times: dict[str, list[float]] = {"zero": [], "restore": []}
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for gradient, words in gradients:
-            freezing.zero_masked_(gradient, words)
-        middle = time.perf_counter()
-        freezer.restore()
-        times["zero"].append(middle - started)
-        times["restore"].append(time.perf_counter() - middle)
-    for parameter in model.parameters():
-        parameter.grad = None
-    return {f"seconds_{name}": round(statistics.median(found), 5) for name, found in times.items()}
 
 
 def main() -> None:
@@ -121,8 +138,7 @@ def main() -> None:
     model = build()
     ids = torch.randint(SHAPE["vocab_size"], (options.batch, options.length))
     for share in options.shares:
-        row = measure(model, share, options.steps, ids) | freezer_alone(model, share, 9) | {"threads": options.threads}
-        row["alone_share_of_step"] = round((row["seconds_zero"] + row["seconds_restore"]) / row["seconds_without"], 4)
+        row = measure(model, share, options.steps, ids) | {"threads": options.threads}
         append("freezing", [row])
         print(row, flush=True)
 

@@ -11,6 +11,8 @@ enough for a step to take tens of milliseconds. After a checkpoint has appeared,
     controller   Ray Train's controller
     driver       `cpift` itself; the same command is then run again
     memory       what Ray's memory monitor chooses when the node runs out of memory (a process beside it fills it)
+    limit        the worker's next allocations, by an address-space limit set from outside
+    stop         nothing: the worker is stopped, and must be found to hang
     node         the Ray node that the worker is on; another takes over
 
 A command that ends with an error is run again, as a user would. One row an experiment in results/kills.jsonl: what was
@@ -24,6 +26,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processes import command_line, descendants, used_and_total
 from record import append
 
 from cpift.artifacts import file_sha256
@@ -42,6 +46,7 @@ from cpift.artifacts import file_sha256
 ROOT = Path(__file__).parents[1]
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
 DEADLINE = 400.0  # seconds without a new checkpoint
+THRESHOLD = "RAY_memory_usage_threshold"
 
 
 def config(folder: Path) -> Path:
@@ -105,27 +110,6 @@ def step_of(state: Path) -> int | None:
         return None
 
 
-def descendants(root: int) -> list[int]:
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                parents[int(folder.name)] = int(fields[1])
-    found, level = [], [root]
-    while level:
-        level = [pid for pid, parent in parents.items() if parent in level]
-        found += level
-    return sorted(found)
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def wait_for_checkpoint(probe: Probe, known: set[str], rng: random.Random) -> bool:
     """Until a moment after the next checkpoint has appeared; False if the command ended before."""
     limit = time.monotonic() + DEADLINE
@@ -164,14 +148,8 @@ def kill_driver(probe: Probe, rng: random.Random) -> str | None:
     return "cpift probe"
 
 
-def used_and_total() -> tuple[int, int]:
-    """Bytes, as Ray's memory monitor counts them: total − available."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    return total - available, total
-
-
-FILLER = "import sys, time; held = bytearray(b'x') * int(sys.argv[1]); print('full', flush=True); time.sleep(30)"
+HEADROOM = 2**30  # bytes that the machine has left below the monitor's threshold when it starts
+FILLER = "import sys, time; held = bytearray(b'x') * int(sys.argv[1]); print('full', flush=True); time.sleep(60)"
 
 
 def fill_memory(probe: Probe, rng: random.Random) -> str | None:
@@ -180,17 +158,37 @@ def fill_memory(probe: Probe, rng: random.Random) -> str | None:
     before = {pid: command_line(pid) for pid in descendants(probe.process.pid) if "ray::" in command_line(pid)}
     if not any(WORKER in name for name in before.values()):
         return None
-    filler = subprocess.Popen([sys.executable, "-c", FILLER, str(4 * 2**30)], stdout=subprocess.PIPE)
+    used, total = used_and_total()
+    size = int(float(probe.environment[THRESHOLD]) * total) - used + HEADROOM // 4
+    filler = subprocess.Popen([sys.executable, "-c", FILLER, str(max(size, 1))], stdout=subprocess.DEVNULL)
     try:
-        for _ in range(120):
+        for _ in range(240):
             time.sleep(0.25)
             gone = [name for pid, name in before.items() if not command_line(pid)]
             if gone:
-                return f"memory monitor: {gone[0][:40]}"
+                return f"memory monitor: {', '.join(sorted(gone))[:80]}"
     finally:
         filler.kill()
         filler.wait()
     return None
+
+
+def limit_memory(probe: Probe, rng: random.Random) -> str | None:
+    """Let the worker's next allocations fail; some libraries then end it, in others it stands still for ever."""
+    found = probe.processes(WORKER)
+    if not found:
+        return None
+    size = int(Path(f"/proc/{found[0]}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(found[0], resource.RLIMIT_AS, (size - 2**28, size - 2**28))
+    return f"address space of {command_line(found[0])[:40]}"
+
+
+def stop(probe: Probe, rng: random.Random) -> str | None:
+    found = probe.processes(WORKER)
+    if not found:
+        return None
+    os.kill(found[0], signal.SIGSTOP)
+    return f"stopped, not killed: {command_line(found[0])[:40]}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +196,7 @@ class Kind:
     kill: Kill
     kills: int
     like: str = "one"  # the undisturbed run that it is compared with
+    changes: tuple[str, ...] = ()  # of the config
 
 
 KINDS = {
@@ -206,7 +205,9 @@ KINDS = {
     "fsdp": Kind(sigkill(WORKER), 3, "fsdp"),
     "controller": Kind(sigkill(CONTROLLER), 3),
     "driver": Kind(kill_driver, 4),
-    "memory": Kind(fill_memory, 2),
+    "memory": Kind(fill_memory, 3),
+    "limit": Kind(limit_memory, 2, changes=("resources.hang_timeout=30",)),
+    "stop": Kind(stop, 2, changes=("resources.hang_timeout=30",)),
     "node": Kind(sigkill("never used: nodes are removed through the cluster"), 3),
 }
 CHANGES = {
@@ -270,12 +271,12 @@ def cluster(probe: Probe) -> Iterator[Kill]:
 
 def experiment(name: str, kind: Kind, file: Path, folder: Path, wanted: str, seed: int) -> dict[str, Any]:
     rng = random.Random(f"{name}/{seed}")
-    probe = Probe(file, folder / name, CHANGES[kind.like])
+    probe = Probe(file, folder / name, CHANGES[kind.like] + kind.changes)
     started = time.time()
     if name == "memory":
         used, total = used_and_total()
-        threshold = (used + 3 * 2**30) / total
-        probe.environment |= {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "250"}
+        threshold = (used + 2 * 2**30 + HEADROOM) / total  # Ray and the fine-tune take about two
+        probe.environment |= {THRESHOLD: f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "250"}
     if name == "node":
         with cluster(probe) as kill:
             killed = disturb(probe, Kind(kill, kind.kills), rng)

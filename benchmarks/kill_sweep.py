@@ -1,12 +1,14 @@
-"""Kill a sweep's driver twice and one of its nodes once; compare what it ends with to an undisturbed sweep.
+"""Kill a sweep's driver twice, one of its nodes and its head; compare what it ends with to an undisturbed sweep.
 
     cpift sweep sweeps/smoke_p_tau.yaml --output runs/undisturbed
     python benchmarks/kill_sweep.py --undisturbed runs/undisturbed --output runs/killed
 
 Starts a cluster on this machine (`ray start`, port 7479): a head without CPUs and one node, runs the same sweep on
-it, and kills with SIGKILL the driver among the probes, the driver among the trials, and the node among the trials; then
-a new node joins, so that all that follows runs on it. Prints one JSON object: every output that is there must have been
-made once and stay as it was, and its weights must equal the undisturbed sweep's bit for bit. Minutes.
+it, and kills with SIGKILL the driver among the probes, the driver among the trials, and the node among the trials; a
+new node joins, then a second one. At last it kills the head, waits for the driver to give up, starts head and node
+again and gives the same command. Prints one JSON object and appends it to results/kill_sweep.jsonl: every output that
+is there at a kill must have been made once and stay as it was, and its weights must equal the undisturbed sweep's bit
+for bit. About ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -22,17 +24,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from processes import kill_tree
+from record import append
+
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 PORT = 7479
 TRAINED = ("probe", "backbone", "integrate")
 
 
-def start_node(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """A node in a process group of its own, so that it dies whole."""
-    log = (folder / f"node-{len(flags)}.log").open("ab")
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", *flags]
-    memory = ["--object-store-memory=200000000"]
-    return subprocess.Popen([*ray, *memory], env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+class Cluster:
+    """A head without CPUs, and nodes."""
+
+    def __init__(self, logs: Path, ray_dir: Path):
+        self._logs, self._ray_dir, self._count = logs, ray_dir, 0
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.start_head()
+
+    def start_head(self) -> None:
+        where = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self._ray_dir}"]
+        self.head = self._start("--num-cpus=0", *where)
+        time.sleep(20)
+
+    def add_node(self, cpus: int) -> None:
+        """Nodes of one machine need folders and agent ports of their own."""
+        own = [f"--temp-dir={self._ray_dir}-{self._count}", f"--dashboard-agent-listen-port={52401 + self._count}"]
+        self.nodes.append(self._start(f"--num-cpus={cpus}", f"--address=127.0.0.1:{PORT}", *own))
+        time.sleep(10)
+
+    def kill_node(self) -> None:
+        kill_node(self.nodes.pop(0))
+
+    def kill_head(self) -> None:
+        kill_node(self.head)
+
+    def stop(self) -> None:
+        while self.nodes:
+            self.kill_node()
+        self.kill_head()
+
+    def _start(self, *flags: str) -> subprocess.Popen[bytes]:
+        self._count += 1
+        log = (self._logs / f"node-{self._count}.log").open("ab")
+        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--object-store-memory=200000000"]
+        return subprocess.Popen([*ray, *flags], env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -40,23 +74,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """A node with its workers, which sit in process groups of their own."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        pid, parent = map(int, line.split())
-        children.setdefault(parent, []).append(pid)
-    pids, queue = [], [process.pid]
-    while queue:
-        pid = queue.pop()
-        pids.append(pid)
-        queue += children.get(pid, [])
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill_node(process: subprocess.Popen[bytes]) -> None:
+    """With its workers, which sit in process groups of their own."""
+    kill_tree(process.pid)
     process.wait()
 
 
@@ -82,18 +102,29 @@ class Driver:
         self._command = [str(Path(sys.executable).with_name("cpift")), "sweep", sweep, "--output", str(output)]
         self._log = output.parent / "driver.log"
         self._environment = {**ENVIRONMENT, "RAY_ADDRESS": f"127.0.0.1:{PORT}"}
-        self.process = self._start()
+        self.start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
         log = self._log.open("ab")
-        return subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+        environment = self._environment
+        self.process = subprocess.Popen(self._command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def give_up(self) -> int | None:
+        """Seconds until it has ended by itself; None if it was killed after five minutes."""
+        started = time.monotonic()
+        try:
+            self.process.wait(timeout=300)
+            return round(time.monotonic() - started)
+        except subprocess.TimeoutExpired:
+            kill(self.process)
+            return None
 
     def kill_when(self, condition: Callable[[], bool]) -> bool:
         """Whether the condition came before the end; then the driver was killed and started again."""
         if not self.wait(condition):
             return False
         kill(self.process)
-        self.process = self._start()
+        self.start()
         return True
 
     def wait(self, condition: Callable[[], bool]) -> bool:
@@ -122,42 +153,47 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output.absolute()
     output.mkdir(parents=True)
-    print(json.dumps(experiment(options.sweep, options.undisturbed, output, options.ray_dir), indent=1))
+    found = experiment(options.sweep, options.undisturbed, output, options.ray_dir)
+    append("kill_sweep", [found])
+    print(json.dumps(found, indent=1))
 
 
 def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> dict[str, Any]:
-    folder = output.parent
-    where = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={ray_dir}"]
-    head = start_node(folder, "--num-cpus=0", *where)
-    time.sleep(20)
-    # nodes of one machine need folders and agent ports of their own
-    own = [f"--address=127.0.0.1:{PORT}", f"--temp-dir={ray_dir}-node", "--dashboard-agent-listen-port=52401"]
-    node = start_node(folder, "--num-cpus=2", *own)
-    time.sleep(10)
     started, events = time.time(), {}
+    store, snapshots = output / "sweep-output", list[dict[str, dict[str, Any]]]()
+    cluster = Cluster(output, ray_dir)
     try:
-        driver = Driver(sweep, output / "sweep-output")
-        store = output / "sweep-output"
-        snapshots = []
+        cluster.add_node(cpus=2)
+        driver = Driver(sweep, store)
         events["driver killed among the probes"] = driver.kill_when(lambda: count(store, "probe") >= 1)
         snapshots.append(manifests(store))
         events["driver killed among the trials"] = driver.kill_when(lambda: count(store, "integrate") >= 2)
         snapshots.append(manifests(store))
         events["node killed among the trials, another one joined"] = driver.wait(lambda: count(store, "integrate") >= 5)
-        kill_tree(node)
         snapshots.append(manifests(store))
-        node = start_node(folder, "--num-cpus=2", *own)
+        cluster.kill_node()
+        cluster.add_node(cpus=1)
+        events["a second node joined among the trials"] = driver.wait(lambda: count(store, "integrate") >= 7)
+        cluster.add_node(cpus=1)
+        events["head killed among the trials"] = driver.wait(lambda: count(store, "integrate") >= 10)
+        snapshots.append(manifests(store))
+        cluster.kill_head()
+        events["seconds until the driver gave up"] = driver.give_up()
+        cluster.stop()
+        cluster.start_head()
+        cluster.add_node(cpus=2)
+        driver.start()
         code = driver.process.wait()
     finally:
-        kill_tree(head)
-        if node.poll() is None:
-            kill_tree(node)
+        cluster.stop()
     return report(store, undisturbed, snapshots) | events | {"exit code": code, "seconds": round(time.time() - started)}
 
 
 def report(store: Path, undisturbed: Path, snapshots: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     ended, wanted = manifests(store), manifests(undisturbed)
-    remade = [name for before in snapshots for name in before if before[name]["written"] != ended[name]["written"]]
+    remade = [
+        name for before in snapshots for name in before if before[name]["written"] != ended.get(name, {}).get("written")
+    ]
     compared = {name for name in wanted if name.split("/")[0] in (*TRAINED, "fuse", "regions")}
     differing = [name for name in compared if weights(wanted[name]) != weights(ended.get(name, {"outputs": {}}))]
     return {

@@ -122,6 +122,12 @@ class ResourcesConfig(Section):
     )
     verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
+    hang_timeout: float = Field(
+        1800,
+        gt=0,
+        description="seconds without a training step after which a worker on Ray counts as hung: it logs where, ends, "
+        "and another goes on from the last checkpoint. Must be longer than any step with its checkpoint",
+    )
     storage: str | None = Field(
         None,
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "

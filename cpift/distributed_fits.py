@@ -46,6 +46,8 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
     todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
     if not todo:
         return
+    # Ray's own watch is for workers that do not answer at all; the worker's, for one that does and trains no more.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, resources.hang_timeout)))
     with ray_session(resources), progress_board() as (board_name, board):
         nodes = _nodes()
         for spec in todo:
@@ -166,7 +168,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     import torch
 
     from cpift.finetune import FitHooks, fit
-    from cpift.tracking import log_file
+    from cpift.tracking import ended_if_stuck, log_file
 
     spec: FitSpec = config["spec"]
     context = ray.train.get_context()
@@ -181,17 +183,20 @@ def _train_worker(config: dict[str, Any]) -> None:
         kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
         ray.train.report(metrics, checkpoint=kept, checkpoint_upload_mode=mode)
 
+    def on_progress(message: dict[str, Any]) -> None:
+        alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
+        if main:
+            board.post.remote(message)
+
     mode = ray.train.CheckpointUploadMode.ASYNC if spec.remote_storage else ray.train.CheckpointUploadMode.SYNC
-    hooks = FitHooks(
-        on_progress=lambda message: board.post.remote(message) if main else None,
-        on_checkpoint=on_checkpoint,
-        is_main=main,
-    )
+    hooks = FitHooks(on_progress=on_progress, on_checkpoint=on_checkpoint, is_main=main)
     partial = spec.export.with_name(f".{spec.export.name}.partial")
     if main:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        with log_file(spec.logs / f"worker-{context.get_world_rank()}.log"), ExitStack() as stack:
+        with ExitStack() as stack:
+            log = stack.enter_context(log_file(spec.logs / f"worker-{context.get_world_rank()}.log"))
+            alive = stack.enter_context(ended_if_stuck(spec.resources.hang_timeout, log))
             resumed = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
             fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
     except CpiftError as error:  # it would only happen again: tell the driver instead of being retried

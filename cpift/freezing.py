@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 from cpift_kernels import count_mask, gather_masked, mask_starts, pack_mask, scatter_masked_, unpack_mask, zero_masked_
+from cpift_kernels.cpu.compiled import in_threads
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -67,9 +68,17 @@ class ElementFreezer:
         self._handles.clear()
 
     def restore(self) -> None:
-        """Put every frozen value back."""
-        for name, words in self._words.items():
-            scatter_masked_(_flat(self._parameters[name]), words, self._saved[name], starts=self._starts[name])
+        """Put every frozen value back; on the CPU tensor beside tensor, for few are large enough to cut for threads."""
+        values = {name: _flat(self._parameters[name]) for name in self._words}
+
+        def one(name: str) -> None:
+            scatter_masked_(values[name], self._words[name], self._saved[name], starts=self._starts[name])
+
+        if all(held.is_cpu for held in values.values()):
+            in_threads(one, values)
+        else:
+            for name in values:
+                one(name)
 
     def __enter__(self) -> ElementFreezer:
         return self

@@ -13,6 +13,11 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state of a repository for ever."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
 class HubError(CpiftError):
     """The hub, or the repository on it, cannot be reached."""
 
@@ -26,7 +31,7 @@ def resolve_revision(kind: Literal["model", "dataset"], repository: str, revisio
     Raises:
         HubError: the repository or revision does not exist, or the hub does not answer and nothing is cached.
     """
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if revision is not None and is_commit(revision):
         return revision
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

@@ -233,6 +233,19 @@ def _notes(config: RunConfig) -> Iterator[str]:
     yield f"chance level of the Jaccard overlap at this p: {chance:.4g}"
     if tau is not None and tau <= chance:
         yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
+    if loose := list(dict.fromkeys(_unpinned(config))):
+        yield f"`revision` is no commit hash for {', '.join(loose)}: a later run may get something else; pin it"
+
+
+def _unpinned(config: RunConfig) -> Iterator[str]:
+    """Hub repositories of which whatever is newest would be taken."""
+    from cpift.hub import is_commit
+
+    inputs = [config.model, *(one for task in config.tasks for one in (task.checkpoint, task.train, task.test))]
+    yield from (one.hub for one in inputs if one is not None and one.hub and not is_commit(one.revision))
+    source = config.backbone.source
+    if source not in ("staged", "pretrained") and not Path(source).is_dir() and not is_commit(config.backbone.revision):
+        yield source
 
 
 def count_parameters(artifacts: StageArtifacts) -> int | None:

@@ -5,6 +5,7 @@ Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distribu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from cpift.distributed_fits import parallel_fits
 from cpift.distributed_session import NAMESPACE, POLL_SECONDS, OnProgress, progress_board, raise_failures, show_progress
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.inprocess import fit_here
+from cpift.tracking import ended_if_stuck
 
 
 def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
@@ -63,4 +65,10 @@ def _remote(spec: FitSpec) -> Any:
 @ray.remote
 def _fit_task(spec: FitSpec, board_name: str) -> None:
     board = ray.get_actor(board_name, namespace=NAMESPACE)
-    fit_here(spec, lambda message: board.post.remote(message))
+    with ended_if_stuck(spec.resources.hang_timeout, sys.stderr) as alive:
+
+        def on_progress(message: dict[str, Any]) -> None:
+            alive(message["step"] < message["steps"])
+            board.post.remote(message)
+
+        fit_here(spec, on_progress)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +20,7 @@ from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Engine, Pipeline
 from cpift.sweep_config import Sweep, describe
 from cpift.sweep_scores import figures
+from cpift.tracking import ended_if_stuck
 from cpift.view import View, quiet
 
 
@@ -31,10 +33,11 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
     marker = failure_file(failures, fields)
     if marker.is_file():
         raise StageError(marker.read_text(encoding="utf-8"))
-    view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE))
     try:
-        for rung, found in enumerate(rungs(sweep, fields, view), start=1):
-            tune.report({"rung": rung} | found)
+        with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
+            view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
+            for rung, found in enumerate(rungs(sweep, fields, view), start=1):
+                tune.report({"rung": rung} | found)
     except CpiftError as error:
         failures.mkdir(parents=True, exist_ok=True)
         write_text(marker, str(error))
@@ -81,10 +84,11 @@ def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
 class _BoardView(View):
     """Posts progress to the sweep's board, under the trial's name, and prints nothing."""
 
-    def __init__(self, trial: str, board: Any):
+    def __init__(self, trial: str, board: Any, alive: Callable[[bool], None]):
         super().__init__(quiet().console)
-        self._trial, self._board = trial, board
+        self._trial, self._board, self._alive = trial, board, alive
 
     def progress(self, message: dict[str, Any]) -> None:
+        self._alive(message.get("step", 0) < message.get("steps", 0))  # between training steps; an evaluation has none
         doing = ", ".join(str(message[key]) for key in ("title", "task") if key in message)
         self._board.post.remote(message | {"title": self._trial, "task": doing})

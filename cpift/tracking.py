@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from cpift.config import Tracker
 from cpift.errors import Problem
@@ -40,12 +41,16 @@ def tensorboard(trackers: Sequence[Tracker], folder: Path) -> list[TrainerCallba
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Within it, what this process logs and warns of goes to `path` too, and the traceback of what ends it."""
+def log_file(path: Path) -> Iterator[TextIO]:
+    """Within it, what this process logs and warns of goes to `path` too, and the traceback of what ends it.
+
+    Gives the open file.
+    """
     from transformers.utils import logging as transformers_logging
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    stream = path.open("a", encoding="utf-8")
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(_FORMAT))
     root, own = logging.getLogger(), logging.getLogger("cpift")
     root.addHandler(handler)
@@ -54,7 +59,7 @@ def log_file(path: Path) -> Iterator[None]:
     logging.captureWarnings(True)
     transformers_logging.enable_propagation()
     try:
-        yield
+        yield stream
     except BaseException:
         _log.exception("ended by")
         raise
@@ -62,4 +67,25 @@ def log_file(path: Path) -> Iterator[None]:
         root.removeHandler(handler)
         own.setLevel(level)
         logging.captureWarnings(False)
-        handler.close()
+        stream.close()
+
+
+@contextmanager
+def ended_if_stuck(seconds: float, log: TextIO) -> Iterator[Callable[[bool], None]]:
+    """A hung process ends, so that what looks after it (Ray) can start another: a crash it sees, a standstill not.
+
+    Gives a function to call while work goes on: `seconds` after a call with True that no other call follows, the
+    tracebacks of all threads go to `log` and the process exits with code 1. A call with False stops the clock, for
+    work of no known length. The clock is not Python's, so that it runs while a library holds the interpreter's lock.
+    """
+
+    def alive(counting: bool) -> None:
+        if counting:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=log)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -17,7 +17,8 @@ from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
 from cpift.models import materialise
 
-from .test_finetune import spec, weights
+from .fits import weights
+from .test_finetune import spec
 
 pytest.importorskip("peft")
 LORA = LoraConfig(rank=3, alpha=6, targets=("q_proj", "down_proj"))

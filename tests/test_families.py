@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpift.checkpoints import Checkpoint
-from cpift.config import DataSource, RegionsConfig, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.config import RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
 from cpift.data import load_examples
 from cpift.finetune import fit
@@ -20,6 +20,8 @@ from cpift.regions import save_regions, select_regions
 from cpift.scratch import make_scratch_tokenizer
 from cpift.tokens import IGNORED, CompletionCollator, tokenised_dataset
 
+from .fits import fit_spec, procedural
+
 # What sets a family apart at any width: grouped queries, sliding windows shorter than a row, biases, tied embeddings,
 # soft caps. Gemma's attention heads are wider than its width divided by their number.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -28,14 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 4, "use_sliding_window": False},
     "gemma2": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 16, "query_pre_attn_scalar": 16},
 }
-TASKS = tuple(
-    TaskConfig(
-        name=kind,
-        train=DataSource(procedural=kind, size=60),
-        test=DataSource(procedural=kind, size=8, split="test"),
-    )
-    for kind in ("addition", "reverse")
-)
+TASKS = (procedural("addition", "addition", 60), procedural("reverse", "reverse", 60))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -62,20 +57,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def spec(base: Path, out: Path, *stages: StageSpec, regions: Path | None = None) -> FitSpec:
     training = TrainingConfig(steps=5, batch_size=2, learning_rate=3e-3, max_length=96, packing=True, log_every=1)
-    return FitSpec(
-        title="fit",
-        model=base,
-        tasks=TASKS,
-        stages=stages,
-        training=training,
-        seed=0,
-        threads=1,
-        resources=ResourcesConfig(),
-        export=out / "export",
-        scratch=out / "scratch",
-        logs=out / "logs",
-        regions=regions,
-    )
+    return fit_spec(base, out, TASKS, stages, training, seed=0, regions=regions)
 
 
 def test_a_few_steps_lower_the_loss_and_leave_frozen_cores(base: Path, tmp_path: Path) -> None:

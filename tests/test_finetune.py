@@ -2,18 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
-from cpift.config import DataSource, ModelConfig, RegionsConfig, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.config import ModelConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
 from cpift.models import materialise
 from cpift.regions import read_mask, save_regions, select_regions
+
+from .fits import fit_spec, procedural, weights
 
 
 @pytest.fixture(scope="module")
@@ -25,34 +27,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def task(name: str, kind: str) -> TaskConfig:
-    return TaskConfig(
-        name=name, train=DataSource(procedural=kind, size=40), test=DataSource(procedural=kind, size=8, split="test")
-    )
+TASKS = (procedural("add", "addition"), procedural("rev", "reverse"))
 
 
-TASKS = (task("add", "addition"), task("rev", "reverse"))
-
-
-def spec(base: Path, out: Path, *stages: StageSpec, **training: object) -> FitSpec:
+def spec(base: Path, out: Path, *stages: StageSpec, **training: Any) -> FitSpec:
     settings = {"steps": 6, "learning_rate": 3e-3, "weight_decay": 0.1, "batch_size": 4, "gradient_accumulation": 2}
-    return FitSpec(
-        title="fit",
-        model=base,
-        tasks=TASKS,
-        stages=stages or (StageSpec(("add",)),),
-        training=TrainingConfig(**(settings | {"checkpoint_every": 0, "log_every": 2} | training)),  # type: ignore[arg-type]
-        seed=3,
-        threads=1,
-        resources=ResourcesConfig(),
-        export=out / "export",
-        scratch=out / "scratch",
-        logs=out / "logs",
-    )
-
-
-def weights(folder: Path) -> str:
-    return file_sha256(folder / "model.safetensors")
+    settings |= {"checkpoint_every": 0, "log_every": 2}
+    return fit_spec(base, out, TASKS, stages or (StageSpec(("add",)),), TrainingConfig(**(settings | training)))
 
 
 def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_path: Path) -> None:

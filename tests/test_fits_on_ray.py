@@ -19,7 +19,8 @@ from cpift.errors import CpiftError, StageError
 from cpift.finetune import fit
 from cpift.models import materialise
 
-from .test_finetune import spec, weights
+from .fits import weights
+from .test_finetune import spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = ResourcesConfig(cpus_per_worker=0.25, threads_per_worker=1)

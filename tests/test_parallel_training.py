@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from cpift.artifacts import file_sha256
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, ResourcesConfig, RunConfig
 from cpift.config_loading import load_config
@@ -20,6 +19,8 @@ from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
 from cpift.models import materialise
 from cpift.regions import save_regions, select_regions
+
+from .fits import fit_spec, weights
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 # Two workers sum a batch in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
@@ -35,20 +36,9 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
         "checkpoint_every": 6,
         "log_every": 1,
     }
-    return FitSpec(
-        title="fit",
-        model=base,
-        tasks=config.tasks,
-        stages=(StageSpec(("addition",)), StageSpec(("spelling",), frozen=("addition",))),
-        training=config.probe.model_copy(update=changes),
-        seed=3,
-        threads=1,
-        resources=ResourcesConfig(),
-        export=out / "export",
-        scratch=out / "scratch",
-        logs=out / "logs",
-        regions=base.parent / "regions",
-    )
+    stages = (StageSpec(("addition",)), StageSpec(("spelling",), frozen=("addition",)))
+    training = config.probe_training.model_copy(update=changes)
+    return fit_spec(base, out, config.tasks, stages, training, regions=base.parent / "regions")
 
 
 class _Killed(Exception):
@@ -126,7 +116,5 @@ def test_no_frozen_element_moves_on_either_worker(folder: Path, strategy: str) -
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_workers_end_with_the_same_bits(folder: Path, strategy: str) -> None:
-    wanted, got = (
-        file_sha256(folder / name / "export" / "model.safetensors") for name in (strategy, f"{strategy} resumed")
-    )
+    wanted, got = (weights(folder / name / "export") for name in (strategy, f"{strategy} resumed"))
     assert got == wanted

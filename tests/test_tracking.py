@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -30,3 +32,29 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = check_trackers(("tensorboard", "wandb"))
     assert str(problem) == "tracking: 'wandb' is not installed → pip install wandb, or leave it out"
+
+
+STUCK = """
+import sys, time
+from cpift.tracking import ended_if_stuck
+
+def hang():
+    time.sleep(60)
+
+with open(sys.argv[1], "w") as log, ended_if_stuck(0.3, log) as alive:
+    alive(False)
+    time.sleep(0.6)
+    for _ in range(4):
+        alive(True)
+        time.sleep(0.15)
+    print("worked", flush=True)
+    alive(True)
+    hang()
+"""
+
+
+def test_a_process_that_hangs_says_where_and_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    ended = subprocess.run([sys.executable, "-c", STUCK, log], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "worked\n"), ended.stderr
+    assert "in hang" in log.read_text()

@@ -1,0 +1,35 @@
+"""Fine-tunes for tests: what is the same in all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cpift.artifacts import file_sha256
+from cpift.config import DataSource, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.fit_spec import FitSpec, StageSpec
+
+
+def procedural(name: str, kind: str, size: int = 40) -> TaskConfig:
+    """A task whose rows are made on the spot."""
+    rows = DataSource(procedural=kind, size=size)
+    return TaskConfig(name=name, train=rows, test=DataSource(procedural=kind, size=8, split="test"))
+
+
+def fit_spec(
+    base: Path,
+    out: Path,
+    tasks: tuple[TaskConfig, ...],
+    stages: tuple[StageSpec, ...],
+    training: TrainingConfig,
+    **fields: Any,
+) -> FitSpec:
+    """Everything it makes goes below `out`."""
+    settings: dict[str, Any] = {"title": "fit", "seed": 3, "threads": 1, "resources": ResourcesConfig()} | fields
+    folders = {"export": out / "export", "scratch": out / "scratch", "logs": out / "logs"}
+    return FitSpec(model=base, tasks=tasks, stages=stages, training=training, **folders, **settings)
+
+
+def weights(folder: Path) -> str:
+    """SHA-256 of an exported model."""
+    return file_sha256(folder / "model.safetensors")
