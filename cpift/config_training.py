@@ -97,6 +97,12 @@ class ResourcesConfig(Section):
     """What one fine-tune may use, and how many run at once."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers (data parallel) per fine-tune")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="elastic: where nodes are missing go on with fewer workers, down to this many, and with all again "
+        "when they are back. Steps see as many examples as before, but sum them in another order; default: never",
+    )
     strategy: Strategy = Field(
         "ddp",
         description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
@@ -133,6 +139,16 @@ class ResourcesConfig(Section):
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
         "s3://bucket/folder, to which they are uploaded while training goes on; default: the run's folder",
     )
+
+    @model_validator(mode="after")
+    def _elastic(self) -> ResourcesConfig:
+        least = 2 if self.strategy == "fsdp" else 1
+        if self.min_workers is not None and not least <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"min_workers {self.min_workers}: give a number from {least} to workers ({self.workers})"
+                + ("; one worker alone cannot read what several shared out" if self.strategy == "fsdp" else "")
+            )
+        return self
 
     @property
     def on_cluster(self) -> bool:

@@ -130,7 +130,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
         train_loop_config={"spec": spec, "board": board_name},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
             use_gpu=use_gpu,
             resources_per_worker=per_worker | ({"GPU": resources.gpus_per_worker} if use_gpu else {}),
         ),

@@ -8,6 +8,7 @@ Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from cpift.models import load_model, load_tokenizer
 from cpift.packing import packed
 from cpift.regions import read_mask, read_summary
 from cpift.safetensors_files import TensorInfo
-from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole
+from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole, workers_here
 from cpift.tracking import tensorboard
 
 _log = logging.getLogger(__name__)
@@ -102,8 +103,12 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
 
 def _sharded(spec: FitSpec) -> bool:
     """One worker has nothing to shard."""
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return spec.resources.strategy == "fsdp" and group and torch.distributed.get_world_size() > 1
+    return spec.resources.strategy == "fsdp" and workers_here() > 1
+
+
+def _accumulation(spec: FitSpec) -> int:
+    """Batches that a worker adds up to a step: where fewer work than were asked for, so many more each."""
+    return math.ceil(spec.training.gradient_accumulation * spec.resources.workers / workers_here())
 
 
 def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
@@ -191,7 +196,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         max_steps=training.steps or -1,
         num_train_epochs=training.epochs or 1,
         per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_accumulation_steps=_accumulation(spec),
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_ratio,  # below 1: a share of all steps

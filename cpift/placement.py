@@ -17,14 +17,17 @@ class Nodes:
         self._free = [{kind: node.get(kind, 0.0) for kind in ("CPU", "GPU")} for node in nodes]
 
     def place(self, need: ResourcesConfig) -> Placement | None:
-        """A node for each worker, the fullest that has room first; None if they don't all fit now."""
+        """A node for each worker, the fullest that has room first; None if they don't all fit now.
+
+        Of an elastic fine-tune as many as fit, if that is enough.
+        """
         worker = {"CPU": need.cpus_per_worker, "GPU": need.gpus_per_worker}
         free = [dict(node) for node in self._free]
         placement: Placement = []
         for _ in range(need.workers):
             fitting = [at for at, node in enumerate(free) if all(node[k] + _SLACK >= worker[k] for k in worker)]
             if not fitting:
-                return None
+                return placement if len(placement) >= (need.min_workers or need.workers) else None
             best = min(fitting, key=lambda at: (free[at]["GPU"], free[at]["CPU"]))
             free[best] = {kind: free[best][kind] - worker[kind] for kind in worker}
             placement.append((best, worker))

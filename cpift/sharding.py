@@ -27,6 +27,12 @@ from cpift.checkpoints import Checkpoint
 _SHARDS, _SCHEDULE = "shards", "schedule.pt"
 
 
+def workers_here() -> int:
+    """How many workers train together: the size of the process group, 1 without one."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if group else 1
+
+
 def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a local safetensors folder, sharded over the workers of the process group. Collective.
 

@@ -68,7 +68,8 @@ class StageArtifacts:
         """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
         fields = _told(training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}))
         fields |= {"seed": self.config.seed, "threads": threads, "workers": resources.workers}
-        return fields | ({"strategy": resources.strategy} if resources.workers > 1 else {})
+        elastic = {"min_workers": resources.min_workers} if resources.min_workers else {}
+        return fields | elastic | ({"strategy": resources.strategy} if resources.workers > 1 else {})
 
     @property
     def threads_alone(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def work(rank: int, folder: str, config: RunConfig) -> None:
         )
         with pytest.raises(_Killed):
             fit(broken, replace(hooks, on_checkpoint=stop))
+        if main and strategy == "ddp":
+            shutil.copytree(kept[0], out / "of two")
         fit(broken, replace(hooks, resume_from=kept.pop()))
         barrier()
     torch.distributed.destroy_process_group()
@@ -92,6 +95,8 @@ def folder(smoke_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     save_regions(select_regions(Checkpoint(out / "base"), probes, RegionsConfig(p=0.2)), out / "regions")
     (out / "one.json").write_text(json.dumps(fit(spec(config, out / "base", out / "one", 8))))
     torch.multiprocessing.spawn(work, (str(out), config), nprocs=2)
+    left = replace(spec(config, out / "base", out / "left", 2, 2), resources=ResourcesConfig(workers=2, min_workers=1))
+    (out / "left.json").write_text(json.dumps(fit(left, FitHooks(resume_from=out / "of two"))))
     return out
 
 
@@ -99,15 +104,16 @@ def losses(folder: Path, name: str, field: str = "loss") -> torch.Tensor:
     return torch.tensor([entry[field] for entry in json.loads((folder / f"{name}.json").read_text())["log"]])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])
 def test_two_workers_have_the_loss_curve_of_one_process(folder: Path, strategy: str) -> None:
+    """left: one of two that goes on alone from their checkpoint."""
     for field in ("loss", "grad_norm", "learning_rate"):
         one, two = losses(folder, "one", field), losses(folder, strategy, field)
         assert len(one) == 32
         torch.testing.assert_close(two, one, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])
 def test_no_frozen_element_moves_on_either_worker(folder: Path, strategy: str) -> None:
     one, two = (json.loads((folder / f"{name}.json").read_text())["frozen"] for name in ("one", strategy))
     assert two == one

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cpift.config import ResourcesConfig, TaskResources
@@ -45,6 +47,22 @@ def test_what_is_given_back_can_be_taken_again() -> None:
 @pytest.mark.parametrize(("cpus", "gpus"), [(3, 0), (1, 1)])
 def test_what_no_node_has_is_never_placed(cpus: float, gpus: float) -> None:
     assert Nodes([{"CPU": 2.0}, {"CPU": 2.0}]).place(need(1, cpus, gpus)) is None
+
+
+def test_an_elastic_group_takes_what_there_is() -> None:
+    nodes = Nodes([{"CPU": 2.0}, {"CPU": 1.0}])
+    elastic = ResourcesConfig(workers=4, min_workers=2)
+    placement = nodes.place(elastic)
+    assert placement is not None
+    assert len(placement) == 3
+    nodes.take(nodes.place(need(2)) or [])
+    assert nodes.place(elastic) is None
+
+
+@pytest.mark.parametrize("fields", [{"min_workers": 3}, {"min_workers": 1, "strategy": "fsdp"}])
+def test_impossible_elasticity_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"min_workers {fields['min_workers']}: give a number from"):
+        ResourcesConfig(workers=2, **fields)
 
 
 def test_a_task_overrides_only_what_it_names() -> None:
