@@ -137,7 +137,8 @@ class ResourcesConfig(Section):
     storage: str | None = Field(
         None,
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
-        "s3://bucket/folder, to which they are uploaded while training goes on; default: the run's folder",
+        "s3://bucket/folder, to which they are uploaded while training goes on (AWS_ENDPOINT_URL names another store "
+        "than Amazon's); default: the run's folder",
     )
 
     @model_validator(mode="after")

@@ -24,7 +24,10 @@ class Storage:
         kept = spec.resources.storage
         if kept is None:
             return cls(str(spec.scratch / "ray"))
-        return cls(f"{kept.rstrip('/') if spec.remote_storage else Path(kept).absolute()}/{spec.scratch.name}")
+        if not spec.remote_storage:
+            return cls(f"{Path(kept).absolute()}/{spec.scratch.name}")
+        place, mark, options = kept.partition("?")  # s3://bucket/folder?endpoint_override=...
+        return cls(f"{place.rstrip('/')}/{spec.scratch.name}{mark}{options}")
 
     def drop_damaged_state(self) -> None:
         """Forget a run whose snapshot a crash left half written, which would block its name."""

@@ -28,6 +28,12 @@ def test_each_fine_tune_has_a_place_of_its_own(storage: Storage, tmp_path: Path)
     assert Storage.of(spec(tmp_path, tmp_path / "out")).place == str(tmp_path / "out" / "scratch" / "ray")
 
 
+def test_the_options_of_a_uri_stay_at_its_end(tmp_path: Path) -> None:
+    resources = ResourcesConfig(storage="s3://bucket/fits/?endpoint_override=127.0.0.1:9000&scheme=http")
+    place = Storage.of(replace(spec(tmp_path, tmp_path / "out"), resources=resources)).place
+    assert place == "s3://bucket/fits/scratch?endpoint_override=127.0.0.1:9000&scheme=http"
+
+
 @pytest.mark.parametrize(("text", "kept"), [('{"a": 1}', True), ('{"a": ', False), (None, True)])
 def test_only_a_run_with_a_damaged_snapshot_is_forgotten(storage: Storage, text: str | None, kept: bool) -> None:
     folder = run_folder(storage)

@@ -66,10 +66,21 @@ class _Killed(Exception):
     pass
 
 
+TWO_STAGES = (StageSpec(("add",)), StageSpec(("rev", "add")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What a fit in two stages returns, and its weights."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    return fit(spec(base, out, *TWO_STAGES, checkpoint_every=2)), weights(out / "export")
+
+
 @pytest.mark.parametrize("stop", [(0, 2), (0, 4), (0, -1), (1, 4)])
-def test_a_resumed_fit_ends_with_the_same_bits(base: Path, tmp_path: Path, stop: tuple[int, int]) -> None:
-    stages = (StageSpec(("add",)), StageSpec(("rev", "add")))
-    whole = fit(spec(base, tmp_path / "whole", *stages, checkpoint_every=2))
+def test_a_resumed_fit_ends_with_the_same_bits(
+    base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str], stop: tuple[int, int]
+) -> None:
+    whole, bits_wanted = undisturbed
     kept: list[Path] = []
 
     def on_checkpoint(folder: Path, metrics: dict[str, int]) -> None:
@@ -77,24 +88,24 @@ def test_a_resumed_fit_ends_with_the_same_bits(base: Path, tmp_path: Path, stop:
             kept.append(folder)
             raise _Killed
 
-    broken = spec(base, tmp_path / "broken", *stages, checkpoint_every=2)
+    broken = spec(base, tmp_path / "broken", *TWO_STAGES, checkpoint_every=2)
     with pytest.raises(_Killed):
         fit(broken, FitHooks(on_checkpoint=on_checkpoint))
     assert not broken.export.exists()
     resumed = fit(broken, FitHooks(resume_from=kept[0]))
-    assert weights(broken.export) == weights(tmp_path / "whole" / "export")
+    assert weights(broken.export) == bits_wanted
     assert [(e["stage"], e["step"], e["loss"]) for e in resumed["log"]] == [
         (e["stage"], e["step"], e["loss"]) for e in whole["log"]
     ]
 
 
-@pytest.fixture
-def regions(base: Path, tmp_path: Path) -> Path:
-    probes = {}
+@pytest.fixture(scope="module")
+def regions(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    probes, out = {}, tmp_path_factory.mktemp("probes")
     for one in TASKS:
-        fit(spec(base, tmp_path / one.name, StageSpec((one.name,))))
-        probes[one.name] = Checkpoint(tmp_path / one.name / "export")
-    folder = tmp_path / "regions"
+        fit(spec(base, out / one.name, StageSpec((one.name,))))
+        probes[one.name] = Checkpoint(out / one.name / "export")
+    folder = out / "regions"
     folder.mkdir()
     save_regions(select_regions(Checkpoint(base), probes, RegionsConfig(p=0.2)), folder)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -106,15 +107,26 @@ def test_missing_data_is_refused(rows: Path) -> None:
         package(path, [], "/shared/out", rows / "build", wheel=False)
 
 
-@pytest.mark.parametrize("job", ["run", "fuse", "sweep"])
-def test_entry_points_hand_their_flags_to_cpift(job: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", str(tmp_path / "none.yaml"), "--set", "seed=1"]
+def test_an_entry_point_runs_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(JOBS / "run.py"), "--config", str(tmp_path / "none.yaml"), "--set", "seed=1"]
     environment = {**os.environ, "CPIFT_RUNS": str(tmp_path / "runs")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert done.returncode == 2
     assert f"Results: {tmp_path / 'runs' / 'none'}" in done.stdout
     assert "none.yaml" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", ["run", "fuse", "sweep"])
+def test_entry_points_hand_their_flags_to_cpift(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("cpift.cli.main", lambda: seen.extend(sys.argv))
+    monkeypatch.delitem(sys.modules, "entry", raising=False)
+    monkeypatch.syspath_prepend(JOBS)
+    monkeypatch.setattr(sys, "argv", [job, "--set", "seed=1", "--config", "configs/a.yaml", "--output=/shared/a"])
+    runpy.run_path(str(JOBS / f"{job}.py"), run_name="__main__")
+    sys.modules.pop("entry")
+    assert seen == ["cpift", job, "configs/a.yaml", "--set", "seed=1", "--output=/shared/a"]
 
 
 # ---- manifests ------------------------------------------------------------------------------------------------------
