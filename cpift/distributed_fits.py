@@ -123,6 +123,8 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     storage.drop_damaged_state()
     use_gpu = resources.gpus_per_worker > 0
     per_worker = {"CPU": resources.cpus_per_worker}
+    # A range, which makes Ray's fine-tune elastic; its annotation does not know it.
+    workers: Any = (resources.min_workers, resources.workers) if resources.min_workers else resources.workers
     # Ray's own default for the controller is to try for ever.
     limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
     trainer = TorchTrainer(
@@ -130,7 +132,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
         train_loop_config={"spec": spec, "board": board_name},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
+            num_workers=workers,
             use_gpu=use_gpu,
             resources_per_worker=per_worker | ({"GPU": resources.gpus_per_worker} if use_gpu else {}),
         ),
