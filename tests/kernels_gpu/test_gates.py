@@ -114,6 +114,6 @@ def test_tails_and_rows_compile(name: str, dtype: str, target: str) -> None:
     for launch in catalog.launches(name, dtype, 2):
         for changed in ({"TAIL": True}, {"TAIL": True, "ALIGNED": False}):
             arguments = launch.arguments | {key: value for key, value in changed.items() if key in launch.arguments}
-            varied = offline.Launch(launch.kernel, 1, launch.threads, arguments)
+            varied = offline.Launch(launch.kernel, 1, launch.threads, arguments, launch.registers)
             compiled = offline.compile_launch(varied, offline.TARGETS[target])
             assert read_machine_code(compiled, offline.TARGETS[target]).spilled == 0

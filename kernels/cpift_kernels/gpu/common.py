@@ -122,12 +122,20 @@ def mask_bytes(words: Tensor) -> Tensor:
     return words.view(torch.uint8)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, threads: int, **options: Any) -> None:
-    """Run `programs` programs of `threads` threads each on the tensors' device and its current stream."""
+def launch(
+    kernel: Any, programs: int, device: torch.device, *args: Any, threads: int, registers: int | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Run `programs` programs of `threads` threads each on the tensors' device and its current stream.
+
+    registers: the most a thread may hold on NVIDIA. Left to itself, ptxas at times stops at 64 and spills the rest.
+    """
     if programs == 0:
         return
     current: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     warp = 64 if torch.version.hip else 32
+    if registers and not torch.version.hip:
+        options["maxnreg"] = registers
     with current:
         kernel[(programs,)](*args, **options, num_warps=threads // warp, **FUSED)
 

@@ -45,6 +45,7 @@ class Launch:
     programs: int
     threads: int
     arguments: dict[str, Any]
+    registers: int | None = None
 
 
 def record(action: Callable[[], object]) -> list[Launch]:
@@ -55,11 +56,14 @@ def record(action: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def describe(kernel: Any, programs: int, device: torch.device, *args: Any, threads: int, **options: Any) -> Launch:
+def describe(
+    kernel: Any, programs: int, device: torch.device, *args: Any, threads: int, registers: int | None = None,
+    **options: Any,
+) -> Launch:  # fmt: skip
     """The `Launch` that `common.launch` would make of the same arguments."""
     del device
     arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
-    return Launch(kernel, programs, threads, {name: arguments[name] for name in kernel.arg_names})
+    return Launch(kernel, programs, threads, {name: arguments[name] for name in kernel.arg_names}, registers)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -75,6 +79,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = _specialise(argument, (i,), values, aligned)
     source = ASTSource(launch.kernel, signature, constexprs=values, attrs=aligned)
     options = {"num_warps": launch.threads // target.warp_size, **common.FUSED}
+    if launch.registers and target.backend == "cuda":
+        options["maxnreg"] = launch.registers
     return triton.compile(source, target=target, options=options)
 
 
