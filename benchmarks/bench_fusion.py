@@ -28,14 +28,13 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+from mergekit_environment import MERGEKIT, mergekit
 from record import append
 
 from cpift.checkpoint_writing import WriteBehind, plan_shards, write_index, write_shard
 from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import pieces
 
-MERGEKIT = "mergekit==0.1.5"
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 POLL_SECONDS = 0.02
 BLOCK = 1 << 24  # elements of the noise that weights are made of
 
@@ -186,18 +185,6 @@ def _memory(pid: int) -> tuple[int, int] | None:
         return int(lines["RssAnon"].split()[0]) << 10, int(lines["VmRSS"].split()[0]) << 10
     except (OSError, KeyError):
         return None
-
-
-def mergekit(venv: Path) -> Path:
-    """mergekit's command, in an environment of its own, made if it is not there."""
-    command = venv / "bin" / "mergekit-yaml"
-    if not command.is_file():
-        print(f"making {venv} for {MERGEKIT} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        torch_pin = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
-        for package in (torch_pin, MERGEKIT):
-            subprocess.run([venv / "bin" / "pip", "install", "--quiet", package], check=True)
-    return command
 
 
 def mergekit_slerp(work: Path, size: str, command: Path) -> list[str | Path]:

@@ -37,17 +37,21 @@ def run(
     backend: ck.Backend = "auto",
     rivals: bool = True,
     device: str | None = None,
+    mergekit: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one row for every operation × size × dtype × number of tasks × implementation."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for operation in operations:
         for size in sizes:
             for dtype in dtypes:
-                for count in tasks:
-                    setting = Setting(size, DTYPES[dtype], count, share, device)
+                for count in tasks if operation != "slerp" else (1,):
+                    setting = Setting(size, DTYPES[dtype], count, share, device, mergekit if rivals else None)
                     named = {"operation": operation, "dtype": dtype, "elements": size, "tasks": count, "share": share}
-                    for row in measure(WORKLOADS[operation](setting), device, repeats, backend, rivals):
+                    workload = WORKLOADS[operation](setting)
+                    for row in measure(workload, device, repeats, backend, rivals):
                         yield {**named, **row}
+                    workload.close()
+                    del workload
                     gc.collect()
 
 
@@ -66,6 +70,7 @@ def measure(
         yield {"implementation": resolved, "correct": False, "error": str(error)}
         return
     extra = peak_extra_bytes(lambda: workload.ours(backend), device)
+    extra = None if extra is None else max(extra - workload.result_bytes, 0)
     ours = timings(lambda: workload.ours(backend), read, device, repeats)
     yield {"implementation": resolved, "correct": True, "peak_extra_bytes": extra, **summary(workload, *ours)}
     for name, other in others.items():
@@ -173,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--backend", choices=["auto", "triton", "cpu", "reference"], default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--no-rivals", action="store_true", help="leave out the reference and plain torch")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out the reference, plain torch and mergekit")
+    parser.add_argument("--mergekit", type=Path, metavar="VENV", help="time mergekit's slerp too, in this environment")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of kernels.jsonl")
     options = parser.parse_args(arguments)
     if options.threads:
@@ -181,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     right = True
     for row in run(
         options.operations, options.dtypes, options.sizes, options.tasks, options.share, options.repeats,
-        options.backend, not options.no_rivals,
+        options.backend, not options.no_rivals, mergekit=options.mergekit,
     ):  # fmt: skip
         record.append("kernels", [row], options.out)
         print(describe(row), flush=True)

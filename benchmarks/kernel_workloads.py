@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cpift_kernels as ck
 import torch
+from mergekit_environment import MergekitSlerp
 from torch import Tensor
 
 Run = Callable[[], Any]
@@ -19,25 +22,29 @@ class Workload:
     """One operation on one set of inputs.
 
     bytes: what must be read and written, once; reads: the tensors that the read ceiling is measured on; ours: by
-    backend; rivals: plain torch; check: raises AssertionError if a result of `ours` is wrong.
+    backend; check: raises AssertionError if a result of `ours` is wrong; result_bytes: what a run allocates for its
+    result; rivals: plain torch and mergekit, `close` ends what they hold.
     """
 
     bytes: int
     reads: list[Tensor]
     ours: Callable[[ck.Backend], Any]
     check: Callable[[Any], None]
+    result_bytes: int = 0
     rivals: dict[str, Run] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """elements of each model, dtype, number of tasks, share of the elements in a core, device."""
+    """elements of each model, dtype, number of tasks, share of the elements in a core, device, mergekit's folder."""
 
     elements: int
     dtype: torch.dtype
     tasks: int
     share: float
     device: str
+    mergekit: Path | None = None
 
     def models(self) -> list[Tensor]:
         """θ0 and `tasks` fine-tunes of it: relative updates of about 1 %, made in chunks."""
@@ -81,6 +88,7 @@ def select(s: Setting) -> Workload:
         reads=models,
         ours=lambda backend: ck.select_cores([base], [[m] for m in tuned], [count], backend=backend),
         check=check,
+        result_bytes=s.tasks * s.elements // 8,
         rivals={
             "torch.kthvalue": lambda: [magnitude(m).kthvalue(s.elements - count).values for m in tuned],
             "torch.topk": lambda: [magnitude(m).topk(count, sorted=False).indices for m in tuned],
@@ -163,6 +171,56 @@ def apply(s: Setting) -> Workload:
     )
 
 
+def slerp(s: Setting) -> Workload:
+    """Plain SLERP of two whole vectors: Gram, coefficients, one combination."""
+    models, out = s.models(), torch.empty(s.elements, dtype=s.dtype, device=s.device)
+    nothing = torch.zeros((s.elements + 31) // 32, dtype=torch.int32, device=s.device)
+
+    def fuse(backend: ck.Backend) -> Tensor:
+        gram = ck.masked_gram(models[0], models[1:], nothing, backend=backend)
+        ck.fused_apply(
+            out, models, ck.slerp_coefficients(gram, [0.5], 1e-6).coefficients, [None, None], backend=backend
+        )
+        return out
+
+    rivals: dict[str, Run] = {}
+    theirs = MergekitSlerp(s.mergekit, models, 0.5) if s.mergekit and s.device == "cpu" else None
+    if theirs:
+        rivals["mergekit"] = theirs.run
+
+    def check(found: Tensor) -> None:
+        a, b = (_dot(models[i], models[i]) for i in (0, 1))
+        angle = math.acos(_dot(models[0], models[1]) / math.sqrt(a * b))
+        scale = math.sin(angle / 2) / math.sin(angle)
+        _check_close(found, lambda part: scale * (models[0][part].double() + models[1][part].double()))
+        if theirs:
+            theirs.run()
+            _check_close(
+                theirs.result(), lambda part: found[part].double(), 1e-4
+            )  # it takes LERP from cosΩ = 0.9995 on
+
+    return Workload(
+        bytes=2 * sum(map(_nbytes, models)) + _nbytes(out),
+        reads=models,
+        ours=fuse,
+        check=check,
+        rivals=rivals,
+        close=theirs.close if theirs else lambda: None,
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return sum(float(torch.dot(a[part].double(), b[part].double())) for part in chunks(a.numel()))
+
+
+def _check_close(found: Tensor, expected: Callable[[slice], Tensor], tolerance: float = 0.0) -> None:
+    """Within two units in the last place (coefficients are fp32), or the relative tolerance."""
+    epsilon = max(2 * torch.finfo(found.dtype).eps, tolerance)
+    for part in chunks(found.numel()):
+        want = expected(part)
+        assert bool(((found[part].double() - want).abs() <= epsilon * want.abs() + 1e-6 * epsilon).all())
+
+
 def overlap(s: Setting) -> Workload:
     masks = s.masks()
     expected = ck.overlap_counts([[m] for m in masks], backend="reference")
@@ -210,6 +268,7 @@ WORKLOADS: dict[str, Callable[[Setting], Workload]] = {
     "select_cores": select,
     "masked_gram": gram,
     "fused_apply": apply,
+    "slerp": slerp,
     "overlap_counts": overlap,
     "freeze": freeze,
 }

@@ -46,10 +46,11 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short hash of HEAD, `+` after it if tracked files differ; `unknown` outside a checkout."""
+    """The short hash of HEAD, `+` after it if tracked files other than results differ; `unknown` outside a checkout."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
