@@ -37,15 +37,28 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes; read once as long as the file stays as it is."""
+    """sha256 (hex) of a file's bytes; read once as long as the file stays as it is, whatever its names."""
+    known = _identity(path)
+    if known not in _SHA256:
+        with path.open("rb") as file:
+            found = (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+            )
+        _SHA256[known] = found
+    return _SHA256[known]
+
+
+def remember_sha256(path: Path, value: str) -> None:
+    """Tell `file_sha256` of a file whose bytes were hashed as they were written."""
+    _SHA256[_identity(path)] = value
+
+
+def _identity(path: Path) -> tuple[int, ...]:
     found = path.stat()
-    return _file_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@lru_cache(maxsize=4096)
-def _file_sha256(path: Path, *identity: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
+_SHA256: dict[tuple[int, ...], str] = {}
 
 
 def _chunked(file: Any) -> str:  # Python 3.10

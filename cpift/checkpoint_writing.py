@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cpift.artifacts import digest, read_json, write_json
+from cpift.artifacts import digest, read_json, remember_sha256, write_json
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
 from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
@@ -29,7 +29,6 @@ _RECORDS = {
     "inputs.json",
     "training.json",
 }  # what a run says of a model, which another is not to inherit
-_SYNC_BYTES = 1 << 28  # written bytes after which the disk is made to follow
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,10 @@ def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | 
     if not (note.is_file() and file.is_file()):
         return None
     found = read_json(note)
-    same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
-    return found["record"] if same else None
+    if found["key"] != shard.key(made_from) or found["bytes"] != file.stat().st_size:
+        return None
+    _remember(file, found)
+    return found["record"]
 
 
 def write_shard(
@@ -88,18 +89,29 @@ def write_shard(
     """
     partial = folder / f".{shard.name}.{os.getpid()}.partial"
     try:
-        record = _filled(partial, shard, fill)
+        record, sha256 = _filled(partial, shard, fill)
     except OSError as error:
         remedy = "mend that, then the same command goes on with the files that are missing"
         raise StageError(f"{folder / shard.name} could not be written: {error.strerror or error} → {remedy}") from error
-    os.replace(partial, folder / shard.name)
-    size = (folder / shard.name).stat().st_size
-    write_json(_note(shard, folder), {"key": shard.key(made_from), "bytes": size, "record": record})
+    file = folder / shard.name
+    os.replace(partial, file)
+    found = file.stat()
+    note = {"key": shard.key(made_from), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256}
+    _remember(file, note)
+    write_json(_note(shard, folder), note | {"record": record})
     return record
 
 
-def _filled(partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, Any]]) -> dict[str, Any]:
-    writer = FileWriter(partial, shard.tensors)
+def _remember(file: Path, note: dict[str, Any]) -> None:
+    """A shard is hashed as it is written; its note tells other processes, as long as nobody touched the file."""
+    if note.get("sha256") and note["mtime_ns"] == file.stat().st_mtime_ns:
+        remember_sha256(file, note["sha256"])
+
+
+def _filled(
+    partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, Any]]
+) -> tuple[dict[str, Any], str | None]:
+    writer = FileWriter(partial, shard.tensors, in_order=True)
     try:
         record = fill(writer)
         writer.flush()
@@ -108,7 +120,7 @@ def _filled(partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, 
         raise
     finally:
         writer.close()
-    return record
+    return record, writer.sha256
 
 
 def require_room(folder: Path, nbytes: int) -> None:
@@ -126,7 +138,7 @@ def _note(shard: Shard, folder: Path) -> Path:
 
 
 class WriteBehind:
-    """Writes buffers to files while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
+    """Writes and hashes buffers while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
 
     def __init__(self, nbytes: int, depth: int):
         self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
@@ -135,10 +147,8 @@ class WriteBehind:
         }
         for buffer in self._buffers.values():
             self._free.put(buffer)
-        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: list[Future[None]] = []
-        self._sync: Future[None] | None = None
-        self._unsynced = 0
 
     def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """An output buffer [numel]; waits until one has been written. Give it to `write`."""
@@ -147,23 +157,21 @@ class WriteBehind:
 
     def write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
         """Write a buffer as elements start.. of a tensor, some time before `drain` returns."""
-        self._pending.append(self._writer.submit(self._write, file, name, start, values))
+        hashed = self._hasher.submit(file.absorb, name, start, values)
+        self._pending.append(self._writer.submit(self._write, file, name, start, values, hashed))
 
-    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
+    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor, hashed: Future[None]) -> None:
         try:
             file.write(name, start, values)
         finally:
+            wait([hashed])
             self._free.put(self._buffers[values.data_ptr()])
-        self._unsynced += values.nbytes
-        if self._unsynced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
-            self._unsynced, self._sync = 0, self._syncer.submit(file.flush)
+        hashed.result()
 
     def drain(self) -> None:
         """Wait until everything has been written; raises what went wrong."""
-        pending, self._pending = [*self._pending, *([self._sync] if self._sync else [])], []
+        pending, self._pending = self._pending, []
         wait(pending)
-        if self._sync is not None:  # the last write may have started another one
-            wait([self._sync])
         for future in pending:
             future.result()
 
@@ -178,7 +186,7 @@ class WriteBehind:
 
     def __exit__(self, *error: Any) -> None:
         self._writer.shutdown(wait=True, cancel_futures=True)
-        self._syncer.shutdown(wait=True, cancel_futures=True)
+        self._hasher.shutdown(wait=True, cancel_futures=True)
 
 
 def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:

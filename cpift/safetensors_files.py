@@ -6,6 +6,7 @@ A file is 8 bytes (the header's length, little-endian), a JSON header, and the t
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import mmap
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cpift.direct_io import DirectStream, write_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -175,9 +178,13 @@ def _running(start: int, sizes: Iterable[int]) -> Iterator[int]:
 
 
 class FileWriter:
-    """A safetensors file of known tensors, whose elements may be written in any order and from several threads."""
+    """A safetensors file of known tensors, whose elements may be written in any order and from several threads.
 
-    def __init__(self, path: Path, infos: Sequence[TensorInfo]):
+    in_order: they come in the order of the file, from one thread at a time, and the file is large: what is written
+    bypasses the page cache, and the file's sha256 is known at its end if `absorb` is told of the same elements.
+    """
+
+    def __init__(self, path: Path, infos: Sequence[TensorInfo], in_order: bool = False):
         header, placed = laid_out(path, infos)
         self.path = path
         self.tensors = {info.name: info for info in placed}
@@ -185,7 +192,9 @@ class FileWriter:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _reserve(self._descriptor, self.nbytes)
-            write_at(self._descriptor, header, 0)
+            self._stream = DirectStream(path, self._descriptor) if in_order else None
+            self._hash, self._hashed = hashlib.sha256(header), len(header)
+            self._put(header, 0)
         except OSError:
             os.close(self._descriptor)
             path.unlink()
@@ -196,20 +205,47 @@ class FileWriter:
         """A file that another process has created and that several write to. Closed when it is forgotten."""
         file = cls.__new__(cls)
         file.path, file.tensors, file.nbytes = path, {i.name: i for i in read_header(path)}, path.stat().st_size
-        file._descriptor = os.open(path, os.O_RDWR)
+        file._descriptor, file._stream = os.open(path, os.O_RDWR), None
         weakref.finalize(file, os.close, file._descriptor)
         return file
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Write elements start.. of a tensor."""
+        self._put(raw_bytes(values), self._place(name, start))
+
+    def _place(self, name: str, start: int) -> int:
         info = self.tensors[name]
-        write_at(self._descriptor, raw_bytes(values), info.start + start * info.dtype.itemsize)
+        return info.start + start * info.dtype.itemsize
+
+    def _put(self, data: Any, at: int) -> None:
+        if self._stream is None:
+            write_at(self._descriptor, data, at)
+        elif at == self._stream.position:
+            self._stream.write(data)
+        else:
+            raise ValueError(f"{self.path}: byte {at} was written after byte {self._stream.position}, not in order")
+
+    def absorb(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Take elements start.. of a tensor into the file's sha256; one after another in the order of the file."""
+        if self._place(name, start) == self._hashed:
+            data = raw_bytes(values)
+            self._hash.update(data)
+            self._hashed += len(data)
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the whole file (hex), None unless `absorb` was told of all of it."""
+        return self._hash.hexdigest() if self._hashed == self.nbytes else None
 
     def flush(self) -> None:
-        """Wait until what was written so far is on the disk."""
+        """Wait until what was written so far is on the disk; of a file written in order: until all is."""
+        if self._stream is not None:
+            self._stream.finish()
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
         os.close(self._descriptor)
 
 
@@ -221,14 +257,6 @@ def _reserve(descriptor: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in _NO_FALLOCATE:
             raise
         os.ftruncate(descriptor, size)
-
-
-def write_at(descriptor: int, data: Any, offset: int) -> None:
-    """Write all of `data` at a place of a file."""
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def raw_bytes(values: torch.Tensor) -> Any:

@@ -36,6 +36,7 @@ LAYERS = [
         "__init__",
     },
     {
+        "direct_io",
         "safetensors_files",
         "checkpoints",
         "checkpoint_writing",
