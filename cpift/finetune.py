@@ -8,7 +8,6 @@ Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,11 +105,6 @@ def _sharded(spec: FitSpec) -> bool:
     return spec.resources.strategy == "fsdp" and workers_here() > 1
 
 
-def _accumulation(spec: FitSpec) -> int:
-    """Batches that a worker adds up to a step: where fewer work than were asked for, so many more each."""
-    return math.ceil(spec.training.gradient_accumulation * spec.resources.workers / workers_here())
-
-
 def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
@@ -196,7 +190,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         max_steps=training.steps or -1,
         num_train_epochs=training.epochs or 1,
         per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=_accumulation(spec),
+        gradient_accumulation_steps=spec.accumulation(workers_here()),
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.schedule,
         warmup_steps=training.warmup_ratio,  # below 1: a share of all steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ class FitSpec:
     def remote_storage(self) -> bool:
         """Whether checkpoints are uploaded to an object store."""
         return "://" in (self.resources.storage or "")
+
+    def accumulation(self, workers: int) -> int:
+        """Batches that each worker adds up to a step: where fewer work than were asked for, so many more each."""
+        return math.ceil(self.training.gradient_accumulation * self.resources.workers / workers)
 
 
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
