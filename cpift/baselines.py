@@ -101,12 +101,11 @@ def _plain(made: Comparison, budget: Budget) -> list[Method]:
 
 def _in_sequence(pair: tuple[str, str]) -> list[Method]:
     """The forgetting protocol on A→B: plain SFT on A, then B; the same with CPI-FT's last stage but neither fusion nor
-    freezing, whose replay alone may explain a gain; CPI-FT; and joint training of the two, which has no order."""
+    freezing, whose replay alone may explain a gain; and CPI-FT."""
     title, replay, staged = f"{pair[0]} → {pair[1]}", PARTS[_REPLAY], {"backbone.source": "staged"}
     return [
         Method(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
         Method(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
-        Method(f"joint SFT: {title}", "forgetting", "sft", order=together, pair=pair, budget="total"),
         Method(f"{OURS}: {title}", "forgetting", "final", pair=pair),
     ]
 

@@ -1,7 +1,7 @@
 """Scores of one model on the tasks' test rows: loss per answer token, and each task's own metric.
 
 The loss is always measured. `choice` ranks the options by the likelihood of each as the assistant's whole reply;
-`number` and `rouge` read what the model writes under greedy decoding.
+`number`, `rouge` and `judge` read what the model writes under greedy decoding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cpift.data import load_examples
 from cpift.devices import native_bf16
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
+from cpift.judge import judge_replies
 from cpift.likelihood import Labelled, pad, sequence_nll
 from cpift.models import load_model, load_tokenizer
 from cpift.text_metrics import last_number, rouge_l, same_final_number
@@ -121,13 +122,13 @@ def _precision(device_type: str) -> Iterator[None]:
 
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
     rows = _rows(room.tokenizer, room.settings, task)
-    generates = task.metric in ("number", "rouge")
-    total = len(rows) * (2 if generates else 1)
+    generates = task.metric in ("number", "rouge", "judge")
+    total = len(rows) * (1 + generates + (task.metric == "judge"))
     results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
     if generates:
         texts = _generate(room, rows, task.max_new_tokens, lambda done: on_progress(task.name, len(rows) + done, total))
-        for row, text, result in zip(rows, texts, results, strict=True):
-            result |= {"prediction": text, "score": _text_score(task.metric, row.example, text)}
+        for text, result, found in zip(texts, results, _judged(room, task, rows, texts, on_progress), strict=True):
+            result |= {"prediction": text, **found}
     tokens = sum(result["tokens"] for result in results)
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
     score = None if task.metric == "loss" else sum(result["score"] for result in results) / len(results)
@@ -224,6 +225,20 @@ def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], Non
         done += len(batch)
         on_done(done)
     return results
+
+
+def _judged(
+    room: _Room, task: TaskConfig, rows: Sequence[_Row], texts: Sequence[str], on_progress: Progress
+) -> list[dict[str, Any]]:
+    """The score of each text, and of a judge what it said."""
+    judge = room.settings.judge
+    if task.metric != "judge" or judge is None:
+        return [{"score": _text_score(task.metric, row.example, text)} for row, text in zip(rows, texts, strict=True)]
+    done = 2 * len(rows)
+    verdicts = judge_replies(
+        judge, [row.example for row in rows], texts, lambda n: on_progress(task.name, done + n, done + len(rows))
+    )
+    return [{"score": one.score, "judge": one.reply} for one in verdicts]
 
 
 def _text_score(metric: str, example: Example, text: str) -> float:

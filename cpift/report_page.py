@@ -26,6 +26,7 @@ _METRICS = {
     "choice": "accuracy by option likelihood, %",
     "number": "exact match of the final number, %",
     "rouge": "ROUGE-L F1, %",
+    "judge": "judge's rating, % of 10",
     "loss": "loss only",
 }
 

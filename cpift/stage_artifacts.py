@@ -26,7 +26,7 @@ _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "f
 
 _CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "transplant", "shard_size"}
 # Fields newer than artifacts that people keep: they name a new output only where they are not at their default.
-_ADDED = {"transplant": True, "stages": "groups"}
+_ADDED = {"transplant": True, "stages": "groups", "judge": None}
 
 
 def _told(fields: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,11 @@ class StageArtifacts:
         inputs = {"model": model.fingerprint} | {
             f"data {task.name}": source_fingerprint(task.test_data) for task in tasks
         }
-        fields = self.config.evaluation.model_dump(mode="json") | {"threads": self.config.resources.threads}
+        evaluation = self.config.evaluation.model_dump(mode="json")
+        if evaluation["judge"] is not None:  # how it is asked does not change what it says
+            for name in ("key_variable", "parallel", "timeout", "retries", "wait"):
+                del evaluation["judge"][name]
+        fields = _told(evaluation) | {"threads": self.config.resources.threads}
         fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
         return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)
 

@@ -97,6 +97,12 @@ def plural(source: random.Random) -> Row:
     return {"prompt": f"plural {word}", "completion": f"{word}{word[-1]}n"}
 
 
+def past(source: random.Random) -> Row:
+    """The past of a made-up word: its first letter again, then t. Metric: rouge or loss."""
+    word = _word(source, 2)
+    return {"prompt": f"past {word}", "completion": f"{word}{word[0]}t"}
+
+
 def spelling(source: random.Random) -> Row:
     """The letters of a made-up word, one by one: many short words for ROUGE. Metric: rouge or loss."""
     word = _word(source, 2)
@@ -128,6 +134,7 @@ GENERATORS: dict[str, Callable[[random.Random], Row]] = {
         descending,
         echo,
         plural,
+        past,
         spelling,
         parity,
         ending,

@@ -149,3 +149,4 @@ def test_stages_freeze_what_the_method_says() -> None:
     assert [stage.frozen for stage in stages_of(groups, "earlier")] == [(), ("a",), ("a", "b", "c")]
     assert [stage.frozen for stage in stages_of(groups, "all")] == [("a", "b", "c", "d")] * 3
     assert [stage.frozen for stage in stages_of(groups, None)] == [()] * 3
+    assert [stage.frozen for stage in stages_of(groups, "none")] == [()] * 3

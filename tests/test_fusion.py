@@ -172,3 +172,17 @@ def test_a_backbone_that_is_not_finite_is_refused_before_writing(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"layers\.0\.norm: holds NaN or Inf"):
         fuse(tmp_path, broken, FusionConfig())
     assert list((tmp_path / "fused").iterdir()) == []
+
+
+def test_without_transplant_everything_is_slerped(tmp_path: Path) -> None:
+    """The same fusion as with cores of no element; what lies outside the parameter space is still the backbone's."""
+    inputs, config = fusion_inputs(tmp_path, p=0.3, exclude=("bias",)), FusionConfig(transplant=False)
+    fused, records = fuse(tmp_path, inputs, config)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_regions(select_regions(inputs.pretrained, inputs.tuned, RegionsConfig(p=1e-9, exclude=("bias",))), bare)
+    expected = expected_non_core(FusionInputs(inputs.pretrained, inputs.backbone, inputs.tuned, bare, []), config)
+    assert all(record["core"] == 0 for record in records)
+    for name, values in expected.items():
+        torch.testing.assert_close(fused.tensor(name).double().flatten(), values.flatten(), rtol=0, atol=1e-6)
+    assert torch.equal(fused.tensor("bias"), inputs.backbone.tensor("bias"))

@@ -54,6 +54,7 @@ LAYERS = [
         "scratch",
         "models",
         "likelihood",
+        "judge",
         "sharding",
     },
     {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},

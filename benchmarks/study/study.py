@@ -1,0 +1,217 @@
+"""The study: does CPI-FT pay? One command runs it, one writes docs/results.md from its records, one checks the two.
+
+    python benchmarks/study/study.py run tiny                        # a small model from scratch, ten seeds
+    python benchmarks/study/study.py run smollm2 --data FOLDER       # SmolLM2-135M on five tasks (see smollm2.yaml)
+    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it; go on later
+    python benchmarks/study/study.py write                           # docs/results.md and its plots
+    python benchmarks/study/study.py check                           # the document follows from the records
+    python benchmarks/study/study.py check --artifacts tiny          # and the record from the models' scores
+
+`run` keeps everything as artifacts under runs/study-NAME: killed or out of hours, the same command goes on. Its record
+goes to benchmarks/results/study/NAME.jsonl, every method's score on every test row, from which all else follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+from cpift.artifacts import Artifact, write_text
+from cpift.baselines import methods_of, together
+from cpift.compare import run_comparison
+from cpift.compare_config import Comparison, load_comparison
+from cpift.compare_record import read_record, write_record
+from cpift.compare_report import document
+from cpift.config import ResourcesConfig, RunConfig
+from cpift.config_loading import load_config
+from cpift.errors import CpiftError
+from cpift.fit_spec import FitSpec
+from cpift.inprocess import SharedHere
+from cpift.pipeline import NoEngine, Pipeline
+from cpift.planning import preflight
+from cpift.sweep_shared import SharedEngine, SharedWork, titled_backbone
+from cpift.view import View, quiet
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "results.md"
+STUDIES = {
+    "tiny": "A small model, ten seeds",
+    "smollm2": "SmolLM2-135M on five tasks",
+}
+
+
+class OutOfHoursError(CpiftError):
+    """The time that this piece of the study may take is over; everything finished is kept."""
+
+
+class Timed:
+    """An engine that starts nothing new once its hours are over."""
+
+    def __init__(self, engine: SharedEngine, hours: float):
+        self._engine, self._end = engine, time.monotonic() + 3600 * hours
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: Callable[..., None]) -> None:
+        self._in_pieces(list(specs), resources, lambda part: self._engine.fit(resources, part, on_progress))
+
+    def evaluate(self, config: RunConfig, models: dict[str, Path], on_result: Any, on_progress: Any) -> None:
+        def score(titles: Sequence[str]) -> None:
+            self._engine.evaluate(config, {title: models[title] for title in titles}, on_result, on_progress)
+
+        self._in_pieces(list(models), config.resources, score)
+
+    def _in_pieces(self, work: list[Any], resources: ResourcesConfig, do: Callable[[Any], None]) -> None:
+        size = 8 * (resources.parallel or 1)  # a few rounds, so that workers seldom wait for the last one of a piece
+        for start in range(0, len(work), size):
+            if time.monotonic() > self._end:
+                raise OutOfHoursError("the hours are over; the same command goes on from here")
+            do(work[start : start + size])
+
+
+def load(name: str, options: argparse.Namespace) -> Comparison:
+    """A study's comparison; of `tiny` with the θ0 that is trained first."""
+    changes: dict[str, Any] = {"output": Path(options.output or ROOT / "runs" / f"study-{name}").absolute()}
+    changes |= {"seeds": [int(seed) for seed in options.seeds.split(",")]} if options.seeds else {}
+    if name == "smollm2":
+        if not options.data:
+            raise CpiftError("smollm2 needs --data FOLDER with NAME_train.jsonl and NAME_test.jsonl of its five tasks")
+        os.environ["FIVE_TASKS"] = str(Path(options.data).absolute())
+        return load_comparison(HERE / "smollm2.yaml", (), changes)
+    path = tiny_base(Path(changes["output"])).path
+    os.environ["TINY_BASE"] = str(path if path.is_dir() else HERE)
+    return load_comparison(HERE / "tiny.yaml", (), changes)
+
+
+def _base_run(folder: Path) -> Pipeline:
+    return Pipeline(load_config(HERE / "tiny_base.yaml", [f"output={folder / 'base'}"]), NoEngine(), quiet())
+
+
+def tiny_base(folder: Path) -> Artifact:
+    """θ0 of the tiny study: plain SFT of a random model on everything that it should know beforehand."""
+    run = _base_run(folder)
+    artifact = run.artifacts.backbone(together(run))
+    assert artifact is not None
+    return artifact
+
+
+def train_tiny_base(folder: Path, engine: SharedEngine) -> None:
+    run, artifact = _base_run(folder), tiny_base(folder)
+    if not artifact.complete:
+        run.pretrained()
+        wanted = [(artifact, titled_backbone(run, together(run), artifact), run)]
+        SharedWork([run], engine, View()).fit("θ0 of the tiny study", wanted)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make what is missing of one study and write its record."""
+    with _engine(options) as engine:
+        if options.study == "tiny":
+            train_tiny_base(Path(options.output or ROOT / "runs" / "study-tiny").absolute(), engine)
+        made = load(options.study, options)
+        preflight(made.base, stage="run")
+        if options.plan:
+            print(f"{len(methods_of(made))} methods, seeds {made.seeds}, results in {made.base.output_dir}")
+            return
+        record = run_comparison(made, engine, View())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_record(record, RESULTS / f"{options.study}.jsonl")
+    print(f"Record: {RESULTS / options.study}.jsonl; now: study.py write")
+
+
+def _engine(options: argparse.Namespace) -> AbstractContextManager[SharedEngine]:
+    if options.here:
+        return nullcontext(Timed(SharedHere(), options.hours))
+    from cpift.distributed_session import ray_session
+    from cpift.sweep import OnRay
+
+    @contextmanager
+    def connected() -> Any:
+        with ray_session(ResourcesConfig()):
+            yield Timed(OnRay(), options.hours)
+
+    return connected()
+
+
+# ---- the document ----------------------------------------------------------------------------------------------------
+
+
+def compose() -> dict[Path, str]:
+    """docs/results.md and its plots, from the records that are there and the text around them."""
+    parts, files = [(HERE / "results_head.md").read_text(encoding="utf-8")], dict[Path, str]()
+    for name, title in STUDIES.items():
+        about = (HERE / f"about_{name}.md").read_text(encoding="utf-8")
+        path = RESULTS / f"{name}.jsonl"
+        if not path.is_file():
+            parts.append(f"## {title}\n\n{about}\n**Not run yet: there is no record of it, and nothing is claimed.**\n")
+            continue
+        record = read_record(path)
+        text, plots = document(record, f"results/{name}", level=3)
+        files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
+        parts.append(f"## {title}\n\n{about}\n{text}")
+    return {DOCUMENT: "\n".join(parts), **files}
+
+
+def write(options: argparse.Namespace) -> None:
+    for path, text in compose().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    print(f"Written: {DOCUMENT}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise CpiftError where the document, its records and, if asked for, the artifacts do not agree."""
+    wrong = [str(path) for path, text in compose().items() if not path.is_file() or path.read_text("utf-8") != text]
+    if wrong:
+        raise CpiftError(f"{', '.join(wrong)}: not what the records say; run study.py write")
+    if options.artifacts:
+        options.study = options.artifacts
+        again = run_comparison(load(options.artifacts, options), _Nothing(), quiet())
+        if again.rows != read_record(RESULTS / f"{options.artifacts}.jsonl").rows:
+            raise CpiftError(f"{options.artifacts}.jsonl is not what the artifacts hold")
+    print("The document agrees with its records" + (" and these with the artifacts" if options.artifacts else ""))
+
+
+class _Nothing:
+    """An engine for reading alone."""
+
+    def fit(self, *_: Any) -> None:
+        raise CpiftError("not all of the study's models are there: run it first")
+
+    def evaluate(self, *_: Any) -> None:
+        raise CpiftError("not all of the study's scores are there: run it first")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, command in (("run", run), ("write", write), ("check", check)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(command=command, seeds=None, data=None, output=None)
+        if name == "run":
+            sub.add_argument("study", choices=STUDIES)
+            sub.add_argument("--hours", type=float, default=2.0, help="start nothing new after so long (default 2)")
+            sub.add_argument("--here", action="store_true", help="in this process, without Ray")
+            sub.add_argument("--plan", action="store_true", help="check everything and stop before the first fine-tune")
+        if name == "check":
+            sub.add_argument("--artifacts", choices=STUDIES, help="also compare this study's record with its artifacts")
+        if name != "write":
+            sub.add_argument("--data", help="folder of the five tasks (smollm2)")
+            sub.add_argument("--seeds", help="for example 0,1,2; default: the study's own")
+            sub.add_argument("--output", help="folder for models and scores; default: runs/study-NAME")
+    options = parser.parse_args(arguments)
+    options.command(options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CpiftError as error:
+        sys.exit(f"study: {error}")
