@@ -67,9 +67,7 @@ def submit(
         str | None, typer.Option("--output", help="folder for all results, on storage that every node sees")
     ] = None,
     overrides: Overrides = None,
-    wheel: Annotated[
-        bool, typer.Option(help="send this cpift as a wheel; else the nodes must have cpift installed")
-    ] = True,
+    wheel: Annotated[bool, typer.Option(help="send this cpift along; else the nodes must have cpift installed")] = True,
     wait: Annotated[bool, typer.Option(help="show the job's log until it ends")] = True,
 ) -> None:
     """Send a run or a sweep to a Ray cluster as a job, and follow its log.

@@ -1,8 +1,9 @@
 """`cpift submit`: a run or a sweep as a Ray job, with the config and its data files sent along.
 
-The working directory that the job gets holds one config and the data files it names, and nothing of this machine
-besides; cpift itself goes as a wheel. Ray keeps a job's specification where others can read it, so nothing of the
-environment is put into it: secrets belong into the environment of the cluster's nodes.
+The working directory that the job gets holds one config, the data files it names and cpift itself, unpacked from its
+wheel, and nothing of this machine besides. (A wheel in `py_modules` would be installed with all that it depends on, on
+every node: gigabytes, and maybe another torch.) Ray keeps a job's specification where others can read it, so nothing of
+the environment is put into it: secrets belong into the environment of the cluster's nodes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +33,20 @@ _EXTRA = "pip install 'cpift[cluster]'"
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is sent: a command, the folder it runs in, the wheel of cpift (None: the nodes have cpift installed)."""
+    """What is sent: a command and the folder it runs in."""
 
     entrypoint: str
     working_dir: Path
-    wheel: Path | None
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        env: dict[str, Any] = {"working_dir": str(self.working_dir), "env_vars": {"OMP_NUM_THREADS": "1"}}
-        return env | ({"py_modules": [str(self.wheel)]} if self.wheel else {})
+        return {"working_dir": str(self.working_dir), "env_vars": {"OMP_NUM_THREADS": "1"}}
 
 
 def package(config: Path, overrides: Sequence[str], output: str | None, folder: Path, wheel: bool = True) -> JobSpec:
     """Lay out in `folder` what a job needs. The kind of job follows from the file: a sweep has a `space`.
+
+    wheel: send this cpift too, which then hides one that the nodes have installed.
 
     Raises ConfigError for what would fail on the cluster: unknown fields, relative model paths, no place for results.
     """
@@ -60,7 +62,10 @@ def package(config: Path, overrides: Sequence[str], output: str | None, folder: 
     command = ["python", "-m", "cpift.cli", "sweep" if sweep else "run", CONFIG]
     command += ["--output", output] if output else []
     command += [part for text in overrides for part in ("--set", text)]
-    return JobSpec(shlex.join(command), working_dir, build_wheel(folder) if wheel else None)
+    if wheel:
+        with zipfile.ZipFile(build_wheel(folder)) as archive:
+            archive.extractall(working_dir)
+    return JobSpec(shlex.join(command), working_dir)
 
 
 def _run_of(raw: dict[str, Any], config: Path) -> tuple[dict[str, Any], Path]:

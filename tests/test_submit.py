@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_a_sweep_goes_with_its_run_inline(rows: Path) -> None:
     assert "cpift.cli sweep config.yaml" in spec.entrypoint
     shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
     assert shipped["run"]["tasks"][0]["train"]["file"].startswith("data/")
+
+
+def test_cpift_itself_goes_along_and_nothing_is_installed(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_wheel(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "cpift-0.whl", "w") as archive:
+            for name, source in (("cpift", ROOT / "cpift"), ("cpift_kernels", ROOT / "kernels" / "cpift_kernels")):
+                for path in source.rglob("*.py"):
+                    archive.write(path, name / path.relative_to(source))
+        return folder / "cpift-0.whl"
+
+    monkeypatch.setattr("cpift.submit.build_wheel", build_wheel)
+    spec = package(local_run(rows), [], "/shared/out", rows / "build")
+    assert set(spec.runtime_env) == {"working_dir", "env_vars"}, "a wheel in py_modules brings all its dependencies"
+    command = [sys.executable, "-c", "import cpift, cpift_kernels; print(cpift.__file__, cpift_kernels.__file__)"]
+    done = subprocess.run(command, cwd=spec.working_dir, capture_output=True, text=True, timeout=100, check=True)
+    assert all(Path(file).is_relative_to(spec.working_dir) for file in done.stdout.split())
 
 
 def test_nothing_of_the_environment_is_sent(rows: Path) -> None:
