@@ -85,14 +85,16 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one shard into `folder`; `fill` writes every tensor and returns what is to be kept beside it.
 
-    Raises StageError where the disk is full or cannot be written; nothing half-written stays.
+    Raises StageError where the disk is full or cannot be written, or an input not be read; nothing half-written stays.
     """
     partial = folder / f".{shard.name}.{os.getpid()}.partial"
     try:
         record, sha256 = _filled(partial, shard, fill)
     except OSError as error:
+        ours = error.filename in (None, str(partial))
+        what = f"{folder / shard.name} could not be written" if ours else f"{error.filename} could not be read"
         remedy = "mend that, then the same command goes on with the files that are missing"
-        raise StageError(f"{folder / shard.name} could not be written: {error.strerror or error} → {remedy}") from error
+        raise StageError(f"{what}: {error.strerror or error} → {remedy}") from error
     file = folder / shard.name
     os.replace(partial, file)
     found = file.stat()

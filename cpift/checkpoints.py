@@ -28,9 +28,11 @@ class Checkpoint:
     """A model folder opened for reading. Only headers are read until a tensor is asked for.
 
     Raises CheckpointError, with every problem of the folder: no safetensors, a missing or truncated shard, a tensor
-    that the index names but no shard has or that a shard has but not the index, a tensor in two shards, an unsupported
-    dtype.
+    that the index names but no shard has or that a shard has but not the index, a tensor in two shards, one file beside
+    an index of others, an unsupported dtype.
     """
+
+    _alias: TensorInfo | None = None  # a tied output layer that the file holds a second time
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -122,9 +124,14 @@ class Checkpoint:
         if index is None and not (self.folder / SINGLE_FILE).is_file():
             problems.append(_no_weights(self.folder))
             return []
+        if SINGLE_FILE not in names and (self.folder / SINGLE_FILE).is_file():
+            what = f"is there beside an index of {len(names)} other files, and which of the two is meant is not known"
+            problems.append(Problem(SINGLE_FILE, what, f"remove what is stale: this file, or {INDEX_FILE}"))
         for name in names:
             if Path(name).name != name:
                 problems.append(Problem(INDEX_FILE, f"names {name!r}, which is not in the folder", "mend the index"))
+            elif (self.folder / name).is_symlink() and not (self.folder / name).exists():
+                problems.append(_dead_link(self.folder / name))
             elif not (self.folder / name).is_file():
                 problems.append(
                     Problem(name, "is named in the index but not there", "download or copy this shard again")
@@ -159,15 +166,42 @@ class Checkpoint:
     def _leave_out_alias(self) -> None:
         """A tied output layer that the file holds a second time: the model has one parameter, so here is one tensor."""
         head = self.tensors.get(HEAD)
-        if head is None or not self.config.get("tie_word_embeddings"):
-            return
-        if any(info.shape == head.shape for name, info in self.tensors.items() if name.endswith(EMBEDDINGS)):
-            del self.tensors[HEAD]
+        if head is not None and self.config.get("tie_word_embeddings") and self._tied_to(head) is not None:
+            self._alias = self.tensors.pop(HEAD)
+
+    def _tied_to(self, head: TensorInfo) -> TensorInfo | None:
+        found = (info for name, info in self.tensors.items() if name.endswith(EMBEDDINGS) and info.shape == head.shape)
+        return next(found, None)
+
+    def untied(self) -> Problem | None:
+        """What is wrong where a tied output layer is there twice and the two differ; reads both, in slices."""
+        if self._alias is None:
+            return None
+        head, embedding = self._alias, self._tied_to(self._alias)
+        assert embedding is not None
+        wrong, largest = 0, 0.0
+        for start in range(0, head.numel, _SCAN):
+            stop = min(start + _SCAN, head.numel)
+            values = self._map(head.file).view(head.start + start * head.dtype.itemsize, head.dtype, stop - start)
+            apart = (values.double() - self.slice(embedding.name, start, stop).double()).abs()
+            wrong, largest = wrong + int((apart != 0).sum()), max(largest, float(apart.max()))
+            self.release(embedding.name, start, stop)
+        if wrong == 0:
+            return None
+        what = f"differs from {embedding.name} in {wrong:,} of {head.numel:,} elements (by up to {largest:.3g}), "
+        remedy = "if both are meant, set tie_word_embeddings: false; if not, save the model again with transformers"
+        return Problem(HEAD, f"{what}but config.json ties the two (tie_word_embeddings)", remedy)
+
+
+def _dead_link(path: Path) -> Problem:
+    return Problem(path.name, "is a symbolic link that leads to no file", "put the file itself there")
 
 
 def _no_weights(folder: Path) -> Problem:
     if not folder.is_dir():
         return Problem(str(folder), "is no folder", "check the path")
+    if (folder / SINGLE_FILE).is_symlink():
+        return _dead_link(folder / SINGLE_FILE)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         code = (
             "from transformers import AutoModelForCausalLM as M; "
@@ -195,11 +229,15 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
 
 
 def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
-    """Raise CheckpointError naming every model and tensor that does not fit `base`."""
+    """Raise CheckpointError naming every model and tensor that does not fit `base`, and tied weights that differ.
+
+    Reads headers, and tied weights where a model has them twice.
+    """
     found = [
         Problem(f"{label}: {problem.where}", problem.what, problem.remedy)
-        for label, other in others.items()
-        for problem in differences(base, other)
+        for label, other in [("pre-trained model", base), *(item for item in others.items() if item[1] is not base)]
+        for problem in (*differences(base, other), other.untied())
+        if problem is not None
     ]
     if found:
         raise CheckpointError(f"models that do not fit {base.folder}", first_problems(found, 20))

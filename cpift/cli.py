@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpift import cli_cluster, cli_compare, cli_data
-from cpift.errors import CpiftError
+from cpift.errors import CpiftError, told
 from cpift.units import show_size
 
 if TYPE_CHECKING:
@@ -246,8 +246,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except CpiftError as error:
-        typer.secho(f"cpift: {error}", fg="red", err=True)
+    except (CpiftError, OSError) as error:
+        message = told(error) if isinstance(error, OSError) else str(error)
+        if message is None:
+            raise
+        typer.secho(f"cpift: {message}", fg="red", err=True)
         sys.exit(2)
 
 

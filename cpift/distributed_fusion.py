@@ -119,6 +119,6 @@ def _result(task: Any) -> Any:
         if isinstance(error.cause, FileNotFoundError):
             where = "are models and --output on storage that every node sees?"
             raise StageError(f"a worker found no {error.cause.filename}: {where}") from error
-        raise error.cause if isinstance(error.cause, (CpiftError, ValueError)) else error from None
+        raise error.cause if isinstance(error.cause, (CpiftError, ValueError, OSError)) else error from None
     except ray.exceptions.RayError as error:
         raise StageError(f"a worker was lost {_RETRIES + 1} times: {str(error).strip().splitlines()[0]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,21 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some room, or give another folder with --output"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or give another folder"),
+    errno.EIO: "look after the disk",
+}
+
+
+def told(error: OSError) -> str | None:
+    """What the system refused, in words, where that is for the user to mend; else None."""
+    if error.errno not in _REMEDIES or error.filename is None:
+        return None
+    kept = "; what was finished is kept, and the same command goes on"
+    return f"{error.filename}: {error.strerror} → {_REMEDIES[error.errno]}{kept}"
 
 
 class ProblemsError(CpiftError):

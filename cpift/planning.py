@@ -59,7 +59,7 @@ def preflight(config: RunConfig, *, stage: str | None = None, download: bool = T
     problems += check_trackers(config.tracking) + check_lora(_trainings(config))
     for task in config.tasks:
         problems += check_task(task, download=download)
-    problems += _check_backbone(config) + _check_output(config.output_dir)
+    problems += _check_backbone(config) + (_check_store(config) or _check_output(config.output_dir))
     if problems:
         raise ConfigError(f"run {config.name}", problems)
 
@@ -98,6 +98,14 @@ def _check_backbone(config: RunConfig) -> list[Problem]:
         remedy = "write staged, pretrained, a model folder, or a hub id such as org/name"
         return [Problem("backbone.source", f"{source!r} is no folder and no hub id", remedy)]
     return []
+
+
+def _check_store(config: RunConfig) -> list[Problem]:
+    first = config.output.parts[0] if config.output is not None and config.output.parts else ""
+    if not first.endswith(":"):  # of s3://bucket/x a path keeps s3:/bucket/x
+        return []
+    remedy = "give a folder (that every node sees), and copy the finished run there; resources.storage may be a URI"
+    return [Problem("output", f"{config.output} is no folder, and results are not written to object stores", remedy)]
 
 
 def _check_output(output: Path) -> list[Problem]:

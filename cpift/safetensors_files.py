@@ -15,7 +15,7 @@ import struct
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,8 @@ def _running(start: int, sizes: Iterable[int]) -> Iterator[int]:
 class FileWriter:
     """A safetensors file of known tensors, whose elements may be written in any order and from several threads.
 
+    Every OSError names the file, so that it is told apart from one of a file that is read meanwhile.
+
     in_order: they come in the order of the file, from one thread at a time, and the file is large: what is written
     bypasses the page cache, and the file's sha256 is known at its end if `absorb` is told of the same elements.
     """
@@ -191,10 +193,11 @@ class FileWriter:
         self.nbytes = len(header) + sum(info.nbytes for info in infos)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _reserve(self._descriptor, self.nbytes)
-            self._stream = DirectStream(path, self._descriptor) if in_order else None
-            self._hash, self._hashed = hashlib.sha256(header), len(header)
-            self._put(header, 0)
+            with _named(path):
+                _reserve(self._descriptor, self.nbytes)
+                self._stream = DirectStream(path, self._descriptor) if in_order else None
+                self._hash, self._hashed = hashlib.sha256(header), len(header)
+                self._put(header, 0)
         except OSError:
             os.close(self._descriptor)
             path.unlink()
@@ -218,12 +221,13 @@ class FileWriter:
         return info.start + start * info.dtype.itemsize
 
     def _put(self, data: Any, at: int) -> None:
-        if self._stream is None:
-            write_at(self._descriptor, data, at)
-        elif at == self._stream.position:
-            self._stream.write(data)
-        else:
+        if self._stream is not None and at != self._stream.position:
             raise ValueError(f"{self.path}: byte {at} was written after byte {self._stream.position}, not in order")
+        with _named(self.path):
+            if self._stream is None:
+                write_at(self._descriptor, data, at)
+            else:
+                self._stream.write(data)
 
     def absorb(self, name: str, start: int, values: torch.Tensor) -> None:
         """Take elements start.. of a tensor into the file's sha256; one after another in the order of the file."""
@@ -239,14 +243,25 @@ class FileWriter:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk; of a file written in order: until all is."""
-        if self._stream is not None:
-            self._stream.finish()
-        os.fsync(self._descriptor)
+        with _named(self.path):
+            if self._stream is not None:
+                self._stream.finish()
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
         os.close(self._descriptor)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Calls on a descriptor fail without a name: give it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -37,11 +37,7 @@ def verify(
     checks = [_accounted(like, written)]
     if isinstance(method, Fusion):
         checks += [_cores(method, written, progress), _outside(method, written)]
-        if method.config.granularity == "tensor":
-            checks.append(check_definition(method, written))
-    else:
-        checks.append(check_definition(method, written))
-    checks.append(_finite(written))
+    checks += [check_definition(method, written), _finite(written)]
     require_passed(checks)
     return checks
 

@@ -1,14 +1,15 @@
 """The definitions of fusion and of the other methods, evaluated in fp64 and compared with what was written.
 
-Sequential SLERP is folded vector after vector over whole tensors, as the paper has it; nothing is shared with the code
-that fuses. Tensors and elements are sampled.
+Sequential SLERP is folded vector after vector over whole rows, tensors or models, as the paper has it; nothing is
+shared with the code that fuses. Tensors and elements are sampled, and at most _RUN elements of each model are held at
+once. With granularity `model` the angles take as many reads of everything as there are folds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,10 @@ from cpift.checkpoints import Checkpoint
 from cpift.fusion import Fusion, omegas
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
 from cpift.safetensors_files import TensorInfo
-from cpift.streaming import pieces
+from cpift.streaming import Piece
 
 _TENSORS = 4  # tensors that are evaluated anew
-_LARGEST = 1 << 24  # elements of a tensor that is not too large for that
+_LARGEST = 1 << 24  # elements of a tensor that is not too large for that, where its angle is its own
 _RUN = 1 << 20  # elements that are held in fp64 at once, a multiple of 32
 _SAMPLE = 1 << 13  # elements of the first and the last slice that are compared, a multiple of 32
 # Half a unit in the last place of the output's dtype; the fp32 sum may add as much again at a rounding boundary.
@@ -34,11 +35,13 @@ _ANTIPARALLEL = 1e-2
 @dataclass(frozen=True)
 class _Expected:
     """What the definition gives: values [P] in fp64 at places [P], counted from the start of the elements asked for;
-    scale [P]: the largest magnitude that went into each."""
+    scale [P]: the sum of the magnitudes that went into each, or the largest; gain [P]: Σ|coefficients| of a fold, which
+    is large where vectors point nearly apart."""
 
     values: np.ndarray
     places: np.ndarray
     scale: np.ndarray
+    gain: np.ndarray | float = 1.0
 
 
 Definition = Callable[[int, int], _Expected]  # for elements start..stop-1 of one tensor
@@ -47,15 +50,17 @@ Definition = Callable[[int, int], _Expected]  # for elements start..stop-1 of on
 def check_definition(method: Fusion | Baseline, written: Checkpoint) -> dict[str, Any]:
     """Sampled elements of sampled tensors against the definition, as `name`, `passed` and `detail`.
 
-    Of CPI-FT's fusion, elements in no core, a vector being one tensor (`granularity` tensor).
+    Of CPI-FT's fusion, elements in no core.
     """
-    fit = [info for info in written.tensors.values() if _defined(method, info) and 0 < info.numel <= _LARGEST]
+    largest = _LARGEST if not isinstance(method, Fusion) or method.config.granularity == "tensor" else math.inf
+    fit = [info for info in written.tensors.values() if _defined(method, info) and 0 < info.numel <= largest]
     chosen = sorted(fit, key=lambda info: hashlib.sha256(info.name.encode()).digest())[:_TENSORS]
+    folds = _model_folds(method) if isinstance(method, Fusion) and method.config.granularity == "model" else None
     compared = wrong = 0
     for info in chosen:
-        definition = _definition(method, info)
-        for start, stop in pieces(info.numel)[:: max(len(pieces(info.numel)) - 1, 1)]:  # the first and the last
-            found = definition(start, min(stop, start + _SAMPLE))
+        definition = _fused(method, info, folds) if isinstance(method, Fusion) else _definition(method, info)
+        for start, stop in _windows(method, info):
+            found = definition(start, stop)
             allowed = 2 * _EPSILON[info.dtype] * np.abs(found.values) + 2.0**-20 * found.scale
             compared += len(found.places)
             wrong += int((np.abs(_at(written, info.name, start, found.places) - found.values) > allowed).sum())
@@ -71,12 +76,24 @@ def _defined(method: Fusion | Baseline, info: TensorInfo) -> bool:
     return method.masks.has(info.name) if isinstance(method, Fusion) else info.floating
 
 
-def _definition(method: Fusion | Baseline, info: TensorInfo) -> Definition:
-    if isinstance(method, Fusion):
-        return _fused(method, info)
+def _windows(method: Fusion | Baseline, info: TensorInfo) -> list[Piece]:
+    """What is looked at of a tensor: where its first and its last slice begin, in whole rows where these count."""
+    parts, width = method.pieces(info), _row_width(method, info)
+    length = max(_SAMPLE // width, 1) * width if width else _SAMPLE
+    return [(start, min(stop, start + length)) for start, stop in parts[:: max(len(parts) - 1, 1)]]
+
+
+def _row_width(method: Fusion | Baseline, info: TensorInfo) -> int:
+    """Elements of a row that has an angle of its own; 0 where a row counts for nothing."""
+    rows = isinstance(method, Fusion) and method.config.granularity == "row" and len(info.shape) >= 2
+    return info.numel // info.shape[0] if rows else 0
+
+
+def _definition(method: Baseline, info: TensorInfo) -> Definition:
     vectors = _vectors_of(method.models, info)
     if isinstance(method, Slerp):
-        return _combined(vectors, sequential_slerp(info.numel, vectors, method.factors, method.config.epsilon))
+        folds = sequential_slerp(_runs(vectors, info.numel), method.factors, method.config.epsilon)
+        return _combined(vectors, folds)
     if isinstance(method, Linear):
         return _weighted(vectors, np.array(method.weights) / sum(method.weights))
     if isinstance(method, TaskArithmetic):
@@ -106,32 +123,74 @@ def _weighted(vectors: Vectors, weights: np.ndarray) -> Definition:
 def _combined(vectors: Vectors, folds: list[Fold]) -> Definition:
     def values(start: int, stop: int) -> _Expected:
         found, places = vectors(start, stop)
-        found = [vector[places] for vector in found]
-        return _Expected(_folded(found, folds), places, np.max(np.abs(found), axis=0, initial=0.0))
+        return _expected([vector[places] for vector in found], folds, places)
 
     return values
 
 
-def _fused(fusion: Fusion, info: TensorInfo) -> Definition:
+def _expected(vectors: list[np.ndarray], folds: list[Fold], places: np.ndarray) -> _Expected:
+    sizes = [(abs(first), abs(second)) for first, second in folds]
+    scale, gain = (_folded(of, sizes) for of in ([np.abs(v) for v in vectors], [np.ones_like(v) for v in vectors]))
+    return _Expected(_folded(vectors, folds), places, scale, gain)
+
+
+def _masked(fusion: Fusion, info: TensorInfo) -> Vectors:
+    """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
+
     def vectors(start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
         sources, core = fusion.sources(info.name, start, stop), fusion.union(info.name, start, stop)
         kept = ~unpack_mask(core, stop - start).numpy()
         found = [source.double().numpy() for source in sources]
         found = [vector - found[0] for vector in found[1:]] if fusion.config.space == "delta" else found
         return [vector * kept for vector in found], np.flatnonzero(kept)
 
-    factors = omegas(fusion.config, len(fusion.inputs.tuned))
-    combined = _combined(vectors, sequential_slerp(info.numel, vectors, factors, fusion.config.epsilon))
+    return vectors
+
+
+def _fused(fusion: Fusion, info: TensorInfo, folds: list[Fold] | None) -> Definition:
+    """CPI-FT's fusion; `folds`: of the whole model, None where a tensor or a row has its own."""
+    vectors, width = _masked(fusion, info), _row_width(fusion, info)
+    if width:
+        combined = _combined_by_row(fusion, vectors, width)
+    else:
+        combined = _combined(vectors, folds or _folds(fusion, _runs(vectors, info.numel)))
 
     def values(start: int, stop: int) -> _Expected:
         found = combined(start, stop)
         if fusion.config.space == "weights":
             return found
         origin = _at(fusion.inputs.pretrained, info.name, start, found.places)
-        return replace(found, values=found.values + origin, scale=np.maximum(found.scale, np.abs(origin)))
+        scale = found.scale + (1 + found.gain) * np.abs(origin)  # the engine combines θ, not θ − θ0
+        return replace(found, values=found.values + origin, scale=scale)
 
     return values
+
+
+def _combined_by_row(fusion: Fusion, vectors: Vectors, width: int) -> Definition:
+    """For elements of whole rows."""
+
+    def values(start: int, stop: int) -> _Expected:
+        found, places = vectors(start, stop)
+        rows = []
+        for first in range(0, stop - start, width):
+            row = [vector[first : first + width] for vector in found]
+            rows.append(_expected(row, _folds(fusion, lambda row=row: iter([row])), places))  # type: ignore[misc]
+        fields = ([row.values for row in rows], [row.scale for row in rows], [row.gain for row in rows])
+        whole, scale, gain = (np.concatenate(field)[places] for field in fields)
+        return _Expected(whole, places, scale, gain)
+
+    return values
+
+
+def _model_folds(fusion: Fusion) -> list[Fold]:
+    """The folds of granularity `model`: a vector is the whole parameter space."""
+    infos = [info for info in fusion.inputs.backbone.tensors.values() if fusion.masks.has(info.name)]
+    parts = [_runs(_masked(fusion, info), info.numel) for info in infos]
+    return _folds(fusion, lambda: (run for part in parts for run in part()))
+
+
+def _folds(fusion: Fusion, runs: Runs) -> list[Fold]:
+    return sequential_slerp(runs, omegas(fusion.config, len(fusion.inputs.tuned)), fusion.config.epsilon)
 
 
 def _updated(method: Baseline, info: TensorInfo) -> Definition:
@@ -165,15 +224,19 @@ def _at(model: Checkpoint, name: str, start: int, places: np.ndarray) -> np.ndar
 
 
 Fold = tuple[float, float]  # running ← first · running + second · next vector
+Runs = Callable[[], Iterator[list[np.ndarray]]]  # one pass over every model's vector, some elements at a time
 
 
-def sequential_slerp(numel: int, vectors: Vectors, factors: Sequence[float], epsilon: float) -> list[Fold]:
+def _runs(vectors: Vectors, numel: int) -> Runs:
+    return lambda: (vectors(start, min(start + _RUN, numel))[0] for start in range(0, numel, _RUN))
+
+
+def sequential_slerp(runs: Runs, factors: Sequence[float], epsilon: float) -> list[Fold]:
     """The definition, fold after fold over whole vectors, in fp64: the weights of every fold."""
     folds: list[Fold] = []
     for index, omega in enumerate(factors):
         sums = np.zeros(5)
-        for start in range(0, numel, _RUN):
-            found, _ = vectors(start, min(start + _RUN, numel))
+        for found in runs():
             a, b = _folded(found[: index + 1], folds), found[index + 1]
             d = b - a
             sums += (a @ a, b @ b, d @ d, a @ d, a @ b)

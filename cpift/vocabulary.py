@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cpift.checkpoints import EMBEDDINGS, HEAD, Checkpoint
+from cpift.errors import Problem
 from cpift.safetensors_files import TensorInfo
 
 
@@ -38,6 +39,9 @@ class FittedCheckpoint(Checkpoint):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._inner, self._base)
+
+    def untied(self) -> Problem | None:
+        return self._inner.untied()
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         shape = self._base.tensors[info.name].shape if info.name in self._common else info.shape

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -19,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from cpift.artifacts import file_sha256, read_json
 from cpift.checkpoints import Checkpoint
+from cpift.cli import main
 from cpift.config import ModelConfig, RunConfig
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
-from cpift.errors import CheckpointError, ConfigError, CpiftError, ProblemsError
+from cpift.errors import CheckpointError, ConfigError
 from cpift.models import load_model, materialise
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.planning import preflight
@@ -175,8 +178,18 @@ def other_architecture(root: Path) -> None:
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen3"'))
 
 
+def untie(root: Path) -> None:
+    tensors = load_file(root / "one" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[7, 5] += 1
+    save_file(tensors | {"lm_head.weight": head}, root / "one" / "model.safetensors")
+
+
 def symlink_loop(root: Path) -> None:
-    file = root / "one" / "model.safetensors"
+    loop(root / "one" / "model.safetensors")
+
+
+def loop(file: Path) -> None:
     file.unlink()
     file.symlink_to(file.name)
 
@@ -196,7 +209,16 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra tensor": (add_tensor, "tasks.one.checkpoint: extra.weight: is not in the pre-trained model"),
     "other vocabulary": (other_vocabulary, "tasks.one.checkpoint: model.embed_tokens.weight: has"),
     "wrong architecture": (other_architecture, "tasks.one.checkpoint: config.json, model_type: is 'qwen3'"),
-    "symlink loop": (symlink_loop, "tasks.one.checkpoint: "),
+    "symlink loop": (symlink_loop, "tasks.one.checkpoint: model.safetensors: is a symbolic link that leads to no file"),
+    "symlink loop of a shard": (
+        lambda root: loop(root / "two" / "model-00002-of-00002.safetensors"),
+        "tasks.two.checkpoint: model-00002-of-00002.safetensors: is a symbolic link that leads to no file",
+    ),
+    "one file beside shards": (
+        lambda root: shutil.copy(root / "one" / "model.safetensors", root / "two"),
+        "tasks.two.checkpoint: model.safetensors: is there beside an index of 2 other files",
+    ),
+    "tied weights that differ": (untie, "one: lm_head.weight: differs from model.embed_tokens.weight in 1 of"),
     "path escape": (
         lambda root: edit_index(root / "two", lambda entries: entries.update({"model.norm.weight": "../one/x"})),
         "names '../one/x', which is not in the folder",
@@ -219,21 +241,35 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_inputs_are_one_clear_message_and_nothing_is_written(tmp_path: Path, models: Path, kind: str) -> None:
+def test_malformed_inputs_are_one_clear_message_and_nothing_is_written(
+    tmp_path: Path, models: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage, said = MALFORMED[kind]
     mine = tmp_path / "models"
     shutil.copytree(models, mine)
     damage(mine)
-    with pytest.raises(ProblemsError) as caught:
-        checked_and_fused(tmp_path, mine)
-    assert said in str(caught.value)
+    before = contents(mine)
+    assert said in refused(monkeypatch, capsys, config_file(tmp_path, mine))
+    assert contents(mine) == before
     assert [path for path in (tmp_path / "run").rglob("*.safetensors") if ".partial" not in str(path)] == []
 
 
-def checked_and_fused(tmp_path: Path, models: Path) -> None:
-    config = opened(tmp_path, models)
-    preflight(config, stage="fuse")
-    Pipeline(config, NoEngine()).fuse()
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, *options: str | Path
+) -> str:
+    """What `cpift fuse` says that refuses with exit code 2: one message and nothing else."""
+    monkeypatch.setattr(sys, "argv", ["cpift", "fuse", str(config), *map(str, options)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert len(re.findall("^cpift: ", said, re.MULTILINE)) == 1
+    assert "Traceback" not in said
+    return said
 
 
 def test_another_vocabulary_is_fitted_where_asked_for(tmp_path: Path, models: Path) -> None:
@@ -260,12 +296,52 @@ def test_another_vocabulary_is_fitted_where_asked_for(tmp_path: Path, models: Pa
     )
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, models: Path) -> None:
-    config = opened(tmp_path, models)
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_file(tmp_path, models)
     (tmp_path / "run").write_text("a file of somebody's")
-    with pytest.raises(CpiftError, match="is a file"):
-        preflight(config, stage="fuse")
+    assert "is a file" in refused(monkeypatch, capsys, config)
+    monkeypatch.chdir(tmp_path)
+    assert "results are not written to object stores" in refused(monkeypatch, capsys, config, "--output", "s3://b/x")
+    assert not (tmp_path / "s3:").exists()
     assert (tmp_path / "run").read_text() == "a file of somebody's"
+    if os.geteuid() == 0:  # whom no permission stops, but nobody makes a folder there
+        said = refused(monkeypatch, capsys, config, "--output", "/sys/cpift")
+        assert "/sys/cpift: Operation not permitted → change its permissions" in said or "cannot be written" in said
+    else:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert "closed cannot be written" in refused(monkeypatch, capsys, config, "--output", tmp_path / "closed")
+
+
+def test_a_disk_that_takes_no_more_loses_nothing(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses files above a size, as a full disk would: during regions, and during fusion."""
+    config, unlimited = config_file(tmp_path, models), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, said in ((1 << 12, "one.safetensors: File too large"), (1 << 16, "could not be written: File too large")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        try:
+            assert said in refused(monkeypatch, capsys, config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list((tmp_path / "run").glob("fuse/*/*"))
+    assert not list((tmp_path / "run").rglob("*.safetensors.*.partial"))
+    Pipeline(opened(tmp_path, models), NoEngine()).fuse()  # goes on
+
+
+def test_tied_weights_that_are_there_twice_are_written_once(tmp_path: Path, models: Path) -> None:
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    for name in ("base", "one"):
+        tensors = load_file(mine / name / "model.safetensors")
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        save_file(tensors | head, mine / name / "model.safetensors")
+    fused, plain = (Pipeline(opened(tmp_path, folder), NoEngine()).fuse().path for folder in (mine, models))
+    shards = [file.name for file in sorted(plain.glob("*.safetensors"))]
+    assert fused != plain
+    assert all((fused / name).read_bytes() == (plain / name).read_bytes() for name in shards)
+    assert "lm_head" not in (fused / "model.safetensors.index.json").read_text()
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------

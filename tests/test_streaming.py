@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cpift_kernels import select_cores
+from cpift_kernels import select_cores, unpack_mask
 
 from cpift import streaming
 from cpift.checkpoint_writing import plan_shards
@@ -145,6 +146,18 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, models, monkeyp
     assert list(out.iterdir()) == []
 
 
+def test_an_input_that_goes_away_is_not_told_as_a_full_disk(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    base, tuned = models
+    gone = Checkpoint(save_checkpoint(tmp_path / "gone", large(9)))
+    fusion = fusion_of(tmp_path, (base, tuned), FusionConfig())
+    fusion = Fusion(replace(fusion.inputs, backbone=gone), fusion.config)
+    (gone.folder / "model.safetensors").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=r"gone/model\.safetensors could not be read: No such file"):
+        merge(fusion, base, tmp_path / "out", "inputs", shard_size=10**6)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_disk_without_room_is_met_before_the_work(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     fusion = fusion_of(tmp_path, models, FusionConfig())
     monkeypatch.setattr("cpift.checkpoint_writing.shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
@@ -190,22 +203,41 @@ def test_what_is_read_ahead_is_each_piece_once(models) -> None:  # type: ignore[
     assert list(sweep([Watched()], info, parts)) == parts == asked == released  # type: ignore[list-item]
 
 
+def flip(file: Path, place: int, bits: int) -> None:
+    """Change some of the lowest bits of the bf16 element that begins at byte `place`."""
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        byte = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte[0] ^ bits]))
+
+
 def test_verification_finds_a_changed_core_element(tmp_path: Path, models) -> None:  # type: ignore[no-untyped-def]
     fusion = fusion_of(tmp_path, models, FusionConfig())
     out = tmp_path / "out"
     out.mkdir()
     merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**9)
     info = Checkpoint(out).tensors["a.weight"]
-    core = fusion.operands("a.weight", 0, info.numel).core
-    place = int(torch.nonzero(core)[0]) * 32 + int(
-        torch.tensor(int(core[core != 0][0])).bitwise_and(-int(core[core != 0][0])).float().log2()
-    )
-    with (out / "model.safetensors").open("r+b") as file:
-        file.seek(info.start + 2 * place)
-        byte = file.read(1)
-        file.seek(info.start + 2 * place)
-        file.write(bytes([byte[0] ^ 1]))
+    place = int(unpack_mask(fusion.union("a.weight", 0, info.numel), info.numel).nonzero()[0])
+    flip(out / "model.safetensors", info.start + 2 * place, 1)
     with pytest.raises(StageError, match=r"every core element .* 1 differ"):
+        verify(fusion, fusion.inputs.backbone, out)
+
+
+@pytest.mark.parametrize("space", ["weights", "delta"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
+def test_verification_finds_a_changed_element_in_no_core(  # type: ignore[no-untyped-def]
+    tmp_path: Path, models, granularity: str, space: str
+) -> None:
+    fusion = fusion_of(tmp_path, models, FusionConfig(granularity=granularity, space=space))  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    out.mkdir()
+    merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**9)
+    verify(fusion, fusion.inputs.backbone, out)
+    info = Checkpoint(out).tensors["a.weight"]
+    place = int((~unpack_mask(fusion.union("a.weight", 0, info.numel), info.numel)).nonzero()[3])
+    flip(out / "model.safetensors", info.start + 2 * place, 4)  # four steps of bf16; rounding explains less than two
+    with pytest.raises(StageError, match=r"equal the definition of cpift .* 1 beyond rounding"):
         verify(fusion, fusion.inputs.backbone, out)
 
 
