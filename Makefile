@@ -37,11 +37,14 @@ demo: $(VENV)/.demo-ready
 smoke: $(VENV)/.ready
 	$(BIN)/cpift run configs/smoke.yaml
 
+# A file's tests stay together: they share trained models and Ray sessions.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.ready lint
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 15
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -106,18 +106,6 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, str], smoke_c
     assert {path: path.stat().st_mtime_ns for path in output.rglob("manifest.json")} == before
 
 
-def test_diverging_probes_are_named_one_by_one(smoke_config: Path, tmp_path: Path) -> None:
-    changes = ["--set", "probe.learning_rate=1e12", "--set", "probe.steps=10"]
-    probe = [sys.executable, "-m", "cpift.cli", "probe", str(smoke_config), "--output", str(tmp_path), *changes]
-    done = subprocess.run(probe, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "3 of 3 failed" in done.stderr
-    for task in ("addition", "spelling", "ending"):
-        assert f"probe {task}: the loss is" in done.stderr
-    assert "Lower `learning_rate`" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def kill_in(stage: str, config: Path, output: Path) -> None:
     """Start a run and SIGKILL it shortly after a stage has begun."""
     process = subprocess.Popen(command(config, output), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -58,6 +58,11 @@ def test_no_spills_and_few_registers(name: str, dtype: str, target: str) -> None
     assert code.registers <= REGISTERS[name]
 
 
+@pytest.mark.parametrize(("name", "tasks"), [("mark", 5), ("apply", 3)])
+def test_no_spills_where_ptxas_would_stop_early(name: str, tasks: int) -> None:
+    assert _machine_code(name, "fp16", "sm_80", tasks).spilled == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [*offline.TARGETS])
 @pytest.mark.parametrize(("name", "dtype"), [("mark", "fp32"), ("gram", "fp32"), ("apply", "bf16"), ("apply", "fp32")])

@@ -134,3 +134,10 @@ def _spread(top, where, rank, runs):  # type: ignore[no-untyped-def]
         per_run[where[i] // RUN] += top[i] > key or (tied and ties > 0)
         ties -= tied
     return per_run.var() * runs
+
+
+def elements_kept(bracket: Ints, requested: int, marked: int, candidates: int) -> int | None:
+    """The size of a region, of which `marked` elements lie before its bracket; None if the bracket missed."""
+    everything = bracket[2] == 0  # then the candidates reach down to the last element that moved
+    kept = min(requested, marked + candidates) if everything else requested
+    return kept if kept == 0 or 0 < kept - marked <= candidates else None

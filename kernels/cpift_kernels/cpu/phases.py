@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .bracket import ATTEMPTS, RUN, brackets_from, sample_places
+from .bracket import ATTEMPTS, RUN, brackets_from, elements_kept, sample_places
 from .candidates import SKIP, Found, mark_item, wanted_of
 from .order import kth_largest
 from .segments import CHUNK, Ints, Segments, cut, storage_kind
@@ -182,14 +182,12 @@ class Selection:
     def _finish(self, task: int, k: int, bracket: Ints, pool: _Candidates, masks: Masks) -> Core | None:
         """Add the largest candidates to the mask; None if the bracket missed."""
         requested = self.counts[k]
-        everything = bracket[2] == 0  # then the candidates reach down to the last element that moved
-        kept = min(requested, pool.marked + pool.held) if everything else requested
-        missing = kept - pool.marked
+        kept = elements_kept(bracket, requested, pool.marked, pool.held)
+        if kept is None:
+            return None
         if kept == 0:
             return Core(0, requested, math.inf)
-        if not 0 < missing <= pool.held:
-            return None
-        least, ties = kth_largest(pool.keys, missing)
+        least, ties = kth_largest(pool.keys, kept - pool.marked)
         for (first, last), keys, places, per_segment in pool.pieces():
             at = zip(self._tensor[first:last].tolist(), self._start[first:last].tolist(), strict=True)
             held = {tensor: masks.words(task, k, tensor) for tensor in dict.fromkeys(self._tensor[first:last].tolist())}

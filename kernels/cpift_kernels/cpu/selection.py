@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import words_for
 from ..selection import CoreMask
-from .bracket import ATTEMPTS, draw_brackets
+from .bracket import ATTEMPTS, draw_brackets, elements_kept
 from .candidates import SKIP, Found, mark_all
 from .compiled import in_threads, kernel
 from .emit import LANES
@@ -71,14 +71,12 @@ def _new_mask(words: int) -> Tensor:
 
 def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, found: Found) -> CoreMask | None:
     """Add the largest candidates to the mask; None if the bracket missed."""
-    everything = bracket[2] == 0  # then the candidates reach down to the last element that moved
-    kept = min(requested, found.marked + len(found.keys)) if everything else requested
-    missing = kept - found.marked
+    kept = elements_kept(bracket, requested, found.marked, len(found.keys))
+    if kept is None:
+        return None
     if kept == 0:
         return CoreMask(masks, 0, requested, math.inf)
-    if not 0 < missing <= len(found.keys):
-        return None
-    least = _set_largest(words, found.per_segment, found.keys, found.places, missing)
+    least = _set_largest(words, found.per_segment, found.keys, found.places, kept - found.marked)
     return CoreMask(masks, kept, requested, float(np.int32(least).view(np.float32)))
 
 
