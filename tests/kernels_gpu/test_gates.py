@@ -26,7 +26,7 @@ CELLS = [
 ]
 # Registers a thread at four tasks: 128 leave 16 warps on a multiprocessor.
 REGISTERS = {
-    "mark": 128, "collect": 40, "overlap": 40, "conflict": 96, "gram": 128, "apply": 96, "zero": 32, "gather": 56,
+    "mark": 128, "collect": 40, "overlap": 40, "conflict": 96, "gram": 128, "apply": 112, "zero": 32, "gather": 56,
     "scatter": 40, "count": 24,
 }  # fmt: skip
 # PTX instructions a parameter at four tasks: what was measured, and a tenth more.
