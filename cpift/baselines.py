@@ -70,21 +70,21 @@ def methods_of(made: Comparison) -> list[Method]:
     config, tasks = made.config, [task.name for task in made.base.tasks]
     found = [Method(BASE, "reference", "base"), Method(PROBES, "reference", "probes")]
     found += [Method(f"probe {task}", "probe", "probe", task=task) for task in tasks]
-    found += [method for budget in config.budgets for method in _plain(made, budget) if config.chosen(method.name)]
-    found += [Method(name, "merge", "fused", fields) for name, fields in MERGES.items() if config.chosen(name)]
+    chosen = [method for budget in config.budgets for method in _plain(made, budget)]
+    chosen += [Method(name, "merge", "fused", fields) for name, fields in MERGES.items()]
     if made.base.backbone_source == "staged":
-        found.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
-    found += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
-    found += [Method(name, "part", "final", fields) for name, fields in PARTS.items() if config.chosen(name)]
-    found += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
-    found += [
+        chosen.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
+    chosen += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
+    chosen += [Method(name, "part", "final", fields) for name, fields in PARTS.items()]
+    chosen += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
+    chosen += [
         Method(f"{name} = {value}", "curve", "final", {name: value})
         for name, values in config.curves.items()
         for value in values
     ]
     for one, other in config.forgetting:
-        found += [*_in_sequence((one, other)), *_in_sequence((other, one))]
-    return found
+        chosen += [*_in_sequence((one, other)), *_in_sequence((other, one))]
+    return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 
 def _plain(made: Comparison, budget: Budget) -> list[Method]:

@@ -46,7 +46,9 @@ class CompareConfig(Section):
     heuristic: tuple[tuple[str, ...], ...] = Field(
         (), description="groups of multi-stage SFT in a chosen order; default: K groups, tasks of most rows first"
     )
-    methods: tuple[str, ...] = Field(("*",), min_length=1, description="glob patterns of the methods to compare")
+    methods: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="glob patterns of the methods to compare, beside θ0, the probes and CPI-FT"
+    )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="CPI-FT with other fields, by the name to show"
     )

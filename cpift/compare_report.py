@@ -50,6 +50,9 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
     if found.pairs:
         lines += [f"{heading} Forgetting", "", *_forgetting(found), ""]
     for field, values in record.header.comparison.get("curves", {}).items():
+        values = [value for value in values if found.has(f"{field} = {value}")]
+        if not values:
+            continue
         lines += [f"{heading} Over {field}", "", *_curve(found, field, values, plots, prefix), ""]
     return "\n".join(lines).rstrip() + "\n", plots
 
@@ -83,8 +86,8 @@ def _setup(record: Record) -> Iterator[str]:
 
 def _model(config: dict[str, Any]) -> str:
     model = config["model"]
-    source = model.get("hub") or model.get("path") or (model.get("gguf") or {}).get("file") or "scratch"
-    return str(source)
+    known = model.get("hub") or (model.get("gguf") or {}).get("file")
+    return str(known) if known else "a local folder" if "path" in model else "random weights"
 
 
 def _length(training: dict[str, Any]) -> str:
@@ -95,10 +98,11 @@ def _length(training: dict[str, Any]) -> str:
 def _overlap(overlaps: Sequence[dict[str, Any]]) -> str:
     apart = [v for one in overlaps for i, row in enumerate(one["jaccard"]) for j, v in enumerate(row) if i < j]
     grouped = {json.dumps(sorted(sorted(group) for group in one["groups"])) for one in overlaps}
+    several = f"{len(grouped)} different groupings over {len(overlaps)} seeds, with the first seed"
     example = " → ".join(" + ".join(group) for group in overlaps[0]["groups"])
     return (
         f"Jaccard overlap of core regions {min(apart):.3f} to {max(apart):.3f}, chance {overlaps[0]['chance']:.3f}; "
-        f"{len(grouped)} different groupings over {len(overlaps)} seeds, with the first seed {example}."
+        f"groups: {'' if len(grouped) == 1 else several + ' '}{example}."
     )
 
 

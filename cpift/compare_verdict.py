@@ -162,8 +162,9 @@ class Findings:
         outcomes = {rival: self.against(OURS, rival) for rival in rivals}
         above = [rival for rival, one in outcomes.items() if side(one.mean) > 0 and side(one.worst) > 0]
         below = [rival for rival, one in outcomes.items() if side(one.mean) < 0]
+        seeds = len(self.record.header.seeds)
         text = (
-            f"{OURS} is shown above {len(above)} of {len(rivals)} baselines in both mean retention and worst task, and "
+            f"With {seeds} seed{'s' * (seeds > 1)} {OURS} is shown above {len(above)} of {len(rivals)} baselines in both mean retention and worst task, and "
             f"below {len(below)} of them in mean retention"
         )
         if len(above) == len(rivals):

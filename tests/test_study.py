@@ -1,0 +1,83 @@
+"""The study's document follows from its records, its configs load, and its hours end where they should."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cpift.baselines import methods_of
+from cpift.compare_config import load_comparison
+from cpift.compare_record import read_record
+from cpift.compare_verdict import Findings
+from cpift.config import ResourcesConfig
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_document_is_what_the_records_say(study: ModuleType) -> None:
+    """Its plots are compared by `study.py check`: their bytes depend on matplotlib's version."""
+    composed = study.compose()
+    assert study.DOCUMENT.read_text(encoding="utf-8") == composed[study.DOCUMENT]
+    assert all(path.is_file() for path in composed)
+
+
+def test_the_readme_claims_what_the_study_shows(study: ModuleType) -> None:
+    """Word for word: the first sentence of the tiny study's verdict, whatever it says."""
+    claim = Findings(read_record(study.RESULTS / "tiny.jsonl")).verdict()[0]
+    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert claim in " ".join(readme.split())
+
+
+def test_a_document_that_was_edited_is_refused(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "DOCUMENT", tmp_path / "results.md")
+    study.main(["write"])
+    study.main(["check"])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    (tmp_path / "results.md").write_text(text.replace("no difference shown", "above", 1) + "And it works.\n")
+    with pytest.raises(study.CpiftError, match="not what the records say"):
+        study.main(["check"])
+
+
+def test_the_configs_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.setenv("TINY_BASE", str(tmp_path / "base"))
+    made = load_comparison(STUDY / "tiny.yaml")
+    assert len(made.seeds) == 10
+    assert {"full SFT", "full SFT, after probes", "CPI-FT: plural → past"} <= {one.name for one in methods_of(made)}
+    for name in ("gsm8k", "logiqa", "codealpaca", "alpaca", "dialogue"):
+        for split in ("train", "test"):
+            (tmp_path / f"{name}_{split}.jsonl").write_text("{}\n")
+    monkeypatch.setenv("FIVE_TASKS", str(tmp_path))
+    assert len(load_comparison(STUDY / "smollm2.yaml").base.tasks) == 5
+
+
+def test_no_work_is_begun_after_the_hours(study: ModuleType) -> None:
+    done: list[Any] = []
+
+    class Engine:
+        def fit(self, resources: ResourcesConfig, specs: Any, on_progress: Any) -> None:
+            done.extend(specs)
+
+    resources = ResourcesConfig(parallel=1)
+    study.Timed(Engine(), 1.0).fit(resources, list(range(20)), print)
+    assert done == list(range(20))
+    with pytest.raises(study.OutOfHoursError, match="goes on from here"):
+        study.Timed(Engine(), -1.0).fit(resources, [1], print)
