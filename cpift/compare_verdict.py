@@ -164,8 +164,8 @@ class Findings:
         below = [rival for rival, one in outcomes.items() if side(one.mean) < 0]
         seeds = len(self.record.header.seeds)
         text = (
-            f"With {seeds} seed{'s' * (seeds > 1)} {OURS} is shown above {len(above)} of {len(rivals)} baselines in both "
-            f"mean retention and worst task, and below {len(below)} of them in mean retention"
+            f"With {seeds} seed{'s' * (seeds > 1)} {OURS} is shown above {len(above)} of {len(rivals)} baselines in "
+            f"both mean retention and worst task, and below {len(below)} of them in mean retention"
         )
         if len(above) == len(rivals):
             return f"{text}. The aim, to beat all of them, is met."
