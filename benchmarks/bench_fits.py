@@ -12,7 +12,7 @@ for each one. Done against it: fine-tunes are described without torch (`fit_spec
 it; on the cluster that cpift starts itself, health checks are twice a second and the preemption watcher, metrics and
 state reconciliation are off (`distributed_session.py`); several fine-tunes start side by side; and a sweep trains its
 probes as plain Ray tasks in warm workers (`sweep_fits.py`), which pay none of it. What is left, about 15 s a run on two
-cores, is fixed: it does not grow with the training.
+cores, is start-up.
 """
 
 from __future__ import annotations
