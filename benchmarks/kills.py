@@ -21,6 +21,8 @@ from cpift.artifacts import file_sha256
 
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
 DEADLINE = 400.0  # seconds without a new checkpoint
+THRESHOLD = "RAY_memory_usage_threshold"
+HEADROOM = 2**30  # bytes that the machine has left below the monitor's threshold when it starts
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Probe:
 
     def start(self) -> None:
         self.starts += 1
+        if THRESHOLD in self.environment:
+            set_threshold(self)  # what else runs here may have grown
         command = [sys.executable, "-m", "cpift.cli", "probe", str(self.config), "--output", str(self.output)]
         for change in self.changes:
             command += ["--set", change]
@@ -114,8 +118,6 @@ def kill_driver(probe: Probe, rng: random.Random) -> str | None:
     return "cpift probe"
 
 
-THRESHOLD = "RAY_memory_usage_threshold"
-HEADROOM = 2**30  # bytes that the machine has left below the monitor's threshold when it starts
 FILLER = "import sys, time; held = bytearray(b'x') * int(sys.argv[1]); print('full', flush=True); time.sleep(60)"
 
 
