@@ -275,10 +275,11 @@ class Trained:
                 yield run.artifacts.integrate(self.groups, fused)
 
 
-def tokens_of(artifacts: Sequence[Artifact]) -> int:
-    """Input tokens that fine-tunes among these artifacts saw."""
+def tokens_of(artifacts: Sequence[Artifact]) -> int | None:
+    """Input tokens that fine-tunes among these artifacts saw; None where one was made before they were counted."""
     files = [made.path / RESULT for made in artifacts]
-    return sum(sum(read_json(file)["tokens"]) for file in files if file.is_file())
+    found = [read_json(file).get("tokens") for file in files if file.is_file()]
+    return None if None in found else sum(sum(stages) for stages in found)
 
 
 def seconds_of(artifacts: Sequence[Artifact]) -> float:

@@ -45,7 +45,7 @@ class Row:
     """One model: a method trained with one seed.
 
     scores: by task `score` (None where the metric is the loss), `loss`, and `items`: each test row's score, or where
-    the metric is the loss [loss, answer tokens]. tokens and seconds: everything trained or made for it.
+    the metric is the loss [loss, answer tokens]. tokens (None: not counted) and seconds: all that was made for it.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Row:
     pair: tuple[str, str] | None
     fields: dict[str, Any]
     groups: list[list[str]]
-    tokens: int
+    tokens: int | None
     seconds: float
     scores: dict[str, dict[str, Any]]
 

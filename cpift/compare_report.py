@@ -148,7 +148,11 @@ def _cells(line: Line, tasks: dict[str, str]) -> list[str]:
     rank = _half(line.rank, 1, 1) if line.rank else "–"
     name = f"**{line.method}**" if line.method == OURS else line.method
     figures = [_half(line.mean), _half(line.worst), rank, below if line.method != PROBES else "–"]
-    return [name, *scores, *figures, f"{line.tokens:,.0f}", f"{line.seconds:,.0f}"]
+    return [name, *scores, *figures, _count(line.tokens), f"{line.seconds:,.0f}"]
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def _unit(metric: str) -> str:
@@ -247,5 +251,5 @@ def comparison_table(record: Record) -> Table:
             line = found.line(name)
             less = "" if name == OURS else points(found.against(name, OURS).mean)
             style = "bold" if name == OURS else ""
-            table.add_row(name, _half(line.mean), _half(line.worst), less, f"{line.tokens:,.0f}", style=style)
+            table.add_row(name, _half(line.mean), _half(line.worst), less, _count(line.tokens), style=style)
     return table

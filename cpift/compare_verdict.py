@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from cpift.compare_record import BASE, PROBES, Record, Row
+from cpift.compare_record import BASE, PROBES, Record
 from cpift.measures import (
     Forgetting,
     Scores,
@@ -43,7 +43,7 @@ class Line:
     worst: Estimate
     rank: Estimate | None
     seesaw: Seesaw
-    tokens: float
+    tokens: float | None
     seconds: float
 
 
@@ -99,8 +99,8 @@ class Findings:
             worst=scores.estimate(worst_retention(scores, method, PROBES)),
             rank=scores.estimate(self._ranks[method]) if method in self._ranks else None,
             seesaw=seesaw(scores, method, BASE, PROBES),
-            tokens=_mean(rows, "tokens"),
-            seconds=_mean(rows, "seconds"),
+            tokens=_mean([row.tokens for row in rows]),
+            seconds=_mean([row.seconds for row in rows]) or 0.0,
         )
 
     def against(self, method: str, rival: str) -> Against:
@@ -200,8 +200,9 @@ class Findings:
         return [f"Where mean retention is won and lost: {'; '.join(texts)}."] if texts else []
 
 
-def _mean(rows: Sequence[Row], name: str) -> float:
-    return float(np.mean([getattr(row, name) for row in rows]))
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def side(one: Estimate) -> int:

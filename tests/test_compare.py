@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together
+from cpift.artifacts import Artifact, write_json
+from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together, tokens_of
 from cpift.compare import run_comparison
 from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, read_record, write_record
@@ -86,6 +87,15 @@ def test_orders(tmp_path: Path) -> None:
     assert all(sorted(order) == sorted(TASKS) for order in orders)
     assert len(orders) > 2
     assert shuffled(runs[3]) == shuffled(runs[3])
+
+
+def test_fine_tunes_from_before_tokens_were_counted_leave_no_number(tmp_path: Path) -> None:
+    made = [Artifact(tmp_path, "probe", name, {}, {}, 1) for name in ("new", "old", "model")]
+    for artifact, kept in zip(made, ({"tokens": [3, 4]}, {"seconds": 1.0}), strict=False):
+        artifact.path.mkdir(parents=True)
+        write_json(artifact.path / "training.json", kept)
+    assert tokens_of([made[0], made[2]]) == 7
+    assert tokens_of(made) is None
 
 
 @pytest.fixture(scope="module")
