@@ -105,7 +105,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
         folder,
         fixed={"tracking": [], "groups.tau": 1.0},
         seeds=[0, 1],
-        methods=["full SFT*", "linear*"],
+        methods=["full SFT*", "linear*", "one mixed stage", "*: a → b"],
         budgets=["total", "after_probes"],
         variants={"one mixed stage": PARTS["one mixed stage"]},
         curves={"regions.p": [0.01, 0.05]},
