@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    all_registers,
     bit_masks,
     elements,
     launch_rows,
@@ -24,7 +25,6 @@ from .common import (
 )
 
 THREADS = 256
-REGISTERS = 255  # the most there are
 
 
 @triton.jit
@@ -93,5 +93,5 @@ def fused_apply(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, ma
         apply_kernel, rows, width, block, out.device,
         elements(out), tuple(map(elements, sources)), tuple(None if m is None else mask_bytes(m) for m in masks),
         coefficients.to(out.device, torch.float32), width,
-        M=len(sources), BLOCK=block, threads=max(block // vector, 64), registers=REGISTERS,
+        M=len(sources), BLOCK=block, threads=max(block // vector, 64), registers=all_registers(out, *sources),
     )  # fmt: skip

@@ -128,7 +128,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Run `programs` programs of `threads` threads each on the tensors' device and its current stream.
 
-    registers: the most a thread may hold on NVIDIA. Left to itself, ptxas at times stops at 64 and spills the rest.
+    registers: the most a thread may hold on NVIDIA, see `all_registers`.
     """
     if programs == 0:
         return
@@ -138,6 +138,11 @@ def launch(
         options["maxnreg"] = registers
     with current:
         kernel[(programs,)](*args, **options, num_warps=threads // warp, **FUSED)
+
+
+def all_registers(*tensors: Tensor) -> int | None:
+    """Every register there is for fp16, where ptxas would stop at 64 on sm_80 and spill; None, its own choice, else."""
+    return 255 if any(tensor.dtype == torch.float16 for tensor in tensors) else None
 
 
 def launch_blocks(kernel: Any, numel: int, block: int, device: torch.device, *args: Any, **options: Any) -> None:

@@ -24,10 +24,20 @@ from torch import Tensor
 from ..checks import words_for
 from ..selection import CoreMask, nonfinite_update
 from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, draw_samples
-from .common import elements, launch_blocks, mask_bytes, pack, popcount, read, widen, within, word_bytes_within
+from .common import (
+    all_registers,
+    elements,
+    launch_blocks,
+    mask_bytes,
+    pack,
+    popcount,
+    read,
+    widen,
+    within,
+    word_bytes_within,
+)
 
 BLOCK = 4096  # elements that one program reads of every tensor
-REGISTERS = 255  # of a marking thread: the most there are
 GROUP = 8  # models that one launch marks; more would spill registers, and θ0 is read once a group
 SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is marked, then its candidates taken
 
@@ -212,7 +222,8 @@ def launch_mark(
         mark_kernel, numel, BLOCK, device,
         origin, tuple(models), tuple(map(mask_bytes, uppers)), mask_bytes(lower.view(-1)), 4 * lower.stride(0),
         counts, faults, cuts, edges, start, numel,
-        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, threads=BLOCK // 16, registers=REGISTERS,
+        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, threads=BLOCK // 16,
+        registers=all_registers(origin, *models),
     )  # fmt: skip
     return lower, counts, faults
 
