@@ -183,21 +183,26 @@ def slerp(s: Setting) -> Workload:
         )
         return out
 
+    squares = _dot(models[0], models[0]) * _dot(models[1], models[1])
+    angle = math.acos(_dot(models[0], models[1]) / math.sqrt(squares))
+    scale = math.sin(angle / 2) / math.sin(angle)
     rivals: dict[str, Run] = {}
     theirs = MergekitSlerp(s.mergekit, models, 0.5) if s.mergekit and s.device == "cpu" else None
     if theirs:
         rivals["mergekit"] = theirs.run
 
+    def close(found: Tensor, expected: Callable[[slice], Tensor], tolerance: float = 0.0) -> None:
+        """Within two units in the last place of the summands (coefficients are fp32), or the relative tolerance."""
+        allowed = max(2 * torch.finfo(s.dtype).eps, tolerance)
+        for part in chunks(s.elements):
+            summands = scale * sum(model[part].double().abs() for model in models)
+            assert bool(((found[part].double() - expected(part)).abs() <= allowed * summands).all())
+
     def check(found: Tensor) -> None:
-        a, b = (_dot(models[i], models[i]) for i in (0, 1))
-        angle = math.acos(_dot(models[0], models[1]) / math.sqrt(a * b))
-        scale = math.sin(angle / 2) / math.sin(angle)
-        _check_close(found, lambda part: scale * (models[0][part].double() + models[1][part].double()))
+        close(found, lambda part: scale * (models[0][part].double() + models[1][part].double()))
         if theirs:
             theirs.run()
-            _check_close(
-                theirs.result(), lambda part: found[part].double(), 1e-4
-            )  # it takes LERP from cosΩ = 0.9995 on
+            close(theirs.result(), lambda part: found[part].double(), 1e-4)  # it takes LERP from cosΩ = 0.9995 on
 
     return Workload(
         bytes=2 * sum(map(_nbytes, models)) + _nbytes(out),
@@ -211,14 +216,6 @@ def slerp(s: Setting) -> Workload:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return sum(float(torch.dot(a[part].double(), b[part].double())) for part in chunks(a.numel()))
-
-
-def _check_close(found: Tensor, expected: Callable[[slice], Tensor], tolerance: float = 0.0) -> None:
-    """Within two units in the last place (coefficients are fp32), or the relative tolerance."""
-    epsilon = max(2 * torch.finfo(found.dtype).eps, tolerance)
-    for part in chunks(found.numel()):
-        want = expected(part)
-        assert bool(((found[part].double() - want).abs() <= epsilon * want.abs() + 1e-6 * epsilon).all())
 
 
 def overlap(s: Setting) -> Workload:
