@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 from bench_fusion import SHAPES, make_checkpoint
-from kill_experiments import command_line, descendants
+from processes import command_line, descendants
 from record import append
 
 from cpift.artifacts import file_sha256
