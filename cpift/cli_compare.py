@@ -84,18 +84,12 @@ def _seeds(text: str) -> list[int]:
 
 def _engine(made: Any, here: bool) -> Any:
     """A context that gives the engine: Ray's within its session, or this process."""
-    from contextlib import contextmanager, nullcontext
-
     if here:
+        from contextlib import nullcontext
+
         from cpift.inprocess import SharedHere
 
         return nullcontext(SharedHere())
-    from cpift.distributed_session import ray_session
-    from cpift.sweep import OnRay
+    from cpift.sweep import on_ray
 
-    @contextmanager
-    def connected() -> Any:
-        with ray_session(made.base.resources):
-            yield OnRay()
-
-    return connected()
+    return on_ray(made.base.resources)

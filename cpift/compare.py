@@ -50,8 +50,7 @@ class _Work:
         self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
 
     def _pipeline(self, method: Method, seed: int) -> Pipeline:
-        made = self.made
-        fields = method.fields
+        made, fields = self.made, method.fields
         config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
         return Pipeline(config, NoEngine(), quiet())
 
@@ -106,8 +105,8 @@ class _Work:
         if one.method.judged == "probes":
             models = list(run.artifacts.tuned.values())
         else:
-            title = "base" if one.method.judged == "base" else one.method.judged
-            models = [Model.of(one.method.name if title == "probe" else title, one.artifacts()[-1])]
+            title = one.method.name if one.method.judged == "probe" else one.method.judged
+            models = [Model.of(title, one.artifacts()[-1])]
         return [(run.artifacts.evaluate(model), model, run) for model in models]
 
     # ---- what was found ----------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
-from cpift.config_loading import problem_of, read_yaml, with_fields
+from cpift.config_loading import read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
 from cpift.sweep_config import Value, base_run
 
@@ -107,10 +107,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
     alone = "run" not in raw  # a run's own file: what its stages made is there to be used
     if alone:
         raw = {"run": raw, "name": raw.get("name", path.stem)}
-    try:
-        config = CompareConfig.model_validate({**raw, **(changes or {})})
-    except ValidationError as error:
-        raise ConfigError(str(path), [problem_of(details, CompareConfig) for details in error.errors()]) from None
+    config = validated(CompareConfig, {**raw, **(changes or {})}, str(path))
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = config.output or (base.output_dir if alone else Path("runs") / name)

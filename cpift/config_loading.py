@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -129,6 +129,17 @@ def _resolve_paths(node: Any, folder: Path, where: str = "") -> Iterator[Problem
         elif here == "backbone.source" and (folder / value).is_dir():
             value = str((folder / value).resolve())
         node[key] = value
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Model:
+    """The model that a file's fields make. Raises ConfigError with every problem of them."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(subject, [problem_of(details, model) for details in error.errors()]) from None
 
 
 def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> Problem:

@@ -28,8 +28,7 @@ class InProcessEngine:
     """The pipeline's engine in one process (see `pipeline.Engine`); data parallel fine-tunes need Ray's."""
 
     def __init__(self, config: RunConfig):
-        if config.resources.workers > 1:
-            raise CpiftError(f"resources.workers {config.resources.workers}: one process is one worker")
+        _require_one_worker(config.resources)
         self._config = config
 
     @contextmanager
@@ -68,6 +67,11 @@ class InProcessEngine:
         kept = {task: asdict(score) for task, score in scores.items()}
         _free_memory()
         return {"scores": kept, "seconds": time.time() - started, "device": device_name()}
+
+
+def _require_one_worker(resources: ResourcesConfig) -> None:
+    if resources.workers > 1:
+        raise CpiftError(f"resources.workers {resources.workers}: one process is one worker")
 
 
 def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
@@ -117,8 +121,7 @@ class SharedHere:
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         for spec in specs:
-            if spec.resources.workers > 1:
-                raise CpiftError(f"resources.workers {spec.resources.workers}: one process is one worker")
+            _require_one_worker(spec.resources)
             if not (spec.export / RESULT).is_file():
                 fit_here(spec, on_progress)
 

@@ -145,8 +145,8 @@ def _recipe(kind: str, config: RunConfig) -> str:
     if kind == "final":
         tuning = config.integration_training
         length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
-        kind = "none" if tuning.stages == "mixed" else tuning.freeze
-        frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[kind]
+        freeze = "none" if tuning.stages == "mixed" else tuning.freeze
+        frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[freeze]
         lines.append(f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, {frozen} frozen.")
     lines.append(f"Seed: {config.seed}.")
     return "\n".join(f"- {line}" for line in lines)

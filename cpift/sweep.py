@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -231,6 +232,13 @@ def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
         return {"cpu": 0.01}
     cpus = cpus_for(max(resources.threads, resources.threads_alone or 0), resources)
     return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
+
+
+@contextmanager
+def on_ray(resources: ResourcesConfig) -> Iterator[OnRay]:
+    """A Ray session and the engine on it."""
+    with ray_session(resources):
+        yield OnRay()
 
 
 class OnRay:

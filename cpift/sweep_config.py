@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
-from cpift.config_loading import load_config, parse_config, problem_of, read_yaml, with_fields
+from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
 
 Value = str | int | float | bool
@@ -155,10 +155,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     Raises ConfigError listing every problem of the sweep file, of the run, and of values in `space` that do not fit it.
     """
     raw, folder = read_yaml(path), path.absolute().parent
-    try:
-        config = SweepConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(str(path), [problem_of(details, SweepConfig) for details in error.errors()]) from None
+    config = validated(SweepConfig, raw, str(path))
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name

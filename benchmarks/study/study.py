@@ -17,8 +17,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +127,15 @@ def run(options: argparse.Namespace) -> None:
     print(f"Record: {RESULTS / options.study}.jsonl; now: study.py write")
 
 
-def _engine(options: argparse.Namespace) -> AbstractContextManager[SharedEngine]:
+@contextmanager
+def _engine(options: argparse.Namespace) -> Iterator[SharedEngine]:
     if options.here:
-        return nullcontext(Timed(SharedHere(), options.hours))
-    from cpift.distributed_session import ray_session
-    from cpift.sweep import OnRay
+        yield Timed(SharedHere(), options.hours)
+        return
+    from cpift.sweep import on_ray
 
-    @contextmanager
-    def connected() -> Any:
-        with ray_session(ResourcesConfig()):
-            yield Timed(OnRay(), options.hours)
-
-    return connected()
+    with on_ray(ResourcesConfig()) as engine:
+        yield Timed(engine, options.hours)
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------
