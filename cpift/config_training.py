@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cpift.config_inputs import Bytes, Section, exactly_one
+from cpift.config_inputs import Bytes, Precision, Section, exactly_one
 
 Freeze = Literal["earlier", "all", "none"]
 Strategy = Literal["ddp", "fsdp"]
@@ -53,6 +53,11 @@ class TrainingConfig(Section):
     mixing: Mixing = Mixing()  # of stages that train several tasks
     lora: LoraConfig | None = Field(None, description="train adapters only; core regions come from the merged weights")
     gradient_checkpointing: bool = False
+    precision: Precision = Field(
+        "auto",
+        description="of products, weights are trained in float32; auto: bfloat16 where the machine has it, so another "
+        "machine may give other numbers; float32: nearly the same numbers everywhere",
+    )
     checkpoint_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0 = only at stage ends")
     log_every: int = Field(5, ge=1)
 

@@ -1,7 +1,7 @@
 """One fine-tune, inside one worker: a sequence of stages, each a transformers.Trainer run on the model of the last.
 
 A probe is one stage on one task; the staged backbone trains group after group; integration does so with earlier cores
-frozen. The model is trained in float32 under bf16 autocast where the machine has it, and exported in θ0's dtypes.
+frozen. The model is trained in float32, its products computed as `precision` says, and exported in θ0's dtypes.
 Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a test may pass its own.
 """
 
@@ -34,7 +34,7 @@ from cpift.artifacts import read_json, write_json
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
 from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
-from cpift.devices import device_name, native_bf16
+from cpift.devices import device_name, resolved
 from cpift.errors import CheckpointError, Problem, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
@@ -95,6 +95,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "device": device_name(),
+        "precision": resolved(spec.training.precision),
     }
     _export(spec, merged(model), result, hooks.is_main)
     return result
@@ -197,7 +198,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
-        bf16=native_bf16("cuda" if cuda else "cpu"),
+        bf16=resolved(training.precision) == "bfloat16",
         use_cpu=not cuda,
         seed=spec.seed + index,
         data_seed=spec.seed + index,
