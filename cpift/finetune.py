@@ -43,7 +43,7 @@ from cpift.packing import packed
 from cpift.regions import read_mask, read_summary
 from cpift.safetensors_files import TensorInfo
 from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole, workers_here
-from cpift.tracking import tensorboard
+from cpift.tracking import tracked
 
 _log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
@@ -133,19 +133,26 @@ def _run_stage(
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
     masks = _FrozenCores(spec, stage.frozen) if stage.frozen else {}
     follower = _Follower(spec, index, progress, hooks, masks)
-    trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
-        model=model,
-        args=_arguments(spec, index),
-        train_dataset=stage_data(spec, index, tokenizer),
-        data_collator=CompletionCollator(tokenizer),
-        callbacks=[follower, *tensorboard(spec.tracking, spec.logs / f"stage-{index}")],
-    )
-    trainer.remove_callback(PrinterCallback)  # progress and log are ours
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tracked(
+        spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
+    ) as curves:
+        trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
+            model=model,
+            args=_arguments(spec, index),
+            train_dataset=stage_data(spec, index, tokenizer),
+            data_collator=CompletionCollator(tokenizer),
+            callbacks=[follower, *curves],
+        )
+        trainer.remove_callback(PrinterCallback)  # progress and log are ours
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     follower.finish(model)
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
+
+
+def _stage_title(spec: FitSpec, index: int) -> str:
+    return spec.title if len(spec.stages) == 1 else f"{spec.title}, stage {index}"
 
 
 def _stage_folder(spec: FitSpec, index: int) -> Path:
@@ -209,8 +216,8 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded
         dataloader_pin_memory=cuda,
         disable_tqdm=True,
-        report_to=[name for name in spec.tracking if name != "tensorboard"],
-        run_name=spec.title,
+        report_to=[],  # see `tracked`
+        run_name=_stage_title(spec, index),
         remove_unused_columns=False,
         use_cache=False,  # with a cache, models take packed examples for one
     )
