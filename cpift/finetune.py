@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from cpift_kernels import union_mask
-from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,16 +32,16 @@ from cpift.adapters import merged, with_adapters
 from cpift.artifacts import read_json, write_json
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
-from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
+from cpift.data import CompletionCollator
 from cpift.devices import device_name, native_bf16
 from cpift.errors import CheckpointError, Problem, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
-from cpift.packing import packed
 from cpift.regions import read_mask, read_summary
 from cpift.safetensors_files import TensorInfo
-from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole, workers_here
+from cpift.sharding import ShardedTrainer, load_sharded, rank_here, save_whole, whole, workers_here
+from cpift.stage_data import stage_data
 from cpift.tracking import tracked
 
 _log = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ def _run_stage(
         trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
             model=model,
             args=_arguments(spec, index),
-            train_dataset=stage_data(spec, index, tokenizer),
+            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}"),
             data_collator=CompletionCollator(tokenizer),
             callbacks=[follower, *curves],
         )
@@ -157,17 +156,6 @@ def _stage_title(spec: FitSpec, index: int) -> str:
 
 def _stage_folder(spec: FitSpec, index: int) -> Path:
     return spec.scratch / f"stage-{index}"
-
-
-def stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows that a stage goes over in every epoch, with column `input_ids` among others."""
-    chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
-    examples = [load_examples(task.train_data) for task in chosen]
-    if spec.balanced:
-        examples = balanced_sample(examples, spec.samples_per_task, spec.seed)
-    parts = [tokenised_dataset(rows, tokenizer, spec.training.max_length) for rows in examples]
-    mixed = mixture(parts, spec.seed + index, spec.training.mixing)
-    return packed(mixed, spec.training.max_length) if spec.training.packing else mixed
 
 
 class _FrozenCores(Mapping[str, torch.Tensor]):

@@ -11,7 +11,9 @@ from .compiled import cpu_features, in_threads, inner, kernel
 from .emit import BF16, FP32, LANES
 from .words import clear, clear_one, compress, expand, fetch, lowest_bit, move, popcount, read_word
 
-SPAN = 1 << 12  # mask words of one call: half a megabyte of fp32, so that a model's usual matrices are cut for threads
+# Mask words of one call. Most gradients are one: they come out of a library's threads, which wait awake on the other
+# cores for their next work, and another thread there costs more than it saves.
+SPAN = 1 << 15
 AHEAD = 24  # mask words between what is worked on and what is fetched
 LINE = 64  # bytes
 GATHER, SCATTER = 0, 1
