@@ -10,21 +10,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_values
+from .checks import check_values, check_words
 from .dispatch import Backend, Resolved, implementation, resolve
-from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
+from .freeze import (
+    gather_masked_reference,
+    mask_starts_reference,
+    scatter_masked_reference_,
+    zero_masked_reference_,
+)
 
 
 class HeldElements:
     """The masked elements of tensors, as they were when it was made. Made by `hold_masked`."""
 
     def __init__(self, values: Sequence[Tensor], words: Sequence[Tensor], backend: Resolved):
-        if len(values) != len(words):
-            raise ValueError(f"words holds {len(words)} masks for {len(values)} tensors; pass one for each")
-        self._backend = backend
+        gather = implementation(backend, gather_masked_reference)
+        starts = implementation(backend, mask_starts_reference)
+        self._zero = implementation(backend, zero_masked_reference_)
+        self._scatter = implementation(backend, scatter_masked_reference_)
         self._words = list(words)
-        self._saved = [gather_masked(x, mask, backend=backend) for x, mask in zip(values, words, strict=True)]
-        self._starts = [mask_starts(mask, x.numel(), backend=backend) for x, mask in zip(values, words, strict=True)]
+        self._saved = [gather(x, mask) for x, mask in zip(values, words, strict=True)]
+        self._starts = [starts(mask, x.numel()) for x, mask in zip(values, words, strict=True)]
         self._sizes = [x.numel() for x in values]
 
     @property
@@ -40,7 +46,7 @@ class HeldElements:
     def zero_(self, place: int, gradient: Tensor) -> None:
         """Set the held elements of tensor `place` to +0 in its `gradient` (same elements, 1-D, any floating dtype)."""
         self._check_one("gradient", gradient, self._sizes[place])
-        zero_masked_(gradient, self._words[place], backend=self._backend)
+        self._zero(gradient, self._words[place])
 
     def restore_(self, values: Sequence[Tensor]) -> None:
         """Put the held elements back into `values`, the list that this was made from, bit for bit.
@@ -49,7 +55,7 @@ class HeldElements:
         """
         self._check(values)
         for x, mask, saved, starts in zip(values, self._words, self._saved, self._starts, strict=True):
-            scatter_masked_(x, mask, saved, starts=starts, backend=self._backend)
+            self._scatter(x, mask, saved, starts=starts)
 
     def _check(self, values: Sequence[Tensor]) -> None:
         if len(values) != len(self._words):
@@ -77,6 +83,13 @@ def hold_masked(values: Sequence[Tensor], words: Sequence[Tensor], *, backend: B
     """Save the masked elements of `values` (each 1-D and contiguous, all on one device), to be put back often.
 
     words: a packed mask for each; they are kept, not copied.
-    Raises ValueError for lists of different lengths, and what `gather_masked` raises.
+    Raises ValueError for lists of different lengths, other tensors and other masks.
     """
+    if len(values) != len(words):
+        raise ValueError(f"words holds {len(words)} masks for {len(values)} tensors; pass one for each")
+    for place, (x, mask) in enumerate(zip(values, words, strict=True)):
+        check_values(f"values[{place}]", x)
+        if x.dim() != 1:
+            raise ValueError(f"values[{place}] has shape {tuple(x.shape)}; pass a 1-D view, tensor.view(-1)")
+        check_words(f"words[{place}]", mask, x.numel())
     return implementation(resolve(backend, *values, *words), hold_masked_reference)(values, words)

@@ -97,7 +97,12 @@ def test_another_list_is_refused_and_nothing_written(held: HeldElements) -> None
         held.zero_(0, torch.zeros(39))
 
 
-def test_a_mask_for_each_tensor() -> None:
-    for backend in BACKENDS:
-        with pytest.raises(ValueError, match="words holds 1 masks for 2 tensors; pass one for each"):
-            hold_masked([torch.zeros(3), torch.zeros(3)], [pack_mask(torch.ones(3, dtype=torch.bool))], backend=backend)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_cannot_be_held_is_refused(backend: str) -> None:
+    mask = pack_mask(torch.ones(6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="words holds 1 masks for 2 tensors; pass one for each"):
+        hold_masked([torch.zeros(6), torch.zeros(6)], [mask], backend=backend)
+    with pytest.raises(ValueError, match=r"values\[1\] has shape \(2, 3\); pass a 1-D view"):
+        hold_masked([torch.zeros(6), torch.zeros(2, 3)], [mask, mask], backend=backend)
+    with pytest.raises(ValueError, match=r"words\[0\] has 1 words for 40 elements"):
+        hold_masked([torch.zeros(40)], [mask], backend=backend)
