@@ -128,7 +128,8 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     workers: Any = (resources.min_workers, resources.workers) if resources.min_workers else resources.workers
     # Ray's own default for the controller is to try for ever.
     limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
-    variables = tracker_variables(spec.tracking)
+    # Workers of a Ray started here have this environment already.
+    variables = tracker_variables(spec.tracking) if resources.on_cluster else {}
     told: dict[str, Any] = {"worker_runtime_env": {"env_vars": variables}} if variables else {}
     trainer = TorchTrainer(
         _train_worker,
