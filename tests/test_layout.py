@@ -48,6 +48,7 @@ LAYERS = [
         "data",
         "data_preview",
         "packing",
+        "rows_on_disk",
         "tracking",
         "synthetic",
         "tokens",
@@ -58,7 +59,7 @@ LAYERS = [
         "sharding",
     },
     {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
-    {"finetune", "evaluate"},
+    {"finetune", "stage_data", "evaluate"},
     {
         "report",
         "report_scores",

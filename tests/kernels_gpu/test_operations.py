@@ -15,8 +15,9 @@ import torch
 from cpift_kernels import apply as apply_module
 from cpift_kernels import freeze as freeze_module
 from cpift_kernels import gram as gram_module
+from cpift_kernels import held as held_module
 from cpift_kernels import overlap as overlap_module
-from cpift_kernels.gpu import apply, bracket, freeze, gram, overlap, selection
+from cpift_kernels.gpu import apply, bracket, freeze, gram, held, overlap, selection
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
 from torch import Tensor
@@ -235,6 +236,20 @@ class TestFreeze:
         moved = values + 1.0
         freeze.scatter_masked_(moved, words, saved, starts=starts)
         assert torch.equal(moved, torch.where(unpack_mask(words, 5003), values, values + 1.0))
+
+    def test_a_list_is_held_as_its_tensors_are(self) -> None:
+        sizes, dtypes = (1, 31, 5003), (torch.bfloat16, torch.float16, torch.float32)
+        values = [torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+        words = [_masks(size, 1)[0] for size in sizes]
+        found, expected = held.hold_masked(values, words), held_module.hold_masked_reference(values, words)
+        assert found.count == expected.count > 0
+        results = []
+        for one in (found, expected):
+            moved = [value + 1 for value in values]
+            one.restore_(moved)
+            one.zero_(2, moved[2])
+            results.append(moved)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_wrong_length_is_refused(self) -> None:
         (words,), values = _masks(5003, 1), torch.randn(5003)
