@@ -91,16 +91,15 @@ def _chosen(run: RunConfig, name: str | None) -> list[TaskConfig]:
 def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """θ0's, from where it lies; otherwise θ0 is made first, which the run needs anyway."""
     from cpift.artifacts import exclusive
-    from cpift.inprocess import InProcessEngine
     from cpift.models import load_tokenizer
-    from cpift.pipeline import Pipeline
+    from cpift.pipeline import NoEngine, Pipeline
     from cpift.scratch import make_scratch_tokenizer
 
     if run.model.scratch is not None:
         return make_scratch_tokenizer(run.model.scratch)
     if run.model.path is not None:
         return load_tokenizer(run.model.path)
-    pipeline = Pipeline(run, InProcessEngine(run))
+    pipeline = Pipeline(run, NoEngine())
     if not pipeline.artifacts.model.complete:
         with exclusive(pipeline.root):
             pipeline.pretrained()

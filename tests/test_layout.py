@@ -80,7 +80,7 @@ LAYERS = [
         "compare_verdict",
     },
     {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "merge_planning"},
-    {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_results", "baselines", "compare"},
+    {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_keep", "sweep_results", "baselines", "compare"},
     {
         "distributed",
         "distributed_fits",
