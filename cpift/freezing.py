@@ -89,6 +89,42 @@ class ElementFreezer:
         self.detach()
 
 
+class ElementAnchor(ElementFreezer):
+    """Pulls the masked elements back to what they are in `origin`, instead of holding them.
+
+    After each step θ ← θ − lr·strength·(θ − θ_origin) there, never past θ_origin: the L2 penalty of L2-SP (Li et al.,
+    2018) on some elements, decoupled from the gradient as AdamW's decay is, so that Adam's scaling does not undo it.
+    `origin` gives whole parameters by name, of any floating dtype.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        masks: Mapping[str, torch.Tensor],
+        strength: float,
+        origin: Callable[[str], torch.Tensor],
+    ):
+        super().__init__(model, masks)
+        self._strength = strength
+        for name, words in self._words.items():
+            parameter = self._parameters[name]
+            whole = origin(name).to(parameter.dtype).view(parameter.shape)
+            self._saved[name] = gather_masked(_local(parameter, whole).to(words.device), words)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start pulling: a hook on the optimizer's step."""
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._groups = {name: groups[id(parameter)] for name, parameter in self._parameters.items()}
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.pull()))
+
+    def pull(self) -> None:
+        """One step back."""
+        for name, words in self._words.items():
+            values, share = _flat(self._parameters[name]), min(self._strength * self._groups[name]["lr"], 1.0)
+            pulled = gather_masked(values, words).lerp_(self._saved[name], share)
+            scatter_masked_(values, words, pulled, starts=self._starts[name])
+
+
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies of this worker's masked values by plain boolean indexing: an account that shares nothing with the freezer.
 
@@ -151,12 +187,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _local_mask(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Bool [elements that this worker holds]: the worker's slice of a whole parameter's mask. No communication."""
-    mask = unpack_mask(words, parameter.numel())
+    return _local(parameter, unpack_mask(words, parameter.numel()).view(parameter.shape))
+
+
+def _local(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """1-D: the worker's slice of a tensor of a whole parameter's shape. No communication."""
     if isinstance(parameter, DTensor):
-        whole = mask.view(parameter.shape)
         placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        mask = placed.to_local().reshape(-1)
-    return mask
+        whole = placed.to_local()
+    return whole.reshape(-1)
 
 
 def _local_words(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
