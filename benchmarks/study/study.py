@@ -16,6 +16,7 @@ add up there: a method that the record has with a seed is not made again, also w
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
 import textwrap
@@ -137,12 +138,15 @@ def run(options: argparse.Namespace) -> None:
             work.make()
         finally:  # out of hours or killed by a failure, what is finished goes into the record
             if work.done:
-                _keep(work.record(), known, path)
+                _keep(work.record(), path)
 
 
-def _keep(record: Record, known: Record | None, path: Path) -> None:
+def _keep(record: Record, path: Path) -> None:
+    """Add a piece to what is on disk by now: another process may be making other seeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_record(joined(known, record) if known else record, path)
+    with (path.parent / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_record(joined(read_record(path), record) if path.is_file() else record, path)
     print(f"Record: {path}, {len(record.rows)} rows more; now: study.py write")
 
 
@@ -174,7 +178,18 @@ def compose() -> dict[Path, str]:
         text, plots = document(record, f"results/{name}", level=3)
         files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
         parts.append(f"## {title}\n\n{about}\n{_held(name, everything, record)}{text}")
+        parts += _before(name)
     return {DOCUMENT: "\n".join(parts), README: _readme(), **files}
+
+
+def _before(name: str) -> list[str]:
+    """What an earlier set-up of a study showed, where its record is kept: it is not to be forgotten."""
+    path = RESULTS / f"{name}_before.jsonl"
+    if not path.is_file():
+        return []
+    about = (HERE / f"about_{name}_before.md").read_text(encoding="utf-8")
+    told = "\n".join(f"- {claim}" for claim in Findings(read_record(path)).verdict())
+    return [f"### What an earlier set-up showed\n\n{about}\n{told}\n"]
 
 
 def _readme() -> str:
