@@ -128,6 +128,7 @@ class StageArtifacts:
     @cached_property
     def group(self) -> Artifact:
         fields = self.config.groups.model_dump(mode="json") | {"seed": self.config.seed}
+        fields |= {"tasks": [task.name for task in self.config.tasks]}  # stages are ordered by it; regions are not
         return self.artifact("group", "", {"regions": self.regions.fingerprint}, fields)
 
     def backbone(self, groups: Sequence[Sequence[str]]) -> Artifact | None:
