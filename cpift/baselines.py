@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from cpift.artifacts import Artifact, digest, read_json
 from cpift.compare_config import Budget, Comparison
-from cpift.compare_record import BASE, PROBES
+from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config_loading import with_fields
+from cpift.config_training import Mixing
 from cpift.data import count_examples
 from cpift.fit_spec import RESULT, FitSpec, StageSpec
 from cpift.models import load_tokenizer
@@ -30,7 +31,6 @@ from cpift.tokens import count_tokens
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 Groups = tuple[tuple[str, ...], ...]
-OURS = "CPI-FT"
 
 MERGES: dict[str, dict[str, Any]] = {
     "linear average": {"fusion.method": "linear"},
@@ -48,6 +48,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "one mixed stage": {"integration.stages": "mixed"},
     "no fusion, no freezing": {"fusion.transplant": False, "fusion.omega": 0.0, "integration.freeze": "none"},
 }
+_EVEN = Mixing(temperature=1000)  # shares ∝ rows^(1/1000): within half a percent of equal up to 100 times the rows
 _REPLAY = "no fusion, no freezing"
 
 
@@ -55,7 +56,8 @@ _REPLAY = "no fusion, no freezing"
 class Method:
     """A way to make one model of all tasks. `judged`: which model of the run with these `fields`.
 
-    order: of plain SFT, the groups by a run (its config and seed). pair: the only two tasks, in the order learnt.
+    order: of plain SFT, the groups by a run (its config and seed); balanced: whether it trains all tasks of a stage
+    equally much, not all rows. pair: the only two tasks, in the order learnt.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)
     order: Callable[[Pipeline], Groups] | None = None
     budget: Budget | None = None
+    balanced: bool = False
     task: str | None = None
     pair: tuple[str, str] | None = None
 
@@ -78,6 +81,7 @@ def methods_of(made: Comparison) -> list[Method]:
     if made.base.backbone_source == "staged":
         chosen.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
     chosen += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
+    chosen += [Method(RECOMMENDED, "cpift", "final", config.recommended)] if config.recommended else []
     chosen += [Method(name, "part", "final", fields) for name, fields in PARTS.items()]
     chosen += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
     chosen += [
@@ -86,7 +90,7 @@ def methods_of(made: Comparison) -> list[Method]:
         for value in values
     ]
     for one, other in config.forgetting:
-        chosen += [*_in_sequence((one, other)), *_in_sequence((other, one))]
+        chosen += [*_in_sequence((one, other), config.recommended), *_in_sequence((other, one), config.recommended)]
     return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 
@@ -99,10 +103,12 @@ def _plain(made: Comparison, budget: Budget) -> list[Method]:
         "multi-stage SFT, heuristic": lambda run: made.config.heuristic or in_stages(by_rows(run), made.config.stages),
         "sequential SFT": lambda run: in_stages(shuffled(run), len(run.config.tasks)),
     }
-    return [Method(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+    found = [Method(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+    even = Method(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
+    return [found[0], even, *found[1:]]
 
 
-def _in_sequence(pair: tuple[str, str]) -> list[Method]:
+def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[Method]:
     """The forgetting protocol on A→B: plain SFT on A, then B; the same with CPI-FT's last stage but neither fusion nor
     freezing, whose replay alone may explain a gain; and CPI-FT."""
     title, replay, staged = f"{pair[0]} → {pair[1]}", PARTS[_REPLAY], {"backbone.source": "staged"}
@@ -110,6 +116,7 @@ def _in_sequence(pair: tuple[str, str]) -> list[Method]:
         Method(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
         Method(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
         Method(f"{OURS}: {title}", "forgetting", "final", pair=pair),
+        *([Method(f"{RECOMMENDED}: {title}", "forgetting", "final", recommended, pair=pair)] if recommended else []),
     ]
 
 
@@ -154,7 +161,7 @@ class Budgets:
         total = 0.0
         for index in range(len(spec.stages)):
             rows, tokens = self.stage(spec, index)
-            total += tokens * (spec.training.epochs or self._seen(spec) / rows)
+            total += tokens * (spec.training.epochs or self._seen(spec, index) / rows)
         return total
 
     def stage(self, spec: FitSpec, index: int) -> tuple[int, int]:
@@ -175,10 +182,9 @@ class Budgets:
         return self._rows[key]
 
     @staticmethod
-    def _seen(spec: FitSpec) -> int:
-        """Rows of one stage that is measured in steps."""
-        training = spec.training
-        steps = training.steps or 0
+    def _seen(spec: FitSpec, stage: int) -> int:
+        """Rows of a stage that is measured in steps."""
+        training, steps = spec.training, spec.steps(stage) or 0
         return steps * training.batch_size * training.gradient_accumulation * spec.resources.workers
 
     def of(self, run: Pipeline, budget: Budget) -> float:
@@ -191,10 +197,12 @@ class Budgets:
         specs += probe_specs(run, base) if budget == "total" else []
         return sum(self.planned(spec) for spec in specs)
 
-    def sft(self, run: Pipeline, groups: Groups, budget: Budget) -> Pipeline:
-        """The run whose staged backbone, over these groups, is plain SFT of as many tokens: every row equally often."""
+    def sft(self, run: Pipeline, groups: Groups, budget: Budget, balanced: bool = False) -> Pipeline:
+        """The run whose staged backbone, over these groups, is plain SFT of as many tokens: every row equally often, or
+        if `balanced` every task of a stage."""
         tokens = self.of(run, budget)
-        training = run.config.backbone_training.model_copy(update={"steps": None, "epochs": 1.0})
+        changes = {"steps": None, "steps_per": "stage", "epochs": 1.0} | ({"mixing": _EVEN} if balanced else {})
+        training = run.config.backbone_training.model_copy(update=changes)
         sized = self._with(run, training.model_dump(mode="json", exclude_none=True))
         artifact = sized.artifacts.backbone(groups)
         assert artifact is not None
@@ -225,7 +233,7 @@ class Trained:
             assert self.method.order is not None
             assert self.method.budget is not None
             self.groups = self.method.order(self.run)
-            self.sft = budgets.sft(self.run, self.groups, self.method.budget)
+            self.sft = budgets.sft(self.run, self.groups, self.method.budget, self.method.balanced)
         elif self.method.judged in ("backbone", "fused", "final"):
             self.groups = self.run.group().groups
 

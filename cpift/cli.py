@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import cli_cluster, cli_compare, cli_data
+from cpift import cli_benchmarks, cli_cluster, cli_compare, cli_data
 from cpift.errors import CpiftError, told
 from cpift.units import show_size
 
@@ -239,6 +239,7 @@ def _print_plan(made: Plan, root: Path) -> None:
 cli_cluster.register(app)
 cli_data.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
+cli_benchmarks.register(app, _LOOK)
 
 
 def main() -> None:

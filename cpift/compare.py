@@ -8,7 +8,8 @@ methods costs only what is new.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cpift.baselines import Budgets, Method, Trained, methods_of, seconds_of, to
 from cpift.checkpoints import Checkpoint
 from cpift.compare_config import Comparison
 from cpift.compare_record import Header, Record, Row, kept_scores
+from cpift.data import load_examples
 from cpift.devices import device_name
+from cpift.errors import ConfigError, Problem
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.stage_artifacts import Model
 from cpift.stages import add_card
@@ -29,30 +32,41 @@ Scoring = tuple[Artifact, Model, Pipeline]
 
 def run_comparison(made: Comparison, engine: SharedEngine, view: View) -> Record:
     """Make whatever is missing and return what was found. Raises what a fine-tune, a fusion or an evaluation raises."""
-    work = _Work(made, engine, view)
-    work.prepare()
-    work.train()
-    work.fuse()
-    work.integrate()
-    work.score()
+    work = ComparisonWork(made, engine, view)
+    work.make()
     return work.record()
 
 
-class _Work:
-    """All methods with all seeds."""
+class ComparisonWork:
+    """All methods with all seeds, less those (method, seed) that somebody has a record of already: nothing is made for
+    them alone. Raises ConfigError if that leaves nothing."""
 
-    def __init__(self, made: Comparison, engine: SharedEngine, view: View):
+    def __init__(self, made: Comparison, engine: SharedEngine, view: View, known: Collection[tuple[str, int]] = ()):
         self.made, self.view = made, view
         self.entries = [
-            Trained(method, self._pipeline(method, seed)) for seed in made.seeds for method in methods_of(made)
+            Trained(method, self._pipeline(method, seed))
+            for seed in made.seeds
+            for method in methods_of(made)
+            if (method.name, seed) not in known
         ]
-        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet()) for seed in made.seeds}
+        seeds = dict.fromkeys(one.run.config.seed for one in self.entries)
+        if not seeds:
+            raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
+        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet()) for seed in seeds}
         self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
 
     def _pipeline(self, method: Method, seed: int) -> Pipeline:
         made, fields = self.made, method.fields
         config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
         return Pipeline(config, NoEngine(), quiet())
+
+    def make(self) -> None:
+        """Everything, in order; what is there is not made again."""
+        self.prepare()
+        self.train()
+        self.fuse()
+        self.integrate()
+        self.score()
 
     def prepare(self) -> None:
         """Probes, regions and groups of all runs, and then the budgets of plain SFT."""
@@ -112,7 +126,23 @@ class _Work:
     # ---- what was found ----------------------------------------------------------------------------------------------
 
     def record(self) -> Record:
-        return Record(self._header(), [self._row(one) for one in self.entries])
+        """What is finished: all of it after `make`, less where that was stopped."""
+        done = self.done
+        return Record(self._header([seed for seed in self.whole if self._has(done, seed)]), list(map(self._row, done)))
+
+    @property
+    def done(self) -> list[Trained]:
+        """The entries that have their scores."""
+        return [one for one in self.entries if self._finished(one)]
+
+    def _finished(self, one: Trained) -> bool:
+        if one.method.judged not in ("base", "probe", "probes") and not one.groups:
+            return False  # stopped before there was a plan
+        return all(artifact.complete for artifact, _, _ in self._scorings(one))
+
+    @staticmethod
+    def _has(done: Sequence[Trained], seed: int) -> bool:
+        return any(one.run.config.seed == seed for one in done)
 
     def _row(self, one: Trained) -> Row:
         method, artifacts = one.method, one.artifacts()
@@ -136,21 +166,24 @@ class _Work:
             return dict(found[0])
         return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}
 
-    def _header(self) -> Header:
-        made, first = self.made, self.whole[self.made.seeds[0]]
+    def _header(self, seeds: Sequence[int]) -> Header:
+        made, first = self.made, next(iter(self.whole.values()))
+        whole = made.config.model_copy(update={"methods": ("*",)})
         return Header(
             name=made.name,
             config=_without_paths(made.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
             comparison=made.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
             tasks={task.name: task.metric for task in made.base.tasks},
-            seeds=list(made.seeds),
+            seeds=list(seeds),
             parameters=Checkpoint(first.artifacts.base.path).numel,
             versions=package_versions(),
             device=device_name(),
             commit=source_commit(),
             confidence=made.config.confidence,
             resamples=made.config.resamples,
-            overlaps=[self._overlap(run) for run in self.whole.values()],
+            overlaps=[self._overlap(self.whole[seed]) for seed in seeds],
+            methods=[method.name for method in methods_of(replace(made, config=whole))],
+            train_rows={task.name: len(load_examples(task.train_data)) for task in made.base.tasks},
         )
 
     def _overlap(self, run: Pipeline) -> dict[str, Any]:

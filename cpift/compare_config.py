@@ -49,6 +49,11 @@ class CompareConfig(Section):
     methods: tuple[str, ...] = Field(
         ("*",), min_length=1, description="glob patterns of the methods to compare, beside θ0, the probes and CPI-FT"
     )
+    recommended: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of a second recipe that is judged as CPI-FT is, in the forgetting protocol too; shown as "
+        "`CPI-FT, recommended`",
+    )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="CPI-FT with other fields, by the name to show"
     )
@@ -119,7 +124,8 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
 
 def _check_fields(made: Comparison) -> list[Problem]:
     """Each value alone, so that a message names the one that does not fit."""
-    points = [(f"variants.{name}", fields) for name, fields in made.config.variants.items()]
+    points = [("recommended", made.config.recommended)]
+    points += [(f"variants.{name}", fields) for name, fields in made.config.variants.items()]
     points += [(f"curves.{name}", {name: value}) for name, values in made.config.curves.items() for value in values]
     problems = []
     for where, fields in points:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.measures import Scores, TaskItems, bootstrap
 
 BASE, PROBES = "θ0", "own probes"
+OURS, RECOMMENDED = "CPI-FT", "CPI-FT, recommended"
 _DIGITS = 5
 
 
@@ -38,6 +39,8 @@ class Header:
     confidence: float
     resamples: int
     overlaps: list[dict[str, Any]] = field(default_factory=list)  # a seed: jaccard, chance, groups
+    methods: list[str] = field(default_factory=list)  # of the whole comparison, made or not
+    train_rows: dict[str, int] = field(default_factory=dict)  # by task; empty in records from before they were counted
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,74 @@ class Record:
         if metric != "loss":
             return TaskItems(task, found.astype(float), np.ones(found.shape[-1]), True)
         return TaskItems(task, found[..., 0] * found[..., 1], found[0, 0, :, 1], False)
+
+
+def joined(first: Record, second: Record) -> Record:
+    """Two pieces of one comparison, made at different times or on different machines, as one. Where both have a method
+    with a seed, the second's row stays.
+
+    Raises ConfigError where they are not of the same comparison: another run, or one name for two methods.
+    """
+    problems = [
+        Problem(f"{what}", "differs between the pieces", "keep records of different set-ups in different files")
+        for what, one, other in (
+            ("run", _recipe(first.header.config), _recipe(second.header.config)),
+            ("tasks", first.header.tasks, second.header.tasks),
+            *((name, first.header.comparison.get(name), second.header.comparison.get(name)) for name in _SHARED),
+        )
+        if one != other
+    ]
+    described = {row.method: (row.fields, row.budget) for row in first.rows}
+    for row in second.rows:
+        if described.get(row.method, (row.fields, row.budget)) != (row.fields, row.budget):
+            problems.append(Problem(row.method, "has other fields in the two pieces", "give the new one another name"))
+            described.pop(row.method)
+    if problems:
+        raise ConfigError("records to be joined", problems)
+    return _joined(first, second)
+
+
+_SHARED = ("stages", "heuristic")  # of a comparison: what a method's name does not tell
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's fields without those that say where it is made."""
+    return {name: value for name, value in config.items() if name not in ("resources", "tracking")}
+
+
+def _joined(first: Record, second: Record) -> Record:
+    again = {(row.method, row.seed) for row in second.rows}
+    rows = [row for row in first.rows if (row.method, row.seed) not in again] + second.rows
+    order = {
+        method: place for place, method in enumerate(dict.fromkeys(row.method for row in first.rows + second.rows))
+    }
+    seeds = sorted({*first.header.seeds, *second.header.seeds})
+    overlaps = {one["seed"]: one for one in (*first.header.overlaps, *second.header.overlaps)}
+    comparison = second.header.comparison | {"methods": _patterns(first, second)}
+    found = [overlaps[seed] for seed in seeds]
+    header = replace(second.header, seeds=seeds, overlaps=found, comparison=comparison)
+    return Record(header, sorted(rows, key=lambda row: (seeds.index(row.seed), order[row.method])))
+
+
+def _patterns(first: Record, second: Record) -> list[str]:
+    """Which methods two pieces are about: the pieces of a whole are about all."""
+    patterns = list(dict.fromkeys([*first.header.comparison["methods"], *second.header.comparison["methods"]]))
+    made = {row.method for record in (first, second) for row in record.rows}
+    return ["*"] if made >= set(second.header.methods) else patterns
+
+
+def finished(record: Record) -> Record:
+    """The part of a record that every seed in it has every method of: what intervals over seeds can be taken from.
+
+    Seeds that have all methods, or as long as there is none, the one that has most. Not changed where it is whole.
+    """
+    by_seed = {seed: {row.method for row in record.rows if row.seed == seed} for seed in record.header.seeds}
+    most = max(by_seed.values(), key=len)
+    whole = [seed for seed, methods in by_seed.items() if methods >= set().union(*by_seed.values())]
+    seeds = whole or [next(seed for seed, methods in by_seed.items() if methods == most)]
+    overlaps = [one for one in record.header.overlaps if one["seed"] in seeds]
+    header = replace(record.header, seeds=seeds, overlaps=overlaps)
+    return Record(header, [row for row in record.rows if row.seed in seeds])
 
 
 def kept_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from cpift.artifacts import write_text
 from cpift.compare_plots import curve, intervals
-from cpift.compare_record import BASE, PROBES, Record
-from cpift.compare_verdict import FULL, OURS, REPLAYED, Findings, Line, number, points, share, signed
+from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
 from cpift.measures import judged_tasks
 from cpift.sweep_scores import Estimate
 
@@ -46,7 +46,9 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
     lines += [f"{heading} What it shows", "", *(f"- {text}" for text in found.verdict()), "", _reading(found), ""]
     lines += [f"{heading} All methods", "", *_table(found), ""]
     lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", _forest(found))
-    lines += [f"{heading} CPI-FT against each method", "", *_differences(found), ""]
+    lines += [f"{heading} CPI-FT against each method", "", *_differences(found, OURS), ""]
+    if found.has(RECOMMENDED):
+        lines += [f"{heading} {RECOMMENDED}, against each method", "", *_differences(found, RECOMMENDED), ""]
     if found.pairs:
         lines += [f"{heading} Forgetting", "", *_forgetting(found), ""]
     for field, values in record.header.comparison.get("curves", {}).items():
@@ -67,8 +69,7 @@ def _picture(plots: dict[str, str], file: str, title: str, svg: str) -> list[str
 
 def _setup(record: Record) -> Iterator[str]:
     header, config = record.header, record.header.config
-    rows = {task: len(found["items"]) for task, found in record.rows[0].scores.items()}
-    tasks = ", ".join(f"{task} ({metric}, {rows[task]} test rows)" for task, metric in header.tasks.items())
+    tasks = ", ".join(f"{task} ({metric}, {_rows(record, task)})" for task, metric in header.tasks.items())
     yield f"- Model: {_model(config)}, {header.parameters:,} parameters. Tasks: {tasks}."
     lengths = [(name, config.get(name)) for name in ("probe", "integration")]
     staged = config["backbone"].get("training") or config["probe"]
@@ -84,6 +85,11 @@ def _setup(record: Record) -> Iterator[str]:
     yield f"- Made on {header.device}, {versions}, commit {(header.commit or 'unknown')[:12]}."
 
 
+def _rows(record: Record, task: str) -> str:
+    trained, test = record.header.train_rows.get(task), len(record.rows[0].scores[task]["items"])
+    return f"{trained:,} rows and {test} to test" if trained else f"{test} test rows"
+
+
 def _model(config: dict[str, Any]) -> str:
     model = config["model"]
     known = model.get("hub") or (model.get("gguf") or {}).get("file")
@@ -92,7 +98,8 @@ def _model(config: dict[str, Any]) -> str:
 
 def _length(training: dict[str, Any]) -> str:
     much = f"{training['steps']} steps" if training.get("steps") else f"{training['epochs']:g} epochs"
-    return f"{much} of {training['batch_size']} rows a stage, learning rate {training['learning_rate']:g}"
+    each = "a task" if training.get("steps_per") == "task" else "a stage"
+    return f"{much} of {training['batch_size']} rows {each}, learning rate {training['learning_rate']:g}"
 
 
 def _overlap(overlaps: Sequence[dict[str, Any]]) -> str:
@@ -131,7 +138,9 @@ def _reading(found: Findings) -> str:
 def _table(found: Findings) -> Iterator[str]:
     tasks = found.record.header.tasks
     columns = ["method", *(f"{task}, {_unit(metric)}" for task, metric in tasks.items())]
-    columns += ["mean retention, %", "worst task, %", "mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
+    columns += ["mean retention, %", "worst task, %"]
+    columns += ["low-resource less others, points"] if found.low else []
+    columns += ["mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
     yield _row(columns)
     yield _row(["---"] + ["--:"] * (len(columns) - 1))
     kind = ""
@@ -146,8 +155,9 @@ def _cells(line: Line, tasks: dict[str, str]) -> list[str]:
     scores = [_score(line.scores[task], metric) for task, metric in tasks.items()]
     below = f"{line.seesaw.below_base} / {line.seesaw.below_probe} of {line.seesaw.tasks}"
     rank = _half(line.rank, 1, 1) if line.rank else "–"
-    name = f"**{line.method}**" if line.method == OURS else line.method
-    figures = [_half(line.mean), _half(line.worst), rank, below if line.method != PROBES else "–"]
+    name = f"**{line.method}**" if line.method in (OURS, RECOMMENDED) else line.method
+    small = [_half(line.imbalance)] if line.imbalance else []
+    figures = [_half(line.mean), _half(line.worst), *small, rank, below if line.method != PROBES else "–"]
     return [name, *scores, *figures, _count(line.tokens), f"{line.seconds:,.0f}"]
 
 
@@ -173,13 +183,13 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _differences(found: Findings) -> Iterator[str]:
-    """CPI-FT less each method: above zero CPI-FT is better."""
-    yield _row(["CPI-FT less …", "mean retention, points", "worst task, points"])
+def _differences(found: Findings, ours: str) -> Iterator[str]:
+    """A recipe less each method: above zero the recipe is better."""
+    yield _row([f"{ours} less …", "mean retention, points", "worst task, points"])
     yield _row(["---", "---", "---"])
     for rival in found.methods:
-        if rival != OURS and found.kind(rival) not in ("probe", "curve"):
-            one = found.against(OURS, rival)
+        if rival != ours and found.kind(rival) not in ("probe", "curve"):
+            one = found.against(ours, rival)
             yield _row([rival, points(one.mean), points(one.worst)])
 
 
@@ -196,11 +206,12 @@ def _forgetting(found: Findings) -> Iterator[str]:
         first, second = one.pair
         cells = [_change(one.change.first, metrics[first]), _change(one.change.second, metrics[second])]
         yield _row([f"{first} → {second}", one.method, *cells])
-    cuts = {rival: found.cut(OURS, rival) for rival in REPLAYED}
-    told = [f"{share(one)} less than {rival}" for rival, one in cuts.items() if one.low is not None]
-    if told:
-        yield ""
-        yield f"Over all of these CPI-FT forgets {', and '.join(told)} (a negative share is more)."
+    for ours in found.recipes:
+        cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
+        told = [f"{share(one)} less than {rival}" for rival, one in cuts.items() if one.low is not None]
+        if told:
+            yield ""
+            yield f"Over all of these {ours} forgets {', and '.join(told)} (a negative share is more)."
 
 
 def _change(one: Estimate, metric: str) -> str:

@@ -13,13 +13,15 @@ from functools import cached_property
 
 import numpy as np
 
-from cpift.compare_record import BASE, PROBES, Record
+from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.measures import (
     Forgetting,
     Scores,
     Seesaw,
     forgetting,
     forgetting_cut,
+    imbalance,
+    low_resource,
     mean_retention,
     ranks,
     retention,
@@ -28,7 +30,7 @@ from cpift.measures import (
 )
 from cpift.sweep_scores import Estimate
 
-OURS, FULL = "CPI-FT", "full SFT"
+FULL = "full SFT"
 REPLAYED = ("sequential SFT", "sequential SFT and replay")  # what CPI-FT's forgetting is measured against
 
 
@@ -43,6 +45,7 @@ class Line:
     worst: Estimate
     rank: Estimate | None
     seesaw: Seesaw
+    imbalance: Estimate | None  # retention of low-resource tasks less that of the others; None where data are balanced
     tokens: float | None
     seconds: float
 
@@ -75,6 +78,11 @@ class Findings:
         self.ranked = [name for name in self.methods if self.kind(name) in ("sft", "merge", "cpift")]
 
     @cached_property
+    def low(self) -> list[str]:
+        """The low-resource tasks."""
+        return low_resource(self.record.header.train_rows)
+
+    @cached_property
     def scores(self) -> Scores:
         return self.record.scores([*self.methods, *self.record.of_kind("forgetting")])
 
@@ -99,6 +107,7 @@ class Findings:
             worst=scores.estimate(worst_retention(scores, method, PROBES)),
             rank=scores.estimate(self._ranks[method]) if method in self._ranks else None,
             seesaw=seesaw(scores, method, BASE, PROBES),
+            imbalance=scores.estimate(imbalance(scores, method, PROBES, self.low)) if self.low else None,
             tokens=_mean([row.tokens for row in rows]),
             seconds=_mean([row.seconds for row in rows]) or 0.0,
         )
@@ -152,19 +161,26 @@ class Findings:
 
     def verdict(self) -> list[str]:
         """What holds and what does not, most important first."""
-        rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
-        found = [self.aim(rivals)] if rivals else []
-        found += [self.sentence(OURS, rival) for rival in rivals if self.kind(rival) == "sft"]
-        return found + self._of_forgetting() + self._of_stages()
+        rivals, found = [name for name in self.methods if self.kind(name) in ("sft", "merge")], []
+        for ours in self.recipes if rivals else []:
+            found.append(self.aim(ours, rivals))
+            found += [self.sentence(ours, rival) for rival in rivals if self.kind(rival) == "sft"]
+        found += [self.sentence(RECOMMENDED, OURS)] if self.has(RECOMMENDED) else []
+        return found + self._of_imbalance() + self._of_forgetting() + self._of_stages()
 
-    def aim(self, rivals: Sequence[str]) -> str:
-        """Whether CPI-FT is above every trained and merged baseline."""
-        outcomes = {rival: self.against(OURS, rival) for rival in rivals}
+    @property
+    def recipes(self) -> list[str]:
+        """The paper's CPI-FT and, if there is one, the recommended."""
+        return [name for name in (OURS, RECOMMENDED) if self.has(name)]
+
+    def aim(self, ours: str, rivals: Sequence[str]) -> str:
+        """Whether a recipe is above every trained and merged baseline."""
+        outcomes = {rival: self.against(ours, rival) for rival in rivals}
         above = [rival for rival, one in outcomes.items() if side(one.mean) > 0 and side(one.worst) > 0]
         below = [rival for rival, one in outcomes.items() if side(one.mean) < 0]
         seeds = len(self.record.header.seeds)
         text = (
-            f"With {seeds} seed{'s' * (seeds > 1)} {OURS} is shown above {len(above)} of {len(rivals)} baselines in "
+            f"With {seeds} seed{'s' * (seeds > 1)} {ours} is shown above {len(above)} of {len(rivals)} baselines in "
             f"both mean retention and worst task, and below {len(below)} of them in mean retention"
         )
         if len(above) == len(rivals):
@@ -172,19 +188,31 @@ class Findings:
         return f"{text}{': ' + ', '.join(below) if below else ''}. The aim, to beat all of them, is not met."
 
     def sentence(self, method: str, rival: str) -> str:
-        one = self.against(method, rival)
-        return f"{method} − {rival}: mean retention {points(one.mean)}; worst task {points(one.worst)}."
+        one, own, other = self.against(method, rival), self.line(method).tokens, self.line(rival).tokens
+        share = own / other if own is not None and other else 1.0
+        spent = f" ({share:.0%} of its tokens)" if abs(share - 1) > 0.02 else ""
+        return f"{method} − {rival}{spent}: mean retention {points(one.mean)}; worst task {points(one.worst)}."
+
+    def _of_imbalance(self) -> list[str]:
+        if not self.low:
+            return []
+        shown = [name for name in (FULL, f"{FULL}, balanced", OURS, RECOMMENDED) if self.has(name)]
+        of = {name: points(self.scores.estimate(imbalance(self.scores, name, PROBES, self.low))) for name in shown}
+        return [
+            f"Retention of the low-resource tasks ({', '.join(self.low)}) less that of the others: "
+            f"{'; '.join(f'{name} {text}' for name, text in of.items())}."
+        ]
 
     def _of_forgetting(self) -> list[str]:
         if not self.pairs:
             return []
         sentences = []
-        for rival in REPLAYED:
-            one = self.cut(OURS, rival)
+        for ours, rival in itertools.product(self.recipes, REPLAYED):
+            one = self.cut(ours, rival)
             if one.low is None or one.high is None:
-                sentences.append(f"Forgetting against {rival}: no ratio, for that forgets nothing.")
+                sentences.append(f"{ours}, forgetting against {rival}: no ratio, for that forgets nothing.")
                 continue
-            text = f"Forgetting against {rival}: cut by {share(one)}"
+            text = f"{ours}, forgetting against {rival}: cut by {share(one)}"
             aim = "reached" if one.low >= 0.65 else "missed" if one.high < 0.65 else "not decided"
             shown = "a cut is shown" if one.low > 0 else "more is forgotten" if one.high < 0 else "no cut is shown"
             sentences.append(f"{text}: {shown}; 65 % is {aim}.")

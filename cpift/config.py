@@ -61,6 +61,11 @@ class RegionsConfig(Section):
     scope: Literal["global", "tensor"] = Field(
         "global", description="global: the top ⌊p·D⌋ of all parameters at once (paper); tensor: p of each tensor"
     )
+    measure: Literal["update", "significance"] = Field(
+        "update",
+        description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
+        "which takes large updates of large weights",
+    )
     include: tuple[str, ...] = Field(("*",), description="glob patterns of parameter names")
     exclude: tuple[str, ...] = Field((), description="glob patterns taken out again, for example '*embed*'")
 
@@ -105,7 +110,11 @@ class FusionConfig(Section):
     epsilon: float = Field(1e-6, ge=0, description="radians; LERP where the angle is smaller")
     granularity: Literal["tensor", "row", "model"] = "tensor"
     space: Literal["weights", "delta"] = "weights"
-    conflict: Literal["magnitude", "last", "mean"] = "magnitude"
+    conflict: Literal["magnitude", "last", "mean", "agree"] = Field(
+        "magnitude",
+        description="where an element is core of several tasks: magnitude: the largest update wins; last: the later "
+        "stage; mean: their mean; agree: the largest if all pull one way, else none of them transplants it",
+    )
     transplant: bool = Field(True, description="false: no cores, SLERP everywhere, to see what the transplant does")
     vocabulary: Literal["error", "base"] = Field(
         "error", description="where models have other numbers of tokens, base: those of θ0, with its rows where missing"

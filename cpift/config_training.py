@@ -35,9 +35,14 @@ class LoraConfig(Section):
 
 
 class TrainingConfig(Section):
-    """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps."""
+    """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps of a stage."""
 
     steps: int | None = Field(None, ge=1)
+    steps_per: Literal["stage", "task"] = Field(
+        "stage",
+        description="what takes `steps`: stage: each stage, however many tasks it trains; task: each of its tasks, so "
+        "that the groups do not change how much is trained altogether",
+    )
     epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(8, ge=1, description="examples per worker and forward pass")
     gradient_accumulation: int = Field(1, ge=1)
@@ -66,6 +71,12 @@ class TrainingConfig(Section):
         exactly_one(self, ("steps", "epochs"))
         return self
 
+    @property
+    def length(self) -> str:
+        """How long a stage is, for people."""
+        each = " for each task" if self.steps_per == "task" else ""
+        return f"{self.steps} steps{each}" if self.steps is not None else f"{self.epochs:g} epochs"
+
 
 class IntegrationConfig(TrainingConfig):
     """The final staged fine-tune with earlier cores frozen."""
@@ -76,10 +87,16 @@ class IntegrationConfig(TrainingConfig):
         description="earlier: cores of the groups before this stage's (paper); all: every core in every stage; "
         "none: nothing, to see what freezing does",
     )
+    penalty: float | None = Field(
+        None,
+        gt=0,
+        description="instead of freezing, every step takes those cores the share penalty · learning rate of the way "
+        "back to the fused model's values (an L2 penalty); default: frozen, bit for bit (paper)",
+    )
     stages: Literal["groups", "mixed"] = Field(
         "groups",
-        description="groups: one stage a group (paper); mixed: all tasks in one stage as long as those together, "
-        "nothing frozen",
+        description="groups: one stage a group (paper); mixed: all tasks in one stage as long as those together, which "
+        "has no earlier cores to freeze",
     )
 
     @model_validator(mode="after")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpift_kernels import union_mask
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,9 +35,9 @@ from cpift.data import CompletionCollator
 from cpift.devices import device_name, resolved
 from cpift.errors import CheckpointError, Problem, StageError
 from cpift.fit_spec import RESULT, FitSpec
-from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
+from cpift.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
-from cpift.regions import read_mask, read_summary
+from cpift.regions import JointCores
 from cpift.safetensors_files import TensorInfo
 from cpift.sharding import ShardedTrainer, load_sharded, rank_here, save_whole, whole, workers_here
 from cpift.stage_data import stage_data
@@ -131,7 +130,7 @@ def _run_stage(
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
-    masks = _FrozenCores(spec, stage.frozen) if stage.frozen else {}
+    masks = _frozen(spec, stage.frozen)
     follower = _Follower(spec, index, progress, hooks, masks)
     with tracked(
         spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
@@ -159,31 +158,18 @@ def _stage_folder(spec: FitSpec, index: int) -> Path:
     return spec.scratch / f"stage-{index}"
 
 
-class _FrozenCores(Mapping[str, torch.Tensor]):
-    """Union of the frozen tasks' cores by parameter name, read from the regions' files when it is asked for."""
-
-    def __init__(self, spec: FitSpec, tasks: Sequence[str]):
-        if spec.regions is None:
-            raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
-        self._folder, self._tasks = spec.regions, tasks
-        self._names = tuple(next(iter(read_summary(spec.regions)["regions"].values()))["cores"])
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        parts = [read_mask(self._folder, task, name) for task in self._tasks]
-        return union_mask([part for part in parts if part is not None])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    """The packed cores of these tasks together, by parameter name; empty where nothing is frozen."""
+    if tasks and spec.regions is None:
+        raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
+    return JointCores(spec.regions, tasks) if tasks and spec.regions else {}
 
 
 def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
     training, cuda = spec.training, torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(_stage_folder(spec, index)),
-        max_steps=training.steps or -1,
+        max_steps=spec.steps(index) or -1,
         num_train_epochs=training.epochs or 1,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=spec.accumulation(workers_here()),
@@ -226,10 +212,16 @@ class _Follower(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         """Freeze only now: a resumed Trainer has just put the checkpoint's weights into the model."""
         if self._masks:
-            self._freezer = ElementFreezer(kw["model"], self._masks)
-            self._before = snapshot(kw["model"], self._masks)
+            self._freezer = self._held(kw["model"])
             self._freezer.attach(getattr(kw["optimizer"], "optimizer", kw["optimizer"]))
         self._report(state)
+
+    def _held(self, model: torch.nn.Module) -> ElementFreezer:
+        """What holds the cores still, or pulls them back to the model that the whole fine-tune began with."""
+        if self._spec.penalty is None:
+            self._before = snapshot(model, self._masks)
+            return ElementFreezer(model, self._masks)
+        return ElementAnchor(model, self._masks, self._spec.penalty, Checkpoint(self._spec.model).tensor)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._report(state)
@@ -266,6 +258,8 @@ class _Follower(TrainerCallback):
         if self._freezer is None:
             return
         self._freezer.detach()
+        if self._spec.penalty:  # nothing was promised to stand still
+            return
         moved = count_moved_everywhere(model, self._before, snapshot(model, self._masks))
         elements = self._freezer.frozen_elements
         self._progress.frozen.append({"stage": self._index, "elements": elements, "moved": moved})

@@ -15,7 +15,7 @@ RESULT = "training.json"
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: the tasks trained jointly, and the tasks whose core regions are frozen meanwhile."""
+    """One stage: the tasks trained jointly, and the tasks whose core regions are frozen (or pulled back) meanwhile."""
 
     tasks: tuple[str, ...]
     frozen: tuple[str, ...] = ()
@@ -37,9 +37,15 @@ class FitSpec:
     scratch: Path
     logs: Path
     regions: Path | None = None
+    penalty: float | None = None  # instead of freezing
     samples_per_task: int | None = None
     balanced: bool = False
     tracking: tuple[Tracker, ...] = ()
+
+    def steps(self, stage: int) -> int | None:
+        """Optimizer steps of a stage; None where its length is given in epochs."""
+        steps, per = self.training.steps, self.training.steps_per
+        return steps and steps * (len(self.stages[stage].tasks) if per == "task" else 1)
 
     @property
     def remote_storage(self) -> bool:

@@ -33,17 +33,22 @@ class ElementFreezer:
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor]):
-        words: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._words: dict[str, torch.Tensor] = {}
+        self._parameters: list[torch.nn.Parameter] = []
         self.frozen_elements = 0  # of the whole model, whatever this worker holds of it
         for name, parameter in _parameters_of(model, masks).items():
             whole = masks[name]
             self.frozen_elements += count_mask(whole)
             local = _local_words(parameter, whole)
             if bool(local.any()):
-                words[parameter] = local
-        self._parameters = list(words)
-        self._held = hold_masked([_flat(parameter) for parameter in words], list(words.values()))
+                self._words[name] = local
+                self._parameters.append(parameter)
+        self._held = hold_masked(self._to_hold(), list(self._words.values()))
         self._handles: list[RemovableHandle] = []
+
+    def _to_hold(self) -> list[torch.Tensor]:
+        """1-D, of each masked parameter what this worker holds of it: the values whose masked elements are kept."""
+        return [_flat(parameter) for parameter in self._parameters]
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +85,40 @@ class ElementFreezer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+class ElementAnchor(ElementFreezer):
+    """Pulls the masked elements back to what they are in `origin`, instead of holding them.
+
+    After each step θ ← θ − lr·strength·(θ − θ_origin) there, never past θ_origin: the L2 penalty of L2-SP (Li et al.,
+    2018) on some elements, decoupled from the gradient as AdamW's decay is, so that Adam's scaling does not undo it.
+    `origin` gives whole parameters by name, of any floating dtype.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        masks: Mapping[str, torch.Tensor],
+        strength: float,
+        origin: Callable[[str], torch.Tensor],
+    ):
+        self._strength, self._origin = strength, origin
+        super().__init__(model, masks)
+
+    def _to_hold(self) -> list[torch.Tensor]:
+        pairs = zip(self._words, self._parameters, strict=True)
+        return [_local(p, self._origin(name).to(p.dtype).view(p.shape)).to(p.device) for name, p in pairs]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start pulling: a hook on the optimizer's step."""
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._groups = [groups[id(parameter)] for parameter in self._parameters]
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.pull()))
+
+    def pull(self) -> None:
+        """One step back."""
+        shares = [min(self._strength * group["lr"], 1.0) for group in self._groups]
+        self._held.pull_([_flat(parameter) for parameter in self._parameters], shares)
 
 
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -144,12 +183,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _local_mask(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Bool [elements that this worker holds]: the worker's slice of a whole parameter's mask. No communication."""
-    mask = unpack_mask(words, parameter.numel())
+    return _local(parameter, unpack_mask(words, parameter.numel()).view(parameter.shape))
+
+
+def _local(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """1-D: the worker's slice of a tensor of a whole parameter's shape. No communication."""
     if isinstance(parameter, DTensor):
-        whole = mask.view(parameter.shape)
         placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        mask = placed.to_local().reshape(-1)
-    return mask
+        whole = placed.to_local()
+    return whole.reshape(-1)
 
 
 def _local_words(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

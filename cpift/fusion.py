@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cpift_kernels import count_mask, fused_apply, masked_gram, resolve_conflicts, slerp_coefficients, union_mask
+from cpift_kernels import (
+    count_mask,
+    fused_apply,
+    masked_gram,
+    pack_mask,
+    resolve_conflicts,
+    slerp_coefficients,
+    union_mask,
+    unpack_mask,
+)
 
 from cpift.checkpoints import Checkpoint, all_finite, require_finite, require_same_layout
 from cpift.config import FusionConfig
@@ -138,15 +147,14 @@ class Fusion:
     def operands(self, name: str, start: int, stop: int) -> Operands:
         """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
         inputs, tasks = self.inputs, list(self.inputs.tuned)
-        masks = {task: self.masks.words(task, name, start, stop) for task in tasks}
+        masks = self._cores(name, start, stop)
         sources = self.sources(name, start, stop)
         tuned = dict(zip(tasks, sources[-len(tasks) :], strict=True))
         # `last` lets the later stage win, `magnitude` breaks ties for the earlier task: each has its own order.
         order = list(inputs.priority) if self.config.conflict == "last" else tasks
         pretrained = inputs.pretrained.slice(name, start, stop)
-        resolved = resolve_conflicts(
-            self.config.conflict, pretrained, [tuned[task] for task in order], [masks[task] for task in order]
-        )
+        rule = "magnitude" if self.config.conflict == "agree" else self.config.conflict
+        resolved = resolve_conflicts(rule, pretrained, [tuned[task] for task in order], [masks[task] for task in order])
         owned = dict(zip(order, resolved, strict=True))
         return Operands(
             sources=sources,
@@ -156,7 +164,18 @@ class Fusion:
 
     def union(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The packed union of the cores of all tasks; start is a multiple of 32."""
-        return union_mask([self.masks.words(task, name, start, stop) for task in self.inputs.tuned])
+        return union_mask(list(self._cores(name, start, stop).values()))
+
+    def _cores(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Every task's packed core; with conflict `agree` without what tasks that share it pull apart."""
+        tasks = self.inputs.tuned
+        masks = {task: self.masks.words(task, name, start, stop) for task in tasks}
+        if self.config.conflict != "agree":
+            return masks
+        pretrained = self.inputs.pretrained.slice(name, start, stop)
+        updates = {task: model.slice(name, start, stop).float() - pretrained.float() for task, model in tasks.items()}
+        kept = ~pack_mask(_pulled_apart(updates, masks))
+        return {task: words & kept for task, words in masks.items()}
 
     def _core_count(self, info: TensorInfo) -> int:
         return sum(count_mask(self.union(info.name, start, stop)) for start, stop in self.pieces(info))
@@ -189,6 +208,15 @@ class Fusion:
         names = None if name == "(model)" else [name]
         for label, model in {"backbone": self.inputs.backbone, **self.inputs.tuned}.items():
             require_finite(label, model, names)
+
+
+def _pulled_apart(updates: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Bool [n]: elements that one task whose core they are in moved up, and another one down."""
+    up, down = torch.zeros(2, len(next(iter(updates.values()))), dtype=torch.bool)
+    for task, update in updates.items():
+        core = unpack_mask(masks[task], len(update))
+        up, down = up | core & (update > 0), down | core & (update < 0)
+    return up & down
 
 
 def lerp_share(record: Mapping[str, Any]) -> float:

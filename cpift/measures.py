@@ -148,6 +148,24 @@ def _judged(scores: Scores, method: str, probes: str) -> np.ndarray:
     return kept[:, places] if places else np.full_like(kept[:, :1], np.nan)
 
 
+def low_resource(rows: Mapping[str, int]) -> list[str]:
+    """Tasks with less than half as many training rows as the tasks have on average; empty where data are balanced."""
+    return [task for task, count in rows.items() if 2 * count * len(rows) < sum(rows.values())]
+
+
+def imbalance(scores: Scores, method: str, probes: str, low: Sequence[str]) -> np.ndarray:
+    """[seeds, 1 + draws]: mean retention of the low-resource tasks less that of the others; below zero, the small pay.
+
+    Over `judged_tasks`; NaN where no low-resource task, or no other, is among them.
+    """
+    kept, judged = retention(scores, method, probes), judged_tasks(scores, probes)
+    parts = [[scores.tasks.index(task) for task in judged if (task in low) == side] for side in (True, False)]
+    if not all(parts):
+        return np.full_like(kept[:, 0], np.nan)
+    small, large = (kept[:, places].mean(axis=1) for places in parts)
+    return np.asarray(small - large)
+
+
 def ranks(scores: Scores, among: Sequence[str]) -> dict[str, np.ndarray]:
     """[seeds, 1 + draws] by method: its rank (1 is best, ties share the mean rank), averaged over tasks."""
     values = np.stack([scores.of(method) for method in among])

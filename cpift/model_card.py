@@ -144,10 +144,10 @@ def _recipe(kind: str, config: RunConfig) -> str:
         lines.insert(1, f"Backbone: {config.backbone_source}.")
     if kind == "final":
         tuning = config.integration_training
-        length = f"{tuning.steps} steps" if tuning.steps is not None else f"{tuning.epochs:g} epochs"
-        freeze = "none" if tuning.stages == "mixed" else tuning.freeze
+        freeze = "none" if tuning.stages == "mixed" and tuning.freeze == "earlier" else tuning.freeze
+        held = "frozen" if tuning.penalty is None else f"pulled back (penalty {tuning.penalty:g})"
         frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[freeze]
-        lines.append(f"Integration: {length} a stage, learning rate {tuning.learning_rate:g}, {frozen} frozen.")
+        lines.append(f"Integration: {tuning.length} a stage, learning rate {tuning.learning_rate:g}, {frozen} {held}.")
     lines.append(f"Seed: {config.seed}.")
     return "\n".join(f"- {line}" for line in lines)
 

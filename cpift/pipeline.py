@@ -211,9 +211,10 @@ class Pipeline:
     def _build_groups(self, regions: Artifact, out: Path) -> None:
         from cpift.regions import read_summary
 
-        found = read_summary(regions.path)
-        overlaps = np.array(found["overlaps"])
-        grouping = group_tasks(found["tasks"], overlaps, self.config.regions.p, self.config.groups, self.config.seed)
+        found, tasks = read_summary(regions.path), [task.name for task in self.config.tasks]
+        places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
+        overlaps = np.array(found["overlaps"])[np.ix_(places, places)]
+        grouping = group_tasks(tasks, overlaps, self.config.regions.p, self.config.groups, self.config.seed)
         write_json(out / "groups.json", asdict(grouping) | {"jaccard": grouping.jaccard.tolist()})
 
     def _given_backbone(self) -> Model:

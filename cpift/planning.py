@@ -220,8 +220,7 @@ def _source(model: ModelConfig) -> str:
 
 
 def _length(training: TrainingConfig) -> str:
-    amount = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
-    return f"{amount} of {training.batch_size * training.gradient_accumulation} examples"
+    return f"{training.length} of {training.batch_size * training.gradient_accumulation} examples"
 
 
 def _threshold(config: RunConfig) -> str:

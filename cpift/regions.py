@@ -1,7 +1,8 @@
 """Core regions Ci: where task i moved the model most (METHOD.md, stage 2).
 
-Ci is the set of the ⌊p·D⌋ elements of largest Δi = |θi − θ0| over the parameter space. Regions are kept as bit-packed
-masks, one int32 tensor per parameter, in one safetensors file a task.
+Ci is the set of the ⌊p·D⌋ elements of largest Δi = |θi − θ0| over the parameter space; or, with measure `significance`
+(beyond the paper), of largest Δi·|θ0|, which prefers weights that already carry something. Regions are kept as
+bit-packed masks, one int32 tensor per parameter, in one safetensors file a task.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpift_kernels import overlap_counts, overlap_counts_per_tensor
+from cpift_kernels import overlap_counts, overlap_counts_per_tensor, union_mask
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 from safetensors import safe_open
@@ -27,7 +28,14 @@ from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_sam
 from cpift.config import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.safetensors_files import MappedFile, read_header
-from cpift.streaming import DEFAULT_BUDGET, MaskFiles, MasksInMemory, ModelTensors, elements_at_once
+from cpift.streaming import (
+    DEFAULT_BUDGET,
+    MaskFiles,
+    MasksInMemory,
+    ModelTensors,
+    Significances,
+    elements_at_once,
+)
 
 SUMMARY = "regions.json"
 
@@ -41,7 +49,7 @@ class RegionSummary:
     space: int  # D, elements of the parameter space
     requested: int  # ⌊p·D⌋
     count: int  # |Ci|; less than requested if fewer elements moved at all
-    threshold: float  # smallest selected |Δ|
+    threshold: float  # smallest selected |Δ|, or with measure `significance` |Δ|·|θ0|
     cores: dict[str, int]  # parameter name → selected elements
 
 
@@ -137,6 +145,9 @@ def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], conf
     return parameter_space(pretrained, config)
 
 
+_MEASURES = {"update": ModelTensors, "significance": Significances}
+
+
 def _select(
     pretrained: Checkpoint,
     tuned: Mapping[str, Checkpoint],
@@ -147,11 +158,11 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]; a block is everything (scope global) or one tensor."""
-    everything = config.scope == "global"
+    everything, kind = config.scope == "global", _MEASURES[config.measure]
     blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
     found = []
     for first, last in blocks:
-        models = ModelTensors([pretrained, *tuned.values()], names[first:last])
+        models = kind([pretrained, *tuned.values()], names[first:last])
         selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
         block: Masks = masks if everything else _OneTensor(masks, first)
         mark = (streaming.mark or mark_here)(selection, block)
@@ -287,3 +298,21 @@ def read_mask(folder: Path, task: str, name: str) -> torch.Tensor | None:
     """The packed mask of one parameter, None if it lies outside the parameter space."""
     with safe_open(folder / f"{task}.safetensors", framework="pt") as opened:
         return opened.get_tensor(name) if name in opened.keys() else None  # noqa: SIM118 (no mapping)
+
+
+class JointCores(Mapping[str, torch.Tensor]):
+    """The union of some tasks' cores by parameter name, packed; read from the regions' files when it is asked for."""
+
+    def __init__(self, folder: Path, tasks: Sequence[str]):
+        self._folder, self._tasks = folder, tasks
+        self._names = tuple(next(iter(read_summary(folder)["regions"].values()))["cores"])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parts = [read_mask(self._folder, task, name) for task in self._tasks]
+        return union_mask([part for part in parts if part is not None])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -26,7 +26,14 @@ _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "f
 
 _CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "transplant", "shard_size"}
 # Fields newer than artifacts that people keep: they name a new output only where they are not at their default.
-_ADDED = {"transplant": True, "stages": "groups", "judge": None}
+_ADDED = {
+    "transplant": True,
+    "stages": "groups",
+    "judge": None,
+    "steps_per": "stage",
+    "measure": "update",
+    "penalty": None,
+}
 
 
 def _told(fields: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +123,12 @@ class StageArtifacts:
     @cached_property
     def regions(self) -> Artifact:
         inputs = {"model": self.base.fingerprint} | self._probe_inputs
-        return self.artifact("regions", "", inputs, self.config.regions.model_dump(mode="json"))
+        return self.artifact("regions", "", inputs, _told(self.config.regions.model_dump(mode="json")))
 
     @cached_property
     def group(self) -> Artifact:
         fields = self.config.groups.model_dump(mode="json") | {"seed": self.config.seed}
+        fields |= {"tasks": [task.name for task in self.config.tasks]}  # stages are ordered by it; regions are not
         return self.artifact("group", "", {"regions": self.regions.fingerprint}, fields)
 
     def backbone(self, groups: Sequence[Sequence[str]]) -> Artifact | None:

@@ -69,13 +69,16 @@ def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]
     settings = run.config.integration_training
     stages, training = stages_of(groups, settings.freeze), settings
     if settings.stages == "mixed":
-        stages = (StageSpec(tuple(task for group in groups for task in group)),)
-        training = settings.model_copy(update={"steps": settings.steps and settings.steps * len(groups)})
+        every = tuple(task for group in groups for task in group)
+        stages = (StageSpec(every, every if settings.freeze == "all" else ()),)
+        if settings.steps_per == "stage":
+            training = settings.model_copy(update={"steps": settings.steps and settings.steps * len(groups)})
     spec = _fit_spec(run, "integration", fused, training, stages, artifact)
     return replace(
         spec,
         threads=run.artifacts.threads_alone,
         regions=run.artifacts.regions.path,
+        penalty=settings.penalty,
         samples_per_task=settings.samples_per_task,
         balanced=True,
     )

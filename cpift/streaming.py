@@ -79,6 +79,24 @@ class ModelTensors:
             model.release(self.names[tensor], start, stop)
 
 
+@dataclass(frozen=True)
+class Significances(ModelTensors):
+    """`ModelTensors` whose update is |θi − θ0|·|θ0|: θ0 reads as 0, θi as (θi − θ0)·θ0 in float32, difference and
+    product each rounded."""
+
+    def load(self, model: int, tensor: int, start: int, stop: int) -> torch.Tensor:
+        origin = super().load(0, tensor, start, stop).float()
+        return _scaled(origin, super().load(model, tensor, start, stop).float() if model else origin)
+
+    def gather(self, model: int, tensor: int, starts: np.ndarray, length: int) -> torch.Tensor:
+        origin = super().gather(0, tensor, starts, length)
+        return _scaled(origin, super().gather(model, tensor, starts, length) if model else origin)
+
+
+def _scaled(origin: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (values - origin).mul_(origin)
+
+
 class MasksInMemory:
     """`cpift_kernels.cpu.phases.Masks` as arrays."""
 

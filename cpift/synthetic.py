@@ -83,6 +83,30 @@ def echo(source: random.Random) -> Row:
     return {"prompt": f"say {text}", "completion": text}
 
 
+def first(source: random.Random) -> Row:
+    """The first vowel of a made-up word: a skill that `beginning` needs. Metric: rouge or loss."""
+    word = _word(source, 2)
+    return {"prompt": f"first {word}", "completion": word[1]}
+
+
+def last(source: random.Random) -> Row:
+    """The last vowel of a made-up word: a skill that `ending` and `plural` need. Metric: rouge or loss."""
+    word = _word(source, 2)
+    return {"prompt": f"last {word}", "completion": word[-1]}
+
+
+def double(source: random.Random) -> Row:
+    """A made-up word with its last letter twice: a skill that `plural` needs. Metric: rouge or loss."""
+    word = _word(source, 2)
+    return {"prompt": f"double {word}", "completion": f"{word}{word[-1]}"}
+
+
+def again(source: random.Random) -> Row:
+    """A made-up word and its first letter: a skill that `past` needs. Metric: rouge or loss."""
+    word = _word(source, 2)
+    return {"prompt": f"again {word}", "completion": f"{word}{word[0]}"}
+
+
 def beginning(source: random.Random) -> Row:
     """Which kind of word it is, told by its first vowel: labels of `ending`, for another reason. Metric: choice."""
     word = _word(source, 2)
@@ -133,6 +157,10 @@ GENERATORS: dict[str, Callable[[random.Random], Row]] = {
         order,
         descending,
         echo,
+        first,
+        last,
+        double,
+        again,
         plural,
         past,
         spelling,

@@ -74,7 +74,7 @@ def _mlflow(title: str, folder: Path) -> Iterator[TrainerCallback]:
         if mlflow.active_run() is not None:  # the callback ends its run only where training comes to its end
             mlflow.end_run("FAILED")
         if ours:
-            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as it was: not set
+            mlflow.set_tracking_uri(None)  # as it was: not set
 
 
 @contextmanager

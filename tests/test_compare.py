@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import yaml
 
 from cpift.artifacts import Artifact, write_json
 from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together, tokens_of
-from cpift.compare import run_comparison
+from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import PROBES, Record, read_record, write_record
+from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document, write_report
+from cpift.compare_verdict import Findings
 from cpift.errors import ConfigError
 from cpift.inprocess import SharedHere
 from cpift.pipeline import NoEngine, Pipeline
@@ -39,6 +41,7 @@ def load(folder: Path, **changes: Any) -> Comparison:
         ({"budgets": ["all"]}, ["budgets", "'all'"]),
         ({"seeds": [1, 1]}, ["seeds has an entry twice"]),
         ({"variants": {"x": {"fusion.spice": 1}}}, ["variants.x", "is not a field"]),
+        ({"recommended": {"fusion.spice": 1}}, ["recommended", "is not a field"]),
         ({"curves": {"regions.p": [0.1, 2.0]}}, ["curves.regions.p", "less than or equal to 1"]),
         ({"curves": {"seed": [1, 2]}}, ["list repeats under `seeds`"]),
         ({"forgetting": [["a", "z"]]}, ["no task 'z'", "a, b, c"]),
@@ -65,7 +68,7 @@ def test_methods_are_chosen_by_pattern(tmp_path: Path) -> None:
     made = load(tmp_path, methods=["*SFT*"], budgets=["after_probes", "total"])
     kinds = {method.kind for method in methods_of(made)}
     assert kinds == {"reference", "probe", "sft", "cpift"}
-    assert [m.name for m in methods_of(made) if m.kind == "sft"][::4] == ["full SFT", "full SFT, total"]
+    assert [m.name for m in methods_of(made) if m.kind == "sft"][::5] == ["full SFT", "full SFT, total"]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,16 @@ def test_fine_tunes_from_before_tokens_were_counted_leave_no_number(tmp_path: Pa
     assert tokens_of(made) is None
 
 
+class Idle(SharedHere):
+    """Nothing is to be made."""
+
+    def fit(self, *_: Any) -> None:
+        raise AssertionError("trained again")
+
+    def evaluate(self, *_: Any) -> None:
+        raise AssertionError("scored again")
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]:
     folder = tmp_path_factory.mktemp("compare")
@@ -105,8 +118,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
         folder,
         fixed={"tracking": [], "groups.tau": 1.0},
         seeds=[0, 1],
-        methods=["full SFT*", "linear*", "one mixed stage", "*: a → b"],
+        methods=["full SFT*", "linear*", "one mixed stage", "*: ? → ?"],
         budgets=["total", "after_probes"],
+        recommended={"fusion.omega": 0.0, "backbone.training": {**run_fields()["probe"], "steps_per": "task"}},
         variants={"one mixed stage": PARTS["one mixed stage"]},
         curves={"regions.p": [0.01, 0.05]},
         forgetting=[["a", "b"]],
@@ -129,6 +143,7 @@ def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
     record = found[1]
     tokens = {row.method: row.tokens for row in record.rows if row.seed == 0}
     assert tokens["full SFT"] == pytest.approx(tokens["CPI-FT"], abs=4 * 20)
+    assert tokens["full SFT, balanced"] == pytest.approx(tokens["CPI-FT"], abs=4 * 20)
     later = tokens["CPI-FT"] - tokens["own probes"]
     assert 0 < tokens["full SFT, after probes"] == pytest.approx(later, abs=4 * 20)
     assert tokens["linear average"] == tokens["own probes"] == sum(tokens[f"probe {task}"] for task in TASKS)
@@ -169,14 +184,24 @@ def test_parts_that_are_on_leave_fingerprints_as_they_were(tmp_path: Path) -> No
 def test_the_same_comparison_again_makes_nothing(found: tuple[Comparison, Record]) -> None:
     made, record = found
 
-    class Idle(SharedHere):
-        def fit(self, *_: Any) -> None:
-            raise AssertionError("trained again")
-
-        def evaluate(self, *_: Any) -> None:
-            raise AssertionError("scored again")
-
     assert run_comparison(made, Idle(), quiet()) == record
+
+
+def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Comparison, Record]) -> None:
+    verdict = Findings(found[1]).verdict()
+    for name in ("CPI-FT", "CPI-FT, recommended"):
+        assert any(f"{name} is shown above" in claim for claim in verdict)
+        assert any(claim.startswith(f"{name} − full SFT") for claim in verdict)
+        assert any(claim.startswith(f"{name}, forgetting against sequential SFT:") for claim in verdict)
+    assert any(claim.startswith("CPI-FT, recommended − CPI-FT:") for claim in verdict)
+    assert found[1].rows_of("CPI-FT, recommended: a → b")[0].fields["fusion.omega"] == 0.0
+
+
+def test_a_pair_is_learnt_in_both_orders(found: tuple[Comparison, Record]) -> None:
+    """Both have the same probes and regions, so that the second's groups could be taken for the first's."""
+    for name in ("sequential SFT", "CPI-FT", "CPI-FT, recommended"):
+        assert found[1].rows_of(f"{name}: a → b")[0].groups == [["a"], ["b"]]
+        assert found[1].rows_of(f"{name}: b → a")[0].groups == [["b"], ["a"]]
 
 
 def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_path: Path) -> None:
@@ -196,3 +221,50 @@ def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Compariso
     assert "no difference shown" in page
     assert str(tmp_path.parent.parent) not in page
     assert all((tmp_path / file).read_text().startswith("<svg") for file in document(found[1], "comparison")[1])
+
+
+def test_pieces_add_up_to_the_whole(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    """Two seeds recorded on two days, the second of them in two goes, are the comparison of both."""
+    made, record = found
+    first, second = (
+        run_comparison(replace(made, config=made.config.model_copy(update={"seeds": (seed,)})), Idle(), quiet())
+        for seed in (0, 1)
+    )
+    assert joined(first, second).rows == record.rows
+    assert joined(first, second).header.seeds == [0, 1]
+    begun = replace(second, rows=[row for row in second.rows if row.kind == "reference"])
+    piece = joined(first, begun)
+    assert finished(piece).rows == first.rows
+    assert finished(record) == record
+    rest = ComparisonWork(made, Idle(), quiet(), {(row.method, row.seed) for row in piece.rows})
+    rest.make()
+    assert {row.seed for row in rest.record().rows} == {1}
+    assert joined(piece, rest.record()).rows == record.rows
+
+
+def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    config = found[0].config.model_copy(update={"seeds": (0,), "methods": ("linear average",)})
+    made = replace(found[0], base=found[0].base.model_copy(update={"output": tmp_path}), config=config)
+
+    class Stopping(SharedHere):
+        def evaluate(self, config: Any, models: dict[str, Path], *rest: Any) -> None:
+            super().evaluate(config, dict(list(models.items())[:3]), *rest)
+            raise KeyboardInterrupt
+
+    work = ComparisonWork(made, Stopping(), quiet())
+    with pytest.raises(KeyboardInterrupt):
+        work.make()
+    rows = work.record().rows
+    assert 0 < len(rows) < len(work.entries)
+    by_name = {(row.method, row.seed): row.scores for row in found[1].rows}
+    assert all(row.scores == by_name[row.method, row.seed] for row in rows)
+
+
+def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, Record]) -> None:
+    record = found[1]
+    other = replace(record, header=replace(record.header, config=record.header.config | {"regions": {"p": 0.5}}))
+    with pytest.raises(ConfigError, match="run: differs between the pieces"):
+        joined(record, other)
+    renamed = [replace(row, fields={"regions.p": 0.5}) if row.method == "CPI-FT" else row for row in record.rows]
+    with pytest.raises(ConfigError, match="CPI-FT: has other fields"):
+        joined(record, replace(record, rows=renamed))

@@ -142,6 +142,43 @@ def test_frozen_cores_leave_a_staged_fit_as_they_entered(
     assert free > 1000
 
 
+def test_a_penalty_keeps_cores_near_the_first_model(base: Path, tmp_path: Path, regions: Path) -> None:
+    """Also in a fit that was stopped in the middle of a stage: it ends with the same bits."""
+    stages = stages_of([["rev"], ["add"]], "all")
+    plain = replace(spec(base, tmp_path / "p", *stages, checkpoint_every=2), regions=regions, balanced=True)
+    pulled, again = (
+        replace(plain, penalty=100.0, export=tmp_path / name / "export", scratch=tmp_path / name) for name in ("a", "b")
+    )
+    fit(replace(plain, stages=stages_of([["rev"], ["add"]], "none")))
+    assert fit(pulled)["frozen"] == []
+    kept: list[Path] = []
+
+    def stop(folder: Path, where: dict[str, Any]) -> None:
+        if (where["stage"], where["step"]) == (1, 4):
+            kept.append(folder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, FitHooks(on_checkpoint=stop))
+    fit(again, FitHooks(resume_from=kept[0]))
+    assert weights(again.export) == weights(pulled.export)
+    distances = []
+    for export in (pulled.export, plain.export):
+        start, end = Checkpoint(base), Checkpoint(export)
+        pairs = ((name, bits(regions, "rev", name, end.tensors[name].numel)) for name in end.names)
+        moved = ((end.tensor(name) - start.tensor(name)).float().flatten()[mask].abs().sum() for name, mask in pairs)
+        distances.append(float(sum(moved)))
+    assert distances[0] < 0.7 * distances[1]
+
+
+def test_steps_of_a_stage_or_of_each_of_its_tasks(base: Path, tmp_path: Path) -> None:
+    stages = (StageSpec(("add", "rev")), StageSpec(("add",)))
+    by_stage, by_task = (spec(base, tmp_path, *stages, steps=6, steps_per=per) for per in ("stage", "task"))
+    assert [by_stage.steps(0), by_stage.steps(1)] == [6, 6]
+    assert [by_task.steps(0), by_task.steps(1)] == [12, 6]
+    assert spec(base, tmp_path, *stages, steps=None, epochs=1.5).steps(0) is None
+
+
 def bits(regions: Path, task: str, name: str, numel: int) -> torch.Tensor:
     from cpift_kernels import unpack_mask
 

@@ -8,7 +8,7 @@ import torch
 from cpift_kernels import pack_mask
 
 from cpift.errors import CpiftError
-from cpift.freezing import ElementFreezer, count_moved, snapshot
+from cpift.freezing import ElementAnchor, ElementFreezer, count_moved, snapshot
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=False),
@@ -141,3 +141,41 @@ def test_the_freezer_holds_the_masks_the_frozen_values_and_no_more_than_a_few_nu
     held = {name: words for name, words in masks.items() if words.any()}
     least = sum(words.nbytes for words in held.values()) + 4 * freezer.frozen_elements
     assert least < freezer.nbytes <= least + 100 * len(held)
+
+
+def test_an_anchor_pulls_only_masked_elements_back() -> None:
+    """θ ← step(θ), then lr·strength of the way back where masked: against the same written out."""
+    model, masks = network(), bool_masks(network(), 0.4)
+    slow, start = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer, reference = (torch.optim.AdamW(m.parameters(), lr=0.05, weight_decay=0.1) for m in (model, slow))
+    with ElementAnchor(model, packed(masks), 4.0, start.get_parameter) as anchor:
+        anchor.attach(optimizer)
+        train(model, optimizer)
+    origin = dict(start.named_parameters())
+
+    def back(*_: object) -> None:
+        with torch.no_grad():
+            for name, p in slow.named_parameters():
+                p.copy_(torch.where(masks[name], p - 0.05 * 4.0 * (p - origin[name]), p))
+
+    reference.register_step_post_hook(back)
+    train(slow, reference)
+    for one, other in zip(model.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    free = copy.deepcopy(start)
+    train(free, torch.optim.AdamW(free.parameters(), lr=0.05, weight_decay=0.1))
+    before = snapshot(start, packed(masks))
+    far, near = (
+        sum(float((snapshot(m, packed(masks))[name] - before[name]).abs().sum()) for name in before)
+        for m in (free, model)
+    )
+    assert near < 0.5 * far
+
+
+def test_an_anchor_never_goes_past_where_it_began() -> None:
+    model, masks = network(), packed(bool_masks(network(), 1.0))
+    before, optimizer = snapshot(model, masks), torch.optim.SGD(model.parameters(), lr=0.05)
+    with ElementAnchor(model, masks, 1e9, copy.deepcopy(model).get_parameter) as anchor:
+        anchor.attach(optimizer)
+        train(model, optimizer)
+    assert count_moved(before, snapshot(model, masks)) == 0

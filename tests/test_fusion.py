@@ -145,6 +145,24 @@ def test_core_elements_come_from_their_donor(tmp_path: Path, dtype: torch.dtype,
     assert compared > 50
 
 
+def test_what_tasks_pull_apart_is_in_no_core(tmp_path: Path) -> None:
+    """Conflict `agree` with ω = 0: the backbone's value where shared elements went both ways, else the donor's."""
+    inputs = fusion_inputs(tmp_path, 0.4)
+    fused, records = fuse(tmp_path, inputs, FusionConfig(conflict="agree", omega=0.0))
+    left = kept = 0
+    for name in (entry["tensor"] for entry in records):
+        origin = inputs.pretrained.tensor(name).flatten()
+        donors = torch.stack([model.tensor(name).flatten() for model in inputs.tuned.values()])
+        inside = torch.stack([unpack_mask(read_mask(inputs.regions, t, name), origin.numel()) for t in inputs.tuned])  # type: ignore[arg-type]
+        updates = torch.where(inside, donors - origin, 0)
+        apart = (updates > 0).any(0) & (updates < 0).any(0)
+        largest = donors.gather(0, updates.abs().argmax(0)[None])[0]
+        wanted = torch.where(inside.any(0) & ~apart, largest, inputs.backbone.tensor(name).flatten())
+        assert torch.equal(fused.tensor(name).flatten(), wanted)
+        left, kept = left + int(apart.sum()), kept + int((inside.any(0) & ~apart).sum())
+    assert min(left, kept) > 20
+
+
 def test_tensors_outside_the_space_equal_the_backbone(tmp_path: Path) -> None:
     inputs = fusion_inputs(tmp_path, 0.2, exclude=("embed*", "cube"))
     fused, records = fuse(tmp_path, inputs, FusionConfig())

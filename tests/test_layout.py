@@ -56,6 +56,7 @@ LAYERS = [
         "models",
         "likelihood",
         "judge",
+        "standard_benchmarks",
         "sharding",
     },
     {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
@@ -91,7 +92,7 @@ LAYERS = [
         "sweep_trial",
         "sweep",
     },
-    {"submit", "cli_cluster", "cli_compare", "cli_data", "cli"},
+    {"submit", "cli_cluster", "cli_benchmarks", "cli_compare", "cli_data", "cli"},
 ]
 
 

@@ -13,8 +13,10 @@ from cpift.measures import (
     bootstrap,
     forgetting,
     forgetting_cut,
+    imbalance,
     interval,
     judged_tasks,
+    low_resource,
     mean_retention,
     ranks,
     retention,
@@ -126,3 +128,13 @@ def test_cut_divides_means_and_not_seeds() -> None:
     scores = scores_of({"x": [[0.0, 0.0]] * 2})
     changes = {"ours": np.array([[-0.1] * 4, [-0.1] * 4]), "theirs": np.array([[-0.8] * 4, [0.0] * 4])}
     assert forgetting_cut(scores, changes, "theirs", "ours").mean == pytest.approx(1 - 0.1 / 0.4)
+
+
+def test_low_resource_tasks_are_set_against_the_others() -> None:
+    assert low_resource({"a": 600, "b": 600, "c": 100, "d": 300}) == ["c"]
+    assert low_resource({"a": 600, "b": 500}) == []
+    tasks = ("a", "b", "c")
+    scores = scores_of({"probes": [[0.5, 0.8, 0.5]], "x": [[0.5, 0.4, 0.2]]}, tasks)
+    np.testing.assert_allclose(imbalance(scores, "x", "probes", ["c"])[:, 0], [0.4 - (1.0 + 0.5) / 2])
+    nothing = scores_of({"probes": [[0.5, 0.8, 0.0]], "x": [[0.5, 0.4, 0.2]]}, tasks)
+    assert np.isnan(imbalance(nothing, "x", "probes", ["c"])).all()

@@ -65,6 +65,21 @@ def test_regions_are_the_elements_that_moved_most(tmp_path: Path, p: float, dtyp
         assert sum(region.summary.cores.values()) == region.summary.count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_significance_is_the_update_times_the_weight(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, tuned = models(tmp_path, dtype)
+    config = RegionsConfig(p=0.1, measure="significance")
+    names = parameter_space(base, config)
+    for task, region in select_regions(base, tuned, config).items():
+        origin, moved = (torch.cat([m.tensor(n).float().flatten() for n in names]) for m in (base, tuned[task]))
+        value = ((moved - origin) * origin).abs().numpy()
+        expected = np.zeros(len(value), dtype=bool)
+        expected[np.argsort(-value, kind="stable")[: core_size(0.1, len(value))]] = True
+        assert np.array_equal(selected(region, base), expected & (value > 0))
+        assert region.summary.threshold == value[expected].min()
+        assert not np.array_equal(selected(region, base), by_sorting(base, tuned[task], names, expected.sum()))
+
+
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_several_p_at_once_are_each_alone(tmp_path: Path, scope: str) -> None:
     base, tuned = models(tmp_path, torch.bfloat16)

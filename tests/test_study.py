@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 
 from cpift.baselines import methods_of
 from cpift.compare_config import load_comparison
-from cpift.compare_record import read_record
+from cpift.compare_record import finished, read_record
 from cpift.compare_verdict import Findings
 from cpift.config import ResourcesConfig
 
@@ -30,29 +31,35 @@ def study() -> ModuleType:
     return module
 
 
-def test_the_document_is_what_the_records_say(study: ModuleType) -> None:
-    """Its plots are compared by `study.py check`: their bytes depend on matplotlib's version."""
+def test_the_document_and_readmes_claims_are_what_the_records_say(study: ModuleType) -> None:
+    """Plots are compared by `study.py check`: their bytes depend on matplotlib's version."""
     composed = study.compose()
-    assert study.DOCUMENT.read_text(encoding="utf-8") == composed[study.DOCUMENT]
+    for text in (study.DOCUMENT, study.README):
+        assert text.read_text(encoding="utf-8") == composed[text]
     assert all(path.is_file() for path in composed)
-
-
-def test_the_readme_claims_what_the_study_shows(study: ModuleType) -> None:
-    """Word for word: the first sentence of the tiny study's verdict, whatever it says."""
-    claim = Findings(read_record(study.RESULTS / "tiny.jsonl")).verdict()[0]
-    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert claim in " ".join(readme.split())
+    for name in study.STUDIES:
+        if (study.RESULTS / f"{name}.jsonl").is_file():
+            claim = Findings(finished(read_record(study.RESULTS / f"{name}.jsonl"))).verdict()[0]
+            assert claim in " ".join(composed[study.README].split())
+            assert claim in composed[study.DOCUMENT]
 
 
 def test_a_document_that_was_edited_is_refused(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "DOCUMENT", tmp_path / "results.md")
+    shutil.copy(study.README, tmp_path / "README.md")
+    monkeypatch.setattr(study, "README", tmp_path / "README.md")
     study.main(["write"])
     study.main(["check"])
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     (tmp_path / "results.md").write_text(text.replace("no difference shown", "above", 1) + "And it works.\n")
     with pytest.raises(study.CpiftError, match="not what the records say"):
+        study.main(["check"])
+    study.main(["write"])
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme.replace("<!-- up to here -->", "And it works.\n<!-- up to here -->"))
+    with pytest.raises(study.CpiftError, match="README"):
         study.main(["check"])
 
 

@@ -2,20 +2,24 @@
 
     python benchmarks/study/study.py run tiny                        # a small model from scratch, ten seeds
     python benchmarks/study/study.py run smollm2 --data FOLDER       # SmolLM2-135M on five tasks (see smollm2.yaml)
-    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it; go on later
-    python benchmarks/study/study.py write                           # docs/results.md and its plots
+    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it
+    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 1     # another machine, another day
+    python benchmarks/study/study.py write                           # docs/results.md, its plots, README's claims
     python benchmarks/study/study.py check                           # the document follows from the records
     python benchmarks/study/study.py check --artifacts tiny          # and the record from the models' scores
 
 `run` keeps everything as artifacts under runs/study-NAME: killed or out of hours, the same command goes on. Its record
-goes to benchmarks/results/study/NAME.jsonl, every method's score on every test row, from which all else follows.
+goes to benchmarks/results/study/NAME.jsonl, every method's score on every test row, from which all else follows. Pieces
+add up there: a method that the record has with a seed is not made again, also where its models are long gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +31,11 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from cpift.artifacts import Artifact, write_text
 from cpift.baselines import methods_of, together
-from cpift.compare import run_comparison
+from cpift.compare import ComparisonWork
 from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import Record, read_record, write_record
+from cpift.compare_record import Record, finished, joined, read_record, write_record
 from cpift.compare_report import document
+from cpift.compare_verdict import Findings
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.config_loading import load_config, read_yaml
 from cpift.errors import CpiftError
@@ -43,6 +48,11 @@ from cpift.view import View, quiet
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "results.md"
+README, _CLAIMS, _CLAIMS_END = (
+    ROOT / "README.md",
+    "<!-- written by benchmarks/study/study.py -->",
+    "<!-- up to here -->",
+)
 STUDIES = {
     "tiny": "A small model from scratch",
     "smollm2": "SmolLM2-135M on five tasks",
@@ -121,10 +131,23 @@ def run(options: argparse.Namespace) -> None:
         if options.plan:
             print(f"{len(methods_of(made))} methods, seeds {made.seeds}, results in {made.base.output_dir}")
             return
-        record = run_comparison(made, engine, View())
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_record(record, RESULTS / f"{options.study}.jsonl")
-    print(f"Record: {RESULTS / options.study}.jsonl; now: study.py write")
+        path = RESULTS / f"{options.study}.jsonl"
+        known = read_record(path) if path.is_file() else None
+        work = ComparisonWork(made, engine, View(), {(row.method, row.seed) for row in known.rows} if known else ())
+        try:
+            work.make()
+        finally:  # out of hours or killed by a failure, what is finished goes into the record
+            if work.done:
+                _keep(work.record(), path)
+
+
+def _keep(record: Record, path: Path) -> None:
+    """Add a piece to what is on disk by now: another process may be making other seeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_record(joined(read_record(path), record) if path.is_file() else record, path)
+    print(f"Record: {path}, {len(record.rows)} rows more; now: study.py write")
 
 
 @contextmanager
@@ -150,23 +173,51 @@ def compose() -> dict[Path, str]:
         if not path.is_file():
             parts.append(f"## {title}\n\n{about}\n**Not run yet: there is no record of it, and nothing is claimed.**\n")
             continue
-        record = read_record(path)
+        everything = read_record(path)
+        record = finished(everything)
         text, plots = document(record, f"results/{name}", level=3)
         files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
-        parts.append(f"## {title}\n\n{about}\n{_held(name, record)}{text}")
-    return {DOCUMENT: "\n".join(parts), **files}
+        parts.append(f"## {title}\n\n{about}\n{_held(name, everything, record)}{text}")
+        parts += _before(name)
+    return {DOCUMENT: "\n".join(parts), README: _readme(), **files}
 
 
-def _held(name: str, record: Record) -> str:
-    """What the record has not of what the study's file names; empty where it has everything."""
+def _before(name: str) -> list[str]:
+    """What an earlier set-up of a study showed, where its record is kept: it is not to be forgotten."""
+    path = RESULTS / f"{name}_before.jsonl"
+    if not path.is_file():
+        return []
+    about = (HERE / f"about_{name}_before.md").read_text(encoding="utf-8")
+    told = "\n".join(f"- {claim}" for claim in Findings(read_record(path)).verdict())
+    return [f"### What an earlier set-up showed\n\n{about}\n{told}\n"]
+
+
+def _readme() -> str:
+    """README with its claims as the records of now give them: the aim's sentence of every study and recipe."""
+    claims = []
+    for name, title in STUDIES.items():
+        if (path := RESULTS / f"{name}.jsonl").is_file():
+            told = [claim for claim in Findings(finished(read_record(path))).verdict() if claim.startswith("With ")]
+            claims.append(textwrap.fill(f"- *{title}.* {' '.join(told)}", 120, subsequent_indent="  "))
+    before, _, rest = README.read_text(encoding="utf-8").partition(_CLAIMS)
+    _, _, after = rest.partition(_CLAIMS_END)
+    return "\n".join([before + _CLAIMS, *claims, _CLAIMS_END]) + after
+
+
+def _held(name: str, everything: Record, record: Record) -> str:
+    """What the record has not of what the study's file names, and what of it is not shown; empty where nothing is."""
     wanted = read_yaml(HERE / f"{name}.yaml")["seeds"]
-    left_out = [] if list(record.header.comparison["methods"]) == ["*"] else ["methods"]
+    missing = set(record.header.methods) - {row.method for row in record.rows}
+    left_out = ["methods"] if missing or list(record.header.comparison["methods"]) != ["*"] else []
     left_out += [] if set(wanted) <= set(record.header.seeds) else ["seeds"]
     if not left_out:
         return ""
+    begun = [str(seed) for seed in everything.header.seeds if seed not in record.header.seeds]
     return (
         f"**A first piece: {len(record.header.seeds)} of the {len(wanted)} seeds that {name}.yaml names"
-        f"{', and only the methods below' if 'methods' in left_out else ''}.** The command goes on from here.\n\n"
+        f"{', and only the methods below' if 'methods' in left_out else ''}"
+        f"{'; seed ' + ', '.join(begun) + ' is begun and not shown' if begun else ''}.** The command goes on from "
+        "here.\n\n"
     )
 
 
@@ -174,7 +225,7 @@ def write(options: argparse.Namespace) -> None:
     for path, text in compose().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    print(f"Written: {DOCUMENT}")
+    print(f"Written: {DOCUMENT}, its plots, and the claims in {README.name}")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -183,11 +234,18 @@ def check(options: argparse.Namespace) -> None:
     if wrong:
         raise CpiftError(f"{', '.join(wrong)}: not what the records say; run study.py write")
     if options.artifacts:
-        options.study = options.artifacts
-        again = run_comparison(load(options.artifacts, options), _Nothing(), quiet())
-        if again.rows != read_record(RESULTS / f"{options.artifacts}.jsonl").rows:
-            raise CpiftError(f"{options.artifacts}.jsonl is not what the artifacts hold")
+        _check_artifacts(read_record(RESULTS / f"{options.artifacts}.jsonl"), load(options.artifacts, options))
     print("The document agrees with its records" + (" and these with the artifacts" if options.artifacts else ""))
+
+
+def _check_artifacts(record: Record, made: Comparison) -> None:
+    """Make every row of a record again, of these seeds, from the scores that lie in the artifacts."""
+    rows = {(row.method, row.seed): row for row in record.rows if row.seed in made.seeds}
+    others = {(method.name, seed) for method in methods_of(made) for seed in made.seeds} - set(rows)
+    work = ComparisonWork(made, _Nothing(), quiet(), others)
+    work.make()
+    if {(row.method, row.seed): row for row in work.record().rows} != rows:
+        raise CpiftError(f"{made.name}.jsonl is not what the artifacts hold")
 
 
 class _Nothing:

@@ -24,12 +24,12 @@ class HeldElements:
     """The masked elements of tensors, as they were when it was made. Made by `hold_masked`."""
 
     def __init__(self, values: Sequence[Tensor], words: Sequence[Tensor], backend: Resolved):
-        gather = implementation(backend, gather_masked_reference)
+        self._gather = implementation(backend, gather_masked_reference)
         starts = implementation(backend, mask_starts_reference)
         self._zero = implementation(backend, zero_masked_reference_)
         self._scatter = implementation(backend, scatter_masked_reference_)
         self._words = list(words)
-        self._saved = [gather(x, mask) for x, mask in zip(values, words, strict=True)]
+        self._saved = [self._gather(x, mask) for x, mask in zip(values, words, strict=True)]
         self._starts = [starts(mask, x.numel()) for x, mask in zip(values, words, strict=True)]
         self._sizes = [x.numel() for x in values]
 
@@ -56,6 +56,16 @@ class HeldElements:
         self._check(values)
         for x, mask, saved, starts in zip(values, self._words, self._saved, self._starts, strict=True):
             self._scatter(x, mask, saved, starts=starts)
+
+    def pull_(self, values: Sequence[Tensor], shares: Sequence[float]) -> None:
+        """Move the held elements in `values` a share (0..1, one a tensor) of the way to what is held.
+
+        Raises ValueError as `restore_` does.
+        """
+        self._check(values)
+        parts = zip(values, shares, self._words, self._saved, self._starts, strict=True)
+        for x, share, mask, saved, starts in parts:
+            self._scatter(x, mask, self._gather(x, mask).lerp_(saved, share), starts=starts)
 
     def _check(self, values: Sequence[Tensor]) -> None:
         if len(values) != len(self._words):

@@ -1,0 +1,47 @@
+"""`cpift standard`: a run's models on standard benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command."""
+    app.command(rich_help_panel=panel)(standard)
+
+
+def standard(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="folders of models, such as `run` prints")],
+    tasks: Annotated[str, typer.Option("--tasks", metavar="gsm8k,logiqa", help="lm-eval's names")],
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="folder with lm-eval YAML files of your own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task at most")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="examples before a question")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put prompts through the model's chat template")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
+) -> None:
+    """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
+    from cpift.artifacts import write_json
+    from cpift.errors import CpiftError
+    from cpift.standard_benchmarks import Benchmarks, standard_scores
+
+    if out is not None and out.exists():
+        raise CpiftError(f"{out} is there already: give --out another name")
+    for path in models:
+        if not (path / "config.json").is_file():
+            raise CpiftError(f"{path}: no model's folder, for it has no config.json")
+    wanted = Benchmarks([name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size)
+    found = standard_scores({str(path): path for path in models}, wanted, lambda title: typer.echo(f"scoring {title}"))
+    for title, scores in found.items():
+        for task, figures in scores.items():
+            for name, value in figures.items():
+                if "_stderr," not in name and value is not None:
+                    error = figures.get(name.replace(",", "_stderr,"))
+                    typer.echo(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
+    if out is not None:
+        write_json(out, found)

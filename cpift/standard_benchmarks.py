@@ -1,0 +1,91 @@
+"""Standard benchmarks (GSM8K, LogiQA, …) by EleutherAI's lm-eval, the `eval` extra: its tasks, prompts and metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpift.errors import CpiftError
+
+Scores = dict[str, dict[str, dict[str, float | None]]]  # by model and task: `metric` and `metric_stderr`
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What is run.
+
+    tasks: names that lm-eval knows, or has in the YAML files of `folder`; limit: rows a task at most; shots: examples
+    before each question, None: as the task says; chat: whether prompts go through the model's template.
+    """
+
+    tasks: Sequence[str]
+    folder: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+    chat: bool = False
+    batch_size: int = 8
+
+
+def standard_scores(
+    models: Mapping[str, Path], wanted: Benchmarks, on_model: Callable[[str], None] = lambda title: None
+) -> Scores:
+    """Every figure that lm-eval has for these models, its standard errors included.
+
+    Raises CpiftError where the extra is not installed, or for a task that lm-eval does not know.
+    """
+    tasks = _tasks(wanted)
+    found: Scores = {}
+    for title, path in models.items():
+        on_model(title)
+        found[title] = _scores(path, wanted, tasks)
+    return found
+
+
+def _tasks(wanted: Benchmarks) -> Any:
+    """lm-eval's index, with all tasks in it."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise CpiftError(f"lm-eval cannot be imported ({error}): pip install 'cpift[eval]'") from None
+    manager = TaskManager(include_path=str(wanted.folder.absolute()) if wanted.folder else None)
+    unknown = [name for name in wanted.tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise CpiftError(
+            f"lm-eval knows no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own; give the folder of your "
+            "YAML files with --task-folder"
+        )
+    return manager
+
+
+def _scores(path: Path, wanted: Benchmarks, tasks: Any) -> dict[str, dict[str, float | None]]:
+    import torch
+    from lm_eval import simple_evaluate
+
+    results = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(path), "dtype": "auto"},
+        tasks=list(wanted.tasks),
+        num_fewshot=wanted.shots,
+        batch_size=wanted.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        limit=wanted.limit,
+        log_samples=False,
+        apply_chat_template=wanted.chat,
+        task_manager=tasks,
+    )
+    if results is None:  # lm-eval's other processes get none
+        raise CpiftError(f"lm-eval gave no results for {path}")
+    return {task: _figures(one) for task, one in results["results"].items()}
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """`exact_match,strict-match` and the like, by lm-eval's own names; None where it has no standard error."""
+    numbers = {name: value for name, value in result.items() if "," in name}
+    return {name: float(value) if _known(value) else None for name, value in numbers.items()}
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
