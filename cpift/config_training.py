@@ -146,7 +146,9 @@ class ResourcesConfig(Section):
         2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
     )
     distributed: bool = Field(
-        False, description="run regions and fusion as Ray tasks too; models and output on storage that all nodes see"
+        False,
+        description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
+        "all nodes see, or `storage` a URI",
     )
     verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
@@ -160,7 +162,8 @@ class ResourcesConfig(Section):
         None,
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
         "s3://bucket/folder, to which they are uploaded while training goes on (AWS_ENDPOINT_URL names another store "
-        "than Amazon's); default: the run's folder",
+        "than Amazon's); default: the run's folder. With a URI, distributed regions and fusion go through it too: "
+        "only this process then needs to see `output`",
     )
 
     @model_validator(mode="after")

@@ -163,3 +163,6 @@ class Merging(Protocol):
         self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """`merge_shards`."""
+
+    def publish(self, folder: Path, fingerprint: str) -> None:
+        """The finished model is in `folder`: what was merged elsewhere can be completed there."""

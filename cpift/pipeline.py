@@ -156,6 +156,8 @@ class Pipeline:
         from cpift.stages import build_fusion
 
         self._make(artifact, "fusion", lambda out: build_fusion(self, groups, backbone, out))
+        if self.merging:
+            self.merging.publish(artifact.path, artifact.fingerprint)
         return Model.of("fused", artifact)
 
     def integrate(self) -> Model:

@@ -37,6 +37,7 @@ LAYERS = [
     },
     {
         "direct_io",
+        "object_store",
         "safetensors_files",
         "checkpoints",
         "checkpoint_writing",
@@ -88,6 +89,7 @@ LAYERS = [
         "distributed_fusion",
         "distributed_session",
         "distributed_storage",
+        "distributed_store",
         "sweep_fits",
         "sweep_trial",
         "sweep",
