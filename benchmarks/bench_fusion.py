@@ -2,10 +2,11 @@
 
     python benchmarks/bench_fusion.py --work DIR [--venv DIR] [--size 1.2B 5B] [--cases slerp cpift-2 cpift-4]
 
-It writes Llama-shaped bf16 checkpoints into DIR (2.5 GB each at 1.2B, 10 GB at 5B), makes an environment for mergekit
-(not this one) and measures whole commands, imports included: wall and processor time, peak anonymous memory and peak
-resident memory of the process tree (mapped files included), and seconds to flush what a tool left unwritten. Files that
-fit are read once before each measurement, so that both find them in the page cache. Rows go to results/fusion.jsonl.
+It writes Llama-shaped bf16 checkpoints into DIR (2.5 GB each at 1.2B, 5.4 GB at 2.7B, 10 GB at 5B), makes an
+environment for mergekit (not this one) and measures whole commands, imports included: wall and processor time, peak
+anonymous memory and peak resident memory of the process tree (mapped files included), and seconds to flush what a tool
+left unwritten. Files that fit are read once before each measurement, so that both find them in the page cache. Rows go
+to results/fusion.jsonl.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def _attention(hidden: int, kv: int) -> dict[str, tuple[int, int]]:
 SHAPES = {
     "tiny": Shape(256, 512, 2, 8, vocabulary=4096),
     "1.2B": Shape(2048, 8192, 16, 32),
+    "2.7B": Shape(2560, 10240, 25, 32),
     "5B": Shape(3072, 12288, 33, 24),
 }
 

@@ -62,8 +62,8 @@ class RayMerging:
                 ]
                 for task in tasks:
                     found, words = _result(task)
-                    for *where, part in words:
-                        masks.store(*where, part.copy())  # what Ray hands out is read-only
+                    for number, k, tensor, first, part in words:
+                        masks.store(number, k, tensor, first, part.copy())  # what Ray hands out is read-only
                     yield from found
 
         return mark
