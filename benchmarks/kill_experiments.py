@@ -198,6 +198,7 @@ def elastic(probe: Probe, undisturbed: Probe) -> dict[str, Any]:
     apart = {step: abs(found[step] / wanted[step] - 1) for step in wanted}
     worst, last = max(apart, key=lambda step: apart[step]), max(apart)
     return {
+        "undisturbed_sha256": undisturbed.digest(),
         "logged_alone": [min(alone), max(alone), len(alone)] if alone else [],
         "steps": last,
         "worst_loss": {"step": worst, "apart": round(apart[worst], 6)},

@@ -33,7 +33,8 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
         yield
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 256 * 2**20}
+    # "local": without an address Ray would join whatever cluster somebody started on this machine.
+    options: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
     if address is not None:
         options = {"address": address}
     else:
