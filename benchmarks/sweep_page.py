@@ -24,7 +24,7 @@ from cpift.artifacts import write_text
 from cpift.sweep_config import shown
 from cpift.sweep_scores import Estimate, estimate
 
-PAGES = Path(__file__).parents[1] / "docs"
+PAGES, SWEEPS = (Path(__file__).parents[1] / name for name in ("docs", "sweeps"))
 MODELS = ("backbone", "fused", "final")
 Rows = list[dict[str, Any]]
 
@@ -40,7 +40,7 @@ def main() -> None:
         write_text(RESULTS / f"sweep_{found['name']}.jsonl", "".join(lines))
         return
     rows = read(RESULTS / f"sweep_{options.what}.jsonl")
-    about = PAGES / f"sweep_{options.what}_about.md"
+    about = SWEEPS / f"{options.what}_about.md"
     write_text(
         PAGES / f"sweep_{options.what}.md", page(rows, about.read_text(encoding="utf-8") if about.is_file() else "")
     )
@@ -142,6 +142,11 @@ def _difference(head: dict[str, Any], trials: Rows, figure: str, name: str, low:
         [mean(values) for values in zip(*_at(trials, figure, "final", lambda p, end=end: p[name] == end), strict=True)]
         for end in (high, low)
     )
+    return _gap(head, figure, above, below)
+
+
+def _gap(head: dict[str, Any], figure: str, above: Sequence[float], below: Sequence[float]) -> str:
+    """The mean difference of values that are paired by seed."""
     found = estimate([a - b for a, b in zip(above, below, strict=True)], head["confidence"])
     scale, digits = (1, 3) if figure.endswith(".loss") else (100, 1)
     text = f"{scale * found.mean:+.{digits}f}"
@@ -152,16 +157,22 @@ def _difference(head: dict[str, Any], trials: Rows, figure: str, name: str, low:
 
 
 def _models(head: dict[str, Any], trials: Rows, names: dict[str, str]) -> str:
-    """θ0 and the probes, and over all points the backbone, the fused and the final model."""
+    """θ0 and the probes; over all points the backbone, the fused and the final model, and what the last step adds."""
     lines = [
         [title, *(_cell(figure, estimate(found[figure], head["confidence"])) for figure in names)]
         for title, found in head["references"].items()
     ]
-    for model in MODELS:
-        if all(model in row["figures"] for row in trials):
-            means = [[mean(seed) for seed in zip(*_at(trials, f, model, lambda _: True), strict=True)] for f in names]
-            cells = [_cell(f, estimate(m, head["confidence"])) for f, m in zip(names, means, strict=True)]
-            lines.append([f"{model}, mean over points", *cells])
+    means = {
+        model: [[mean(seed) for seed in zip(*_at(trials, f, model, lambda _: True), strict=True)] for f in names]
+        for model in MODELS
+        if all(model in row["figures"] for row in trials)
+    }
+    for model, found in means.items():
+        cells = [_cell(f, estimate(m, head["confidence"])) for f, m in zip(names, found, strict=True)]
+        lines.append([f"{model}, mean over points", *cells])
+    for model in list(means)[:-1] if "final" in means else []:
+        pairs = zip(names, means["final"], means[model], strict=True)
+        lines.append([f"final − {model}", *(_gap(head, f, above, below) for f, above, below in pairs)])
     return _table(["model", *names.values()], lines)
 
 

@@ -38,7 +38,10 @@ def evaluate_models(
         return
     with ray_session(resources), progress_board() as (board_name, board):
         remote = _evaluate_worker.options(
-            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or None, max_retries=2
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            max_retries=2,
+            scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
         )
         arguments = (tuple(tasks), settings, resources.threads, board_name)
         pending = {remote.remote(title, path, *arguments): title for title, path in models.items()}

@@ -242,9 +242,12 @@ def _concurrency(sweep: Sweep) -> int | None:
 
 
 def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
-    """What a trial holds. With Ray Train next to nothing, for its fine-tunes ask for their workers themselves."""
+    """What a trial holds. With Ray Train no CPU at all, for its fine-tunes and evaluations ask for theirs themselves.
+
+    A hundredth of one (Ray wants something) on each node would leave none with the whole CPU that a worker may need.
+    """
     if resources.by_train:
-        return {"cpu": 0.01}
+        return {"memory": 2**20}
     cpus = cpus_for(max(resources.threads, resources.threads_alone or 0), resources)
     return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
 
