@@ -25,7 +25,6 @@ import torch
 from cpift_kernels import pack_mask
 from record import append
 
-from cpift import freezing
 from cpift.devices import native_bf16
 from cpift.freezing import ElementFreezer, count_moved, snapshot
 
@@ -88,7 +87,8 @@ def measure(model: torch.nn.Module, share: float, steps: int, ids: torch.Tensor)
     freezer.restore = clock.around("restore", freezer.restore)  # type: ignore[method-assign]
     times: dict[str, list[float]] = {"without": [], "with": []}
     inside: dict[str, list[float]] = {"zero": [], "restore": []}
-    with mock.patch.object(freezing, "zero_masked_", clock.around("zero", freezing.zero_masked_)):
+    zeroing = freezer._zeroing
+    with mock.patch.object(freezer, "_zeroing", lambda place: clock.around("zero", zeroing(place))):
         for number in range(2 * (steps + 1)):
             kind = ("without", "with")[number % 2]
             if kind == "with":

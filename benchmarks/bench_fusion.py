@@ -254,14 +254,14 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, help="mergekit's environment [default: WORK/mergekit]")
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument("--size", nargs="+", choices=SHAPES, default=["1.2B"])
-    parser.add_argument("--cases", nargs="*", default=["slerp", "cpift-2", "cpift-4"])
+    parser.add_argument("--cases", nargs="+", default=["slerp", "cpift-2", "cpift-4"])
     parser.add_argument("--budget", default="512MiB")
     parser.add_argument("--prepare", action="store_true", help="make checkpoints and environment, measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, keep none")
     options = parser.parse_args()
     venv = None if options.no_mergekit else (options.venv or options.work / "mergekit")
     for size in options.size:
-        tasks = max([2, *(int(case.split("-")[1]) for case in options.cases if "-" in case)])
+        tasks = max(2 if case == "slerp" else int(case.split("-")[1]) for case in options.cases)
         for seed in range(tasks + 1):
             make_checkpoint(options.work / size / (f"t{seed}" if seed else "base"), SHAPES[size], seed)
         if venv is not None:

@@ -15,15 +15,19 @@ enough for a step to take tens of milliseconds. After a checkpoint has appeared,
     stop         nothing: the worker is stopped, and must be found to hang
     s3           the training worker, with its checkpoints in an object store (moto's server on loopback)
     node         the Ray node that the worker is on; another takes over
+    elastic      the Ray node of one of two workers; the other goes on alone until a node joins
 
 A command that ends with an error is run again, as a user would. One row an experiment in results/kills.jsonl: what was
-killed and at which checkpoint, how often the command was run, and whether the SHA-256 of the model is the same.
+killed and at which checkpoint, how often the command was run, and whether the SHA-256 of the model is the same. Where
+another number of workers summed the gradients of some steps (elastic) it cannot be: there the row says which steps one
+worker made alone, and how far any loss in its log is from the undisturbed run's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import sys
@@ -53,6 +57,7 @@ from object_store import BUCKET, object_store
 from record import append
 
 ROOT = Path(__file__).parents[1]
+JOINED = "nothing: a node joined"
 
 
 def config(folder: Path) -> Path:
@@ -85,11 +90,14 @@ KINDS = {
     "stop": Kind(stop, 2, changes=("resources.hang_timeout=30",)),
     "s3": Kind(sigkill(WORKER), 2, changes=(f"resources.storage=s3://{BUCKET}/fits",)),
     "node": Kind(sigkill("never used: nodes are removed through the cluster"), 3),
+    "elastic": Kind(sigkill("never used: nodes are removed through the cluster"), 2, "elastic"),
 }
 CHANGES = {
     "one": (),
     "ddp": ("resources.workers=2",),
     "fsdp": ("resources.workers=2", "resources.strategy=fsdp"),
+    # Ray looks for nodes that joined once a minute: alone, 1200 steps take longer.
+    "elastic": ("resources.workers=2", "resources.min_workers=1", "resources.cpus_per_worker=1", "probe.steps=1200"),
 }
 
 
@@ -121,8 +129,11 @@ def disturb(probe: Probe, kind: Kind, rng: random.Random) -> list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def cluster(probe: Probe) -> Iterator[Kill]:
-    """A head without CPUs and two nodes of one each; the kill removes the node that the worker is on."""
+def cluster(probe: Probe, *, at_once: bool = True) -> Iterator[Kill]:
+    """A head without CPUs and two nodes of one each; the kill removes the node that a worker is on.
+
+    at_once: another takes its place at once; else that is what the next kill does instead.
+    """
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -130,12 +141,16 @@ def cluster(probe: Probe) -> Iterator[Kill]:
     probe.environment["RAY_ADDRESS"] = made.address
 
     def kill(probe: Probe, rng: random.Random) -> str | None:
+        if len(nodes) == 1:
+            nodes.append(made.add_node(num_cpus=1))
+            return JOINED
         for node in nodes:
             raylet = node.all_processes["raylet"][0].process.pid
             if probe.processes(WORKER, root=raylet):
                 nodes.remove(node)
                 made.remove_node(node, allow_graceful=False)
-                nodes.append(made.add_node(num_cpus=1))  # a cluster replaces what it loses
+                if at_once:
+                    nodes.append(made.add_node(num_cpus=1))
                 return "node of the worker"
         return None
 
@@ -145,14 +160,14 @@ def cluster(probe: Probe) -> Iterator[Kill]:
         made.shutdown()
 
 
-def experiment(name: str, kind: Kind, file: Path, folder: Path, wanted: str, seed: int) -> dict[str, Any]:
+def experiment(name: str, kind: Kind, file: Path, folder: Path, undisturbed: Probe, seed: int) -> dict[str, Any]:
     rng = random.Random(f"{name}/{seed}")
     probe = Probe(file, folder / name, CHANGES[kind.like] + kind.changes)
     started = time.time()
     if name == "memory":
         set_threshold(probe)
-    if name == "node":
-        with cluster(probe) as kill:
+    if name in ("node", "elastic"):
+        with cluster(probe, at_once=name == "node") as kill:
             killed = disturb(probe, Kind(kill, kind.kills), rng)
     elif name == "s3":
         with object_store() as probe.store:
@@ -160,15 +175,33 @@ def experiment(name: str, kind: Kind, file: Path, folder: Path, wanted: str, see
             killed = disturb(probe, kind, rng)
     else:
         killed = disturb(probe, kind, rng)
-    same = probe.digest() == wanted
     return {
         "kind": name,
-        "kills": len(killed),
+        "kills": sum(one["what"] != JOINED for one in killed),
         "killed": killed,
         "commands": probe.starts,
         "seconds": round(time.time() - started, 1),
         "sha256": probe.digest(),
-        "same_as_undisturbed": same,
+        **(elastic(probe, undisturbed) if name == "elastic" else same(probe, undisturbed)),
+    }
+
+
+def same(probe: Probe, undisturbed: Probe) -> dict[str, Any]:
+    return {"same_as_undisturbed": probe.digest() == undisturbed.digest()}
+
+
+def elastic(probe: Probe, undisturbed: Probe) -> dict[str, Any]:
+    """What holds where the number of workers changed."""
+    alone = probe.logged_steps(0) - probe.logged_steps(1)
+    found, wanted = probe.losses(), undisturbed.losses()
+    assert found.keys() == wanted.keys()
+    apart = {step: abs(found[step] / wanted[step] - 1) for step in wanted}
+    worst, last = max(apart, key=lambda step: apart[step]), max(apart)
+    return {
+        "logged_alone": [min(alone), max(alone), len(alone)] if alone else [],
+        "steps": last,
+        "worst_loss": {"step": worst, "apart": round(apart[worst], 6)},
+        "last_loss": {"here": round(found[last], 5), "undisturbed": round(wanted[last], 5)},
     }
 
 
@@ -183,24 +216,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        file, wanted = config(folder), {}
+        file, undisturbed = config(folder), {}
         for like in sorted({KINDS[name].like for name in options.kinds}):
             probe = Probe(file, folder / f"undisturbed-{like}", CHANGES[like])
             disturb(probe, Kind(sigkill(""), 0), random.Random(0))
-            wanted[like] = probe.digest()
-            print(f"undisturbed {like}: {wanted[like][:12]}, {probe.starts} command", flush=True)
+            undisturbed[like] = probe
+            print(f"undisturbed {like}: {probe.digest()[:12]}, {probe.starts} command", flush=True)
         rows = []
         for name in options.kinds:
             kind = KINDS[name]
-            rows.append(experiment(name, kind, file, folder, wanted[kind.like], options.seed))
-            row = rows[-1]
-            print(
-                f"{name}: {row['kills']} kills, {row['commands']} commands, {row['seconds']:.0f} s, "
-                f"{'same' if row['same_as_undisturbed'] else 'DIFFERENT'} model",
-                flush=True,
-            )
-            append("kills", [row])
-    if not all(row["same_as_undisturbed"] for row in rows):
+            rows.append(experiment(name, kind, file, folder, undisturbed[kind.like], options.seed))
+            print(json.dumps({key: value for key, value in rows[-1].items() if key != "killed"}), flush=True)
+            append("kills", [rows[-1]])
+    if not all(row.get("same_as_undisturbed", True) and row["kills"] for row in rows):
         sys.exit(1)
 
 

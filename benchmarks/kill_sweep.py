@@ -81,14 +81,17 @@ def kill_node(process: subprocess.Popen[bytes]) -> None:
 
 
 def manifests(output: Path) -> dict[str, dict[str, Any]]:
-    """Every finished artifact's manifest by its name, with the time it was written."""
+    """Every finished artifact's manifest by its name; hashes and time stay in it when its weights are dropped."""
     found = {}
     for path in output.glob("*/*/manifest.json"):
         if not path.parent.name.startswith("."):
-            found[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text()) | {
-                "written": path.stat().st_mtime_ns
-            }
+            found[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text())
     return found
+
+
+def made(manifest: dict[str, Any]) -> tuple[Any, Any]:
+    """When, and in how many seconds."""
+    return manifest.get("started"), manifest.get("seconds")
 
 
 def count(output: Path, stage: str) -> int:
@@ -191,9 +194,7 @@ def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> di
 
 def report(store: Path, undisturbed: Path, snapshots: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     ended, wanted = manifests(store), manifests(undisturbed)
-    remade = [
-        name for before in snapshots for name in before if before[name]["written"] != ended.get(name, {}).get("written")
-    ]
+    remade = [name for before in snapshots for name in before if made(before[name]) != made(ended.get(name, {}))]
     compared = {name for name in wanted if name.split("/")[0] in (*TRAINED, "fuse", "regions")}
     differing = [name for name in compared if weights(wanted[name]) != weights(ended.get(name, {"outputs": {}}))]
     return {

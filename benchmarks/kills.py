@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -67,6 +68,16 @@ class Probe:
         """Descendants whose command line holds `name`, oldest first."""
         assert self.process is not None
         return [pid for pid in descendants(root or self.process.pid) if name in command_line(pid)]
+
+    def logged_steps(self, worker: int) -> set[int]:
+        """Steps whose loss is in the log of a worker, whichever attempt of it."""
+        (log,) = self.output.glob(f"logs/*/worker-{worker}.log")
+        return {int(step) for step in re.findall(r"stage 0, step (\d+) of", log.read_text())}
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each logged step of the finished fine-tune."""
+        (result,) = self.output.glob("probe/*/training.json")
+        return {entry["step"]: entry["loss"] for entry in json.loads(result.read_text())["log"]}
 
     def digest(self) -> str:
         (model,) = self.output.glob("probe/*/model.safetensors")

@@ -42,8 +42,9 @@ class ObjectStore:
         """Ray Train's checkpoints of any run in it by name, and the step of those whose state is there."""
         store = self.open()
         entries = store.get_file_info(FileSelector(BUCKET, recursive=True))
-        found = [one.path for one in entries if one.type == FileType.Directory and "/checkpoint_" in one.path]
-        return {path.rpartition("/")[2]: _step(store, path) for path in sorted(found) if path.count("/") == 3}
+        folders = [one.path for one in entries if one.type == FileType.Directory]
+        found = [path for path in folders if path.rpartition("/")[2].startswith("checkpoint_")]
+        return {path.rpartition("/")[2]: _step(store, path) for path in sorted(found)}
 
 
 def _step(store: S3FileSystem, checkpoint: str) -> int | None:

@@ -3,6 +3,7 @@
 A stage's output is the folder `<output>/<stage>/<label>-<fingerprint>`; the fingerprint is a hash of its inputs and of
 every field it depends on. The folder appears under that name only when it is whole, with `manifest.json` in it: work is
 done in a `.partial` neighbour and renamed. So "exists" means "complete", and the same run again finds everything done.
+A sweep may drop a model's weights once they are scored: it stays complete, and who needs the weights makes them again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -111,6 +112,7 @@ class Artifact:
     inputs: Mapping[str, str]  # name → fingerprint of each input
     fields: Mapping[str, Any]  # the config fields that the stage depends on
     version: int  # raised when the stage's code starts to give another result
+    maker: str = field(default="", compare=False)  # for whom it is made, where that decides how long it is kept
 
     @property
     def fingerprint(self) -> str:
@@ -133,6 +135,14 @@ class Artifact:
         return (self.path / MANIFEST).is_file()
 
     @property
+    def whole(self) -> bool:
+        """Complete, and its weights have not been dropped."""
+        try:
+            return "dropped" not in self.manifest()
+        except FileNotFoundError:
+            return False
+
+    @property
     def work_dir(self) -> Path:
         """Where a stage keeps what lets it resume after a crash; removed once the stage is complete."""
         return self.root / ".work" / f"{self.stage}-{self.name}"
@@ -144,7 +154,7 @@ class Artifact:
     def build(self, device: str = "cpu", seconds: float = 0.0) -> Iterator[Path]:
         """Give a folder to write into; when the block ends without an error, complete it with its manifest.
 
-        `seconds`: work done for it elsewhere, before the block.
+        `seconds`: work done for it elsewhere, before the block. What dropped weights left behind is replaced.
         """
         partial = self.path.with_name(f".{self.path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -153,9 +163,40 @@ class Artifact:
         yield partial
         write_json(partial / MANIFEST, self._manifest(partial, started, device))
         _sync_folder(partial)
+        left = self.path.with_name(f".{self.path.name}.left")
+        shutil.rmtree(left, ignore_errors=True)
+        if self.complete:
+            os.rename(self.path, left)
         os.rename(partial, self.path)
         _sync_folder(self.path.parent)
+        shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(self.work_dir, ignore_errors=True)
+
+    def drop_weights(self, remake: str) -> int:
+        """Delete the weights of a complete model and keep all else; returns the bytes freed.
+
+        remake: the command that makes them again. The manifest says so before the first file goes: after a crash in
+        between, the files that are left count as dropped, and the next call deletes them.
+        """
+        sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors"))}
+        if self.whole:
+            dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
+            write_json(self.path / MANIFEST, self.manifest() | {"dropped": dropped})
+        for path in sizes:
+            path.unlink()
+        return sum(sizes.values())
+
+    @contextmanager
+    def compared(self, warn: Callable[[str], None]) -> Iterator[None]:
+        """Around a build: warn if weights that had been dropped come out other than those that were scored."""
+        before = self.manifest()["outputs"] if self.complete else {}
+        yield
+        now = self.manifest()["outputs"]
+        if changed := [name for name in before if name.endswith(".safetensors") and now.get(name) != before[name]]:
+            warn(
+                f"{self.title}: {', '.join(changed)} made again, and not the same bytes as before (another machine, or "
+                f"other versions). Scores in {self.root} are of the earlier ones: for new ones give another --output"
+            )
 
     def _manifest(self, folder: Path, started: float, device: str) -> dict[str, Any]:
         return {
@@ -172,6 +213,7 @@ class Artifact:
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "versions": package_versions(),
             "commit": source_commit(),
+            **({"made_for": self.maker} if self.maker else {}),
         }
 
 

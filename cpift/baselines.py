@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from cpift.artifacts import Artifact, digest, read_json
@@ -17,14 +19,15 @@ from cpift.compare_config import Budget, Comparison
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config_loading import with_fields
 from cpift.config_training import Mixing
-from cpift.data import load_examples
-from cpift.finetune import stage_data
+from cpift.data import count_examples
 from cpift.fit_spec import RESULT, FitSpec, StageSpec
 from cpift.models import load_tokenizer
 from cpift.pipeline import Pipeline
+from cpift.stage_data import stage_data
 from cpift.stages import backbone_spec, integration_spec, probe_specs
 from cpift.sweep_plan import expected_backbone
 from cpift.sweep_shared import Wanted, titled_backbone
+from cpift.tokens import count_tokens
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 Groups = tuple[tuple[str, ...], ...]
@@ -133,7 +136,7 @@ def shuffled(run: Pipeline) -> list[str]:
 
 def by_rows(run: Pipeline) -> list[str]:
     """Tasks of most training rows first, so that the small ones are not overwritten by what follows."""
-    tasks = sorted(run.config.tasks, key=lambda task: -len(load_examples(task.train_data)))
+    tasks = sorted(run.config.tasks, key=lambda task: -count_examples(task.train_data))
     return [task.name for task in tasks]
 
 
@@ -172,7 +175,9 @@ class Budgets:
         key = digest([str(spec.model), sources, training.max_length, training.packing, training.mixing.model_dump()])
         key += "" if whole else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
         if key not in self._rows:
-            lengths = [len(ids) for ids in stage_data(spec, index, load_tokenizer(spec.model))["input_ids"]]
+            with tempfile.TemporaryDirectory() as folder:
+                rows = stage_data(spec, index, load_tokenizer(spec.model), Path(folder))
+                lengths = list(count_tokens(rows))
             self._rows[key] = len(lengths), sum(lengths)
         return self._rows[key]
 

@@ -70,7 +70,7 @@ def write_index(shards: Sequence[Shard], folder: Path) -> None:
 
 def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | None:
     """The record of a shard that was finished before from the same inputs, None if it has to be written."""
-    note, file = _note(shard, folder), folder / shard.name
+    note, file = note_of(shard, folder), folder / shard.name
     if not (note.is_file() and file.is_file()):
         return None
     found = read_json(note)
@@ -95,13 +95,18 @@ def write_shard(
         what = f"{folder / shard.name} could not be written" if ours else f"{error.filename} could not be read"
         remedy = "mend that, then the same command goes on with the files that are missing"
         raise StageError(f"{what}: {error.strerror or error} → {remedy}") from error
+    os.replace(partial, folder / shard.name)
+    write_note(shard, folder, made_from, sha256, record)
+    return record
+
+
+def write_note(shard: Shard, folder: Path, made_from: str, sha256: str | None, record: dict[str, Any]) -> None:
+    """Say beside a shard, which is whole and in `folder`, what it was made from: `kept_record` then finds it."""
     file = folder / shard.name
-    os.replace(partial, file)
     found = file.stat()
     note = {"key": shard.key(made_from), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256}
     _remember(file, note)
-    write_json(_note(shard, folder), note | {"record": record})
-    return record
+    write_json(note_of(shard, folder), note | {"record": record})
 
 
 def _remember(file: Path, note: dict[str, Any]) -> None:
@@ -135,7 +140,8 @@ def require_room(folder: Path, nbytes: int) -> None:
         )
 
 
-def _note(shard: Shard, folder: Path) -> Path:
+def note_of(shard: Shard, folder: Path) -> Path:
+    """The file that says what a shard was made from."""
     return folder / f".{shard.name}.json"
 
 

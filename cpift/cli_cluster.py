@@ -52,7 +52,8 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     Console().print(results_table(data))
     typer.echo(f"Report: {report}")
     if data.best_yaml:
-        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift run finds everything made)")
+        made = "makes its model again" if data.keep == "scores" else "finds everything made"
+        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift run {made})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)
         raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,7 @@ def preview(
     from rich.console import Console
 
     from cpift.config_loading import load_config
-    from cpift.data import load_examples
+    from cpift.data import read_examples
     from cpift.data_preview import coloured, count
     from cpift.planning import preflight
 
@@ -55,11 +56,10 @@ def preview(
     marks = not console.is_terminal or console.no_color
     table = _table(run.probe_training.packing)
     for one in _chosen(run, task):
-        examples = load_examples(one.train_data)
-        for number, example in enumerate(examples[:rows], start=1):
+        for number, example in enumerate(islice(read_examples(one.train_data), rows), start=1):
             console.print(f"[bold]{one.name}, example {number}[/]")
             console.print(coloured(example, tokenizer, run.probe_training.max_length, marks=marks), soft_wrap=True)
-        found = count(examples, tokenizer, run.probe_training)
+        found = count(read_examples(one.train_data), tokenizer, run.probe_training)
         trained = f"{found.trained:,} ({found.trained / max(found.tokens, 1):.0%})"
         numbers = [f"{found.examples:,}", f"{found.tokens:,}", trained, f"{found.cut:,}", f"{found.left_out:,}"]
         table.add_row(
@@ -91,16 +91,15 @@ def _chosen(run: RunConfig, name: str | None) -> list[TaskConfig]:
 def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """θ0's, from where it lies; otherwise θ0 is made first, which the run needs anyway."""
     from cpift.artifacts import exclusive
-    from cpift.inprocess import InProcessEngine
     from cpift.models import load_tokenizer
-    from cpift.pipeline import Pipeline
+    from cpift.pipeline import NoEngine, Pipeline
     from cpift.scratch import make_scratch_tokenizer
 
     if run.model.scratch is not None:
         return make_scratch_tokenizer(run.model.scratch)
     if run.model.path is not None:
         return load_tokenizer(run.model.path)
-    pipeline = Pipeline(run, InProcessEngine(run))
+    pipeline = Pipeline(run, NoEngine())
     if not pipeline.artifacts.model.complete:
         with exclusive(pipeline.root):
             pipeline.pretrained()

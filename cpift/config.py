@@ -17,6 +17,7 @@ from cpift.config_inputs import (
     DataSource,
     ModelConfig,
     Name,
+    Precision,
     Section,
     exactly_one,
     needed,
@@ -142,6 +143,7 @@ class EvaluationConfig(Section):
 
     batch_size: int = Field(16, ge=1)
     max_length: int = Field(1024, ge=8)
+    precision: Precision = Field("auto", description="of products, as in training; auto: bfloat16 where it is native")
     limit: int | None = Field(None, ge=1, description="test rows per task at most")
     judge: JudgeConfig | None = Field(None, description="needed by tasks with metric `judge`")
 

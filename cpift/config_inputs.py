@@ -11,6 +11,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.units import parse_size
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def _identifier(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cpift.config_inputs import Bytes, Section, exactly_one
+from cpift.config_inputs import Bytes, Precision, Section, exactly_one
 
 Freeze = Literal["earlier", "all", "none"]
 Strategy = Literal["ddp", "fsdp"]
@@ -58,6 +58,11 @@ class TrainingConfig(Section):
     mixing: Mixing = Mixing()  # of stages that train several tasks
     lora: LoraConfig | None = Field(None, description="train adapters only; core regions come from the merged weights")
     gradient_checkpointing: bool = False
+    precision: Precision = Field(
+        "auto",
+        description="of products, weights are trained in float32; auto: bfloat16 where the machine has it, so another "
+        "machine may give other numbers; float32: nearly the same numbers everywhere",
+    )
     checkpoint_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0 = only at stage ends")
     log_every: int = Field(5, ge=1)
 
@@ -141,7 +146,9 @@ class ResourcesConfig(Section):
         2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
     )
     distributed: bool = Field(
-        False, description="run regions and fusion as Ray tasks too; models and output on storage that all nodes see"
+        False,
+        description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
+        "all nodes see, or `storage` a URI",
     )
     verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
@@ -155,8 +162,20 @@ class ResourcesConfig(Section):
         None,
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
         "s3://bucket/folder, to which they are uploaded while training goes on (AWS_ENDPOINT_URL names another store "
-        "than Amazon's); default: the run's folder",
+        "than Amazon's); default: the run's folder. With a URI, distributed regions and fusion go through it too: "
+        "only this process then needs to see `output`",
     )
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> ResourcesConfig:
+        """Configs are shown in reports and logs. Not a check of the field alone, whose error would show its value."""
+        place, _, options = (self.storage or "").partition("?")
+        if "://" in place and ("@" in place.split("/")[2] or "secret_key=" in options):
+            raise ValueError(
+                "storage holds keys, which do not belong into a config: leave them out of the URI and set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of the nodes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _elastic(self) -> ResourcesConfig:
@@ -172,6 +191,11 @@ class ResourcesConfig(Section):
     def on_cluster(self) -> bool:
         """Whether regions and fusion run as Ray tasks: asked for, or a cluster is named."""
         return self.distributed or self.address is not None or "RAY_ADDRESS" in os.environ
+
+    @property
+    def by_train(self) -> bool:
+        """Whether fine-tunes need Ray Train: for several workers, or to keep checkpoints elsewhere."""
+        return self.workers > 1 or self.storage is not None
 
     @property
     def threads(self) -> int:

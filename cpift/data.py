@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpift.artifacts import digest, file_sha256
 from cpift.config import DataSource, TaskConfig
@@ -15,7 +15,7 @@ from cpift.errors import CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
 from cpift.hub import HubError, resolve_revision
 from cpift.text_metrics import last_number
-from cpift.tokens import CompletionCollator, tokenise, tokenised_dataset
+from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,35 +26,60 @@ __all__ = [
     "Message",
     "balanced_sample",
     "check_task",
+    "count_examples",
     "load_examples",
     "mixture",
+    "pick_examples",
+    "read_examples",
     "source_fingerprint",
     "tokenise",
     "tokenised_dataset",
 ]
+Item = TypeVar("Item")
 _SHOWN = 10  # bad rows listed by number; more are counted
 
 
-def load_examples(source: DataSource) -> list[Example]:
-    """The source's rows in order, at most `limit` of them.
+def read_examples(source: DataSource) -> Iterator[Example]:
+    """The source's rows one by one in order, at most `limit` of them; none is kept.
 
-    Raises:
+    Raises, what is wrong with rows at its end and after the first of them giving no more:
         DataError: the source cannot be read or has no rows, or rows are no examples (listed by number, from 1).
         HubError: the hub does not answer.
     """
     name = _describe(source)
-    examples: list[Example] = []
     problems: list[Problem] = []
+    number = bad = 0
     for number, row in enumerate(islice(_rows(source), source.limit), start=1):
         try:
-            examples.append(parse_row(_as_mapping(row), source.columns))
+            example = parse_row(_as_mapping(row), source.columns)
         except RowError as error:
-            problems.append(Problem(f"row {number}", str(error)))
-    if problems:
-        raise DataError(name, _shortened(problems))
-    if not examples:
+            bad += 1
+            if bad <= _SHOWN:
+                problems.append(Problem(f"row {number}", str(error)))
+        else:
+            if not bad:
+                yield example
+    if bad:
+        raise DataError(name, problems + _unlisted(bad))
+    if not number:
         raise DataError(name, [Problem(name, "no rows", "give a source that has some")])
-    return examples
+
+
+def load_examples(source: DataSource) -> list[Example]:
+    """All of `read_examples`."""
+    return list(read_examples(source))
+
+
+def count_examples(source: DataSource) -> int:
+    """How many `read_examples` gives."""
+    return sum(1 for _ in read_examples(source))
+
+
+def pick_examples(source: DataSource, rows: Sequence[int]) -> list[Example]:
+    """The examples in these places, counted from 0, in the order of `rows`; the others are read and let go."""
+    places = {row: place for place, row in enumerate(rows)}
+    found = {places[row]: one for row, one in enumerate(read_examples(source)) if row in places}
+    return [found[place] for place in range(len(rows))]
 
 
 def source_fingerprint(source: DataSource) -> str:
@@ -95,12 +120,12 @@ def check_task(task: TaskConfig, *, download: bool = True) -> list[Problem]:
         if source is None or (source.hub is not None and not download):
             continue
         try:
-            examples = load_examples(source)
+            if split == "test":
+                problems += _shortened(list(_metric_problems(task, load_examples(source))))
+            else:
+                count_examples(source)
         except (DataError, HubError) as error:
             problems += _located(f"tasks.{task.name}.{split}", error)
-            continue
-        if split == "test":
-            problems += _shortened(list(_metric_problems(task, examples)))
     return problems
 
 
@@ -117,7 +142,7 @@ def mixture(datasets: Sequence[Dataset], seed: int, mixing: Mixing = Mixing()) -
     for place, (dataset, rows) in enumerate(zip(datasets, _quotas(datasets, mixing), strict=True)):
         extra = random.Random(f"{seed}/{place}").sample(range(len(dataset)), rows % len(dataset))
         parts += [dataset] * (rows // len(dataset)) + ([dataset.select(sorted(extra))] if extra else [])
-    return concatenate_datasets(parts).shuffle(seed=seed)
+    return concatenate_datasets(parts).shuffle(seed=seed, keep_in_memory=True)  # the order, 8 bytes a row
 
 
 def _quotas(datasets: Sequence[Dataset], mixing: Mixing) -> list[int]:
@@ -125,14 +150,14 @@ def _quotas(datasets: Sequence[Dataset], mixing: Mixing) -> list[int]:
     rows = [len(dataset) for dataset in datasets]
     if mixing.temperature == 1:
         return rows
-    sizes = [sum(map(len, d["input_ids"])) for d in datasets] if mixing.by == "tokens" else rows
+    sizes = [sum(count_tokens(dataset)) for dataset in datasets] if mixing.by == "tokens" else rows
     weights = [size ** (1 / mixing.temperature) for size in sizes]
     shares = [weight / sum(weights) * sum(sizes) for weight in weights]
     return [max(1, round(share * n / size)) for share, n, size in zip(shares, rows, sizes, strict=True)]
 
 
-def balanced_sample(examples_by_task: Sequence[list[Example]], per_task: int | None, seed: int) -> list[list[Example]]:
-    """`per_task` random rows of each task, without repetition; None: as many as the smallest task has.
+def balanced_sample(examples_by_task: Sequence[Sequence[Item]], per_task: int | None, seed: int) -> list[list[Item]]:
+    """`per_task` random rows (or places of rows) of each task, without repetition; None: as many as the smallest has.
 
     A task with fewer than `per_task` rows gives all of them. What one task gives does not depend on the other tasks.
     """
@@ -234,7 +259,8 @@ def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> Iterator[
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:
-    hidden = len(problems) - _SHOWN
-    if hidden <= 0:
-        return problems
-    return [*problems[:_SHOWN], Problem("and", f"{hidden} more rows with problems")]
+    return [*problems[:_SHOWN], *_unlisted(len(problems))]
+
+
+def _unlisted(found: int) -> list[Problem]:
+    return [Problem("and", f"{found - _SHOWN} more rows with problems")] if found > _SHOWN else []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from cpift.config import TrainingConfig
-from cpift.packing import packed
+from cpift.packing import packed_rows
 from cpift.tokens import IGNORED, learnable, tokenise
 
 if TYPE_CHECKING:
@@ -39,20 +40,31 @@ class Counts:
         return self.tokens / (self.rows * self.longest) if self.rows else 0.0
 
 
-def count(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, training: TrainingConfig) -> Counts:
-    """What training will make of the examples."""
-    whole = [tokenise(example, tokenizer, _UNCUT) for example in examples]
+def count(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, training: TrainingConfig) -> Counts:
+    """What training will make of the examples; they are looked at one by one."""
     limit = training.max_length
-    cut = [{key: values[:limit] for key, values in row.items()} for row in whole]
-    kept = [row for row in cut if learnable(row)]
-    rows = len(packed(kept, limit)) if training.packing and kept else len(kept)
+    found = Counter[str]()
+    longest = 0
+
+    def kept() -> Iterator[dict[str, list[int]]]:
+        nonlocal longest
+        for example in examples:
+            whole = tokenise(example, tokenizer, _UNCUT)
+            row = {key: values[:limit] for key, values in whole.items()}
+            found.update(examples=1, cut=len(whole["input_ids"]) > limit)
+            if learnable(row):
+                longest = max(longest, len(row["input_ids"]))
+                found.update(kept=1, tokens=len(row["input_ids"]), trained=sum(x != IGNORED for x in row["labels"]))
+                yield row
+
+    rows = sum(1 for _ in (packed_rows(kept(), limit) if training.packing else kept()))
     return Counts(
-        examples=len(examples),
-        left_out=len(cut) - len(kept),
-        cut=sum(len(row["input_ids"]) > limit for row in whole),
-        tokens=sum(len(row["input_ids"]) for row in kept),
-        trained=sum(label != IGNORED for row in kept for label in row["labels"]),
-        longest=limit if training.packing else max((len(row["input_ids"]) for row in kept), default=0),
+        examples=found["examples"],
+        left_out=found["examples"] - found["kept"],
+        cut=found["cut"],
+        tokens=found["tokens"],
+        trained=found["trained"],
+        longest=limit if training.packing else longest,
         rows=rows,
     )
 

@@ -34,6 +34,7 @@ from cpift.distributed_storage import RUN, Storage
 from cpift.errors import CpiftError, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.placement import Nodes, Placement
+from cpift.tracking import tracker_variables
 
 
 def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
@@ -127,6 +128,9 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     workers: Any = (resources.min_workers, resources.workers) if resources.min_workers else resources.workers
     # Ray's own default for the controller is to try for ever.
     limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
+    # Workers of a Ray started here have this environment already.
+    variables = tracker_variables(spec.tracking) if resources.on_cluster else {}
+    told: dict[str, Any] = {"worker_runtime_env": {"env_vars": variables}} if variables else {}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec, "board": board_name},
@@ -141,6 +145,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
             storage_path=storage.place,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(**limits),
+            **told,
         ),
     )
     _failure_file(spec).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cpift.config import EvaluationConfig, TaskConfig
 from cpift.data import load_examples
-from cpift.devices import native_bf16
+from cpift.devices import resolved
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
 from cpift.judge import judge_replies
@@ -78,7 +78,7 @@ def evaluate_model(
 ) -> dict[str, TaskScore]:
     """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
 
-    Weights are kept in float32 and products computed in bf16 where that is native, else everything in float32.
+    Weights are kept in float32, products computed as `settings.precision` says.
     `on_progress(task, done, total)` counts rows scored plus, where the metric needs them, rows generated.
 
     Raises:
@@ -89,7 +89,7 @@ def evaluate_model(
     # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     room = _Room(model, tokenizer, settings)
-    with torch.no_grad(), _precision(torch.device(device).type):
+    with torch.no_grad(), _precision(settings, torch.device(device).type):
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
@@ -115,8 +115,10 @@ def _silent(task: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def _precision(device_type: str) -> Iterator[None]:
-    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=native_bf16(device_type)):
+def _precision(settings: EvaluationConfig, device_type: str) -> Iterator[None]:
+    with torch.autocast(
+        device_type, dtype=torch.bfloat16, enabled=resolved(settings.precision, device_type) == "bfloat16"
+    ):
         yield
 
 

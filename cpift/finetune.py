@@ -1,7 +1,7 @@
 """One fine-tune, inside one worker: a sequence of stages, each a transformers.Trainer run on the model of the last.
 
 A probe is one stage on one task; the staged backbone trains group after group; integration does so with earlier cores
-frozen. The model is trained in float32 under bf16 autocast where the machine has it, and exported in θ0's dtypes.
+frozen. The model is trained in float32, its products computed as `precision` says, and exported in θ0's dtypes.
 Ray is not imported here: `distributed_fits.py` wires the hooks to Ray Train, a test may pass its own.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,17 +31,17 @@ from cpift.adapters import merged, with_adapters
 from cpift.artifacts import read_json, write_json
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
-from cpift.data import CompletionCollator, balanced_sample, load_examples, mixture, tokenised_dataset
-from cpift.devices import device_name, native_bf16
+from cpift.data import CompletionCollator
+from cpift.devices import device_name, resolved
 from cpift.errors import CheckpointError, Problem, StageError
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer
-from cpift.packing import packed
 from cpift.regions import JointCores
 from cpift.safetensors_files import TensorInfo
-from cpift.sharding import ShardedTrainer, load_sharded, save_whole, whole, workers_here
-from cpift.tracking import tensorboard
+from cpift.sharding import ShardedTrainer, load_sharded, rank_here, save_whole, whole, workers_here
+from cpift.stage_data import stage_data
+from cpift.tracking import tracked
 
 _log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
@@ -94,6 +93,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "device": device_name(),
+        "precision": resolved(spec.training.precision),
     }
     _export(spec, merged(model), result, hooks.is_main)
     return result
@@ -132,34 +132,30 @@ def _run_stage(
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
     masks = _frozen(spec, stage.frozen)
     follower = _Follower(spec, index, progress, hooks, masks)
-    trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
-        model=model,
-        args=_arguments(spec, index),
-        train_dataset=stage_data(spec, index, tokenizer),
-        data_collator=CompletionCollator(tokenizer),
-        callbacks=[follower, *tensorboard(spec.tracking, spec.logs / f"stage-{index}")],
-    )
-    trainer.remove_callback(PrinterCallback)  # progress and log are ours
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tracked(
+        spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
+    ) as curves:
+        trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
+            model=model,
+            args=_arguments(spec, index),
+            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}"),
+            data_collator=CompletionCollator(tokenizer),
+            callbacks=[follower, *curves],
+        )
+        trainer.remove_callback(PrinterCallback)  # progress and log are ours
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     follower.finish(model)
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
 
 
+def _stage_title(spec: FitSpec, index: int) -> str:
+    return spec.title if len(spec.stages) == 1 else f"{spec.title}, stage {index}"
+
+
 def _stage_folder(spec: FitSpec, index: int) -> Path:
     return spec.scratch / f"stage-{index}"
-
-
-def stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows that a stage goes over in every epoch, with column `input_ids` among others."""
-    chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
-    examples = [load_examples(task.train_data) for task in chosen]
-    if spec.balanced:
-        examples = balanced_sample(examples, spec.samples_per_task, spec.seed)
-    parts = [tokenised_dataset(rows, tokenizer, spec.training.max_length) for rows in examples]
-    mixed = mixture(parts, spec.seed + index, spec.training.mixing)
-    return packed(mixed, spec.training.max_length) if spec.training.packing else mixed
 
 
 def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -183,7 +179,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
-        bf16=native_bf16("cuda" if cuda else "cpu"),
+        bf16=resolved(training.precision) == "bfloat16",
         use_cpu=not cuda,
         seed=spec.seed + index,
         data_seed=spec.seed + index,
@@ -195,8 +191,8 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded
         dataloader_pin_memory=cuda,
         disable_tqdm=True,
-        report_to=[name for name in spec.tracking if name != "tensorboard"],
-        run_name=spec.title,
+        report_to=[],  # see `tracked`
+        run_name=_stage_title(spec, index),
         remove_unused_columns=False,
         use_cache=False,  # with a cache, models take packed examples for one
     )

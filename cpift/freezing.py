@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import torch
-from cpift_kernels import count_mask, gather_masked, mask_starts, pack_mask, scatter_masked_, unpack_mask, zero_masked_
-from cpift_kernels.cpu.compiled import in_threads
+from cpift_kernels import count_mask, hold_masked, pack_mask, unpack_mask
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -34,33 +33,41 @@ class ElementFreezer:
     """
 
     def __init__(self, model: torch.nn.Module, masks: Mapping[str, torch.Tensor]):
-        self._parameters = _parameters_of(model, masks)
         self._words: dict[str, torch.Tensor] = {}
-        self._starts: dict[str, torch.Tensor] = {}  # so that a restore on a GPU is one launch and no wait
-        self._saved: dict[str, torch.Tensor] = {}
+        self._parameters: list[torch.nn.Parameter] = []
         self.frozen_elements = 0  # of the whole model, whatever this worker holds of it
-        for name, parameter in self._parameters.items():
+        for name, parameter in _parameters_of(model, masks).items():
             whole = masks[name]
             self.frozen_elements += count_mask(whole)
-            words = _local_words(parameter, whole)
-            if bool(words.any()):
-                self._words[name] = words
-                self._starts[name] = mask_starts(words, _flat(parameter).numel())
-                self._saved[name] = gather_masked(_flat(parameter), words)
+            local = _local_words(parameter, whole)
+            if bool(local.any()):
+                self._words[name] = local
+                self._parameters.append(parameter)
+        self._held = hold_masked(self._to_hold(), list(self._words.values()))
         self._handles: list[RemovableHandle] = []
+
+    def _to_hold(self) -> list[torch.Tensor]:
+        """1-D, of each masked parameter what this worker holds of it: the values whose masked elements are kept."""
+        return [_flat(parameter) for parameter in self._parameters]
 
     @property
     def nbytes(self) -> int:
-        """Memory held on this worker: masks, where their blocks begin, and frozen values."""
-        return sum(tensor.nbytes for held in (self._words, self._starts, self._saved) for tensor in held.values())
+        """Memory held on this worker: masks, frozen values, and where in these the blocks of a mask begin."""
+        return self._held.nbytes
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start holding: hooks on the gradients of the masked parameters and on the optimizer's step."""
-        for name, words in self._words.items():
-            if self._parameters[name].requires_grad:
-                hook = _zeroing(words)
-                self._handles.append(self._parameters[name].register_post_accumulate_grad_hook(hook))
+        for place, parameter in enumerate(self._parameters):
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._zeroing(place)))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
+
+    def _zeroing(self, place: int) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                self._held.zero_(place, _flat(parameter.grad))
+
+        return hook
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -68,17 +75,8 @@ class ElementFreezer:
         self._handles.clear()
 
     def restore(self) -> None:
-        """Put every frozen value back; on the CPU tensor beside tensor, for few are large enough to cut for threads."""
-        values = {name: _flat(self._parameters[name]) for name in self._words}
-
-        def one(name: str) -> None:
-            scatter_masked_(values[name], self._words[name], self._saved[name], starts=self._starts[name])
-
-        if all(held.is_cpu for held in values.values()):
-            in_threads(one, values)
-        else:
-            for name in values:
-                one(name)
+        """Put every frozen value back."""
+        self._held.restore_([_flat(parameter) for parameter in self._parameters])
 
     def __enter__(self) -> ElementFreezer:
         return self
@@ -104,25 +102,23 @@ class ElementAnchor(ElementFreezer):
         strength: float,
         origin: Callable[[str], torch.Tensor],
     ):
+        self._strength, self._origin = strength, origin
         super().__init__(model, masks)
-        self._strength = strength
-        for name, words in self._words.items():
-            parameter = self._parameters[name]
-            whole = origin(name).to(parameter.dtype).view(parameter.shape)
-            self._saved[name] = gather_masked(_local(parameter, whole).to(words.device), words)
+
+    def _to_hold(self) -> list[torch.Tensor]:
+        pairs = zip(self._words, self._parameters, strict=True)
+        return [_local(p, self._origin(name).to(p.dtype).view(p.shape)).to(p.device) for name, p in pairs]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start pulling: a hook on the optimizer's step."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._groups = {name: groups[id(parameter)] for name, parameter in self._parameters.items()}
+        self._groups = [groups[id(parameter)] for parameter in self._parameters]
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.pull()))
 
     def pull(self) -> None:
         """One step back."""
-        for name, words in self._words.items():
-            values, share = _flat(self._parameters[name]), min(self._strength * self._groups[name]["lr"], 1.0)
-            pulled = gather_masked(values, words).lerp_(self._saved[name], share)
-            scatter_masked_(values, words, pulled, starts=self._starts[name])
+        shares = [min(self._strength * group["lr"], 1.0) for group in self._groups]
+        self._held.pull_([_flat(parameter) for parameter in self._parameters], shares)
 
 
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -202,11 +198,3 @@ def _local_words(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """`_local_mask`, packed, where the worker's values are."""
     local = pack_mask(_local_mask(parameter, words)) if isinstance(parameter, DTensor) else words
     return local.to(_flat(parameter).device)
-
-
-def _zeroing(words: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    def hook(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            zero_masked_(_flat(parameter.grad), words)
-
-    return hook

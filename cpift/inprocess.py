@@ -72,6 +72,8 @@ class InProcessEngine:
 def _require_one_worker(resources: ResourcesConfig) -> None:
     if resources.workers > 1:
         raise CpiftError(f"resources.workers {resources.workers}: one process is one worker")
+    if resources.storage is not None:
+        raise CpiftError(f"resources.storage {resources.storage}: one process keeps its checkpoints beside the run")
 
 
 def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:

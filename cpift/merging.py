@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from cpift.errors import CpiftError
 from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import DEFAULT_BUDGET, Piece, sweep
 
+Prepared = tuple[dict[str, Any] | None, Callable[[int, int, torch.Tensor], None]]
 Progress = Callable[[int, str], None]  # elements written since the last call, and the tensor they belong to
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
@@ -42,8 +44,10 @@ class Method(Protocol):
     def pieces(self, info: TensorInfo) -> list[Piece]:
         """The slices of a tensor."""
 
-    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Callable[[int, int, torch.Tensor], None]]:
-        """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer."""
+    def tensor(self, info: TensorInfo) -> Prepared:
+        """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
+
+        It may run while another tensor is being written."""
 
 
 MergeShards = Callable[[Method, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
@@ -101,8 +105,7 @@ def merge_shards(
 def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> dict[str, Any]:
     records = []
     try:
-        for info in shard.tensors:
-            record, fill = method.tensor(info)
+        for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
             for start, stop in sweep(method.models, info, method.pieces(info)):
                 out = writing.buffer(stop - start, info.dtype)
@@ -112,6 +115,18 @@ def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, 
     finally:  # also after an error: nothing may be written to a file that is being closed
         writing.drain()
     return {"tensors": records}
+
+
+def _looked_ahead(method: Method, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Prepared]]:
+    """Every tensor with what `method` says of it: its statistics are made while the tensor before it is written, for
+    writing alone (one hash, one disk) does not keep the processors busy."""
+    with ThreadPoolExecutor(1, thread_name_prefix="cpift-ahead") as ahead:
+        coming = ahead.submit(method.tensor, infos[0])
+        for info, following in zip(infos, (*infos[1:], None), strict=True):
+            prepared = coming.result()
+            if following is not None:
+                coming = ahead.submit(method.tensor, following)
+            yield info, prepared
 
 
 def buffers_within(budget: int, nbytes: int, models: int) -> int:
@@ -148,3 +163,6 @@ class Merging(Protocol):
         self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """`merge_shards`."""
+
+    def publish(self, folder: Path, fingerprint: str) -> None:
+        """The finished model is in `folder`: what was merged elsewhere can be completed there."""

@@ -72,10 +72,17 @@ class NoEngine:
 class Pipeline:
     """One run's stages. Methods named after a stage make it (and what it needs) and return its artifact."""
 
-    def __init__(self, config: RunConfig, engine: Engine, view: View | None = None, merging: Merging | None = None):
-        """`merging`: where regions and fusion run, if not in this process."""
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        view: View | None = None,
+        merging: Merging | None = None,
+        maker: str = "",
+    ):
+        """`merging`: where regions and fusion run, if not in this process. `maker`: see `Artifact.maker`."""
         self.config, self.view, self.merging = config, view or View(), merging
-        self.artifacts = StageArtifacts(config)
+        self.artifacts = StageArtifacts(config, maker)
         self.engine = engine
         self.worked = False  # whether any stage had to be made
         self.root = config.output_dir
@@ -149,6 +156,8 @@ class Pipeline:
         from cpift.stages import build_fusion
 
         self._make(artifact, "fusion", lambda out: build_fusion(self, groups, backbone, out))
+        if self.merging:
+            self.merging.publish(artifact.path, artifact.fingerprint)
         return Model.of("fused", artifact)
 
     def integrate(self) -> Model:
@@ -252,17 +261,17 @@ class Pipeline:
         return set()
 
     def _make(self, artifact: Artifact, title: str, build: Callable[[Path], None]) -> Artifact:
-        if artifact.complete:
+        if artifact.whole:
             self._say_cached(title)
             return artifact
         with claimed([artifact]):
-            if artifact.complete:  # another process made it while this one waited
+            if artifact.whole:  # another process made it while this one waited
                 return artifact
             self._said.add(title)
             self.worked = True
             from cpift.devices import device_name
 
-            with self.view.stage(title), artifact.build(device_name()) as out:
+            with artifact.compared(self.view.warn), self.view.stage(title), artifact.build(device_name()) as out:
                 build(out)
         return artifact
 
@@ -274,7 +283,7 @@ class Pipeline:
         finish: Finish = lambda made, out: None,
     ) -> None:
         """Run the fine-tunes whose artifacts are missing, and keep what each exported."""
-        missing = [artifact for artifact in artifacts if not artifact.complete]
+        missing = [artifact for artifact in artifacts if not artifact.whole]
         if not missing:
             self._say_cached(title)
             return
@@ -296,7 +305,7 @@ def fit_all(
     `fit`: as `Engine.fit`.
     """
     with claimed(artifacts):
-        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.complete}
+        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
         chosen = [spec for spec in specs if spec.export in wanted]
         if not chosen:  # other processes made them while this one waited
             return
@@ -306,7 +315,8 @@ def fit_all(
             finally:  # a failed one does not cost the others
                 for export, artifact in wanted.items():
                     if (export / "training.json").is_file():
-                        _adopt(artifact, export, finish)
+                        with artifact.compared(view.warn):
+                            _adopt(artifact, export, finish)
 
 
 def _adopt(artifact: Artifact, export: Path, finish: Finish) -> None:

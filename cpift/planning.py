@@ -209,7 +209,8 @@ def _later(config: RunConfig) -> list[str]:
 
 
 def _step(artifact: Artifact, detail: str) -> Step:
-    return Step(artifact.stage, artifact.label, "cached" if artifact.complete else "to do", detail)
+    state = "cached" if artifact.whole else "weights dropped" if artifact.complete else "to do"
+    return Step(artifact.stage, artifact.label, state, detail)
 
 
 def _source(model: ModelConfig) -> str:

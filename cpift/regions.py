@@ -269,21 +269,21 @@ class RegionMasks:
 
     def __init__(self, folder: Path, tasks: Sequence[str]):
         self._made_of = folder, tuple(tasks)
-        files = {task: folder / f"{task}.safetensors" for task in tasks}
-        self._infos = {task: {info.name: info for info in read_header(file)} for task, file in files.items()}
-        self._maps = {task: MappedFile(file) for task, file in files.items()}
+        self.files = {task: folder / f"{task}.safetensors" for task in tasks}
+        self.infos = {task: {info.name: info for info in read_header(file)} for task, file in self.files.items()}
+        self._maps = {task: MappedFile(file) for task, file in self.files.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_of  # another process maps the files itself
 
     def has(self, name: str) -> bool:
         """Whether a parameter belongs to the parameter space."""
-        return all(name in infos for infos in self._infos.values())
+        return all(name in infos for infos in self.infos.values())
 
     def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
         """The mask words of elements start..stop-1; start is a multiple of 32."""
         first, last = start // 32, (stop + 31) // 32
-        info = self._infos[task][name]
+        info = self.infos[task][name]
         return self._maps[task].view(info.start + 4 * first, torch.int32, last - first)
 
 

@@ -33,6 +33,11 @@ def workers_here() -> int:
     return torch.distributed.get_world_size() if group else 1
 
 
+def rank_here() -> int:
+    """This worker's number among those that train together."""
+    return torch.distributed.get_rank() if workers_here() > 1 else 0
+
+
 def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a local safetensors folder, sharded over the workers of the process group. Collective.
 

@@ -56,12 +56,12 @@ class Model:
 class StageArtifacts:
     """The artifacts of one run."""
 
-    def __init__(self, config: RunConfig):
-        self.config = config
+    def __init__(self, config: RunConfig, maker: str = ""):
+        self.config, self.maker = config, maker
         self.root = config.output_dir
 
     def artifact(self, stage: str, label: str, inputs: Mapping[str, str], fields: Mapping[str, Any]) -> Artifact:
-        return Artifact(self.root, stage, label, inputs, fields, _VERSIONS[stage])
+        return Artifact(self.root, stage, label, inputs, fields, _VERSIONS[stage], self.maker)
 
     @cached_property
     def model(self) -> Artifact:

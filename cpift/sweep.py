@@ -25,13 +25,15 @@ from cpift.distributed_fits import parallel_fits, run_fits
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Range, Sweep, describe
+from cpift.sweep_config import Fields, Range, Sweep, describe
 from cpift.sweep_fits import cpus_for, fits_in_tasks
+from cpift.sweep_keep import Keeper
 from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep_results import all_there, own_artifacts
 from cpift.sweep_shared import OnProgress, OnResult, SharedWork
 from cpift.sweep_trial import failure_file, run_trial
+from cpift.units import show_size
 from cpift.view import View, quiet
 
 _ENVIRONMENT = {
@@ -51,8 +53,9 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
     record = sweep_record(sweep)
     if record.complete and all_there(sweep, read_attempts(record), pipeline):
         view.cached(f"sweep {sweep.name}")
+        _tidy(Keeper(sweep, pipeline, ()), read_attempts(record), view)
         return read_attempts(record)
-    shutil.rmtree(record.path, ignore_errors=True)  # of a sweep whose models somebody deleted
+    shutil.rmtree(record.path, ignore_errors=True)  # of a sweep whose outputs somebody deleted
     started = time.time()
     with ray_session(sweep.base.resources):
         search = _search_as_it_goes if sweep.config.search.method == "optuna" else _search_planned
@@ -77,13 +80,21 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     trials = merged(points, runs)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
     shared.complete([run for trial in trials for run in trial.runs])
-    todo = [trial for trial in trials if not _done(sweep, trial)]
+    todo, results = [trial.fields for trial in trials if not _done(sweep, trial)], {}
+    keeper = Keeper(sweep, pipeline, todo)
     if todo:
-        space = {"fields": tune.grid_search([trial.fields for trial in todo])}
-        results = _tune(sweep, record, space, len(todo), view)
-        return [_attempt(sweep, trial, record, results) for trial in trials]
-    view.cached(f"{len(trials)} trials")
-    return [_attempt(sweep, trial, record, {}) for trial in trials]
+        results = _tune(sweep, record, {"fields": tune.grid_search(todo)}, len(todo), keeper, view)
+    else:
+        view.cached(f"{len(trials)} trials")
+    attempts = [_attempt(sweep, trial, record, results) for trial in trials]
+    _tidy(keeper, attempts, view)
+    return attempts
+
+
+def _tidy(keeper: Keeper, attempts: Sequence[Attempt], view: View) -> None:
+    keeper.finish(attempts)
+    if keeper.freed:
+        view.note(f"Dropped {show_size(keeper.freed)} of trials' weights (`keep: all` in the sweep's file keeps them)")
 
 
 def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
@@ -92,8 +103,11 @@ def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attem
     if fixed is not None:
         SharedWork([pipeline(run) for run in fixed], OnRay(), view).prepare()
     space = {name: _domain(values) for name, values in sweep.config.space.items()}
-    results = _tune(sweep, record, space, sweep.config.search.samples or 1, view)
-    return attempts_of(sweep, results, pipeline)
+    keeper = Keeper(sweep, pipeline, None)
+    results = _tune(sweep, record, space, sweep.config.search.samples or 1, keeper, view)
+    attempts = attempts_of(sweep, results, pipeline)
+    _tidy(keeper, attempts, view)
+    return attempts
 
 
 def _before_search(sweep: Sweep) -> list[RunConfig] | None:
@@ -128,7 +142,9 @@ def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, di
     return Attempt(points, "failed" if found.get("error") else "stopped", found.get("error") or "")
 
 
-def _tune(sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, view: View) -> dict[str, dict[str, Any]]:
+def _tune(
+    sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, keeper: Keeper, view: View
+) -> dict[str, dict[str, Any]]:
     """Run trials to their end; by digest of its fields each one's fields and error."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -136,7 +152,7 @@ def _tune(sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, v
     shutil.rmtree(storage / "failures", ignore_errors=True)  # what failed in an earlier call is tried again
     storage.mkdir(parents=True, exist_ok=True)
     with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
-        _Progress.current, _Progress.ended = (view, board), 0
+        _Progress.current, _Progress.ended = (view, board, keeper), 0
         trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
         grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
@@ -146,8 +162,7 @@ def _tune(sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, v
 
 def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:
     """A trial's fields and, if it failed, why."""
-    config = result.config or {}
-    fields = config.get("fields", config)
+    fields = _fields(result.config or {})
     marker = failure_file(failures, fields)
     reason = marker.read_text(encoding="utf-8") if marker.is_file() else str(result.error)
     return {"fields": fields, "error": reason if result.error else ""}
@@ -222,13 +237,13 @@ def _concurrency(sweep: Sweep) -> int | None:
     """Trials at once at most: what was asked for, and never more fine-tunes than fit whole."""
     resources = sweep.base.resources
     fitting = parallel_fits(resources)  # raises where not even one can be placed
-    limits = [sweep.config.concurrency, fitting if resources.workers > 1 else resources.parallel]
+    limits = [sweep.config.concurrency, fitting if resources.by_train else resources.parallel]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
-    """What a trial holds. One of several workers holds next to nothing itself, for its fine-tunes ask for theirs."""
-    if resources.workers > 1:
+    """What a trial holds. With Ray Train next to nothing, for its fine-tunes ask for their workers themselves."""
+    if resources.by_train:
         return {"cpu": 0.01}
     cpus = cpus_for(max(resources.threads, resources.threads_alone or 0), resources)
     return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
@@ -245,8 +260,8 @@ class OnRay:
     """`SharedEngine` on Ray; never more threads at once than CPUs."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        fits_in_tasks([spec for spec in specs if spec.resources.workers == 1], resources, on_progress)
-        specs = [spec for spec in specs if spec.resources.workers > 1]
+        fits_in_tasks([spec for spec in specs if not spec.resources.by_train], resources, on_progress)
+        specs = [spec for spec in specs if spec.resources.by_train]
         if not specs:
             return
         threads = max(spec.threads for spec in specs) * resources.workers
@@ -263,21 +278,32 @@ class OnRay:
         evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
 
 
-class _Progress(tune.Callback):
-    """Shows what trials post. Tune keeps a copy of it on disk, so what it shows them on belongs to the class."""
+def _fields(config: dict[str, Any]) -> Fields:
+    """A trial's point, as `run_trial` is given it."""
+    found: Fields = config.get("fields", config)
+    return found
 
-    current: ClassVar[tuple[View, Any] | None] = None
+
+class _Progress(tune.Callback):
+    """Shows what trials post, and drops what need not be kept of those that end.
+
+    Tune keeps a copy of it on disk, so what it works with belongs to the class.
+    """
+
+    current: ClassVar[tuple[View, Any, Keeper] | None] = None
     polled: ClassVar[float] = 0.0
     ended: ClassVar[int] = 0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.current is not None and time.monotonic() - _Progress.polled > 0.5:
             _Progress.polled = time.monotonic()
-            view, board = self.current
+            view, board, _ = self.current
             show_progress(board, view.progress)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "finished")
+        if self.current is not None:
+            self.current[2].ended(_fields(trial.config))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "failed")
@@ -285,6 +311,6 @@ class _Progress(tune.Callback):
     def _say(self, trial: Any, how: str) -> None:
         if self.current is not None:
             _Progress.ended += 1
-            title = describe(trial.config.get("fields", trial.config))
+            title = describe(_fields(trial.config))
             self.current[0].finish(title)
             self.current[0].note(f"  {_Progress.ended} {how}: {title}")

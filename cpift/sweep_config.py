@@ -104,6 +104,12 @@ class SweepConfig(Section):
     )
     seeds: tuple[int, ...] = Field((), description="every point is run with each; default: the run's own seed")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals over seeds")
+    keep: Literal["best", "all", "scores"] = Field(
+        "best",
+        description="whose fused and final models keep their weights: best: those of the best config, with every seed; "
+        "all: every trial's; scores: none. Scores, manifests and what trials share stay, and `cpift run` on any point "
+        "makes its models again",
+    )
     concurrency: int | None = Field(None, ge=1, description="trials at once; default: as many as fit")
 
     @model_validator(mode="after")

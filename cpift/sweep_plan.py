@@ -7,8 +7,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cpift.artifacts import Artifact
+from cpift.artifacts import Artifact, read_json
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Range, SweepConfig, Value
@@ -78,3 +79,25 @@ def expected_backbone(run: Pipeline) -> Model:
     """θ_base as it is or will be: a staged one is not trained here."""
     staged = run.artifacts.backbone(run.group().groups)
     return run.backbone() if staged is None else Model.of("backbone", staged)
+
+
+def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
+    """The models that a trial makes for itself, made or not: fused, and where `model` says so final."""
+    groups = run.group().groups
+    fused = run.artifacts.fuse(groups, expected_backbone(run))
+    return {"fused": fused} | ({"final": run.artifacts.integrate(groups, fused)} if model == "final" else {})
+
+
+def scored_models(run: Pipeline, model: str) -> list[Model]:
+    """Every model that a trial with this judged model scores, in the report's order, made or not."""
+    staged = [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
+    own = [Model.of(title, made) for title, made in own_models(run, model).items()]
+    return [run.artifacts.base, *run.artifacts.tuned.values(), *staged, *own]
+
+
+def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Any]] | None:
+    """Scores by model and task of a trial that has made them all, be its models' weights there or dropped."""
+    scored = {one.title: run.artifacts.evaluate(one) for one in scored_models(run, model)}
+    if not all(made.complete for made in (*own_models(run, model).values(), *scored.values())):
+        return None
+    return {title: read_json(made.path / "scores.json") for title, made in scored.items()}

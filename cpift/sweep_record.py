@@ -27,9 +27,10 @@ class Attempt:
 
 
 def sweep_record(sweep: Sweep) -> Artifact:
-    """Named by everything that decides which points are tried and what they give; not by how many run at once."""
+    """Named by everything that decides which points are tried and what they give; not by how many run at once
+    or whose weights are kept."""
     config = sweep.config.model_dump(
-        mode="json", exclude={"name", "output", "run", "fixed", "confidence", "concurrency"}
+        mode="json", exclude={"name", "output", "run", "fixed", "confidence", "keep", "concurrency"}
     )
     base = sweep.base.model_dump(mode="json", exclude={"name", "output", "resources"})
     threads = [sweep.base.resources.threads, sweep.base.resources.threads_alone, sweep.base.resources.workers]

@@ -32,7 +32,7 @@ def sweep_page(data: SweepData) -> str:
         "front": ("Trade-offs", _front(data)),
         "trials": ("Trials", _trials(data)),
         "reuse": ("Cost and reuse", _reuse(data)),
-        "best": ("Best config", _config(data.best_yaml, "cpift run takes it as it is, and finds everything made.")),
+        "best": ("Best config", _config(data.best_yaml, _best_note(data))),
         "sweep": ("Sweep", _config(data.sweep_yaml, "")),
     }
     shown_sections = {key: pair for key, pair in sections.items() if pair[1]}
@@ -273,6 +273,16 @@ def _reuse(data: SweepData) -> str:
         "that are there. Work is the stages' own time, added up; it leaves out starting workers."
     )
     return table(heads, rows, caption)
+
+
+def _best_note(data: SweepData) -> str:
+    others = {
+        "best": "Of the other trials' models only the scores are kept; their manifests name the command that makes "
+        "each of them again.",
+        "scores": "Of the trials' models only the scores are kept; cpift run makes this one again.",
+    }
+    found = "" if data.keep == "scores" else "cpift run takes it as it is, and finds everything made."
+    return f"{found} {others.get(data.keep, '')}".strip()
 
 
 def _config(text: str, note: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep, describe, shown
-from cpift.sweep_plan import expected_backbone
+from cpift.sweep_plan import expected_backbone, own_models
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import (
     Estimate,
@@ -57,6 +57,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         name=sweep.name,
         sweep_yaml=_sweep_yaml(sweep),
         best_yaml="",
+        keep=sweep.config.keep,
         space=_space(sweep, attempts),
         method=sweep.config.search.method,
         seeds=list(sweep.seeds),
@@ -95,19 +96,14 @@ def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
 
 def _trial_models(sweep: Sweep, run: Pipeline) -> list[Model]:
     """The models that differ from trial to trial: the backbone, the fused and the final one."""
-    return _backbone_models(run) + [Model.of(title, made) for title, made in _own_models(sweep, run).items()]
+    return _backbone_models(run) + [
+        Model.of(title, made) for title, made in own_models(run, sweep.config.model).items()
+    ]
 
 
 def _backbone_models(run: Pipeline) -> list[Model]:
     """Empty where θ0 itself is the backbone."""
     return [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
-
-
-def _own_models(sweep: Sweep, run: Pipeline) -> dict[str, Artifact]:
-    groups = run.group().groups
-    fused = run.artifacts.fuse(groups, expected_backbone(run))
-    final = {"final": run.artifacts.integrate(groups, fused)} if sweep.config.model == "final" else {}
-    return {"fused": fused} | final
 
 
 def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
@@ -116,7 +112,7 @@ def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
 
 def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
     """What a trial makes and no other one asks for, as a rule: fused and final model and their scores."""
-    models = _own_models(sweep, run)
+    models = own_models(run, sweep.config.model)
     return [*models.values(), *(run.artifacts.evaluate(Model.of(title, made)) for title, made in models.items())]
 
 
@@ -236,6 +232,10 @@ def summary(data: SweepData) -> dict[str, Any]:
     return {
         "name": data.name,
         "points": data.points,
+        "seeds": data.seeds,
+        "confidence": data.confidence,
+        "tasks": data.metrics,
+        "references": _plain(data.references),
         "trials": [
             {
                 "number": trial.number,
@@ -244,9 +244,7 @@ def summary(data: SweepData) -> dict[str, Any]:
                 "reason": trial.reason,
                 "groups": trial.groups,
                 "seconds": trial.seconds,
-                "figures": {
-                    model: {name: one.__dict__ for name, one in found.items()} for model, found in trial.figures.items()
-                },
+                "figures": _plain(trial.figures),
             }
             for trial in data.trials
         ],
@@ -254,6 +252,10 @@ def summary(data: SweepData) -> dict[str, Any]:
         "pareto": [trial.number for trial in pareto_front(data)],
         "reuse": [one.__dict__ for one in data.reuse],
     }
+
+
+def _plain(figures: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
+    return {model: {name: one.__dict__ for name, one in found.items()} for model, found in figures.items()}
 
 
 def results_table(data: SweepData, rows: int = 12) -> Table:

@@ -63,6 +63,7 @@ class SweepData:
     name: str
     sweep_yaml: str
     best_yaml: str
+    keep: str  # whose weights are there: best | all | scores (none)
     space: dict[str, list[Any]]  # field → values that were tried, ascending where they are numbers
     method: str
     seeds: list[int]

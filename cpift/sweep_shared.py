@@ -81,7 +81,7 @@ class SharedWork:
 
     def fit(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
         """Make what is missing: runs that ask for other resources one after the other, all others side by side."""
-        missing = [entry for entry in wanted if not entry[0].complete]
+        missing = [entry for entry in wanted if not entry[0].whole]
         if not missing:
             if wanted:
                 self.view.cached(f"{len(wanted)} {title}")

@@ -19,6 +19,8 @@ from cpift.errors import CpiftError, StageError
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Engine, Pipeline
 from cpift.sweep_config import Sweep, describe
+from cpift.sweep_plan import known_scores, scored_models
+from cpift.sweep_record import sweep_record
 from cpift.sweep_scores import figures
 from cpift.tracking import ended_if_stuck
 from cpift.view import View, quiet
@@ -51,9 +53,10 @@ def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
 def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[str, float]]:
     """The objectives' means after each seed; for ASHA first those of the fused model, before any integration."""
     found: list[dict[str, float]] = []
+    maker = sweep_record(sweep).name
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
-        run = Pipeline(config, engine_for(config), view)
+        run = Pipeline(config, engine_for(config), view, maker=maker)
         if number == 0 and sweep.config.search.method == "asha" and sweep.config.model == "final":
             yield _means(sweep, [_figures(run, "fused")])
         found.append(_figures(run, sweep.config.model))
@@ -61,15 +64,16 @@ def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[
 
 
 def engine_for(config: RunConfig) -> Engine:
-    """This very process where a fine-tune is one worker; else Ray Train, for which a trial holds next to nothing."""
-    return InProcessEngine(config) if config.resources.workers == 1 else RayEngine(config)
+    """This very process where that is enough; else Ray Train, for which a trial holds next to nothing."""
+    return RayEngine(config) if config.resources.by_train else InProcessEngine(config)
 
 
 def _figures(run: Pipeline, model: str) -> dict[str, float]:
-    fused = run.fuse()
-    backbone = [run.backbone()] if run.config.backbone_source != "pretrained" else []
-    final = [run.integrate()] if model == "final" else []
-    scores = run.evaluate([run.pretrained(), *run.probe().values(), *backbone, fused, *final])
+    """Makes only what has no scores yet: a model that was scored may have lost its weights since."""
+    scores = known_scores(run, model)
+    if scores is None:
+        (run.integrate if model == "final" else run.fuse)()
+        scores = run.evaluate(scored_models(run, model))
     return figures(scores, [task.name for task in run.config.tasks], model)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
+from cpift.rows_on_disk import rows_on_disk
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +47,12 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenised_dataset(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path | None = None
+) -> Dataset:
     """A map-style data set with columns `input_ids` and `labels`, in the examples' order.
 
+    `file`: where its rows are kept, 8 bytes a token, so that neither they nor the examples are ever all in memory.
     Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out and counted in the log.
 
     Raises:
@@ -55,14 +60,31 @@ def tokenised_dataset(examples: Sequence[Example], tokenizer: PreTrainedTokenize
     """
     from datasets import Dataset
 
-    rows = [tokenise(example, tokenizer, max_length) for example in examples]
-    kept = [row for row in rows if learnable(row)]
-    if not kept:
+    total = left_out = 0
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        nonlocal total, left_out
+        for example in examples:
+            row = tokenise(example, tokenizer, max_length)
+            total += 1
+            if learnable(row):
+                yield row
+            else:
+                left_out += 1
+
+    found = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
+    if not total - left_out:
         remedy = "raise max_length"
         raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
-    if len(kept) < len(rows):
-        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", len(rows) - len(kept), len(rows), max_length)
-    return Dataset.from_list(kept)
+    if left_out:
+        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", left_out, total, max_length)
+    return found
+
+
+def count_tokens(dataset: Dataset) -> Iterator[int]:
+    """The length of each row, in order; rows are read a thousand at a time."""
+    for batch in dataset.select_columns("input_ids").iter(1000):
+        yield from map(len, batch["input_ids"])
 
 
 def learnable(row: Mapping[str, Sequence[int]]) -> bool:

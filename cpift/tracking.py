@@ -5,8 +5,9 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -29,15 +30,67 @@ def check_trackers(trackers: Sequence[Tracker]) -> list[Problem]:
     ]
 
 
-def tensorboard(trackers: Sequence[Tracker], folder: Path) -> list[TrainerCallback]:
-    """The callback that writes TensorBoard's event files to `folder`, if they are wanted."""
-    if "tensorboard" not in trackers:
-        return []
+@contextmanager
+def tracked(trackers: Sequence[Tracker], title: str, folder: Path) -> Iterator[list[TrainerCallback]]:
+    """The callbacks that send the curves of one stage of a fine-tune to the trackers that are wanted.
+
+    To TensorBoard in `folder`; to MLflow and W&B as a run named `title`, which ends with the block, so that the next
+    one in this process is a run of its own. Their usual variables say where to (MLFLOW_TRACKING_URI, WANDB_PROJECT,
+    ...); without them MLflow's is `folder`/mlflow.db, and W&B's local files are in `folder` too.
+    """
+    makers = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
+    with ExitStack() as stack:
+        yield [stack.enter_context(makers[name](title, folder)) for name in trackers]
+
+
+def tracker_variables(trackers: Sequence[Tracker]) -> dict[str, str]:
+    """What this process's environment says to the trackers, for workers on other machines."""
+    wanted = tuple(f"{name.upper()}_" for name in trackers if name != "tensorboard")
+    return {name: value for name, value in os.environ.items() if wanted and name.startswith(wanted)}
+
+
+@contextmanager
+def _tensorboard(title: str, folder: Path) -> Iterator[TrainerCallback]:
     from transformers.integrations import TensorBoardCallback
 
     callback = TensorBoardCallback()
     callback.logging_dir = str(folder)
-    return [callback]
+    yield callback
+
+
+@contextmanager
+def _mlflow(title: str, folder: Path) -> Iterator[TrainerCallback]:
+    import mlflow
+    from transformers.integrations import MLflowCallback
+
+    ours = not mlflow.is_tracking_uri_set()
+    if ours:
+        folder.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{folder.absolute()}/mlflow.db")
+    try:
+        yield MLflowCallback()
+    finally:
+        mlflow.flush_async_logging()
+        if mlflow.active_run() is not None:  # the callback ends its run only where training comes to its end
+            mlflow.end_run("FAILED")
+        if ours:
+            mlflow.set_tracking_uri(None)  # as it was: not set
+
+
+@contextmanager
+def _wandb(title: str, folder: Path) -> Iterator[TrainerCallback]:
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    folder.mkdir(parents=True, exist_ok=True)
+    where = os.environ.get("WANDB_DIR", str(folder))  # read here: W&B itself reads it once in a process
+    wandb.init(project=os.environ.get("WANDB_PROJECT", "cpift"), name=title, dir=where)
+    try:
+        yield WandbCallback()  # goes on with the run that there is
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
+    wandb.finish()
 
 
 @contextmanager

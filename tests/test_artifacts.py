@@ -86,3 +86,80 @@ def test_a_linked_file_outlives_its_first_name(tmp_path: Path) -> None:
     link_or_copy(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a").unlink()
     assert (tmp_path / "b").read_text() == "kept"
+
+
+# ---- dropped weights -----------------------------------------------------------------------------------------------
+
+
+def model(root: Path, weights: str = "weights") -> Artifact:
+    made = artifact(root)
+    with made.build() as out:
+        (out / "model.safetensors").write_text(weights)
+        (out / "config.json").write_text("{}")
+    return made
+
+
+def test_dropped_weights_leave_a_complete_artifact_that_says_how_to_make_them_again(tmp_path: Path) -> None:
+    made = model(tmp_path)
+    assert made.whole
+    assert made.drop_weights("cpift run x.yaml") == len("weights")
+    assert (made.complete, made.whole) == (True, False)
+    assert sorted(path.name for path in made.path.iterdir()) == ["config.json", "manifest.json"]
+    kept = made.manifest()
+    assert kept["dropped"] == {"files": {"model.safetensors": 7}, "remake": "cpift run x.yaml"}
+    assert set(kept["outputs"]) == {"model.safetensors", "config.json"}, "their hashes stay known"
+    assert made.drop_weights("again") == 0
+    assert made.manifest() == kept
+
+
+def test_a_crash_while_weights_are_dropped_leaves_no_half_model_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self: (_ for _ in ()).throw(RuntimeError("power cut")))
+        with pytest.raises(RuntimeError):
+            made.drop_weights("x")
+    assert (made.path / "model.safetensors").is_file()
+    assert (made.complete, made.whole) == (True, False)
+    assert made.drop_weights("x") == 7
+    assert not (made.path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("weights", "warned"), [("weights", False), ("others", True)])
+def test_weights_made_again_are_compared_with_those_that_were_dropped(
+    tmp_path: Path, weights: str, warned: bool
+) -> None:
+    made, said = model(tmp_path), list[str]()
+    made.drop_weights("x")
+    with made.compared(said.append):
+        model(tmp_path, weights)
+    assert made.whole
+    assert "dropped" not in made.manifest()
+    assert (made.path / "model.safetensors").read_text() == weights
+    assert [one.name for one in made.path.parent.iterdir()] == [made.name], "nothing is left beside it"
+    assert bool(said) is warned
+    assert not warned or "model.safetensors made again, and not the same bytes" in said[0]
+
+
+def test_a_crash_while_weights_are_made_again_costs_only_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the renames nothing bears the artifact's name: it is made once more."""
+    import cpift.artifacts as module
+
+    made = model(tmp_path)
+    made.drop_weights("x")
+    rename = module.os.rename
+
+    def fails_at_last(source: Path, target: Path) -> None:
+        if target == made.path:
+            raise RuntimeError("power cut")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "rename", fails_at_last)
+        with pytest.raises(RuntimeError):
+            model(tmp_path)
+    assert not made.complete
+    model(tmp_path)
+    assert made.whole
+    assert [one.name for one in made.path.parent.iterdir()] == [made.name]

@@ -119,3 +119,12 @@ def test_files_that_are_no_mapping(tmp_path: Path, text: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("uri", ["s3://id:hush@bucket/x", "s3://bucket/x?access_key=id&secret_key=hush"])
+def test_keys_in_a_config_are_refused_and_not_repeated(tmp_path: Path, uri: str) -> None:
+    said = problems(tmp_path, minimal() | {"resources": {"storage": uri}})
+    assert "storage holds keys" in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    assert "hush" not in said
+    assert load(tmp_path, minimal() | {"resources": {"storage": "s3://bucket/x?region=a"}}).resources.storage

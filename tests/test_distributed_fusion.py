@@ -13,13 +13,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from cpift import distributed_fusion
 from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.distributed_fusion import RayMerging
 from cpift.errors import CheckpointError
 from cpift.fusion import Fill, Fusion, FusionInputs
 from cpift.merging import merge
 from cpift.regions import Streaming, read_summary, write_regions
-from cpift.safetensors_files import TensorInfo
+from cpift.safetensors_files import TensorInfo, read_header
 
 from .test_streaming import models, shards_of  # noqa: F401 (a fixture)
 
@@ -72,6 +73,53 @@ def test_bytes_do_not_depend_on_who_works(tmp_path: Path, models, merging: RayMe
     merge(dies, base, folders["killed"], "inputs", shard_size=10**6, shards_by=merging.merge_shards)
     assert dies.marker.exists()
     assert shards_of(folders["killed"]) == shards_of(folders["whole"])
+
+
+class NotesItsNode(Fusion):
+    """Leaves the id of the node that merges it in a file a tensor."""
+
+    notes: Path
+
+    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+        (self.notes / info.name).write_text(ray.get_runtime_context().get_node_id())
+        return super().tensor(info)
+
+
+class NotesPlaces:
+    """A Ray task that keeps where its calls were to run, in order."""
+
+    def __init__(self, task: Any):
+        self.task, self.places = task, list[str]()
+
+    def options(self, **settings: Any) -> Any:
+        self.places.append(settings["scheduling_strategy"].node_id)
+        return self.task.options(**settings)
+
+
+def test_both_passes_give_a_part_of_the_model_to_the_same_node(  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    models,  # noqa: F811
+    merging: RayMerging,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, tuned = models
+    for name in ("masks", "merged", "out"):
+        (tmp_path / name).mkdir()
+    places = sorted(node["NodeID"] for node in ray.nodes())
+    marks = NotesPlaces(distributed_fusion._mark)
+    monkeypatch.setattr(distributed_fusion, "_mark", marks)
+    streaming = Streaming(budget=1, mark=merging.mark)
+    write_regions(base, tuned, RegionsConfig(p=0.05), {0.05: tmp_path / "masks"}, streaming)
+    assert marks.places == [*3 * places[:1], *2 * places[1:]]  # three segments of the first tensor, two others
+
+    inputs = FusionInputs(base, base, tuned, tmp_path / "masks", list(tuned))
+    fusion = NotesItsNode(inputs, FusionConfig())
+    fusion.notes = tmp_path / "merged"
+    merge(fusion, base, tmp_path / "out", "inputs", shard_size=10**6, shards_by=merging.merge_shards)
+    merged = {file.name: file.read_text() for file in fusion.notes.iterdir()}
+    first, second = (read_header(file) for file in sorted((tmp_path / "out").glob("*.safetensors")))
+    assert {merged[info.name] for info in first} == {places[0]}
+    assert {merged[info.name] for info in second} == {places[1]}
 
 
 def test_an_error_of_a_worker_arrives_as_it_was(tmp_path: Path, models, merging: RayMerging) -> None:  # type: ignore[no-untyped-def]  # noqa: F811

@@ -106,15 +106,27 @@ def test_the_same_command_again_does_nothing(finished: tuple[Path, str], smoke_c
     assert {path: path.stat().st_mtime_ns for path in output.rglob("manifest.json")} == before
 
 
+# What appears in a run's folder once workers are at it; the other stages are over in milliseconds.
+AT_WORK = {
+    "probes": "logs/**/events.out.tfevents.*",
+    "staged backbone": "logs/**/events.out.tfevents.*",
+    "integration": "logs/**/events.out.tfevents.*",
+    "evaluation": "evaluate/*/scores.json",
+}
+
+
 def kill_in(stage: str, config: Path, output: Path) -> None:
-    """Start a run and SIGKILL it shortly after a stage has begun."""
+    """Start a run and SIGKILL it in a stage, while it trains or scores if that is what the stage does."""
     process = subprocess.Popen(command(config, output), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(f"▸ {stage}"):
-            # Some stages are over in milliseconds; the fine-tunes and the evaluation are hit while workers work.
-            time.sleep({"probes": 25, "staged backbone": 18, "integration": 18, "evaluation": 6}.get(stage, 0))
             break
+    if stage in AT_WORK:
+        before = set(output.glob(AT_WORK[stage]))
+        while set(output.glob(AT_WORK[stage])) <= before:
+            assert process.poll() is None, "the run ended before it was at work"
+            time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpift import evaluate
 from cpift.config import DataSource, EvaluationConfig, ModelConfig, TaskConfig
 from cpift.config_inputs import ScratchModel
 from cpift.data import load_examples
@@ -83,16 +82,10 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: False)
-
-
-@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_loss_equals_the_reference(model_path: Path, tmp_path: Path, batch_size: int) -> None:
     config = task(tmp_path, CHAT, "loss")
-    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=batch_size))["loss"]
+    score = evaluate_model(model_path, [config], EvaluationConfig(precision="float32", batch_size=batch_size))["loss"]
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     sums, tokens = [], []
     for example in load_examples(config.test):
@@ -105,11 +98,10 @@ def test_loss_equals_the_reference(model_path: Path, tmp_path: Path, batch_size:
     assert (score.metric, score.score, score.tokens, score.rows) == ("loss", None, sum(tokens), len(CHAT))
 
 
-@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("batch_size", [1, 9, 64])
 def test_choice_equals_the_reference(model_path: Path, tmp_path: Path, batch_size: int) -> None:
     config = task(tmp_path, CHOICES, "choice")
-    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=batch_size))["choice"]
+    score = evaluate_model(model_path, [config], EvaluationConfig(precision="float32", batch_size=batch_size))["choice"]
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     right = []
     for example, row in zip(load_examples(config.test), score.examples, strict=True):
@@ -141,11 +133,10 @@ def greedy_reference(model_path: Path, example: Example, limit: int) -> str:
     return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-@pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize("metric", ["number", "rouge"])
 def test_generated_text_equals_the_reference(model_path: Path, tmp_path: Path, metric: str) -> None:
     config = task(tmp_path, CHAT, metric, max_new_tokens=12)
-    score = evaluate_model(model_path, [config], EvaluationConfig(batch_size=3))[metric]
+    score = evaluate_model(model_path, [config], EvaluationConfig(precision="float32", batch_size=3))[metric]
     expected = []
     for example, row in zip(load_examples(config.test), score.examples, strict=True):
         text = greedy_reference(model_path, example, 12)
@@ -157,27 +148,24 @@ def test_generated_text_equals_the_reference(model_path: Path, tmp_path: Path, m
     assert score.score, "the model was trained on these rows: with no reply right this test would mean nothing"
 
 
-@pytest.mark.usefixtures("float32")
 def test_sampling_preferences_of_the_checkpoint_are_ignored(model_path: Path, tmp_path: Path) -> None:
     config = task(tmp_path, CHAT, "rouge", max_new_tokens=12)
-    plain = evaluate_model(model_path, [config], EvaluationConfig())["rouge"]
+    plain = evaluate_model(model_path, [config], EvaluationConfig(precision="float32"))["rouge"]
     stored = json.loads((model_path / "generation_config.json").read_text())
     wild = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 5.0, "num_beams": 2}
     (model_path / "generation_config.json").write_text(json.dumps(stored | wild))
     try:
-        assert evaluate_model(model_path, [config], EvaluationConfig())["rouge"] == plain
+        assert evaluate_model(model_path, [config], EvaluationConfig(precision="float32"))["rouge"] == plain
     finally:
         (model_path / "generation_config.json").write_text(json.dumps(stored))
 
 
-def test_bf16_is_close_and_repeatable(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_close_and_repeatable(model_path: Path, tmp_path: Path) -> None:
     """Autocast rounds products to 8 bits of mantissa: a few per cent of a loss, never more."""
     tasks = [task(tmp_path, CHAT, "loss"), task(tmp_path, CHOICES, "choice")]
-    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: True)
-    first, second = (evaluate_model(model_path, tasks, EvaluationConfig()) for _ in range(2))
+    first, second = (evaluate_model(model_path, tasks, EvaluationConfig(precision="bfloat16")) for _ in range(2))
     assert first == second
-    monkeypatch.setattr(evaluate, "native_bf16", lambda device_type: False)
-    exact = evaluate_model(model_path, tasks, EvaluationConfig())
+    exact = evaluate_model(model_path, tasks, EvaluationConfig(precision="float32"))
     for name in exact:
         assert first[name].loss == pytest.approx(exact[name].loss, rel=0.05)
 

@@ -54,6 +54,12 @@ def test_losses_go_to_tensorboard_stage_by_stage(base: Path, tmp_path: Path) -> 
         assert b"train/loss" in events.read_bytes()
 
 
+def test_products_are_computed_as_asked_for(base: Path, tmp_path: Path) -> None:
+    runs = {name: fit(spec(base, tmp_path / name, precision=name)) for name in ("float32", "bfloat16")}
+    assert {name: run["precision"] for name, run in runs.items()} == {name: name for name in runs}
+    assert weights(tmp_path / "float32" / "export") != weights(tmp_path / "bfloat16" / "export")
+
+
 def test_the_same_fit_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
     fit(spec(base, tmp_path / "a"))
     fit(spec(base, tmp_path / "b"))

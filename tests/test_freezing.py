@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cpift_kernels import mask_starts, pack_mask
+from cpift_kernels import pack_mask
 
 from cpift.errors import CpiftError
 from cpift.freezing import ElementAnchor, ElementFreezer, count_moved, snapshot
@@ -138,9 +138,9 @@ def test_the_freezer_holds_the_masks_the_frozen_values_and_no_more_than_a_few_nu
     model = network()
     masks = packed(bool_masks(model, 0.3))
     freezer = ElementFreezer(model, masks)
-    starts = [mask_starts(words, 32 * len(words)) for words in masks.values()]
-    held = sum(words.nbytes + at.nbytes for words, at in zip(masks.values(), starts, strict=True) if words.any())
-    assert freezer.nbytes == held + 4 * freezer.frozen_elements
+    held = {name: words for name, words in masks.items() if words.any()}
+    least = sum(words.nbytes for words in held.values()) + 4 * freezer.frozen_elements
+    assert least < freezer.nbytes <= least + 100 * len(held)
 
 
 def test_an_anchor_pulls_only_masked_elements_back() -> None:

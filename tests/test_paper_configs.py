@@ -57,7 +57,7 @@ def test_a_plan_from_the_recorded_headers(name: str, tmp_path: Path, monkeypatch
     assert made.core_size == core_size(0.01, recorded["parameters"])
     assert made.memory_per_worker == 16 * recorded["parameters"] // config.resources.workers
     assert [step.label for step in made.steps if step.stage == "probe"] == [task.name for task in config.tasks]
-    assert any("`revision` is no commit hash for openai/gsm8k, sahil2801/CodeAlpaca-20k" in note for note in made.notes)
+    assert any("`revision` is no commit hash for lucasmccabe/logiqa:" in note for note in made.notes)
     assert [task.name for task in config.tasks] == ["gsm8k", "codealpaca", "logiqa", "alpaca", "ultrachat"]
 
 

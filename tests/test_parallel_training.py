@@ -36,6 +36,7 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
         "gradient_accumulation": accumulate,
         "checkpoint_every": 6,
         "log_every": 1,
+        "precision": "float32",  # bf16 products would drown the sums' order
     }
     stages = (StageSpec(("addition",)), StageSpec(("spelling",), frozen=("addition",)))
     training = config.probe_training.model_copy(update=changes)

@@ -39,6 +39,7 @@ def made_up() -> SweepData:
         name="made-up",
         sweep_yaml="run: <script>x</script>\n",
         best_yaml="name: best\n",
+        keep="best",
         space={"regions.p": [0.1, 0.2], "groups.tau": [0.1, 0.5, 0.6]},
         method="grid",
         seeds=[0, 1, 2],

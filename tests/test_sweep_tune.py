@@ -13,6 +13,7 @@ from cpift.artifacts import read_json
 from cpift.distributed_session import ray_session
 from cpift.sweep import pipeline, run_sweep
 from cpift.sweep_config import Sweep, load_sweep
+from cpift.sweep_plan import own_models
 from cpift.sweep_record import Attempt, sweep_record
 from cpift.sweep_results import gather
 from cpift.sweep_scores import SweepData, best_trial
@@ -72,6 +73,15 @@ def test_a_grid_makes_everything_once(root: Path, grid: tuple[Sweep, list[Attemp
     assert best_trial(data) is not None
 
 
+def test_only_the_best_trials_weights_are_left(root: Path, grid: tuple[Sweep, list[Attempt], SweepData]) -> None:
+    sweep, _, data = grid
+    best = best_trial(data)
+    assert best is not None
+    kept = own_models(pipeline(sweep.run(best.points[0], sweep.seeds[0])), "final").values()
+    left = {path.parent for stage in ("fuse", "integrate") for path in (root / "out" / stage).glob("*/*.safetensors")}
+    assert left == {made.path for made in kept}
+
+
 def test_the_same_sweep_again_does_nothing(root: Path, grid: tuple[Sweep, list[Attempt], SweepData]) -> None:
     sweep, attempts, _ = grid
     before = made(root)
@@ -88,12 +98,13 @@ def test_without_rays_state_and_record_a_sweep_is_rebuilt_from_artifacts(
     shutil.rmtree(root / "out" / "sweep")
     shutil.rmtree(root / "out" / ".work")
     victim = max(made(root), key=lambda path: (path.parent.parent.name == "integrate", str(path))).parent
+    fused = root / "out" / "fuse" / read_json(victim / "manifest.json")["inputs"]["fused"][:12] / "manifest.json"
     shutil.rmtree(victim)
     before = made(root)
     assert run_sweep(sweep, quiet()) == attempts
     after = made(root)
     assert {path for path in after if path not in before and path.parts[-3] != "sweep"} == {victim / "manifest.json"}
-    assert all(after[path] == before[path] for path in before)
+    assert {path for path in before if after[path] != before[path]} <= {fused}, "whose weights had been dropped"
 
 
 def test_a_failed_trial_is_reported_and_the_others_finish(root: Path) -> None:

@@ -9,6 +9,7 @@ from .apply import fused_apply
 from .dispatch import Backend, resolve
 from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
 from .gram import masked_gram
+from .held import HeldElements, hold_masked
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
 from .selection import CoreMask, select_cores
@@ -17,10 +18,12 @@ from .slerp import SlerpResult, slerp_coefficients
 __all__ = [
     "Backend",
     "CoreMask",
+    "HeldElements",
     "SlerpResult",
     "count_mask",
     "fused_apply",
     "gather_masked",
+    "hold_masked",
     "mask_starts",
     "masked_gram",
     "overlap_counts",

@@ -7,9 +7,11 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from cpift_kernels.cpu import compiled
 
 USE = """
@@ -55,6 +57,27 @@ def test_results_come_in_order_and_errors_come_through() -> None:
         compiled.in_threads(lambda x: 1 // x, [1, 0])
 
 
+def test_calls_within_calls_and_from_many_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def inner(x: int) -> int:
+        return sum(compiled.in_threads(lambda y: x * y, range(8)))
+
+    with ThreadPoolExecutor(8) as callers:
+        found = list(callers.map(lambda x: compiled.in_threads(inner, range(x, x + 9)), range(20)))
+    assert found == [[28 * y for y in range(x, x + 9)] for x in range(20)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    run = "import os; compiled.in_threads(work, range(50)); pid = os.fork()\n"
+    run += "found = compiled.in_threads(work, range(50))\nif pid == 0: os._exit(found != list(range(50)))\n"
+    run += "print(os.waitpid(pid, 0)[1])"
+    start = "import torch; torch.set_num_threads(4); from cpift_kernels.cpu import compiled; work = lambda x: x\n"
+    done = subprocess.run([sys.executable, "-c", start + run], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_an_old_processor_is_refused_with_the_remedy() -> None:
     compiled.require_features("aarch64", {})
     compiled.require_features("x86_64", {"avx2": True, "fma": True, "f16c": True})
@@ -82,6 +105,8 @@ for dtype in (torch.bfloat16, torch.float32):
         saved = gather_masked(base, words[0][1], backend=backend)
         back = torch.zeros_like(base)
         scatter_masked_(back, words[0][1], saved, backend=backend)
+        held = hold_masked([base, base[:77]], [words[0][1], words[0][1][:3] & 8191], backend=backend)
+        held.restore_([back, back[:77]])
         words[-1] += [out, grams.float(), saved, back]
     for found, expected in zip(*words, strict=True):
         assert torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)

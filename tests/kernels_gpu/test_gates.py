@@ -64,7 +64,7 @@ def test_no_spills_where_ptxas_would_stop_early(name: str, tasks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [*offline.TARGETS])
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 @pytest.mark.parametrize(("name", "dtype"), [("mark", "fp32"), ("gram", "fp32"), ("apply", "bf16"), ("apply", "fp32")])
 def test_no_spills_at_sixteen_tasks(name: str, dtype: str, target: str) -> None:
     for launch in catalog.launches(name, dtype, 16):

