@@ -165,7 +165,9 @@ class Findings:
         for ours in self.recipes if rivals else []:
             found.append(self.aim(ours, rivals))
             found += [self.sentence(ours, rival) for rival in rivals if self.kind(rival) == "sft"]
-        found += [self.sentence(RECOMMENDED, OURS)] if self.has(RECOMMENDED) else []
+        if self.has(RECOMMENDED):
+            controls = [OURS, *(name for name in self.methods if name.startswith("recommended, "))]
+            found += [self.sentence(RECOMMENDED, rival) for rival in controls]
         return found + self._of_imbalance() + self._of_forgetting() + self._of_stages()
 
     @property

@@ -33,9 +33,9 @@ from cpift.artifacts import Artifact, write_text
 from cpift.baselines import methods_of, together
 from cpift.compare import ComparisonWork
 from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import Record, finished, joined, read_record, write_record
+from cpift.compare_record import RECOMMENDED, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document
-from cpift.compare_verdict import Findings
+from cpift.compare_verdict import FULL, Findings
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.config_loading import load_config, read_yaml
 from cpift.errors import CpiftError
@@ -53,6 +53,8 @@ README, _CLAIMS, _CLAIMS_END = (
     "<!-- written by benchmarks/study/study.py -->",
     "<!-- up to here -->",
 )
+# Beside the aims, README says what of the recommended recipe is plain SFT's, and what CPI-FT's own.
+_CONTROLS = tuple(f"{RECOMMENDED} − {rival}" for rival in (f"{FULL}:", f"{FULL} (", "recommended, no transplant"))
 STUDIES = {
     "tiny": "A small model from scratch",
     "smollm2": "SmolLM2-135M on five tasks",
@@ -197,7 +199,8 @@ def _readme() -> str:
     claims = []
     for name, title in STUDIES.items():
         if (path := RESULTS / f"{name}.jsonl").is_file():
-            told = [claim for claim in Findings(finished(read_record(path))).verdict() if claim.startswith("With ")]
+            verdict = Findings(finished(read_record(path))).verdict()
+            told = [claim for claim in verdict if claim.startswith(("With ", *_CONTROLS))]
             claims.append(textwrap.fill(f"- *{title}.* {' '.join(told)}", 120, subsequent_indent="  "))
     before, _, rest = README.read_text(encoding="utf-8").partition(_CLAIMS)
     _, _, after = rest.partition(_CLAIMS_END)
