@@ -94,8 +94,13 @@ def merge_with_peft(work: Path, task: str) -> None:
     """`merge_and_unload` in fp32, saved as bf16."""
     import peft
 
+    out = work / "merged" / task
+    if out.is_dir():  # as it is: made again, it would be another input
+        return
     adapted = peft.PeftModel.from_pretrained(load_model(work / "base", torch.float32), str(work / "adapters" / task))
-    merged(adapted).to(torch.bfloat16).save_pretrained(work / "merged" / task)
+    partial = out.with_suffix(".partial")
+    merged(adapted).to(torch.bfloat16).save_pretrained(partial)
+    partial.rename(out)
 
 
 def fuse(work: Path, given: str) -> tuple[Path, Path]:
