@@ -102,7 +102,7 @@ def joined(first: Record, second: Record) -> Record:
             ("tasks", first.header.tasks, second.header.tasks),
             *((name, first.header.comparison.get(name), second.header.comparison.get(name)) for name in _SHARED),
         )
-        if one != other
+        if _differ(one, other)
     ]
     described = {row.method: (row.fields, row.budget) for row in first.rows}
     for row in second.rows:
@@ -115,6 +115,14 @@ def joined(first: Record, second: Record) -> Record:
 
 
 _SHARED = ("stages", "heuristic")  # of a comparison: what a method's name does not tell
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two descriptions disagree. A field that only one of them has is newer than the other, and at its default
+    there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return any(_differ(one[name], other[name]) for name in one.keys() & other.keys())
+    return bool(one != other)
 
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:

@@ -265,6 +265,8 @@ def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, 
     other = replace(record, header=replace(record.header, config=record.header.config | {"regions": {"p": 0.5}}))
     with pytest.raises(ConfigError, match="run: differs between the pieces"):
         joined(record, other)
+    newer = record.header.config | {"spice": 1, "regions": record.header.config["regions"] | {"salt": 2}}
+    assert joined(record, replace(record, header=replace(record.header, config=newer))).rows == record.rows
     renamed = [replace(row, fields={"regions.p": 0.5}) if row.method == "CPI-FT" else row for row in record.rows]
     with pytest.raises(ConfigError, match="CPI-FT: has other fields"):
         joined(record, replace(record, rows=renamed))
