@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from cpift_kernels import count_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import append
@@ -143,13 +144,9 @@ def cores(one: Path, other: Path) -> dict[str, dict[str, int]]:
     for task in TASKS:
         region = read_summary(one)["regions"][task]
         pairs = ((read_mask(one, task, name), read_mask(other, task, name)) for name in region["cores"])
-        only = sum(_bits(a & ~b) for a, b in pairs if a is not None and b is not None)
+        only = sum(count_mask(a & ~b) for a, b in pairs if a is not None and b is not None)
         found[task] = {"core": region["count"], "not_in_other": only}
     return found
-
-
-def _bits(words: torch.Tensor) -> int:
-    return sum(int(((words >> bit) & 1).sum()) for bit in range(32))
 
 
 def answers(model_folder: Path, data: Path, count: int) -> Iterator[dict[str, str]]:

@@ -18,7 +18,7 @@ from cpift.baselines import Budgets, Method, Trained, methods_of, seconds_of, to
 from cpift.checkpoints import Checkpoint
 from cpift.compare_config import Comparison
 from cpift.compare_record import Header, Record, Row, kept_scores
-from cpift.data import load_examples
+from cpift.data import count_examples
 from cpift.devices import device_name
 from cpift.errors import ConfigError, Problem
 from cpift.pipeline import NoEngine, Pipeline
@@ -183,7 +183,7 @@ class ComparisonWork:
             resamples=made.config.resamples,
             overlaps=[self._overlap(self.whole[seed]) for seed in seeds],
             methods=[method.name for method in methods_of(replace(made, config=whole))],
-            train_rows={task.name: len(load_examples(task.train_data)) for task in made.base.tasks},
+            train_rows={task.name: count_examples(task.train_data) for task in made.base.tasks},
         )
 
     def _overlap(self, run: Pipeline) -> dict[str, Any]:

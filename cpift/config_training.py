@@ -193,6 +193,11 @@ class ResourcesConfig(Section):
         return self.distributed or self.address is not None or "RAY_ADDRESS" in os.environ
 
     @property
+    def remote_storage(self) -> bool:
+        """Whether `storage` is an object store."""
+        return "://" in (self.storage or "")
+
+    @property
     def by_train(self) -> bool:
         """Whether fine-tunes need Ray Train: for several workers, or to keep checkpoints elsewhere."""
         return self.workers > 1 or self.storage is not None

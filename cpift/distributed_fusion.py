@@ -42,7 +42,7 @@ class RayMerging:
     def __init__(self, resources: ResourcesConfig):
         self._resources = resources
         self._cpus = max(1, math.ceil(resources.cpus_per_worker))
-        self._store = ObjectStore(str(resources.storage)) if "://" in (resources.storage or "") else None
+        self._store = ObjectStore(str(resources.storage)) if resources.remote_storage else None
 
     def session(self) -> AbstractContextManager[None]:
         """Keep one connection over several stages."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.fit_spec import FitSpec
+from cpift.object_store import ObjectStore
 
 RUN = "fit"  # Ray's name of the run, a folder of its storage
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -26,8 +27,7 @@ class Storage:
             return cls(str(spec.scratch / "ray"))
         if not spec.remote_storage:
             return cls(f"{Path(kept).absolute()}/{spec.scratch.name}")
-        place, mark, options = kept.partition("?")  # s3://bucket/folder?endpoint_override=...
-        return cls(f"{place.rstrip('/')}/{spec.scratch.name}{mark}{options}")
+        return cls(ObjectStore(kept).folder(spec.scratch.name).place)
 
     def drop_damaged_state(self) -> None:
         """Forget a run whose snapshot a crash left half written, which would block its name."""

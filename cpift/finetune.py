@@ -160,9 +160,11 @@ def _stage_folder(spec: FitSpec, index: int) -> Path:
 
 def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The packed cores of these tasks together, by parameter name; empty where nothing is frozen."""
-    if tasks and spec.regions is None:
+    if not tasks:
+        return {}
+    if spec.regions is None:
         raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
-    return JointCores(spec.regions, tasks) if tasks and spec.regions else {}
+    return JointCores(spec.regions, tasks)
 
 
 def _arguments(spec: FitSpec, index: int) -> TrainingArguments:

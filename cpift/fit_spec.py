@@ -50,7 +50,7 @@ class FitSpec:
     @property
     def remote_storage(self) -> bool:
         """Whether checkpoints are uploaded to an object store."""
-        return "://" in (self.resources.storage or "")
+        return self.resources.remote_storage
 
     def accumulation(self, workers: int) -> int:
         """Batches that each worker adds up to a step: where fewer work than were asked for, so many more each."""

@@ -25,14 +25,14 @@ from cpift.distributed_fits import parallel_fits, run_fits
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Fields, Range, Sweep, describe
+from cpift.sweep_config import Range, Sweep, describe
 from cpift.sweep_fits import cpus_for, fits_in_tasks
 from cpift.sweep_keep import Keeper
 from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep_results import all_there, own_artifacts
 from cpift.sweep_shared import OnProgress, OnResult, SharedWork
-from cpift.sweep_trial import failure_file, run_trial
+from cpift.sweep_trial import failure_file, point_of, run_trial
 from cpift.units import show_size
 from cpift.view import View, quiet
 
@@ -162,7 +162,7 @@ def _tune(
 
 def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:
     """A trial's fields and, if it failed, why."""
-    fields = _fields(result.config or {})
+    fields = point_of(result.config or {})
     marker = failure_file(failures, fields)
     reason = marker.read_text(encoding="utf-8") if marker.is_file() else str(result.error)
     return {"fields": fields, "error": reason if result.error else ""}
@@ -281,12 +281,6 @@ class OnRay:
         evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
 
 
-def _fields(config: dict[str, Any]) -> Fields:
-    """A trial's point, as `run_trial` is given it."""
-    found: Fields = config.get("fields", config)
-    return found
-
-
 class _Progress(tune.Callback):
     """Shows what trials post, and drops what need not be kept of those that end.
 
@@ -306,7 +300,7 @@ class _Progress(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "finished")
         if self.current is not None:
-            self.current[2].ended(_fields(trial.config))
+            self.current[2].ended(point_of(trial.config))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._say(trial, "failed")
@@ -314,6 +308,6 @@ class _Progress(tune.Callback):
     def _say(self, trial: Any, how: str) -> None:
         if self.current is not None:
             _Progress.ended += 1
-            title = describe(_fields(trial.config))
+            title = describe(point_of(trial.config))
             self.current[0].finish(title)
             self.current[0].note(f"  {_Progress.ended} {how}: {title}")

@@ -69,10 +69,7 @@ def merged(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]]) -> list
 
 def outcome(run: Pipeline, model: str = "final") -> Artifact:
     """The scores of a run's final (or fused) model: an artifact that names everything they depend on."""
-    groups = run.group().groups
-    fused = run.artifacts.fuse(groups, expected_backbone(run))
-    made = fused if model == "fused" else run.artifacts.integrate(groups, fused)
-    return run.artifacts.evaluate(Model.of(model, made))
+    return run.artifacts.evaluate(Model.of(model, own_models(run, model)[model]))
 
 
 def expected_backbone(run: Pipeline) -> Model:
@@ -88,11 +85,24 @@ def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
     return {"fused": fused} | ({"final": run.artifacts.integrate(groups, fused)} if model == "final" else {})
 
 
+def shared_models(run: Pipeline) -> list[Model]:
+    """θ0 and the probes."""
+    return [run.artifacts.base, *run.artifacts.tuned.values()]
+
+
+def backbone_models(run: Pipeline) -> list[Model]:
+    """θ_base as it is or will be; empty where θ0 itself is the backbone."""
+    return [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
+
+
+def trial_models(run: Pipeline, model: str) -> list[Model]:
+    """The models that differ from trial to trial: the backbone, the fused and, where `model` says so, the final one."""
+    return backbone_models(run) + [Model.of(title, made) for title, made in own_models(run, model).items()]
+
+
 def scored_models(run: Pipeline, model: str) -> list[Model]:
     """Every model that a trial with this judged model scores, in the report's order, made or not."""
-    staged = [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
-    own = [Model.of(title, made) for title, made in own_models(run, model).items()]
-    return [run.artifacts.base, *run.artifacts.tuned.values(), *staged, *own]
+    return shared_models(run) + trial_models(run, model)
 
 
 def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Any]] | None:

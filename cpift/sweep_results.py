@@ -18,7 +18,7 @@ from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep, describe, shown
-from cpift.sweep_plan import expected_backbone, own_models
+from cpift.sweep_plan import backbone_models, own_models, shared_models, trial_models
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import (
     Estimate,
@@ -89,25 +89,9 @@ def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
         status=attempt.status,
         reason=attempt.reason,
         groups=[[list(group) for group in run.group().groups] for run in tried.runs] if done else [],
-        figures=_figures(sweep, tried.runs, _trial_models) if done else {},
+        figures=_figures(sweep, tried.runs, lambda run: trial_models(run, sweep.config.model)) if done else {},
         seconds=sum(made.manifest()["seconds"] for made in own.values()),
     )
-
-
-def _trial_models(sweep: Sweep, run: Pipeline) -> list[Model]:
-    """The models that differ from trial to trial: the backbone, the fused and the final one."""
-    return _backbone_models(run) + [
-        Model.of(title, made) for title, made in own_models(run, sweep.config.model).items()
-    ]
-
-
-def _backbone_models(run: Pipeline) -> list[Model]:
-    """Empty where θ0 itself is the backbone."""
-    return [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
-
-
-def _shared_models(sweep: Sweep, run: Pipeline) -> list[Model]:
-    return [run.artifacts.base, *run.artifacts.tuned.values()]
 
 
 def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
@@ -132,7 +116,7 @@ def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     yield from (*run.artifacts.probes.values(), run.artifacts.regions)
     staged = run.artifacts.backbone(run.group().groups)
     yield from ([staged] if staged else [])
-    yield from (run.artifacts.evaluate(model) for model in _shared_models(sweep, run) + _backbone_models(run))
+    yield from (run.artifacts.evaluate(model) for model in shared_models(run) + backbone_models(run))
     yield from own_artifacts(sweep, run)
 
 
@@ -141,13 +125,13 @@ def _scores(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]
 
 
 def _figures(
-    sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Sweep, Pipeline], list[Model]]
+    sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Pipeline], list[Model]]
 ) -> dict[str, dict[str, Estimate]]:
     """Every figure of these models, over the seeds."""
     found: dict[str, list[dict[str, float]]] = {}
     for run in runs:
-        chosen = models(sweep, run)
-        scores = _scores(run, [*_shared_models(sweep, run), *chosen])
+        chosen = models(run)
+        scores = _scores(run, [*shared_models(run), *chosen])
         for model in chosen:
             tasks = [task.name for task in run.config.tasks]
             found.setdefault(model.title, []).append(figures(scores, tasks, model.title))
@@ -155,7 +139,7 @@ def _figures(
 
 
 def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, Estimate]]:
-    return _figures(sweep, runs, _shared_models)
+    return _figures(sweep, runs, shared_models)
 
 
 def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:

@@ -18,7 +18,7 @@ from cpift.distributed_session import NAMESPACE
 from cpift.errors import CpiftError, StageError
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Engine, Pipeline
-from cpift.sweep_config import Sweep, describe
+from cpift.sweep_config import Fields, Sweep, describe
 from cpift.sweep_plan import known_scores, scored_models
 from cpift.sweep_record import sweep_record
 from cpift.sweep_scores import figures
@@ -27,11 +27,11 @@ from cpift.view import View, quiet
 
 
 def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path) -> None:
-    """What Tune runs: `config` is the point, under `fields` or field by field.
+    """What Tune runs: `config` holds the point, see `point_of`.
 
     An error that would only come again is kept in `failures`, so that Tune's next try of the trial ends at once.
     """
-    fields = config.get("fields", config)
+    fields = point_of(config)
     marker = failure_file(failures, fields)
     if marker.is_file():
         raise StageError(marker.read_text(encoding="utf-8"))
@@ -44,6 +44,12 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         failures.mkdir(parents=True, exist_ok=True)
         write_text(marker, str(error))
         raise
+
+
+def point_of(config: dict[str, Any]) -> Fields:
+    """The point of a trial, which Tune gives to it under `fields` or field by field."""
+    found: Fields = config.get("fields", config)
+    return found
 
 
 def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
