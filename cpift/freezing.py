@@ -43,11 +43,11 @@ class ElementFreezer:
             if bool(local.any()):
                 self._words[name] = local
                 self._parameters.append(parameter)
-        self._held = hold_masked(self._to_hold(), list(self._words.values()))
+        self._held = hold_masked(self._values(), list(self._words.values()))
         self._handles: list[RemovableHandle] = []
 
-    def _to_hold(self) -> list[torch.Tensor]:
-        """1-D, of each masked parameter what this worker holds of it: the values whose masked elements are kept."""
+    def _values(self) -> list[torch.Tensor]:
+        """1-D, of each masked parameter what this worker holds of it."""
         return [_flat(parameter) for parameter in self._parameters]
 
     @property
@@ -76,7 +76,7 @@ class ElementFreezer:
 
     def restore(self) -> None:
         """Put every frozen value back."""
-        self._held.restore_([_flat(parameter) for parameter in self._parameters])
+        self._held.restore_(self._values())
 
     def __enter__(self) -> ElementFreezer:
         return self
@@ -102,12 +102,10 @@ class ElementAnchor(ElementFreezer):
         strength: float,
         origin: Callable[[str], torch.Tensor],
     ):
-        self._strength, self._origin = strength, origin
         super().__init__(model, masks)
-
-    def _to_hold(self) -> list[torch.Tensor]:
-        pairs = zip(self._words, self._parameters, strict=True)
-        return [_local(p, self._origin(name).to(p.dtype).view(p.shape)).to(p.device) for name, p in pairs]
+        self._strength = strength
+        for place, (name, p) in enumerate(zip(self._words, self._parameters, strict=True)):  # one whole at a time
+            self._held.replace(place, _local(p, origin(name).to(p.dtype).view(p.shape)).to(p.device))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start pulling: a hook on the optimizer's step."""
@@ -118,7 +116,7 @@ class ElementAnchor(ElementFreezer):
     def pull(self) -> None:
         """One step back."""
         shares = [min(self._strength * group["lr"], 1.0) for group in self._groups]
-        self._held.pull_([_flat(parameter) for parameter in self._parameters], shares)
+        self._held.pull_(self._values(), shares)
 
 
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

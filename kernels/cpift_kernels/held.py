@@ -43,6 +43,14 @@ class HeldElements:
         """Memory: the masks, the saved elements, and where in them blocks of a mask begin."""
         return sum(tensor.nbytes for held in (self._words, self._saved, self._starts) for tensor in held)
 
+    def replace(self, place: int, values: Tensor) -> None:
+        """Hold the masked elements of `values` from now on as those of tensor `place`.
+
+        Raises ValueError for another number of elements, or another dtype.
+        """
+        self._check_same(f"values for tensor {place}", values, place)
+        self._saved[place].copy_(self._gather(values, self._words[place]))
+
     def zero_(self, place: int, gradient: Tensor) -> None:
         """Set the held elements of tensor `place` to +0 in its `gradient` (same elements, 1-D, any floating dtype)."""
         self._check_one("gradient", gradient, self._sizes[place])
@@ -70,10 +78,13 @@ class HeldElements:
     def _check(self, values: Sequence[Tensor]) -> None:
         if len(values) != len(self._words):
             raise ValueError(f"values holds {len(values)} tensors, {len(self._words)} are held; pass the same list")
-        for place, (x, numel, saved) in enumerate(zip(values, self._sizes, self._saved, strict=True)):
-            self._check_one(f"values[{place}]", x, numel)
-            if x.dtype != saved.dtype:
-                raise ValueError(f"values[{place}] has dtype {x.dtype}, what is held {saved.dtype}; pass the same list")
+        for place, x in enumerate(values):
+            self._check_same(f"values[{place}]", x, place)
+
+    def _check_same(self, name: str, x: Tensor, place: int) -> None:
+        self._check_one(name, x, self._sizes[place])
+        if x.dtype != self._saved[place].dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, what is held {self._saved[place].dtype}; pass the same list")
 
     @staticmethod
     def _check_one(name: str, tensor: Tensor, numel: int) -> None:

@@ -70,6 +70,22 @@ def test_a_gradient_of_any_dtype_is_zeroed_where_elements_are_held(backend: str,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_other_elements_are_held_instead_and_pulled_towards(backend: str) -> None:
+    values, words = case(0.3)
+    held = hold_masked(values, words, backend=backend)
+    others = [torch.randn(x.numel(), generator=generator(place)).to(x.dtype) for place, x in enumerate(values)]
+    for place, other in enumerate(others):
+        held.replace(place, other)
+    moved, pulled = [[torch.zeros_like(x) for x in values] for _ in range(2)]
+    held.restore_(moved)
+    held.pull_(pulled, [0.25] * len(values))
+    for other, new, near, mask in zip(others, moved, pulled, words, strict=True):
+        masked = unpack_mask(mask, other.numel())
+        assert torch.equal(bits(new), torch.where(masked, bits(other), 0))
+        assert torch.equal(near, torch.where(masked, other / 4, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_held(backend: str) -> None:
     held = hold_masked([], [], backend=backend)
     held.restore_([])
@@ -90,6 +106,8 @@ def test_another_list_is_refused_and_nothing_written(held: HeldElements) -> None
         held.restore_([a, torch.zeros(51, dtype=BF16)])
     with pytest.raises(ValueError, match=r"values\[1\] has dtype torch.float32, what is held torch.bfloat16"):
         held.restore_([a, b.float()])
+    with pytest.raises(ValueError, match=r"values for tensor 1 has dtype torch.float32, what is held torch.bfloat16"):
+        held.replace(1, torch.zeros(50))
     with pytest.raises(ValueError, match="not contiguous"):
         held.restore_([a, torch.zeros(100, dtype=BF16)[::2]])
     assert not a.any()
