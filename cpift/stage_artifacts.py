@@ -33,6 +33,7 @@ _ADDED = {
     "steps_per": "stage",
     "measure": "update",
     "penalty": None,
+    "precision": "auto",
 }
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from cpift.artifacts import Artifact, digest, exclusive, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.config_loading import load_config
 from cpift.errors import CpiftError
+from cpift.stage_artifacts import StageArtifacts
 
 
 def artifact(root: Path, **fields: object) -> Artifact:
@@ -163,3 +165,15 @@ def test_a_crash_while_weights_are_made_again_costs_only_them(tmp_path: Path, mo
     model(tmp_path)
     assert made.whole
     assert [one.name for one in made.path.parent.iterdir()] == [made.name]
+
+
+@pytest.mark.parametrize("stage", ["probes", "evaluate"])
+def test_a_field_newer_than_artifacts_names_new_ones_only_where_it_is_set(smoke_config: Path, stage: str) -> None:
+    def fields(precision: str) -> dict[str, object]:
+        values = [f"{section}.precision={precision}" for section in ("probe", "evaluation")]
+        made = StageArtifacts(load_config(smoke_config, values))
+        artifact = made.evaluate(made.base) if stage == "evaluate" else made.probes["addition"]
+        return dict(artifact.fields)
+
+    assert "precision" not in str(fields("auto"))
+    assert "precision" in str(fields("float32"))
