@@ -151,7 +151,11 @@ def measure(command: Sequence[str | Path], environment: dict[str, str]) -> Measu
 
 
 class _Watcher(threading.Thread):
-    """Peaks of the sums over a process and its descendants, looked at every POLL_SECONDS."""
+    """Peaks of the sums over a process and its descendants, looked at every POLL_SECONDS.
+
+    A process counts from the second look at it: until it executes its program, a child shares its parent's memory
+    (vfork), which would be counted twice.
+    """
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -160,8 +164,11 @@ class _Watcher(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        known: set[int] = set()
         while not self._over.wait(POLL_SECONDS):
-            found = [memory for pid in _tree(self._pid) if (memory := _memory(pid))]
+            tree = set(_tree(self._pid))
+            found = [memory for pid in tree & known if (memory := _memory(pid))]
+            known = tree
             self.anonymous = max(self.anonymous, sum(anonymous for anonymous, _ in found))
             self.resident = max(self.resident, sum(resident for _, resident in found))
 
