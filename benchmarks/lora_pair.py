@@ -7,7 +7,8 @@ SmolLM2-135M in bf16 learns two of the demo's tasks, each as an adapter. `cpift 
 twice: on the adapters' folders, read as θ0 + scaling · B·A, and on what `merge_and_unload` (fp32, saved as bf16) makes
 of them. The row says how far the two differ, and what the model fused from adapters answers. An ulp is the distance of
 bf16 numbers at the largest of |θ0| and the values compared. `beyond_rounding` counts what one ulp and the rounding of
-the fp32 sums B·A do not explain: where θ0 is 0 and a sum nearly cancels, that rounding is many ulps of what is left.
+the fp32 sums B·A do not explain: where θ0 is 0 and a sum nearly cancels, that rounding is many ulps of what is left. An
+element that rounding put into a core or took out of it is a donor's here and the SLERP's there: `core_here_only`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from cpift_kernels import count_mask
+from cpift_kernels import count_mask, unpack_mask
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -138,19 +139,26 @@ def sum_rounding(adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def difference(
-    base: Checkpoint, one: Checkpoint, other: Checkpoint, rounding: Sequence[dict[str, torch.Tensor]]
+    base: Checkpoint,
+    one: Checkpoint,
+    other: Checkpoint,
+    rounding: Sequence[dict[str, torch.Tensor]],
+    regions: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """How far two models are apart, element by element; `rounding` of every adapter that went into them."""
+    """How far two models are apart, element by element; `rounding` of every adapter that went into them, `regions` of
+    fused ones."""
     if one.names != other.names:
         raise RuntimeError(f"{one.folder} and {other.folder} hold other tensors")
-    elements, unequal, beyond, unexplained, most = 0, 0, 0, 0, 0.0
+    elements, unequal, beyond, unexplained, moved, most = 0, 0, 0, 0, 0, 0.0
     for name in base.names:
         origin, a, b = (model.tensor(name).float() for model in (base, one, other))
         largest = torch.maximum(torch.maximum(a.abs(), b.abs()), origin.abs()).clamp_min(torch.finfo(a.dtype).tiny)
         ulp = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)  # 8 significant bits
         apart = (a - b).abs() / ulp
         allowed = ulp + sum(sums[name] for sums in rounding if name in sums)
-        unexplained += int(((a - b).abs() > allowed).sum())
+        wide = (a - b).abs() > allowed
+        swapped = _swapped(regions, name, a.numel()).view_as(wide)
+        unexplained, moved = unexplained + int((wide & ~swapped).sum()), moved + int((wide & swapped).sum())
         elements, unequal = elements + a.numel(), unequal + int((apart > 0).sum())
         beyond, most = beyond + int((apart > 1).sum()), max(most, float(apart.max()))
     return {
@@ -159,7 +167,18 @@ def difference(
         "beyond_one_ulp": beyond,
         "most_ulps": most,
         "beyond_rounding": unexplained,
+        "core_here_only": moved,
     }
+
+
+def _swapped(regions: Sequence[Path], name: str, numel: int) -> torch.Tensor:
+    """Bool [numel]: elements that are in a task's core in one of two folders of regions and not in the other."""
+    found = torch.zeros(numel, dtype=torch.bool)
+    for task in TASKS if regions else ():
+        one, other = (read_mask(folder, task, name) for folder in regions)
+        if one is not None and other is not None:
+            found |= unpack_mask(one ^ other, numel)
+    return found
 
 
 def cores(one: Path, other: Path) -> dict[str, dict[str, int]]:
@@ -195,6 +214,7 @@ def run(work: Path, steps: int) -> dict[str, Any]:
         train(work, task, steps)
         merge_with_peft(work, task)
     fused = {given: fuse(work, given) for given in ("adapters", "merged")}
+    regions = [folder for folder, _ in fused.values()]
     base = Checkpoint(work / "base")
     pairs = {task: [open_checkpoint(work / given / task, base) for given in fused] for task in TASKS}
     models = [Checkpoint(model) for _, model in fused.values()]
@@ -203,8 +223,8 @@ def run(work: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "rank": LORA.rank,
         "read": {task: difference(base, *pair, [rounding[task]]) for task, pair in pairs.items()},
-        "fused": difference(base, *models, list(rounding.values())),
-        "cores": cores(*(regions for regions, _ in fused.values())),
+        "fused": difference(base, *models, list(rounding.values()), regions),
+        "cores": cores(*regions),
         "checks": [check["passed"] for check in _checks(models)],
         "answers": list(answers(models[0].folder, work / "data", 2)),
     }
