@@ -37,6 +37,7 @@ from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import pieces
 
 POLL_SECONDS = 0.02
+TOOLS = ("mergekit", "cpift", "cpift+verify")
 BLOCK = 1 << 24  # elements of the noise that weights are made of
 
 
@@ -231,7 +232,9 @@ def warm(folders: Sequence[Path]) -> None:
             subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
 
 
-def rows(work: Path, size: str, cases: Sequence[str], venv: Path | None, budget: str) -> Iterator[dict[str, Any]]:
+def rows(
+    work: Path, size: str, cases: Sequence[str], venv: Path | None, budget: str, tools: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     parameters = sum(info.numel for info in SHAPES[size].tensors())
     for case in cases:
         read = 2 if case == "slerp" else int(case.split("-")[1]) + 1
@@ -240,7 +243,7 @@ def rows(work: Path, size: str, cases: Sequence[str], venv: Path | None, budget:
         runs = {"cpift": ours(work, size, case, budget, "--no-verify"), "cpift+verify": ours(work, size, case, budget)}
         if case == "slerp" and venv is not None:
             runs = {"mergekit": mergekit_slerp(work, size, mergekit(venv))} | runs
-        for tool, command in runs.items():
+        for tool, command in ((tool, command) for tool, command in runs.items() if tool in tools):
             shutil.rmtree(work / "out", ignore_errors=True)
             warm(folders)
             found = measure(command, {"HF_HUB_OFFLINE": "1"})
@@ -261,14 +264,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and outputs")
     parser.add_argument("--venv", type=Path, help="mergekit's environment [default: WORK/mergekit]")
-    parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS, help="what is measured [default: all]")
     parser.add_argument("--size", nargs="+", choices=SHAPES, default=["1.2B"])
     parser.add_argument("--cases", nargs="+", default=["slerp", "cpift-2", "cpift-4"])
     parser.add_argument("--budget", default="512MiB")
     parser.add_argument("--prepare", action="store_true", help="make checkpoints and environment, measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, keep none")
     options = parser.parse_args()
-    venv = None if options.no_mergekit else (options.venv or options.work / "mergekit")
+    venv = (options.venv or options.work / "mergekit") if "mergekit" in options.tools else None
     for size in options.size:
         tasks = max(2 if case == "slerp" else int(case.split("-")[1]) for case in options.cases)
         for seed in range(tasks + 1):
@@ -277,7 +280,7 @@ def main() -> None:
             mergekit(venv)
         if options.prepare:
             continue
-        for row in rows(options.work, size, options.cases, venv, options.budget):
+        for row in rows(options.work, size, options.cases, venv, options.budget, options.tools):
             print(json.dumps(row), flush=True)
             if not options.dry_run:
                 append("fusion", [row])
