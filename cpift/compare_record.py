@@ -91,7 +91,7 @@ class Record:
 
 def joined(first: Record, second: Record) -> Record:
     """Two pieces of one comparison, made at different times or on different machines, as one. Where both have a method
-    with a seed, the second's row stays.
+    with a seed, the second's row stays; methods come in the order in which the comparison has them.
 
     Raises ConfigError where they are not of the same comparison: another run, or one name for two methods.
     """
@@ -133,9 +133,8 @@ def _recipe(config: dict[str, Any]) -> dict[str, Any]:
 def _joined(first: Record, second: Record) -> Record:
     again = {(row.method, row.seed) for row in second.rows}
     rows = [row for row in first.rows if (row.method, row.seed) not in again] + second.rows
-    order = {
-        method: place for place, method in enumerate(dict.fromkeys(row.method for row in first.rows + second.rows))
-    }
+    methods = (*second.header.methods, *first.header.methods, *(row.method for row in first.rows + second.rows))
+    order = {method: place for place, method in enumerate(dict.fromkeys(methods))}
     seeds = sorted({*first.header.seeds, *second.header.seeds})
     overlaps = {one["seed"]: one for one in (*first.header.overlaps, *second.header.overlaps)}
     comparison = second.header.comparison | {"methods": _patterns(first, second)}

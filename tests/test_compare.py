@@ -240,6 +240,8 @@ def test_pieces_add_up_to_the_whole(found: tuple[Comparison, Record], tmp_path: 
     rest.make()
     assert {row.seed for row in rest.record().rows} == {1}
     assert joined(piece, rest.record()).rows == record.rows
+    late = [[row for row in record.rows if (row.kind == "sft") == trained] for trained in (False, True)]
+    assert joined(*(replace(record, rows=rows) for rows in late)).rows == record.rows  # in the comparison's order
 
 
 def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison, Record], tmp_path: Path) -> None:
