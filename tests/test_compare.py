@@ -194,6 +194,13 @@ def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Compariso
         assert any(claim.startswith(f"{name} − full SFT") for claim in verdict)
         assert any(claim.startswith(f"{name}, forgetting against sequential SFT:") for claim in verdict)
     assert any(claim.startswith("CPI-FT, recommended − CPI-FT:") for claim in verdict)
+    findings = Findings(found[1])
+    variants = [name for name in findings.methods if findings.kind(name) == "variant"]
+    best = max(variants, key=lambda name: findings.line(name).mean.mean)
+    assert any(
+        claim.startswith(f"Of {len(variants)} variants “{best}”") and "picked by these very scores" in claim
+        for claim in verdict
+    )
     assert found[1].rows_of("CPI-FT, recommended: a → b")[0].fields["fusion.omega"] == 0.0
 
 

@@ -200,7 +200,7 @@ def _readme() -> str:
     for name, title in STUDIES.items():
         if (path := RESULTS / f"{name}.jsonl").is_file():
             verdict = Findings(finished(read_record(path))).verdict()
-            told = [claim for claim in verdict if claim.startswith(("With ", *_CONTROLS))]
+            told = [claim for claim in verdict if claim.startswith(("With ", "Of ", *_CONTROLS))]
             claims.append(textwrap.fill(f"- *{title}.* {' '.join(told)}", 120, subsequent_indent="  "))
     before, _, rest = README.read_text(encoding="utf-8").partition(_CLAIMS)
     _, _, after = rest.partition(_CLAIMS_END)
