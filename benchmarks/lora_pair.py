@@ -154,9 +154,9 @@ def difference(
         origin, a, b = (model.tensor(name).float() for model in (base, one, other))
         largest = torch.maximum(torch.maximum(a.abs(), b.abs()), origin.abs()).clamp_min(torch.finfo(a.dtype).tiny)
         ulp = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)  # 8 significant bits
-        apart = (a - b).abs() / ulp
-        allowed = ulp + sum(sums[name] for sums in rounding if name in sums)
-        wide = (a - b).abs() > allowed
+        distance = (a - b).abs()
+        apart = distance / ulp
+        wide = distance > ulp + sum(sums[name] for sums in rounding if name in sums)
         swapped = _swapped(regions, name, a.numel()).view_as(wide)
         unexplained, moved = unexplained + int((wide & ~swapped).sum()), moved + int((wide & swapped).sum())
         elements, unequal = elements + a.numel(), unequal + int((apart > 0).sum())

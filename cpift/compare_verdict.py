@@ -198,10 +198,10 @@ class Findings:
 
     def _of_best_variant(self, rivals: Sequence[str]) -> list[str]:
         """The aim once more, for a variant that these scores picked: which makes it look better than it is."""
-        variants = [name for name in self.methods if self.kind(name) == "variant"]
+        variants = self.record.of_kind("variant")
         if not variants:
             return []
-        best = max(variants, key=lambda name: self.line(name).mean.mean)
+        best = max(variants, key=lambda name: float(mean_retention(self.scores, name, PROBES)[:, 0].mean()))
         picked = f"Of {len(variants)} variants “{best}” has the highest mean retention, picked by these very scores."
         told = [self.sentence(best, rival) for rival in rivals if rival.startswith(FULL)]
         return [f"{picked} {self.aim(best, rivals)}", *told]

@@ -194,6 +194,7 @@ def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Compariso
         assert any(claim.startswith(f"{name} − full SFT") for claim in verdict)
         assert any(claim.startswith(f"{name}, forgetting against sequential SFT:") for claim in verdict)
     assert any(claim.startswith("CPI-FT, recommended − CPI-FT:") for claim in verdict)
+    assert found[1].rows_of("CPI-FT, recommended: a → b")[0].fields["fusion.omega"] == 0.0
 
 
 def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, Record]) -> None:
