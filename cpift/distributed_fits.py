@@ -157,6 +157,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
         raise StageError(_failure_file(spec).read_text(encoding="utf-8"))
     if not (spec.export / RESULT).is_file():
         raise StageError(f"{spec.title}: its worker ended but {spec.export} is not there; is it on shared storage?")
+    spec.drop_checkpoints()  # not in the worker: what it uploads may still be read
 
 
 def _fit_through_controllers(trainer: TorchTrainer, failures: int) -> ray.train.Result:

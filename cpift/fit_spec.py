@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ class FitSpec:
     def remote_storage(self) -> bool:
         """Whether checkpoints are uploaded to an object store."""
         return self.resources.remote_storage
+
+    def drop_checkpoints(self) -> None:
+        """Free what the fine-tune would have gone on from, several times the size of the model that is exported."""
+        for pattern in ("stage-*", "kept-*"):
+            for folder in self.scratch.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def accumulation(self, workers: int) -> int:
         """Batches that each worker adds up to a step: where fewer work than were asked for, so many more each."""

@@ -90,6 +90,7 @@ def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     fit(replace(spec, export=partial), hooks)
     os.replace(partial, spec.export)
+    spec.drop_checkpoints()
     _free_memory()
 
 

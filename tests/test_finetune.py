@@ -12,6 +12,7 @@ from cpift.config import ModelConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
+from cpift.inprocess import fit_here
 from cpift.models import materialise
 from cpift.regions import read_mask, save_regions, select_regions
 
@@ -103,6 +104,26 @@ def test_a_resumed_fit_ends_with_the_same_bits(
     assert [(e["stage"], e["step"], e["loss"]) for e in resumed["log"]] == [
         (e["stage"], e["step"], e["loss"]) for e in whole["log"]
     ]
+
+
+def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
+    base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str]
+) -> None:
+    def checkpoints() -> list[Path]:
+        return [*broken.scratch.glob("kept-*"), *broken.scratch.glob("stage-*")]
+
+    def kill(message: dict[str, Any]) -> None:
+        if message["stage"] == 1:
+            raise _Killed
+
+    broken, messages = spec(base, tmp_path, *TWO_STAGES, checkpoint_every=2), []
+    with pytest.raises(_Killed):
+        fit_here(broken, kill)
+    assert checkpoints()
+    fit_here(broken, messages.append)
+    assert {message["stage"] for message in messages} == {1}
+    assert weights(broken.export) == undisturbed[1]
+    assert not checkpoints()
 
 
 @pytest.fixture(scope="module")

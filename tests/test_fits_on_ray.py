@@ -73,3 +73,5 @@ def test_a_killed_worker_resumes_beside_one_that_fails(tmp_path: Path, monkeypat
     assert weights(good.export) == weights(tmp_path / "undisturbed" / "export")
     assert "step 200 of 200" in (good.logs / "worker-0.log").read_text()
     assert not list((tmp_path / "store").iterdir())
+    assert not list(good.scratch.glob("stage-*")), "no checkpoint outlives the export"
+    assert list(bad.scratch.iterdir())
