@@ -223,7 +223,7 @@ class Findings:
         for ours, rival in itertools.product(self.recipes, REPLAYED):
             one = self.cut(ours, rival)
             if one.low is None or one.high is None:
-                sentences.append(f"{ours}, forgetting against {rival}: no ratio, for that forgets nothing.")
+                sentences.append(f"{ours}, forgetting against {rival}: no share, for that is not shown to forget.")
                 continue
             text = f"{ours}, forgetting against {rival}: cut by {share(one)}"
             aim = "reached" if one.low >= 0.65 else "missed" if one.high < 0.65 else "not decided"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -215,8 +215,10 @@ def forgetting_cut(scores: Scores, changes: Mapping[str, np.ndarray], rival: str
     """1 − ΔA of `method` ÷ ΔA of `rival`, ΔA averaged over pairs: 1 is no forgetting, 0 as much as the rival.
 
     changes: by method ΔA, [seeds, 1 + draws]. Means are divided, not seeds averaged: one seed's ΔA may be near 0.
+    Without an interval where the rival is not shown to forget: a share of what may be nothing says nothing.
     """
     own, other = changes[method], changes[rival]
+    forgets = scores.estimate(other)
 
     def cut(seeds: np.ndarray) -> np.ndarray:
         below = other[seeds].mean(axis=0)
@@ -225,4 +227,5 @@ def forgetting_cut(scores: Scores, changes: Mapping[str, np.ndarray], rival: str
         return found
 
     alone = [float(cut(np.array([seed]))[0]) for seed in range(len(own))]
-    return scores.estimate_of(cut, alone)
+    found = scores.estimate_of(cut, alone)
+    return found if forgets.high is not None and forgets.high < 0 else replace(found, low=None, high=None)

@@ -130,6 +130,14 @@ def test_cut_divides_means_and_not_seeds() -> None:
     assert forgetting_cut(scores, changes, "theirs", "ours").mean == pytest.approx(1 - 0.1 / 0.4)
 
 
+@pytest.mark.parametrize(("theirs", "told"), [([-0.8, -0.7], True), ([-0.8, 0.0], False), ([0.1, 0.1], False)])
+def test_a_cut_has_an_interval_only_where_the_rival_forgets(theirs: list[float], told: bool) -> None:
+    scores = scores_of({"x": [[0.0, 0.0]] * 2})
+    changes = {"ours": np.array([[-0.1] * 4] * 2), "theirs": np.array([[change] * 4 for change in theirs])}
+    found = forgetting_cut(scores, changes, "theirs", "ours")
+    assert (found.low is not None, found.high is not None) == (told, told)
+
+
 def test_low_resource_tasks_are_set_against_the_others() -> None:
     assert low_resource({"a": 600, "b": 600, "c": 100, "d": 300}) == ["c"]
     assert low_resource({"a": 600, "b": 500}) == []
