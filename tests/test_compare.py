@@ -15,7 +15,7 @@ from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document, write_report
-from cpift.compare_verdict import Findings
+from cpift.compare_verdict import Findings, side
 from cpift.errors import ConfigError
 from cpift.inprocess import SharedHere
 from cpift.pipeline import NoEngine, Pipeline
@@ -205,6 +205,18 @@ def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, R
     (claim,) = (claim for claim in findings.verdict() if claim.startswith(f"Of {len(parts)} variants “{best}”"))
     assert "picked by these very scores" in claim
     assert f"{best} is shown above" in claim
+
+
+def test_the_aim_counts_what_is_shown_and_what_each_seed_alone_has(found: tuple[Comparison, Record]) -> None:
+    findings = Findings(found[1])
+    rivals = [name for name in findings.methods if findings.kind(name) in ("sft", "merge")]
+    outcomes = [findings.against("CPI-FT", rival) for rival in rivals]
+    ahead = sum(side(one.mean) > 0 for one in outcomes)
+    larger = sum(all(value > 0 for value in [*one.mean.values, *one.worst.values]) for one in outcomes)
+    claim = findings.aim("CPI-FT", rivals)
+    assert f"of {len(rivals)} baselines in both" in claim
+    assert f"in mean retention alone above {ahead}, and below" in claim
+    assert f"it is above {larger} in both" in claim
 
 
 def test_a_pair_is_learnt_in_both_orders(found: tuple[Comparison, Record]) -> None:
