@@ -204,7 +204,7 @@ class Findings:
             return []
         best = max(variants, key=lambda name: float(mean_retention(self.scores, name, PROBES)[:, 0].mean()))
         picked = f"Of {len(variants)} variants “{best}” has the highest mean retention, picked by these very scores."
-        told = [self.sentence(best, rival) for rival in rivals if rival.startswith(FULL)]
+        told = [self.sentence(best, rival) for rival in rivals]
         return [f"{picked} {self.aim(best, rivals)}", *told]
 
     def _of_imbalance(self) -> list[str]:
