@@ -55,7 +55,7 @@ def _load(
 ) -> RunConfig:
     """Load a config and check it for a stage."""
     from cpift.config_loading import load_config
-    from cpift.planning import preflight
+    from cpift.preflight import preflight
 
     run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
     preflight(run, stage=stage, download=download)

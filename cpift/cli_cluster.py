@@ -39,7 +39,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
 
     loaded = load_sweep(config, overrides or [], output)
     from cpift.artifacts import exclusive
-    from cpift.planning import preflight
+    from cpift.preflight import preflight
 
     preflight(loaded.base)
     from cpift.sweep import pipeline, run_sweep

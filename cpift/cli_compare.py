@@ -45,7 +45,7 @@ def compare(
     changes |= {"seeds": _seeds(seeds)} if seeds else {}
     changes |= {"budgets": [budget]} if budget else {}
     made = load_comparison(config, overrides or [], changes)
-    from cpift.planning import preflight
+    from cpift.preflight import preflight
 
     preflight(made.base, stage="run", download=not plan)
     from cpift.baselines import methods_of

@@ -48,7 +48,7 @@ def preview(
     from cpift.config_loading import load_config
     from cpift.data import read_examples
     from cpift.data_preview import coloured, count
-    from cpift.planning import preflight
+    from cpift.preflight import preflight
 
     run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
     preflight(run)

@@ -26,7 +26,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override (`field.name=value`) and validate a run's YAML file.
 
     Raises ConfigError listing every problem: unreadable YAML, unknown or missing fields, wrong types, values out of
-    range. Files that the config names are checked later, by `pipeline.preflight`, together with their contents.
+    range. Files that the config names are checked later, by `preflight`, together with their contents.
     """
     return parse_config(read_yaml(path), path.absolute().parent, str(path), overrides)
 

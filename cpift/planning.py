@@ -1,8 +1,7 @@
-"""Before anything runs: what is wrong with a config, and what a run of it will do and cost. Nothing is written here."""
+"""Before anything runs: what a run of a config will do and cost. Nothing is written here."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from cpift.artifacts import Artifact
 from cpift.config import ModelConfig, RunConfig, TrainingConfig
-from cpift.errors import ConfigError, Problem
+from cpift.preflight import trainings
 from cpift.stage_artifacts import Model, StageArtifacts
 
 # Training state a parameter: float32 weight, gradient and AdamW's two moments.
@@ -41,82 +40,6 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def preflight(config: RunConfig, *, stage: str | None = None, download: bool = True) -> None:
-    """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
-
-    Hub data sets are downloaded to look at their rows, unless `download` is False.
-    Raises ConfigError with every problem found.
-    """
-    from cpift.adapters import check_lora
-    from cpift.data import check_task
-    from cpift.merge_planning import check_given
-    from cpift.models import check_model
-    from cpift.tracking import check_trackers
-
-    problems = list(_missing(config, stage)) + check_model(config.model)
-    if not problems:
-        problems += check_given(config)
-    problems += check_trackers(config.tracking) + check_lora(_trainings(config))
-    for task in config.tasks:
-        problems += check_task(task, download=download)
-    problems += _check_backbone(config) + (_check_store(config) or _check_output(config.output_dir))
-    if problems:
-        raise ConfigError(f"run {config.name}", problems)
-
-
-_NEED_TRAINING = ("integrate", "evaluate", "report", "run")
-_NEED_TESTS = ("evaluate", "report", "run")
-
-
-def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
-    """Fields that may be left out, but not for this stage."""
-    integrates = stage in _NEED_TRAINING
-    if integrates and config.integration is None:
-        yield Problem("integration", f"is not there, and `cpift {stage}` needs it", "add it; `cpift fuse` stops before")
-    staged = config.backbone_source == "staged" and (integrates or stage == "fuse")
-    if staged and config.probe is None and config.backbone.training is None:
-        remedy = "add it, or set backbone.source: pretrained"
-        yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
-    for task in config.tasks:
-        if task.train is None and (integrates or staged):
-            why = f"`cpift {stage}` trains on it" if integrates else "backbone.source: staged trains on it"
-            remedy = "give the task's training rows" if integrates else "give it, or set backbone.source: pretrained"
-            yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", remedy)
-        if task.test is None and stage in _NEED_TESTS:
-            yield Problem(f"tasks.{task.name}.test", f"is not there, and `cpift {stage}` scores on it", "give rows")
-
-
-def _check_backbone(config: RunConfig) -> list[Problem]:
-    from cpift.models import check_checkpoint
-
-    source = config.backbone.source
-    if source in ("staged", "pretrained"):
-        return []
-    if Path(source).is_dir():
-        return check_checkpoint(Path(source), "backbone.source")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        remedy = "write staged, pretrained, a model folder, or a hub id such as org/name"
-        return [Problem("backbone.source", f"{source!r} is no folder and no hub id", remedy)]
-    return []
-
-
-def _check_store(config: RunConfig) -> list[Problem]:
-    first = config.output.parts[0] if config.output is not None and config.output.parts else ""
-    if not first.endswith(":"):  # of s3://bucket/x a path keeps s3:/bucket/x
-        return []
-    remedy = "give a folder (that every node sees), and copy the finished run there; resources.storage may be a URI"
-    return [Problem("output", f"{config.output} is no folder, and results are not written to object stores", remedy)]
-
-
-def _check_output(output: Path) -> list[Problem]:
-    existing = next(folder for folder in [output, *output.parents] if folder.exists())
-    if not existing.is_dir():
-        return [Problem("output", f"{existing} is a file", "give another folder with --output")]
-    if not os.access(existing, os.W_OK):
-        return [Problem("output", f"{existing} cannot be written", "give another folder with --output")]
-    return []
-
-
 def plan(artifacts: StageArtifacts) -> Plan:
     """The steps of a run in order, what is cached, and what it costs."""
     from cpift.regions import core_size
@@ -129,7 +52,7 @@ def plan(artifacts: StageArtifacts) -> Plan:
     todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
     width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
-    checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in _trainings(config)) else 0
+    checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in trainings(config)) else 0
     return Plan(
         steps=steps,
         parameters=parameters,
@@ -148,12 +71,6 @@ def _training_memory(config: RunConfig, parameters: int) -> int:
 
 
 _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
-
-
-def _trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
-    staged = config.backbone_source == "staged"
-    found = (config.probe, config.backbone.training or config.probe if staged else None, config.integration)
-    return tuple(training for training in found if training is not None)
 
 
 def _steps(artifacts: StageArtifacts) -> Iterator[Step]:

@@ -81,7 +81,7 @@ LAYERS = [
         "compare_plots",
         "compare_verdict",
     },
-    {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "merge_planning"},
+    {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "preflight", "merge_planning"},
     {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_keep", "sweep_results", "baselines", "compare"},
     {
         "distributed",

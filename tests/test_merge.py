@@ -28,7 +28,7 @@ from cpift.config_loading import load_config
 from cpift.errors import CheckpointError, ConfigError
 from cpift.models import load_model, materialise
 from cpift.pipeline import NoEngine, Pipeline
-from cpift.planning import preflight
+from cpift.preflight import preflight
 from cpift.vocabulary import FittedCheckpoint
 
 from .conftest import save_checkpoint

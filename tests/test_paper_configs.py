@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cpift.config_loading import load_config
-from cpift.planning import plan, preflight
+from cpift.planning import plan
+from cpift.preflight import preflight
 from cpift.regions import core_size
 from cpift.stage_artifacts import StageArtifacts
 

@@ -42,7 +42,7 @@ from cpift.errors import CpiftError
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import SharedHere
 from cpift.pipeline import NoEngine, Pipeline
-from cpift.planning import preflight
+from cpift.preflight import preflight
 from cpift.sweep_shared import SharedEngine, SharedWork, titled_backbone
 from cpift.view import View, quiet
 
