@@ -39,6 +39,7 @@ LAYERS = [
         "direct_io",
         "object_store",
         "safetensors_files",
+        "architecture",
         "checkpoints",
         "checkpoint_writing",
         "lora",

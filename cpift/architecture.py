@@ -1,0 +1,131 @@
+"""What a model's `config.json` says it is: the class that transformers has for it, without weights and without the
+folder's own code.
+
+Built on the `meta` device, kept by the text of config.json: fine-tunes of one model share it, so nobody may change it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A config.json: equal to every other of the same text."""
+
+    text: str
+    folder: Path = field(compare=False)
+
+
+def model_config(folder: Path) -> PreTrainedConfig:
+    """transformers' configuration of the model in a folder: what config.json leaves out has its class's default.
+
+    Raises CheckpointError where config.json is missing or transformers knows no such model.
+    """
+    return _config(_source(folder))
+
+
+def effective_config(folder: Path) -> dict[str, Any]:
+    """`model_config` as plain values, nested configurations too. Raises CheckpointError."""
+    return model_config(folder).to_dict()
+
+
+def model_class(folder: Path) -> type[PreTrainedModel]:
+    """The class of transformers that config.json names; where it names none, the one that generates text.
+
+    Raises CheckpointError.
+    """
+    return _class(_source(folder))
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of `model_class` on the `meta` device: modules, names and shapes, float32, no values.
+
+    Shared by everybody who asks: not to be changed. Raises CheckpointError.
+    """
+    return _skeleton(_source(folder))
+
+
+def tied_names(folder: Path) -> Mapping[str, str]:
+    """Parameters that are no tensors of their own → the parameter that each is tied to, in the skeleton's names.
+
+    The class decides which they are and config.json, with the class's defaults, whether. Raises CheckpointError.
+    """
+    tied: Mapping[str, str] = skeleton(folder).all_tied_weights_keys
+    return tied
+
+
+def _source(folder: Path) -> _Source:
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        problem = Problem(CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
+        raise CheckpointError(f"model {folder}", [problem]) from error
+    return _Source(text, folder)
+
+
+@lru_cache(maxsize=16)
+def _config(source: _Source) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a configuration's class raises for values that it does not take
+        raise _unusable(source, error) from error
+    return config
+
+
+@lru_cache(maxsize=16)
+def _class(source: _Source) -> type[PreTrainedModel]:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config = _config(source)
+    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    tables = (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+    known = [table[type(config)] for table in tables if type(config) in table]
+    for found in (*named, *known):
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    what = f"{config.architectures}, model_type {config.model_type!r}: transformers has no class that generates text"
+    raise CheckpointError(f"model {source.folder}", [Problem(f"{CONFIG}, architectures", what, "use another model")])
+
+
+@lru_cache(maxsize=4)
+def _skeleton(source: _Source) -> PreTrainedModel:
+    import torch
+
+    config, network = _config(source), _class(source)
+    try:
+        with torch.device("meta"):
+            return network(config).eval()
+    except Exception as error:  # a class may ask for anything of its configuration
+        raise _unusable(source, error) from error
+
+
+def _unusable(source: _Source, error: Exception) -> CheckpointError:
+    import transformers
+
+    kind = json.loads(source.text).get("model_type")
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
+    what = (
+        f"makes no model of type {kind!r} in transformers {transformers.__version__} ({type(error).__name__}: {first})"
+    )
+    remedy = "mend it, or upgrade transformers; code that comes with a checkpoint is never run"
+    return CheckpointError(f"model {source.folder}", [Problem(CONFIG, what, remedy)])
