@@ -27,11 +27,11 @@ from typing import Any
 
 from record import append
 
-from cpift.artifacts import file_sha256
 from cpift.config import RunConfig
 from cpift.config_loading import load_config
 from cpift.distributed_fits import run_fits
 from cpift.distributed_session import ray_session
+from cpift.files import file_sha256
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Pipeline

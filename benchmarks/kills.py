@@ -18,7 +18,7 @@ from pathlib import Path
 from object_store import ObjectStore
 from processes import command_line, descendants, used_and_total
 
-from cpift.artifacts import file_sha256
+from cpift.files import file_sha256
 
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
 DEADLINE = 400.0  # seconds without a new checkpoint

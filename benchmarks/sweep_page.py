@@ -20,7 +20,7 @@ from typing import Any
 
 from record import RESULTS, environment
 
-from cpift.artifacts import write_text
+from cpift.files import write_text
 from cpift.sweep_config import shown
 from cpift.sweep_scores import Estimate, estimate
 

@@ -8,16 +8,13 @@ A sweep may drop a model's weights once they are scored: it stays complete, and 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -25,81 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpift.errors import CpiftError
+from cpift.files import MANIFEST, digest, folder_hashes, read_json, write_json
 
-MANIFEST = "manifest.json"
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
-
-
-def digest(value: Any) -> str:
-    """sha256 (hex) of a JSON-serialisable value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes; read once as long as the file stays as it is, whatever its names."""
-    known = _identity(path)
-    if known not in _SHA256:
-        with path.open("rb") as file:
-            found = (
-                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
-            )
-        _SHA256[known] = found
-    return _SHA256[known]
-
-
-def remember_sha256(path: Path, value: str) -> None:
-    """Tell `file_sha256` of a file whose bytes were hashed as they were written."""
-    _SHA256[_identity(path)] = value
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-_SHA256: dict[tuple[int, ...], str] = {}
-
-
-def _chunked(file: Any) -> str:  # Python 3.10
-    state = hashlib.sha256()
-    while block := file.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
-
-
-def folder_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder by its relative name, the manifest itself apart."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write through a temporary neighbour, so that a reader never meets half a file."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary neighbour and flush it to the disk before the rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -224,38 +149,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def claimed(artifacts: Iterable[Artifact]) -> Iterator[None]:
-    """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
-
-    Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
-    its process. On shared storage this needs a file system with `flock` (NFS 4, Lustre and CephFS have it).
-    """
-    with ExitStack() as held:
-        for artifact in sorted(artifacts, key=lambda one: one.path):
-            artifact.work_dir.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """Hold a run's output folder, so that two commands never build the same stage at once."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
-        yield
 
 
 @lru_cache

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cpift.artifacts import Artifact, digest, read_json
+from cpift.artifacts import Artifact
 from cpift.compare_config import Budget, Comparison
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config_loading import with_fields
 from cpift.config_training import Mixing
 from cpift.data import count_examples
+from cpift.files import digest, read_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec
 from cpift.models import load_tokenizer
 from cpift.pipeline import Pipeline

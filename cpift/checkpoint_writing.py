@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from cpift.artifacts import digest, read_json, remember_sha256, write_json
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
+from cpift.files import digest, read_json, remember_sha256, write_json
 from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
 from cpift.units import show_size
 

@@ -82,7 +82,7 @@ def _open(config: Path, overrides: list[str] | None, output: Path | None, stage:
 
 def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Any:
     """Make one stage and what it needs, holding the run's folder."""
-    from cpift.artifacts import exclusive
+    from cpift.locks import exclusive
 
     pipeline = _open(config, overrides, output, stage)
     with exclusive(pipeline.root), pipeline.session():
@@ -94,7 +94,7 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
     """Run all stages and show the scores."""
     from rich.console import Console
 
-    from cpift.artifacts import exclusive
+    from cpift.locks import exclusive
 
     pipeline = _open(config, overrides, output, "run")
     with exclusive(pipeline.root), pipeline.session():

@@ -26,8 +26,8 @@ def standard(
     out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
 ) -> None:
     """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
-    from cpift.artifacts import write_json
     from cpift.errors import CpiftError
+    from cpift.files import write_json
     from cpift.standard_benchmarks import Benchmarks, standard_scores
 
     if out is not None and out.exists():

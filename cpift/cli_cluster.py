@@ -38,7 +38,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     from cpift.sweep_config import load_sweep
 
     loaded = load_sweep(config, overrides or [], output)
-    from cpift.artifacts import exclusive
+    from cpift.locks import exclusive
     from cpift.preflight import preflight
 
     preflight(loaded.base)

@@ -57,10 +57,10 @@ def compare(
         return
     from rich.console import Console
 
-    from cpift.artifacts import exclusive
     from cpift.compare import run_comparison
     from cpift.compare_record import write_record
     from cpift.compare_report import comparison_table, write_report
+    from cpift.locks import exclusive
     from cpift.view import View
 
     with exclusive(made.base.output_dir), _engine(made, here) as engine:

@@ -90,7 +90,7 @@ def _chosen(run: RunConfig, name: str | None) -> list[TaskConfig]:
 
 def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """θ0's, from where it lies; otherwise θ0 is made first, which the run needs anyway."""
-    from cpift.artifacts import exclusive
+    from cpift.locks import exclusive
     from cpift.models import load_tokenizer
     from cpift.pipeline import NoEngine, Pipeline
     from cpift.scratch import make_scratch_tokenizer

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import Artifact, package_versions, read_json, source_commit
+from cpift.artifacts import Artifact, package_versions, source_commit
 from cpift.baselines import Budgets, Method, Trained, methods_of, seconds_of, tokens_of
 from cpift.checkpoints import Checkpoint
 from cpift.compare_config import Comparison
@@ -21,6 +21,7 @@ from cpift.compare_record import Header, Record, Row, kept_scores
 from cpift.data import count_examples
 from cpift.devices import device_name
 from cpift.errors import ConfigError, Problem
+from cpift.files import read_json
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.stage_artifacts import Model
 from cpift.stages import add_card

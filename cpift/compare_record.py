@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cpift.artifacts import write_text
 from cpift.errors import ConfigError, Problem
+from cpift.files import write_text
 from cpift.measures import Scores, TaskItems, bootstrap
 
 BASE, PROBES = "θ0", "own probes"

@@ -11,10 +11,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cpift.artifacts import write_text
 from cpift.compare_plots import curve, intervals
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
+from cpift.files import write_text
 from cpift.measures import judged_tasks
 from cpift.sweep_scores import Estimate
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpift.artifacts import digest, file_sha256
 from cpift.config import DataSource, TaskConfig
 from cpift.config_training import Mixing
 from cpift.errors import CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
+from cpift.files import digest, file_sha256
 from cpift.hub import HubError, resolve_revision
 from cpift.text_metrics import last_number
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset

@@ -19,7 +19,6 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cpift.artifacts import write_text
 from cpift.config import ResourcesConfig
 from cpift.distributed_session import (
     NAMESPACE,
@@ -32,6 +31,7 @@ from cpift.distributed_session import (
 )
 from cpift.distributed_storage import RUN, Storage
 from cpift.errors import CpiftError, StageError
+from cpift.files import write_text
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.placement import Nodes, Placement
 from cpift.tracking import tracker_variables

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from cpift.artifacts import MANIFEST, read_json
 from cpift.checkpoint_writing import Shard, note_of, write_note
 from cpift.checkpoints import INDEX_FILE
+from cpift.files import MANIFEST, read_json
 from cpift.merging import Method, merge_shards
 from cpift.object_store import ObjectStore
 from cpift.regions import NoCores, RegionMasks

@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from cpift.adapters import merged, with_adapters
-from cpift.artifacts import read_json, write_json
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
 from cpift.data import CompletionCollator
 from cpift.devices import device_name, resolved
 from cpift.errors import CheckpointError, Problem, StageError
+from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models import load_model, load_tokenizer

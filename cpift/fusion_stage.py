@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import Artifact, file_sha256, link_or_copy, write_json
+from cpift.artifacts import Artifact
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, RunConfig
+from cpift.files import file_sha256, link_or_copy, write_json
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import model_files, open_checkpoint
 from cpift.merging import Merging, Progress, merge

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import digest, file_sha256
 from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
+from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import ADAPTER_CONFIG, LoraCheckpoint
 from cpift.vocabulary import FittedCheckpoint, resized

@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import link_or_copy
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.errors import CpiftError
+from cpift.files import link_or_copy
 from cpift.fit_spec import RESULT, FitSpec
 
 OnProgress = Callable[[dict[str, Any]], None]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import write_text
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
+from cpift.files import write_text
 
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifacts import file_sha256
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
+from cpift.files import file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 
 if TYPE_CHECKING:

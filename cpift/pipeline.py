@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from cpift.artifacts import Artifact, claimed, link_or_copy, read_json, write_json, write_text
+from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.errors import CpiftError
+from cpift.files import link_or_copy, read_json, write_json, write_text
 from cpift.fit_spec import FitSpec
 from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping, group_tasks
+from cpift.locks import claimed
 from cpift.models import materialise, model_fingerprint
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.view import View

@@ -23,10 +23,10 @@ from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cpift.artifacts import read_json, write_json
 from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_same_layout
 from cpift.config import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError, Problem
+from cpift.files import read_json, write_json
 from cpift.safetensors_files import MappedFile, read_header
 from cpift.streaming import (
     DEFAULT_BUDGET,

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from cpift.artifacts import write_text
+from cpift.files import write_text
 from cpift.report_scores import ReportData, compare, standing, summary
 
 __all__ = ["ReportData", "scores_table", "summary", "write_report"]

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cpift.artifacts import Artifact, read_json
+from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
 from cpift.data import source_fingerprint
+from cpift.files import read_json
 from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping
 from cpift.models import model_fingerprint

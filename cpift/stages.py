@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifacts import Artifact, package_versions, read_json, source_commit
+from cpift.artifacts import Artifact, package_versions, source_commit
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
 from cpift.devices import device_name
+from cpift.files import read_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, fuse_models
 from cpift.given import open_checkpoint

@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from cpift.artifacts import file_sha256
 from cpift.config_loading import check_fields, read_yaml
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
+from cpift.files import file_sha256
 
 CONFIG = "config.yaml"
 _EXTRA = "pip install 'cpift[cluster]'"

@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 import ray
 from ray import tune
 
-from cpift.artifacts import Artifact, digest, write_json
+from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.distributed import RayEngine, evaluate_models
 from cpift.distributed_fits import parallel_fits, run_fits
 from cpift.distributed_session import progress_board, ray_session, show_progress
+from cpift.files import digest, write_json
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from cpift.artifacts import Artifact, digest
+from cpift.artifacts import Artifact
 from cpift.config import RunConfig
+from cpift.files import digest
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep

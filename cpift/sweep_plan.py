@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpift.artifacts import Artifact, read_json
+from cpift.artifacts import Artifact
+from cpift.files import read_json
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Range, SweepConfig, Value

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpift.artifacts import Artifact, read_json
+from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_loading import with_fields
+from cpift.files import read_json
 from cpift.hub import resolve_revision
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Fields, Sweep

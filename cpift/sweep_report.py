@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift import sweep_plots as plots
-from cpift.artifacts import write_text
+from cpift.files import write_text
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import shown
 from cpift.sweep_scores import Estimate, SweepData, TrialRow, best_trial, judged, pareto_front, trial_at, values_at

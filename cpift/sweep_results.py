@@ -11,9 +11,10 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from cpift.artifacts import Artifact, read_json, write_json, write_text
+from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config
+from cpift.files import read_json, write_json, write_text
 from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model

@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpift.artifacts import Artifact, claimed, digest, link_or_copy, write_json
+from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
+from cpift.files import digest, link_or_copy, write_json
 from cpift.fit_spec import FitSpec
+from cpift.locks import claimed
 from cpift.pipeline import Finish, Pipeline, fit_all
 from cpift.stage_artifacts import Model
 from cpift.stages import backbone_spec, check_data, probe_specs, select_core_regions

@@ -11,11 +11,11 @@ from typing import Any
 import ray
 from ray import tune
 
-from cpift.artifacts import digest, write_text
 from cpift.config import RunConfig
 from cpift.distributed import RayEngine
 from cpift.distributed_session import NAMESPACE
 from cpift.errors import CpiftError, StageError
+from cpift.files import digest, write_text
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Engine, Pipeline
 from cpift.sweep_config import Fields, Sweep, describe

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpift.artifacts import file_sha256
 from cpift.config import DataSource, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.files import file_sha256
 from cpift.fit_spec import FitSpec, StageSpec
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cpift.artifacts import Artifact, digest, exclusive, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.artifacts import Artifact
 from cpift.config_loading import load_config
 from cpift.errors import CpiftError
+from cpift.files import digest, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.locks import exclusive
 from cpift.stage_artifacts import StageArtifacts
 
 

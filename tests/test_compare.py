@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cpift.artifacts import Artifact, write_json
+from cpift.artifacts import Artifact
 from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together, tokens_of
 from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
@@ -17,6 +17,7 @@ from cpift.compare_record import PROBES, Record, finished, joined, read_record, 
 from cpift.compare_report import document, write_report
 from cpift.compare_verdict import Findings, side
 from cpift.errors import ConfigError
+from cpift.files import write_json
 from cpift.inprocess import SharedHere
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.stages import integration_spec

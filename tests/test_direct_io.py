@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cpift import direct_io
-from cpift.artifacts import file_sha256
 from cpift.checkpoint_writing import WriteBehind, plan_shards, write_shard
 from cpift.checkpoints import Checkpoint
+from cpift.files import file_sha256
 from cpift.safetensors_files import FileWriter, TensorInfo
 
 BLOCK = direct_io._BLOCK

@@ -14,7 +14,6 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from cpift.artifacts import file_sha256, read_json
 from cpift.checkpoint_writing import kept_record, plan_shards
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
@@ -22,6 +21,7 @@ from cpift.config_loading import load_config
 from cpift.distributed_fusion import RayMerging
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
 from cpift.errors import StageError
+from cpift.files import file_sha256, read_json
 from cpift.fusion import Fill, Fusion, FusionInputs
 from cpift.merging import merge
 from cpift.object_store import ObjectStore

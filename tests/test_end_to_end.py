@@ -14,8 +14,8 @@ import pytest
 import torch
 from cpift_kernels import unpack_mask
 
-from cpift.artifacts import file_sha256, read_json
 from cpift.checkpoints import Checkpoint
+from cpift.files import file_sha256, read_json
 from cpift.regions import read_mask, read_summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -18,6 +18,8 @@ LAYERS = [
     {
         "errors",
         "artifacts",
+        "files",
+        "locks",
         "config",
         "config_inputs",
         "config_training",

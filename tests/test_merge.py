@@ -19,13 +19,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift.artifacts import file_sha256, read_json
 from cpift.checkpoints import Checkpoint
 from cpift.cli import main
 from cpift.config import ModelConfig, RunConfig
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
 from cpift.errors import CheckpointError, ConfigError
+from cpift.files import file_sha256, read_json
 from cpift.models import load_model, materialise
 from cpift.pipeline import NoEngine, Pipeline
 from cpift.preflight import preflight

@@ -75,7 +75,7 @@ def fields(storage: str) -> dict[str, Any]:
 
 def hashes(root: Path) -> dict[str, str]:
     """Of every model's weights by artifact, as the manifests have them."""
-    from cpift.artifacts import read_json
+    from cpift.files import read_json
 
     found = {path.parent: read_json(path)["outputs"] for path in root.glob("*/*/manifest.json")}
     return {

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from cpift.artifacts import read_json
 from cpift.config import RunConfig
 from cpift.config_loading import load_config
 from cpift.errors import ConfigError
+from cpift.files import read_json
 from cpift.pipeline import Pipeline
 from cpift.regions import read_mask
 from cpift.stage_artifacts import StageArtifacts

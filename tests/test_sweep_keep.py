@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from cpift import sweep_trial
-from cpift.artifacts import read_json
 from cpift.config import RunConfig
 from cpift.config_loading import load_config
+from cpift.files import read_json
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Fields, Sweep
 from cpift.sweep_keep import Keeper

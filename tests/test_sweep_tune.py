@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpift.artifacts import read_json
 from cpift.distributed_session import ray_session
+from cpift.files import read_json
 from cpift.sweep import pipeline, run_sweep
 from cpift.sweep_config import Sweep, load_sweep
 from cpift.sweep_plan import own_models

@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-from cpift.artifacts import Artifact, write_text
+from cpift.artifacts import Artifact
 from cpift.baselines import methods_of, together
 from cpift.compare import ComparisonWork
 from cpift.compare_config import Comparison, load_comparison
@@ -39,6 +39,7 @@ from cpift.compare_verdict import FULL, Findings
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.config_loading import load_config, read_yaml
 from cpift.errors import CpiftError
+from cpift.files import write_text
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import SharedHere
 from cpift.pipeline import NoEngine, Pipeline

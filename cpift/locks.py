@@ -1,0 +1,47 @@
+"""Who works on what: an output folder held by one command, an artifact by the process that makes it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpift.errors import CpiftError
+
+if TYPE_CHECKING:
+    from cpift.artifacts import Artifact
+
+
+@contextmanager
+def claimed(artifacts: Iterable[Artifact]) -> Iterator[None]:
+    """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
+
+    Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
+    its process. On shared storage this needs a file system with `flock` (NFS 4, Lustre and CephFS have it).
+    """
+    with ExitStack() as held:
+        for artifact in sorted(artifacts, key=lambda one: one.path):
+            artifact.work_dir.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold a run's output folder, so that two commands never build the same stage at once."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        yield
