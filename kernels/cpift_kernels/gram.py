@@ -6,6 +6,10 @@ The differences carry the angle: for near-parallel xi the cosine of xi and r rou
 of (r, xi − r) keeps it (see `slerp`). G is fp64; partial sums are fp32 over short runs at most and are
 added in a fixed order, so one backend gives the same bits on every run and for every number of threads. An
 empty selection gives zeros.
+
+Every backend sums a run of elements with at most FEW of them left in fp64 throughout: there the rounding of fp32
+products does not average out, and a vector of one element, parallel or opposite to every other, would get an angle
+that is neither.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
 
 Granularity = Literal["tensor", "row"]
+FEW = 128  # elements left of a run (a block, a row, or what a GPU program sums) that are summed in fp64
 _CHUNK = 1 << 20
 
 

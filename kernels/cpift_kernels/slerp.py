@@ -13,7 +13,9 @@ which keeps the angle of near-parallel vectors, where 1 − cosΩ is lost in rou
 Degenerate cases take LERP, (1−ω)·a + ω·b, and are recorded: Ω < epsilon, a vector of zero norm (its angle
 is recorded as 0), and antiparallel vectors (π − Ω < max(epsilon, 0.01)), between which no great circle is
 singled out: there the weights grow like 1/(π − Ω), and the Gram matrix's rounding (fp32 products) moves Ω by
-about 5e-4, so a closer angle would be noise. All of it is fp64 on [..., N+1, N+1] matrices: no backends.
+about 5e-4, so a closer angle would be noise. Where a and d are parallel but for fp64's rounding, Ω is 0 or π: left at
+that noise, it would be anything once ‖b‖ is a millionth of ‖a‖. All of it is fp64 on [..., N+1, N+1] matrices: no
+backends.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 
 Space = Literal["weights", "delta"]
 _ANTIPARALLEL = 1e-2
+_NOISE = 2.0**-48  # of ‖a‖²‖d‖²: sin²(a, d) below it is rounding
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def _angle(gram: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, 
     d = b - a
     aa, dd, ad = _inner(gram, a, a), _inner(gram, d, d), _inner(gram, a, d)
     bb = _inner(gram, b.expand_as(a), b.expand_as(a))
-    cross = (aa * dd - ad * ad).clamp(min=0).sqrt()
+    squared = aa * dd - ad * ad
+    cross = torch.where(squared > _NOISE * aa * dd, squared, 0.0).sqrt()
     angle = torch.atan2(cross, aa + ad)
     vanishing = (aa <= 0) | (bb <= 0)
     angle = torch.where(vanishing, 0.0, angle)

@@ -6,6 +6,7 @@ test_interpreted.py) Triton's own interpreter runs the same tests.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from cpift_kernels import overlap as overlap_module
 from cpift_kernels.gpu import apply, bracket, freeze, gram, held, overlap, selection
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
+from cpift_kernels.slerp import slerp_coefficients
 from torch import Tensor
 
 from tests.ptx.device import interpreted_ptx
@@ -147,6 +149,50 @@ class TestGram:
         origin, tuned = _models([9001], (torch.bfloat16, torch.bfloat16), 3)
         excluded = pack_mask(torch.ones(9001, dtype=torch.bool))
         assert not gram.masked_gram(origin[0], [x[0] for x in tuned], excluded).any()
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.bfloat16, *(pytest.param(x, marks=SLOW) for x in (torch.float16, torch.float32))]
+    )
+    @pytest.mark.parametrize("few", [1, *(pytest.param(x, marks=SLOW) for x in (2, 3))])
+    def test_few_elements_left_have_the_angles_of_fp64(self, few: int, dtype: torch.dtype) -> None:
+        """Rows of few elements, and rows and a tensor of which a mask leaves few: no angle of rounding."""
+        origin = torch.randn(4000, few).to(dtype)
+        tuned = [torch.randn(4000, few).to(dtype) for _ in range(2)]
+        self._same_slerp(origin, tuned, None, "row")
+        wide = torch.randn(4, 300)
+        masks = torch.ones(4, 300, dtype=torch.bool)
+        masks[:, 40 : 40 + few] = False
+        masks[3] = True  # a row with nothing left
+        others = [scale * wide for scale in (0.0, 2.0, -1.0, -1e-3, 1e-6, -1e-7)]
+        models = [x.to(dtype) for x in (*others, torch.randn(4, 300))]
+        self._same_slerp(wide.to(dtype), models, pack_mask(masks), "row")
+        long = [torch.randn(9001).to(dtype) for _ in range(4)]
+        left = torch.ones(9001, dtype=torch.bool)
+        left[8189 : 8189 + few + 2] = False  # in two runs
+        self._same_slerp(long[0], [*long[1:], (-1e-3 * long[0].float()).to(dtype)], pack_mask(left), "tensor")
+
+    @staticmethod
+    def _same_slerp(origin: Tensor, tuned: list[Tensor], excluded: Tensor | None, granularity: str) -> None:
+        found, exact = (
+            run(origin, tuned, excluded, granularity=granularity)
+            for run in (gram.masked_gram, gram_module.masked_gram_reference)
+        )
+        assert torch.allclose(found, exact, rtol=1e-12, atol=0)
+        omegas = [1 / (i + 2) for i in range(len(tuned))]
+        got, want = (slerp_coefficients(one, omegas, 1e-4) for one in (found, exact))
+        assert torch.equal(got.lerp, want.lerp)
+        assert torch.allclose(got.coefficients, want.coefficients, rtol=0, atol=1e-6)
+        if origin[..., :1].numel() == origin.numel():  # one element a vector: each angle is 0 or π
+            assert bool(((got.angles < 1e-6) | (got.angles > math.pi - 1e-6)).all())
+            assert float(got.coefficients.abs().max()) <= 1.0
+
+    @pytest.mark.parametrize("kept", [128, 129])
+    def test_where_the_rule_of_few_begins(self, kept: int) -> None:
+        origin, tuned = _models([5003], (torch.bfloat16, torch.bfloat16), 2)
+        excluded = pack_mask(torch.arange(5003) >= kept)
+        got = gram.masked_gram(origin[0], [x[0] for x in tuned], excluded)
+        exact = gram_module.masked_gram_reference(origin[0], [x[0] for x in tuned], excluded)
+        assert torch.allclose(got, exact, rtol=1e-13, atol=0) == (kept <= gram_module.FEW)
 
     @staticmethod
     def _check(origin: Tensor, tuned: list[Tensor], excluded: Tensor | None, granularity: str) -> None:

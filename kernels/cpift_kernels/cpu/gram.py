@@ -1,9 +1,8 @@
 """Masked Gram matrix on the CPU: one pass, all products of a run of elements in registers.
 
 A block of BLOCK elements is summed in fp32, 8 or 16 lanes side by side (so at most BLOCK / 8 additions long), blocks in
-fp64. A block with few elements left is summed in fp64 throughout: there the rounding of fp32 products does not average
-out, and a vector of one element, parallel or opposite to every other, would get an angle that is neither. Blocks, and
-the spans that threads take, are cut by position, so the sums have one order.
+fp64. A block with few elements left is summed in fp64 throughout (`gram.FEW`). Blocks, and the spans that threads take,
+are cut by position, so the sums have one order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from torch import Tensor
 
-from ..gram import Granularity, row_count
+from ..gram import FEW, Granularity, row_count
 from .compiled import cpu_features, in_threads, inner, kernel
 from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, prefetch
 from .segments import storage_kind
@@ -28,7 +27,6 @@ from .vector import store
 from .words import popcount, read_word
 
 BLOCK = 1 << 12  # elements summed in fp32
-FEW = 128  # elements of a block that are summed in fp64
 SPAN = 1 << 18  # elements of one row that one call sums, a multiple of BLOCK
 # Kernels exist for these numbers of vectors; others repeat their last vector. Each takes about a second to compile.
 SIZES = (2, 3, 4, 5, 7, 9, 13, 17)

@@ -1,7 +1,7 @@
 """Masked Gram matrix on the GPU: fp32 products summed inside a thread, fp64 across threads, blocks in fixed order.
 
-Up to GROUP vectors are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads
-its vectors again.
+What a program sums is a run; a run with few elements left is summed again, in fp64 (`gram.FEW`). Up to GROUP vectors
+are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads its vectors again.
 """
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
@@ -16,12 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gram import FEW, row_count
+from ..masks import unpack_mask
 from .common import bit_masks, elements, launch_rows, mask_bytes, member_bits, read, row_block, within
+from .freeze import BLOCK as COUNTED
+from .freeze import mask_starts
 
 BLOCK = 1024
 TILES = 8  # blocks a program adds up before it writes: 64 fp32 products a thread
 GROUP = 8  # vectors whose products with one another one launch takes
 ACROSS = 4  # further vectors that one launch multiplies a group with
+AT_ONCE = 1 << 24  # values of runs with few elements that are gathered at once
 
 
 @triton.jit
@@ -77,21 +82,68 @@ def masked_gram(
     granularity: Literal["tensor", "row"] = "tensor",
 ) -> Tensor:
     """`cpift_kernels.masked_gram` on CUDA or ROCm tensors."""
-    rows = reference.shape[0] if granularity == "row" and reference.dim() >= 2 else 1
-    size = len(vectors) + 1
+    rows, size = row_count(reference, granularity), len(vectors) + 1
     gram = torch.zeros(rows, size, size, dtype=torch.float64)
     if reference.numel() == 0:
         return gram
-    for left, right in plan(size - 1):
-        values = _run(reference, vectors, left, right, excluded, rows)
+    width = reference.numel() // rows
+    if width <= FEW:
+        return _sums_of_few([reference, *vectors], excluded, width, list(range(rows)), width).cpu()
+    block = row_block(rows, width, BLOCK)
+    run = block * (TILES if rows == 1 else min(TILES, triton.cdiv(width, block)))
+    launches = [
+        (left, right, _run(reference, vectors, left, right, excluded, rows, block, run // block))
+        for left, right in plan(size - 1)
+    ]
+    elements_left = _elements_left(excluded, reference, rows, width, run)
+    few = elements_left <= FEW
+    for left, right, values in launches:
         if right is None:
             index = torch.tensor([0, *(i + 1 for i in left)])
             a, b = torch.tril_indices(len(index), len(index))
             a, b = index[a], index[b]
         else:
             b, a = (x.flatten() + 1 for x in torch.meshgrid(torch.tensor(right), torch.tensor(left), indexing="ij"))
-        gram[:, a, b] = gram[:, b, a] = values
+        gram[:, a, b] = gram[:, b, a] = torch.where(few[..., None], 0.0, values).sum(1).cpu()
+    again = (few & (elements_left > 0)).flatten().nonzero().flatten().tolist()
+    if again:
+        sums = _sums_of_few([reference, *vectors], excluded, width, again, run).cpu()
+        gram.index_add_(0, torch.tensor(again) // elements_left.shape[1], sums)
     return gram
+
+
+def _elements_left(excluded: Tensor | None, reference: Tensor, rows: int, width: int, run: int) -> Tensor:
+    """int64 [rows, runs a row]: the elements of each run that are not excluded."""
+    chunks = triton.cdiv(width, run)
+    edges = (torch.arange(chunks + 1, device=reference.device) * run).clamp(max=width)
+    sizes = edges.diff()
+    if excluded is None:
+        return sizes.repeat(rows, 1)
+    if rows == 1:  # a run is whole blocks of the kernel that counts masks
+        return (sizes - mask_starts(excluded, width)[(edges + COUNTED - 1) // COUNTED].diff())[None]
+    taken = torch.nn.functional.pad(unpack_mask(excluded, rows * width).view(rows, width), (0, chunks * run - width))
+    return sizes - taken.view(rows, chunks, run).sum(2)
+
+
+def _sums_of_few(
+    models: Sequence[Tensor], excluded: Tensor | None, width: int, runs: Sequence[int], run: int
+) -> Tensor:
+    """fp64 [len(runs), N+1, N+1]: the Gram matrices of some runs, by their numbers over all rows, in fp64."""
+    device, chunks = models[0].device, triton.cdiv(width, run)
+    kept = None if excluded is None else ~unpack_mask(excluded, models[0].numel())
+    flat, parts = [model.reshape(-1) for model in models], []
+    step = max(1, AT_ONCE // (run * len(models)))
+    for at in range(0, len(runs), step):
+        number = torch.tensor(runs[at : at + step], device=device)[:, None]
+        column = number % chunks * run + torch.arange(run, device=device)
+        inside = column < width
+        place = torch.where(inside, number // chunks * width + column, 0)
+        inside = inside if kept is None else inside & kept[place]
+        base = flat[0][place].float()
+        vectors = torch.stack([base, *(model[place].float() - base for model in flat[1:])], 1)
+        vectors = torch.where(inside[:, None], vectors, 0.0).double()
+        parts.append(vectors @ vectors.transpose(1, 2))
+    return torch.cat(parts)
 
 
 def plan(vectors: int) -> list[tuple[range, range | None]]:
@@ -111,11 +163,11 @@ def _run(
     right: range | None,
     excluded: Tensor | None,
     rows: int,
+    block: int,
+    tiles: int,
 ) -> Tensor:
-    """fp64 [rows, P] on the CPU: the products of one launch, its programs' partial sums added in order."""
+    """fp64 [rows, runs a row, P]: the products of one launch, a run of `tiles` blocks a program."""
     width, device = reference.numel() // rows, reference.device
-    block = row_block(rows, width, BLOCK)
-    tiles = TILES if rows == 1 else min(TILES, triton.cdiv(width, block))
     pairs = len(left) * len(right) if right else (len(left) + 1) * (len(left) + 2) // 2
     chunks = triton.cdiv(width, block * tiles)
     partial = torch.empty(rows * chunks, pairs, dtype=torch.float64, device=device)
@@ -125,4 +177,4 @@ def _run(
         None if excluded is None else mask_bytes(excluded), partial, width,
         L=len(left), R=len(right or ()), P=pairs, BLOCK=block, TILES=tiles, threads=max(block // 8, 64),
     )  # fmt: skip
-    return partial.view(rows, chunks, pairs).sum(1).cpu()
+    return partial.view(rows, chunks, pairs)
