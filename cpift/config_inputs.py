@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cpift.config_identity import GIVEN, ROWS, identity
 from cpift.errors import ConfigError, Problem
 from cpift.units import parse_size
 
@@ -50,19 +51,26 @@ def exactly_one(section: Section, names: tuple[str, ...]) -> None:
 class GgufFile(Section):
     """A GGUF file, dequantised once and kept as safetensors."""
 
-    file: str = Field(description="file name, inside `package` if that is given, else a path")
-    package: str | None = Field(None, description="installed Python package that ships the file")
+    file: str = Field(
+        **identity("model", by="the file's bytes"),
+        description="file name, inside `package` if that is given, else a path",
+    )
+    package: str | None = Field(
+        None,
+        **identity("model", by="the file's bytes"),
+        description="installed Python package that ships the file",
+    )
 
 
 class ScratchModel(Section):
     """A small Llama with random weights and a byte-level tokenizer, made on the spot."""
 
-    hidden_size: int = Field(64, ge=8)
-    intermediate_size: int = Field(128, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    max_length: int = Field(256, ge=16, description="tokens the position encoding is made for")
-    seed: int = 0
+    hidden_size: int = Field(64, **identity("model"), ge=8)
+    intermediate_size: int = Field(128, **identity("model"), ge=8)
+    layers: int = Field(2, **identity("model"), ge=1)
+    heads: int = Field(4, **identity("model"), ge=1)
+    max_length: int = Field(256, **identity("model"), ge=16, description="tokens the position encoding is made for")
+    seed: int = Field(0, **identity("model"))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ScratchModel:
@@ -74,12 +82,26 @@ class ScratchModel(Section):
 class ModelConfig(Section):
     """The pre-trained model θ0. Exactly one of `path`, `hub`, `gguf`, `scratch`."""
 
-    path: Path | None = Field(None, description="local directory with config.json and safetensors")
-    hub: str | None = Field(None, description="model id on the Hugging Face hub")
-    revision: str | None = Field(None, description="branch, tag or commit of `hub`; pin a commit to be exact")
-    gguf: GgufFile | None = None
-    scratch: ScratchModel | None = None
-    dtype: Dtype = Field("auto", description="dtype that checkpoints are kept in; auto = θ0's own, GGUF: bfloat16")
+    path: Path | None = Field(
+        None,
+        **identity("model", by="its files"),
+        description="local directory with config.json and safetensors",
+    )
+    hub: str | None = Field(
+        None, **identity("model", by="id and commit"), description="model id on the Hugging Face hub"
+    )
+    revision: str | None = Field(
+        None,
+        **identity("model", by="the commit it means"),
+        description="branch, tag or commit of `hub`; pin a commit to be exact",
+    )
+    gguf: GgufFile | None = Field(None, **identity("model", by="its parts"))
+    scratch: ScratchModel | None = Field(None, **identity("model", by="its parts"))
+    dtype: Dtype = Field(
+        "auto",
+        **identity("model"),
+        description="dtype that checkpoints are kept in; auto = θ0's own, GGUF: bfloat16",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -94,17 +116,30 @@ class DataSource(Section):
     `choices` (list of text) where the metric needs them. `columns` builds these from other columns.
     """
 
-    file: Path | None = Field(None, description="JSON lines")
-    hub: str | None = Field(None, description="data set id on the Hugging Face hub")
-    subset: str | None = Field(None, description="configuration name of the hub data set")
-    split: str = "train"
-    revision: str | None = None
-    procedural: str | None = Field(None, description="name of a generator in cpift.synthetic")
-    size: int | None = Field(None, ge=1, description="rows to generate (procedural)")
-    seed: int = Field(0, description="generator seed (procedural)")
-    limit: int | None = Field(None, ge=1, description="use the first so many rows")
-    streaming: bool = Field(False, description="hub: fetch the first `limit` rows only, not the whole data set")
+    file: Path | None = Field(None, **identity(*ROWS, by="its bytes"), description="JSON lines")
+    hub: str | None = Field(None, **identity(*ROWS), description="data set id on the Hugging Face hub")
+    subset: str | None = Field(
+        None, **identity(*ROWS, by="of hub"), description="configuration name of the hub data set"
+    )
+    split: str = Field("train", **identity(*ROWS, by="of hub and procedural"))
+    revision: str | None = Field(None, **identity(*ROWS, by="the commit it means"))
+    procedural: str | None = Field(
+        None,
+        **identity(*ROWS, by="with the generators' version"),
+        description="name of a generator in cpift.synthetic",
+    )
+    size: int | None = Field(
+        None, **identity(*ROWS, by="of procedural"), ge=1, description="rows to generate (procedural)"
+    )
+    seed: int = Field(0, **identity(*ROWS, by="of procedural"), description="generator seed (procedural)")
+    limit: int | None = Field(None, **identity(*ROWS), ge=1, description="use the first so many rows")
+    streaming: bool = Field(
+        False,
+        **identity(),
+        description="hub: fetch the first `limit` rows only, not the whole data set",
+    )
     columns: dict[str, str] = Field(
+        **identity(*ROWS),
         default_factory=dict,
         description="templates over the row's own columns, for example prompt: '{question}'",
     )
@@ -122,9 +157,19 @@ class DataSource(Section):
 class CheckpointConfig(Section):
     """A fine-tune of θ0 that exists already, whole or a LoRA adapter. Exactly one of `path`, `hub`."""
 
-    path: Path | None = Field(None, description="local directory: safetensors, or adapter_config.json with its weights")
-    hub: str | None = Field(None, description="model id on the Hugging Face hub")
-    revision: str | None = Field(None, description="branch, tag or commit of `hub`; pin a commit to be exact")
+    path: Path | None = Field(
+        None,
+        **identity(*GIVEN, by="its files"),
+        description="local directory: safetensors, or adapter_config.json with its weights",
+    )
+    hub: str | None = Field(
+        None, **identity(*GIVEN, by="id and commit"), description="model id on the Hugging Face hub"
+    )
+    revision: str | None = Field(
+        None,
+        **identity(*GIVEN, by="the commit it means"),
+        description="branch, tag or commit of `hub`; pin a commit to be exact",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> CheckpointConfig:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cpift.config_identity import FITS, identity
 from cpift.config_inputs import Bytes, Precision, Section, exactly_one
 
 Freeze = Literal["earlier", "all", "none"]
@@ -18,53 +19,71 @@ class Mixing(Section):
     """How much each task of a joint stage gives."""
 
     temperature: float = Field(
-        1.0, ge=1, description="1: every row once; larger: shares ∝ size^(1/temperature), towards equal shares"
+        1.0,
+        **identity(*FITS),
+        ge=1,
+        description="1: every row once; larger: shares ∝ size^(1/temperature), towards equal shares",
     )
-    by: Literal["rows", "tokens"] = Field("rows", description="what size counts")
+    by: Literal["rows", "tokens"] = Field("rows", **identity(*FITS), description="what size counts")
 
 
 class LoraConfig(Section):
     """LoRA (needs the `peft` extra): W + (alpha / rank)·B·A with A and B trained, merged when the model is kept."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, **identity(*FITS), ge=1)
+    alpha: float = Field(32, **identity(*FITS), gt=0)
+    dropout: float = Field(0.0, **identity(*FITS), ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="ends of module names, for example [q_proj, v_proj]; all-linear: all but the head"
+        "all-linear",
+        **identity(*FITS),
+        description="ends of module names, for example [q_proj, v_proj]; all-linear: all but the head",
     )
 
 
 class TrainingConfig(Section):
     """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps of a stage."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, **identity(*FITS), ge=1)
     steps_per: Literal["stage", "task"] = Field(
         "stage",
+        **identity(*FITS, absent="stage", swept=True),
         description="what takes `steps`: stage: each stage, however many tasks it trains; task: each of its tasks, so "
         "that the groups do not change how much is trained altogether",
     )
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(8, ge=1, description="examples per worker and forward pass")
-    gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_length: int = Field(512, ge=8, description="tokens; longer examples are cut at the end")
+    epochs: float | None = Field(None, **identity(*FITS), gt=0)
+    batch_size: int = Field(8, **identity(*FITS), ge=1, description="examples per worker and forward pass")
+    gradient_accumulation: int = Field(1, **identity(*FITS), ge=1)
+    learning_rate: float = Field(1e-4, **identity(*FITS), gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", **identity(*FITS))
+    warmup_ratio: float = Field(0.05, **identity(*FITS), ge=0, lt=1)
+    weight_decay: float = Field(0.0, **identity(*FITS), ge=0)
+    max_grad_norm: float = Field(1.0, **identity(*FITS), gt=0)
+    max_length: int = Field(512, **identity(*FITS), ge=8, description="tokens; longer examples are cut at the end")
     packing: bool = Field(
-        False, description="several examples in one row of max_length tokens, none sees another; batch_size counts rows"
+        False,
+        **identity(*FITS),
+        description="several examples in one row of max_length tokens, none sees another; batch_size counts rows",
     )
-    mixing: Mixing = Mixing()  # of stages that train several tasks
-    lora: LoraConfig | None = Field(None, description="train adapters only; core regions come from the merged weights")
-    gradient_checkpointing: bool = False
+    mixing: Mixing = Field(Mixing(), **identity(*FITS))  # of stages that train several tasks
+    lora: LoraConfig | None = Field(
+        None,
+        **identity(*FITS),
+        description="train adapters only; core regions come from the merged weights",
+    )
+    gradient_checkpointing: bool = Field(False, **identity(*FITS))
     precision: Precision = Field(
         "auto",
+        **identity(*FITS, absent="auto", swept=True),
         description="of products, weights are trained in float32; auto: bfloat16 where the machine has it, so another "
         "machine may give other numbers; float32: nearly the same numbers everywhere",
     )
-    checkpoint_every: int = Field(200, ge=0, description="optimizer steps between checkpoints; 0 = only at stage ends")
-    log_every: int = Field(5, ge=1)
+    checkpoint_every: int = Field(
+        200,
+        **identity(),
+        ge=0,
+        description="optimizer steps between checkpoints; 0 = only at stage ends",
+    )
+    log_every: int = Field(5, **identity(), ge=1)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -81,20 +100,28 @@ class TrainingConfig(Section):
 class IntegrationConfig(TrainingConfig):
     """The final staged fine-tune with earlier cores frozen."""
 
-    samples_per_task: int | None = Field(None, ge=1, description="balanced sample; default: the smallest task's rows")
+    samples_per_task: int | None = Field(
+        None,
+        **identity("integrate"),
+        ge=1,
+        description="balanced sample; default: the smallest task's rows",
+    )
     freeze: Freeze = Field(
         "earlier",
+        **identity("integrate"),
         description="earlier: cores of the groups before this stage's (paper); all: every core in every stage; "
         "none: nothing, to see what freezing does",
     )
     penalty: float | None = Field(
         None,
+        **identity("integrate", absent=None, swept=True),
         gt=0,
         description="instead of freezing, every step takes those cores the share penalty · learning rate of the way "
         "back to the fused model's values (an L2 penalty); default: frozen, bit for bit (paper)",
     )
     stages: Literal["groups", "mixed"] = Field(
         "groups",
+        **identity("integrate", absent="groups", swept=True),
         description="groups: one stage a group (paper); mixed: all tasks in one stage as long as those together, which "
         "has no earlier cores to freeze",
     )
@@ -109,57 +136,70 @@ class IntegrationConfig(TrainingConfig):
 class TaskResources(Section):
     """What a task's probe takes instead of what `resources` says."""
 
-    workers: int | None = Field(None, ge=1)
-    cpus_per_worker: float | None = Field(None, gt=0)
-    gpus_per_worker: float | None = Field(None, ge=0)
-    threads_per_worker: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, **identity("probe", by="resources"), ge=1)
+    cpus_per_worker: float | None = Field(None, **identity("probe", by="threads"), gt=0)
+    gpus_per_worker: float | None = Field(None, **identity(), ge=0)
+    threads_per_worker: int | None = Field(None, **identity("probe", by="threads"), ge=1)
 
 
 class ResourcesConfig(Section):
     """What one fine-tune may use, and how many run at once."""
 
-    workers: int = Field(1, ge=1, description="Ray Train workers (data parallel) per fine-tune")
+    workers: int = Field(1, **identity(*FITS), ge=1, description="Ray Train workers (data parallel) per fine-tune")
     min_workers: int | None = Field(
         None,
+        **identity(*FITS, absent=None),
         ge=1,
         description="elastic: where nodes are missing go on with fewer workers, down to this many, and with all again "
         "when they are back. Steps see as many examples as before, but sum them in another order; default: never",
     )
     strategy: Strategy = Field(
         "ddp",
+        **identity(*FITS, by="where workers are several"),
         description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
         "fsdp: FSDP2, each holds its share of them",
     )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, **identity(*FITS, "evaluate", by="threads"), gt=0)
+    gpus_per_worker: float = Field(0, **identity(), ge=0)
     threads_per_worker: int | None = Field(
         None,
+        **identity(*FITS, "evaluate", by="threads"),
         ge=1,
         description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
     )
     threads_alone: int | None = Field(
-        None, ge=1, description="torch threads where no other fine-tune runs (backbone, integration); default: the same"
+        None,
+        **identity("backbone", "integrate", by="threads"),
+        ge=1,
+        description="torch threads where no other fine-tune runs (backbone, integration); default: the same",
     )
-    parallel: int | None = Field(None, ge=1, description="fine-tunes at once; default: as many as fit")
-    address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS, else start Ray here")
+    parallel: int | None = Field(None, **identity(), ge=1, description="fine-tunes at once; default: as many as fit")
+    address: str | None = Field(
+        None, **identity(), description="Ray cluster address; default: RAY_ADDRESS, else start Ray here"
+    )
     memory_budget: Bytes = Field(
-        2**30, description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB"
+        2**30,
+        **identity(),
+        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB",
     )
     distributed: bool = Field(
         False,
+        **identity(),
         description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
         "all nodes see, or `storage` a URI",
     )
-    verify: bool = Field(True, description="read a fused model back and compare it with its inputs")
-    max_failures: int = Field(2, ge=0, description="worker failures survived per fine-tune")
+    verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
+    max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")
     hang_timeout: float = Field(
         1800,
+        **identity(),
         gt=0,
         description="seconds without a training step after which a worker on Ray counts as hung: it logs where, ends, "
         "and another goes on from the last checkpoint. Must be longer than any step with its checkpoint",
     )
     storage: str | None = Field(
         None,
+        **identity(),
         description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
         "s3://bucket/folder, to which they are uploaded while training goes on (AWS_ENDPOINT_URL names another store "
         "than Amazon's); default: the run's folder. With a URI, distributed regions and fusion go through it too: "

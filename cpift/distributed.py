@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from cpift.config import EvaluationConfig, ResourcesConfig, RunConfig, TaskConfig
+from cpift.config import ResourcesConfig, RunConfig, TaskConfig
+from cpift.config_evaluation import EvaluationConfig
 from cpift.distributed_fits import run_fits
 from cpift.distributed_session import (
     NAMESPACE,

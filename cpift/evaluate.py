@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cpift.config import EvaluationConfig, TaskConfig
+from cpift.config import TaskConfig
+from cpift.config_evaluation import EvaluationConfig
 from cpift.data import load_examples
 from cpift.devices import resolved
 from cpift.errors import DataError, Problem

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from cpift.config import JudgeConfig
+from cpift.config_evaluation import JudgeConfig
 from cpift.errors import StageError
 from cpift.examples import Example
 

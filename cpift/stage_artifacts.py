@@ -1,7 +1,8 @@
 """What identifies each stage's output: the artifacts of a run, made or not.
 
 A downstream artifact's fingerprint follows from its inputs' fingerprints. Only the groups are taken by content: stages
-after grouping depend on which groups came out, not on the threshold that gave them.
+after grouping depend on which groups came out, not on the threshold that gave them. Which fields of the config are part
+of it, each says beside itself (`config_identity.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
+from cpift.config_identity import identity_of
 from cpift.data import source_fingerprint
 from cpift.files import read_json
 from cpift.given import given_fingerprint, locate
@@ -24,22 +26,6 @@ from cpift.models import model_fingerprint
 
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
 _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 2, "integrate": 1, "evaluate": 1}
-
-_CPIFT_FIELDS = {"omega", "epsilon", "granularity", "space", "conflict", "transplant", "shard_size"}
-# Fields newer than artifacts that people keep: they name a new output only where they are not at their default.
-_ADDED = {
-    "transplant": True,
-    "stages": "groups",
-    "judge": None,
-    "steps_per": "stage",
-    "measure": "update",
-    "penalty": None,
-    "precision": "auto",
-}
-
-
-def _told(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in _ADDED or value != _ADDED[name]}
 
 
 @dataclass(frozen=True)
@@ -73,12 +59,13 @@ class StageArtifacts:
     def _train_data(self) -> dict[str, str]:
         return {f"data {task.name}": source_fingerprint(task.train_data) for task in self.config.tasks}
 
-    def _training_fields(self, training: TrainingConfig, threads: int, resources: ResourcesConfig) -> dict[str, Any]:
-        """What fixes the bits of a fine-tune. How often it checkpoints and logs does not."""
-        fields = _told(training.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}))
-        fields |= {"seed": self.config.seed, "threads": threads, "workers": resources.workers}
-        elastic = {"min_workers": resources.min_workers} if resources.min_workers else {}
-        return fields | elastic | ({"strategy": resources.strategy} if resources.workers > 1 else {})
+    def _training_fields(
+        self, stage: str, training: TrainingConfig, threads: int, resources: ResourcesConfig
+    ) -> dict[str, Any]:
+        """What fixes the bits of a fine-tune."""
+        fields = identity_of(training, stage) | identity_of(resources, stage)
+        fields |= {"seed": self.config.seed, "threads": threads}
+        return fields | ({"strategy": resources.strategy} if resources.workers > 1 else {})
 
     @property
     def threads_alone(self) -> int:
@@ -115,7 +102,7 @@ class StageArtifacts:
     def _probe(self, task: TaskConfig) -> Artifact:
         inputs = {"model": self.model.fingerprint, "data": source_fingerprint(task.train_data)}
         resources = self.config.resources.overridden(task.resources)
-        fields = self._training_fields(self.config.probe_training, resources.threads, resources)
+        fields = self._training_fields("probe", self.config.probe_training, resources.threads, resources)
         return self.artifact("probe", task.name, inputs, fields)
 
     @property
@@ -125,11 +112,11 @@ class StageArtifacts:
     @cached_property
     def regions(self) -> Artifact:
         inputs = {"model": self.base.fingerprint} | self._probe_inputs
-        return self.artifact("regions", "", inputs, _told(self.config.regions.model_dump(mode="json")))
+        return self.artifact("regions", "", inputs, identity_of(self.config.regions, "regions"))
 
     @cached_property
     def group(self) -> Artifact:
-        fields = self.config.groups.model_dump(mode="json") | {"seed": self.config.seed}
+        fields = identity_of(self.config.groups, "group") | {"seed": self.config.seed}
         fields |= {"tasks": [task.name for task in self.config.tasks]}  # stages are ordered by it; regions are not
         return self.artifact("group", "", {"regions": self.regions.fingerprint}, fields)
 
@@ -138,9 +125,10 @@ class StageArtifacts:
         if self.config.backbone_source != "staged":
             return None
         inputs = {"model": self.model.fingerprint} | self._train_data
-        fields = self._training_fields(self.config.backbone_training, self.threads_alone, self.config.resources) | {
-            "groups": [list(group) for group in groups]
-        }
+        fields = self._training_fields(
+            "backbone", self.config.backbone_training, self.threads_alone, self.config.resources
+        )
+        fields |= {"groups": [list(group) for group in groups]}
         return self.artifact("backbone", "", inputs, fields)
 
     def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
@@ -148,20 +136,20 @@ class StageArtifacts:
         if self.config.fusion.method != "cpift":
             return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
-        fields = _told(self.config.fusion.model_dump(mode="json", include=_CPIFT_FIELDS))
+        fields = identity_of(self.config.fusion, "fuse")
         if self.config.fusion.conflict == "last":
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
 
     def _merged(self) -> Artifact:
-        fields = self.config.fusion.model_dump(mode="json", exclude=_CPIFT_FIELDS - {"epsilon", "shard_size"})
+        fields = identity_of(self.config.fusion, "merge")
         if fields["method"] == "dare":
             fields["seed"] = self.config.seed
         return self.artifact("fuse", fields["method"], {"model": self.base.fingerprint} | self._probe_inputs, fields)
 
     def integrate(self, groups: Sequence[Sequence[str]], fused: Artifact) -> Artifact:
         integration = self.config.integration_training
-        fields = self._training_fields(integration, self.threads_alone, self.config.resources)
+        fields = self._training_fields("integrate", integration, self.threads_alone, self.config.resources)
         fields |= {"groups": [list(group) for group in groups]}
         inputs = {"fused": fused.fingerprint, "regions": self.regions.fingerprint} | self._train_data
         return self.artifact("integrate", "", inputs, fields)
@@ -171,11 +159,7 @@ class StageArtifacts:
         inputs = {"model": model.fingerprint} | {
             f"data {task.name}": source_fingerprint(task.test_data) for task in tasks
         }
-        evaluation = self.config.evaluation.model_dump(mode="json")
-        if evaluation["judge"] is not None:  # how it is asked does not change what it says
-            for name in ("key_variable", "parallel", "timeout", "retries", "wait"):
-                del evaluation["judge"][name]
-        fields = _told(evaluation) | {"threads": self.config.resources.threads}
+        fields = identity_of(self.config.evaluation, "evaluate") | {"threads": self.config.resources.threads}
         fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
         return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)
 

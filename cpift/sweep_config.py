@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
+from cpift.config_identity import identity
 from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
 
@@ -29,10 +30,14 @@ Fields = dict[str, Any]  # a point of the space: dotted field name → value
 class Range(Section):
     """A field's values from `low` to `high`, both included."""
 
-    low: float
-    high: float
-    log: bool = Field(False, description="equal ratios are equally likely, rather than equal differences")
-    integer: bool = False
+    low: float = Field(**identity("sweep"))
+    high: float = Field(**identity("sweep"))
+    log: bool = Field(
+        False,
+        **identity("sweep"),
+        description="equal ratios are equally likely, rather than equal differences",
+    )
+    integer: bool = Field(False, **identity("sweep"))
 
     @model_validator(mode="after")
     def _in_order(self) -> Range:
@@ -48,12 +53,20 @@ class Search(Section):
 
     method: Literal["grid", "random", "asha", "optuna"] = Field(
         "grid",
+        **identity("sweep"),
         description="grid: every combination; random: `samples` of them; asha: as random (without `samples` as grid), "
         "and the worse ones stop early; optuna: each point is chosen in the light of those before (extra `optuna`)",
     )
-    samples: int | None = Field(None, ge=1, description="points to try; for grid it follows from the space")
-    seed: int = Field(0, description="of the choice of points")
-    reduction: int = Field(2, ge=2, description="asha: of so many trials that reach a rung, one goes on")
+    samples: int | None = Field(
+        None, **identity("sweep"), ge=1, description="points to try; for grid it follows from the space"
+    )
+    seed: int = Field(0, **identity("sweep"), description="of the choice of points")
+    reduction: int = Field(
+        2,
+        **identity("sweep"),
+        ge=2,
+        description="asha: of so many trials that reach a rung, one goes on",
+    )
 
     @model_validator(mode="after")
     def _samples_given(self) -> Search:
@@ -68,10 +81,13 @@ class Objective(Section):
     """What a trial is judged by."""
 
     figure: str = Field(
+        **identity("sweep"),
         description="mean_retention | worst_retention | mean_loss, or of one task "
-        "task.NAME.score | task.NAME.loss | task.NAME.retention"
+        "task.NAME.score | task.NAME.loss | task.NAME.retention",
     )
-    mode: Literal["max", "min"] | None = Field(None, description="default: min for losses, max for all others")
+    mode: Literal["max", "min"] | None = Field(
+        None, **identity("sweep"), description="default: min for losses, max for all others"
+    )
 
     @property
     def sign(self) -> int:
@@ -88,29 +104,48 @@ def _expanded(key: str) -> BeforeValidator:
 class SweepConfig(Section):
     """A whole sweep."""
 
-    name: Name | None = Field(None, description="default: the file's name")
-    output: Path | None = Field(None, description="folder for everything the sweep makes; default: runs/<name>")
-    run: str | dict[str, Any] = Field(description="the run's YAML file, relative to this one; or its fields, inline")
-    fixed: dict[str, Any] = Field(default_factory=dict, description="fields of the run set for the whole sweep")
-    space: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)] | Range] = Field(
-        min_length=1, description="any fields of the run by dotted name, each with a list of values or a range"
+    name: Name | None = Field(None, **identity(), description="default: the file's name")
+    output: Path | None = Field(
+        None, **identity(), description="folder for everything the sweep makes; default: runs/<name>"
     )
-    search: Annotated[Search, _expanded("method")] = Search()
+    run: str | dict[str, Any] = Field(
+        **identity("sweep", by="the run that it gives"),
+        description="the run's YAML file, relative to this one; or its fields, inline",
+    )
+    fixed: dict[str, Any] = Field(
+        **identity("sweep", by="the run that it gives"),
+        default_factory=dict,
+        description="fields of the run set for the whole sweep",
+    )
+    space: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)] | Range] = Field(
+        **identity("sweep"),
+        min_length=1,
+        description="any fields of the run by dotted name, each with a list of values or a range",
+    )
+    search: Annotated[Search, _expanded("method")] = Field(Search(), **identity("sweep"))
     objectives: tuple[Annotated[Objective, _expanded("figure")], ...] = Field(
-        (Objective(figure="mean_retention", mode=None),), min_length=1, max_length=4
+        (Objective(figure="mean_retention", mode=None),),
+        **identity("sweep"),
+        min_length=1,
+        max_length=4,
     )
     model: Literal["final", "fused"] = Field(
-        "final", description="the model that is judged; with `fused` no integration is trained"
+        "final",
+        **identity("sweep"),
+        description="the model that is judged; with `fused` no integration is trained",
     )
-    seeds: tuple[int, ...] = Field((), description="every point is run with each; default: the run's own seed")
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals over seeds")
+    seeds: tuple[int, ...] = Field(
+        (), **identity("sweep"), description="every point is run with each; default: the run's own seed"
+    )
+    confidence: float = Field(0.95, **identity(), gt=0, lt=1, description="of the intervals over seeds")
     keep: Literal["best", "all", "scores"] = Field(
         "best",
+        **identity(),
         description="whose fused and final models keep their weights: best: those of the best config, with every seed; "
         "all: every trial's; scores: none. Scores, manifests and what trials share stay, and `cpift run` on any point "
         "makes its models again",
     )
-    concurrency: int | None = Field(None, ge=1, description="trials at once; default: as many as fit")
+    concurrency: int | None = Field(None, **identity(), ge=1, description="trials at once; default: as many as fit")
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:

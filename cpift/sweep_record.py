@@ -8,6 +8,7 @@ from typing import Any
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
+from cpift.config_identity import identity_of, recorded
 from cpift.config_loading import with_fields
 from cpift.files import read_json
 from cpift.hub import resolve_revision
@@ -30,12 +31,10 @@ class Attempt:
 def sweep_record(sweep: Sweep) -> Artifact:
     """Named by everything that decides which points are tried and what they give; not by how many run at once
     or whose weights are kept."""
-    config = sweep.config.model_dump(
-        mode="json", exclude={"name", "output", "run", "fixed", "confidence", "keep", "concurrency"}
-    )
-    base = sweep.base.model_dump(mode="json", exclude={"name", "output", "resources"})
+    base = recorded(sweep.base.model_copy(update={"output": None}))
+    base = {name: value for name, value in base.items() if name not in ("name", "output", "resources")}
     threads = [sweep.base.resources.threads, sweep.base.resources.threads_alone, sweep.base.resources.workers]
-    fields = {"sweep": config, "base": base, "threads": threads}
+    fields = {"sweep": identity_of(sweep.config, "sweep"), "base": base, "threads": threads}
     return Artifact(sweep.base.output_dir, "sweep", sweep.name, {}, fields, _VERSION)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpift.config import DataSource, EvaluationConfig, ModelConfig, TaskConfig
+from cpift.config import DataSource, ModelConfig, TaskConfig
+from cpift.config_evaluation import EvaluationConfig
 from cpift.config_inputs import ScratchModel
 from cpift.data import load_examples
 from cpift.errors import DataError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cpift.config import JudgeConfig
+from cpift.config_evaluation import JudgeConfig
 from cpift.errors import StageError
 from cpift.examples import Example, Message
 from cpift.judge import judge_replies, question_about, rating_in

@@ -21,6 +21,8 @@ LAYERS = [
         "files",
         "locks",
         "config",
+        "config_evaluation",
+        "config_identity",
         "config_inputs",
         "config_training",
         "config_loading",
