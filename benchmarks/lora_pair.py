@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from record import append
 
-from cpift.adapters import merged
+from cpift.adapters import merged, with_adapters
 from cpift.checkpoints import Checkpoint
 from cpift.config import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config_inputs import GgufFile
@@ -96,12 +96,10 @@ def train(work: Path, task: str, steps: int) -> None:
 
 def merge_with_peft(work: Path, task: str) -> None:
     """`merge_and_unload` in fp32, saved as bf16."""
-    import peft
-
     out = work / "merged" / task
     if out.is_dir():  # as it is: made again, it would be another input
         return
-    adapted = peft.PeftModel.from_pretrained(load_model(work / "base", torch.float32), str(work / "adapters" / task))
+    adapted = with_adapters(load_model(work / "base", torch.float32), LORA, 0, kept=work / "adapters" / task)
     partial = out.with_suffix(".partial")
     merged(adapted).to(torch.bfloat16).save_pretrained(partial)
     partial.rename(out)

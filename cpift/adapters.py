@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cpift.config import TrainingConfig
 from cpift.config_training import LoraConfig
 from cpift.errors import CheckpointError, Problem
+from cpift.pretrained import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,9 +36,6 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
     import peft
     import torch
 
-    if kept is not None:
-        resumed: Any = peft.PeftModel.from_pretrained(model, str(kept), is_trainable=True)
-        return resumed
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = peft.LoraConfig(
         r=lora.rank,
@@ -46,6 +44,8 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    if kept is not None:
+        return load_adapter(model, kept, config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, Problem
+from cpift.pretrained import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,15 +81,10 @@ def _source(folder: Path) -> _Source:
 
 @lru_cache(maxsize=16)
 def _config(source: _Source) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
+        return load_config(source.folder)
     except Exception as error:  # whatever a configuration's class raises for values that it does not take
         raise _unusable(source, error) from error
-    return config
 
 
 @lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ from cpift.errors import CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
 from cpift.files import digest, file_sha256
 from cpift.hub import HubError, resolve_revision
+from cpift.pretrained import hub_rows
 from cpift.text_metrics import last_number
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 
@@ -227,13 +228,12 @@ def _as_mapping(row: Any) -> dict[str, Any]:
 
 def _hub_rows(source: DataSource) -> Iterable[Any]:
     """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
-    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     assert source.hub is not None
     commit = resolve_revision("dataset", source.hub, source.revision)
     try:
-        rows = load_dataset(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
+        rows = hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
         raise DataError(_describe(source), [Problem("hub", str(error).strip(), remedy)]) from error

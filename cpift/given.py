@@ -11,15 +11,21 @@ from cpift.config import CheckpointConfig, ModelConfig
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import ADAPTER_CONFIG, LoraCheckpoint
+from cpift.pretrained import require_no_code
 from cpift.vocabulary import FittedCheckpoint, resized
 
 
 def locate(source: CheckpointConfig | ModelConfig) -> Path:
-    """The folder of a checkpoint; one on the hub is downloaded (safetensors and small files, no code, no pickles)."""
+    """The folder of a checkpoint; one on the hub is downloaded (safetensors and small files, no code, no pickles).
+
+    Raises HubError, and CheckpointError where what was downloaded cannot be used without code of its own.
+    """
     if source.path is not None:
         return source.path
     assert source.hub is not None
-    return download(source.hub, source.revision)
+    folder = download(source.hub, source.revision)
+    require_no_code(folder)
+    return folder
 
 
 def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: str = "error") -> Checkpoint:

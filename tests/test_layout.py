@@ -60,6 +60,7 @@ LAYERS = [
         "tokens",
         "scratch",
         "models",
+        "pretrained",
         "likelihood",
         "judge",
         "standard_benchmarks",
