@@ -76,8 +76,12 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, contiguous, in the file's dtype; the caller's own."""
+        return self.mapped(name).clone()
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """One tensor in the file's dtype, as a view of the mapped file: only to read."""
         info = self.tensors[name]
-        return self.slice(name, 0, info.numel).clone().reshape(info.shape)
+        return self.slice(name, 0, info.numel).reshape(info.shape)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1 of a tensor, row-major, as a view [stop - start] of the mapped file: only to read."""

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,18 +27,25 @@ from transformers import (
 )
 
 from cpift.adapters import merged, with_adapters
-from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
 from cpift.data import CompletionCollator
 from cpift.devices import device_name, resolved
-from cpift.errors import CheckpointError, Problem, StageError
+from cpift.errors import StageError
 from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
+from cpift.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
 from cpift.models import load_model, load_tokenizer
 from cpift.regions import JointCores
-from cpift.safetensors_files import TensorInfo
-from cpift.sharding import ShardedTrainer, load_sharded, rank_here, save_whole, whole, workers_here
+from cpift.sharding import (
+    ShardedTrainer,
+    WholeTrainer,
+    load_sharded,
+    rank_here,
+    save_whole,
+    workers_here,
+    write_trained,
+)
 from cpift.stage_data import stage_data
 from cpift.tracking import tracked
 
@@ -79,12 +85,15 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     torch.set_num_threads(spec.threads)
     progress = _resume(hooks.resume_from)
     started = time.time() - progress.seconds
+    origin = Checkpoint(spec.model)
+    layout = checkpoint_layout(origin)
+    require_whole(layout, spec.model)
     model = _load(spec, hooks.resume_from if progress.stage_done else None)
     tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
     first = progress.stage + int(progress.stage_done)
     for index in range(first, len(spec.stages)):
-        _run_stage(spec, index, model, tokenizer, progress, hooks, mid_stage if index == first else None)
+        _run_stage(spec, index, model, layout, tokenizer, progress, hooks, mid_stage if index == first else None)
     progress.seconds = time.time() - started
     result = {
         "title": spec.title,
@@ -95,7 +104,9 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "device": device_name(),
         "precision": resolved(spec.training.precision),
     }
-    _export(spec, merged(model), result, hooks.is_main)
+    write_trained(merged(model), layout, origin, spec.export, hooks.is_main)
+    if hooks.is_main:
+        write_json(spec.export / RESULT, result)  # the last file makes the folder complete
     return result
 
 
@@ -109,7 +120,6 @@ def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
     lora = spec.training.lora
     source = spec.model if kept is None or lora else kept
     model = load_sharded(source, torch.float32) if _sharded(spec) else load_model(source, torch.float32)
-    _require_own_tensors(model, Checkpoint(spec.model))
     return with_adapters(model, lora, spec.seed, kept) if lora else model
 
 
@@ -121,6 +131,7 @@ def _run_stage(
     spec: FitSpec,
     index: int,
     model: PreTrainedModel,
+    layout: Layout,
     tokenizer: PreTrainedTokenizerBase,
     progress: _Progress,
     hooks: FitHooks,
@@ -130,12 +141,11 @@ def _run_stage(
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
-    masks = _frozen(spec, stage.frozen)
-    follower = _Follower(spec, index, progress, hooks, masks)
+    follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
     with tracked(
         spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
     ) as curves:
-        trainer = (ShardedTrainer if _sharded(spec) else Trainer)(
+        trainer = (ShardedTrainer if _sharded(spec) else WholeTrainer)(
             model=model,
             args=_arguments(spec, index),
             train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}"),
@@ -159,7 +169,7 @@ def _stage_folder(spec: FitSpec, index: int) -> Path:
 
 
 def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
-    """The packed cores of these tasks together, by parameter name; empty where nothing is frozen."""
+    """The packed cores of these tasks together, by the checkpoint's names; empty where nothing is frozen."""
     if not tasks:
         return {}
     if spec.regions is None:
@@ -204,9 +214,16 @@ class _Follower(TrainerCallback):
     """Freezes, logs, reports and checkpoints one stage."""
 
     def __init__(
-        self, spec: FitSpec, index: int, progress: _Progress, hooks: FitHooks, masks: Mapping[str, torch.Tensor]
+        self,
+        spec: FitSpec,
+        index: int,
+        progress: _Progress,
+        hooks: FitHooks,
+        layout: Layout,
+        masks: Mapping[str, torch.Tensor],
     ):
-        self._spec, self._index, self._progress, self._hooks, self._masks = spec, index, progress, hooks, masks
+        self._spec, self._index, self._progress, self._hooks = spec, index, progress, hooks
+        self._layout, self._masks = layout, masks
         self._freezer: ElementFreezer | None = None
         self._before: dict[str, torch.Tensor] = {}
         self._started = time.time() - progress.seconds
@@ -223,7 +240,8 @@ class _Follower(TrainerCallback):
         if self._spec.penalty is None:
             self._before = snapshot(model, self._masks)
             return ElementFreezer(model, self._masks)
-        return ElementAnchor(model, self._masks, self._spec.penalty, Checkpoint(self._spec.model).tensor)
+        origin, layout = Checkpoint(self._spec.model), self._layout
+        return ElementAnchor(model, self._masks, self._spec.penalty, lambda name: layout.parameter(name, origin.tensor))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._report(state)
@@ -286,36 +304,3 @@ def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress:
     if hooks.is_main:
         write_json(folder / _STAGE_FILE, progress.__dict__)
     hooks.on_checkpoint(folder, {"stage": index, "step": -1})
-
-
-def _require_own_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Every parameter must be a tensor of the checkpoint, or its training could not be written back."""
-    names = [name for name, _ in model.named_parameters() if name not in checkpoint.tensors]
-    if names:
-        problems = [
-            Problem(name, "is trained but not in the checkpoint", "save the model with transformers 5")
-            for name in names
-        ]
-        raise CheckpointError(f"checkpoint {checkpoint.folder}", problems[:20])
-
-
-def _export(spec: FitSpec, model: PreTrainedModel, result: Mapping[str, Any], main: bool) -> None:
-    """Write the model with the names, dtypes and shards of `spec.model`; the folder's last file makes it complete.
-
-    All workers take part, for a sharded model is gathered tensor by tensor; the main one writes.
-    """
-    origin, state = Checkpoint(spec.model), model.state_dict()
-
-    def produce(info: TensorInfo) -> torch.Tensor:
-        # Buffers that the model rebuilds itself are not in its state: they are copied.
-        found = state.get(info.name)
-        return origin.tensor(info.name) if found is None else whole(found.detach()).cpu().to(info.dtype)
-
-    if not main:
-        for info in (info for file in origin.files for info in origin.tensors.values() if info.file == file):
-            if info.name in state:
-                whole(state[info.name])  # in the order in which the main worker asks
-        return
-    spec.export.mkdir(parents=True, exist_ok=True)
-    write_like(origin, spec.export, produce)
-    write_json(spec.export / RESULT, dict(result))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
+from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
+from cpift.layout import Layout, checkpoint_layout, require_whole
 from cpift.pretrained import empty_network
+from cpift.safetensors_files import TensorInfo
 
 _SHARDS, _SCHEDULE = "shards", "schedule.pt"
 
@@ -53,18 +57,50 @@ def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    _read_shards(model, Checkpoint(path))
+    read_into(model, Checkpoint(path))
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True  # what Trainer looks for
     return model.eval()
 
 
 @torch.no_grad()
-def _read_shards(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        tensor = checkpoint.tensor(name)  # mapped, so that only the rows taken from it are read
-        mine = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(mine.to_local())
+def read_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model's parameters the values of a checkpoint of its class, whatever layout that has; of sharded ones,
+    this worker's share.
+
+    Raises CheckpointError naming parameters that the checkpoint does not give.
+    """
+    layout = checkpoint_layout(checkpoint)
+    require_whole(layout, checkpoint.folder)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in layout.blocks:
+            values = layout.parameter(name, checkpoint.mapped)  # so that only the rows taken of it are read
+            if isinstance(parameter, DTensor):
+                mesh, placed = parameter.device_mesh, parameter.placements
+                mine = distribute_tensor(values, mesh, placed, src_data_rank=None)
+                parameter.to_local().copy_(mine.to_local())
+            else:
+                parameter.copy_(values)
+
+
+def write_trained(model: PreTrainedModel, layout: Layout, origin: Checkpoint, out: Path, main: bool) -> None:
+    """Write a model, sharded or not, with the names, dtypes and files of `origin`, which has this layout. Collective.
+
+    Tensors that the class does not take, or that it makes itself, are the origin's.
+    """
+    state, gathered = model.state_dict(), lru_cache(maxsize=2)(lambda name: whole(state[name].detach()).cpu())
+
+    def produce(info: TensorInfo) -> torch.Tensor:
+        if info.name not in layout.places:
+            return origin.tensor(info.name)
+        return layout.tensor(info.name, gathered).to(info.dtype)
+
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_like(origin, out, produce)
+    else:  # gather with the main worker, in the order in which it writes
+        for info in (info for file in origin.files for info in origin.tensors.values() if info.file == file):
+            for holder, _ in layout.places.get(info.name, ()):
+                gathered(holder)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,6 +127,18 @@ def _untied_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+class WholeTrainer(Trainer):
+    """A Trainer that resumes through transformers' conversion: its own way passes over tensors whose names in the file
+    are not those of the class, the experts of every layer among them, and trains on with the weights it has."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        network = model or self.model
+        if isinstance(network, PreTrainedModel):
+            read_into(network, Checkpoint(Path(resume_from_checkpoint)))
+        else:  # adapters beside a model that is as it was
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class ShardedTrainer(Trainer):

@@ -49,6 +49,8 @@ LAYERS = [
         "lora",
         "given",
         "vocabulary",
+        "conversion",
+        "layout",
         "streaming",
         "adapters",
         "data",

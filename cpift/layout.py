@@ -1,0 +1,150 @@
+"""A model's files and its class: where in which parameter every tensor of a checkpoint lies.
+
+Regions, masks and everything that is written have the names of the file; what is trained has those of the class, where
+one parameter may be a stack of many tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from cpift_kernels import pack_mask, unpack_mask
+
+from cpift.architecture import skeleton
+from cpift.checkpoints import Checkpoint, first_problems
+from cpift.conversion import Block, Shape, Traced, converted
+from cpift.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint's tensors and the parameters (and kept buffers) of its class correspond."""
+
+    shapes: Mapping[str, Shape]  # of the parameters that the file gives
+    blocks: Mapping[str, tuple[Block, ...]]  # by parameter
+    places: Mapping[str, tuple[tuple[str, Block], ...]]  # by tensor of the file: its parameters and their blocks
+    sizes: Mapping[str, Shape]  # of the tensors
+    unloaded: tuple[str, ...]  # tensors that the class does not take
+    missing: tuple[str, ...]  # parameters that no tensor gives, tied ones by one of their names
+
+    def same(self, parameter: str) -> str | None:
+        """The tensor that is this parameter, element by element; None if there is no such tensor."""
+        first = self.blocks[parameter][0]
+        alone = len(self.blocks[parameter]) == 1 and self.sizes[first.tensor] == self.shapes[parameter] == first.size
+        return first.tensor if alone and first == Traced.of(first.tensor, first.size).blocks[0] else None
+
+    def parameter(self, name: str, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same."""
+        alone = self.same(name)
+        if alone is not None:
+            return tensor(alone)
+        out: torch.Tensor | None = None
+        for block in self.blocks[name]:
+            values = tensor(block.tensor).contiguous().view(-1)
+            out = torch.empty(self.shapes[name], dtype=values.dtype) if out is None else out
+            block.of_parameter(out).copy_(block.of_tensor(values))
+        assert out is not None
+        return out
+
+    def tensor(self, name: str, parameter: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A tensor of the file, made of the parameters; the parameter itself where it is the same."""
+        places = self.places[name]
+        if self.same(places[0][0]) == name:
+            return parameter(places[0][0])
+        out: torch.Tensor | None = None
+        for holder, block in places:
+            values = block.of_parameter(parameter(holder).detach())
+            out = torch.empty(math.prod(self.sizes[name]), dtype=values.dtype) if out is None else out
+            block.of_tensor(out).copy_(values)
+        assert out is not None
+        return out.view(self.sizes[name])
+
+
+def checkpoint_layout(checkpoint: Checkpoint) -> Layout:
+    """`layout_of` the class that the checkpoint's config.json names. Raises CheckpointError."""
+    return layout_of(skeleton(checkpoint.folder), {info.name: info.shape for info in checkpoint.tensors.values()})
+
+
+def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
+    """How tensors of these names and shapes give the parameters of `network`, which may be on `meta`.
+
+    Raises CheckpointError where transformers' conversion does more than move boxes of elements, and for shapes that
+    are not the class's.
+    """
+    state = network.state_dict()
+    traced, unloaded = converted(network, tensors)
+    wrong = [_misfit(name, one, tuple(state[name].shape)) for name, one in traced.items()]
+    if problems := [problem for problem in wrong if problem is not None]:
+        raise CheckpointError("checkpoint", first_problems(problems, 8))
+    places: dict[str, list[tuple[str, Block]]] = {}
+    for name, one in traced.items():
+        for block in one.blocks:
+            places.setdefault(block.tensor, []).append((name, block))
+    return Layout(
+        shapes={name: tuple(one.shape) for name, one in traced.items()},
+        blocks={name: one.blocks for name, one in traced.items()},
+        places={name: tuple(found) for name, found in places.items()},
+        sizes={name: tuple(shape) for name, shape in tensors.items()},
+        unloaded=tuple(unloaded),
+        missing=tuple(_not_given(network, traced)),
+    )
+
+
+def _misfit(name: str, one: Traced, wanted: Shape) -> Problem | None:
+    """Shapes that are not the class's; fewer elements than the shape has, where the file lacks some of a stack."""
+    if tuple(one.shape) == wanted and sum(block.numel for block in one.blocks) == math.prod(wanted):
+        return None
+    return Problem(name, f"has shape {list(one.shape)} in the file, config.json says {list(wanted)}", "restore it")
+
+
+def _not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterator[str]:
+    """Parameters that no tensor gives, those that are tied together by their first name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    yield from (same[0] for same in names.values() if not any(name in given for name in same))
+
+
+def require_whole(layout: Layout, folder: Path) -> None:
+    """Raise CheckpointError that names parameters of the class that the folder has no tensor for: they would be random,
+    and what they learn could not be written back."""
+    if layout.missing:
+        problems = [Problem(name, "is not in the checkpoint", "restore the file") for name in layout.missing]
+        raise CheckpointError(f"checkpoint {folder}", first_problems(problems, 8))
+
+
+class ParameterMasks(Mapping[str, torch.Tensor]):
+    """Packed masks of a file's tensors as those of the class's parameters; put together when they are asked for."""
+
+    def __init__(self, layout: Layout, masks: Mapping[str, torch.Tensor]):
+        self._layout, self._masks = layout, masks
+        held = {holder: None for name in masks for holder, _ in layout.places.get(name, ())}
+        strangers = (name for name in masks if name not in layout.sizes)
+        self._names = (*held, *strangers)  # who asks for a stranger's parameter is the one to complain
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        alone = self._layout.same(name) if name in self._layout.blocks else name
+        if alone is not None:
+            return self._masks[alone]
+        return pack_mask(self._layout.parameter(name, self._bits).reshape(-1))
+
+    def _bits(self, tensor: str) -> torch.Tensor:
+        """Bool, flat; nothing of a tensor outside the parameter space is masked."""
+        numel = math.prod(self._layout.sizes[tensor])
+        return (
+            unpack_mask(self._masks[tensor], numel) if tensor in self._masks else torch.zeros(numel, dtype=torch.bool)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
