@@ -23,36 +23,62 @@ from cpift.tokens import IGNORED, CompletionCollator, tokenised_dataset
 from .fits import fit_spec, procedural
 
 # What sets a family apart at any width: grouped queries, sliding windows shorter than a row, biases, tied embeddings,
-# soft caps. Gemma's attention heads are wider than its width divided by their number.
+# soft caps, experts. Gemma's attention heads are wider than its width divided by their number.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 12},
     "qwen2": {"num_key_value_heads": 4, "use_sliding_window": False},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     "gemma2": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 20},
+    "gpt2": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {"num_key_value_heads": 2, "shared_expert_intermediate_size": 24, **_EXPERTS},
+    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 12, **_EXPERTS},
+    "olmoe": {"num_key_value_heads": 2, **_EXPERTS},
 }
+FUSED = {"qwen3_moe": "qwen3_moe, experts stacked"}  # the same model as its class has it
 TASKS = (procedural("addition", "addition", 60), procedural("reverse", "reverse", 60))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_family(family: str, folder: Path, **saving: Any) -> Path:
+    """A model of random weights and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp(request.param)
     tokenizer = make_scratch_tokenizer(ScratchModel())
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(
-        request.param,
+        family,
         vocab_size=len(tokenizer),
         max_position_embeddings=128,
         **size,
         **special,
-        **FAMILIES[request.param],
+        **FAMILIES[family],
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder, **saving)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+PROMPT = ("llama", "mistral", "qwen2", "gemma2", "qwen3_moe")  # the others are slow together
+
+
+def _families() -> list[Any]:
+    return [
+        family if family in PROMPT else pytest.param(family, marks=pytest.mark.slow)
+        for family in [*FAMILIES, *FUSED.values()]
+    ]
+
+
+@pytest.fixture(scope="module", params=_families())
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = next((name for name, title in FUSED.items() if title == request.param), request.param)
+    return make_family(family, tmp_path_factory.mktemp(family), save_original_format=family == request.param)
 
 
 def spec(base: Path, out: Path, *stages: StageSpec, regions: Path | None = None) -> FitSpec:
