@@ -68,6 +68,21 @@ def tied_names(folder: Path) -> Mapping[str, str]:
     return tied
 
 
+def stored_transposed(folder: Path, module: str) -> bool | None:
+    """Whether a module's weight is [inputs, outputs], not [outputs, inputs]; None for what is no matrix product or is
+    not there. Its class decides: a linear layer of GPT-2 may be either."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        found = skeleton(folder).get_submodule(module)
+    except AttributeError:
+        return None
+    if isinstance(found, torch.nn.Linear):
+        return False
+    return True if isinstance(found, Conv1D | torch.nn.Embedding) else None
+
+
 def _source(folder: Path) -> _Source:
     try:
         text = (folder / CONFIG).read_text(encoding="utf-8")

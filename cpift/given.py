@@ -10,7 +10,8 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
-from cpift.lora import ADAPTER_CONFIG, LoraCheckpoint
+from cpift.lora import LoraCheckpoint
+from cpift.lora_config import ADAPTER_CONFIG
 from cpift.pretrained import require_no_code
 from cpift.vocabulary import FittedCheckpoint, resized
 

@@ -6,9 +6,8 @@ fp32 and saving in that dtype gives. Modules that were trained whole (`modules_t
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +18,16 @@ import torch
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.low_rank import low_rank_elements
 
+from cpift.architecture import stored_transposed
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
+from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings, setting_problems
 from cpift.safetensors_files import FormatError, TensorInfo, read_header
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<part>[AB])(\.weight)?")
+_PART = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<part>[AB])(\.weight)?")
+_TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
 _RUN = 1 << 18  # elements computed together
 
 
@@ -51,8 +53,10 @@ class LoraCheckpoint(Checkpoint):
         self._maps = {}
         self.tensors = dict(base.tensors)
         self.config = base.config
-        self._settings = _settings(folder)
-        problems: list[Problem] = [*_unsupported(self._settings)]
+        self._settings = adapter_settings(folder)
+        problems = list(setting_problems(self._settings))
+        if problems:  # its tensors may be called anything
+            raise CheckpointError(f"adapter {folder}", problems)
         self._parts = _parts(folder, problems)
         self._full: dict[str, TensorInfo] = {}
         self._updates: dict[str, _Update] = {}
@@ -124,19 +128,21 @@ class LoraCheckpoint(Checkpoint):
 
     def _assign(self, problems: list[Problem]) -> None:
         """Say which tensor of θ0 every tensor of the adapter changes."""
-        pairs: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+        pairs: dict[str, dict[str, TensorInfo]] = {}
         for key, info in self._parts.items():
+            if key.endswith(_TRAINING_ONLY):
+                continue
             name = key.removeprefix(_PREFIX)
             part = _PART.fullmatch(name)
             if part:
-                pairs.setdefault((part["module"], part["kind"] is not None), {})[part["part"]] = info
+                pairs.setdefault(part["module"], {})[part["part"]] = info
             elif "lora_" in name:
-                problems.append(Problem(key, "is no plain LoRA factor", "merge this adapter with PEFT first"))
+                problems.append(Problem(key, "is no plain LoRA factor", MERGE_FIRST))
             else:
                 # PEFT keeps an adapted embedding beside its factors; the product is added to that.
                 self._assign_full(key, name.replace(".base_layer.", "."), info, problems)
-        for (module, embedding), factors in pairs.items():
-            problem = self._assign_pair(module, embedding, factors)
+        for module, factors in pairs.items():
+            problem = self._assign_pair(module, factors)
             if problem is not None:
                 problems.append(problem)
 
@@ -148,18 +154,20 @@ class LoraCheckpoint(Checkpoint):
         else:
             self._full[name] = TensorInfo(name, info.shape, info.dtype, info.file, info.start)
 
-    def _assign_pair(self, module: str, embedding: bool, factors: Mapping[str, TensorInfo]) -> Problem | None:
+    def _assign_pair(self, module: str, factors: Mapping[str, TensorInfo]) -> Problem | None:
         name, a, b = f"{module}.weight", factors.get("A"), factors.get("B")
         target = self.base.tensors.get(name)
         if a is None or b is None:
             return Problem(module, "has one LoRA factor of two", "the adapter is damaged: download or copy it again")
         if target is None:
             return Problem(module, "is adapted, but θ0 has no such weight", "give the adapter's own base model")
-        transposed = embedding or bool(self._settings.get("fan_in_fan_out"))
+        transposed = stored_transposed(self.base.folder, module)
+        if transposed is None:
+            return Problem(module, "is adapted, but in θ0 it is no linear layer and no embedding", MERGE_FIRST)
         shape = (b.shape[0], a.shape[-1])
         if len(a.shape) != 2 or len(b.shape) != 2 or (shape[::-1] if transposed else shape) != target.shape:
             what = f"has factors {list(b.shape)} · {list(a.shape)}, θ0's weight is {list(target.shape)}"
-            return Problem(module, what, "give the adapter's own base model; only linear layers and embeddings fit")
+            return Problem(module, what, "give the adapter's own base model")
         rank = _patterned(self._settings, "rank_pattern", module, "r")
         if a.shape[0] != rank or b.shape[1] != rank:
             return Problem(module, f"has rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}", "restore the config")
@@ -167,30 +175,6 @@ class LoraCheckpoint(Checkpoint):
         scaling = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         self._updates[name] = _Update(a if transposed else b, b if transposed else a, transposed, scaling)
         return None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return {"r": int(found["r"]), "lora_alpha": float(found["lora_alpha"])} | {
-            key: value for key, value in found.items() if key not in ("r", "lora_alpha")
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = Problem(ADAPTER_CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
-        raise CheckpointError(f"adapter {folder}", [problem]) from error
-
-
-def _unsupported(settings: Mapping[str, Any]) -> Iterator[Problem]:
-    kind = settings.get("peft_type")
-    merge = "merge it with PEFT (merge_and_unload), save the result and give that"
-    if kind != "LORA":
-        yield Problem(f"{ADAPTER_CONFIG}, peft_type", f"is {kind!r}, not LORA", merge)
-    for field, name in (("use_dora", "DoRA"), ("lora_bias", "LoRA with biases"), ("use_qalora", "QALoRA")):
-        if settings.get(field):
-            yield Problem(f"{ADAPTER_CONFIG}, {field}", f"{name} is no plain product B·A", merge)
-    for field in ("layer_replication", "trainable_token_indices", "target_parameters"):
-        if settings.get(field):
-            yield Problem(f"{ADAPTER_CONFIG}, {field}", "is not supported", merge)
 
 
 def _parts(folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:

@@ -6,9 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from cpift.lora_config import fields_table
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "supported.md"
 
-TABLES: dict[str, Callable[[], str]] = {}  # a marker in the document → the function that gives its table as markdown
+TABLES: dict[str, Callable[[], str]] = {
+    "adapters": fields_table,
+}  # a marker in the document → the function that gives its table as markdown
 
 
 def written(text: str) -> str:

@@ -47,6 +47,7 @@ LAYERS = [
         "checkpoints",
         "checkpoint_writing",
         "lora",
+        "lora_config",
         "given",
         "vocabulary",
         "conversion",

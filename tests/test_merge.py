@@ -347,11 +347,11 @@ def test_tied_weights_that_are_there_twice_are_written_once(tmp_path: Path, mode
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
-def adapter(folder: Path, base: Path, seed: int, *, fan: bool = False, **settings: object) -> dict[str, torch.Tensor]:
+def adapter(folder: Path, base: Path, seed: int, **settings: object) -> dict[str, torch.Tensor]:
     """Write a LoRA adapter for the attention and the embedding; returns scaling · B·A in fp64 by parameter name."""
     generator = torch.Generator().manual_seed(seed)
     tensors, deltas = load_file(base / "model.safetensors"), {}
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "fan_in_fan_out": fan} | settings
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12} | settings
     factors = {}
     for name, tensor in tensors.items():
         module, embedding = name.removesuffix(".weight"), "embed" in name
@@ -359,14 +359,14 @@ def adapter(folder: Path, base: Path, seed: int, *, fan: bool = False, **setting
             continue
         rank = 2 if settings.get("rank_pattern") and module.endswith("k_proj") else 4
         alpha = 3 if settings.get("alpha_pattern") and module.endswith("q_proj") else 12
-        rows, columns = tensor.shape[::-1] if embedding or fan else tensor.shape
+        rows, columns = tensor.shape[::-1] if embedding else tensor.shape
         a = torch.randn(rank, columns, generator=generator) * 0.05
         b = torch.randn(rows, rank, generator=generator) * 0.05
         kind, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
         factors[f"base_model.model.{module}.{kind}A{end}"] = a
         factors[f"base_model.model.{module}.{kind}B{end}"] = b
         delta = (b.double() @ a.double()) * alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        deltas[name] = delta.T if embedding or fan else delta
+        deltas[name] = delta.T if embedding else delta
     if settings.get("modules_to_save"):
         factors["base_model.model.model.norm.weight"] = torch.full((64,), 1.5)
     folder.mkdir()
@@ -409,18 +409,6 @@ def test_an_adapter_is_its_merged_model(tmp_path: Path, models: Path, settings: 
         torch.testing.assert_close(near[: len(exact)], exact, rtol=2**-7, atol=1e-6)
 
 
-def test_fan_in_fan_out_is_transposed(tmp_path: Path, models: Path) -> None:
-    from cpift.lora import LoraCheckpoint
-
-    base = Checkpoint(models / "base")
-    deltas = adapter(tmp_path / "a", models / "base", 0, fan=True)
-    lora = LoraCheckpoint(tmp_path / "a", base)
-    for name, delta in deltas.items():
-        torch.testing.assert_close(
-            lora.tensor(name).double(), base.tensor(name).double() + delta, rtol=2**-8, atol=1e-6
-        )
-
-
 def test_fusing_adapters_equals_fusing_what_they_merge_to(tmp_path: Path, models: Path) -> None:
     tasks = []
     for seed, name in enumerate(("x", "y")):
@@ -445,7 +433,7 @@ def test_fusing_adapters_equals_fusing_what_they_merge_to(tmp_path: Path, models
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"use_dora": True}, "DoRA is no plain product"),
+        ({"use_dora": True}, "use_dora: is true: DoRA scales every row"),
         ({"peft_type": "IA3"}, "is 'IA3', not LORA"),
         ({"r": 8}, "has rank 4, adapter_config.json says 8"),
         ({"r": "x"}, "adapter_config.json: cannot be read"),

@@ -1,0 +1,152 @@
+"""Adapters as PEFT computes them: every field of its config, every start, every class of module."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpift.checkpoints import Checkpoint
+from cpift.errors import CheckpointError
+from cpift.given import open_checkpoint
+from cpift.lora_config import FIELDS, Neutral
+
+peft = pytest.importorskip("peft")
+TINY: dict[str, Any] = {
+    "llama": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 16},
+}
+PLAIN = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("bases")
+    for kind, size in TINY.items():
+        for name, tied in ((kind, False), (f"{kind}-tied", True)):
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(kind, vocab_size=40, tie_word_embeddings=tied, attention_bias=True, **size)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(root / name)
+    return root
+
+
+def trained(base: Path, out: Path, **settings: Any) -> Any:
+    """PEFT's own model with every trainable parameter moved, and saved into `out`."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", **(PLAIN | settings))
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(out)
+    return model.eval()
+
+
+def off(model: Any, adapter: Path, base: Path) -> float:
+    """How far the logits of the adapter as a checkpoint are from those of PEFT's model."""
+    from transformers import AutoModelForCausalLM
+
+    ours = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False).eval()
+    opened = open_checkpoint(adapter, Checkpoint(base))
+    state = {name: opened.tensor(name) for name in opened.names}
+    ours.load_state_dict(state, strict=True)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        return float((ours(ids).logits - model(ids).logits).abs().max())
+
+
+def refusal(adapter: Path, base: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(adapter, Checkpoint(base))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "start", [True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "pissa_niter_2", "olora"]
+)
+def test_every_start_is_what_peft_computes_or_is_refused(bases: Path, tmp_path: Path, start: Any) -> None:
+    model = trained(bases / "llama", tmp_path / "a", init_lora_weights=start)
+    if start in FIELDS["init_lora_weights"].values:  # type: ignore[union-attr]
+        assert off(model, tmp_path / "a", bases / "llama") < 1e-5
+    else:
+        assert "path_initial_model_for_weight_conversion" in refusal(tmp_path / "a", bases / "llama")
+
+
+def test_a_start_that_was_converted_is_plain(bases: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", **PLAIN)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases / "llama"), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert off(model.eval(), tmp_path / "a", bases / "llama") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        ("llama", {"use_rslora": True, "rank_pattern": {"1.mlp.down_proj": 3}, "alpha_pattern": {"^model.*q_p.*": 7}}),
+        ("llama", {"bias": "all", "target_modules": "all-linear"}),
+        ("llama", {"bias": "lora_only", "modules_to_save": ["norm", "lm_head"]}),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "layers_to_transform": None}),
+        ("llama", {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["down_proj"]}),
+        ("gpt2", {"target_modules": ["c_proj", "lm_head"], "fan_in_fan_out": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc", "wte"], "fan_in_fan_out": True}),
+        ("gpt2", {"target_modules": ["lm_head", "c_proj"], "fan_in_fan_out": False, "bias": "all"}),
+    ],
+)  # fmt: skip
+def test_settings_mean_what_peft_computes(bases: Path, tmp_path: Path, base: str, settings: Any) -> None:
+    model = trained(bases / base, tmp_path / "a", **settings)
+    assert off(model, tmp_path / "a", bases / base) < 1e-5
+
+
+def test_the_table_has_the_fields_of_peft() -> None:
+    fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
+    assert set(FIELDS) == set(fields)
+    saved = peft.LoraConfig().to_dict()
+    for name, field in FIELDS.items():
+        if isinstance(field, Neutral):
+            assert json.loads(json.dumps(saved[name])) in field.values, name
+
+
+@pytest.mark.parametrize("name", [*(name for name, field in FIELDS.items() if isinstance(field, Neutral)), "of_2030"])
+def test_every_field_that_is_not_neutral_is_named(bases: Path, tmp_path: Path, name: str) -> None:
+    trained(bases / "llama", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    for value in ({"x": 1}, "lora_ga", 1, [7]):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+        assert f"adapter_config.json, {name}: is {json.dumps(value)}" in refusal(tmp_path / "a", bases / "llama")
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])
+def test_other_methods_are_refused_with_a_remedy_that_peft_has(bases: Path, tmp_path: Path, kind: str) -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    if kind != "LORA":
+        merges = hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
+        assert ("merge_and_unload" in refusal(tmp_path, bases / "llama")) is merges
+    else:
+        assert "cannot be read" in refusal(tmp_path, bases / "llama")
+
+
+def test_what_training_alone_uses_is_silent(bases: Path, tmp_path: Path) -> None:
+    model = trained(bases / "llama", tmp_path / "a", lora_dropout=0.5, velora_config={"num_groups": 4})
+    assert off(model, tmp_path / "a", bases / "llama") < 1e-5
+    assert load_file(tmp_path / "a" / "adapter_model.safetensors")
