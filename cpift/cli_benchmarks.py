@@ -27,8 +27,9 @@ def standard(
 ) -> None:
     """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
     from cpift.errors import CpiftError
-    from cpift.files import write_json
+    from cpift.files import json_text
     from cpift.standard_benchmarks import Benchmarks, standard_scores
+    from cpift.top_files import write_new
 
     if out is not None and out.exists():
         raise CpiftError(f"{out} is there already: give --out another name")
@@ -44,4 +45,4 @@ def standard(
                     error = figures.get(name.replace(",", "_stderr,"))
                     typer.echo(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
     if out is not None:
-        write_json(out, found)
+        write_new(out, json_text(found))

@@ -41,7 +41,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     from cpift.locks import exclusive
     from cpift.preflight import preflight
 
-    preflight(loaded.base)
+    preflight(loaded.base, stage="sweep")
     from cpift.sweep import pipeline, run_sweep
     from cpift.sweep_results import failures, gather, results_table, write_results
     from cpift.view import View

@@ -45,9 +45,10 @@ def compare(
     changes |= {"seeds": _seeds(seeds)} if seeds else {}
     changes |= {"budgets": [budget]} if budget else {}
     made = load_comparison(config, overrides or [], changes)
+    from cpift.compare_report import written_files
     from cpift.preflight import preflight
 
-    preflight(made.base, stage="run", download=not plan)
+    preflight(made.base, stage="compare", download=not plan, writes=written_files(made.config.curves))
     from cpift.baselines import methods_of
 
     if plan:
@@ -58,15 +59,13 @@ def compare(
     from rich.console import Console
 
     from cpift.compare import run_comparison
-    from cpift.compare_record import write_record
-    from cpift.compare_report import comparison_table, write_report
+    from cpift.compare_report import comparison_table, write_comparison
     from cpift.locks import exclusive
     from cpift.view import View
 
     with exclusive(made.base.output_dir), _engine(made, here) as engine:
         record = run_comparison(made, engine, View())
-    write_record(record, made.base.output_dir / "comparison.jsonl")
-    report = write_report(record, made.base.output_dir)
+    report = write_comparison(record, made.base.output_dir)
     Console().print(comparison_table(record))
     typer.echo(f"Report: {report}")
 

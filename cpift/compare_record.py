@@ -184,15 +184,21 @@ def _item(metric: str, example: dict[str, Any]) -> Any:
 
 
 def write_record(record: Record, path: Path) -> None:
+    write_text(path, record_text(record))
+
+
+def record_text(record: Record) -> str:
+    """A line of JSON for the header and for every row."""
     lines: Iterable[Any] = [asdict(record.header), *(asdict(row) for row in record.rows)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines))
+    return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
 
 
 def read_record(path: Path) -> Record:
     """Raises ConfigError where the file is not a comparison's."""
     try:
         first, *others = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        first.pop("written_by", None)
         rows = [Row(**{**row, "pair": tuple(row["pair"]) if row["pair"] else None}) for row in others]
         return Record(Header(**first), rows)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(str(path), [Problem("file", str(error), "make it with `cpift compare`")]) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from rich import box
 from rich.table import Table
 
 from cpift.compare_plots import curve, intervals
-from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record, record_text
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
-from cpift.files import write_text
 from cpift.measures import judged_tasks
 from cpift.sweep_scores import Estimate
+from cpift.top_files import write_top
 
 _TITLES = {
     "reference": "references",
@@ -29,13 +29,23 @@ _TITLES = {
 }
 
 
-def write_report(record: Record, folder: Path, name: str = "comparison") -> Path:
-    """`name`.md and the plots that it shows; returns the page's path."""
-    text, plots = document(record, name)
-    for file, svg in plots.items():
-        write_text(folder / file, svg)
-    write_text(folder / f"{name}.md", f"# {record.header.name}\n\n{text}")
-    return folder / f"{name}.md"
+_NAME = "comparison"
+
+
+def written_files(curves: Iterable[str]) -> tuple[str, ...]:
+    """What `write_comparison` may write where these fields have curves."""
+    return (f"{_NAME}.jsonl", f"{_NAME}.md", f"{_NAME}-methods.svg", *(_curve_file(_NAME, field) for field in curves))
+
+
+def write_comparison(record: Record, folder: Path) -> Path:
+    """The record, a page and the plots that it shows; returns the page's path.
+
+    Raises ConfigError where one of the files is somebody's own.
+    """
+    text, plots = document(record, _NAME)
+    page = f"{_NAME}.md"
+    write_top(folder, {**plots, f"{_NAME}.jsonl": record_text(record), page: f"# {record.header.name}\n\n{text}"})
+    return folder / page
 
 
 def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str, str]]:
@@ -239,13 +249,16 @@ def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, 
         (f"{value:g}" if isinstance(value, float) else str(value), one.mean, one.worst) for value, one in lines.items()
     ]
     references = [(f"{FULL}, mean retention", found.line(FULL).mean)] if found.has(FULL) else []
-    file = f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
-    yield from _picture(plots, file, f"Retention over {field}", curve(field, drawn, references))
+    yield from _picture(plots, _curve_file(prefix, field), f"Retention over {field}", curve(field, drawn, references))
     yield _row([field, "mean retention, %", "worst task, %", "groups (first seed)"])
     yield _row(["---", "--:", "--:", "---"])
     for value, one in lines.items():
         groups = found.record.rows_of(one.method)[0].groups
         yield _row([str(value), _half(one.mean), _half(one.worst), " → ".join(" + ".join(group) for group in groups)])
+
+
+def _curve_file(prefix: str, field: str) -> str:
+    return f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
 
 
 def comparison_table(record: Record) -> Table:

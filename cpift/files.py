@@ -58,7 +58,12 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write through a temporary neighbour, so that a reader never meets half a file."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as it is written to files."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpift.errors import CpiftError
+from cpift.errors import ConfigError, CpiftError, Problem
 
 if TYPE_CHECKING:
     from cpift.artifacts import Artifact
+
+_HOLDER = re.compile(rb"(process \d+)?")
 
 
 @contextmanager
@@ -30,10 +33,25 @@ def claimed(artifacts: Iterable[Artifact]) -> Iterator[None]:
         yield
 
 
+def check_lock(root: Path) -> list[Problem]:
+    """What keeps the lock of an output folder from being ours: a file of somebody's, or no file at all."""
+    path = root / ".lock"
+    remedy = "give another folder with --output"
+    if not os.path.lexists(path):
+        return []
+    if not path.is_file():
+        return [Problem(str(path), "is no file, and a lock of this name is needed", remedy)]
+    with path.open("rb") as file:
+        ours = _HOLDER.fullmatch(file.read(100))
+    return [] if ours else [Problem(str(path), "is no lock of cpift's: it would be overwritten", remedy)]
+
+
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
     """Hold a run's output folder, so that two commands never build the same stage at once."""
     root.mkdir(parents=True, exist_ok=True)
+    if problems := check_lock(root):
+        raise ConfigError(f"output {root}", problems)
     with (root / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

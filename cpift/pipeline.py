@@ -18,7 +18,7 @@ import numpy as np
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.errors import CpiftError
-from cpift.files import link_or_copy, read_json, write_json, write_text
+from cpift.files import link_or_copy, read_json, write_json
 from cpift.fit_spec import FitSpec
 from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping, group_tasks
@@ -202,13 +202,9 @@ class Pipeline:
     def report(self) -> Path:
         """The page a person reads; written anew each time, for it costs nothing."""
         data = self.report_data
-        from cpift.report import summary, write_report
+        from cpift.report import write_run
 
-        path = self.root / "report.html"
-        write_report(data, path)
-        write_json(self.root / "summary.json", summary(data))
-        write_text(self.root / "config.yaml", data.config_yaml)
-        return path
+        return write_run(data, self.root)
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cpift.config import RunConfig, TrainingConfig
 from cpift.errors import ConfigError, Problem
+from cpift.locks import check_lock
+from cpift.top_files import RUN_FILES, SWEEP_FILES, check_top
 
 
-def preflight(config: RunConfig, *, stage: str | None = None, download: bool = True) -> None:
+def preflight(
+    config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
+) -> None:
     """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
 
-    Hub data sets are downloaded to look at their rows, unless `download` is False.
+    Hub data sets are downloaded to look at their rows, unless `download` is False. `writes`: the files that the command
+    writes at the top of the output folder, if not those of its stage.
     Raises ConfigError with every problem found.
     """
     from cpift.adapters import check_lora
@@ -29,12 +34,23 @@ def preflight(config: RunConfig, *, stage: str | None = None, download: bool = T
     for task in config.tasks:
         problems += check_task(task, download=download)
     problems += _check_backbone(config) + (_check_store(config) or _check_output(config.output_dir))
+    problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
+    problems += check_lock(config.output_dir)
     if problems:
         raise ConfigError(f"run {config.name}", problems)
 
 
-_NEED_TRAINING = ("integrate", "evaluate", "report", "run")
-_NEED_TESTS = ("evaluate", "report", "run")
+_NEED_TRAINING = ("integrate", "evaluate", "report", "run", "compare")
+_NEED_TESTS = ("evaluate", "report", "run", "compare")
+_WRITES = {"report": RUN_FILES, "run": RUN_FILES, "sweep": SWEEP_FILES}
+
+
+def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
+    """The files that a stage writes at the top of the output folder; of a plan, those of the run it is for."""
+    if stage is None:
+        ends = config.integration is not None and all(task.train and task.test for task in config.tasks)
+        return RUN_FILES if ends else ()
+    return _WRITES.get(stage, ())
 
 
 def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:

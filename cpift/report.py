@@ -7,18 +7,23 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from cpift.files import write_text
+from cpift.files import json_text
 from cpift.report_scores import ReportData, compare, standing, summary
+from cpift.top_files import RUN_FILES, write_top
 
-__all__ = ["ReportData", "scores_table", "summary", "write_report"]
+__all__ = ["ReportData", "scores_table", "summary", "write_run"]
 
 
-def write_report(data: ReportData, path: Path) -> None:
-    """Write one self-contained HTML page: no network, no other files. `path` is replaced at once or not at all."""
+def write_run(data: ReportData, folder: Path) -> Path:
+    """Write a run's config, its figures, and the page that shows them; returns the page's path.
+
+    The page needs no network and no other file. Raises ConfigError where one of the files is somebody's own.
+    """
     from cpift.report_page import page
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page(data))
+    texts = (data.config_yaml, json_text(summary(data)), page(data))
+    write_top(folder, dict(zip(RUN_FILES, texts, strict=True)))
+    return folder / RUN_FILES[-1]
 
 
 def scores_table(data: ReportData) -> Table:

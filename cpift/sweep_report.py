@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from cpift import sweep_plots as plots
-from cpift.files import write_text
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import shown
 from cpift.sweep_scores import Estimate, SweepData, TrialRow, best_trial, judged, pareto_front, trial_at, values_at
 from cpift.sweep_verdict import values_of, verdict
 
 _PANELS = 6  # dendrograms shown at once; the others fold away
-
-
-def write_sweep_report(data: SweepData, path: Path) -> None:
-    """Write the page. `path` is replaced at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, sweep_page(data))
 
 
 def sweep_page(data: SweepData) -> str:

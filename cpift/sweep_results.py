@@ -14,7 +14,7 @@ from rich.table import Table
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config
-from cpift.files import read_json, write_json, write_text
+from cpift.files import json_text, read_json
 from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
@@ -34,6 +34,7 @@ from cpift.sweep_scores import (
     pareto_front,
 )
 from cpift.sweep_verdict import values_of
+from cpift.top_files import SWEEP_FILES, write_top
 
 _STAGES = ("model", "probe", "regions", "backbone", "fuse", "integrate", "evaluate")
 
@@ -201,14 +202,11 @@ def _sweep_yaml(sweep: Sweep) -> str:
 
 def write_results(data: SweepData, folder: Path) -> Path:
     """The report, the figures as JSON, and the best run's config; returns the report's path."""
-    from cpift.sweep_report import write_sweep_report
+    from cpift.sweep_report import sweep_page
 
-    report = folder / "sweep.html"
-    write_sweep_report(data, report)
-    write_json(folder / "sweep.json", summary(data))
-    if data.best_yaml:
-        write_text(folder / "best.yaml", data.best_yaml)
-    return report
+    texts = dict(zip(SWEEP_FILES, (data.best_yaml, json_text(summary(data)), sweep_page(data)), strict=True))
+    write_top(folder, {name: text for name, text in texts.items() if text})
+    return folder / SWEEP_FILES[-1]
 
 
 def summary(data: SweepData) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_
 from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
-from cpift.compare_report import document, write_report
+from cpift.compare_report import document, write_comparison
 from cpift.compare_verdict import Findings, side
 from cpift.errors import ConfigError
 from cpift.files import write_json
@@ -237,7 +237,7 @@ def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_
 
 
 def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Comparison, Record], tmp_path: Path) -> None:
-    page = write_report(found[1], tmp_path).read_text()
+    page = write_comparison(found[1], tmp_path).read_text()
     for method in methods_of(found[0]):
         shown = method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = ")
         assert shown in page

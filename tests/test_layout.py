@@ -20,6 +20,7 @@ LAYERS = [
         "artifacts",
         "files",
         "locks",
+        "top_files",
         "config",
         "config_evaluation",
         "config_identity",

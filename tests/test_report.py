@@ -16,9 +16,10 @@ from rich.console import Console
 from cpift import report_plots
 from cpift.config import RunConfig
 from cpift.model_card import license_of, model_card, write_model_card
-from cpift.report import ReportData, scores_table, summary, write_report
+from cpift.report import ReportData, scores_table, summary, write_run
 from cpift.report_scores import compare, retention, standing, verdict
 from cpift.tensor_names import kind_of, layer_of
+from cpift.top_files import RUN_FILES
 
 VOID = {"meta", "br", "path", "rect", "use", "link", "img"}
 
@@ -190,7 +191,7 @@ class Page(HTMLParser):
 
 def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.html"
-    write_report(data, path)
+    write_run(data, path.parent)
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -199,11 +200,11 @@ def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
     assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
     assert not re.search(r"@import|url\((?!#)", text)
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    assert {file.name for file in path.parent.iterdir()} == set(RUN_FILES)
 
 
 def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None:
-    write_report(data, tmp_path / "report.html")
+    write_run(data, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for raw in ("<script>", "<b>a</b>", "<warning>"):
         assert raw not in text
@@ -212,7 +213,7 @@ def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None
 
 
 def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
-    write_report(data, tmp_path / "report.html")
+    write_run(data, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in (
         "75.0",
@@ -230,14 +231,13 @@ def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
     assert text.count('class="own"') == 3
     assert "FAILED" not in text
     failing = replace(data, checks=[{"name": "frozen", "passed": False, "detail": "3 moved"}])
-    write_report(failing, tmp_path / "report.html")
+    write_run(failing, tmp_path)
     assert "✗ FAILED" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_page_is_the_same_for_the_same_data(data: ReportData, tmp_path: Path) -> None:
-    for name in ("one.html", "two.html"):
-        write_report(data, tmp_path / name)
-    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+    first, second = (write_run(data, tmp_path / name) for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_page_of_the_smallest_run(data: ReportData, tmp_path: Path) -> None:
@@ -261,11 +261,11 @@ def test_page_of_the_smallest_run(data: ReportData, tmp_path: Path) -> None:
         curves={"probe a": []},
         warnings=[],
     )
-    write_report(small, tmp_path / "report.html")
+    write_run(small, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert Page(text).open == []
     assert "100.0% of them" in text
-    write_report(replace(small, slerp=[]), tmp_path / "report.html")
+    write_run(replace(small, slerp=[]), tmp_path)
     assert "No vector was interpolated" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
