@@ -6,7 +6,6 @@ Tensors are read through a memory map, whole or in slices: a model is never whol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from cpift.errors import CheckpointError, Problem
 from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -69,10 +69,9 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json; empty where there is none."""
+        """The model's config.json; empty where there is none. Raises UnreadableError."""
         path = self.folder / "config.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
+        return read_object(path, MODEL_CONFIG) if path.is_file() else {}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, contiguous, in the file's dtype; the caller's own."""
@@ -116,11 +115,9 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): str(shard) for name, shard in found.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = Problem(INDEX_FILE, f"cannot be read ({type(error).__name__}: {error})", "download it again")
-            raise CheckpointError(f"checkpoint {self.folder}", [problem]) from error
+            return read_weight_map(path)
+        except UnreadableError as error:
+            raise CheckpointError(f"checkpoint {self.folder}", [error.problem(INDEX_FILE)]) from error
 
     def _files(self, problems: list[Problem]) -> list[Path]:
         index = self._index()
@@ -132,15 +129,13 @@ class Checkpoint:
             what = f"is there beside an index of {len(names)} other files, and which of the two is meant is not known"
             problems.append(Problem(SINGLE_FILE, what, f"remove what is stale: this file, or {INDEX_FILE}"))
         for name in names:
-            if Path(name).name != name:
-                problems.append(Problem(INDEX_FILE, f"names {name!r}, which is not in the folder", "mend the index"))
-            elif (self.folder / name).is_symlink() and not (self.folder / name).exists():
+            if (self.folder / name).is_symlink() and not (self.folder / name).exists():
                 problems.append(_dead_link(self.folder / name))
             elif not (self.folder / name).is_file():
                 problems.append(
                     Problem(name, "is named in the index but not there", "download or copy this shard again")
                 )
-        return [self.folder / name for name in names if Path(name).name == name and (self.folder / name).is_file()]
+        return [self.folder / name for name in names if (self.folder / name).is_file()]
 
     def _read_header(self, file: Path, problems: list[Problem]) -> None:
         try:

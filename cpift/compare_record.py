@@ -17,6 +17,7 @@ import numpy as np
 from cpift.errors import ConfigError, Problem
 from cpift.files import write_text
 from cpift.measures import Scores, TaskItems, bootstrap
+from cpift.untrusted import RECORD, parse_json, read_bytes
 
 BASE, PROBES = "θ0", "own probes"
 OURS, RECOMMENDED = "CPI-FT", "CPI-FT, recommended"
@@ -196,7 +197,8 @@ def record_text(record: Record) -> str:
 def read_record(path: Path) -> Record:
     """Raises ConfigError where the file is not a comparison's."""
     try:
-        first, *others = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_bytes(path, RECORD.size).splitlines()
+        first, *others = [parse_json(line, RECORD) for line in lines]
         first.pop("written_by", None)
         rows = [Row(**{**row, "pair": tuple(row["pair"]) if row["pair"] else None}) for row in others]
         return Record(Header(**first), rows)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cpift.config_identity import GIVEN, ROWS, identity
 from cpift.errors import ConfigError, Problem
@@ -36,9 +45,29 @@ Name = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_identi
 
 
 class Section(BaseModel):
-    """A part of the file. Unknown fields are errors, and values cannot change after loading."""
+    """A part of the file. Unknown fields are errors, as is true for a number; values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if _holds_truth(value) and not _takes_truth(cls.model_fields[info.field_name].annotation):
+            raise ValueError("true and false are no numbers and no text: give one, in quotes if it is a word")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, bool) or any(isinstance(part, bool) for part in parts)
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether a field takes bool; sections, whose own fields are looked at by themselves, and Any do."""
+    parts = get_args(annotation)
+    section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation is bool or annotation is Any or section or any(_takes_truth(part) for part in parts)
 
 
 def exactly_one(section: Section, names: tuple[str, ...]) -> None:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from cpift.config import RunConfig
 from cpift.errors import ConfigError, Problem
+from cpift.untrusted import UnreadableError
+from cpift.untrusted_yaml import parse_yaml, read_yaml_file
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # The fields that hold paths of inputs; `backbone.source` is one only if such a folder exists.
@@ -71,12 +73,13 @@ def dump_config(config: RunConfig) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's fields. Raises ConfigError where it is no mapping in YAML, within the limits of `untrusted.CONFIG`."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml_file(path)
     except OSError as error:
         raise ConfigError(str(path), [Problem("file", error.strerror or str(error), "check the path")]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [Problem("YAML", str(error).replace("\n", " "), "mend the syntax")]) from None
+    except UnreadableError as error:
+        raise ConfigError(str(path), [error.problem("YAML")]) from None
     if not isinstance(raw, dict):
         raise ConfigError(str(path), [Problem("YAML", "is no mapping of fields", "see configs/quickstart.yaml")])
     return raw
@@ -88,9 +91,9 @@ def _override(raw: dict[str, Any], text: str) -> Problem | None:
     if not equals:
         return Problem(f"--set {text}", "has no '='", "write it as field.name=value")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        return Problem(f"--set {text}", f"cannot be applied ({error})", "name a field of the file")
+        parsed = parse_yaml(value)
+    except UnreadableError as error:
+        return error.problem(f"--set {text}")
     return _set_field(raw, key.strip(), parsed, f"--set {text}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -17,6 +16,7 @@ from cpift.hub import HubError, resolve_revision
 from cpift.pretrained import hub_rows
 from cpift.text_metrics import last_number
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
+from cpift.untrusted import UnreadableError, json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -202,25 +202,15 @@ def _file_rows(source: DataSource) -> Iterator[Any]:
     if problems:
         raise DataError(_describe(source), problems)
     assert source.file is not None
-    with source.file.open(encoding="utf-8", errors="strict") as lines:
-        try:
-            for line in lines:
-                if line.strip():
-                    yield _parsed(line)
-        except UnicodeDecodeError as error:
-            raise DataError(_describe(source), [Problem("file", f"is no UTF-8: {error}", "convert it")]) from None
-
-
-def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        return RowError(f"no JSON: {error}")
+        yield from json_lines(source.file)
+    except UnreadableError as error:
+        raise DataError(_describe(source), [error.problem("file")]) from None
 
 
 def _as_mapping(row: Any) -> dict[str, Any]:
-    if isinstance(row, RowError):
-        raise row
+    if isinstance(row, UnreadableError):
+        raise RowError(str(row))
     if not isinstance(row, dict):
         raise RowError(f"must be a JSON object, not {type(row).__name__}")
     return row

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpift.fit_spec import FitSpec
 from cpift.object_store import ObjectStore
+from cpift.untrusted import RECORD, parse_json
 
 RUN = "fit"  # Ray's name of the run, a folder of its storage
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -34,7 +34,7 @@ class Storage:
         filesystem, path = self._open()
         try:
             with filesystem.open_input_stream(f"{path}/{RUN}/{_SNAPSHOT}") as file:
-                json.loads(file.read().decode())
+                parse_json(file.read(), RECORD)
         except FileNotFoundError:
             return
         except ValueError:

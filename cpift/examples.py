@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpift.untrusted import ROW, UnreadableError, parse_json, require_limits
+
 ROLES = ("system", "user", "assistant", "tool")
 # Fields that take a column's own value, not its text, where their template is one placeholder: '{options}'.
 _RAW_FIELDS = ("messages", "choices", "answer", "tools")
@@ -117,9 +119,10 @@ def _message(item: Any, place: int) -> Message:
 def _tools(raw: Any) -> tuple[str, ...]:
     """A list of schemas, or its JSON text."""
     try:
-        raw = json.loads(raw) if isinstance(raw, str) else raw
-    except ValueError as error:
-        raise RowError(f"`tools` is no JSON: {error}") from None
+        raw = parse_json(raw, ROW) if isinstance(raw, str) else raw
+        require_limits(raw, ROW)
+    except UnreadableError as error:
+        raise RowError(f"`tools` {error}") from None
     if raw is None:
         return ()
     if not isinstance(raw, Sequence) or not all(isinstance(tool, Mapping) for tool in raw):

@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cpift.untrusted import RECORD
+from cpift.untrusted import read_json as read_untrusted
+
 MANIFEST = "manifest.json"
 
 
@@ -85,4 +88,5 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What cpift wrote. Raises UnreadableError naming a damaged file, OSError where it cannot be opened."""
+    return read_untrusted(path, RECORD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import LoraCheckpoint
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.pretrained import require_no_code
+from cpift.untrusted import ADAPTER, read_object
 from cpift.vocabulary import FittedCheckpoint, resized
 
 
@@ -77,5 +77,5 @@ def describe(folder: Path) -> str:
     """What a folder holds, in a word."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return "full model"
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / ADAPTER_CONFIG, ADAPTER)
     return f"{config.get('peft_type', 'adapter')} adapter, rank {config.get('r', '?')}"

@@ -20,6 +20,7 @@ from typing import Any
 from cpift.config_evaluation import JudgeConfig
 from cpift.errors import StageError
 from cpift.examples import Example
+from cpift.untrusted import ANSWER, parse_json
 
 _RATING = re.compile(r"rating\W*(\d+(?:\.\d+)?)", re.IGNORECASE)
 _LATER = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP answers after which the same question may be asked again
@@ -102,7 +103,8 @@ def _ask(settings: JudgeConfig, question: dict[str, Any]) -> tuple[str | None, s
     request = urllib.request.Request(url, json.dumps(question).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=settings.timeout) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"]), ""
+            found = parse_json(answer.read(ANSWER.size + 1), ANSWER)
+            return str(found["choices"][0]["message"]["content"]), ""
     except urllib.error.HTTPError as error:
         said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
         if error.code not in _LATER:

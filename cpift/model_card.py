@@ -9,6 +9,7 @@ from typing import Any
 
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 from cpift.files import write_text
+from cpift.untrusted import UnreadableError
 
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
@@ -64,14 +65,14 @@ def license_of(folder: Path | None) -> str | None:
     readme = folder / "README.md" if folder is not None else None
     if readme is None or not readme.is_file():
         return None
-    import yaml
+    from cpift.untrusted_yaml import parse_yaml
 
     parts = readme.read_text(encoding="utf-8").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        stated = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        stated = parse_yaml(parts[1])
+    except UnreadableError:
         return None
     name = stated.get("license") if isinstance(stated, dict) else None
     return name if isinstance(name, str) else None

@@ -20,6 +20,7 @@ from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
 from cpift.files import file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
+from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 if TYPE_CHECKING:
     import torch
@@ -154,11 +155,11 @@ def _check_gguf(gguf: GgufFile) -> list[Problem]:
 
 def _check_config_json(path: Path, where: str) -> list[Problem]:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_object(path / "config.json", MODEL_CONFIG)
     except FileNotFoundError:
         return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
-    except ValueError as error:
-        return [Problem(where, f"{path / 'config.json'} is no JSON: {error}", "restore the file")]
+    except UnreadableError as error:
+        return [Problem(where, str(error))]
     if config.get("quantization_config"):
         remedy = "give the unquantised checkpoint: core regions are elements of dense tensors"
         return [Problem(where, f"{path} holds quantised weights", remedy)]
@@ -168,7 +169,10 @@ def _check_config_json(path: Path, where: str) -> list[Problem]:
 def _check_weights(path: Path, where: str) -> list[Problem]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(read_weight_map(index).values()))
+        except UnreadableError as error:
+            return [Problem(where, str(error))]
     elif (path / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     elif any(file for pattern in _PICKLES for file in path.glob(pattern)):

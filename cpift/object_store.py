@@ -7,7 +7,6 @@ still leave an object: who wants to know whether one is whole keeps its size and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import StageError
+from cpift.untrusted import RECORD, parse_json
 
 _BLOCK = 1 << 24  # bytes moved at once
 
@@ -73,7 +73,7 @@ class ObjectStore:
 
     def read_json(self, name: str) -> Any | None:
         """The content of an object, None if it is not there."""
-        return None if self.size(name) is None else json.loads(b"".join(self._blocks(name)))
+        return None if self.size(name) is None else parse_json(b"".join(self._blocks(name)), RECORD)
 
     def _blocks(self, name: str) -> Iterator[bytes]:
         with self._told(name) as (filesystem, path):

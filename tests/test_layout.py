@@ -37,6 +37,8 @@ LAYERS = [
         "tensor_names",
         "text_metrics",
         "units",
+        "untrusted",
+        "untrusted_yaml",
         "view",
         "__init__",
     },
