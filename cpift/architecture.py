@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, Problem
 from cpift.pretrained import load_config
+from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,13 +86,13 @@ def stored_transposed(folder: Path, module: str) -> bool | None:
 
 def _source(folder: Path) -> _Source:
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-        if not isinstance(json.loads(text), dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
+        found = read_object(folder / CONFIG, MODEL_CONFIG)
+    except OSError as error:
         problem = Problem(CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
         raise CheckpointError(f"model {folder}", [problem]) from error
-    return _Source(text, folder)
+    except UnreadableError as error:
+        raise CheckpointError(f"model {folder}", [error.problem(CONFIG)]) from error
+    return _Source(json.dumps(found), folder)
 
 
 @lru_cache(maxsize=16)

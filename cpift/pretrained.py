@@ -7,7 +7,6 @@ cannot be used without its code is refused by name before anything is loaded fro
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, DataError, Problem
+from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -221,10 +221,9 @@ def _kernels(fields: Any, where: str) -> Iterator[Problem]:
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(file, MODEL_CONFIG)
+    except (OSError, UnreadableError):  # said where the file is checked
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _transformers() -> Any:

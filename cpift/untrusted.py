@@ -48,7 +48,8 @@ class Limits:
 
 
 CONFIG = Limits(size=1 << 18, values=100_000)  # a run, a sweep, a comparison, the value of --set
-MODEL_CONFIG = Limits(size=1 << 24, values=2_000_000, constants=("Infinity", "-Infinity"))  # Mamba's time_step_limit
+# config.json and its neighbours: Mamba has Infinity in time_step_limit, tokenizers 10³⁰ for model_max_length.
+MODEL_CONFIG = Limits(size=1 << 24, values=2_000_000, digits=31, constants=("Infinity", "-Infinity"))
 ADAPTER = Limits(size=1 << 22, values=500_000)
 INDEX = Limits(size=1 << 26, values=5_000_000)
 TENSOR_HEADER = Limits(size=100_000_000, values=20_000_000, depth=4)  # the format's own limit of bytes

@@ -72,7 +72,7 @@ def damage(folder: Path, how: str) -> None:
         ("missing shard", "model-00002-of-00003.safetensors: is named in the index but not there"),
         ("truncated shard", "model-00002-of-00003.safetensors: cannot be read"),
         ("missing index entry", "ghost: is not in model-00002-of-00003.safetensors"),
-        ("path escape", "not in the folder"),
+        ("path escape", "no file of its folder"),
         ("duplicate tensor", "and in model-00004-of-00003.safetensors"),
         ("pickle", "holds pickled weights only"),
         ("nothing", "is no folder"),
