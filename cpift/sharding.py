@@ -28,6 +28,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.layout import Layout, checkpoint_layout, require_whole
 from cpift.pretrained import empty_network
 from cpift.safetensors_files import TensorInfo
+from cpift.sharded_state import read_state
 
 _SHARDS, _SCHEDULE = "shards", "schedule.pt"
 
@@ -177,7 +178,7 @@ class ShardedTrainer(Trainer):
         if checkpoint is None:
             return
         state = self._state()
-        dcp.load(state, checkpoint_id=Path(checkpoint) / _SHARDS)
+        read_state(state, Path(checkpoint) / _SHARDS)
         set_state_dict(
             self._network, self._inner_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

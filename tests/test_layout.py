@@ -70,6 +70,7 @@ LAYERS = [
         "likelihood",
         "judge",
         "standard_benchmarks",
+        "sharded_state",
         "sharding",
     },
     {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},

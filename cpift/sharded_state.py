@@ -1,0 +1,78 @@
+"""Checkpoints of sharded training, read without trusting them: torch pickles their index and what is beside tensors."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.planner import ReadItem
+
+from cpift.errors import CheckpointError, Problem
+
+_METADATA = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+)
+_LAYOUT_CLASSES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
+    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+class _Layout(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, which torch pickles: the classes it consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _LAYOUT_CLASSES or dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a sharded checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's own, but for how the index is read."""
+
+    def read_metadata(self, *args: Any, **rest: Any) -> dcp.Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found: dcp.Metadata = _Layout(file).load()
+        found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """torch's own, but for values beside the tensors: numbers, texts and lists alone."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            plain = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            what = name[1] if name else "a pickle"
+            raise pickle.UnpicklingError(f"{what} has no place in a sharded checkpoint") from error
+        super().load_bytes(read_item, _pickled(plain))
+
+
+def read_state(state: dict[str, Any], folder: Path) -> None:
+    """Fill `state` from a sharded checkpoint, in place: tensors and plain values. Raises CheckpointError."""
+    try:
+        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+    except dcp.api.CheckpointException as error:  # of every worker that failed
+        causes = dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
+        problem = Problem(str(folder), "; ".join(causes), "delete this folder: the stage starts again")
+        raise CheckpointError("sharded checkpoint", [problem]) from error
+
+
+def _pickled(value: Any) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
