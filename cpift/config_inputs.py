@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from cpift.columns import check_template
 from cpift.config_identity import GIVEN, ROWS, identity
 from cpift.errors import ConfigError, Problem
 from cpift.units import parse_size
@@ -170,8 +171,16 @@ class DataSource(Section):
     columns: dict[str, str] = Field(
         **identity(*ROWS),
         default_factory=dict,
-        description="templates over the row's own columns, for example prompt: '{question}'",
+        description="templates over the row's own columns, for example prompt: '{question}'; {note[by]} reaches into a "
+        "column, {input:?} writes nothing where it is null",
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _templates(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name, template in columns.items():
+            check_template(name, template)
+        return columns
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:

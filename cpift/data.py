@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +18,7 @@ from cpift.hub import HubError, resolve_revision
 from cpift.pretrained import hub_rows
 from cpift.text_metrics import last_number
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
+from cpift.turns import TRAIN_FLAGS
 from cpift.untrusted import UnreadableError, json_lines
 
 if TYPE_CHECKING:
@@ -37,6 +40,12 @@ __all__ = [
     "tokenised_dataset",
 ]
 Item = TypeVar("Item")
+# In a file's bytes; arguments only as text.
+_NEWLY_READ = re.compile(
+    rb'"(arguments)"\s*:\s*"|"(tool_calls|tool_call_id|name|reasoning_content|reasoning|thinking|thought|'
+    + "|".join(TRAIN_FLAGS).encode()
+    + rb')"\s*:'
+)
 _SHOWN = 10  # bad rows listed by number; more are counted
 
 
@@ -52,7 +61,7 @@ def read_examples(source: DataSource) -> Iterator[Example]:
     number = bad = 0
     for number, row in enumerate(islice(_rows(source), source.limit), start=1):
         try:
-            example = parse_row(_as_mapping(row), source.columns)
+            example = parse_row(_as_mapping(row), source.columns, f"{name}, row {number}")
         except RowError as error:
             bad += 1
             if bad <= _SHOWN:
@@ -98,7 +107,7 @@ def source_fingerprint(source: DataSource) -> str:
         problems = _check_file(source)
         if problems:
             raise DataError(_describe(source), problems)
-        identity |= {"file": file_sha256(source.file)}
+        identity |= {"file": file_sha256(source.file)} | ({"turns": 2} if _read_otherwise(source) else {})
     elif source.hub is not None:
         commit = resolve_revision("dataset", source.hub, source.revision)
         identity |= {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
@@ -206,6 +215,24 @@ def _file_rows(source: DataSource) -> Iterator[Any]:
         yield from json_lines(source.file)
     except UnreadableError as error:
         raise DataError(_describe(source), [error.problem("file")]) from None
+
+
+def _read_otherwise(source: DataSource) -> bool:
+    """Whether rows hold what earlier versions left out or wrote otherwise: results from them are no longer the same.
+
+    Those dropped every field of a turn but role, content and tool_calls, wrote arguments as the text that they came as,
+    and scored a last reply without its calls.
+    """
+    assert source.file is not None
+    with source.file.open("rb") as lines:
+        found = {match[1] or match[2] for line in lines for match in _NEWLY_READ.finditer(line)}
+    if not found or b"arguments" in found:
+        return bool(found)
+    with contextlib.suppress(DataError):
+        for one in read_examples(source):
+            if one.messages[-1].tool_calls or any(turn.fields or not turn.trained for turn in one.messages):
+                return True
+    return False
 
 
 def _as_mapping(row: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cpift.examples import Example, Message
 from cpift.judge import judge_replies
 from cpift.likelihood import Labelled, pad, sequence_nll
 from cpift.models import load_model, load_tokenizer
+from cpift.templates import checked_templates
 from cpift.text_metrics import last_number, rouge_l, same_final_number
 from cpift.tokens import IGNORED, tokenise
 
@@ -124,7 +125,8 @@ def _precision(settings: EvaluationConfig, device_type: str) -> Iterator[None]:
 
 
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
-    rows = _rows(room.tokenizer, room.settings, task)
+    with checked_templates():  # see `check_rows`
+        rows = _rows(room.tokenizer, room.settings, task)
     generates = task.metric in ("number", "rouge", "judge")
     total = len(rows) * (1 + generates + (task.metric == "judge"))
     results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
@@ -155,13 +157,13 @@ def _rows(tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: 
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str) -> _Row:
-    def encode(reply: str) -> Labelled:
-        messages = (*example.messages[:-1], Message("assistant", reply))
-        encoded = tokenise(replace(example, messages=messages), tokenizer, _UNCUT)
+    def encode(last: Message) -> Labelled:
+        encoded = tokenise(replace(example, messages=(*example.messages[:-1], last)), tokenizer, _UNCUT)
         return Labelled(encoded["input_ids"], encoded["labels"])
 
-    reply = encode(example.messages[-1].content)
-    options = tuple(_last_turn_only(encode(choice)) for choice in example.choices) if metric == "choice" else ()
+    reply = encode(replace(example.messages[-1], trained=True))  # a flag for training does not take the reply away
+    choices = example.choices if metric == "choice" else ()
+    options = tuple(_last_turn_only(encode(Message("assistant", choice))) for choice in choices)
     start, end = _last_turn(reply.labels)
     return _Row(example, reply, options, reply.ids[:start], reply.ids[end])
 

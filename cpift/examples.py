@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cpift.columns import ColumnError, fill
+from cpift.turns import Message, RowError, check_links, parse_turn
 from cpift.untrusted import ROW, UnreadableError, parse_json, require_limits
 
-ROLES = ("system", "user", "assistant", "tool")
-# Fields that take a column's own value, not its text, where their template is one placeholder: '{options}'.
-_RAW_FIELDS = ("messages", "choices", "answer", "tools")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation. `tool_calls`: JSON of the calls that an assistant's turn makes, else empty."""
-
-    role: str
-    content: str
-    tool_calls: str = ""
+__all__ = ["Example", "Message", "RowError", "parse_row"]
+# Columns by which other programs change what a template writes; here they would be ignored.
+_REFUSED = {"functions": "give the functions as `tools`", "chat_template_kwargs": "set it in the template itself"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +22,15 @@ class Example:
 
     The last message is the assistant's reference reply. `answer` is the right option (metric `choice`) or the text that
     ends in the right number (metric `number`); `choices` are the options' texts, none for other metrics. `tools` are
-    the JSON schemas of the functions that the assistant may call, shown to it as the chat template says.
+    the JSON schemas of the functions that the assistant may call, shown to it as the chat template says. `place`:
+    source and row, for messages.
     """
 
     messages: tuple[Message, ...]
     answer: str | None = None
     choices: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
+    place: str = field(default="", compare=False)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -47,34 +41,27 @@ class Example:
         return self.messages[-1].content
 
 
-class RowError(ValueError):
-    """A row that is no example; the message says why."""
-
-
-def parse_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
+def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], place: str = "") -> Example:
     """Read a row with `messages`, or with `prompt` and `completion`; `columns` first builds these from other columns.
 
-    A missing `completion` is `answer`. An integer `answer` beside `choices` is the right option's position, from 0.
+    Prompt and completion may be text or turns. A missing `completion` is `answer`. An integer `answer` beside `choices`
+    is the right option's position, from 0. `place`: see `Example`.
 
     Raises:
         RowError: a field is missing or of the wrong type, a role is unknown, the last message is no assistant's reply.
     """
-    fields = {**row, **{name: _filled(name, template, row) for name, template in columns.items()}}
+    for name, remedy in _REFUSED.items():
+        if row.get(name) and name not in columns:
+            raise RowError(f"`{name}` would be ignored: {remedy}, or take it out")
+    try:
+        fields = {**row, **{name: fill(name, template, row) for name, template in columns.items()}}
+    except ColumnError as error:
+        raise RowError(str(error)) from None
     choices = _choices(fields.get("choices"))
     answer = _answer(fields.get("answer"), choices)
-    return Example(_messages(fields, answer), answer, choices, _tools(fields.get("tools")))
-
-
-def _filled(name: str, template: str, row: Mapping[str, Any]) -> Any:
-    """A template over the row's columns, as str.format reads it; `{column[key]}` reaches into nested columns."""
-    parts = list(string.Formatter().parse(template))
-    try:
-        if name in _RAW_FIELDS and len(parts) == 1 and parts[0][0] == "" and parts[0][1] and not parts[0][2]:
-            return string.Formatter().get_field(parts[0][1], (), row)[0]
-        return template.format_map(row)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        known = ", ".join(sorted(row))
-        raise RowError(f"columns.{name}: {template!r} cannot be filled ({error}); the row has {known}") from None
+    example = Example(_messages(fields, answer), answer, choices, _tools(fields.get("tools")), place)
+    _require_characters(example)
+    return example
 
 
 def _messages(fields: Mapping[str, Any], answer: str | None) -> tuple[Message, ...]:
@@ -83,37 +70,41 @@ def _messages(fields: Mapping[str, Any], answer: str | None) -> tuple[Message, .
         raw = _prompt_and_completion(fields, answer)
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise RowError(f"`messages` must be a list of role and content, not {type(raw).__name__}")
-    messages = tuple(_message(item, place) for place, item in enumerate(raw))
+    messages = tuple(parse_turn(item, place) for place, item in enumerate(raw))
     if messages[-1].role != "assistant":
         raise RowError(f"the last message must be the assistant's reply, not the {messages[-1].role}'s")
     if not messages[-1].content.strip() and not messages[-1].tool_calls:
         raise RowError("the assistant's last reply is empty")
     if not any(message.role == "user" for message in messages):
         raise RowError("no message of the user")
+    if not any(message.trained for message in messages if message.role == "assistant"):
+        raise RowError("no turn of the assistant is trained on; leave the row out")
+    check_links(messages)
     return messages
 
 
-def _prompt_and_completion(fields: Mapping[str, Any], answer: str | None) -> list[dict[str, Any]]:
-    completion = fields.get("completion")
+def _prompt_and_completion(fields: Mapping[str, Any], answer: str | None) -> list[Any]:
+    """Both are text, or both turns, as TRL writes them."""
+    prompt, completion = fields.get("prompt"), fields.get("completion")
     completion = answer if completion is None else completion
-    if fields.get("prompt") is None or completion is None:
-        known = ", ".join(sorted(fields)) or "nothing"
+    if prompt is None or completion is None:
+        known = ", ".join(sorted(map(str, fields))) or "nothing"
         raise RowError(f"needs `messages`, or `prompt` and `completion`; it has {known}")
-    return [{"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": completion}]
+    before = prompt if _are_turns(prompt) else [{"role": "user", "content": prompt}]
+    return [*before, *(completion if _are_turns(completion) else [{"role": "assistant", "content": completion}])]
 
 
-def _message(item: Any, place: int) -> Message:
-    calls = item.get("tool_calls") if isinstance(item, Mapping) else None
-    if not isinstance(item, Mapping) or "role" not in item or not ("content" in item or calls):
-        raise RowError(f"messages[{place}] has no role and content")
-    if item["role"] not in ROLES:
-        raise RowError(f"messages[{place}] has role {item['role']!r}; known: {', '.join(ROLES)}")
-    content = "" if calls and item.get("content") is None else item["content"]
-    if not isinstance(content, str):
-        raise RowError(f"messages[{place}]: content must be text, not {type(content).__name__}")
-    if calls and (item["role"] != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str)):
-        raise RowError(f"messages[{place}]: tool_calls must be a list, in a turn of the assistant")
-    return Message(item["role"], content, json.dumps(calls) if calls else "")
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) and "role" in item for item in value)
+
+
+def _require_characters(example: Example) -> None:
+    """Raise RowError for half of a character (a lone surrogate), which no tokenizer takes and no file can hold."""
+    try:
+        require_limits([[one.role, one.content] for one in example.messages], ROW)
+        require_limits([example.answer, example.choices], ROW)
+    except UnreadableError as error:
+        raise RowError(str(error)) from None
 
 
 def _tools(raw: Any) -> tuple[str, ...]:
@@ -127,7 +118,10 @@ def _tools(raw: Any) -> tuple[str, ...]:
         return ()
     if not isinstance(raw, Sequence) or not all(isinstance(tool, Mapping) for tool in raw):
         raise RowError("`tools` must be a list of JSON schemas")
-    return tuple(json.dumps(tool) for tool in raw)
+    try:
+        return tuple(json.dumps(tool) for tool in raw)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"`tools` holds what JSON cannot: {error}") from None
 
 
 def _choices(raw: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from cpift.data import balanced_sample, count_examples, mixture, pick_examples, 
 from cpift.examples import Example
 from cpift.fit_spec import FitSpec
 from cpift.packing import packed
+from cpift.templates import checked_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,10 +27,11 @@ def stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase, fo
     """The rows that a stage goes over in every epoch, with column `input_ids` among others; kept in `folder`."""
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
     length = spec.training.max_length
-    parts = [
-        tokenised_dataset(examples, tokenizer, length, folder / f"stage-{index}-{task.name}.arrow")
-        for task, examples in zip(chosen, _examples(spec, chosen), strict=True)
-    ]
+    with checked_templates():  # by `preflight`
+        parts = [
+            tokenised_dataset(examples, tokenizer, length, folder / f"stage-{index}-{task.name}.arrow")
+            for task, examples in zip(chosen, _examples(spec, chosen), strict=True)
+        ]
     mixed = mixture(parts, spec.seed + index, spec.training.mixing)
     return packed(mixed, length, folder / f"stage-{index}-packed.arrow") if spec.training.packing else mixed
 

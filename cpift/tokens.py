@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
 from cpift.rows_on_disk import rows_on_disk
+from cpift.templates import rendered
+from cpift.turns import LINKS
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+_WRITES = dict.fromkeys(("tools", "tool calls"), "use the template of a model trained on them")
+_THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", "[/THINK]")  # written into a content
 IGNORED = -100  # the label that cross entropy leaves out
 _MARK = "\ue000reply\ue001"  # private-use characters, so that no template treats them specially
 
@@ -33,16 +37,16 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     Raises:
         DataError: the chat template changes the assistant's text, or writes no special token after it.
     """
-    text = render(example.messages, tokenizer, tools=example.tools)
-    _require_shown(example, text, tokenizer)
+    written = _Written(example, tokenizer)
+    text = written.text
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     special = _special_ids(tokenizer)
     for turn, message in enumerate(example.messages):
-        if message.role == "assistant":
-            span = _call_span if message.tool_calls else _reply_span
-            first, last = _token_span(ids, offsets, span(example, turn, text, tokenizer), special)
+        if message.role == "assistant" and message.trained:
+            span = written.call_span(turn) if message.tool_calls else written.reply_span(turn)
+            first, last = _token_span(example, ids, offsets, span, special)
             labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -122,76 +126,115 @@ class CompletionCollator:
         return {"input_ids": input_ids, extra: beside, "labels": labels}
 
 
-def render(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: Sequence[str] = (),
-    add_generation_prompt: bool = False,
-) -> str:
-    """The conversation as text in the tokenizer's chat template."""
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        calls = {"tool_calls": json.loads(message.tool_calls)} if message.tool_calls else {}
-        turns.append({"role": message.role, "content": message.content} | calls)
-    schemas = [json.loads(tool) for tool in tools] or None
-    text = tokenizer.apply_chat_template(
-        turns, tools=schemas, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text
+class _Written:
+    """An example in a tokenizer's chat template: all that is asked of the template for it, in one go.
+
+    Raises, naming the row:
+        DataError: the template fails, or leaves something out that the model would then be expected to know.
+    """
+
+    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
+        self._example, self._ends = example, tokenizer.all_special_tokens
+        asked = {"text": _conversation(example.messages, example.tools)}
+        asked |= {what: _conversation(*left) for what, left in _left_out(example).items()}
+        for turn, message in enumerate(example.messages):
+            if message.role == "assistant" and message.trained:
+                asked |= _of_reply(example, turn)
+        self._texts = dict(zip(asked, self._rendered(tokenizer, list(asked.values())), strict=True))
+        self.text = self._texts["text"]
+        for what in _left_out(example):
+            if self._texts[what] == self.text:
+                raise _refused(example, f"it does not write {what}", _WRITES.get(what, "take it out of the rows"))
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, conversations: list[dict[str, Any]]) -> list[str]:
+        try:
+            template = tokenizer.get_chat_template(None, conversations[0]["tools"])
+            return rendered(template, tokenizer.special_tokens_map, conversations)
+        except ValueError as error:  # a TemplateError, or a tokenizer with several templates and no default
+            raise _refused(self._example, f"it {error}", "change the row, or use another template") from None
+
+    def reply_span(self, turn: int) -> tuple[int, int]:
+        """First and one-past-last character of what the model writes in an assistant turn, up to its content's end.
+
+        The content is located by rendering a mark in its place. A template may write something between the generation
+        prompt and the content (an empty thought, say): the model has to write that too.
+        """
+        content = self._example.messages[turn].content
+        before, found, after = self._texts[f"marked {turn}"].partition(_MARK)
+        end = len(self.text) - len(after)
+        unchanged = found and self.text[: len(before)] == before and self.text[end:] == after
+        if not unchanged or self.text[len(before) : end].strip() != content.strip():
+            thought = next((mark for mark in _THOUGHTS if mark in content), None)
+            what = f"the assistant's text of message {turn} does not appear in it as it is"
+            if thought:
+                remedy = f"give the thought as the turn's `reasoning_content`, and the content without {thought}"
+                raise _refused(self._example, f"{what}, for it takes the {thought} part for a thought", remedy)
+            raise _refused(self._example, what, "use one that keeps contents unchanged")
+        prompt = self._texts[f"prompt {turn}"]
+        return (len(prompt) if before.startswith(prompt) else len(before)), end
+
+    def call_span(self, turn: int) -> tuple[int, int]:
+        """`reply_span` of a turn that calls tools: all that the template writes of it after the generation prompt."""
+        prompt, through = self._texts[f"prompt {turn}"], self._texts[f"through {turn}"]
+        if not through.startswith(prompt) or not self.text.startswith(through):
+            what = f"the tool calls of message {turn} are written otherwise when more turns follow"
+            raise _refused(self._example, what, "use one whose turns do not depend on later ones")
+        ends = [through.rfind(token, len(prompt)) for token in self._ends]
+        return len(prompt), max(*ends, len(prompt))
 
 
-def _require_shown(example: Example, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError if the template leaves tools or tool calls out: the model would learn to call the unseen."""
-    without = [replace(message, tool_calls="") for message in example.messages]
-    for what, shown in (
-        ("tools", not example.tools or render(example.messages, tokenizer) != text),
-        ("tool calls", without == list(example.messages) or render(without, tokenizer, tools=example.tools) != text),
-    ):
-        if not shown:
-            problem = Problem(
-                "chat_template", f"it does not write {what}", "use the template of a model trained on them"
-            )
-            raise DataError("chat template", [problem])
+def _conversation(messages: Sequence[Message], tools: Sequence[str], *, prompt: bool = False) -> dict[str, Any]:
+    return {
+        "messages": [message.turn for message in messages],
+        "tools": [json.loads(tool) for tool in tools] or None,
+        "add_generation_prompt": prompt,
+    }
 
 
-def _reply_span(example: Example, turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """First and one-past-last character of what the model writes in an assistant turn, up to the end of its content.
+def _of_reply(example: Example, turn: int) -> dict[str, dict[str, Any]]:
+    """What shows where an assistant's turn begins and ends."""
+    messages, tools = example.messages, example.tools
+    asked = {f"prompt {turn}": _conversation(messages[:turn], tools, prompt=True)}
+    if messages[turn].tool_calls:
+        return asked | {f"through {turn}": _conversation(messages[: turn + 1], tools)}
+    marked = [*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]]
+    return asked | {f"marked {turn}": _conversation(marked, tools)}
 
-    The content is located by rendering a mark in its place. A template may write something between the generation
-    prompt and the content (an empty thought, say): the model has to write that too.
+
+def _left_out(example: Example) -> dict[str, tuple[Sequence[Message], Sequence[str]]]:
+    """The example without each thing that a template may not know; its text must then be another.
+
+    A tool's answer is told by its place among the answers too (`turns.check_links`): its names may be left out.
     """
     messages, tools = example.messages, example.tools
-    marked_turns = [*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]]
-    before, found, after = render(marked_turns, tokenizer, tools=tools).partition(_MARK)
-    end = len(text) - len(after)
-    content = text[len(before) : end]
-    unchanged = found and text[: len(before)] == before and text[end:] == after
-    if not unchanged or content.strip() != messages[turn].content.strip():
-        what = f"the assistant's text of message {turn} does not appear in it as it is"
-        raise DataError("chat template", [Problem("chat_template", what, "use one that keeps contents unchanged")])
-    prompt = render(messages[:turn], tokenizer, tools=tools, add_generation_prompt=True)
-    return (len(prompt) if before.startswith(prompt) else len(before)), end
+    asked: dict[str, tuple[Sequence[Message], Sequence[str]]] = {"tools": (messages, ())} if tools else {}
+    if any(message.tool_calls for message in messages):
+        asked["tool calls"] = [replace(message, tool_calls="") for message in messages], tools
+    names = {name for message in messages if message.fields for name in message.other if not _linked(message, name)}
+    for name in sorted(names):
+        asked[f"`{name}`"] = [_without(message, name) for message in messages], tools
+    return asked
 
 
-def _call_span(example: Example, turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """`_reply_span` of a turn that calls tools: all that the template writes of it after the generation prompt."""
-    prompt, through = (
-        render(example.messages[:count], tokenizer, tools=example.tools, add_generation_prompt=count == turn)
-        for count in (turn, turn + 1)
-    )
-    if not through.startswith(prompt) or not text.startswith(through):
-        what = f"the tool calls of message {turn} are written otherwise when more turns follow"
-        raise DataError(
-            "chat template", [Problem("chat_template", what, "use one whose turns do not depend on later ones")]
-        )
-    ends = [through.rfind(token, len(prompt)) for token in tokenizer.all_special_tokens]
-    return len(prompt), max(*ends, len(prompt))
+def _linked(message: Message, name: str) -> bool:
+    return message.role == "tool" and name in LINKS
+
+
+def _without(message: Message, name: str) -> Message:
+    kept = {key: value for key, value in message.other.items() if key != name or _linked(message, name)}
+    return replace(message, fields=json.dumps(kept) if kept else "")
+
+
+def _refused(example: Example, what: str, remedy: str) -> DataError:
+    return DataError("chat template", [Problem(example.place or "chat template", f"chat template: {what}", remedy)])
 
 
 def _token_span(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], span: tuple[int, int], special: frozenset[int]
+    example: Example,
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    span: tuple[int, int],
+    special: frozenset[int],
 ) -> tuple[int, int]:
     """First token of the span, and the end-of-turn token: the first special token at or after the span's end."""
     start, end = span
@@ -200,7 +243,7 @@ def _token_span(
     last = next(after, None)
     if last is None:
         what = "it writes no special token after the assistant's text, so a model could not learn to stop"
-        raise DataError("chat template", [Problem("chat_template", what, "end assistant turns with eos_token")])
+        raise _refused(example, what, "end assistant turns with eos_token")
     return first, last
 
 

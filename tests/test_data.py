@@ -208,6 +208,7 @@ def test_hub_rows_come_from_the_commit_in_the_fingerprint(monkeypatch: pytest.Mo
     assert (found.prompt[0].content, found.reply) == ("p", "r")
     commit = "commit of dataset org/set v1"
     wanted = {"name": "org/set", "subset": "main", "split": "train[:2]", "revision": commit, "streaming": False}
+    wanted |= {"trust_remote_code": False}
     assert asked == wanted
     moved = source.model_copy(update={"revision": "v2"})
     assert source_fingerprint(source) != source_fingerprint(moved)
