@@ -51,20 +51,20 @@ _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 
 def _load(
-    config: Path, overrides: list[str] | None, output: Path | None, stage: str | None, download: bool = True
+    config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str | None, download: bool = True
 ) -> RunConfig:
-    """Load a config and check it for a stage."""
+    """Load a config with fields changed and check it for a stage."""
     from cpift.config_loading import load_config
     from cpift.preflight import preflight
 
-    run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
+    run = load_config(config, overrides or [], changes)
     preflight(run, stage=stage, download=download)
     return run
 
 
-def _open(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Pipeline:
+def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
-    run = _load(config, overrides, output, stage)
+    run = _load(config, overrides, changes, stage)
     from cpift.pipeline import NoEngine, Pipeline
 
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
@@ -80,11 +80,11 @@ def _open(config: Path, overrides: list[str] | None, output: Path | None, stage:
     return Pipeline(run, RayEngine(run), merging=merging)
 
 
-def _stage(config: Path, overrides: list[str] | None, output: Path | None, stage: str) -> Any:
+def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Any:
     """Make one stage and what it needs, holding the run's folder."""
     from cpift.locks import exclusive
 
-    pipeline = _open(config, overrides, output, stage)
+    pipeline = _open(config, overrides, changes, stage)
     with exclusive(pipeline.root), pipeline.session():
         return getattr(pipeline, stage)()
 
@@ -96,7 +96,7 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
 
     from cpift.locks import exclusive
 
-    pipeline = _open(config, overrides, output, "run")
+    pipeline = _open(config, overrides, _changes(output), "run")
     with exclusive(pipeline.root), pipeline.session():
         report = pipeline.report()
     from cpift.report import scores_table
@@ -111,7 +111,7 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
 @app.command(rich_help_panel=_METHOD)
 def probe(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """1. Fine-tune θ0 on each task alone, in parallel."""
-    for model in _stage(config, overrides, output, "probe").values():
+    for model in _stage(config, overrides, _changes(output), "probe").values():
         typer.echo(f"{model.title}: {model.path}")
 
 
@@ -124,7 +124,7 @@ def regions(
     distributed: Distributed = False,
 ) -> None:
     """2. Select each task's core region: the elements that moved most."""
-    artifact = _stage(config, _with(overrides, memory_budget, distributed), output, "regions")
+    artifact = _stage(config, overrides, _changes(output, memory_budget, distributed), "regions")
     from cpift.regions import read_summary
 
     for task, region in read_summary(artifact.path)["regions"].items():
@@ -136,7 +136,7 @@ def regions(
 @app.command(rich_help_panel=_METHOD)
 def group(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """3. Group tasks by the overlap of their core regions."""
-    grouping = _stage(config, overrides, output, "group")
+    grouping = _stage(config, overrides, _changes(output), "group")
     for name, row in zip(grouping.tasks, grouping.jaccard, strict=True):
         typer.echo(f"{name:>20}  " + "  ".join(f"{value:.4f}" for value in row))
     typer.echo(f"chance {grouping.chance:.4f}, τ {grouping.tau:.4f}")
@@ -156,25 +156,28 @@ def fuse(
 
     Fine-tunes that exist already are fused without training: give each task a `checkpoint` (configs/merge.yaml).
     """
-    changed = _with(overrides, memory_budget, distributed) + ([] if verify else ["resources.verify=false"])
-    typer.echo(f"Fused model: {_stage(config, changed, output, 'fuse').path}")
+    changes = _changes(output, memory_budget, distributed) | ({} if verify else {"resources.verify": False})
+    typer.echo(f"Fused model: {_stage(config, overrides, changes, 'fuse').path}")
 
 
-def _with(overrides: list[str] | None, memory_budget: str | None, distributed: bool) -> list[str]:
-    added = [f"resources.memory_budget={memory_budget}"] if memory_budget else []
-    return [*(overrides or []), *added, *(["resources.distributed=true"] if distributed else [])]
+def _changes(output: Path | None, memory_budget: str | None = None, distributed: bool = False) -> dict[str, Any]:
+    """What these options set, as they were typed."""
+    stated = {"output": None if output is None else str(output), "resources.memory_budget": memory_budget}
+    return {field: value for field, value in stated.items() if value is not None} | (
+        {"resources.distributed": True} if distributed else {}
+    )
 
 
 @app.command(rich_help_panel=_METHOD)
 def integrate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """6. Fine-tune the fused model stage by stage with earlier cores frozen."""
-    typer.echo(f"Final model: {_stage(config, overrides, output, 'integrate').path}")
+    typer.echo(f"Final model: {_stage(config, overrides, _changes(output), 'integrate').path}")
 
 
 @app.command(rich_help_panel=_METHOD)
 def evaluate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """7. Score θ0, every probe, the backbone, the fused and the final model on every task."""
-    for title, scores in _stage(config, overrides, output, "evaluate").items():
+    for title, scores in _stage(config, overrides, _changes(output), "evaluate").items():
         figures = (f"{task} {_figure(one)}" for task, one in scores.items())
         typer.echo(f"{title}: " + ", ".join(figures))
 
@@ -186,7 +189,7 @@ def _figure(score: dict[str, Any]) -> str:
 @app.command(rich_help_panel=_METHOD)
 def report(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """8. Write the report of a run: one HTML page."""
-    typer.echo(f"Report: {_stage(config, overrides, output, 'report')}")
+    typer.echo(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -195,7 +198,7 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     from cpift.planning import plan as make_plan
     from cpift.stage_artifacts import StageArtifacts
 
-    artifacts = StageArtifacts(_load(config, overrides, output, None, download=False))
+    artifacts = StageArtifacts(_load(config, overrides, _changes(output), None, download=False))
     _print_plan(make_plan(artifacts), artifacts.root)
 
 

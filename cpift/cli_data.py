@@ -50,7 +50,7 @@ def preview(
     from cpift.data_preview import coloured, count
     from cpift.preflight import preflight
 
-    run = load_config(config, [*(overrides or []), *([f"output={output}"] if output else [])])
+    run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
     preflight(run)
     tokenizer, console = _tokenizer(run), Console(highlight=False)
     marks = not console.is_terminal or console.no_color

@@ -1,7 +1,8 @@
 """One run, described. Every field of a run's YAML file, its meaning, unit and default.
 
 Relative paths of inputs are resolved against the folder of the YAML file; `output` against the working directory.
-`${NAME}` in a path is replaced from the environment. Loading is in `config_loading.py`.
+`${NAME}` in a path is replaced from the environment, and nowhere else (`config_paths.py`). Loading is in
+`config_loading.py`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,30 +12,37 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cpift.config import RunConfig
+from cpift.config_paths import is_path, resolve_paths
 from cpift.errors import ConfigError, Problem
 from cpift.untrusted import UnreadableError
 from cpift.untrusted_yaml import parse_yaml, read_yaml_file
 
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
-# The fields that hold paths of inputs; `backbone.source` is one only if such a folder exists.
-_PATH_FIELDS = {"file", "path"}
 # Fields of one section of which exactly one may be given: setting one by name takes the other's place.
 _ALTERNATIVES = {"tau": "tau_chance", "tau_chance": "tau", "steps": "epochs", "epochs": "steps"}
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override (`field.name=value`) and validate a run's YAML file.
+def load_config(path: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read, override (`field.name=value`, the value as in YAML) and validate a run's YAML file.
+
+    changes: values by dotted field, taken as they are and last: what options of the command line say.
 
     Raises ConfigError listing every problem: unreadable YAML, unknown or missing fields, wrong types, values out of
     range. Files that the config names are checked later, by `preflight`, together with their contents.
     """
-    return parse_config(read_yaml(path), path.absolute().parent, str(path), overrides)
+    return parse_config(read_yaml(path), path.absolute().parent, str(path), overrides, changes)
 
 
-def parse_config(raw: dict[str, Any], folder: Path, subject: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(
+    raw: dict[str, Any],
+    folder: Path,
+    subject: str,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> RunConfig:
     """As `load_config`, from a mapping whose relative paths are meant from `folder`; `subject` names it in errors."""
     problems = [problem for text in overrides if (problem := _override(raw, text)) is not None]
-    problems += list(_resolve_paths(raw, folder))
+    problems += resolve_paths(raw, folder)
+    problems += _changed(raw, changes or {})
     return _validated(raw, subject, problems)
 
 
@@ -46,10 +52,7 @@ def with_fields(config: RunConfig, fields: Mapping[str, Any], subject: str) -> R
     Raises ConfigError for unknown fields and values that do not fit.
     """
     raw = config.model_dump(mode="json", exclude_none=True)
-    problems = [
-        problem for name, value in fields.items() if (problem := _set_field(raw, name, value, name)) is not None
-    ]
-    return _validated(raw, subject, problems)
+    return _validated(raw, subject, _changed(raw, fields))
 
 
 def check_fields(raw: dict[str, Any], subject: str, problems: Sequence[Problem] = ()) -> None:
@@ -85,6 +88,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _changed(raw: dict[str, Any], fields: Mapping[str, Any]) -> list[Problem]:
+    """Set fields (by dotted name) in the raw mapping; what is wrong with them."""
+    found = (_set_field(raw, name, value, name) for name, value in fields.items())
+    return [problem for problem in found if problem is not None]
+
+
 def _override(raw: dict[str, Any], text: str) -> Problem | None:
     """Set `a.b=value` (value read as YAML) in the raw mapping; list elements by number: `tasks.0.name=x`."""
     key, equals, value = text.partition("=")
@@ -94,7 +103,11 @@ def _override(raw: dict[str, Any], text: str) -> Problem | None:
         parsed = parse_yaml(value)
     except UnreadableError as error:
         return error.problem(f"--set {text}")
-    return _set_field(raw, key.strip(), parsed, f"--set {text}")
+    name, value = key.strip(), value.strip()
+    if is_path(name) and parsed not in (None, value) and value[:1] not in ("'", '"'):
+        what = f"is read as YAML, where this is {parsed!r}"
+        return Problem(f"--set {text}", what, f"put a path in quotes of its own: --set '{name}=\"...\"'")
+    return _set_field(raw, name, parsed, f"--set {text}")
 
 
 def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Problem | None:
@@ -109,29 +122,6 @@ def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Proble
     except (TypeError, AttributeError, IndexError, ValueError) as error:
         return Problem(where, f"cannot be applied ({error})", "name a field of the file")
     return None
-
-
-def _resolve_paths(node: Any, folder: Path, where: str = "") -> Iterator[Problem]:
-    """Expand ${NAME} and make input paths absolute, in place."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in list(items):
-        here = f"{where}.{key}" if where else str(key)
-        if not isinstance(value, str):
-            yield from _resolve_paths(value, folder, here)
-            continue
-        missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
-        yield from (
-            Problem(here, f"the environment has no variable {name}", f"export {name}=... first") for name in missing
-        )
-        value = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
-        packaged = isinstance(node, dict) and node.get("package") is not None
-        if key in _PATH_FIELDS and not packaged:
-            value = str((folder / Path(value).expanduser()).resolve())
-            if not missing and not Path(value).exists():
-                yield Problem(here, f"there is no such file or folder: {value}", "check the path")
-        elif here == "backbone.source" and (folder / value).is_dir():
-            value = str((folder / value).resolve())
-        node[key] = value
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -9,7 +9,6 @@ the environment is put into it: secrets belong into the environment of the clust
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 import yaml
 
 from cpift.config_loading import check_fields, read_yaml
+from cpift.config_paths import expanded
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
 from cpift.files import file_sha256
 
@@ -92,7 +92,12 @@ def _sources(run: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _ship_data(run: dict[str, Any], origin: Path, folder: Path) -> Iterator[Problem]:
     """Copy the data files and let the config name the copies; equal files go once."""
     for where, source in _sources(run):
-        path = (origin / Path(os.path.expandvars(source["file"])).expanduser()).resolve()
+        value, missing = expanded(source["file"])
+        for name in missing:
+            yield Problem(where, f"the environment has no variable {name}", f"export {name}=... first")
+        path = (origin / Path(value).expanduser()).resolve()
+        if missing:
+            continue
         if not path.is_file():
             yield Problem(where, f"there is no such file: {path}", "check the path")
             continue

@@ -16,7 +16,9 @@ def start(command: str, document: str | None) -> None:
     A job's working directory is a copy that Ray deletes later. So without --output the results go to the folder
     `$CPIFT_RUNS/<config's name>` (default ~/cpift-runs), which on several nodes must be storage that all of them see.
     """
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="the YAML file, relative to the working directory")
     known, rest = parser.parse_known_args()
     if not any(flag.split("=")[0] == "--output" for flag in rest):

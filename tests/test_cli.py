@@ -9,6 +9,10 @@ import pytest
 import torch
 import yaml
 
+from cpift.cli import main
+from cpift.config import RunConfig
+from cpift.errors import CpiftError
+
 from .conftest import random_tensors, save_checkpoint
 
 
@@ -135,3 +139,55 @@ def test_test_rows_too_long_to_score_are_refused_before_training(tmp_path: Path,
     assert "raise evaluation.max_length" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "probe").exists()
+
+
+LITERAL = [
+    "/x/x #1",
+    "null",
+    "${HOME}",
+    "123",
+    "yes",
+    "a: b",
+    "~",
+    "~/x",
+    "[a]",
+    "{a: 1}",
+    "'q'",
+    "a=b",
+    "*a",
+    "-",
+    "1e3",
+]
+COMMANDS = ["run", "plan", "probe", "regions", "group", "fuse", "integrate", "evaluate", "report", "data preview"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "compare", "sweep"])
+def test_options_are_taken_as_they_are_typed(
+    command: str,
+    smoke_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Seen(CpiftError):
+        pass
+
+    def look(config: RunConfig, **rest: object) -> None:
+        raise Seen(f"{config.output_dir}|{config.resources.memory_budget}")
+
+    def said(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cpift", *command.split(), str(file), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("cpift.preflight.preflight", look)
+    monkeypatch.chdir(tmp_path)
+    file = smoke_config if command != "sweep" else smoke_config.parents[1] / "sweeps" / "smoke_p_tau.yaml"
+    for value in LITERAL:
+        assert f"{tmp_path / value}|" in said("--output", value), value
+    if command in ("regions", "fuse"):
+        assert f"|{3 << 20}\n" in said("--memory-budget", "3MiB")
+        for value in ("null", "3MiB #", "${HOME}", "[1]", "", "yes"):
+            assert f"memory_budget: {value!r}" in said("--memory-budget", value)

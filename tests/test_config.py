@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from cpift.config import RunConfig
 from cpift.config_loading import dump_config, load_config
+from cpift.config_paths import is_path
 from cpift.errors import ConfigError
 
 
@@ -106,6 +111,50 @@ def test_input_paths_are_relative_to_the_file_and_may_use_the_environment(
     monkeypatch.setenv("ROWS_FOLDER", str(tmp_path))
     task = load(tmp_path, raw).tasks[0]
     assert task.train.file == task.test.file == tmp_path / "rows.jsonl"
+
+
+def test_every_path_of_the_config_is_known_as_one() -> None:
+    def paths(model: type[BaseModel], where: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            parts = get_args(field.annotation) or (field.annotation,)
+            yield from [f"{where}{name}"] * (Path in parts)
+            sections = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+            for section in sections:
+                yield from paths(section, f"{where}{name}." + "0." * (tuple in (get_origin(field.annotation), section)))
+
+    found = [*paths(RunConfig, "")]
+    assert {"output", "model.path", "tasks.0.train.file"} <= set(found)
+    assert [name for name in found if not is_path(name)] == []
+    assert not any(map(is_path, ("tasks.0.train.columns.file", "fusion.weights.path", "name", "tasks.path")))
+
+
+def test_variables_are_replaced_in_paths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORD", "word")
+    (tmp_path / "rows.jsonl").write_text("")
+    raw = minimal() | {"output": "/x/${WORD}", "resources": {"storage": "/${WORD}"}}
+    columns = {"prompt": "${WORD} ${NONE}", "file": "x", "path": "~/y"}
+    raw["tasks"][0]["train"] = {"file": "rows.jsonl", "columns": columns}
+    config = load(tmp_path, raw)
+    assert str(config.output) == "/x/word"
+    assert config.resources.storage == "/word"
+    assert config.tasks[0].train.columns == columns
+
+
+@pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "x" * 5000, "${WORD}" * 300])
+def test_paths_that_cannot_be_are_named(tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORD", "x" * 99)
+    raw = minimal()
+    raw["tasks"][0]["train"] = {"file": value}
+    assert "tasks.0.train.file: " in problems(tmp_path, raw)
+
+
+@pytest.mark.parametrize("value", ["/x/x #1", "123", "yes", "a: b", "[a]", "{}", "1.5"])
+def test_paths_in_overrides_are_what_they_look_like_or_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="put a path in quotes of its own"):
+        load(tmp_path, minimal(), f"output={value}")
+    assert str(load(tmp_path, minimal(), f"output='{value}'").output) == value
+    assert load(tmp_path, minimal(), "output=null").output is None
+    assert str(load(tmp_path, minimal(), "output=/x/a b").output) == "/x/a b"
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just text"])

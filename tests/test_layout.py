@@ -28,6 +28,7 @@ LAYERS = [
         "config_inputs",
         "config_training",
         "config_loading",
+        "config_paths",
         "sweep_config",
         "compare_config",
         "devices",
