@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, Problem
-from cpift.pretrained import load_config
+from cpift.pretrained import class_of, generating_classes, load_config
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIG = "config.json"
+_SENSES = ("vision", "audio", "vq", "image", "video", "text_encoder")  # beginnings of the names of nested configs
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,22 @@ def skeleton(folder: Path) -> PreTrainedModel:
     Shared by everybody who asks: not to be changed. Raises CheckpointError.
     """
     return _skeleton(_source(folder))
+
+
+def untrainable(folder: Path, where: str) -> list[Problem]:
+    """Why the model in a folder can be merged, but not trained on rows of text; empty if it can be trained."""
+    try:
+        config, network = model_config(folder), model_class(folder)
+    except CheckpointError as error:
+        return [Problem(where, problem.what, problem.remedy) for problem in error.problems]
+    text, _ = generating_classes()
+    senses = [name for name in config.sub_configs if name.startswith(_SENSES)]
+    if config.get_text_config() is config and not senses and network in (text.get(type(config), None), *text.values()):
+        return []
+    also = f" ({', '.join(senses)})" if senses else ""
+    what = f"is a {network.__name__}{also}, and only models of text alone are trained"
+    remedy = "train it elsewhere and give its tunes (tasks.*.checkpoint); merging takes it"
+    return [Problem(where, what, remedy)]
 
 
 def tied_names(folder: Path) -> Mapping[str, str]:
@@ -105,18 +122,7 @@ def _config(source: _Source) -> PreTrainedConfig:
 
 @lru_cache(maxsize=16)
 def _class(source: _Source) -> type[PreTrainedModel]:
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    config = _config(source)
-    named = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    tables = (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING)
-    known = [table[type(config)] for table in tables if type(config) in table]
-    for found in (*named, *known):
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    what = f"{config.architectures}, model_type {config.model_type!r}: transformers has no class that generates text"
-    raise CheckpointError(f"model {source.folder}", [Problem(f"{CONFIG}, architectures", what, "use another model")])
+    return class_of(_config(source))
 
 
 @lru_cache(maxsize=4)

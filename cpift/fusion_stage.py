@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from cpift.artifacts import Artifact
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, RunConfig
+from cpift.errors import StageError
 from cpift.files import file_sha256, link_or_copy, write_json
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import model_files, open_checkpoint
@@ -19,7 +21,7 @@ from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
 from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
-from cpift.verify import check_loads, require_passed, verify
+from cpift.verify import check_loads, failures, verify
 
 FUSION_RECORD, INPUTS_RECORD = "fusion.json", "inputs.json"
 OnProgress = Callable[[dict[str, Any]], None]
@@ -51,7 +53,7 @@ def fuse_models(
     """Write the fused model into `out`, with the record of what happened and of what was checked.
 
     Shards are made in the artifact's work folder and stay there if this is interrupted. Raises CheckpointError for
-    models that do not fit, StageError if the result is not what it has to be.
+    models that do not fit, StageError if the result is not what it has to be: it is then beside `out`, set aside.
     """
     inputs = open_inputs(artifacts, groups, backbone)
     inputs.check()
@@ -76,8 +78,21 @@ def fuse_models(
     if config.resources.verify:
         checks = verify(method, inputs.backbone, out, _counted(on_progress, "verification", inputs.backbone.numel))
         checks.append(check_loads(out, config.resources.memory_budget))
-        require_passed(checks)
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
+    if failed := failures(checks):
+        aside = _set_aside(out, artifact)
+        raise StageError(
+            "the fused model is not what it has to be; it is kept as "
+            + "\n  - ".join([f"{aside}, with the checks in {FUSION_RECORD}", *failed])
+        )
+
+
+def _set_aside(out: Path, artifact: Artifact) -> Path:
+    """Move a model that failed a check to a name that says so; one of an earlier attempt keeps its own."""
+    names = (f"{artifact.name}.failed-checks{number}" for number in ("", *(f"-{n}" for n in itertools.count(2))))
+    aside = next(path for path in map(artifact.path.with_name, names) if not path.exists())
+    os.rename(out, aside)
+    return aside
 
 
 def describe_inputs(artifacts: StageArtifacts, backbone: Model, hashed: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift import pretrained
+from cpift.architecture import untrainable
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
@@ -88,10 +89,12 @@ def materialise(model: ModelConfig, out: Path) -> None:
         network, tokenizer = _load_gguf(model.gguf, model.dtype)
     else:
         source = model.path if model.path is not None else _download(model)
+        if problems := untrainable(source, "model"):  # of a hub's repository it shows only now
+            raise CheckpointError("model", problems)
         network, tokenizer = _load_directory(source, model.dtype), load_tokenizer(source)
     _check_dense(network)
     out.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bars():
+    with pretrained.no_progress_bars():
         network.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
@@ -102,7 +105,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         CheckpointError: a tensor is missing or of another shape than config.json says.
     """
-    with _no_progress_bars(), _checkpoint_errors(path):
+    with pretrained.no_progress_bars(), _checkpoint_errors(path):
         loaded: Any = pretrained.load_network(
             path,
             dtype=dtype or "auto",
@@ -216,7 +219,7 @@ def _load_directory(path: Path, dtype: str) -> PreTrainedModel:
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     file = gguf_path(gguf)
-    with _no_progress_bars():
+    with pretrained.no_progress_bars():
         loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(dtype, "bfloat16"))
     network = _checked_network(loaded, file)
     # The weights are dense now; transformers refuses to save a model that still says it is quantised.
@@ -280,16 +283,3 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model {path}", [Problem(str(path), str(error).strip(), "")]) from error
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

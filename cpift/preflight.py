@@ -30,6 +30,7 @@ def preflight(
     problems = list(_missing(config, stage)) + check_model(config.model)
     if not problems:
         problems += check_given(config)
+        problems += _check_trained(config)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
     for task in config.tasks:
         problems += check_task(task, download=download)
@@ -69,6 +70,14 @@ def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
             yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", remedy)
         if task.test is None and stage in _NEED_TESTS:
             yield Problem(f"tasks.{task.name}.test", f"is not there, and `cpift {stage}` scores on it", "give rows")
+
+
+def _check_trained(config: RunConfig) -> list[Problem]:
+    """Whether θ0 can be trained, where it is; one on the hub is looked at once it has been downloaded."""
+    from cpift.architecture import untrainable
+
+    trains = bool(trainings(config)) and (not config.merges_only or config.integration is not None)
+    return untrainable(config.model.path, "model.path") if trains and config.model.path is not None else []
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def require_no_code(folder: Path) -> None:
 
 
 def load_network(folder: Path, **arguments: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` of a local folder of safetensors; `arguments` are passed on.
+    """`from_pretrained` of a local folder of safetensors, by `class_of` its config; `arguments` are passed on.
 
     Raises CheckpointError where the folder needs its own code, or is an adapter's.
     """
@@ -66,9 +67,29 @@ def load_network(folder: Path, **arguments: Any) -> Any:
     if (folder / "adapter_config.json").exists():  # transformers would load another model, and the adapter into it
         problem = Problem(str(folder), "holds an adapter's config beside the model", "move adapter_config.json away")
         raise CheckpointError(f"model {folder}", [problem])
-    return _transformers().AutoModelForCausalLM.from_pretrained(
+    kind: Any = class_of(load_config(folder))
+    return kind.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
     )
+
+
+def loading_info(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """What `from_pretrained` says of these tensors in the place of the folder's: its missing, unexpected and mismatched
+    keys, and errors. Tensors on `meta` will do, and nothing is put anywhere else."""
+    require_no_code(folder)
+    kind: Any = class_of(load_config(folder))
+    with no_progress_bars():
+        loaded = kind.from_pretrained(
+            None,
+            config=load_config(folder),
+            state_dict=dict(tensors),
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    info: Mapping[str, Any] = loaded[1]
+    return info
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -77,6 +98,25 @@ def load_config(folder: Path) -> PreTrainedConfig:
         folder, local_files_only=True, trust_remote_code=False
     )
     return config
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers that a config names; where it names none, or one without a head, the one that writes
+    text.
+
+    Raises CheckpointError.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    text, more = generating_classes()
+    bare = MODEL_MAPPING.get(type(config), None)
+    named = [getattr(_transformers(), str(name), None) for name in config.architectures or ()]
+    known = [table[type(config)] for table in (more, text) if type(config) in table]
+    for found in (*(one for one in named if one is not bare), *known):
+        if isinstance(found, type) and issubclass(found, _transformers().PreTrainedModel):
+            return found
+    what = f"{config.architectures}, model_type {config.model_type!r}: transformers has no class that generates text"
+    raise CheckpointError("model", [Problem("config.json, architectures", what, "use another model")])
 
 
 def empty_network(folder: Path, **arguments: Any) -> Any:
@@ -188,12 +228,18 @@ def _declared(kind: str) -> bool:
 
 
 def _known(kind: str) -> bool:
-    """The same, asked of transformers."""
+    """The same, asked of transformers; and models that read more than text."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    return kind in CONFIG_MAPPING and any(CONFIG_MAPPING[kind] in table for table in tables)
+    return kind in CONFIG_MAPPING and any(CONFIG_MAPPING[kind] in table for table in generating_classes())
+
+
+def generating_classes() -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
+    """transformers' tables of the classes that write text, by class of configuration: those that read text alone, and
+    those that read images, sound and the like too."""
+    from transformers.models.auto import modeling_auto
+
+    return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def _tokenizer(config: Mapping[str, Any], tokenizer: Mapping[str, Any], where: str) -> Iterator[Problem]:
@@ -233,3 +279,17 @@ def _transformers() -> Any:
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     return transformers
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' bars while it loads and saves."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

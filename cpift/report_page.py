@@ -59,7 +59,7 @@ def _subtitle(data: ReportData) -> str:
 def _verdict(data: ReportData) -> str:
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data))
     warnings = "".join(f'<p class="warning"><strong>Note.</strong> {escape(text)}</p>' for text in data.warnings)
-    failed = [check["name"] for check in data.checks if not check["passed"]]
+    failed = [check["name"] for check in data.checks if check["passed"] is False]
     broken = f'<p class="fail">Failed: {escape("; ".join(failed))}</p>' if failed else ""
     return f'<div class="verdict">{broken}{sentences}</div>{warnings}'
 
@@ -232,9 +232,13 @@ def _ends(log: Sequence[dict[str, Any]]) -> str:
 
 
 def _checks(data: ReportData) -> str:
-    results = {True: '<td class="left pass">✓ passed</td>', False: '<td class="left fail">✗ FAILED</td>'}
+    results = {
+        True: '<td class="left pass">✓ passed</td>',
+        False: '<td class="left fail">✗ FAILED</td>',
+        None: '<td class="left">– nothing to compare</td>',
+    }
     rows = [
-        f'<tr>{results[bool(check["passed"])]}<td class="left">{escape(check["name"])}</td>'
+        f'<tr>{results[check["passed"]]}<td class="left">{escape(check["name"])}</td>'
         f'<td class="left">{escape(str(check["detail"]))}</td></tr>'
         for check in data.checks
     ]

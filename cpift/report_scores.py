@@ -30,7 +30,7 @@ class ReportData:
         dict[str, Any]
     ]  # per tensor: tensor, angles (radians, one a fold), lerp (share, one a fold), core, numel
     curves: dict[str, list[dict[str, Any]]]  # fine-tune -> stage, step, loss, learning_rate
-    checks: list[dict[str, Any]]  # name, passed, detail
+    checks: list[dict[str, Any]]  # name, passed (None: nothing to compare), detail
     provenance: list[dict[str, Any]]  # one manifest an artifact
     warnings: list[str]
 
@@ -111,7 +111,7 @@ def summary(data: ReportData) -> dict[str, Any]:
             for model, found in standings.items()
         },
         "groups": data.groups,
-        "checks_passed": all(check["passed"] for check in data.checks),
+        "checks_passed": not any(check["passed"] is False for check in data.checks),
         "verdict": verdict(data),
         "warnings": data.warnings,
     }

@@ -183,8 +183,10 @@ def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[d
         checks.append(
             {
                 "name": f"integration stage {entry['stage'] + 1}: no frozen element moved",
-                "passed": entry["moved"] == 0,
-                "detail": f"{entry['elements']:,} elements compared before and after, {entry['moved']:,} moved",
+                "passed": entry["moved"] == 0 if entry["elements"] else None,
+                "detail": f"{entry['elements']:,} elements compared before and after, {entry['moved']:,} moved"
+                if entry["elements"]
+                else "nothing to compare: no element is frozen",
             }
         )
     return checks

@@ -14,7 +14,6 @@ import torch
 from cpift_kernels import count_mask, gather_masked, union_mask
 
 from cpift.checkpoints import Checkpoint, is_finite
-from cpift.errors import StageError
 from cpift.fusion import Fusion
 from cpift.merging import Progress
 from cpift.methods import Baseline
@@ -23,47 +22,45 @@ from cpift.streaming import pieces, sweep
 from cpift.units import show_size
 from cpift.verify_definition import check_definition
 
-Check = dict[str, Any]  # name, passed, detail
+Check = dict[str, Any]  # name, passed (None where there was nothing to compare), detail
 
 
 def verify(
     method: Fusion | Baseline, like: Checkpoint, folder: Path, progress: Progress = lambda elements, name: None
 ) -> list[Check]:
-    """Check the checkpoint in `folder`, which `method` made with the layout of `like`.
-
-    Raises StageError that lists every check that failed.
-    """
+    """Check the checkpoint in `folder`, which `method` made with the layout of `like`."""
     written = Checkpoint(folder)
     checks = [_accounted(like, written)]
     if isinstance(method, Fusion):
         checks += [_cores(method, written, progress), _outside(method, written)]
-    checks += [check_definition(method, written), _finite(written)]
-    require_passed(checks)
-    return checks
+    return [*checks, check_definition(method, written), _finite(written)]
 
 
-def require_passed(checks: Sequence[Check]) -> None:
-    """Raise StageError that lists the checks that failed, if any did."""
-    failed = [f"  - {check['name']}: {check['detail']}" for check in checks if not check["passed"]]
-    if failed:
-        raise StageError("the fused model is not what it has to be; it is not kept\n" + "\n".join(failed))
+def failures(checks: Sequence[Check]) -> list[str]:
+    """The checks that failed, in words. One that had nothing to compare has not."""
+    return [f"{check['name']}: {check['detail']}" for check in checks if check["passed"] is False]
+
+
+def _compared(name: str, compared: int, wrong: Sequence[str] | int, what: str, more: str = "") -> Check:
+    """A check that looked at so many things; `wrong`: those that are not as they have to be, or how many."""
+    if not compared:
+        return {"name": name, "passed": None, "detail": f"nothing to compare: {what}"}
+    listed = "" if isinstance(wrong, int) or not wrong else f", wrong: {', '.join(wrong[:5])}"
+    return {"name": name, "passed": not wrong, "detail": what + listed + more}
 
 
 def _finite(written: Checkpoint) -> Check:
-    bad = [info.name for info in written.tensors.values() if info.floating and not is_finite(written, info.name)]
-    detail = f"{len(written.names)} tensors" + (f", not so: {', '.join(bad[:5])}" if bad else "")
-    return {"name": "every element of the fused model is finite", "passed": not bad, "detail": detail}
+    floating = [info.name for info in written.tensors.values() if info.floating and info.numel]
+    bad = [name for name in floating if not is_finite(written, name)]
+    return _compared("every element of the fused model is finite", len(floating), bad, f"{len(floating)} tensors")
 
 
 def _accounted(like: Checkpoint, written: Checkpoint) -> Check:
     wanted = {name: (info.shape, info.dtype) for name, info in like.tensors.items()}
     found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    return {
-        "name": "every tensor of the inputs is in the fused model, with shape and dtype, and no other",
-        "passed": not wrong,
-        "detail": f"{len(wanted)} tensors" + (f", wrong: {', '.join(wrong[:5])}" if wrong else ""),
-    }
+    name = "every tensor of the inputs is in the fused model, with shape and dtype, and no other"
+    return _compared(name, len(wanted), wrong, f"{len(wanted)} tensors")
 
 
 def _cores(fusion: Fusion, written: Checkpoint, progress: Progress) -> Check:
@@ -75,11 +72,11 @@ def _cores(fusion: Fusion, written: Checkpoint, progress: Progress) -> Check:
             if fusion.masks.has(info.name):
                 more, wrong = _slice_cores(fusion, written, info, start, stop)
                 compared, differing = compared + more, differing + wrong
-    return {
-        "name": "every core element of the fused model equals its donor bit for bit",
-        "passed": differing == 0,
-        "detail": f"{compared:,} elements compared, {differing:,} differ",
-    }
+    name = "every core element of the fused model equals its donor bit for bit"
+    what = (
+        f"{compared:,} elements compared, {differing:,} differ" if compared else "no element is one task's core alone"
+    )
+    return _compared(name, compared, differing, what)
 
 
 def _slice_cores(fusion: Fusion, written: Checkpoint, info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
@@ -103,11 +100,9 @@ def _outside(fusion: Fusion, written: Checkpoint) -> Check:
     """Tensors outside the parameter space equal θ_base bit for bit."""
     names = [name for name in written.names if not fusion.masks.has(name)]
     wrong = [name for name in names if not _same_bits(fusion.inputs.backbone, written, name)]
-    return {
-        "name": "every tensor outside the parameter space equals the backbone bit for bit",
-        "passed": not wrong,
-        "detail": f"{len(names)} tensors compared, {len(wrong)} differ",
-    }
+    name = "every tensor outside the parameter space equals the backbone bit for bit"
+    what = f"{len(names)} tensors compared, {len(wrong)} differ" if names else "every tensor is in it"
+    return _compared(name, len(names), wrong, what)
 
 
 def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
@@ -118,27 +113,32 @@ def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
 
 
 def check_loads(folder: Path, memory: int) -> Check:
-    """Whether transformers takes the model: names and shapes, and finite logits where it fits into so many bytes."""
-    from cpift.models import load_model
-    from cpift.pretrained import empty_network
+    """Whether transformers takes the model: every parameter of the class that config.json names is there with its
+    shape, as its own loading has it, and the logits are finite where the model fits into so many bytes."""
+    from cpift.pretrained import loading_info
 
-    written = Checkpoint(folder)
-    name = "transformers takes every tensor of the fused model"
-    if written.nbytes <= memory:
-        with torch.inference_mode():
-            logits = load_model(folder)(torch.arange(1, 9)[None]).logits
-        return {
-            "name": f"{name}, and its logits are finite",
-            "passed": bool(logits.isfinite().all()),
-            "detail": f"loaded, {logits.numel():,} logits",
-        }
-    with torch.device("meta"):
-        network = empty_network(folder)
-    wanted = {key: tuple(tensor.shape) for key, tensor in network.named_parameters()}
-    wrong = sorted(
-        key for key, shape in wanted.items() if key in written.tensors and written.tensors[key].shape != shape
-    )
-    wrong += sorted(key for key in wanted if key not in written.tensors)
-    detail = f"{len(wanted)} parameters by name and shape" + (f", wrong: {', '.join(wrong[:5])}" if wrong else "")
+    name, written = "transformers takes every tensor of the fused model", Checkpoint(folder)
+    empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in written.tensors.values()}
+    try:
+        info = loading_info(folder, empty)
+        wrong = [
+            *sorted(info["missing_keys"]),
+            *sorted(key for key, *_ in info["mismatched_keys"]),
+            *info["error_msgs"],
+        ]
+        if not wrong and written.nbytes <= memory:
+            logits = _logits(folder)
+            detail, passed = f"loaded, {logits.numel():,} logits", bool(logits.isfinite().all())
+            return {"name": f"{name}, and its logits are finite", "passed": passed, "detail": detail}
+    except Exception as error:  # the model's own code: whatever it says, the merge is not to be lost
+        wrong = [f"{type(error).__name__}: {error}"]
     why = f"; not loaded, for it is larger than the memory budget ({show_size(memory)})"
-    return {"name": name, "passed": not wrong, "detail": detail + why}
+    return _compared(name, len(empty), wrong, f"{len(empty)} tensors by name and shape", "" if wrong else why)
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    from cpift.models import load_model
+
+    with torch.inference_mode():
+        logits: torch.Tensor = load_model(folder)(torch.arange(1, 9)[None]).logits
+    return logits
