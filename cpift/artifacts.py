@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,7 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpift.files import MANIFEST, digest, folder_hashes, read_json, write_json
+from cpift.artifact_state import State, make_folder, read_manifest, set_aside, sizes_and_times, state_of, write_manifest
+from cpift.errors import DamagedInput, StageError
+from cpift.files import digest, folder_hashes
+from cpift.locks import claimed
 
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
 
@@ -55,17 +58,18 @@ class Artifact:
     def title(self) -> str:
         return f"{self.stage} {self.label}".strip()
 
+    def state(self, thorough: bool = False) -> State:
+        """See `artifact_state.state_of`."""
+        return state_of(self.path, self.fingerprint, thorough)
+
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        return self.state().kind in ("whole", "dropped")
 
     @property
     def whole(self) -> bool:
         """Complete, and its weights have not been dropped."""
-        try:
-            return "dropped" not in self.manifest()
-        except FileNotFoundError:
-            return False
+        return self.state().kind == "whole"
 
     @property
     def work_dir(self) -> Path:
@@ -73,7 +77,7 @@ class Artifact:
         return self.root / ".work" / f"{self.stage}-{self.name}"
 
     def manifest(self) -> dict[str, Any]:
-        return read_json(self.path / MANIFEST)
+        return read_manifest(self.path)
 
     @contextmanager
     def build(self, device: str = "cpu", seconds: float = 0.0) -> Iterator[Path]:
@@ -82,20 +86,23 @@ class Artifact:
         `seconds`: work done for it elsewhere, before the block. What dropped weights left behind is replaced.
         """
         partial = self.path.with_name(f".{self.path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
         started = time.time() - seconds
         yield partial
-        write_json(partial / MANIFEST, self._manifest(partial, started, device))
+        write_manifest(partial, self._manifest(partial, started, device))
         _sync_folder(partial)
         left = self.path.with_name(f".{self.path.name}.left")
-        shutil.rmtree(left, ignore_errors=True)
-        if self.complete:
+        _remove(left)
+        state = self.state().kind
+        if state == "damaged":
+            set_aside(self.path)
+        elif state != "absent":
             os.rename(self.path, left)
         os.rename(partial, self.path)
         _sync_folder(self.path.parent)
-        shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(self.work_dir, ignore_errors=True)
+        _remove(left)
+        _remove(self.work_dir)
 
     def drop_weights(self, remake: str) -> int:
         """Delete the weights of a complete model and keep all else; returns the bytes freed.
@@ -106,7 +113,7 @@ class Artifact:
         sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors"))}
         if self.whole:
             dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
-            write_json(self.path / MANIFEST, self.manifest() | {"dropped": dropped})
+            write_manifest(self.path, self.manifest() | {"dropped": dropped})
         for path in sizes:
             path.unlink()
         return sum(sizes.values())
@@ -123,6 +130,16 @@ class Artifact:
                 f"other versions). Scores in {self.root} are of the earlier ones: for new ones give another --output"
             )
 
+    def set_aside_if_damaged(self, warn: Callable[[str], None], thorough: bool = False) -> bool:
+        """Give the folder a name that says so, and say it in a line; to be called by who holds the artifact."""
+        state = self.state(thorough)
+        if state.kind == "damaged":
+            make_folder(self.path.parent, self.root, warn)
+            aside = set_aside(self.path) if os.path.lexists(self.path) else None
+            if aside is not None:
+                warn(f"{self.title}: {self.path} is damaged ({state.why}): set aside as {aside.name}, made again")
+        return state.kind == "damaged"
+
     def _manifest(self, folder: Path, started: float, device: str) -> dict[str, Any]:
         return {
             "stage": self.stage,
@@ -131,7 +148,8 @@ class Artifact:
             "stage_version": self.version,
             "inputs": dict(self.inputs),
             "fields": dict(self.fields),
-            "outputs": folder_hashes(folder),
+            "outputs": (outputs := folder_hashes(folder)),
+            "files": sizes_and_times(folder, outputs),
             "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 2),
             "device": device,
@@ -140,6 +158,41 @@ class Artifact:
             "commit": source_commit(),
             **({"made_for": self.maker} if self.maker else {}),
         }
+
+
+def artifact_at(folder: Path) -> Artifact | None:
+    """The artifact that a folder's manifest describes, None where the folder is no artifact's place."""
+    try:
+        found = read_manifest(folder)
+    except (ValueError, OSError):
+        return None
+    named = (found["stage"], found["label"], found["inputs"], found["fields"], found["stage_version"])
+    artifact = Artifact(folder.parent.parent, *named)
+    return artifact if artifact.path == folder else None
+
+
+def require_sound(folders: Iterable[Path], root: Path, warn: Callable[[str], None]) -> None:
+    """Raise DamagedInput where an artifact that is about to be read is, byte for byte, not what was written.
+
+    Those below `root`, an output folder of ours, are set aside. Folders that are no artifacts are not looked at.
+    """
+    for folder in dict.fromkeys(folders):
+        artifact = artifact_at(folder)
+        if artifact is None or (state := artifact.state(thorough=True)).kind != "damaged":
+            continue
+        if artifact.root == root:
+            with claimed([artifact], warn):
+                artifact.set_aside_if_damaged(warn, thorough=True)
+            raise DamagedInput(f"{folder} is damaged ({state.why}) and was set aside: the same command makes it again")
+        raise StageError(f"{folder} is damaged ({state.why}): see `cpift check {artifact.root}`")
+
+
+def _remove(path: Path) -> None:
+    """Delete what an interrupted build left under a name of ours."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
-from cpift.files import digest, read_json, remember_sha256, write_json
+from cpift.files import digest, file_sha256, read_json, remember_sha256, write_json
 from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
 from cpift.units import show_size
 
@@ -73,11 +73,13 @@ def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | 
     note, file = note_of(shard, folder), folder / shard.name
     if not (note.is_file() and file.is_file()):
         return None
-    found = read_json(note)
-    if found["key"] != shard.key(made_from) or found["bytes"] != file.stat().st_size:
+    try:
+        found = read_json(note)
+        same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
+        record, sha256 = found["record"], found["sha256"]
+        return record if same and isinstance(record, dict) and sha256 in (None, file_sha256(file)) else None
+    except (ValueError, KeyError, TypeError):  # half a note, of a machine that lost power: the shard is made again
         return None
-    _remember(file, found)
-    return found["record"]
 
 
 def write_shard(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import cli_benchmarks, cli_cluster, cli_compare, cli_data
+from cpift import cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data
 from cpift.errors import CpiftError, told
 from cpift.units import show_size
 
@@ -65,7 +65,8 @@ def _load(
 def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
     run = _load(config, overrides, changes, stage)
-    from cpift.pipeline import NoEngine, Pipeline
+    from cpift.engine import NoEngine
+    from cpift.pipeline import Pipeline
 
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
     merging = None
@@ -242,6 +243,7 @@ def _print_plan(made: Plan, root: Path) -> None:
 
 cli_cluster.register(app)
 cli_data.register(app, _LOOK)
+cli_check.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
 cli_benchmarks.register(app, _LOOK)
 

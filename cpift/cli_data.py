@@ -90,9 +90,10 @@ def _chosen(run: RunConfig, name: str | None) -> list[TaskConfig]:
 
 def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """θ0's, from where it lies; otherwise θ0 is made first, which the run needs anyway."""
+    from cpift.engine import NoEngine
     from cpift.locks import exclusive
     from cpift.models import load_tokenizer
-    from cpift.pipeline import NoEngine, Pipeline
+    from cpift.pipeline import Pipeline
     from cpift.scratch import make_scratch_tokenizer
 
     if run.model.scratch is not None:

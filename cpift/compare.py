@@ -20,9 +20,10 @@ from cpift.compare_config import Comparison
 from cpift.compare_record import Header, Record, Row, kept_scores
 from cpift.data import count_examples
 from cpift.devices import device_name
+from cpift.engine import NoEngine
 from cpift.errors import ConfigError, Problem
 from cpift.files import read_json
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.stages import add_card
 from cpift.sweep_shared import SharedEngine, SharedWork, Wanted

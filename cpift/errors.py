@@ -66,3 +66,7 @@ class DataError(ProblemsError):
 
 class StageError(CpiftError):
     """A stage could not be completed; what it finished before stays in place."""
+
+
+class DamagedInput(StageError):
+    """What a stage was about to read is not what was written; it was set aside, and is made again when asked for."""

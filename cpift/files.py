@@ -23,7 +23,7 @@ def digest(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file's bytes; read once as long as the file stays as it is, whatever its names."""
-    known = _identity(path)
+    known = file_identity(path)
     if known not in _SHA256:
         with path.open("rb") as file:
             found = (
@@ -35,12 +35,16 @@ def file_sha256(path: Path) -> str:
 
 def remember_sha256(path: Path, value: str) -> None:
     """Tell `file_sha256` of a file whose bytes were hashed as they were written."""
-    _SHA256[_identity(path)] = value
+    _SHA256[file_identity(path)] = value
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def file_identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file's bytes change, by whatever means: device, inode, size, and both of its times in ns.
+
+    The last, of the change of its inode, cannot be set back by those who set back the first.
+    """
     found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 _SHA256: dict[tuple[int, ...], str] = {}
@@ -80,11 +84,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
+    """A second name for a file, or a copy where the file system has no hard links; its hash is known as before."""
+    known = _SHA256.get(file_identity(source))
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        return
+    if known is not None:
+        remember_sha256(target, known)  # a further name changes the inode's time
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is there and holds a JSON object."""
+    try:
+        return isinstance(read_json(path), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def read_json(path: Path) -> Any:

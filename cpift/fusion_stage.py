@@ -14,7 +14,7 @@ from cpift.artifacts import Artifact
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, RunConfig
 from cpift.errors import StageError
-from cpift.files import file_sha256, link_or_copy, write_json
+from cpift.files import file_sha256, is_json, link_or_copy, write_json
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import model_files, open_checkpoint
 from cpift.merging import Merging, Progress, merge
@@ -125,7 +125,7 @@ def method_of(config: RunConfig, inputs: FusionInputs, work: Path) -> Fusion | B
 
 def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path) -> Path:
     """The masks of what TIES keeps: the largest updates, as core regions are found; made if they are not there."""
-    if not (folder / SUMMARY).is_file():
+    if not is_json(folder / SUMMARY):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         kept = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)

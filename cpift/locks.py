@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpift.artifact_state import make_folder
 from cpift.errors import ConfigError, CpiftError, Problem
 
 if TYPE_CHECKING:
@@ -19,17 +20,20 @@ _HOLDER = re.compile(rb"(process \d+)?")
 
 
 @contextmanager
-def claimed(artifacts: Iterable[Artifact]) -> Iterator[None]:
+def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Iterator[None]:
     """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
+
+    What is damaged is set aside first, which `warn` says.
 
     Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
     its process. On shared storage this needs a file system with `flock` (NFS 4, Lustre and CephFS have it).
     """
     with ExitStack() as held:
         for artifact in sorted(artifacts, key=lambda one: one.path):
-            artifact.work_dir.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(artifact.work_dir.parent, artifact.root, warn)
             lock = held.enter_context(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
+            artifact.set_aside_if_damaged(warn)
         yield
 
 

@@ -7,18 +7,19 @@ stage can be run alone. What is trained and scored runs on an *engine* that the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cpift.artifacts import Artifact
+from cpift.artifacts import Artifact, require_sound
 from cpift.config import RunConfig
-from cpift.errors import CpiftError
-from cpift.files import link_or_copy, read_json, write_json
+from cpift.engine import Engine, Finish, fit_all
+from cpift.errors import DamagedInput
+from cpift.files import read_json, write_json
 from cpift.fit_spec import FitSpec
 from cpift.given import given_fingerprint, locate
 from cpift.grouping import Grouping, group_tasks
@@ -32,43 +33,23 @@ if TYPE_CHECKING:
     from cpift.report import ReportData
 
 
-Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
+Result = TypeVar("Result")
+_DAMAGED_AT_MOST = 100  # inputs that come out damaged in one stage
 
 
-class Engine(Protocol):
-    """Where fine-tunes and evaluations run."""
+def _unless_damaged(stage: Callable[[Pipeline], Result]) -> Callable[[Pipeline], Result]:
+    """A stage that begins again where an input came out damaged: it was set aside, so this time it is made."""
 
-    def session(self) -> AbstractContextManager[None]:
-        """Keep one connection over several stages."""
+    @wraps(stage)
+    def made(run: Pipeline) -> Result:
+        for _ in range(_DAMAGED_AT_MOST):
+            try:
+                return stage(run)
+            except DamagedInput:
+                continue
+        return stage(run)
 
-    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
-        """Run every FitSpec; each leaves its model in its `export`."""
-
-    def evaluate(
-        self,
-        models: dict[str, Path],
-        on_result: Callable[[str, dict[str, Any]], None],
-        on_progress: Callable[[dict[str, Any]], None],
-    ) -> None:
-        """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
-
-
-class NoEngine:
-    """The engine of runs in which nothing is trained or scored."""
-
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
-        raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
-
-    def evaluate(
-        self,
-        models: dict[str, Path],
-        on_result: Callable[[str, dict[str, Any]], None],
-        on_progress: Callable[[dict[str, Any]], None],
-    ) -> None:
-        raise CpiftError(f"{', '.join(models)}: this command scores nothing")
+    return made
 
 
 class Pipeline:
@@ -103,6 +84,7 @@ class Pipeline:
             self._make(self.artifacts.model, "model θ0", lambda out: materialise(self.config.model, out))
         return self.artifacts.base
 
+    @_unless_damaged
     def probe(self) -> dict[str, Model]:
         """Stage 1: one fine-tune a task, all in parallel; tasks that have their checkpoint keep it."""
         base = self.pretrained()
@@ -115,13 +97,20 @@ class Pipeline:
         self._fit(self.artifacts.probes.values(), "probes", lambda: probe_specs(self, base))
         return self.artifacts.tuned
 
+    @_unless_damaged
     def regions(self) -> Artifact:
         """Stage 2: core regions of all tasks."""
         self.probe()
         from cpift.stages import build_regions
 
-        return self._make(self.artifacts.regions, "core regions", lambda out: build_regions(self, out))
+        return self._make(
+            self.artifacts.regions,
+            "core regions",
+            lambda out: build_regions(self, out),
+            [self.artifacts.base.path, *(model.path for model in self.artifacts.tuned.values())],
+        )
 
+    @_unless_damaged
     def group(self) -> Grouping:
         """Stage 3: task groups in stage order."""
         regions = self.regions()
@@ -133,6 +122,7 @@ class Pipeline:
         self._said.update(grouping.warnings)
         return grouping
 
+    @_unless_damaged
     def backbone(self) -> Model:
         """Stage 4: θ_base."""
         if self.config.backbone_source == "pretrained":
@@ -147,6 +137,7 @@ class Pipeline:
             return Model.of("backbone", artifact)
         return self._given_backbone()
 
+    @_unless_damaged
     def fuse(self) -> Model:
         """Stage 5: transplant and SLERP; or another merge of the probes, which needs no regions and no backbone."""
         self.probe()
@@ -157,11 +148,13 @@ class Pipeline:
         artifact = self.artifacts.fuse(groups, backbone)
         from cpift.stages import build_fusion
 
-        self._make(artifact, "fusion", lambda out: build_fusion(self, groups, backbone, out))
+        read = [self.artifacts.base.path, backbone.path, *(model.path for model in self.artifacts.tuned.values())]
+        self._make(artifact, "fusion", lambda out: build_fusion(self, groups, backbone, out), read)
         if self.merging:
             self.merging.publish(artifact.path, artifact.fingerprint)
         return Model.of("fused", artifact)
 
+    @_unless_damaged
     def integrate(self) -> Model:
         """Stage 6: the staged fine-tune with earlier cores frozen."""
         groups, fused = self.group().groups, self.fuse()
@@ -182,12 +175,18 @@ class Pipeline:
 
     def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:
         """Stage 7: scores by model and task, of every model or of the ones given."""
-        models = self.models() if models is None else models
+        return self._every_score() if models is None else self._scores(models)
+
+    @_unless_damaged
+    def _every_score(self) -> dict[str, dict[str, Any]]:
+        return self._scores(self.models())
+
+    def _scores(self, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
         artifacts = {model.title: self.artifacts.evaluate(model) for model in models}
         if all(artifact.complete for artifact in artifacts.values()):
             self._say_cached("evaluation")
         else:
-            with claimed(artifact for artifact in artifacts.values() if not artifact.complete):
+            with claimed((one for one in artifacts.values() if not one.complete), self.view.warn):
                 self._score(models, artifacts)
         return {title: read_json(made.path / "scores.json") for title, made in artifacts.items()}
 
@@ -246,6 +245,7 @@ class Pipeline:
 
         self.worked = True
         self._said.add("evaluation")
+        require_sound(todo.values(), self.root, self.view.warn)
         with self.view.stage(f"evaluation of {len(todo)} models"):
             self.engine.evaluate(todo, keep, self.view.progress)
 
@@ -258,13 +258,19 @@ class Pipeline:
     def _said(self) -> set[str]:
         return set()
 
-    def _make(self, artifact: Artifact, title: str, build: Callable[[Path], None]) -> Artifact:
-        if artifact.whole:
+    def _make(
+        self, artifact: Artifact, title: str, build: Callable[[Path], None], read: Sequence[Path] = ()
+    ) -> Artifact:
+        """Make an artifact unless it is there; `read`: the folders that are read for it."""
+        masks = artifact.stage == "regions"  # all of their bytes are looked at every time
+        if artifact.state(thorough=masks).kind == "whole":
             self._say_cached(title)
             return artifact
-        with claimed([artifact]):
+        with claimed([artifact], self.view.warn):
+            artifact.set_aside_if_damaged(self.view.warn, thorough=masks)
             if artifact.whole:  # another process made it while this one waited
                 return artifact
+            require_sound(read, self.root, self.view.warn)
             self._said.add(title)
             self.worked = True
             from cpift.devices import device_name
@@ -288,39 +294,3 @@ class Pipeline:
         self._said.add(title)
         self.worked = True
         fit_all(self.engine.fit, self.view, title, missing, specs(), finish)
-
-
-def fit_all(
-    fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
-    view: View,
-    title: str,
-    artifacts: Sequence[Artifact],
-    specs: Sequence[FitSpec],
-    finish: Finish = lambda made, out: None,
-) -> None:
-    """Run the fine-tunes that export for these artifacts, and complete each one that ended.
-
-    `fit`: as `Engine.fit`.
-    """
-    with claimed(artifacts):
-        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
-        chosen = [spec for spec in specs if spec.export in wanted]
-        if not chosen:  # other processes made them while this one waited
-            return
-        with view.stage(title):
-            try:
-                fit(chosen, view.progress)
-            finally:  # a failed one does not cost the others
-                for export, artifact in wanted.items():
-                    if (export / "training.json").is_file():
-                        with artifact.compared(view.warn):
-                            _adopt(artifact, export, finish)
-
-
-def _adopt(artifact: Artifact, export: Path, finish: Finish) -> None:
-    """Complete an artifact with the files that a fine-tune exported."""
-    trained = read_json(export / "training.json")
-    with artifact.build(trained["device"], trained["seconds"]) as out:
-        for path in sorted(export.iterdir()):
-            link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole
-        finish(artifact, out)

@@ -126,8 +126,12 @@ def _later(config: RunConfig) -> list[str]:
 
 
 def _step(artifact: Artifact, detail: str) -> Step:
-    state = "cached" if artifact.whole else "weights dropped" if artifact.complete else "to do"
-    return Step(artifact.stage, artifact.label, state, detail)
+    found = artifact.state()
+    detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
+    return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)
+
+
+_STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
 
 
 def _source(model: ModelConfig) -> str:

@@ -25,6 +25,7 @@ from cpift.distributed_fits import parallel_fits, run_fits
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.files import digest, write_json
 from cpift.fit_spec import FitSpec
+from cpift.locks import claimed
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe
 from cpift.sweep_fits import cpus_for, fits_in_tasks
@@ -56,13 +57,14 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
         view.cached(f"sweep {sweep.name}")
         _tidy(Keeper(sweep, pipeline, ()), read_attempts(record), view)
         return read_attempts(record)
-    shutil.rmtree(record.path, ignore_errors=True)  # of a sweep whose outputs somebody deleted
+    if record.complete:  # of a sweep whose outputs somebody deleted
+        shutil.rmtree(record.path)
     started = time.time()
     with ray_session(sweep.base.resources):
         search = _search_as_it_goes if sweep.config.search.method == "optuna" else _search_planned
         attempts = search(sweep, record, view)
     if not any(attempt.status == "failed" for attempt in attempts):
-        with record.build(seconds=time.time() - started) as out:
+        with claimed([record], view.warn), record.build(seconds=time.time() - started) as out:
             write_json(out / "attempts.json", [attempt.__dict__ for attempt in attempts])
     return attempts
 

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
+from cpift.engine import Finish, fit_all
 from cpift.files import digest, link_or_copy, write_json
 from cpift.fit_spec import FitSpec
 from cpift.locks import claimed
-from cpift.pipeline import Finish, Pipeline, fit_all
+from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.stages import backbone_spec, check_data, probe_specs, select_core_regions
 from cpift.sweep_plan import expected_backbone
@@ -110,7 +111,7 @@ class SharedWork:
             self._select(list(family.values()))
 
     def _select(self, runs: Sequence[Pipeline]) -> None:
-        with claimed(run.artifacts.regions for run in runs if not run.artifacts.regions.complete):
+        with claimed((run.artifacts.regions for run in runs if not run.artifacts.regions.complete), self.view.warn):
             missing = {
                 run.config.regions.p: run.artifacts.regions for run in runs if not run.artifacts.regions.complete
             }
@@ -147,7 +148,7 @@ class SharedWork:
             self.view.cached(f"scores of {len(wanted)} {title}")
             return
         with (
-            claimed(artifact for artifact, _, _ in missing),
+            claimed((artifact for artifact, _, _ in missing), self.view.warn),
             self.view.stage(f"scores of {len(missing)} {title}"),
         ):
             for key in dict.fromkeys(_scoring(run) for _, _, run in missing):

@@ -14,10 +14,11 @@ from ray import tune
 from cpift.config import RunConfig
 from cpift.distributed import RayEngine
 from cpift.distributed_session import NAMESPACE
+from cpift.engine import Engine
 from cpift.errors import CpiftError, StageError
 from cpift.files import digest, write_text
 from cpift.inprocess import InProcessEngine
-from cpift.pipeline import Engine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.sweep_config import Fields, Sweep, describe
 from cpift.sweep_plan import known_scores, scored_models
 from cpift.sweep_record import sweep_record

@@ -16,10 +16,11 @@ from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document, write_comparison
 from cpift.compare_verdict import Findings, side
+from cpift.engine import NoEngine
 from cpift.errors import ConfigError
 from cpift.files import write_json
 from cpift.inprocess import SharedHere
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.stages import integration_spec
 from cpift.sweep_plan import expected_backbone
 from cpift.view import quiet

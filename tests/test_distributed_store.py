@@ -20,12 +20,13 @@ from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.config_loading import load_config
 from cpift.distributed_fusion import RayMerging
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
+from cpift.engine import NoEngine
 from cpift.errors import StageError
 from cpift.files import file_sha256, read_json
 from cpift.fusion import Fill, Fusion, FusionInputs
 from cpift.merging import merge
 from cpift.object_store import ObjectStore
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.regions import write_regions
 from cpift.safetensors_files import TensorInfo
 

@@ -17,6 +17,7 @@ MODULES = sorted([*(ROOT / "cpift").glob("*.py"), *(ROOT / "kernels" / "cpift_ke
 LAYERS = [
     {
         "errors",
+        "artifact_state",
         "artifacts",
         "files",
         "locks",
@@ -98,7 +99,7 @@ LAYERS = [
         "compare_plots",
         "compare_verdict",
     },
-    {"stages", "stage_artifacts", "fusion_stage", "pipeline", "planning", "preflight", "merge_planning"},
+    {"stages", "stage_artifacts", "fusion_stage", "engine", "pipeline", "planning", "preflight", "merge_planning"},
     {"inprocess", "sweep_plan", "sweep_shared", "sweep_record", "sweep_keep", "sweep_results", "baselines", "compare"},
     {
         "distributed",
@@ -111,7 +112,7 @@ LAYERS = [
         "sweep_trial",
         "sweep",
     },
-    {"submit", "cli_cluster", "cli_benchmarks", "cli_compare", "cli_data", "cli"},
+    {"submit", "cli_cluster", "cli_benchmarks", "cli_check", "cli_compare", "cli_data", "cli"},
 ]
 
 

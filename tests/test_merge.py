@@ -24,10 +24,11 @@ from cpift.cli import main
 from cpift.config import ModelConfig, RunConfig
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
+from cpift.engine import NoEngine
 from cpift.errors import CheckpointError, ConfigError
 from cpift.files import file_sha256, read_json
 from cpift.models import load_model, materialise
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 from cpift.vocabulary import FittedCheckpoint
 

@@ -38,11 +38,12 @@ from cpift.compare_report import document
 from cpift.compare_verdict import FULL, Findings
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.config_loading import load_config, read_yaml
+from cpift.engine import NoEngine
 from cpift.errors import CpiftError
 from cpift.files import write_text
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import SharedHere
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 from cpift.sweep_shared import SharedEngine, SharedWork, titled_backbone
 from cpift.view import View, quiet

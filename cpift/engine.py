@@ -1,0 +1,98 @@
+"""Where fine-tunes and evaluations run, and what becomes of what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from cpift.artifact_state import make_folder, set_aside
+from cpift.artifacts import Artifact, require_sound
+from cpift.errors import CpiftError
+from cpift.files import is_json, link_or_copy, read_json
+from cpift.fit_spec import RESULT, FitSpec
+from cpift.locks import claimed
+from cpift.view import View
+
+Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
+
+
+class Engine(Protocol):
+    """Where fine-tunes and evaluations run."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+        """Run every FitSpec; each leaves its model in its `export`."""
+
+    def evaluate(
+        self,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
+
+
+class NoEngine:
+    """The engine of runs in which nothing is trained or scored."""
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+        raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
+
+    def evaluate(
+        self,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        raise CpiftError(f"{', '.join(models)}: this command scores nothing")
+
+
+def fit_all(
+    fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
+    view: View,
+    title: str,
+    artifacts: Sequence[Artifact],
+    specs: Sequence[FitSpec],
+    finish: Finish = lambda made, out: None,
+) -> None:
+    """Run the fine-tunes that export for these artifacts, and complete each one that ended.
+
+    `fit`: as `Engine.fit`.
+    """
+    with claimed(artifacts, view.warn):
+        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
+        chosen = [spec for spec in specs if spec.export in wanted]
+        for export in wanted:
+            if (export / RESULT).is_file() and not is_json(export / RESULT):
+                warn = f"{export} is damaged ({RESULT}): set aside as {set_aside(export).name}, trained again"
+                view.warn(warn)
+        if not chosen:  # other processes made them while this one waited
+            return
+        for spec in chosen:
+            make_folder(spec.logs.parent, spec.logs.parents[1], view.warn)
+        read = [folder for spec in chosen for folder in (spec.model, spec.regions) if folder is not None]
+        require_sound(read, artifacts[0].root, view.warn)
+        with view.stage(title):
+            try:
+                fit(chosen, view.progress)
+            finally:  # a failed one does not cost the others
+                for export, artifact in wanted.items():
+                    if (export / RESULT).is_file():
+                        with artifact.compared(view.warn):
+                            _adopt(artifact, export, finish)
+
+
+def _adopt(artifact: Artifact, export: Path, finish: Finish) -> None:
+    """Complete an artifact with the files that a fine-tune exported."""
+    trained = read_json(export / RESULT)
+    with artifact.build(trained["device"], trained["seconds"]) as out:
+        for path in sorted(export.iterdir()):
+            link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole
+        finish(artifact, out)
