@@ -100,8 +100,9 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
     pipeline = _open(config, overrides, _changes(output), "run")
     with exclusive(pipeline.root), pipeline.session():
         report = pipeline.report()
-    from cpift.report import scores_table
+    from cpift.report import first_sentences, scores_table
 
+    _warn(first_sentences(pipeline.report_data))
     Console().print(scores_table(pipeline.report_data))
     if not pipeline.worked:
         typer.echo("Everything was cached: nothing to do.")
@@ -178,9 +179,19 @@ def integrate(config: Config, overrides: Overrides = None, output: Output = None
 @app.command(rich_help_panel=_METHOD)
 def evaluate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """7. Score θ0, every probe, the backbone, the fused and the final model on every task."""
-    for title, scores in _stage(config, overrides, _changes(output), "evaluate").items():
+    found = _stage(config, overrides, _changes(output), "evaluate")
+    from cpift.retention import learning_of, sentences
+
+    _warn(sentences(learning_of(list(next(iter(found.values()))), found)))
+    for title, scores in found.items():
         figures = (f"{task} {_figure(one)}" for task, one in scores.items())
         typer.echo(f"{title}: " + ", ".join(figures))
+
+
+def _warn(sentences: list[str]) -> None:
+    """What has to be said before any figure."""
+    for sentence in sentences:
+        typer.secho(f"! {sentence}", fg="yellow")
 
 
 def _figure(score: dict[str, Any]) -> str:

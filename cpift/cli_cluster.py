@@ -49,6 +49,8 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     with exclusive(loaded.base.output_dir):
         data = gather(loaded, run_sweep(loaded, View()), pipeline)
         report = write_results(data, loaded.base.output_dir)
+    for sentence in data.learning:
+        typer.secho(f"! {sentence}", fg="yellow")
     Console().print(results_table(data))
     typer.echo(f"Report: {report}")
     if data.best_yaml:

@@ -59,13 +59,15 @@ def compare(
     from rich.console import Console
 
     from cpift.compare import run_comparison
-    from cpift.compare_report import comparison_table, write_comparison
+    from cpift.compare_report import comparison_table, first_sentences, write_comparison
     from cpift.locks import exclusive
     from cpift.view import View
 
     with exclusive(made.base.output_dir), _engine(made, here) as engine:
         record = run_comparison(made, engine, View())
     report = write_comparison(record, made.base.output_dir)
+    for sentence in first_sentences(record):
+        typer.secho(f"! {sentence}", fg="yellow")
     Console().print(comparison_table(record))
     typer.echo(f"Report: {report}")
 

@@ -24,6 +24,7 @@ from cpift.engine import NoEngine
 from cpift.errors import ConfigError, Problem
 from cpift.files import read_json
 from cpift.pipeline import Pipeline
+from cpift.retention import chance_of
 from cpift.stage_artifacts import Model
 from cpift.stages import add_card
 from cpift.sweep_shared import SharedEngine, SharedWork, Wanted
@@ -185,8 +186,14 @@ class ComparisonWork:
             resamples=made.config.resamples,
             overlaps=[self._overlap(self.whole[seed]) for seed in seeds],
             methods=[method.name for method in methods_of(replace(made, config=whole))],
+            chance=self._chance(),
             train_rows={task.name: count_examples(task.train_data) for task in made.base.tasks},
         )
+
+    def _chance(self) -> dict[str, float]:
+        """What guessing scores, of the tasks where that is known."""
+        scored = next((self._scores(one) for one in self.done), {})
+        return {task: chance for task, score in scored.items() if (chance := chance_of(score)) is not None}
 
     def _overlap(self, run: Pipeline) -> dict[str, Any]:
         grouping = run.group()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib import rc_context
 
+from cpift.estimates import Estimate
 from cpift.report_style import STYLE
 from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure
-from cpift.sweep_scores import Estimate
 
 _COLOURS = STYLE.partition("* {")[0].strip()  # the page's own names for ink and series, light and dark
 

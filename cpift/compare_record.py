@@ -16,7 +16,7 @@ import numpy as np
 
 from cpift.errors import ConfigError, Problem
 from cpift.files import write_text
-from cpift.measures import Scores, TaskItems, bootstrap
+from cpift.measures import References, Scores, TaskItems, bootstrap
 from cpift.untrusted import RECORD, parse_json, read_bytes
 
 BASE, PROBES = "θ0", "own probes"
@@ -42,6 +42,7 @@ class Header:
     overlaps: list[dict[str, Any]] = field(default_factory=list)  # a seed: jaccard, chance, groups
     methods: list[str] = field(default_factory=list)  # of the whole comparison, made or not
     train_rows: dict[str, int] = field(default_factory=dict)  # by task; empty in records from before they were counted
+    chance: dict[str, float] = field(default_factory=dict)  # what guessing scores, of choices; empty in older records
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Record:
         """A method's rows, one a seed, in the header's order of seeds."""
         found = {row.seed: row for row in self.rows if row.method == method}
         return [found[seed] for seed in self.header.seeds]
+
+    @property
+    def references(self) -> References:
+        """What every method is measured against."""
+        return References(BASE, PROBES, self.header.tasks, self.header.chance)
 
     def scores(self, methods: Sequence[str]) -> Scores:
         """Everything that intervals are computed from, for these methods."""

@@ -14,8 +14,8 @@ from rich.table import Table
 from cpift.compare_plots import curve, intervals
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record, record_text
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
-from cpift.measures import judged_tasks
-from cpift.sweep_scores import Estimate
+from cpift.estimates import Estimate
+from cpift.retention import DEFINITION, sentences
 from cpift.top_files import write_top
 
 _TITLES = {
@@ -132,11 +132,8 @@ def _reading(found: Findings) -> str:
     text = (
         f"Intervals are {100 * header.confidence:g} % each, over test rows (paired bootstrap, {header.resamples:,} "
         "draws) and seeds (jackknife), not adjusted for their number. They hold for this θ0 and this training data. "
-        "Retention is score ÷ the own probe's score of the same seed, of a loss the other way round."
+        f"{DEFINITION}"
     )
-    left_out = [task for task in header.tasks if task not in judged_tasks(found.scores, PROBES)]
-    if left_out:
-        text += f" Left out of retention, for their own probe scored nothing with some seed: {', '.join(left_out)}."
     if len(header.seeds) == 1:
         text += " **One seed: intervals are over test rows alone and say nothing about another training run.**"
     return text
@@ -259,6 +256,11 @@ def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, 
 
 def _curve_file(prefix: str, field: str) -> str:
     return f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
+
+
+def first_sentences(record: Record) -> list[str]:
+    """What has to be said before the table: of tasks that their own probes did not learn."""
+    return sentences(Findings(record).learning)
 
 
 def comparison_table(record: Record) -> Table:

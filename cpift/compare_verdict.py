@@ -14,21 +14,23 @@ from functools import cached_property
 import numpy as np
 
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.estimates import Estimate
 from cpift.measures import (
     Forgetting,
+    References,
     Scores,
     Seesaw,
     forgetting,
     forgetting_cut,
     imbalance,
+    learning,
     low_resource,
     mean_retention,
     ranks,
-    retention,
     seesaw,
     worst_retention,
 )
-from cpift.sweep_scores import Estimate
+from cpift.retention import Learning, judged, sentences
 
 FULL = "full SFT"
 REPLAYED = ("sequential SFT", "sequential SFT and replay")  # what CPI-FT's forgetting is measured against
@@ -86,6 +88,15 @@ class Findings:
     def scores(self) -> Scores:
         return self.record.scores([*self.methods, *self.record.of_kind("forgetting")])
 
+    @property
+    def references(self) -> References:
+        return self.record.references
+
+    @cached_property
+    def learning(self) -> dict[str, Learning]:
+        """What the own probes learnt of every task."""
+        return learning(self.scores, self.references)
+
     @cached_property
     def _ranks(self) -> dict[str, np.ndarray]:
         return ranks(self.scores, self.ranked)
@@ -103,11 +114,11 @@ class Findings:
             method=method,
             kind=self.kind(method),
             scores={task: scores.estimate(sign[task] * scores.of(method, task)) for task in scores.tasks},
-            mean=scores.estimate(mean_retention(scores, method, PROBES)),
-            worst=scores.estimate(worst_retention(scores, method, PROBES)),
+            mean=scores.estimate(mean_retention(scores, method, self.references)),
+            worst=scores.estimate(worst_retention(scores, method, self.references)),
             rank=scores.estimate(self._ranks[method]) if method in self._ranks else None,
             seesaw=seesaw(scores, method, BASE, PROBES),
-            imbalance=scores.estimate(imbalance(scores, method, PROBES, self.low)) if self.low else None,
+            imbalance=scores.estimate(imbalance(scores, method, self.references, self.low)) if self.low else None,
             tokens=_mean([row.tokens for row in rows]),
             seconds=_mean([row.seconds for row in rows]) or 0.0,
         )
@@ -115,16 +126,12 @@ class Findings:
     def against(self, method: str, rival: str) -> Against:
         """`method` less `rival`, paired by seed and test row."""
         mean, worst = (
-            self.scores.estimate(figure(self.scores, method, PROBES) - figure(self.scores, rival, PROBES))
+            self.scores.estimate(
+                figure(self.scores, method, self.references) - figure(self.scores, rival, self.references)
+            )
             for figure in (mean_retention, worst_retention)
         )
         return Against(method, rival, mean, worst)
-
-    def on_task(self, method: str, rival: str, task: str) -> Estimate:
-        """Retention of `method` less that of `rival` on one task."""
-        place = self.scores.tasks.index(task)
-        own, other = (retention(self.scores, name, PROBES)[:, place] for name in (method, rival))
-        return self.scores.estimate(own - other)
 
     # ---- forgetting --------------------------------------------------------------------------------------------------
 
@@ -161,7 +168,10 @@ class Findings:
 
     def verdict(self) -> list[str]:
         """What holds and what does not, most important first."""
-        rivals, found = [name for name in self.methods if self.kind(name) in ("sft", "merge")], []
+        found = sentences(self.learning)
+        if not judged(self.learning):
+            return found + self._of_forgetting()
+        rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
         for ours in self.recipes if rivals else []:
             found.append(self.aim(ours, rivals))
             found += [self.sentence(ours, rival) for rival in rivals if self.kind(rival) == "sft"]
@@ -202,7 +212,7 @@ class Findings:
         variants = self.record.of_kind("variant")
         if not variants:
             return []
-        best = max(variants, key=lambda name: float(mean_retention(self.scores, name, PROBES)[:, 0].mean()))
+        best = max(variants, key=lambda name: float(mean_retention(self.scores, name, self.references)[:, 0].mean()))
         picked = f"Of {len(variants)} variants “{best}” has the highest mean retention, picked by these very scores."
         told = [self.sentence(best, rival) for rival in rivals]
         return [f"{picked} {self.aim(best, rivals)}", *told]
@@ -211,7 +221,10 @@ class Findings:
         if not self.low:
             return []
         shown = [name for name in (FULL, f"{FULL}, balanced", OURS, RECOMMENDED) if self.has(name)]
-        of = {name: points(self.scores.estimate(imbalance(self.scores, name, PROBES, self.low))) for name in shown}
+        of = {
+            name: points(self.scores.estimate(imbalance(self.scores, name, self.references, self.low)))
+            for name in shown
+        }
         return [
             f"Retention of the low-resource tasks ({', '.join(self.low)}) less that of the others: "
             f"{'; '.join(f'{name} {text}' for name, text in of.items())}."

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 
-from cpift.sweep_scores import Estimate, t_quantile
+from cpift.estimates import Estimate, t_quantile
+from cpift.retention import Learning, judged, kept
 
 # Of the seeds at these places: the figure for the whole test set, then for every draw. [1 + draws]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -115,37 +116,52 @@ def _quantile(confidence: float, freedom: int) -> float:
     return t_quantile(0.5 + confidence / 2, max(freedom, 1))
 
 
+@dataclass(frozen=True)
+class References:
+    """What methods are measured against: the names of θ0 and of the own probes, each task's metric, and what guessing
+    scores where that is known."""
+
+    base: str
+    probes: str
+    metrics: Mapping[str, str]
+    chance: Mapping[str, float] = field(default_factory=dict)
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def retention(scores: Scores, method: str, probes: str) -> np.ndarray:
-    """[seeds, tasks, 1 + draws]: score ÷ the own probe's score; of losses the probe's ÷ the method's. NaN where the
-    probe scored nothing."""
-    own, probe = scores.of(method), scores.of(probes)
-    above, below = np.where(probe < 0, probe, own), np.where(probe < 0, own, probe)
-    return np.divide(above, below, out=np.full_like(own, np.nan), where=below != 0)
+    """[seeds, tasks, 1 + draws]: `retention.kept`."""
+    return kept(scores.of(method), scores.of(probes))
 
 
-def mean_retention(scores: Scores, method: str, probes: str) -> np.ndarray:
-    """[seeds, 1 + draws]: the mean over `judged_tasks`."""
-    return _judged(scores, method, probes).mean(axis=1)
+def learning(scores: Scores, references: References) -> dict[str, Learning]:
+    """What the own probes learnt of every task, over all seeds."""
+    found, (base, probes) = {}, (scores.of(references.base), scores.of(references.probes))
+    for place, task in enumerate(scores.tasks):
+        own, origin, metric = probes[:, place], base[:, place], references.metrics[task]
+        gain, chance = scores.estimate(own - origin), references.chance.get(task)
+        points = own[:, 0]
+        found[task] = Learning(
+            task, metric, float(points.mean()), float(origin[:, 0].mean()), chance, gain, bool((points != 0).all())
+        )
+    return found
 
 
-def worst_retention(scores: Scores, method: str, probes: str) -> np.ndarray:
-    """[seeds, 1 + draws]: of the task that is worst in this very run."""
-    return _judged(scores, method, probes).min(axis=1)
+def mean_retention(scores: Scores, method: str, references: References) -> np.ndarray:
+    """[seeds, 1 + draws]: the mean over judged tasks."""
+    return _judged(scores, method, references).mean(axis=1)
 
 
-def judged_tasks(scores: Scores, probes: str) -> list[str]:
-    """Tasks that retention has a value for: those whose own probe scored something with every seed."""
-    scored = (scores.of(probes)[..., 0] != 0).all(axis=0)
-    return [task for task, found in zip(scores.tasks, scored, strict=True) if found]
+def worst_retention(scores: Scores, method: str, references: References) -> np.ndarray:
+    """[seeds, 1 + draws]: of the judged task that is worst in this very run."""
+    return _judged(scores, method, references).min(axis=1)
 
 
-def _judged(scores: Scores, method: str, probes: str) -> np.ndarray:
-    places = [scores.tasks.index(task) for task in judged_tasks(scores, probes)]
-    kept = retention(scores, method, probes)
-    return kept[:, places] if places else np.full_like(kept[:, :1], np.nan)
+def _judged(scores: Scores, method: str, references: References) -> np.ndarray:
+    places = [scores.tasks.index(task) for task in judged(learning(scores, references))]
+    found = retention(scores, method, references.probes)
+    return found[:, places] if places else np.full_like(found[:, :1], np.nan)
 
 
 def low_resource(rows: Mapping[str, int]) -> list[str]:
@@ -153,16 +169,17 @@ def low_resource(rows: Mapping[str, int]) -> list[str]:
     return [task for task, count in rows.items() if 2 * count * len(rows) < sum(rows.values())]
 
 
-def imbalance(scores: Scores, method: str, probes: str, low: Sequence[str]) -> np.ndarray:
+def imbalance(scores: Scores, method: str, references: References, low: Sequence[str]) -> np.ndarray:
     """[seeds, 1 + draws]: mean retention of the low-resource tasks less that of the others; below zero, the small pay.
 
-    Over `judged_tasks`; NaN where no low-resource task, or no other, is among them.
+    Over judged tasks; NaN where no low-resource task, or no other, is among them.
     """
-    kept, judged = retention(scores, method, probes), judged_tasks(scores, probes)
-    parts = [[scores.tasks.index(task) for task in judged if (task in low) == side] for side in (True, False)]
+    found = retention(scores, method, references.probes)
+    tasks = judged(learning(scores, references))
+    parts = [[scores.tasks.index(task) for task in tasks if (task in low) == side] for side in (True, False)]
     if not all(parts):
-        return np.full_like(kept[:, 0], np.nan)
-    small, large = (kept[:, places].mean(axis=1) for places in parts)
+        return np.full_like(found[:, 0], np.nan)
+    small, large = (found[:, places].mean(axis=1) for places in parts)
     return np.asarray(small - large)
 
 

@@ -8,10 +8,11 @@ from rich import box
 from rich.table import Table
 
 from cpift.files import json_text
-from cpift.report_scores import ReportData, compare, standing, summary
+from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary
+from cpift.retention import learning_of, sentences
 from cpift.top_files import RUN_FILES, write_top
 
-__all__ = ["ReportData", "scores_table", "summary", "write_run"]
+__all__ = ["ReportData", "first_sentences", "scores_table", "summary", "write_run"]
 
 
 def write_run(data: ReportData, folder: Path) -> Path:
@@ -26,19 +27,27 @@ def write_run(data: ReportData, folder: Path) -> Path:
     return folder / RUN_FILES[-1]
 
 
+def first_sentences(data: ReportData) -> list[str]:
+    """What has to be said before the table: of tasks that their own probes did not learn."""
+    return sentences(learning_of(data.tasks, data.scores))
+
+
 def scores_table(data: ReportData) -> Table:
     """Scores of every model on every task for the terminal; the best of each column is bold."""
+    marks = left_out_marks(data)
+    note = f"\n{LEFT_OUT} Its own probe did not learn it: in no mean, and not the worst task." if marks else ""
     table = Table(
         title=f"{data.name}: test scores",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         caption="Above: metric in %, higher is better. Below: loss per answer token.\n"
-        "Retention: score ÷ the own probe's, or the ratio of losses. Bold: best.",
+        f"Retention: score ÷ the own probe's, of losses the other way round. Bold: best.{note}",
     )
     table.add_column("model", no_wrap=True)
     for task in data.tasks:
         metric = data.scores[data.models[0]][task]["metric"]
-        table.add_column(task + ("" if metric == "loss" else f"\n{metric}") + "\n[dim]loss[/dim]", justify="right")
+        below = ("" if metric == "loss" else f"\n{metric}") + "\n[dim]loss[/dim]"
+        table.add_column(f"{task}{marks.get(task, '')}{below}", justify="right")
     table.add_column("mean\nreten-\ntion", justify="right")
     table.add_column("worst\ntask", justify="right")
     for model in data.models:

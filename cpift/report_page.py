@@ -10,7 +10,8 @@ from typing import Any
 
 from cpift import report_plots as plots
 from cpift.report_parts import document, duration, figure, table
-from cpift.report_scores import ReportData, Score, compare, probe_of, retention, standing, verdict
+from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, verdict
+from cpift.retention import DEFINITION, Score, probe_of
 
 _SECTIONS = {
     "scores": "Scores",
@@ -70,7 +71,8 @@ def _verdict(data: ReportData) -> str:
 def _scores(data: ReportData) -> str:
     first = data.scores[data.models[0]]
     heads = [
-        f"{escape(task)}<br><small>{_METRICS[first[task]['metric']]}<br>{first[task]['rows']} rows</small>"
+        f"{escape(task)}{left_out_marks(data).get(task, '')}<br><small>{_METRICS[first[task]['metric']]}<br>"
+        f"{first[task]['rows']} rows</small>"
         for task in data.tasks
     ]
     rows = [_scores_row(data, model) for model in data.models]
@@ -94,7 +96,7 @@ def _score_cell(data: ReportData, model: str, task: str) -> str:
     main = f"{score['loss']:.3f}" if score["score"] is None else f"{100 * score['score']:.1f}"
     kept = retention(data, model, task)
     notes = [f"loss {score['loss']:.3f}"] if score["score"] is not None else []
-    notes += [f"{kept.value:.0%}{'†' if kept.by_loss else ''}"] if kept else []
+    notes += [] if kept is None else [f"{kept:.0%}"]
     own = ' class="own"' if model == probe_of(task) else ""
     text = f"<strong>{main}</strong>" if best else main
     return f"<td{own}>{_marks(data, model, task, score)}{text}<small>{' · '.join(notes)}</small></td>"
@@ -117,12 +119,12 @@ def _mark(symbol: str, kind: str, label: str) -> str:
 
 
 def _scores_legend(data: ReportData) -> str:
-    by_loss = any((kept := retention(data, data.models[-1], task)) and kept.by_loss for task in data.tasks)
-    note = " † A ratio of losses, probe ÷ model: the metric is the loss, or the probe scored 0." if by_loss else ""
+    out = left_out_marks(data)
+    note = f" {LEFT_OUT} The own probe did not learn the task: no retention, and in no mean." if out else ""
     return (
         '<p class="muted">▲ better, ▼ worse than the pre-trained θ0 (base); ★ better than the task\'s own probe, whose '
         "cell is dashed; bold: best of the column. Marks compare the metric where there is one, else the loss. "
-        f"Retention is the score divided by that of the task's own probe.{note}</p>"
+        f"{DEFINITION}{note}</p>"
     )
 
 

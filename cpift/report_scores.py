@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, Protocol
 
-Score = dict[str, Any]
+import numpy as np
+
+from cpift.retention import (
+    DEFINITION,
+    Score,
+    judged,
+    kept,
+    larger_is_better,
+    learning_of,
+    probe_of,
+    sentences,
+)
+
+LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class ReportData:
     config_yaml: str
     models: list[str]  # in the order shown: "base", "probe <task>"…, "backbone" (when staged), "fused", "final"
     tasks: list[str]
-    scores: dict[str, dict[str, Score]]  # model -> task -> metric, score, loss, tokens, rows
+    scores: dict[str, dict[str, Score]]  # model -> task -> `retention.condensed`
     jaccard: list[list[float]]
     chance: float
     tau: float
@@ -46,45 +59,36 @@ class Scored(Protocol):
 
 
 @dataclass(frozen=True)
-class Retention:
-    """One model on one task, relative to the task's own probe: 1 is as good."""
-
-    value: float
-    by_loss: bool  # probe's loss ÷ model's loss, because the metric is the loss or the probe scored 0
-
-
-@dataclass(frozen=True)
 class Standing:
-    """One model over all tasks."""
+    """One model over all judged tasks."""
 
     mean: float
     worst_task: str
     worst: float
 
 
-def probe_of(task: str) -> str:
-    """The title of a task's probe among the models."""
-    return f"probe {task}"
-
-
-def retention(data: Scored, model: str, task: str) -> Retention | None:
-    """Score of `model` ÷ score of the task's own probe; None where the task has no probe or the ratio no meaning."""
-    own, probe = data.scores[model].get(task), data.scores.get(probe_of(task), {}).get(task)
-    if own is None or probe is None:
+def retention(data: Scored, model: str, task: str) -> float | None:
+    """Of `model` on a judged task; None of another one, or where the task has no probe."""
+    learnt, own = learning_of([task], data.scores).get(task), data.scores[model].get(task)
+    if learnt is None or own is None or learnt.left_out:
         return None
-    if probe["score"]:
-        return Retention(own["score"] / probe["score"], by_loss=False)
-    return Retention(probe["loss"] / own["loss"], by_loss=True) if own["loss"] > 0 else None
+    value = float(kept(np.array(larger_is_better(own)), np.array(learnt.probe)))
+    return value if math.isfinite(value) else None
 
 
 def standing(data: Scored, model: str) -> Standing | None:
-    """Mean retention and the worst task; None where a task's retention is unknown."""
-    found = {task: retention(data, model, task) for task in data.tasks}
-    values = {task: one.value for task, one in found.items() if one is not None}
-    if len(values) < len(data.tasks):
+    """Mean retention and the worst task of the judged ones; None where there are none, or a probe was not scored."""
+    learning = learning_of(data.tasks, data.scores)
+    values = {task: one for task in judged(learning) if (one := retention(data, model, task)) is not None}
+    if not values or len(learning) < len(data.tasks) or len(values) < len(judged(learning)):
         return None
     worst = min(values, key=lambda task: values[task])
     return Standing(mean(values.values()), worst, values[worst])
+
+
+def left_out_marks(data: Scored) -> dict[str, str]:
+    """By task that is in no mean, for its probe did not learn it: the sign to put beside its name."""
+    return {task: LEFT_OUT for task, one in learning_of(data.tasks, data.scores).items() if one.left_out}
 
 
 def compare(one: Score, other: Score) -> int:
@@ -97,16 +101,23 @@ def compare(one: Score, other: Score) -> int:
 def summary(data: ReportData) -> dict[str, Any]:
     """The run in figures, for machines."""
     standings = {model: standing(data, model) for model in data.models}
+    learning = learning_of(data.tasks, data.scores)
     return {
         "name": data.name,
         "tasks": data.tasks,
+        "retention": {
+            "definition": DEFINITION,
+            "tasks": judged(learning),
+            "left_out": {task: one.left_out for task, one in learning.items() if one.left_out},
+            "not_shown": {task: one.not_shown for task, one in learning.items() if one.not_shown},
+        },
         "models": {
             model: {
                 "mean_retention": found.mean if found else None,
                 "worst_task": found.worst_task if found else None,
                 "worst_retention": found.worst if found else None,
                 "mean_loss": mean(score["loss"] for score in data.scores[model].values()),
-                "scores": data.scores[model],
+                "scores": {task: _plain(score) for task, score in data.scores[model].items()},
             }
             for model, found in standings.items()
         },
@@ -117,17 +128,22 @@ def summary(data: ReportData) -> dict[str, Any]:
     }
 
 
+def _plain(score: Score) -> Score:
+    """A score as JSON has it."""
+    return score | ({"gain": asdict(score["gain"])} if "gain" in score else {})
+
+
 def verdict(data: ReportData) -> list[str]:
-    """Sentences that say what the last model did against each of the others, and how little one run proves."""
-    final = data.models[-1]
-    sentences = []
+    """What the probes learnt, if that is in doubt; what the last model did against each of the others; and how little
+    one run proves."""
+    final, found = data.models[-1], sentences(learning_of(data.tasks, data.scores))
     for rival, name in (("base", "θ0"), ("fused", "the fused model"), ("backbone", "the backbone alone")):
         if rival in data.models and rival != final:
-            sentences.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))
+            found.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))
     probes = {task: probe_of(task) for task in data.tasks if probe_of(task) in data.models}
     if probes:
-        sentences.append(_against(data, final, "each task's own probe", probes))
-    return [*sentences, _caveat(data, final)]
+        found.append(_against(data, final, "each task's own probe", probes))
+    return [*found, _caveat(data, final)]
 
 
 def _against(data: ReportData, model: str, name: str, rivals: Mapping[str, str]) -> str:

@@ -118,22 +118,19 @@ def add_card(run: Pipeline, kind: str, groups: Sequence[Sequence[str]], artifact
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
     """Gather what the report shows from the artifacts of a finished run."""
     from cpift.report import ReportData
+    from cpift.retention import condensed
 
     grouping = run.group()
     regions = read_summary(run.artifacts.regions.path)["regions"]
     model = Checkpoint(run.artifacts.base.path)
     made = artifacts_of(run)
     record = read_json(made["fuse"].path / FUSION_RECORD)
-    kept = ("metric", "score", "loss", "tokens", "rows")
     return ReportData(
         name=run.config.name,
         config_yaml=dump_config(run.config),
         models=list(scores),
         tasks=[task.name for task in run.config.tasks],
-        scores={
-            title: {task: {key: one[key] for key in kept} for task, one in found.items()}
-            for title, found in scores.items()
-        },
+        scores=condensed(scores),
         jaccard=grouping.jaccard.tolist(),
         chance=grouping.chance,
         tau=grouping.tau,

@@ -30,6 +30,7 @@ from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe
 from cpift.sweep_fits import cpus_for, fits_in_tasks
 from cpift.sweep_keep import Keeper
+from cpift.sweep_learning import require_objectives
 from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep_results import all_there, own_artifacts
@@ -83,6 +84,7 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     trials = merged(points, runs)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
     shared.complete([run for trial in trials for run in trial.runs])
+    require_objectives(sweep, trials[0].runs)
     todo, results = [trial.fields for trial in trials if not _done(sweep, trial)], {}
     keeper = Keeper(sweep, pipeline, todo)
     if todo:

@@ -106,6 +106,11 @@ def scored_models(run: Pipeline, model: str) -> list[Model]:
     return shared_models(run) + trial_models(run, model)
 
 
+def scores_of(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+    """Scores by model and task, which must be there."""
+    return {model.title: read_json(run.artifacts.evaluate(model).path / "scores.json") for model in models}
+
+
 def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Any]] | None:
     """Scores by model and task of a trial that has made them all, be its models' weights there or dropped."""
     scored = {one.title: run.artifacts.evaluate(one) for one in scored_models(run, model)}

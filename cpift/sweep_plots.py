@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
+from cpift.estimates import Estimate
 from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, new_figure, series_style
-from cpift.sweep_scores import Estimate, Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
+from cpift.sweep_scores import Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
 
 
 @rc_context(PLOT_STYLE)

@@ -7,9 +7,10 @@ from html import escape
 from typing import Any
 
 from cpift import sweep_plots as plots
+from cpift.estimates import Estimate
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import shown
-from cpift.sweep_scores import Estimate, SweepData, TrialRow, best_trial, judged, pareto_front, trial_at, values_at
+from cpift.sweep_scores import SweepData, TrialRow, best_trial, judged, pareto_front, trial_at, values_at
 from cpift.sweep_verdict import values_of, verdict
 
 _PANELS = 6  # dendrograms shown at once; the others fold away

@@ -14,25 +14,17 @@ from rich.table import Table
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config
-from cpift.files import json_text, read_json
+from cpift.estimates import Estimate, estimates
+from cpift.files import json_text
 from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
+from cpift.retention import DEFINITION
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep, describe, shown
-from cpift.sweep_plan import backbone_models, own_models, shared_models, trial_models
+from cpift.sweep_learning import learning_said
+from cpift.sweep_plan import backbone_models, own_models, scores_of, shared_models, trial_models
 from cpift.sweep_record import Attempt
-from cpift.sweep_scores import (
-    Estimate,
-    Overlaps,
-    Reuse,
-    SweepData,
-    TrialRow,
-    best_trial,
-    estimates,
-    figures,
-    judged,
-    pareto_front,
-)
+from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, judged, pareto_front
 from cpift.sweep_verdict import values_of
 from cpift.top_files import SWEEP_FILES, write_top
 
@@ -73,6 +65,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         overlaps=_overlaps(done),
         reuse=_reuse(sweep, done),
         points=sum(len(attempt.points) for attempt in attempts),
+        learning=learning_said([run for one in done for run in one.runs]),
         started=min((str(run.artifacts.regions.manifest()["started"]) for one in done for run in one.runs), default=""),
     )
     best = best_trial(data)
@@ -122,10 +115,6 @@ def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     yield from own_artifacts(sweep, run)
 
 
-def _scores(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
-    return {model.title: read_json(run.artifacts.evaluate(model).path / "scores.json") for model in models}
-
-
 def _figures(
     sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Pipeline], list[Model]]
 ) -> dict[str, dict[str, Estimate]]:
@@ -133,7 +122,7 @@ def _figures(
     found: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         chosen = models(run)
-        scores = _scores(run, [*shared_models(run), *chosen])
+        scores = scores_of(run, [*shared_models(run), *chosen])
         for model in chosen:
             tasks = [task.name for task in run.config.tasks]
             found.setdefault(model.title, []).append(figures(scores, tasks, model.title))
@@ -214,6 +203,7 @@ def summary(data: SweepData) -> dict[str, Any]:
     best = best_trial(data)
     return {
         "name": data.name,
+        "retention": {"definition": DEFINITION, "said": data.learning},
         "points": data.points,
         "seeds": data.seeds,
         "confidence": data.confidence,

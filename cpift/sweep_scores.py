@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
-from cpift.report_scores import Score, retention, standing
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One figure over repeats with other seeds. The interval is Student's; None with a single value."""
-
-    values: list[float]
-    mean: float
-    low: float | None
-    high: float | None
+from cpift.estimates import Estimate
+from cpift.report_scores import retention, standing
+from cpift.retention import Score
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,7 @@ class SweepData:
     reuse: list[Reuse]
     points: int
     started: str
+    learning: list[str] = field(default_factory=list)  # sentences on tasks that their own probe did not learn
 
 
 @dataclass(frozen=True)
@@ -99,43 +91,8 @@ def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], mod
         kept = retention(run, model, task)
         found[f"task.{task}.loss"] = own[task]["loss"]
         found |= {f"task.{task}.score": own[task]["score"]} if own[task]["score"] is not None else {}
-        found |= {f"task.{task}.retention": kept.value} if kept is not None else {}
+        found |= {f"task.{task}.retention": kept} if kept is not None else {}
     return found
-
-
-def estimate(values: Sequence[float], confidence: float) -> Estimate:
-    """Mean and the two-sided t interval over independent repeats."""
-    middle = mean(values)
-    if len(values) < 2:
-        return Estimate(list(values), middle, None, None)
-    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Estimate(list(values), middle, middle - half, middle + half)
-
-
-def estimates(repeats: Sequence[Mapping[str, float]], confidence: float) -> dict[str, Estimate]:
-    """Each figure that all repeats have."""
-    shared = [name for name in repeats[0] if all(name in one for one in repeats)] if repeats else []
-    return {name: estimate([one[name] for one in repeats], confidence) for name in shared}
-
-
-def t_quantile(q: float, freedom: int) -> float:
-    """Quantile q > ½ of Student's t distribution, to about 1e-9: bisection on its distribution function."""
-    low, high = 0.0, 1.0
-    while _t_distribution(high, freedom) < q:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_distribution(middle, freedom) < q else (low, middle)
-    return (low + high) / 2
-
-
-def _t_distribution(t: float, freedom: int) -> float:
-    """P(T ≤ t), t ≥ 0: with θ = atan(t/√ν) it is ½ + c·∫₀^θ cos^(ν−1), by Simpson's rule."""
-    constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    width, parts = math.atan(t / math.sqrt(freedom)), 400
-    weights = [1, *[4, 2] * (parts // 2 - 1), 4, 1]
-    area = sum(w * math.cos(i * width / parts) ** (freedom - 1) for i, w in enumerate(weights)) * width / parts / 3
-    return 0.5 + constant * area
 
 
 def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:

@@ -88,7 +88,7 @@ def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
     names = [objective.figure for objective in sweep.config.objectives]
     for name in names:
         if any(name not in one for one in found):
-            raise StageError(f"{name} is unknown: a loss of exactly 0 leaves no ratio to judge by")
+            raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is exactly 0)")
     return {name: mean(one[name] for one in found) for name in names}
 
 

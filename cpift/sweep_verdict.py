@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cpift.estimates import Estimate
 from cpift.sweep_config import shown
-from cpift.sweep_scores import Estimate, SweepData, TrialRow, best_trial, judged
+from cpift.sweep_scores import SweepData, TrialRow, best_trial, judged
 
 
 def verdict(data: SweepData) -> list[str]:
@@ -13,7 +14,7 @@ def verdict(data: SweepData) -> list[str]:
     best = best_trial(data)
     if best is None:
         return ["No trial has finished: there is nothing to compare."]
-    return [_what_was_tried(data), *_best(data, best), *_rivals(data, best), *_caveats(data)]
+    return [*data.learning, _what_was_tried(data), *_best(data, best), *_rivals(data, best), *_caveats(data)]
 
 
 def _what_was_tried(data: SweepData) -> str:

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from cpift.estimates import t_quantile
 from cpift.measures import (
+    References,
     Scores,
     TaskItems,
     bootstrap,
@@ -15,7 +17,7 @@ from cpift.measures import (
     forgetting_cut,
     imbalance,
     interval,
-    judged_tasks,
+    learning,
     low_resource,
     mean_retention,
     ranks,
@@ -23,7 +25,9 @@ from cpift.measures import (
     seesaw,
     worst_retention,
 )
-from cpift.sweep_scores import t_quantile
+from cpift.retention import judged
+
+REFERENCES = References("θ0", "p", dict.fromkeys("abc", "number"))
 
 
 def scores_of(values: dict[str, list[list[float]]], tasks: tuple[str, ...] = ("a", "b")) -> Scores:
@@ -85,19 +89,19 @@ def test_intervals_cover_what_they_say(seeds: int, between: float, noise: float)
 
 
 def test_retention_of_scores_and_losses() -> None:
-    scores = scores_of({"p": [[0.5, -2.0]], "x": [[0.25, -4.0]], "z": [[0.5, -1.0]]})
+    scores = scores_of({"θ0": [[0.1, -5.0]], "p": [[0.5, -2.0]], "x": [[0.25, -4.0]], "z": [[0.5, -1.0]]})
     np.testing.assert_allclose(retention(scores, "x", "p")[0, :, 0], [0.5, 0.5])
-    assert mean_retention(scores, "z", "p")[0, 0] == 1.5
-    assert worst_retention(scores, "z", "p")[0, 0] == 1.0
+    assert mean_retention(scores, "z", REFERENCES)[0, 0] == 1.5
+    assert worst_retention(scores, "z", REFERENCES)[0, 0] == 1.0
 
 
 def test_retention_has_no_value_where_the_probe_scored_nothing() -> None:
-    scores = scores_of({"p": [[0.0, 0.5]], "x": [[0.2, 0.5]]})
+    scores = scores_of({"θ0": [[0.0, 0.1]], "p": [[0.0, 0.5]], "x": [[0.2, 0.5]]})
     assert np.isnan(retention(scores, "x", "p")[0, 0]).all()
-    assert judged_tasks(scores, "p") == ["b"]
-    assert mean_retention(scores, "x", "p")[0, 0] == 1
-    nothing = scores_of({"p": [[0.0, 0.0]], "x": [[0.2, 0.5]]})
-    assert nothing.estimate(mean_retention(nothing, "x", "p")).low is None
+    assert judged(learning(scores, REFERENCES)) == ["b"]
+    assert mean_retention(scores, "x", REFERENCES)[0, 0] == 1
+    nothing = scores_of({"θ0": [[0.0, 0.1]], "p": [[0.0, 0.0]], "x": [[0.2, 0.5]]})
+    assert nothing.estimate(mean_retention(nothing, "x", REFERENCES)).low is None
 
 
 def test_ranks_share_ties() -> None:
@@ -142,7 +146,7 @@ def test_low_resource_tasks_are_set_against_the_others() -> None:
     assert low_resource({"a": 600, "b": 600, "c": 100, "d": 300}) == ["c"]
     assert low_resource({"a": 600, "b": 500}) == []
     tasks = ("a", "b", "c")
-    scores = scores_of({"probes": [[0.5, 0.8, 0.5]], "x": [[0.5, 0.4, 0.2]]}, tasks)
-    np.testing.assert_allclose(imbalance(scores, "x", "probes", ["c"])[:, 0], [0.4 - (1.0 + 0.5) / 2])
-    nothing = scores_of({"probes": [[0.5, 0.8, 0.0]], "x": [[0.5, 0.4, 0.2]]}, tasks)
-    assert np.isnan(imbalance(nothing, "x", "probes", ["c"])).all()
+    scores = scores_of({"θ0": [[0.1, 0.1, 0.1]], "p": [[0.5, 0.8, 0.5]], "x": [[0.5, 0.4, 0.2]]}, tasks)
+    np.testing.assert_allclose(imbalance(scores, "x", REFERENCES, ["c"])[:, 0], [0.4 - (1.0 + 0.5) / 2])
+    nothing = scores_of({"θ0": [[0.1, 0.1, 0.1]], "p": [[0.5, 0.8, 0.0]], "x": [[0.5, 0.4, 0.2]]}, tasks)
+    assert np.isnan(imbalance(nothing, "x", REFERENCES, ["c"])).all()

@@ -39,7 +39,7 @@ class Here:
     def evaluate(self, models: dict[str, Path], on_result: Any, on_progress: Any) -> None:
         for title, path in models.items():
             weights = load_file(path / "model.safetensors")
-            loss = 1.0 + sum(float(tensor.abs().mean()) for tensor in weights.values())
+            loss = 1.0 + 1 / sum(float(tensor.abs().mean()) for tensor in weights.values())  # noise "learns"
             score = {"metric": "loss", "score": None, "loss": loss, "tokens": 1, "rows": 1}
             on_result(title, {"scores": {t.name: score for t in self._config.tasks}, "seconds": 1.0, "device": "cpu"})
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cpift.estimates import estimate
 from cpift.sweep_plots import leaf_order, single_linkage
 from cpift.sweep_report import sweep_page
 from cpift.sweep_results import failures, results_table, summary, write_results
-from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, estimate, figures, pareto_front
+from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, pareto_front
 from cpift.sweep_verdict import verdict
 
 from .test_report import Page
