@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cpift.config_identity import identity
 from cpift.config_inputs import Precision, Section
+from cpift.redaction import is_variable
 
 Metric = Literal["loss", "choice", "number", "rouge", "judge"]
 
@@ -25,6 +26,17 @@ class JudgeConfig(Section):
         **identity("evaluate"),
         description="system prompt; must ask for a last line 'Rating: N', N from 0 to 10; default: a general one",
     )
+
+    @model_validator(mode="after")
+    def _names_a_variable(self) -> JudgeConfig:
+        """Not a check of the field alone, whose error would show its value."""
+        if not is_variable(self.key_variable):
+            raise ValueError(
+                "key_variable is no name of an environment variable (A-Z, 0-9 and _): name the variable that holds the "
+                "key, and put the key into that; a key does not belong into a config"
+            )
+        return self
+
     max_tokens: int = Field(300, **identity("evaluate"), ge=1)
     parallel: int = Field(4, **identity(), ge=1, description="questions at a time")
     timeout: float = Field(120, **identity(), gt=0, description="seconds for one answer")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from cpift.config import RunConfig
 from cpift.config_paths import is_path, resolve_paths
 from cpift.errors import ConfigError, Problem
+from cpift.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted import UnreadableError
 from cpift.untrusted_yaml import parse_yaml, read_yaml_file
 
@@ -60,7 +61,18 @@ def check_fields(raw: dict[str, Any], subject: str, problems: Sequence[Problem] 
     _validated(raw, subject, list(problems))
 
 
+def secret_problems(raw: Any) -> list[Problem]:
+    """Passwords and keys in what a file holds, by field; they are not repeated."""
+    what = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
+    remedy = (
+        "take it out and set it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for an object store, "
+        "the variable that evaluation.judge.key_variable names for a judge, HF_TOKEN for the hub"
+    )
+    return [Problem(field, what, remedy) for field in secret_fields(raw)]
+
+
 def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> RunConfig:
+    problems = [*problems, *secret_problems(raw)]
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -71,8 +83,13 @@ def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> Ru
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole config as YAML, defaults included: what a run was really made with."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    """The whole config as YAML, defaults included: what a run was really made with, but for secrets."""
+    return dump_fields(config.model_dump(mode="json", exclude_none=True))
+
+
+def dump_fields(fields: Any) -> str:
+    """Fields of a file as YAML, in their order, without secrets."""
+    return yaml.safe_dump(redacted_values(fields), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -97,17 +114,18 @@ def _changed(raw: dict[str, Any], fields: Mapping[str, Any]) -> list[Problem]:
 def _override(raw: dict[str, Any], text: str) -> Problem | None:
     """Set `a.b=value` (value read as YAML) in the raw mapping; list elements by number: `tasks.0.name=x`."""
     key, equals, value = text.partition("=")
+    where = f"--set {key}={HIDDEN}" if holds_secret(text) else f"--set {text}"
     if not equals:
-        return Problem(f"--set {text}", "has no '='", "write it as field.name=value")
+        return Problem(where, "has no '='", "write it as field.name=value")
     try:
         parsed = parse_yaml(value)
     except UnreadableError as error:
-        return error.problem(f"--set {text}")
+        return error.problem(where)
     name, value = key.strip(), value.strip()
     if is_path(name) and parsed not in (None, value) and value[:1] not in ("'", '"'):
         what = f"is read as YAML, where this is {parsed!r}"
-        return Problem(f"--set {text}", what, f"put a path in quotes of its own: --set '{name}=\"...\"'")
-    return _set_field(raw, name, parsed, f"--set {text}")
+        return Problem(where, what, f"put a path in quotes of its own: --set '{name}=\"...\"'")
+    return _set_field(raw, name, parsed, where)
 
 
 def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Problem | None:
@@ -129,10 +147,14 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Model:
     """The model that a file's fields make. Raises ConfigError with every problem of them."""
+    problems = secret_problems(raw)
     try:
-        return model.model_validate(raw)
+        made = model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(subject, [problem_of(details, model) for details in error.errors()]) from None
+        problems += [problem_of(details, model) for details in error.errors()]
+    if problems:
+        raise ConfigError(subject, problems)
+    return made
 
 
 def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> Problem:
@@ -147,7 +169,7 @@ def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -
     if details["type"] == "missing":
         return Problem(where, "is required", "add it")
     value = details.get("input")
-    shown = "" if isinstance(value, (dict, list, BaseModel)) else f"{value!r}: "
+    shown = "" if isinstance(value, (dict, list, BaseModel)) or holds_secret(str(value)) else f"{value!r}: "
     message = details["msg"].removeprefix("Value error, ")
     return Problem(where, shown + message[0].lower() + message[1:])
 

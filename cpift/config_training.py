@@ -207,17 +207,6 @@ class ResourcesConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _without_secrets(self) -> ResourcesConfig:
-        """Configs are shown in reports and logs. Not a check of the field alone, whose error would show its value."""
-        place, _, options = (self.storage or "").partition("?")
-        if "://" in place and ("@" in place.split("/")[2] or "secret_key=" in options):
-            raise ValueError(
-                "storage holds keys, which do not belong into a config: leave them out of the URI and set "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment of the nodes"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _elastic(self) -> ResourcesConfig:
         least = 2 if self.strategy == "fsdp" else 1
         if self.min_workers is not None and not least <= self.min_workers <= self.workers:

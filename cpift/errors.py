@@ -6,9 +6,14 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpift.redaction import redacted
+
 
 class CpiftError(Exception):
-    """An error that its message fully explains; no traceback helps."""
+    """An error that its message fully explains; no traceback helps. Its text holds no secrets."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else "")
+        return redacted(f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else ""))
 
 
 _REMEDIES = {
@@ -35,7 +40,7 @@ def told(error: OSError) -> str | None:
     if error.errno not in _REMEDIES or error.filename is None:
         return None
     kept = "; what was finished is kept, and the same command goes on"
-    return f"{error.filename}: {error.strerror} → {_REMEDIES[error.errno]}{kept}"
+    return redacted(f"{error.filename}: {error.strerror} → {_REMEDIES[error.errno]}{kept}")
 
 
 class ProblemsError(CpiftError):

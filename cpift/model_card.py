@@ -9,6 +9,7 @@ from typing import Any
 
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 from cpift.files import write_text
+from cpift.redaction import redacted
 from cpift.untrusted import UnreadableError
 
 _KINDS = {
@@ -57,7 +58,7 @@ def model_card(
         "## Limits\n\nOne run with one seed. Its scores on held-out rows are in the run's report; nothing else about "
         "its behaviour was tested, and what θ0 gets wrong it may get wrong too.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return redacted("\n\n".join(parts) + "\n")
 
 
 def license_of(folder: Path | None) -> str | None:

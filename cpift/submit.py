@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from cpift.config_loading import check_fields, read_yaml
+from cpift.config_loading import check_fields, read_yaml, secret_problems
 from cpift.config_paths import expanded
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
 from cpift.files import file_sha256
@@ -56,6 +56,7 @@ def package(config: Path, overrides: Sequence[str], output: str | None, folder: 
     working_dir = folder / "job"
     (working_dir / "data").mkdir(parents=True)
     problems = list(_ship_data(run, origin.absolute().parent, working_dir / "data"))
+    problems += secret_problems({"--set": list(overrides), "--output": output, "sweep": {**raw, "run": None}})
     problems += _local_paths(run) + _check_output(raw, run, output, sweep)
     check_fields(run, str(origin), problems)
     (working_dir / CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")

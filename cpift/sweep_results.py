@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.table import Table
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
-from cpift.config_loading import dump_config
+from cpift.config_loading import dump_config, dump_fields
 from cpift.estimates import Estimate, estimates
 from cpift.files import json_text
 from cpift.grouping import Grouping
@@ -185,8 +184,7 @@ def _space(sweep: Sweep, attempts: Sequence[Attempt]) -> dict[str, list[Any]]:
 
 
 def _sweep_yaml(sweep: Sweep) -> str:
-    fields = sweep.config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    return dump_fields(sweep.config.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
 
 
 def write_results(data: SweepData, folder: Path) -> Path:

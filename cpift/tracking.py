@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cpift.config import Tracker
 from cpift.errors import Problem
+from cpift.redaction import RedactingFormatter, is_secret_variable
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -44,9 +45,13 @@ def tracked(trackers: Sequence[Tracker], title: str, folder: Path) -> Iterator[l
 
 
 def tracker_variables(trackers: Sequence[Tracker]) -> dict[str, str]:
-    """What this process's environment says to the trackers, for workers on other machines."""
+    """What this process's environment says to the trackers, for workers on other machines.
+
+    Without keys and passwords: Ray shows what it is given. Nodes have those in their own environment.
+    """
     wanted = tuple(f"{name.upper()}_" for name in trackers if name != "tensorboard")
-    return {name: value for name, value in os.environ.items() if wanted and name.startswith(wanted)}
+    meant = {name: value for name, value in os.environ.items() if wanted and name.startswith(wanted)}
+    return {name: value for name, value in meant.items() if not is_secret_variable(name, value)}
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def log_file(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = path.open("a", encoding="utf-8")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(RedactingFormatter(_FORMAT))
     root, own = logging.getLogger(), logging.getLogger("cpift")
     root.addHandler(handler)
     level = own.level

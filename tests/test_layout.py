@@ -37,6 +37,7 @@ LAYERS = [
         "examples",
         "hub",
         "placement",
+        "redaction",
         "tensor_names",
         "text_metrics",
         "turns",
