@@ -82,8 +82,24 @@ def tied_names(folder: Path) -> Mapping[str, str]:
 
     The class decides which they are and config.json, with the class's defaults, whether. Raises CheckpointError.
     """
+    config = model_config(folder)
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    if not any(getattr(part, "tie_word_embeddings", False) for part in parts):
+        return {}  # without building the model
     tied: Mapping[str, str] = skeleton(folder).all_tied_weights_keys
     return tied
+
+
+def embedding_names(folder: Path) -> tuple[str, ...]:
+    """Parameters with a row for every token: of input embedding and output layer. Raises CheckpointError."""
+    network = skeleton(folder)
+    ends = [id(module) for module in (network.get_input_embeddings(), network.get_output_embeddings())]
+    return tuple(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if id(module) in ends
+        for name, _ in module.named_parameters()
+    )
 
 
 def stored_transposed(folder: Path, module: str) -> bool | None:

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from cpift.architecture import tied_names
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
 from cpift.files import digest, file_sha256, read_json, remember_sha256, write_json
 from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
+from cpift.tying import untied_config
 from cpift.units import show_size
 
 _RECORDS = {
@@ -217,7 +219,7 @@ def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], tor
         writer.close()
     shards = [Shard(f.name, tuple(i for i in model.tensors.values() if i.file == f)) for f in model.files]
     write_index(shards, out)
-    copy_companions(model.folder, out)
+    copy_companions(model, out)
 
 
 def companions(folder: Path) -> Iterator[Path]:
@@ -234,6 +236,12 @@ def companions(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    for path in companions(source):
+def copy_companions(model: Checkpoint, out: Path) -> None:
+    """Copy a model's small files; where its tied tensors are apart, the copy's config.json ties them no longer."""
+    for path in companions(model.folder):
         shutil.copyfile(path, out / path.name)
+    if model.is_apart and model.ties:
+        write_json(out / "config.json", untied_config(model.config))
+        if tied := tied_names(out):
+            names = ", ".join(tied)
+            raise StageError(f"{out / 'config.json'}: its class ties {names} whatever its configuration says")

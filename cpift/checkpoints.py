@@ -6,7 +6,8 @@ Tensors are read through a memory map, whole or in slices: a model is never whol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 
 from cpift.errors import CheckpointError, Problem
 from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.tying import tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _SCAN = 1 << 22  # elements looked at together
 
 
@@ -32,10 +33,9 @@ class Checkpoint:
     an index of others, an unsupported dtype.
     """
 
-    _alias: TensorInfo | None = None  # a tied output layer that the file holds a second time
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, ties: Mapping[str, str] | None = None, apart: bool = False):
+        """ties: what `tied_in` says, if it is known. apart: tied names are tensors too, with the same values."""
+        self.folder, self.is_apart = folder, apart
         self._maps: dict[Path, MappedFile] = {}
         problems: list[Problem] = []
         self.tensors: dict[str, TensorInfo] = {}
@@ -44,11 +44,13 @@ class Checkpoint:
         self._check_index(problems)
         if problems:
             raise CheckpointError(f"checkpoint {folder}", problems)
-        self._leave_out_alias()
+        self.ties = dict(tied_in(folder, self.config, self.tensors) if ties is None else ties)
+        self._copies: dict[str, TensorInfo] = {}  # of tied names: what the files hold a second time
+        self._tie()
         self.tensors = dict(sorted(self.tensors.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder,)  # another process maps the files itself
+        return type(self), (self.folder, self.ties, self.is_apart)  # another process maps the files itself
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -162,34 +164,53 @@ class Checkpoint:
             if index is not None and name not in index:
                 problems.append(Problem(name, f"is in {info.file.name}, but not in the index", "mend the index"))
 
-    def _leave_out_alias(self) -> None:
-        """A tied output layer that the file holds a second time: the model has one parameter, so here is one tensor."""
-        head = self.tensors.get(HEAD)
-        if head is not None and self.config.get("tie_word_embeddings") and self._tied_to(head) is not None:
-            self._alias = self.tensors.pop(HEAD)
+    def _tie(self) -> None:
+        """One tensor for what is tied, under the name that the class has for it; or, apart, one for each name."""
+        for target, source in self.ties.items():
+            copy = self.tensors.pop(target, None)
+            if source in self.tensors and copy is not None:
+                self._copies[target] = copy
+            elif copy is not None:  # the files have it under the tied name alone
+                self.tensors[source] = replace(copy, name=source)
+            if self.is_apart and source in self.tensors:
+                self.tensors[target] = replace(self.tensors[source], name=target)
 
-    def _tied_to(self, head: TensorInfo) -> TensorInfo | None:
-        found = (info for name, info in self.tensors.items() if name.endswith(EMBEDDINGS) and info.shape == head.shape)
-        return next(found, None)
+    @property
+    def tied_by_class(self) -> bool:
+        """Whether config.json alone, with the names that most classes have, says something else of what is tied."""
+        said = bool(self.config.get("tie_word_embeddings"))
+        plain = all(name == "lm_head.weight" for name in self._copies)
+        return (bool(self._copies) and not (said and plain)) or (
+            said and not self.ties and "lm_head.weight" in self.tensors
+        )
 
-    def untied(self) -> Problem | None:
-        """What is wrong where a tied output layer is there twice and the two differ; reads both, in slices."""
-        if self._alias is None:
-            return None
-        head, embedding = self._alias, self._tied_to(self._alias)
-        assert embedding is not None
+    def apart(self) -> Checkpoint:
+        """The same model with a tensor for every tied name; itself where nothing is tied."""
+        return type(self)(self.folder, self.ties, apart=True) if self.ties and not self.is_apart else self
+
+    def unequal_copies(self) -> Iterator[Problem]:
+        """What is wrong where a tied tensor is there twice and the two differ; reads both, in slices."""
+        for target, copy in self._copies.items():
+            source = self.tensors[self.ties[target]]
+            if copy.shape != source.shape or (wrong := self._compare(copy, source)) != (0, 0.0):
+                how = "in shape" if copy.shape != source.shape else f"in {wrong[0]:,} of {copy.numel:,} elements"
+                by = "" if copy.shape != source.shape else f" (by up to {wrong[1]:.3g})"
+                what = f"differs from {source.name} {how}{by}, but the model's configuration ties the two"
+                remedy = (
+                    "if both are meant, set tie_word_embeddings: false; if not, save the model again with transformers"
+                )
+                yield Problem(target, what, remedy)
+
+    def _compare(self, copy: TensorInfo, source: TensorInfo) -> tuple[int, float]:
+        """How many elements of two tensors of one shape differ, and by how much at most."""
         wrong, largest = 0, 0.0
-        for start in range(0, head.numel, _SCAN):
-            stop = min(start + _SCAN, head.numel)
-            values = self._map(head.file).view(head.start + start * head.dtype.itemsize, head.dtype, stop - start)
-            apart = (values.double() - self.slice(embedding.name, start, stop).double()).abs()
+        for start in range(0, copy.numel, _SCAN):
+            stop = min(start + _SCAN, copy.numel)
+            values = self._map(copy.file).view(copy.start + start * copy.dtype.itemsize, copy.dtype, stop - start)
+            apart = (values.double() - self.slice(source.name, start, stop).double()).abs()
             wrong, largest = wrong + int((apart != 0).sum()), max(largest, float(apart.max()))
-            self.release(embedding.name, start, stop)
-        if wrong == 0:
-            return None
-        what = f"differs from {embedding.name} in {wrong:,} of {head.numel:,} elements (by up to {largest:.3g}), "
-        remedy = "if both are meant, set tie_word_embeddings: false; if not, save the model again with transformers"
-        return Problem(HEAD, f"{what}but config.json ties the two (tie_word_embeddings)", remedy)
+            self.release(source.name, start, stop)
+        return wrong, largest
 
 
 def _dead_link(path: Path) -> Problem:
@@ -235,8 +256,7 @@ def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> N
     found = [
         Problem(f"{label}: {problem.where}", problem.what, problem.remedy)
         for label, other in [("pre-trained model", base), *(item for item in others.items() if item[1] is not base)]
-        for problem in (*differences(base, other), other.untied())
-        if problem is not None
+        for problem in (*differences(base, other), *other.unequal_copies())
     ]
     if found:
         raise CheckpointError(f"models that do not fit {base.folder}", first_problems(found, 20))

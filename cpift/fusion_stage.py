@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import Artifact
-from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, RunConfig
-from cpift.errors import StageError
+from cpift.errors import CheckpointError, StageError
 from cpift.files import file_sha256, is_json, link_or_copy, write_json
 from cpift.fusion import Fusion, FusionInputs
-from cpift.given import model_files, open_checkpoint
+from cpift.given import backbone_apart, has_apart, model_files, open_checkpoint, open_models
 from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
 from cpift.regions import SUMMARY, Streaming, write_regions
@@ -30,11 +29,14 @@ OnProgress = Callable[[dict[str, Any]], None]
 def open_inputs(artifacts: StageArtifacts, groups: Sequence[Sequence[str]], backbone: Model) -> FusionInputs:
     """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
     base, vocabulary = artifacts.base, artifacts.config.fusion.vocabulary
-    pretrained = Checkpoint(base.path)
+    folders = {task: model.path for task, model in artifacts.tuned.items()}
+    pretrained, tuned = open_models(base.path, folders, vocabulary)
+    if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
+        raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
     return FusionInputs(
         pretrained=pretrained,
         backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained, vocabulary),
-        tuned={task: open_checkpoint(model.path, pretrained, vocabulary) for task, model in artifacts.tuned.items()},
+        tuned=tuned,
         regions=artifacts.regions.path,
         priority=[task for group in groups for task in group],
     )

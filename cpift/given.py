@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
+from cpift.errors import CpiftError, Problem
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
-from cpift.lora import LoraCheckpoint
+from cpift.lora import LoraCheckpoint, unties
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.pretrained import require_no_code
 from cpift.untrusted import ADAPTER, read_object
@@ -29,14 +31,47 @@ def locate(source: CheckpointConfig | ModelConfig) -> Path:
     return folder
 
 
+def open_models(
+    base: Path, others: Mapping[str, Path], vocabulary: str = "error"
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """θ0 and models that are to be compared with it, all with the same tensors. Raises CheckpointError.
+
+    What θ0 ties is one tensor in every model, unless one of them has it apart: then it is two in every model, in θ0 two
+    of the same values. vocabulary: see `open_checkpoint`.
+    """
+    pretrained = Checkpoint(base)
+    apart = any(has_apart(pretrained, folder) for folder in others.values() if folder != base)
+    pretrained = pretrained.apart() if apart else pretrained
+    return pretrained, {
+        label: pretrained if folder == base else open_checkpoint(folder, pretrained, vocabulary)
+        for label, folder in others.items()
+    }
+
+
+def has_apart(base: Checkpoint, folder: Path) -> bool:
+    """Whether a model's embedding and output layer are tied otherwise than θ0's. Raises CheckpointError."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return unties(folder, base)
+    return len(Checkpoint(folder).ties) != len(base.ties)
+
+
+def backbone_apart(where: str) -> Problem:
+    """What is wrong with a backbone alone that `has_apart`: core regions are of tied tensors then."""
+    what = "has its embedding and output layer apart, while θ0 and all tunes have one tensor for both"
+    return Problem(where, what, "give a backbone that ties them, or a θ0 that does not")
+
+
 def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: str = "error") -> Checkpoint:
     """A model folder, or an adapter's folder as the model it makes of `base`. Raises CheckpointError.
 
-    vocabulary: `base` fits a model with another number of tokens to `base`, `error` opens it as it is.
+    vocabulary: `base` fits a model with another number of tokens to `base`, `error` opens it as it is. Where `base`
+    ties nothing, or has tied tensors apart, what is opened has them apart too.
     """
     if base is not None and (folder / ADAPTER_CONFIG).is_file():
-        return LoraCheckpoint(folder, base)
-    model = Checkpoint(folder)
+        model: Checkpoint = LoraCheckpoint(folder, base)
+    else:
+        model = Checkpoint(folder)
+        model = model.apart() if base is not None and (base.is_apart or not base.ties) else model
     fits = base is None or vocabulary == "error" or not resized(base, model)
     return model if fits or base is None else FittedCheckpoint(model, base)
 
@@ -47,6 +82,25 @@ def given_fingerprint(source: CheckpointConfig | ModelConfig) -> str:
         return digest(["hub", source.hub, resolve_revision("model", source.hub, source.revision)])
     assert source.path is not None
     return quick_fingerprint(source.path)
+
+
+def as_read(fingerprint: str, folder: Path, base: Path | None = None) -> str:
+    """The fingerprint of a given model, where versions that were published before would have read other values.
+
+    What is merged from it is then made anew, and nothing else is. base: θ0's folder, which an adapter is read with.
+    """
+    try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            otherwise = base is not None and _adapter_otherwise(folder, Checkpoint(base))
+        else:
+            otherwise = Checkpoint(folder).tied_by_class
+    except (CpiftError, OSError):
+        return fingerprint  # whoever opens it says what is wrong
+    return digest([fingerprint, "as its class has it"]) if otherwise else fingerprint
+
+
+def _adapter_otherwise(folder: Path, base: Checkpoint) -> bool:
+    return unties(folder, base) or LoraCheckpoint(folder, base).stored_by_class
 
 
 def quick_fingerprint(folder: Path) -> str:

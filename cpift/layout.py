@@ -41,6 +41,10 @@ class Layout:
         alone = len(self.blocks[parameter]) == 1 and self.sizes[first.tensor] == self.shapes[parameter] == first.size
         return first.tensor if alone and first == Traced.of(first.tensor, first.size).blocks[0] else None
 
+    def tensor_of(self, parameter: str) -> str | None:
+        """`same`, and None for what the class does not have or no tensor gives."""
+        return self.same(parameter) if self.blocks.get(parameter) else None
+
     def parameter(self, name: str, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same."""
         alone = self.same(name)

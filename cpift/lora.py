@@ -7,8 +7,8 @@ fp32 and saving in that dtype gives. Modules that were trained whole (`modules_t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.low_rank import low_rank_elements
 
-from cpift.architecture import stored_transposed
+from cpift.architecture import stored_transposed, tied_names
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
+from cpift.layout import checkpoint_layout
 from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings, setting_problems
-from cpift.safetensors_files import FormatError, TensorInfo, read_header
+from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.vocabulary import token_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -50,23 +52,36 @@ class LoraCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, base: Checkpoint):
         self.folder, self.base = folder, base
-        self._maps = {}
+        self.ties, self.is_apart, self._maps, self._copies = base.ties, base.is_apart, {}, {}
         self.tensors = dict(base.tensors)
         self.config = base.config
         self._settings = adapter_settings(folder)
-        problems = list(setting_problems(self._settings))
-        if problems:  # its tensors may be called anything
-            raise CheckpointError(f"adapter {folder}", problems)
+        require_plain(folder)  # before its tensors, which may be called anything
+        problems: list[Problem] = []
         self._parts = _parts(folder, problems)
         self._full: dict[str, TensorInfo] = {}
         self._updates: dict[str, _Update] = {}
         self._assign(problems)
+        if not self.is_apart and unties(folder, base):
+            what = "changes an embedding and output layer apart that are one tensor in the model it is read with"
+            problems.append(
+                Problem(str(folder), what, "give it as a task's checkpoint: all models have two tensors then")
+            )
         if problems:
             raise CheckpointError(f"adapter {folder}", first_problems(problems, 20))
         self._factors = lru_cache(maxsize=2)(self._read_factors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder, self.base)
+
+    def apart(self) -> Checkpoint:
+        return LoraCheckpoint(self.folder, self.base.apart())
+
+    @property
+    def stored_by_class(self) -> bool:
+        """Whether the file's own `fan_in_fan_out` says otherwise than the class of a module that is adapted."""
+        flag = bool(self._settings.get("fan_in_fan_out"))
+        return any(one.transposed != (flag or "lora_embedding_" in one.left.name) for one in self._updates.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -128,35 +143,34 @@ class LoraCheckpoint(Checkpoint):
 
     def _assign(self, problems: list[Problem]) -> None:
         """Say which tensor of θ0 every tensor of the adapter changes."""
-        pairs: dict[str, dict[str, TensorInfo]] = {}
-        for key, info in self._parts.items():
-            if key.endswith(_TRAINING_ONLY):
-                continue
-            name = key.removeprefix(_PREFIX)
-            part = _PART.fullmatch(name)
-            if part:
-                pairs.setdefault(part["module"], {})[part["part"]] = info
-            elif "lora_" in name:
-                problems.append(Problem(key, "is no plain LoRA factor", MERGE_FIRST))
-            else:
-                # PEFT keeps an adapted embedding beside its factors; the product is added to that.
-                self._assign_full(key, name.replace(".base_layer.", "."), info, problems)
-        for module, factors in pairs.items():
-            problem = self._assign_pair(module, factors)
-            if problem is not None:
+        changes = _changes(self._parts)
+        for module, change in changes.items():
+            problems += [Problem(key, "is no plain LoRA factor", MERGE_FIRST) for key in change.unknown]
+            for parameter, info in change.full.items():
+                self._assign_full(f"{module}.{parameter}", info, _own(self._settings, module), problems)
+        for module, change in changes.items():
+            if change.factors and (problem := self._assign_pair(module, change.factors)) is not None:
                 problems.append(problem)
 
-    def _assign_full(self, key: str, name: str, info: TensorInfo, problems: list[Problem]) -> None:
-        target = self.base.tensors.get(name)
-        if target is None or target.shape != info.shape:
-            found = "no such tensor" if target is None else f"shape {list(target.shape)}, not {list(info.shape)}"
-            problems.append(Problem(key, f"was trained whole, but θ0 has {found}", "give the adapter's own base model"))
-        else:
-            self._full[name] = TensorInfo(name, info.shape, info.dtype, info.file, info.start)
+    def _assign_full(self, parameter: str, info: TensorInfo, own: bool, problems: list[Problem]) -> None:
+        mine = self._name(parameter)
+        tied = {mine} if own else _tied_with(mine, self.ties)  # PEFT loads it into the one tensor of both
+        for name in tied if self.is_apart else {self.ties.get(mine, mine)}:
+            target = self.base.tensors.get(name)
+            rows = target is not None and target.shape[1:] == info.shape[1:] and name in token_tensors(self.base)
+            if target is None or (target.shape != info.shape and not rows):
+                what = "no such tensor" if target is None else f"shape {list(target.shape)}, not {list(info.shape)}"
+                remedy = "give the adapter's own base model"
+                problems.append(Problem(parameter, f"was trained whole, but θ0 has {what}", remedy))
+            else:
+                self._full[name] = replace(info, name=name)
+                self.tensors[name] = replace(target, shape=info.shape)
 
     def _assign_pair(self, module: str, factors: Mapping[str, TensorInfo]) -> Problem | None:
-        name, a, b = f"{module}.weight", factors.get("A"), factors.get("B")
-        target = self.base.tensors.get(name)
+        name, a, b = self._name(f"{module}.weight"), factors.get("A"), factors.get("B")
+        if name in self.ties and not self.is_apart:
+            return None  # the same change as that of the tensor that it is tied to: `unties`
+        target = self.tensors.get(name)
         if a is None or b is None:
             return Problem(module, "has one LoRA factor of two", "the adapter is damaged: download or copy it again")
         if target is None:
@@ -175,6 +189,105 @@ class LoraCheckpoint(Checkpoint):
         scaling = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         self._updates[name] = _Update(a if transposed else b, b if transposed else a, transposed, scaling)
         return None
+
+    def _name(self, parameter: str) -> str:
+        """The tensor of θ0's files for a parameter, as adapters name it; that name itself if there is none."""
+        if parameter in self.base.tensors or parameter in self.ties:
+            return parameter
+        same = checkpoint_layout(self.base).tensor_of(parameter)
+        return parameter if same is None else same
+
+
+def require_plain(folder: Path) -> None:
+    """Raise CheckpointError for what can be told of an adapter that is no plain LoRA, or unreadable, without its θ0."""
+    problems = list(setting_problems(adapter_settings(folder)))
+    if not problems:
+        _parts(folder, problems)
+    if problems:
+        raise CheckpointError(f"adapter {folder}", problems)
+
+
+def unties(folder: Path, base: Checkpoint) -> bool:
+    """Whether an adapter makes two tensors of one that θ0 ties: it changes them apart, as PEFT computes it.
+
+    What was trained whole (`modules_to_save`) or has factors is a change to its own name alone; a tensor that is only
+    kept in the file, for it was resized or is a target, goes into the one tensor of both names.
+    """
+    if not base.ties:
+        return False
+    settings = adapter_settings(folder)
+    changes = _changes(_parts(folder, []))
+    own = {
+        module: change
+        for module, change in changes.items()
+        if change.factors or (change.full and _own(settings, module))
+    }
+    pairs = [(one.rpartition(".")[0], other.rpartition(".")[0]) for one, other in tied_names(base.folder).items()]
+    return any(
+        (one in own or other in own) and not _same_change(changes.get(one), changes.get(other)) for one, other in pairs
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What an adapter's file holds of one module."""
+
+    full: dict[str, TensorInfo]  # by parameter: weight, bias
+    factors: dict[str, TensorInfo]  # A [K, inputs] and B [outputs, K]
+    unknown: list[str]
+
+
+def _changes(parts: Mapping[str, TensorInfo]) -> dict[str, _Change]:
+    """The tensors of an adapter's file by the module that they change."""
+    found: dict[str, _Change] = {}
+    for key, info in parts.items():
+        if key.endswith(_TRAINING_ONLY):
+            continue
+        name = key.removeprefix(_PREFIX)
+        part = _PART.fullmatch(name)
+        # PEFT keeps an adapted embedding beside its factors (base_layer); the product is added to that.
+        module, _, parameter = name.replace(".base_layer.", ".").rpartition(".")
+        change = found.setdefault(part["module"] if part else module, _Change({}, {}, []))
+        if part:
+            change.factors[part["part"]] = info
+        elif "lora_" in name or "token_adapter" in name:
+            change.unknown.append(key)
+        else:
+            change.full[parameter] = info
+    return found
+
+
+def _same_change(one: _Change | None, other: _Change | None) -> bool:
+    """Whether tied modules get the same values: PEFT writes both where it keeps them tied."""
+    if one is None or other is None or one.factors.keys() != other.factors.keys():
+        return False
+    if ("weight" in one.full) != ("weight" in other.full):
+        return False
+    swapped = {"A": "B", "B": "A"}  # of an embedding and a linear layer, whose products are each other's transpose
+    pairs = [(info, other.factors[swapped[part]]) for part, info in one.factors.items()]
+    whole = [(info, other.full[name]) for name, info in one.full.items() if name in other.full]
+    return all(_equal(mine, theirs, transposed=True) for mine, theirs in pairs) and all(
+        _equal(mine, theirs) for mine, theirs in whole
+    )
+
+
+def _equal(one: TensorInfo, other: TensorInfo, transposed: bool = False) -> bool:
+    mine, theirs = (
+        MappedFile(info.file).view(info.start, info.dtype, info.numel).reshape(info.shape) for info in (one, other)
+    )
+    return torch.equal(mine.T if transposed else mine, theirs)
+
+
+def _tied_with(parameter: str, ties: Mapping[str, str]) -> set[str]:
+    """A parameter and all names that are tied to the same tensor."""
+    source = ties.get(parameter, parameter)
+    return {source} | {target for target, tied in ties.items() if tied == source}
+
+
+def _own(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT has a copy of its own of a module that is in the file: `modules_to_save`."""
+    kept: Sequence[str] = settings.get("modules_to_save") or ()
+    return any(module == name or module.endswith(f".{name}") for name in kept)
 
 
 def _parts(folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:

@@ -8,27 +8,49 @@ from pathlib import Path
 from cpift.checkpoints import Checkpoint, differences, first_problems
 from cpift.config import CheckpointConfig, RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
-from cpift.given import describe, locate, open_checkpoint
+from cpift.given import backbone_apart, describe, has_apart, locate, open_checkpoint
+from cpift.lora import require_plain
+from cpift.lora_config import ADAPTER_CONFIG
 from cpift.pretrained import code_problems
 from cpift.units import show_size
 from cpift.vocabulary import FittedCheckpoint, resized
 
 _BYTES_A_SECOND = 1e9  # assumed of the disk
+_BACKBONE = "backbone.source"
 _TIMES = {1: "once", 2: "twice", 3: "three times"}
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 def check_given(config: RunConfig) -> list[Problem]:
-    """Every problem of the given checkpoints: files, layout against θ0, architecture. Needs no network."""
+    """Every problem of the given checkpoints: files, layout against θ0, architecture. Needs no network.
+
+    Weights are read only where a file holds a tied tensor twice: the two have to be equal.
+    """
     if config.model.path is None:
         return [problem for where, folder in _given(config) for problem in _opened(folder, None, where)[1]]
-    pretrained, problems = _opened(config.model.path, None, "model.path")
+    base, problems = _opened(config.model.path, None, "model.path")
+    if base is None:
+        return problems
+    pretrained = _laid_out(base, config)
     for where, folder in _given(config):
         found, more = _opened(folder, pretrained, where, config.fusion.vocabulary)
         problems += more
-        if found is not None and pretrained is not None:
+        if found is not None:
             problems += _misfits(pretrained, found, where)
     return problems
+
+
+def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
+    """θ0 as a merge reads it: with tied tensors apart where a task's checkpoint has them so."""
+    tasks = [folder for where, folder in _given(config) if where != _BACKBONE]
+    return base.apart() if any(_has_apart(base, folder) for folder in tasks) else base
+
+
+def _has_apart(base: Checkpoint, folder: Path) -> bool:
+    try:
+        return has_apart(base, folder)
+    except (CpiftError, OSError):
+        return False  # `_opened` says what is wrong with it
 
 
 def given_notes(config: RunConfig) -> Iterator[str]:
@@ -36,18 +58,24 @@ def given_notes(config: RunConfig) -> Iterator[str]:
     if config.model.path is None or not config.merges_only:
         return
     base = Checkpoint(config.model.path)
+    pretrained = _laid_out(base, config)
     given = {
-        where: (folder, open_checkpoint(folder, base, config.fusion.vocabulary)) for where, folder in _given(config)
+        where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary))
+        for where, folder in _given(config)
     }
     for where, (folder, model) in given.items():
         dtypes = {str(info.dtype).removeprefix("torch.") for info in model.tensors.values() if info.floating}
         rows = ", other vocabulary: θ0's is kept" if isinstance(model, FittedCheckpoint) else ""
         yield f"{where}: {describe(folder)}, {'/'.join(sorted(dtypes))}{rows}, {folder}"
+        if base.ties and pretrained.is_apart and has_apart(base, folder):
+            yield f"{where}: its embedding and output layer are two tensors, which θ0 ties: the fused model has two"
+        if not base.ties and model.ties:
+            yield f"{where}: ties its output layer to its embedding, θ0 does not; read as two equal tensors"
         if _differ(base.folder, folder, "tokenizer.json"):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
-    tied = "tied: one tensor" if base.config.get("tie_word_embeddings") else "not tied"
+    tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {base.config.get('vocab_size', '?')} tokens, input and output {tied}"
-    yield _costs(config, [base, *(model for _, model in given.values())])
+    yield _costs(config, [pretrained, *(model for _, model in given.values())])
 
 
 def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
@@ -71,14 +99,23 @@ def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:
             yield f"tasks.{task.name}.checkpoint", task.checkpoint.path
     backbone = Path(config.backbone.source)
     if config.backbone.source not in ("staged", "pretrained") and backbone.is_dir():
-        yield "backbone.source", locate(CheckpointConfig(path=backbone, hub=None, revision=None))
+        yield _BACKBONE, locate(CheckpointConfig(path=backbone, hub=None, revision=None))
 
 
 def _opened(
     folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error"
 ) -> tuple[Checkpoint | None, list[Problem]]:
+    if problems := code_problems(folder, where):
+        return None, problems
     try:
-        return open_checkpoint(folder, base, vocabulary), code_problems(folder, where)
+        if base is None and (folder / ADAPTER_CONFIG).is_file():
+            require_plain(folder)
+            return None, []
+        model = open_checkpoint(folder, base, vocabulary)
+        unequal = [
+            Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in model.unequal_copies()
+        ]
+        return model, unequal
     except ProblemsError as error:
         return None, [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
     except (CpiftError, OSError) as error:
@@ -90,6 +127,8 @@ def _misfits(base: Checkpoint, other: Checkpoint, where: str) -> list[Problem]:
         mine, theirs = base.config.get(field), other.config.get(field)
         if mine is not None and theirs is not None and mine != theirs:
             return [Problem(f"{where}: config.json, {field}", f"is {theirs!r}, θ0 has {mine!r}", "merge one family")]
+    if base.ties and not base.is_apart and where == _BACKBONE and _has_apart(base, other.folder):
+        return [backbone_apart(f"{where}: config.json, tie_word_embeddings")]
     other_rows = resized(base, other)
     remedy = "use fine-tunes of one model, or set fusion.vocabulary: base to keep θ0's tokens"
     found = [

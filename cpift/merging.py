@@ -81,7 +81,7 @@ def merge(
             progress(sum(info.numel for info in shard.tensors), shard.name)
     records |= (shards_by or merge_shards)(method, missing, out, made_from, budget, progress)
     write_index(shards, out)
-    copy_companions(like.folder, out)
+    copy_companions(like, out)
     return [*whole, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
 
 

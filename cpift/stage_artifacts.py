@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from cpift.artifacts import Artifact
-from cpift.config import ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
+from cpift.config import CheckpointConfig, ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
 from cpift.config_identity import identity_of
 from cpift.data import source_fingerprint
 from cpift.files import read_json
-from cpift.given import given_fingerprint, locate
+from cpift.given import as_read, given_fingerprint, locate
 from cpift.grouping import Grouping
 from cpift.models import model_fingerprint
 
@@ -75,7 +75,8 @@ class StageArtifacts:
     def base(self) -> Model:
         """θ0: where it lies if nothing is trained from it, else the copy that fine-tunes start from."""
         if self.in_place:
-            return Model("base", locate(self.config.model), given_fingerprint(self.config.model))
+            folder = locate(self.config.model)
+            return Model("base", folder, as_read(given_fingerprint(self.config.model), folder))
         return Model.of("base", self.model)
 
     @property
@@ -90,9 +91,14 @@ class StageArtifacts:
         return {
             task.name: Model.of(f"probe {task.name}", self.probes[task.name])
             if task.checkpoint is None
-            else Model(f"probe {task.name}", locate(task.checkpoint), given_fingerprint(task.checkpoint))
+            else self._given(task.name, task.checkpoint)
             for task in self.config.tasks
         }
+
+    def _given(self, task: str, source: CheckpointConfig) -> Model:
+        folder = locate(source)
+        base = self.base.path if self.in_place or self.model.complete else None
+        return Model(f"probe {task}", folder, as_read(given_fingerprint(source), folder, base))
 
     @cached_property
     def probes(self) -> dict[str, Artifact]:

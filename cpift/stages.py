@@ -15,7 +15,7 @@ from cpift.devices import device_name
 from cpift.files import read_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, fuse_models
-from cpift.given import open_checkpoint
+from cpift.given import open_models
 from cpift.regions import Streaming, read_summary, write_regions
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ def build_regions(run: Pipeline, out: Path) -> None:
 
 def select_core_regions(run: Pipeline, outputs: Mapping[float, Path]) -> None:
     """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
-    pretrained = Checkpoint(run.artifacts.base.path)
-    vocabulary = run.config.fusion.vocabulary
-    tuned = {task: open_checkpoint(model.path, pretrained, vocabulary) for task, model in run.artifacts.tuned.items()}
+    folders = {task: model.path for task, model in run.artifacts.tuned.items()}
+    pretrained, tuned = open_models(run.artifacts.base.path, folders, run.config.fusion.vocabulary)
     mark = run.merging.mark if run.merging else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
     write_regions(pretrained, tuned, run.config.regions, outputs, streaming)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from cpift.checkpoints import EMBEDDINGS, HEAD, Checkpoint
+from cpift.architecture import embedding_names
+from cpift.checkpoints import Checkpoint
 from cpift.errors import Problem
 from cpift.safetensors_files import TensorInfo
+from cpift.tying import file_name
+
+
+def token_tensors(base: Checkpoint) -> set[str]:
+    """Tensors of `base` with a row for every token: of its input embedding and of its output layer."""
+    if not base.config:
+        return set()
+    names = {file_name(name, set(base.tensors)) for name in (*embedding_names(base.folder), *base.ties)}
+    return {name for name in names if name is not None}
 
 
 def resized(base: Checkpoint, other: Checkpoint) -> tuple[str, ...]:
@@ -17,10 +28,8 @@ def resized(base: Checkpoint, other: Checkpoint) -> tuple[str, ...]:
     return tuple(
         name
         for name, info in base.tensors.items()
-        if (name == HEAD or name.endswith(EMBEDDINGS))
-        and name in other.tensors
-        and other.tensors[name].shape[1:] == info.shape[1:]
-        and other.tensors[name].shape != info.shape
+        if name in other.tensors and other.tensors[name].shape != info.shape
+        if other.tensors[name].shape[1:] == info.shape[1:] and name in token_tensors(base)
     )
 
 
@@ -31,17 +40,18 @@ class FittedCheckpoint(Checkpoint):
     def __init__(self, inner: Checkpoint, base: Checkpoint):
         self.folder, self.config = inner.folder, inner.config
         self._inner, self._base, self._maps = inner, base, {}
-        self._common = {
-            name: min(inner.tensors[name].shape[0], base.tensors[name].shape[0]) * base.tensors[name].shape[1]
-            for name in resized(base, inner)
-        }
+        self.ties, self.is_apart = inner.ties, inner.is_apart
+        self._common = {name: min(inner.tensors[name].numel, base.tensors[name].numel) for name in resized(base, inner)}
         self.tensors = {name: self._info(info) for name, info in inner.tensors.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._inner, self._base)
 
-    def untied(self) -> Problem | None:
-        return self._inner.untied()
+    def apart(self) -> Checkpoint:
+        return FittedCheckpoint(self._inner.apart(), self._base.apart())
+
+    def unequal_copies(self) -> Iterator[Problem]:
+        return self._inner.unequal_copies()
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         shape = self._base.tensors[info.name].shape if info.name in self._common else info.shape

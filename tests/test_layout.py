@@ -58,6 +58,7 @@ LAYERS = [
         "lora_config",
         "given",
         "vocabulary",
+        "tying",
         "conversion",
         "layout",
         "streaming",

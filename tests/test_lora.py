@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cpift.checkpoints import Checkpoint
 from cpift.errors import CheckpointError
-from cpift.given import open_checkpoint
+from cpift.given import open_checkpoint, open_models
 from cpift.lora_config import FIELDS, Neutral
 
 peft = pytest.importorskip("peft")
@@ -57,7 +57,8 @@ def off(model: Any, adapter: Path, base: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     ours = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False).eval()
-    opened = open_checkpoint(adapter, Checkpoint(base))
+    _, models = open_models(base, {"a": adapter})
+    opened = models["a"].apart()
     state = {name: opened.tensor(name) for name in opened.names}
     ours.load_state_dict(state, strict=True)
     ids = torch.arange(40)[None]
@@ -150,3 +151,36 @@ def test_what_training_alone_uses_is_silent(bases: Path, tmp_path: Path) -> None
     model = trained(bases / "llama", tmp_path / "a", lora_dropout=0.5, velora_config={"num_groups": 4})
     assert off(model, tmp_path / "a", bases / "llama") < 1e-5
     assert load_file(tmp_path / "a" / "adapter_model.safetensors")
+
+
+NAMES = {
+    "llama-tied": {"in": "embed_tokens", "out": "lm_head", "linear": "q_proj", "norm": "norm"},
+    "gpt2-tied": {"in": "wte", "out": "lm_head", "linear": "c_attn", "norm": "ln_f"},
+}
+TIED = [  # targets, modules_to_save, ensure_weight_tying; whether PEFT's model has two tensors then
+    (["linear"], ["in"], False, True),
+    (["linear"], ["out"], False, True),
+    (["linear"], ["in", "out"], False, True),
+    (["linear"], ["in", "out"], True, False),
+    (["out"], ["in"], False, True),
+    (["linear", "in"], [], False, True),
+    (["linear", "out"], [], False, True),
+    (["in", "out"], [], False, True),
+    (["in", "out"], [], True, False),
+    (["linear"], ["norm"], False, False),
+]
+
+
+@pytest.mark.parametrize("base", NAMES)
+@pytest.mark.parametrize(("targets", "whole", "ensured", "apart"), TIED)
+def test_a_tied_base_is_changed_as_peft_computes_it(
+    bases: Path, tmp_path: Path, base: str, targets: list[str], whole: list[str], ensured: bool, apart: bool
+) -> None:
+    targets, whole = ([NAMES[base][name] for name in names] for names in (targets, whole))
+    model = trained(
+        bases / base, tmp_path / "a", target_modules=targets, modules_to_save=whole, ensure_weight_tying=ensured
+    )
+    assert off(model, tmp_path / "a", bases / base) < 2e-5
+    pretrained, models = open_models(bases / base, {"a": tmp_path / "a"})
+    assert pretrained.names == models["a"].names
+    assert pretrained.is_apart is apart
