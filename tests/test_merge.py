@@ -225,7 +225,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "path escape": (
         lambda root: edit_index(root / "two", lambda entries: entries.update({"model.norm.weight": "../one/x"})),
-        "names '../one/x', which is not in the folder",
+        "in '../one/x', which is no file of its folder",
     ),
     "pickle": (pickle, "save_pretrained"),
     "duplicate tensor": (

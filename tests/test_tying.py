@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from cpift.checkpoints import Checkpoint
 from cpift.config_loading import load_config
+from cpift.engine import NoEngine
 from cpift.errors import CheckpointError, ConfigError
 from cpift.given import open_models
-from cpift.pipeline import NoEngine, Pipeline
+from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
