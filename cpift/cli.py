@@ -52,19 +52,18 @@ _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
 
 def _load(
     config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str | None, download: bool = True
-) -> RunConfig:
-    """Load a config with fields changed and check it for a stage."""
+) -> tuple[RunConfig, list[str]]:
+    """Load a config with fields changed and check it for a stage; with what is worth knowing."""
     from cpift.config_loading import load_config
     from cpift.preflight import preflight
 
     run = load_config(config, overrides or [], changes)
-    preflight(run, stage=stage, download=download)
-    return run
+    return run, preflight(run, stage=stage, download=download)
 
 
 def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
-    run = _load(config, overrides, changes, stage)
+    run, _ = _load(config, overrides, changes, stage)
     from cpift.engine import NoEngine
     from cpift.pipeline import Pipeline
 
@@ -210,8 +209,9 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     from cpift.planning import plan as make_plan
     from cpift.stage_artifacts import StageArtifacts
 
-    artifacts = StageArtifacts(_load(config, overrides, _changes(output), None, download=False))
-    _print_plan(make_plan(artifacts), artifacts.root)
+    run, notes = _load(config, overrides, _changes(output), None, download=False)
+    artifacts = StageArtifacts(run)
+    _print_plan(make_plan(artifacts, notes), artifacts.root)
 
 
 @app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

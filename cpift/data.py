@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,21 +119,28 @@ def source_fingerprint(source: DataSource) -> str:
     return digest(identity)
 
 
-def check_task(task: TaskConfig, *, download: bool = True) -> list[Problem]:
+def check_task(
+    task: TaskConfig,
+    *,
+    download: bool = True,
+    splits: Sequence[str] = ("train", "test"),
+    see: Callable[[str, str, Example], None] = lambda task, split, example: None,
+) -> list[Problem]:
     """What can be found wrong with a task before any training: sources, rows, and the columns that its metric needs.
 
-    With `download=False` hub data sets are not looked at, so nothing is fetched.
+    With `download=False` hub data sets are not looked at, so nothing is fetched. `see` gets every row that is read.
     """
     problems: list[Problem] = []
-    for split in ("train", "test"):
+    for split in splits:
         source: DataSource | None = getattr(task, split)
         if source is None or (source.hub is not None and not download):
             continue
         try:
             if split == "test":
-                problems += _shortened(list(_metric_problems(task, load_examples(source))))
-            else:
-                count_examples(source)
+                examples = load_examples(source)
+                problems += _shortened(list(_metric_problems(task, examples)))
+            for example in examples if split == "test" else read_examples(source):
+                see(task.name, split, example)
         except (DataError, HubError) as error:
             problems += _located(f"tasks.{task.name}.{split}", error)
     return problems

@@ -12,14 +12,13 @@ from rich.text import Text
 
 from cpift.config import TrainingConfig
 from cpift.packing import packed_rows
-from cpift.tokens import IGNORED, learnable, tokenise
+from cpift.tokens import IGNORED, UNCUT, learnable, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cpift.examples import Example
 
-_UNCUT = 10**9
 TRAINED, CUT = "bold green", "red strike"
 
 
@@ -49,7 +48,7 @@ def count(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, train
     def kept() -> Iterator[dict[str, list[int]]]:
         nonlocal longest
         for example in examples:
-            whole = tokenise(example, tokenizer, _UNCUT)
+            whole = tokenise(example, tokenizer, UNCUT)
             row = {key: values[:limit] for key, values in whole.items()}
             found.update(examples=1, cut=len(whole["input_ids"]) > limit)
             if learnable(row):
@@ -71,7 +70,7 @@ def count(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, train
 
 def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, *, marks: bool) -> Text:
     """The conversation's tokens: trained ones green, those cut off red; with `marks` also between ⟦ ⟧ and after ✂."""
-    row = tokenise(example, tokenizer, _UNCUT)
+    row = tokenise(example, tokenizer, UNCUT)
     text = Text()
     for (trained, cut), ids in _runs(row["input_ids"], row["labels"], max_length):
         words = str(tokenizer.decode(ids))

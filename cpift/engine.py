@@ -13,6 +13,7 @@ from cpift.errors import CpiftError
 from cpift.files import is_json, link_or_copy, read_json
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.locks import claimed
+from cpift.row_use import told
 from cpift.view import View
 
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
@@ -86,12 +87,14 @@ def fit_all(
                 for export, artifact in wanted.items():
                     if (export / RESULT).is_file():
                         with artifact.compared(view.warn):
-                            _adopt(artifact, export, finish)
+                            _adopt(artifact, export, finish, view)
 
 
-def _adopt(artifact: Artifact, export: Path, finish: Finish) -> None:
+def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
     trained = read_json(export / RESULT)
+    for sentence, warns in told(trained["title"], trained.get("rows", ())):
+        (view.warn if warns else view.note)(sentence)
     with artifact.build(trained["device"], trained["seconds"]) as out:
         for path in sorted(export.iterdir()):
             link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole

@@ -26,12 +26,9 @@ from cpift.likelihood import Labelled, pad, sequence_nll
 from cpift.models import load_model, load_tokenizer
 from cpift.templates import checked_templates
 from cpift.text_metrics import last_number, rouge_l, same_final_number
-from cpift.tokens import IGNORED, tokenise
+from cpift.tokens import IGNORED, UNCUT, tokenise
 
 Progress = Callable[[str, int, int], None]
-
-# Long enough that tokenisation never cuts: what does not fit `max_length` is then this module's decision, made visibly.
-_UNCUT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -95,17 +92,22 @@ def evaluate_model(
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
-def check_rows(path: Path, tasks: Sequence[TaskConfig], settings: EvaluationConfig) -> None:
-    """Find test rows that could not be scored, with θ0's tokenizer alone: before anything is trained.
+def check_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[TaskConfig],
+    settings: EvaluationConfig,
+    first: int | None = None,
+) -> None:
+    """Find test rows that could not be scored, of all or of the first ones, with θ0's tokenizer alone.
 
     Raises:
         DataError: as `evaluate_model` would, for all tasks at once.
     """
-    tokenizer = load_tokenizer(path)
     problems: list[Problem] = []
+    limit = settings.limit if first is None else min(first, settings.limit or first)
     for task in tasks:
         try:
-            _rows(tokenizer, settings, task)
+            _rows(tokenizer, settings.model_copy(update={"limit": limit}), task)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -158,7 +160,9 @@ def _rows(tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str) -> _Row:
     def encode(last: Message) -> Labelled:
-        encoded = tokenise(replace(example, messages=(*example.messages[:-1], last)), tokenizer, _UNCUT)
+        encoded = tokenise(
+            replace(example, messages=(*example.messages[:-1], last)), tokenizer, UNCUT
+        )  # what does not fit is this module's decision
         return Labelled(encoded["input_ids"], encoded["labels"])
 
     reply = encode(replace(example.messages[-1], trained=True))  # a flag for training does not take the reply away

@@ -77,6 +77,7 @@ class _Progress:
     frozen: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
     seconds: float = 0.0
+    rows: list[dict[str, dict[str, int]]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
 
 
 def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "log": progress.log,
         "frozen": progress.frozen,
         "tokens": progress.tokens,
+        "rows": progress.rows,
         "seconds": progress.seconds,
         "device": device_name(),
         "precision": resolved(spec.training.precision),
@@ -141,6 +143,8 @@ def _run_stage(
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
+    uses: dict[str, dict[str, int]] = {}
+    progress.rows = [*progress.rows[:index], uses]
     follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
     with tracked(
         spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
@@ -148,7 +152,7 @@ def _run_stage(
         trainer = (ShardedTrainer if _sharded(spec) else WholeTrainer)(
             model=model,
             args=_arguments(spec, index),
-            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}"),
+            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}", uses),
             data_collator=CompletionCollator(tokenizer),
             callbacks=[follower, *curves],
         )

@@ -69,6 +69,18 @@ def download(repository: str, revision: str | None) -> Path:
         raise HubError(f"hub: model {repository!r} at {commit}: {_first_line(error)}") from error
 
 
+def cached_folder(repository: str, revision: str | None) -> Path | None:
+    """A model repository's folder in the local cache, if all that a tokenizer needs is there; asks nobody."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    commit = revision if is_commit(revision) else _cached_commit("model", repository, revision)
+    folder = (
+        Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots" / (commit or "-")
+    )
+    return folder if (folder / "tokenizer_config.json").is_file() and (folder / "config.json").is_file() else None
+
+
 def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name

@@ -18,7 +18,7 @@ from cpift import pretrained
 from cpift.architecture import untrainable
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
-from cpift.errors import CheckpointError, Problem
+from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
@@ -121,9 +121,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
     """
-    with _checkpoint_errors(path):
+    with _tokenizer_errors(path):
         tokenizer = pretrained.load_tokenizer(path)
     return _checked_tokenizer(tokenizer, str(path))
+
+
+def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, of a GGUF file."""
+    with _tokenizer_errors(file):
+        tokenizer = pretrained.load_gguf_tokenizer(file)
+    return _checked_tokenizer(tokenizer, str(file))
 
 
 def gguf_path(gguf: GgufFile) -> Path:
@@ -275,6 +282,19 @@ def _check_dense(network: PreTrainedModel) -> None:
             problems.append(Problem(name, f"{count} of {tensor.numel()} elements are NaN or Inf", "restore the file"))
     if problems:
         raise CheckpointError("model", problems)
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(path: Path) -> Iterator[None]:
+    """The libraries that read a tokenizer's files raise what they like, bare Exception too."""
+    try:
+        yield
+    except CpiftError:
+        raise
+    except Exception as error:
+        what = f"its tokenizer cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        remedy = "restore tokenizer.json and tokenizer_config.json, or save them with the transformers of the model"
+        raise CheckpointError(f"model {path}", [Problem(str(path), what, remedy)]) from error
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +40,8 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(artifacts: StageArtifacts) -> Plan:
-    """The steps of a run in order, what is cached, and what it costs."""
+def plan(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
+    """The steps of a run in order, what is cached, and what it costs. `notes`: of `preflight`."""
     from cpift.regions import core_size
 
     config = artifacts.config
@@ -60,7 +60,7 @@ def plan(artifacts: StageArtifacts) -> Plan:
         disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
         disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
         memory_per_worker=None if parameters is None or config.merges_only else _training_memory(config, parameters),
-        notes=(*_notes(config), *given_notes(config)),
+        notes=(*_notes(config), *given_notes(config), *notes),
     )
 
 

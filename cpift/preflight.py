@@ -14,17 +14,18 @@ from cpift.top_files import RUN_FILES, SWEEP_FILES, check_top
 
 def preflight(
     config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
-) -> None:
+) -> list[str]:
     """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
 
     Hub data sets are downloaded to look at their rows, unless `download` is False. `writes`: the files that the command
     writes at the top of the output folder, if not those of its stage.
-    Raises ConfigError with every problem found.
+    Returns what is worth knowing and no problem. Raises ConfigError with every problem found.
     """
     from cpift.adapters import check_lora
     from cpift.data import check_task
     from cpift.merge_planning import check_given
     from cpift.models import check_model
+    from cpift.row_checks import SharedRows, check_written
     from cpift.tracking import check_trackers
 
     problems = list(_missing(config, stage)) + check_model(config.model)
@@ -32,13 +33,19 @@ def preflight(
         problems += check_given(config)
         problems += _check_trained(config)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
-    for task in config.tasks:
-        problems += check_task(task, download=download)
+    shared = SharedRows()
+    for split in ("test", "train"):
+        for task in config.tasks:
+            problems += check_task(task, download=download, splits=(split,), see=shared.see)
+    if not problems:
+        written = check_written(config, stage, download)
+        problems += written.problems
     problems += _check_backbone(config) + (_check_store(config) or _check_output(config.output_dir))
     problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
     problems += check_lock(config.output_dir)
     if problems:
         raise ConfigError(f"run {config.name}", problems)
+    return [*written.notes, *shared.notes()]
 
 
 _NEED_TRAINING = ("integrate", "evaluate", "report", "run", "compare")

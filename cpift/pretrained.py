@@ -145,7 +145,17 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerB
         raise CheckpointError(f"model {file}", problems)
     safely: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     loaded = library.AutoModelForCausalLM.from_pretrained(file.parent, **safely, **arguments)
-    return loaded, library.AutoTokenizer.from_pretrained(file.parent, **safely)
+    return loaded, load_gguf_tokenizer(file)
+
+
+def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file. Raises CheckpointError where its folder says that it is code."""
+    if problems := tokenizer_problems(file.parent, str(file.parent)):
+        raise CheckpointError(f"model {file}", problems)
+    tokenizer: PreTrainedTokenizerBase = _transformers().AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, config: Any) -> PreTrainedModel:

@@ -225,7 +225,8 @@ def _training(data: ReportData) -> str:
         figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()
     )
-    return f'{note}<div class="panels">{panels}</div>'
+    rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in data.rows)
+    return f'{note}<div class="panels">{panels}</div>' + (f'<ul class="muted">{rows}</ul>' if rows else "")
 
 
 def _ends(log: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class ReportData:
     checks: list[dict[str, Any]]  # name, passed (None: nothing to compare), detail
     provenance: list[dict[str, Any]]  # one manifest an artifact
     warnings: list[str]
+    rows: list[str] = field(default_factory=list)  # how much of each task's rows the fine-tunes used
 
 
 class Scored(Protocol):
@@ -125,6 +126,7 @@ def summary(data: ReportData) -> dict[str, Any]:
         "checks_passed": not any(check["passed"] is False for check in data.checks),
         "verdict": verdict(data),
         "warnings": data.warnings,
+        "rows": data.rows,
     }
 
 

@@ -16,6 +16,7 @@ from cpift.data import balanced_sample, count_examples, mixture, pick_examples, 
 from cpift.examples import Example
 from cpift.fit_spec import FitSpec
 from cpift.packing import packed
+from cpift.row_use import RowUse
 from cpift.templates import checked_templates
 
 if TYPE_CHECKING:
@@ -23,15 +24,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def stage_data(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Dataset:
-    """The rows that a stage goes over in every epoch, with column `input_ids` among others; kept in `folder`."""
+def stage_data(
+    spec: FitSpec,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    uses: dict[str, dict[str, int]] | None = None,
+) -> Dataset:
+    """The rows that a stage goes over in every epoch, with column `input_ids` among others; kept in `folder`.
+
+    `uses` gets how many rows of each task these are (`RowUse.record`).
+    """
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
     length = spec.training.max_length
-    with checked_templates():  # by `preflight`
-        parts = [
-            tokenised_dataset(examples, tokenizer, length, folder / f"stage-{index}-{task.name}.arrow")
-            for task, examples in zip(chosen, _examples(spec, chosen), strict=True)
-        ]
+    parts = []
+    for task, examples in zip(chosen, _examples(spec, chosen), strict=True):
+        use, file = RowUse(length), folder / f"stage-{index}-{task.name}.arrow"
+        with checked_templates():  # by `preflight`
+            parts.append(tokenised_dataset(examples, tokenizer, length, file, use))
+        if uses is not None:
+            uses[task.name] = use.record
     mixed = mixture(parts, spec.seed + index, spec.training.mixing)
     return packed(mixed, length, folder / f"stage-{index}-packed.arrow") if spec.training.packing else mixed
 

@@ -17,6 +17,7 @@ from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, fuse_models
 from cpift.given import open_models
 from cpift.regions import Streaming, read_summary, write_regions
+from cpift.row_use import told
 
 if TYPE_CHECKING:
     from cpift.pipeline import Model, Pipeline
@@ -45,8 +46,12 @@ def _fit_spec(
 def check_data(run: Pipeline, base: Model) -> None:
     """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
     from cpift.evaluate import check_rows
+    from cpift.models import load_tokenizer
+    from cpift.row_checks import check_train_rows
 
-    check_rows(base.path, run.config.tasks, run.config.evaluation)
+    tokenizer = load_tokenizer(base.path)
+    check_train_rows(run.config, tokenizer)
+    check_rows(tokenizer, [task for task in run.config.tasks if task.test is not None], run.config.evaluation)
 
 
 def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:
@@ -124,6 +129,8 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
     model = Checkpoint(run.artifacts.base.path)
     made = artifacts_of(run)
     record = read_json(made["fuse"].path / FUSION_RECORD)
+    fits = {title: read_json(artifact.path / RESULT) for title, artifact in _fits(run, made).items()}
+    rows = [one for title, fit in fits.items() for one in told(title, fit.get("rows", ()))]
     return ReportData(
         name=run.config.name,
         config_yaml=dump_config(run.config),
@@ -143,10 +150,11 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
         },
         regions={task: {key: one[key] for key in ("requested", "count", "threshold")} for task, one in regions.items()},
         slerp=record["tensors"],
-        curves={title: read_json(artifact.path / RESULT)["log"] for title, artifact in _fits(run, made).items()},
+        curves={title: fit["log"] for title, fit in fits.items()},
         checks=_checks(record, read_json(made["integrate"].path / RESULT)),
         provenance=[artifact.manifest() for artifact in made.values()],
-        warnings=_warnings(run, grouping.warnings, regions),
+        warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
+        rows=[sentence for sentence, _ in rows],
     )
 
 
@@ -189,7 +197,9 @@ def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[d
 
 
 def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Any]) -> list[str]:
-    found = list(grouping)
+    from cpift.row_checks import shared_rows
+
+    found = [*grouping, *shared_rows(run.config)]
     for task, one in regions.items():
         if one["count"] < one["requested"]:
             share = one["count"] / one["space"]

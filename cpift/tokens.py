@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
+from cpift.row_use import RowUse
 from cpift.rows_on_disk import rows_on_disk
 from cpift.templates import rendered
 from cpift.turns import LINKS
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _WRITES = dict.fromkeys(("tools", "tool calls"), "use the template of a model trained on them")
 _THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", "[/THINK]")  # written into a content
+UNCUT = 1 << 30  # a `max_length` of no row
 IGNORED = -100  # the label that cross entropy leaves out
 _MARK = "\ue000reply\ue001"  # private-use characters, so that no template treats them specially
 
@@ -52,36 +54,38 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def tokenised_dataset(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path | None = None
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    file: Path | None = None,
+    use: RowUse | None = None,
 ) -> Dataset:
     """A map-style data set with columns `input_ids` and `labels`, in the examples' order.
 
     `file`: where its rows are kept, 8 bytes a token, so that neither they nor the examples are ever all in memory.
-    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out and counted in the log.
+    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out, and counted in `use`.
 
     Raises:
         DataError: no example is left.
     """
     from datasets import Dataset
 
-    total = left_out = 0
+    use = RowUse(max_length) if use is None else use
 
     def rows() -> Iterator[dict[str, list[int]]]:
-        nonlocal total, left_out
         for example in examples:
-            row = tokenise(example, tokenizer, max_length)
-            total += 1
+            whole = tokenise(example, tokenizer, UNCUT)
+            row = {name: ids[:max_length] for name, ids in whole.items()}
+            use.add(len(whole["input_ids"]), learnable(row))
             if learnable(row):
                 yield row
-            else:
-                left_out += 1
 
     found = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
-    if not total - left_out:
+    if not use.used:
         remedy = "raise max_length"
         raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
-    if left_out:
-        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", left_out, total, max_length)
+    if use.left_out:
+        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", use.left_out, use.rows, max_length)
     return found
 
 

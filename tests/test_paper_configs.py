@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
 from cpift.planning import plan
 from cpift.preflight import preflight
 from cpift.regions import core_size
+from cpift.scratch import make_scratch_tokenizer
 from cpift.stage_artifacts import StageArtifacts
 
 FOLDER = Path(__file__).parents[1] / "configs" / "paper"
@@ -39,7 +41,7 @@ def checkpoint(folder: Path, recorded: dict[str, Any]) -> Path:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         file.truncate(8 + len(encoded) + offset)
     (folder / "config.json").write_text(json.dumps({"model_type": recorded["model_type"]} | recorded["config"]))
-    (folder / "tokenizer.json").write_text("{}")
+    make_scratch_tokenizer(ScratchModel()).save_pretrained(folder)
     return folder
 
 

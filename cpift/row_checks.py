@@ -1,0 +1,200 @@
+"""What θ0's tokenizer and config tell of the tasks' rows: whether they can be written, and how much of them is used."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cpift.data import read_examples
+from cpift.errors import CheckpointError, CpiftError, DataError, Problem
+from cpift.row_use import RowUse
+from cpift.templates import renderer
+from cpift.tokens import UNCUT, learnable, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cpift.config import DataSource, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
+    from cpift.examples import Example
+
+SAMPLE = 128  # rows of a task that `plan` writes in the chat template
+_SHOWN = 5
+
+
+@dataclass
+class RowChecks:
+    """What a look at the rows brought: problems end the command, notes are worth knowing."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_written(config: RunConfig, stage: str | None, download: bool = True) -> RowChecks:
+    """The first rows of every task in the chat template of θ0, if its tokenizer is at hand without a download.
+
+    stage: what is to be made, None: all of the run. download: whether rows of hub data sets are fetched to look at.
+    """
+    found = RowChecks()
+    scored = stage in _SCORES and all(task.test is not None for task in config.tasks)
+    if not scored and not any(_lengths(config, task, stage) for task in config.tasks):
+        return found
+    renderer().start()  # while the imports go on here
+    try:
+        tokenizer = tokenizer_at_hand(config.model)
+    except CheckpointError as error:
+        found.problems += [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+        return found
+    if tokenizer is None:
+        found.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
+        return found
+    for task in config.tasks:
+        if task.train is not None and (download or task.train.hub is None):
+            _check_train(found, task, task.train, tokenizer, _lengths(config, task, stage))
+    for task in config.tasks:
+        if scored and (download or task.test_data.hub is None):
+            _check_test(found, task, config.evaluation, tokenizer)
+    return found
+
+
+def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As `check_written`, of training rows alone. Raises DataError with every problem."""
+    found = RowChecks()
+    for task in config.tasks:
+        if task.train is not None:
+            _check_train(found, task, task.train, tokenizer, _lengths(config, task, None))
+    if found.problems:
+        raise DataError("training rows", found.problems)
+
+
+_SCORES = (None, "evaluate", "report", "run", "compare", "sweep")
+_TRAINS_ON = (*_SCORES, "integrate")  # the stages that need the integration
+
+
+def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
+    """`max_length` of the fine-tunes that use a task's rows, by the config's field."""
+    found = {}
+    if task.checkpoint is None and config.probe is not None:
+        found["probe.max_length"] = config.probe.max_length
+    if config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
+        name = "backbone.training" if config.backbone.training else "probe"
+        if training := config.backbone.training or config.probe:
+            found[f"{name}.max_length"] = training.max_length
+    if config.integration is not None and stage in _TRAINS_ON:
+        found["integration.max_length"] = config.integration.max_length
+    return found
+
+
+def tokenizer_at_hand(model: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
+    from cpift.hub import cached_folder
+    from cpift.models import gguf_path, load_gguf_tokenizer, load_tokenizer
+    from cpift.scratch import make_scratch_tokenizer
+
+    if model.scratch is not None:
+        return make_scratch_tokenizer(model.scratch)
+    if model.gguf is not None:
+        return load_gguf_tokenizer(gguf_path(model.gguf))
+    folder = model.path if model.hub is None else cached_folder(model.hub, model.revision)
+    return load_tokenizer(folder) if folder is not None else None
+
+
+def _check_train(
+    found: RowChecks,
+    task: TaskConfig,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Mapping[str, int],
+) -> None:
+    where = f"tasks.{task.name}.train"
+    uses = {name: RowUse(length) for name, length in lengths.items()}
+    if not uses:
+        return
+    try:
+        whole = _sampled(read_examples(source), tokenizer, uses.values(), found.problems)
+    except CpiftError:
+        return  # `check_task` says what is wrong with the rows
+    for name, use in uses.items():
+        if use.rows and not use.used:
+            what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
+            found.problems.append(Problem(where, what, f"raise {name}"))
+    told = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
+    for (_, sentence), name in reversed(told.items()):
+        first = "" if whole else "of the first rows, "
+        found.notes.append(f"{where} at {name} = {uses[name].max_length}: {first}{sentence}")
+
+
+def _sampled(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    uses: Iterable[RowUse],
+    problems: list[Problem],
+) -> bool:
+    """Count the first rows, and more where none of those would be learnt from. Whether these are all."""
+    bad = 0
+    for number, example in enumerate(examples):
+        if bad == _SHOWN or (number >= SAMPLE and all(use.used for use in uses)):
+            return False
+        try:
+            row = tokenise(example, tokenizer, UNCUT)
+        except DataError as error:
+            bad += 1
+            problems += error.problems
+            continue
+        for use in uses:
+            use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
+    return True
+
+
+def _check_test(
+    found: RowChecks, task: TaskConfig, settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from cpift.evaluate import check_rows
+
+    try:
+        check_rows(tokenizer, [task], settings, SAMPLE)
+    except DataError as error:
+        found.problems += error.problems[:_SHOWN]
+
+
+class SharedRows:
+    """Counts test rows whose prompt some task trains on: see all tests first, then all training rows."""
+
+    def __init__(self) -> None:
+        self._tests: dict[int, Counter[str]] = defaultdict(Counter)
+        self._sizes: Counter[str] = Counter()
+        self._found: dict[tuple[str, str], set[int]] = defaultdict(set)
+
+    def see(self, task: str, split: str, example: Example) -> None:
+        """Look at a row of a task's `test` or `train`."""
+        key = hash((tuple((turn.role, turn.content) for turn in example.prompt), example.tools))
+        if split == "test":
+            self._tests[key][task] += 1
+            self._sizes[task] += 1
+        elif key in self._tests:
+            for tested in self._tests[key]:
+                self._found[tested, task].add(key)
+
+    def notes(self) -> list[str]:
+        """One sentence for each pair of tasks that share prompts."""
+        sentences = []
+        for (tested, trained), keys in self._found.items():
+            count = sum(self._tests[key][tested] for key in keys)
+            rows = f"{count:,} of {self._sizes[tested]:,} rows"
+            sentences.append(
+                f"tasks.{tested}.test: {rows} have a prompt that tasks.{trained}.train has too; "
+                "what is scored on them was seen in training"
+            )
+        return sentences
+
+
+def shared_rows(config: RunConfig) -> list[str]:
+    """`SharedRows.notes` of all rows of a run."""
+    shared = SharedRows()
+    for split in ("test", "train"):
+        for task in config.tasks:
+            source: DataSource | None = getattr(task, split)
+            for example in read_examples(source) if source is not None else ():
+                shared.see(task.name, split, example)
+    return shared.notes()
