@@ -22,6 +22,8 @@ from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_wei
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_ONE_MODEL, _SHAPES_LISTED = "use fine-tunes of one model", 3
+_FURTHER = "it has {count} that θ0 lacks ({names})"
 _SCAN = 1 << 22  # elements looked at together
 
 
@@ -233,19 +235,32 @@ def _no_weights(folder: Path) -> Problem:
 
 
 def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
-    """What keeps `other` from being a fine-tune of `base`: missing or extra tensors, other shapes."""
-    problems = [
-        Problem(name, "is missing", "use fine-tunes of one model") for name in base.names if name not in other.tensors
+    """What keeps `other` from being a fine-tune of `base`: the tensors that one of them lacks, in a sentence, and other
+    shapes."""
+    lacking = [name for name in base.names if name not in other.tensors]
+    further = [name for name in other.names if name not in base.tensors]
+    said = [
+        text.format(count=len(names), names=_some(names))
+        for names, text in ((lacking, "θ0 has {count} that it lacks ({names})"), (further, _FURTHER))
+        if names
     ]
-    problems += [
-        Problem(name, "is not in the pre-trained model", "") for name in other.names if name not in base.tensors
+    problems = [Problem("its tensors", "; ".join(said), _ONE_MODEL)] if said else []
+    shapes = {
+        name: f"has shape {list(other.tensors[name].shape)}, in θ0 {list(info.shape)}"
+        for name, info in base.tensors.items()
+        if name in other.tensors and other.tensors[name].shape != info.shape
+    }
+    if len(shapes) <= _SHAPES_LISTED:
+        return problems + [Problem(name, what, _ONE_MODEL) for name, what in shapes.items()]
+    first, what = next(iter(shapes.items()))
+    return [
+        *problems,
+        Problem("its tensors", f"{len(shapes)} have another shape than in θ0 ({first} {what})", _ONE_MODEL),
     ]
-    for name in base.names:
-        mine, theirs = base.tensors[name], other.tensors.get(name)
-        if theirs is not None and theirs.shape != mine.shape:
-            what = f"has shape {list(theirs.shape)}, in the pre-trained model {list(mine.shape)}"
-            problems.append(Problem(name, what, "use fine-tunes of one model"))
-    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:

@@ -14,6 +14,7 @@ from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import LoraCheckpoint, unties
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.pretrained import require_no_code
+from cpift.relaid import in_layout_of
 from cpift.untrusted import ADAPTER, read_object
 from cpift.vocabulary import FittedCheckpoint, resized
 
@@ -62,7 +63,8 @@ def backbone_apart(where: str) -> Problem:
 
 
 def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: str = "error") -> Checkpoint:
-    """A model folder, or an adapter's folder as the model it makes of `base`. Raises CheckpointError.
+    """A model folder, or an adapter's folder as the model it makes of `base`; under the names that `base` has for the
+    same model. Raises CheckpointError.
 
     vocabulary: `base` fits a model with another number of tokens to `base`, `error` opens it as it is. Where `base`
     ties nothing, or has tied tensors apart, what is opened has them apart too.
@@ -72,6 +74,7 @@ def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: st
     else:
         model = Checkpoint(folder)
         model = model.apart() if base is not None and (base.is_apart or not base.ties) else model
+        model = model if base is None else in_layout_of(base, model)
     fits = base is None or vocabulary == "error" or not resized(base, model)
     return model if fits or base is None else FittedCheckpoint(model, base)
 

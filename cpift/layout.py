@@ -7,6 +7,7 @@ one parameter may be a stack of many tensors.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Layout:
     sizes: Mapping[str, Shape]  # of the tensors
     unloaded: tuple[str, ...]  # tensors that the class does not take
     missing: tuple[str, ...]  # parameters that no tensor gives, tied ones by one of their names
+    misfits: tuple[Problem, ...]  # parameters that are not given as config.json has them
 
     def same(self, parameter: str) -> str | None:
         """The tensor that is this parameter, element by element; None if there is no such tensor."""
@@ -80,14 +82,11 @@ def checkpoint_layout(checkpoint: Checkpoint) -> Layout:
 def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
     """How tensors of these names and shapes give the parameters of `network`, which may be on `meta`.
 
-    Raises CheckpointError where transformers' conversion does more than move boxes of elements, and for shapes that
-    are not the class's.
+    Raises CheckpointError where transformers' conversion does more than move boxes of elements.
     """
     state = network.state_dict()
     traced, unloaded = converted(network, tensors)
     wrong = [_misfit(name, one, tuple(state[name].shape)) for name, one in traced.items()]
-    if problems := [problem for problem in wrong if problem is not None]:
-        raise CheckpointError("checkpoint", first_problems(problems, 8))
     places: dict[str, list[tuple[str, Block]]] = {}
     for name, one in traced.items():
         for block in one.blocks:
@@ -99,6 +98,7 @@ def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
         sizes={name: tuple(shape) for name, shape in tensors.items()},
         unloaded=tuple(unloaded),
         missing=tuple(_not_given(network, traced)),
+        misfits=tuple(problem for problem in wrong if problem is not None),
     )
 
 
@@ -117,11 +117,29 @@ def _not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterato
     yield from (same[0] for same in names.values() if not any(name in given for name in same))
 
 
+_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+
+
+def is_buffer(network: PreTrainedModel, tensor: str) -> bool:
+    """Whether a tensor that the class does not load is none of its weights: what releases before kept with them.
+
+    transformers' own list for the class says so, or the name: a buffer of rotary embeddings and the like, or a bias of
+    a module that has none but holds others, as the causal masks of attention were.
+    """
+    listed = (*_BUFFERS, *(network._keys_to_ignore_on_load_unexpected or ()))
+    if any(re.search(pattern, tensor) for pattern in listed):
+        return True
+    path, _, leaf = tensor.rpartition(".")
+    modules = dict(network.named_modules())
+    holder = next((modules[one] for one in (path, f"{network.base_model_prefix}.{path}") if one in modules), None)
+    return leaf == "bias" and holder is not None and any(True for _ in holder.children())
+
+
 def require_whole(layout: Layout, folder: Path) -> None:
-    """Raise CheckpointError that names parameters of the class that the folder has no tensor for: they would be random,
-    and what they learn could not be written back."""
-    if layout.missing:
-        problems = [Problem(name, "is not in the checkpoint", "restore the file") for name in layout.missing]
+    """Raise CheckpointError that names parameters of the class that the folder has no tensor for, or of another shape:
+    they would be random, and what they learn could not be written back."""
+    problems = [Problem(name, "is not in the checkpoint", "restore the file") for name in layout.missing]
+    if problems := [*problems, *layout.misfits]:
         raise CheckpointError(f"checkpoint {folder}", first_problems(problems, 8))
 
 

@@ -61,6 +61,7 @@ LAYERS = [
         "tying",
         "conversion",
         "layout",
+        "relaid",
         "streaming",
         "adapters",
         "data",

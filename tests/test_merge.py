@@ -207,7 +207,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
         "tasks.two.checkpoint: model.norm.weight: is in model-0000",
     ),
     "NaN": (poison, "one: model.norm.weight: holds NaN or Inf"),
-    "extra tensor": (add_tensor, "tasks.one.checkpoint: extra.weight: is not in the pre-trained model"),
+    "extra tensor": (add_tensor, "tasks.one.checkpoint: its tensors: it has 1 that θ0 lacks (extra.weight)"),
     "other vocabulary": (other_vocabulary, "tasks.one.checkpoint: model.embed_tokens.weight: has"),
     "wrong architecture": (other_architecture, "tasks.one.checkpoint: config.json, model_type: is 'qwen3'"),
     "symlink loop": (symlink_loop, "tasks.one.checkpoint: model.safetensors: is a symbolic link that leads to no file"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints import Checkpoint
+from cpift.architecture import untrainable
+from cpift.checkpoints import Checkpoint, differences
 from cpift.conversion import Traced, Untraceable
+from cpift.given import open_checkpoint
 from cpift.layout import ParameterMasks, checkpoint_layout
 from cpift.verify import check_loads, failures
 
@@ -37,10 +42,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
 LAYOUTS = [(family, original) for family in MIXTURES for original in (True, False)]
 
 
-def saved(folder: Path, family: str, original: bool = True, **fields: Any) -> Path:
+def saved(folder: Path, family: str, original: bool = True, seed: int = 1, **fields: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     network = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **SMALL | MIXTURES.get(family, {}) | fields)
     )
@@ -130,3 +135,91 @@ def test_experts_count_as_there_whatever_the_budget(tmp_path: Path, original: bo
     name = max(name for name in tensors if "experts" in name)
     save_file({n: x for n, x in tensors.items() if n != name}, folder / "model.safetensors", metadata={"format": "pt"})
     assert failures([check_loads(folder, memory)])
+
+
+def other_layout(folder: Path, kind: str) -> Path:
+    """The model of a folder, written by another program."""
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "wrapped":
+        tensors = {f"language_model.{name}": value for name, value in tensors.items()}
+    elif kind == "without the base model's prefix":
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    elif kind == "old buffers":
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["model.layers.1.self_attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        tensors["model.layers.1.self_attn.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+OTHER_LAYOUTS = [
+    ("llama", True, "wrapped"),
+    ("llama", True, "without the base model's prefix"),
+    ("llama", True, "old buffers"),
+    ("mixtral", True, "stacked"),
+    ("qwen3_moe", True, "stacked"),
+    ("qwen3_moe", False, "one tensor for each expert"),
+    ("glm4_moe", False, "wrapped"),
+]
+
+
+@pytest.mark.parametrize(("family", "original", "kind"), OTHER_LAYOUTS, ids=lambda value: str(value))
+def test_a_tune_in_another_layout_reads_as_one_in_its_own(
+    tmp_path: Path, family: str, original: bool, kind: str
+) -> None:
+    base = Checkpoint(saved(tmp_path / "base", family, original))
+    plain = Checkpoint(saved(tmp_path / "plain", family, original, seed=2))
+    turned = original if kind not in ("stacked", "one tensor for each expert") else not original
+    other = open_checkpoint(other_layout(saved(tmp_path / "other", family, turned, seed=2), kind), base)
+    assert other.names == base.names
+    assert differences(base, other) == []
+    for name in base.names:
+        assert torch.equal(other.tensor(name), plain.tensor(name)), name
+        numel = base.tensors[name].numel
+        start, stop = numel // 3, numel - numel // 5
+        assert torch.equal(other.slice(name, start, stop), plain.slice(name, start, stop))
+        starts = np.arange(0, numel, 37)
+        assert torch.equal(other.gather(name, starts, 32), plain.gather(name, starts, 32))
+        other.prefetch(name, start, stop)
+        other.release(name, start, stop)
+    again = pickle.loads(pickle.dumps(other))
+    assert torch.equal(again.tensor(base.names[0]), plain.tensor(base.names[0]))
+
+
+def test_buffers_of_the_base_alone_are_its_own(tmp_path: Path) -> None:
+    base = Checkpoint(other_layout(saved(tmp_path / "base", "llama"), "old buffers"))
+    other = open_checkpoint(saved(tmp_path / "other", "llama", seed=2), base)
+    assert differences(base, other) == []
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.bias"):
+        assert torch.equal(other.tensor(name), base.tensor(name))
+
+
+def test_another_model_is_told_in_a_sentence(tmp_path: Path) -> None:
+    base = Checkpoint(saved(tmp_path / "base", "llama"))
+    deeper = open_checkpoint(saved(tmp_path / "deeper", "llama", num_hidden_layers=3), base)
+    (problem,) = differences(base, deeper)
+    assert re.fullmatch(r"it has 9 that θ0 lacks \((model\.layers\.2\.[\w.]+, ){3}…\)", problem.what), problem.what
+    shallow = open_checkpoint(saved(tmp_path / "shallow", "qwen3", num_hidden_layers=1, head_dim=8), base)
+    (problem,) = differences(base, shallow)
+    assert re.match(r"θ0 has 9 that it lacks \(.*…\); it has 2 that θ0 lacks \(.*q_norm\.weight\)", problem.what)
+    fewer = open_checkpoint(
+        saved(tmp_path / "fewer", "qwen3_moe", num_experts=2), Checkpoint(saved(tmp_path / "m", "qwen3_moe"))
+    )
+    (problem, *_) = differences(Checkpoint(tmp_path / "m"), fewer)
+    assert "θ0 has 6 that it lacks (model.layers.0.mlp.experts.2.down_proj.weight, " in problem.what
+
+
+def test_only_buffers_are_left_out(tmp_path: Path) -> None:
+    base, name = Checkpoint(saved(tmp_path / "base", "llama")), "model.layers.0.self_attn.q_proj.bias"
+    other = saved(tmp_path / "other", "llama", seed=2)
+    tensors = load_file(other / "model.safetensors") | {name: torch.zeros(16), "extra.weight": torch.zeros(2)}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    (problem,) = differences(base, open_checkpoint(other, base))
+    assert problem.what == f"it has 2 that θ0 lacks (extra.weight, {name})"
+
+
+def test_a_vision_language_model_is_not_trained(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}')
+    (problem,) = untrainable(tmp_path, "model.path")
+    assert "LlavaForConditionalGeneration (vision_config), and only models of text alone are trained" in problem.what
+    assert untrainable(saved(tmp_path / "text", "mixtral"), "model.path") == []
