@@ -23,11 +23,14 @@ from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import checkpoint_layout
 from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings, setting_problems
+from cpift.patterns import Patterns
 from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.untrusted import UnreadableError
 from cpift.vocabulary import token_tensors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_PATTERN_FORM = r"(.*\.)?({})$"  # PEFT's
 _PART = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<part>[AB])(\.weight)?")
 _TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
 _RUN = 1 << 18  # elements computed together
@@ -61,6 +64,7 @@ class LoraCheckpoint(Checkpoint):
         self._parts = _parts(folder, problems)
         self._full: dict[str, TensorInfo] = {}
         self._updates: dict[str, _Update] = {}
+        self._patterns: dict[str, Patterns] = {}
         self._assign(problems)
         if not self.is_apart and unties(folder, base):
             what = "changes an embedding and output layer apart that are one tensor in the model it is read with"
@@ -148,9 +152,12 @@ class LoraCheckpoint(Checkpoint):
             problems += [Problem(key, "is no plain LoRA factor", MERGE_FIRST) for key in change.unknown]
             for parameter, info in change.full.items():
                 self._assign_full(f"{module}.{parameter}", info, _own(self._settings, module), problems)
-        for module, change in changes.items():
-            if change.factors and (problem := self._assign_pair(module, change.factors)) is not None:
-                problems.append(problem)
+        pairs = [(module, change.factors) for module, change in changes.items() if change.factors]
+        try:
+            found = [self._assign_pair(module, factors) for module, factors in pairs]
+        except UnreadableError as error:  # a pattern
+            found = [error.problem(ADAPTER_CONFIG)]
+        problems += [problem for problem in found if problem is not None]
 
     def _assign_full(self, parameter: str, info: TensorInfo, own: bool, problems: list[Problem]) -> None:
         mine = self._name(parameter)
@@ -182,13 +189,20 @@ class LoraCheckpoint(Checkpoint):
         if len(a.shape) != 2 or len(b.shape) != 2 or (shape[::-1] if transposed else shape) != target.shape:
             what = f"has factors {list(b.shape)} · {list(a.shape)}, θ0's weight is {list(target.shape)}"
             return Problem(module, what, "give the adapter's own base model")
-        rank = _patterned(self._settings, "rank_pattern", module, "r")
+        rank = self._patterned("rank_pattern", module, "r")
         if a.shape[0] != rank or b.shape[1] != rank:
             return Problem(module, f"has rank {a.shape[0]}, {ADAPTER_CONFIG} says {rank}", "restore the config")
-        alpha = _patterned(self._settings, "alpha_pattern", module, "lora_alpha")
+        alpha = self._patterned("alpha_pattern", module, "lora_alpha")
         scaling = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         self._updates[name] = _Update(a if transposed else b, b if transposed else a, transposed, scaling)
         return None
+
+    def _patterned(self, field: str, module: str, default: str) -> Any:
+        """The value of the first pattern that matches the end of a module's name, as PEFT has it."""
+        if field not in self._patterns:
+            self._patterns[field] = Patterns(self._settings.get(field) or {}, _PATTERN_FORM)
+        found = self._patterns[field].first(module)
+        return self._settings[default] if found is None else self._settings[field][found]
 
     def _name(self, parameter: str) -> str:
         """The tensor of θ0's files for a parameter, as adapters name it; that name itself if there is none."""
@@ -302,10 +316,3 @@ def _parts(folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:
     except (FormatError, OSError) as error:
         problems.append(Problem(file.name, f"cannot be read ({error})", "download or copy it again"))
         return {}
-
-
-def _patterned(settings: Mapping[str, Any], field: str, module: str, default: str) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT has it."""
-    patterns: Mapping[str, Any] = settings.get(field) or {}
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, settings[default])

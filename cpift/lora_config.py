@@ -7,12 +7,13 @@ may mean by it something that is no product B·A.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpift.errors import CheckpointError, Problem
+from cpift.untrusted import ADAPTER, UnreadableError, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
@@ -105,15 +106,55 @@ FIELDS: Mapping[str, Used | Silent | Neutral] = {
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """The adapter's settings, `r` a whole number and `lora_alpha` a float. Raises CheckpointError."""
+    """The adapter's settings; of plain LoRA, those that are used have the form that PEFT gives them.
+
+    Raises CheckpointError.
+    """
     try:
-        found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        if found.get("peft_type", "LORA") != "LORA":
-            return dict(found)
-        return dict(found) | {"r": int(found["r"]), "lora_alpha": float(found["lora_alpha"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = read_object(folder / ADAPTER_CONFIG, ADAPTER)
+    except UnreadableError as error:
+        raise CheckpointError(f"adapter {folder}", [error.problem(ADAPTER_CONFIG)]) from error
+    except OSError as error:
         problem = Problem(ADAPTER_CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
         raise CheckpointError(f"adapter {folder}", [problem]) from error
+    problems = list(_malformed(found)) if found.get("peft_type", "LORA") == "LORA" else []
+    if problems:
+        raise CheckpointError(f"adapter {folder}", problems)
+    return found
+
+
+def _malformed(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    for name, (form, fits) in _FORMS.items():
+        if not fits(settings.get(name)):
+            what = f"is {_short(settings[name])}, not {form}" if name in settings else f"is not there: {form}"
+            yield Problem(f"{ADAPTER_CONFIG}, {name}", what, "restore the file, or save the adapter again with PEFT")
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 31
+
+
+def _by_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+# Fields that enter the weights, and the values that PEFT gives them.
+_FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number from 1 on", _is_rank),
+    "lora_alpha": ("a number", _is_alpha),
+    "use_rslora": ("true or false", lambda value: value is None or isinstance(value, bool)),
+    "rank_pattern": ("whole numbers from 1 on by pattern", _by_pattern(_is_rank)),
+    "alpha_pattern": ("numbers by pattern", _by_pattern(_is_alpha)),
+    "modules_to_save": ("a list of names", _are_names),
+}
 
 
 def setting_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:

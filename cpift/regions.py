@@ -20,14 +20,13 @@ import torch
 from cpift_kernels import overlap_counts, overlap_counts_per_tensor, union_mask
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_same_layout
 from cpift.config import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import read_json, write_json
-from cpift.safetensors_files import MappedFile, read_header
+from cpift.safetensors_files import MappedFile, read_tensors_of
 from cpift.streaming import (
     DEFAULT_BUDGET,
     MaskFiles,
@@ -270,7 +269,7 @@ class RegionMasks:
     def __init__(self, folder: Path, tasks: Sequence[str]):
         self._made_of = folder, tuple(tasks)
         self.files = {task: folder / f"{task}.safetensors" for task in tasks}
-        self.infos = {task: {info.name: info for info in read_header(file)} for task, file in self.files.items()}
+        self.infos = {task: read_tensors_of(file, torch.int32) for task, file in self.files.items()}
         self._maps = {task: MappedFile(file) for task, file in self.files.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -296,8 +295,9 @@ class NoCores(RegionMasks):
 
 def read_mask(folder: Path, task: str, name: str) -> torch.Tensor | None:
     """The packed mask of one parameter, None if it lies outside the parameter space."""
-    with safe_open(folder / f"{task}.safetensors", framework="pt") as opened:
-        return opened.get_tensor(name) if name in opened.keys() else None  # noqa: SIM118 (no mapping)
+    file = folder / f"{task}.safetensors"
+    info = read_tensors_of(file, torch.int32).get(name)
+    return None if info is None else MappedFile(file).view(info.start, info.dtype, info.numel).reshape(info.shape)
 
 
 class JointCores(Mapping[str, torch.Tensor]):

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from cpift.direct_io import DirectStream, write_at
+from cpift.errors import CpiftError
+from cpift.untrusted import TENSOR_HEADER, UnreadableError, opened, parse_json, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +39,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 # A private map of a file larger than the memory must not be counted as if every page would be written.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -45,8 +46,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # the file system cannot reserve room
 
 
-class FormatError(ValueError):
-    """A file that is no whole safetensors file."""
+class FormatError(CpiftError, ValueError):
+    """A file that is no whole safetensors file. What it says goes on from the file's name."""
 
 
 @dataclass(frozen=True)
@@ -78,38 +79,60 @@ def read_header(path: Path) -> list[TensorInfo]:
     Raises FormatError for anything but a whole file: no header, a dtype that is not known here, a tensor named twice,
     bytes that are missing, left over or shared between tensors. OSError if it cannot be opened.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
-        if length > min(_LONGEST_HEADER, size - 8):
-            raise FormatError(f"no header fits its {size} bytes")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            infos = [_info(path, name, entry, 8 + length) for name, entry in entries.items()]
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise FormatError(f"its header cannot be read: {type(error).__name__} {error}") from error
+    try:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else TENSOR_HEADER.size + 1
+            if length > min(TENSOR_HEADER.size, size - 8):
+                raise FormatError(f"no header fits its {size} bytes")
+            header = parse_json(file.read(length), TENSOR_HEADER)
+    except UnreadableError as error:
+        raise FormatError(f"its header {error}" if error.subject == "" else error.what) from error
+    if not isinstance(header, dict):
+        raise FormatError(f"its header is {shown(header)}, not an object")
+    _check_metadata(header.pop("__metadata__", None))
+    infos = [_info(path, name, entry, 8 + length) for name, entry in header.items()]
     _check_layout(infos, 8 + length, size)
     return infos
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise FormatError(f"{next(name for name in names if names.count(name) > 1)!r} is in its header twice")
+def read_tensors_of(path: Path, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """The tensors by name of a file that cpift wrote, all of one dtype. Raises FormatError naming it, and OSError."""
+    remedy = "delete its folder, and the same command makes it again"
+    try:
+        found = {info.name: info for info in read_header(path)}
+    except FormatError as error:
+        raise FormatError(f"{path}: {error} → {remedy}") from error
+    if other := next((info for info in found.values() if info.dtype is not dtype), None):
+        raise FormatError(f"{path}: {shown(other.name)} is {other.dtype}, not {dtype} → {remedy}")
     return found
 
 
-def _info(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
-    if entry["dtype"] not in DTYPES:
-        raise FormatError(f"{name} has dtype {entry['dtype']}: convert the checkpoint to bf16, fp16 or fp32")
-    begin, end = entry["data_offsets"]
-    info = TensorInfo(name, tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]], path, data + begin)
-    if end - begin != info.nbytes or min(info.shape, default=0) < 0:
-        raise FormatError(f"{name} has {end - begin} bytes, its shape {list(info.shape)} needs {info.nbytes}")
+def _check_metadata(metadata: Any) -> None:
+    fits = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not fits:
+        raise FormatError(f"its metadata is {shown(metadata)}, not texts by name")
+
+
+def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise FormatError(f"{shown(name)} is {shown(entry)}, not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(f"{shown(name)} has dtype {shown(dtype)}: convert the checkpoint to bf16, fp16 or fp32")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise FormatError(f"{shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}, not whole numbers")
+    info = TensorInfo(name, tuple(shape), DTYPES[dtype], path, data + offsets[0])
+    if offsets[1] - offsets[0] != info.nbytes or math.prod(max(size, 1) for size in shape) >= 1 << 60:
+        raise FormatError(
+            f"{shown(name)} has {offsets[1] - offsets[0]} bytes, its shape {shown(shape)} needs {info.nbytes}"
+        )
     return info
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _check_layout(infos: Iterable[TensorInfo], data: int, size: int) -> None:

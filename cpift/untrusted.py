@@ -44,6 +44,7 @@ class Limits:
     values: int
     depth: int = 32
     digits: int = 20  # 64 bits
+    signed: bool = True  # whether whole numbers may have a minus
     constants: tuple[str, ...] = ()  # of NaN, Infinity and -Infinity, which are no JSON
 
 
@@ -52,7 +53,7 @@ CONFIG = Limits(size=1 << 18, values=100_000)  # a run, a sweep, a comparison, t
 MODEL_CONFIG = Limits(size=1 << 24, values=2_000_000, digits=31, constants=("Infinity", "-Infinity"))
 ADAPTER = Limits(size=1 << 22, values=500_000)
 INDEX = Limits(size=1 << 26, values=5_000_000)
-TENSOR_HEADER = Limits(size=100_000_000, values=20_000_000, depth=4)  # the format's own limit of bytes
+TENSOR_HEADER = Limits(size=100_000_000, values=20_000_000, depth=4, signed=False)  # the format's own limit of bytes
 ROW = Limits(size=1 << 24, values=1 << 24, depth=64, digits=300)  # below the largest float
 ANSWER = Limits(size=1 << 22, values=500_000, constants=("NaN", "Infinity", "-Infinity"))  # of a server
 RECORD = Limits(size=1 << 28, values=50_000_000, constants=("NaN", "Infinity", "-Infinity"))  # what cpift wrote
@@ -60,7 +61,7 @@ RECORD = Limits(size=1 << 28, values=50_000_000, constants=("NaN", "Infinity", "
 
 def read_bytes(path: Path, size: int) -> bytes:
     """A regular file of at most `size` bytes. Raises UnreadableError for anything else, OSError as `open` does."""
-    with _opened(path) as file:
+    with opened(path) as file:
         data = file.read(size + 1)
     if len(data) > size:
         raise UnreadableError(f"has more than {size:,} bytes", "is it the right file?", str(path))
@@ -68,7 +69,8 @@ def read_bytes(path: Path, size: int) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file open for reading. Raises as `read_bytes`."""
     # A pipe that nobody writes to would block for ever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -144,7 +146,7 @@ def json_lines(path: Path) -> Iterator[Any]:
     value calls `require_limits`. Raises UnreadableError where the file is no text of lines, OSError as `open` does.
     """
     scan = _decoder(ROW).scan_once
-    with _opened(path) as file:
+    with opened(path) as file:
         _require_line_breaks(file, path)
         try:
             for line in TextIOWrapper(file, encoding="utf-8"):
@@ -194,7 +196,7 @@ def decoded(text: str | bytes, limits: Limits) -> str:
 def _decoder(limits: Limits) -> Any:
     return json.JSONDecoder(
         object_pairs_hook=_unique,
-        parse_int=partial(_whole, digits=limits.digits),
+        parse_int=partial(_whole, limits=limits),
         parse_float=_finite,
         parse_constant=partial(_constant, known=limits.constants),
     )
@@ -209,8 +211,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise UnreadableError(f"has {shown(twice)} twice", "keep one of the two")
 
 
-def _whole(text: str, digits: int) -> int:
-    if len(text.lstrip("-")) > digits:
+def _whole(text: str, limits: Limits) -> int:
+    if text[0] == "-" and not limits.signed:
+        raise UnreadableError(f"has {shown(text)} where no number is negative")
+    if len(text.lstrip("-")) > limits.digits:
         raise UnreadableError(f"has a number of {len(text)} digits, {shown(text)}", "give a number that fits 64 bits")
     return int(text)
 

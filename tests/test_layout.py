@@ -36,6 +36,7 @@ LAYERS = [
         "fit_spec",
         "examples",
         "hub",
+        "patterns",
         "placement",
         "redaction",
         "tensor_names",
