@@ -255,12 +255,12 @@ def _changes(parts: Mapping[str, TensorInfo]) -> dict[str, _Change]:
     """The tensors of an adapter's file by the module that they change."""
     found: dict[str, _Change] = {}
     for key, info in parts.items():
-        if key.endswith(_TRAINING_ONLY):
+        if key.endswith(_TRAINING_ONLY) or ".original_module." in key:  # beside its trained copy, which is used
             continue
         name = key.removeprefix(_PREFIX)
         part = _PART.fullmatch(name)
         # PEFT keeps an adapted embedding beside its factors (base_layer); the product is added to that.
-        module, _, parameter = name.replace(".base_layer.", ".").rpartition(".")
+        module, _, parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".").rpartition(".")
         change = found.setdefault(part["module"] if part else module, _Change({}, {}, []))
         if part:
             change.factors[part["part"]] = info

@@ -184,3 +184,42 @@ def test_a_tied_base_is_changed_as_peft_computes_it(
     pretrained, models = open_models(bases / base, {"a": tmp_path / "a"})
     assert pretrained.names == models["a"].names
     assert pretrained.is_apart is apart
+
+
+@pytest.mark.parametrize("base", ["llama", "llama-tied"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [43, 37])
+def test_resized_embeddings_fit_where_asked_for(
+    bases: Path, tmp_path: Path, base: str, settings: dict[str, Any], tokens: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(bases / base)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **(PLAIN | settings)))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    both = min(tokens, 40)
+    rows = adapted.get_input_embeddings()(torch.arange(both)).detach()
+    head = adapted.get_output_embeddings()(torch.eye(16)).detach().T[:both]
+    pretrained, models = open_models(bases / base, {"a": tmp_path / "a"}, "base")
+    fitted = models["a"].apart() if pretrained.is_apart else models["a"]
+    last = "lm_head.weight" if "lm_head.weight" in fitted.tensors else "model.embed_tokens.weight"
+    for name, wanted in (("model.embed_tokens.weight", rows), (last, head)):
+        torch.testing.assert_close(fitted.tensor(name)[:both], wanted, rtol=0, atol=1e-5)
+        assert torch.equal(fitted.tensor(name)[both:], pretrained.tensor(name)[both:])
+        assert fitted.tensors[name].shape == (40, 16)
+    _, as_it_is = open_models(bases / base, {"a": tmp_path / "a"})
+    assert as_it_is["a"].tensors["model.embed_tokens.weight"].shape == (tokens, 16)
