@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from cpift.errors import CheckpointError, Problem
-from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.quantised import dense_remedy, quantised
+from cpift.safetensors_files import DtypeError, FormatError, MappedFile, TensorInfo, read_header
 from cpift.tying import tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -43,7 +44,10 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files(problems):
             self._read_header(file, problems)
-        self._check_index(problems)
+        if problem := quantised(folder, self.config, self.tensors):
+            problems = [problem]  # what else is wrong follows from it
+        else:
+            self._check_index(problems)
         if problems:
             raise CheckpointError(f"checkpoint {folder}", problems)
         self.ties = dict(tied_in(folder, self.config, self.tensors) if ties is None else ties)
@@ -144,6 +148,11 @@ class Checkpoint:
     def _read_header(self, file: Path, problems: list[Problem]) -> None:
         try:
             infos = read_header(file)
+        except DtypeError as error:
+            fp8 = error.dtype.startswith("F8")
+            remedy = dense_remedy(self.folder, "fp8") if fp8 else "give the checkpoint in bf16, fp16 or fp32"
+            problems.append(Problem(file.name, str(error), remedy))
+            return
         except (FormatError, OSError) as error:
             problems.append(
                 Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again")
@@ -245,6 +254,7 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
         if names
     ]
     problems = [Problem("its tensors", "; ".join(said), _ONE_MODEL)] if said else []
+    problems += _integers(base, other)
     shapes = {
         name: f"has shape {list(other.tensors[name].shape)}, in θ0 {list(info.shape)}"
         for name, info in base.tensors.items()
@@ -261,6 +271,17 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _integers(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
+    """Where a tune has whole numbers under the name of θ0's floats."""
+    for name, info in base.tensors.items():
+        theirs = other.tensors.get(name)
+        if theirs is not None and info.floating and not theirs.floating:
+            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (theirs, info))
+            what = f"has whole numbers where θ0 has floats ({kinds}): it is quantised"
+            yield Problem(name, what, "give the unquantised checkpoint that it was made from")
+            return
 
 
 def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:

@@ -21,6 +21,7 @@ from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
+from cpift.quantised import quantised
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 if TYPE_CHECKING:
@@ -170,9 +171,8 @@ def _check_config_json(path: Path, where: str) -> list[Problem]:
         return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
     except UnreadableError as error:
         return [Problem(where, str(error))]
-    if config.get("quantization_config"):
-        remedy = "give the unquantised checkpoint: core regions are elements of dense tensors"
-        return [Problem(where, f"{path} holds quantised weights", remedy)]
+    if problem := quantised(path, config):
+        return [Problem(where, f"{path} {problem.what}", problem.remedy)]
     return []
 
 

@@ -50,6 +50,14 @@ class FormatError(CpiftError, ValueError):
     """A file that is no whole safetensors file. What it says goes on from the file's name."""
 
 
+class DtypeError(FormatError):
+    """A file with a tensor of a dtype that is not computed with; `dtype` as the header has it."""
+
+    def __init__(self, name: str, dtype: str):
+        self.dtype = dtype
+        super().__init__(f"{name} has dtype {dtype}: convert the checkpoint to bf16, fp16 or fp32")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a file's header says of one tensor; `start`: where its bytes begin in the file."""
@@ -120,7 +128,7 @@ def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise FormatError(f"{shown(name)} is {shown(entry)}, not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FormatError(f"{shown(name)} has dtype {shown(dtype)}: convert the checkpoint to bf16, fp16 or fp32")
+        raise DtypeError(shown(name), shown(dtype))
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise FormatError(f"{shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}, not whole numbers")
     info = TensorInfo(name, tuple(shape), DTYPES[dtype], path, data + offsets[0])

@@ -60,6 +60,7 @@ LAYERS = [
         "given",
         "vocabulary",
         "tying",
+        "quantised",
         "conversion",
         "layout",
         "relaid",
