@@ -53,9 +53,9 @@ class FormatError(CpiftError, ValueError):
 class DtypeError(FormatError):
     """A file with a tensor of a dtype that is not computed with; `dtype` as the header has it."""
 
-    def __init__(self, name: str, dtype: str):
-        self.dtype = dtype
-        super().__init__(f"{name} has dtype {dtype}: convert the checkpoint to bf16, fp16 or fp32")
+    def __init__(self, name: str, dtype: Any):
+        self.dtype = str(dtype)
+        super().__init__(f"{shown(name)} has dtype {shown(dtype)}: convert the checkpoint to bf16, fp16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise FormatError(f"{shown(name)} is {shown(entry)}, not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise DtypeError(shown(name), shown(dtype))
+        raise DtypeError(name, dtype)
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise FormatError(f"{shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}, not whole numbers")
     info = TensorInfo(name, tuple(shape), DTYPES[dtype], path, data + offsets[0])
