@@ -20,6 +20,7 @@ from cpift.architecture import skeleton
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.conversion import Block, Shape, Traced, converted
 from cpift.errors import CheckpointError, Problem
+from cpift.pretrained import loading_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,6 +134,35 @@ def is_buffer(network: PreTrainedModel, tensor: str) -> bool:
     modules = dict(network.named_modules())
     holder = next((modules[one] for one in (path, f"{network.base_model_prefix}.{path}") if one in modules), None)
     return leaf == "bias" and holder is not None and any(True for _ in holder.children())
+
+
+def loading_faults(checkpoint: Checkpoint) -> list[str]:
+    """Parameters that transformers, loading the model, would not have from its files, or not with the class's shape; or
+    why it would not load them at all. Headers are read."""
+    infos = checkpoint.tensors.values()
+    empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
+    try:
+        info = loading_info(checkpoint.folder, empty)
+    except Exception as error:  # the class's own code
+        try:
+            layout = checkpoint_layout(checkpoint)
+            return [problem.where for problem in layout.misfits] or list(layout.missing) or [_first_line(error)]
+        except CheckpointError as reason:
+            return [_first_line(error), *(problem.where for problem in reason.problems)]
+    return [*sorted(info["missing_keys"]), *sorted(key for key, *_ in info["mismatched_keys"]), *info["error_msgs"]]
+
+
+def unloadable(checkpoint: Checkpoint, where: str) -> list[Problem]:
+    """What `loading_faults` finds, as a problem; empty if transformers loads the model."""
+    faults = loading_faults(checkpoint)
+    some = ", ".join(faults[:3]) + (", …" if len(faults) > 3 else "")
+    what = f"{checkpoint.folder} lacks {len(faults)} parameters of its class, or has them in another shape ({some})"
+    remedy = "give the files that belong to config.json, saved by transformers (save_pretrained)"
+    return [Problem(where, what, remedy)] if faults else []
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def require_whole(layout: Layout, folder: Path) -> None:

@@ -31,7 +31,7 @@ def preflight(
     problems = list(_missing(config, stage)) + check_model(config.model)
     if not problems:
         problems += check_given(config)
-        problems += _check_trained(config)
+        problems += _check_class(config, stage)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
     shared = SharedRows()
     for split in ("test", "train"):
@@ -79,12 +79,20 @@ def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
             yield Problem(f"tasks.{task.name}.test", f"is not there, and `cpift {stage}` scores on it", "give rows")
 
 
-def _check_trained(config: RunConfig) -> list[Problem]:
-    """Whether θ0 can be trained, where it is; one on the hub is looked at once it has been downloaded."""
-    from cpift.architecture import untrainable
+_ENDS_BEFORE_INTEGRATION = ("probe", "regions", "group", "backbone", "fuse")
 
-    trains = bool(trainings(config)) and (not config.merges_only or config.integration is not None)
-    return untrainable(config.model.path, "model.path") if trains and config.model.path is not None else []
+
+def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
+    """Whether transformers loads θ0 and can train it; one on the hub is looked at once it has been downloaded."""
+    from cpift.architecture import untrainable
+    from cpift.checkpoints import Checkpoint
+    from cpift.layout import unloadable
+
+    if config.model.path is None:
+        return []
+    integrates = config.integration is not None and stage not in _ENDS_BEFORE_INTEGRATION
+    problems = untrainable(config.model.path, "model.path") if integrates or not config.merges_only else []
+    return problems or unloadable(Checkpoint(config.model.path), "model.path")
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

@@ -75,10 +75,10 @@ def load_network(folder: Path, **arguments: Any) -> Any:
 
 def loading_info(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """What `from_pretrained` says of these tensors in the place of the folder's: its missing, unexpected and mismatched
-    keys, and errors. Tensors on `meta` will do, and nothing is put anywhere else."""
+    keys, and errors. Tensors on `meta` will do, and nothing is put anywhere else. Nothing is logged."""
     require_no_code(folder)
     kind: Any = class_of(load_config(folder))
-    with no_progress_bars():
+    with no_progress_bars(), _errors_only():
         loaded = kind.from_pretrained(
             None,
             config=load_config(folder),
@@ -289,6 +289,18 @@ def _transformers() -> Any:
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     return transformers
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from cpift_kernels import count_mask, gather_masked, union_mask
 
 from cpift.checkpoints import Checkpoint, is_finite
 from cpift.fusion import Fusion
+from cpift.layout import loading_faults
 from cpift.merging import Progress
 from cpift.methods import Baseline
 from cpift.safetensors_files import TensorInfo
@@ -115,25 +116,19 @@ def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
 def check_loads(folder: Path, memory: int) -> Check:
     """Whether transformers takes the model: every parameter of the class that config.json names is there with its
     shape, as its own loading has it, and the logits are finite where the model fits into so many bytes."""
-    from cpift.pretrained import loading_info
-
     name, written = "transformers takes every tensor of the fused model", Checkpoint(folder)
-    empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in written.tensors.values()}
-    try:
-        info = loading_info(folder, empty)
-        wrong = [
-            *sorted(info["missing_keys"]),
-            *sorted(key for key, *_ in info["mismatched_keys"]),
-            *info["error_msgs"],
-        ]
-        if not wrong and written.nbytes <= memory:
+    wrong = loading_faults(written)
+    if not wrong and written.nbytes <= memory:
+        try:
             logits = _logits(folder)
+        except Exception as error:  # the model's own code: whatever it says, the merge is not to be lost
+            wrong = [f"{type(error).__name__}: {error}"]
+        else:
             detail, passed = f"loaded, {logits.numel():,} logits", bool(logits.isfinite().all())
             return {"name": f"{name}, and its logits are finite", "passed": passed, "detail": detail}
-    except Exception as error:  # the model's own code: whatever it says, the merge is not to be lost
-        wrong = [f"{type(error).__name__}: {error}"]
     why = f"; not loaded, for it is larger than the memory budget ({show_size(memory)})"
-    return _compared(name, len(empty), wrong, f"{len(empty)} tensors by name and shape", "" if wrong else why)
+    count = len(written.tensors)
+    return _compared(name, count, wrong, f"{count} tensors by name and shape", "" if wrong else why)
 
 
 def _logits(folder: Path) -> torch.Tensor:
