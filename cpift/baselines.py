@@ -213,7 +213,7 @@ class Budgets:
     @staticmethod
     def _with(run: Pipeline, training: Mapping[str, Any]) -> Pipeline:
         fields = {"backbone.training": dict(training), "backbone.source": "staged", "fusion.method": "cpift"}
-        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view)
+        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view, run.merging)
 
 
 # ---- one method with one seed ----------------------------------------------------------------------------------------

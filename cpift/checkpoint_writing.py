@@ -222,6 +222,19 @@ def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], tor
     copy_companions(model, out)
 
 
+def write_plain(model: Checkpoint, like: Checkpoint, out: Path, shard_size: int = 5 * 10**9) -> None:
+    """Write any checkpoint as the folder of a full model, one tensor at a time; small files are those of `like`."""
+    shards = plan_shards(model.tensors.values(), shard_size)
+    for shard in shards:
+        writer = FileWriter(out / shard.name, shard.tensors)
+        for info in shard.tensors:
+            writer.write(info.name, 0, model.tensor(info.name).contiguous())
+        writer.flush()
+        writer.close()
+    write_index(shards, out)
+    copy_companions(like, out)
+
+
 def companions(folder: Path) -> Iterator[Path]:
     """Everything of a model folder that is not weights or their index: config, tokenizer, chat template, licence."""
     weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")

@@ -70,9 +70,9 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
     merging = None
     if run.resources.on_cluster:
-        from cpift.distributed_fusion import RayMerging
+        from cpift.distributed_fusion import merging_of
 
-        merging = RayMerging(run.resources)
+        merging = merging_of(run.resources)
     if not trains:
         return Pipeline(run, NoEngine(), merging=merging)
     from cpift.distributed import RayEngine

@@ -40,10 +40,14 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     loaded = load_sweep(config, overrides or [], output)
     from cpift.locks import exclusive
     from cpift.preflight import preflight
+    from cpift.sweep_plan import check_points
 
-    preflight(loaded.base, stage="sweep")
+    stage = f"sweep {loaded.config.model}"
+    preflight(loaded.base, stage=stage)
+    check_points(loaded, stage)
     from cpift.sweep import pipeline, run_sweep
     from cpift.sweep_results import failures, gather, results_table, write_results
+    from cpift.sweep_scores import remaking
     from cpift.view import View
 
     with exclusive(loaded.base.output_dir):
@@ -55,7 +59,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     typer.echo(f"Report: {report}")
     if data.best_yaml:
         made = "makes its model again" if data.keep == "scores" else "finds everything made"
-        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift run {made})")
+        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {made})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)
         raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")

@@ -91,6 +91,6 @@ def _engine(made: Any, here: bool) -> Any:
         from cpift.inprocess import SharedHere
 
         return nullcontext(SharedHere())
-    from cpift.sweep import on_ray
+    from cpift.sweep_fits import on_ray
 
     return on_ray(made.base.resources)

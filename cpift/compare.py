@@ -45,7 +45,7 @@ class ComparisonWork:
     them alone. Raises ConfigError if that leaves nothing."""
 
     def __init__(self, made: Comparison, engine: SharedEngine, view: View, known: Collection[tuple[str, int]] = ()):
-        self.made, self.view = made, view
+        self.made, self.view, self._merging = made, view, engine.merging(made.base.resources)
         self.entries = [
             Trained(method, self._pipeline(method, seed))
             for seed in made.seeds
@@ -55,13 +55,13 @@ class ComparisonWork:
         seeds = dict.fromkeys(one.run.config.seed for one in self.entries)
         if not seeds:
             raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
-        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet()) for seed in seeds}
+        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet(), self._merging) for seed in seeds}
         self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
 
     def _pipeline(self, method: Method, seed: int) -> Pipeline:
         made, fields = self.made, method.fields
         config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
-        return Pipeline(config, NoEngine(), quiet())
+        return Pipeline(config, NoEngine(), quiet(), self._merging)
 
     def make(self) -> None:
         """Everything, in order; what is there is not made again."""

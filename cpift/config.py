@@ -283,6 +283,11 @@ class RunConfig(Section):
         return not self.trained and self.backbone_source != "staged"
 
     @property
+    def scores(self) -> bool:
+        """Whether every task has rows to score on."""
+        return all(task.test is not None for task in self.tasks)
+
+    @property
     def backbone_source(self) -> str:
         """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0."""
         return self.backbone.source if self.fusion.method == "cpift" else "pretrained"

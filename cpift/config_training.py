@@ -235,6 +235,11 @@ class ResourcesConfig(Section):
     def threads(self) -> int:
         return self.threads_per_worker or max(1, int(self.cpus_per_worker))
 
+    @property
+    def most_threads(self) -> int:
+        """Of whatever one process runs alone."""
+        return max(self.threads, self.threads_alone or 0)
+
     def overridden(self, own: TaskResources) -> ResourcesConfig:
         """These resources with what a task asks for itself."""
         return self.model_copy(update=own.model_dump(exclude_none=True))

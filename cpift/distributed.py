@@ -89,7 +89,7 @@ def _evaluate_worker(
 
 
 class RayEngine:
-    """The pipeline's engine on Ray (see `pipeline.Engine`)."""
+    """The pipeline's engine on Ray (see `engine.Engine`)."""
 
     def __init__(self, config: RunConfig):
         self._config = config

@@ -36,6 +36,12 @@ _RETRIES = 3
 _TASKS_A_CPU = 4  # so many tasks are cut for every processor, to even out their times
 
 
+def merging_of(resources: ResourcesConfig, own_cpus: bool = True) -> RayMerging | None:
+    """Where a run selects and merges: on the cluster that it names, else in its process (None), unless that holds no
+    CPU of its own."""
+    return RayMerging(resources) if resources.on_cluster or not own_cpus else None
+
+
 class RayMerging:
     """How a pipeline on a cluster selects and merges (`merging.Merging`)."""
 

@@ -59,7 +59,7 @@ def fuse_models(
     """
     inputs = open_inputs(artifacts, groups, backbone)
     inputs.check()
-    method = method_of(config, inputs, artifact.work_dir)
+    method = method_of(config, inputs, artifact.work_dir, merging)
     shards = artifact.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     records = merge(
@@ -114,24 +114,25 @@ def describe_inputs(artifacts: StageArtifacts, backbone: Model, hashed: bool) ->
     }
 
 
-def method_of(config: RunConfig, inputs: FusionInputs, work: Path) -> Fusion | Baseline:
+def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> Fusion | Baseline:
     """The method that `fusion.method` names, over these models."""
     settings, models = config.fusion, (inputs.pretrained, inputs.tuned)
     if settings.method == "ties":
-        return Ties(*models, settings, _trimmed(config, inputs, work / "trimmed"))
+        return Ties(*models, settings, _trimmed(config, inputs, work / "trimmed", merging))
     if settings.method == "dare":
         return Dare(*models, settings, config.seed)
     plain: dict[str, Callable[..., Baseline]] = {"linear": Linear, "task_arithmetic": TaskArithmetic, "slerp": Slerp}
     return plain[settings.method](*models, settings) if settings.method in plain else Fusion(inputs, settings)
 
 
-def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path) -> Path:
+def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Merging | None) -> Path:
     """The masks of what TIES keeps: the largest updates, as core regions are found; made if they are not there."""
     if not is_json(folder / SUMMARY):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         kept = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
-        streaming = Streaming(budget=config.resources.memory_budget)
+        mark = merging.mark if merging else None
+        streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
         write_regions(inputs.pretrained, inputs.tuned, kept, {kept.p: folder}, streaming)
     return folder
 

@@ -25,7 +25,7 @@ OnProgress = Callable[[dict[str, Any]], None]
 
 
 class InProcessEngine:
-    """The pipeline's engine in one process (see `pipeline.Engine`); data parallel fine-tunes need Ray's."""
+    """The pipeline's engine in one process (see `engine.Engine`); data parallel fine-tunes need Ray's."""
 
     def __init__(self, config: RunConfig):
         _require_one_worker(config.resources)
@@ -121,6 +121,9 @@ def _free_memory() -> None:
 
 class SharedHere:
     """`sweep_shared.SharedEngine` in this process, one piece of work after another."""
+
+    def merging(self, resources: ResourcesConfig) -> None:
+        """Regions and fusions in this process too."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         for spec in specs:

@@ -169,9 +169,9 @@ class Pipeline:
 
     def models(self) -> list[Model]:
         """Every model that is scored, in the report's order, made if need be."""
-        final, fused, backbone = self.integrate(), self.fuse(), self.backbone()
-        staged = [backbone] if self.config.backbone_source != "pretrained" else []
-        return [self.pretrained(), *self.probe().values(), *staged, fused, final]
+        final = [self.integrate()] if self.config.integration is not None else []
+        staged = [self.backbone()] if self.config.backbone_source != "pretrained" else []
+        return [self.pretrained(), *self.probe().values(), *staged, self.fuse(), *final]
 
     def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:
         """Stage 7: scores by model and task, of every model or of the ones given."""
@@ -179,6 +179,7 @@ class Pipeline:
 
     @_unless_damaged
     def _every_score(self) -> dict[str, dict[str, Any]]:
+        self._check_rows()
         return self._scores(self.models())
 
     def _scores(self, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
@@ -235,9 +236,22 @@ class Pipeline:
         self._make(artifact, "given backbone", lambda out: materialise(given, out))
         return Model.of("backbone", artifact)
 
+    def _check_rows(self) -> None:
+        """Where all probes are given no fine-tune has looked at the data before fusion: do it here."""
+        if not self.artifacts.probes and not self.artifacts.evaluate(self.artifacts.base).complete:
+            from cpift.stages import check_data
+
+            check_data(self, self.pretrained())
+
     def _score(self, models: Sequence[Model], artifacts: Mapping[str, Artifact]) -> None:
         """Score the models whose scores are missing, and keep each one's as soon as it is there."""
-        todo = {model.title: model.path for model in models if not artifacts[model.title].complete}
+        from cpift.stages import loadable
+
+        todo = {
+            model.title: loadable(self, model, artifacts[model.title])
+            for model in models
+            if not artifacts[model.title].complete
+        }
 
         def keep(title: str, result: dict[str, Any]) -> None:
             with artifacts[title].build(result["device"], result["seconds"]) as out:

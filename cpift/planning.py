@@ -85,8 +85,10 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
         else:
             yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
     if config.fusion.method != "cpift":
-        yield _step(artifacts.fuse((), artifacts.base), f"{config.fusion.method} of {len(config.tasks)} models")
-        if not _later(config):
+        fused = artifacts.fuse((), artifacts.base)
+        yield _step(fused, f"{config.fusion.method} of {len(config.tasks)} models")
+        if "integrate" not in _later(config):
+            yield from _scored(artifacts, [Model.of("fused", fused)])
             return
     yield _step(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
     yield _step(artifacts.group, _threshold(config))
@@ -102,27 +104,32 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
         yield Step("backbone", "", "given", config.backbone.source)
     if staged is None and config.backbone_source != "pretrained":
         yield Step("fuse", "", "after backbone", _fusion(config))
+        yield from (Step(stage, "", "after fuse", "") for stage in _later(config))
         return
     backbone = artifacts.base if staged is None else Model.of("backbone", staged)
     fused = artifacts.fuse(grouping.groups, backbone)
     if config.fusion.method == "cpift":
         yield _step(fused, _fusion(config))
-    if "integrate" not in _later(config):
-        return
-    final = artifacts.integrate(grouping.groups, fused)
-    yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
-    if "evaluate" not in _later(config):
-        return
-    scored = [artifacts.base, *artifacts.tuned.values(), *([backbone] if staged else []), Model.of("fused", fused)]
-    for model in [*scored, Model.of("final", final)]:
-        yield _step(artifacts.evaluate(model), f"{len(config.tasks)} tasks")
+    own = [*([backbone] if staged else []), Model.of("fused", fused)]
+    if "integrate" in _later(config):
+        final = artifacts.integrate(grouping.groups, fused)
+        yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
+        own.append(Model.of("final", final))
+    yield from _scored(artifacts, own)
+
+
+def _scored(artifacts: StageArtifacts, own: Sequence[Model]) -> Iterator[Step]:
+    """The evaluations of θ0, the probes and these models, if the config has what they need."""
+    if "evaluate" in _later(artifacts.config):
+        for model in [artifacts.base, *artifacts.tuned.values(), *own]:
+            yield _step(artifacts.evaluate(model), f"{len(artifacts.config.tasks)} tasks")
 
 
 def _later(config: RunConfig) -> list[str]:
     """The stages after fusion that the config has the fields for."""
-    if config.integration is None or any(task.train is None for task in config.tasks):
-        return []
-    return ["integrate"] + ["evaluate"] * all(task.test is not None for task in config.tasks)
+    trains = config.integration is not None and all(task.train is not None for task in config.tasks)
+    scores = config.scores and (trains or config.integration is None)
+    return ["integrate"] * trains + ["evaluate"] * scores
 
 
 def _step(artifact: Artifact, detail: str) -> Step:

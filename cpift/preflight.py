@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cpift.config import RunConfig, TrainingConfig
 from cpift.errors import ConfigError, Problem
 from cpift.locks import check_lock
+from cpift.needs import NEEDS, missing
 from cpift.top_files import RUN_FILES, SWEEP_FILES, check_top
 
 
@@ -28,7 +29,7 @@ def preflight(
     from cpift.row_checks import SharedRows, check_written
     from cpift.tracking import check_trackers
 
-    problems = list(_missing(config, stage)) + check_model(config.model)
+    problems = list(missing(config, stage)) + check_model(config.model)
     if not problems:
         problems += check_given(config)
         problems += _check_class(config, stage)
@@ -48,9 +49,12 @@ def preflight(
     return [*written.notes, *shared.notes()]
 
 
-_NEED_TRAINING = ("integrate", "evaluate", "report", "run", "compare")
-_NEED_TESTS = ("evaluate", "report", "run", "compare")
-_WRITES = {"report": RUN_FILES, "run": RUN_FILES, "sweep": SWEEP_FILES}
+_WRITES = {
+    "report": RUN_FILES,
+    "run": RUN_FILES,
+    "sweep fused": SWEEP_FILES,
+    "sweep final": SWEEP_FILES,
+}
 
 
 def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
@@ -61,27 +65,6 @@ def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
     return _WRITES.get(stage, ())
 
 
-def _missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
-    """Fields that may be left out, but not for this stage."""
-    integrates = stage in _NEED_TRAINING
-    if integrates and config.integration is None:
-        yield Problem("integration", f"is not there, and `cpift {stage}` needs it", "add it; `cpift fuse` stops before")
-    staged = config.backbone_source == "staged" and (integrates or stage == "fuse")
-    if staged and config.probe is None and config.backbone.training is None:
-        remedy = "add it, or set backbone.source: pretrained"
-        yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
-    for task in config.tasks:
-        if task.train is None and (integrates or staged):
-            why = f"`cpift {stage}` trains on it" if integrates else "backbone.source: staged trains on it"
-            remedy = "give the task's training rows" if integrates else "give it, or set backbone.source: pretrained"
-            yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", remedy)
-        if task.test is None and stage in _NEED_TESTS:
-            yield Problem(f"tasks.{task.name}.test", f"is not there, and `cpift {stage}` scores on it", "give rows")
-
-
-_ENDS_BEFORE_INTEGRATION = ("probe", "regions", "group", "backbone", "fuse")
-
-
 def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     """Whether transformers loads θ0 and can train it; one on the hub is looked at once it has been downloaded."""
     from cpift.architecture import untrainable
@@ -90,7 +73,7 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
 
     if config.model.path is None:
         return []
-    integrates = config.integration is not None and stage not in _ENDS_BEFORE_INTEGRATION
+    integrates = NEEDS[stage or "evaluate"].integrates_of(config)
     problems = untrainable(config.model.path, "model.path") if integrates or not config.merges_only else []
     return problems or unloadable(Checkpoint(config.model.path), "model.path")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cpift.data import read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
+from cpift.needs import NEEDS
 from cpift.row_use import RowUse
 from cpift.templates import renderer
 from cpift.tokens import UNCUT, learnable, tokenise
@@ -37,7 +38,7 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
     stage: what is to be made, None: all of the run. download: whether rows of hub data sets are fetched to look at.
     """
     found = RowChecks()
-    scored = stage in _SCORES and all(task.test is not None for task in config.tasks)
+    scored = NEEDS[stage or "run"].scores and config.scores
     if not scored and not any(_lengths(config, task, stage) for task in config.tasks):
         return found
     renderer().start()  # while the imports go on here
@@ -68,10 +69,6 @@ def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> N
         raise DataError("training rows", found.problems)
 
 
-_SCORES = (None, "evaluate", "report", "run", "compare", "sweep")
-_TRAINS_ON = (*_SCORES, "integrate")  # the stages that need the integration
-
-
 def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
     """`max_length` of the fine-tunes that use a task's rows, by the config's field."""
     found = {}
@@ -81,7 +78,7 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
         name = "backbone.training" if config.backbone.training else "probe"
         if training := config.backbone.training or config.probe:
             found[f"{name}.max_length"] = training.max_length
-    if config.integration is not None and stage in _TRAINS_ON:
+    if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
         found["integration.max_length"] = config.integration.max_length
     return found
 

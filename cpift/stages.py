@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.artifacts import Artifact, package_versions, source_commit
+from cpift.checkpoint_writing import write_plain
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
@@ -16,6 +18,7 @@ from cpift.files import read_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, fuse_models
 from cpift.given import open_models
+from cpift.lora_config import ADAPTER_CONFIG
 from cpift.regions import Streaming, read_summary, write_regions
 from cpift.row_use import told
 
@@ -52,6 +55,19 @@ def check_data(run: Pipeline, base: Model) -> None:
     tokenizer = load_tokenizer(base.path)
     check_train_rows(run.config, tokenizer)
     check_rows(tokenizer, [task for task in run.config.tasks if task.test is not None], run.config.evaluation)
+
+
+def loadable(run: Pipeline, model: Model, artifact: Artifact) -> Path:
+    """The folder that an evaluation loads: the model's own; of an adapter the model it makes of θ0, written into the
+    work folder of the scores."""
+    if not (model.path / ADAPTER_CONFIG).is_file():
+        return model.path
+    pretrained, opened = open_models(run.artifacts.base.path, {model.title: model.path})
+    folder = artifact.work_dir / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_plain(opened[model.title], pretrained, folder)
+    return folder
 
 
 def probe_specs(run: Pipeline, base: Model) -> list[FitSpec]:

@@ -10,32 +10,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ray
 from ray import tune
 
 from cpift.artifacts import Artifact
 from cpift.config import ResourcesConfig, RunConfig
-from cpift.distributed import RayEngine, evaluate_models
-from cpift.distributed_fits import parallel_fits, run_fits
+from cpift.distributed import RayEngine
+from cpift.distributed_fits import parallel_fits
+from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.files import digest, write_json
-from cpift.fit_spec import FitSpec
 from cpift.locks import claimed
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep, describe
-from cpift.sweep_fits import cpus_for, fits_in_tasks
+from cpift.sweep_fits import OnRay, cpus_for
 from cpift.sweep_keep import Keeper
 from cpift.sweep_learning import require_objectives
 from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep_results import all_there, own_artifacts
-from cpift.sweep_shared import OnProgress, OnResult, SharedWork
-from cpift.sweep_trial import failure_file, point_of, run_trial
+from cpift.sweep_shared import SharedWork
+from cpift.sweep_trial import asks_ray, failure_file, point_of, run_trial
 from cpift.units import show_size
 from cpift.view import View, quiet
 
@@ -72,7 +70,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
 
 def pipeline(config: RunConfig) -> Pipeline:
     """A run of the sweep as the driver sees it: silent, for the sweep reports shared work itself."""
-    return Pipeline(config, RayEngine(config), quiet())
+    return Pipeline(config, RayEngine(config), quiet(), merging_of(config.resources))
 
 
 def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
@@ -81,7 +79,7 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     shared = SharedWork([run for one in runs for run in one], OnRay(), view)
     shared.prepare()
-    trials = merged(points, runs)
+    trials = merged(points, runs, sweep.config.model)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
     shared.complete([run for trial in trials for run in trial.runs])
     require_objectives(sweep, trials[0].runs)
@@ -242,48 +240,19 @@ def _concurrency(sweep: Sweep) -> int | None:
     """Trials at once at most: what was asked for, and never more fine-tunes than fit whole."""
     resources = sweep.base.resources
     fitting = parallel_fits(resources)  # raises where not even one can be placed
-    limits = [sweep.config.concurrency, fitting if resources.by_train else resources.parallel]
+    limits = [sweep.config.concurrency, fitting if asks_ray(resources) else resources.parallel]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
-    """What a trial holds. With Ray Train no CPU at all, for its fine-tunes and evaluations ask for theirs themselves.
+    """What a trial holds: no CPU at all where all its work asks for its own.
 
     A hundredth of one (Ray wants something) on each node would leave none with the whole CPU that a worker may need.
     """
-    if resources.by_train:
+    if asks_ray(resources):
         return {"memory": 2**20}
-    cpus = cpus_for(max(resources.threads, resources.threads_alone or 0), resources)
-    return {"cpu": cpus} | ({"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {})
-
-
-@contextmanager
-def on_ray(resources: ResourcesConfig) -> Iterator[OnRay]:
-    """A Ray session and the engine on it."""
-    with ray_session(resources):
-        yield OnRay()
-
-
-class OnRay:
-    """`SharedEngine` on Ray; never more threads at once than CPUs."""
-
-    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        fits_in_tasks([spec for spec in specs if not spec.resources.by_train], resources, on_progress)
-        specs = [spec for spec in specs if spec.resources.by_train]
-        if not specs:
-            return
-        threads = max(spec.threads for spec in specs) * resources.workers
-        fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
-        run_fits(
-            specs, resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)}), on_progress
-        )
-
-    def evaluate(
-        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
-    ) -> None:
-        cpus = cpus_for(config.resources.threads, config.resources)
-        resources = config.resources.model_copy(update={"cpus_per_worker": cpus})
-        evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
+    gpus = {"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    return {"cpu": cpus_for(resources.most_threads, resources)} | gpus
 
 
 class _Progress(tune.Callback):

@@ -143,7 +143,7 @@ class SweepConfig(Section):
         **identity(),
         description="whose fused and final models keep their weights: best: those of the best config, with every seed; "
         "all: every trial's; scores: none. Scores, manifests and what trials share stay, and `cpift run` on any point "
-        "makes its models again",
+        "(`cpift evaluate` where the fused model is judged) makes its models again",
     )
     concurrency: int | None = Field(None, **identity(), ge=1, description="trials at once; default: as many as fit")
 

@@ -1,4 +1,4 @@
-"""A sweep's shared fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
+"""A sweep's fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
 
 Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distributed_fits.run_fits`).
 """
@@ -6,17 +6,63 @@ Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distribu
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from cpift.config import ResourcesConfig
-from cpift.distributed_fits import parallel_fits
-from cpift.distributed_session import NAMESPACE, POLL_SECONDS, OnProgress, progress_board, raise_failures, show_progress
+from cpift.config import ResourcesConfig, RunConfig
+from cpift.distributed import evaluate_models
+from cpift.distributed_fits import parallel_fits, run_fits
+from cpift.distributed_fusion import merging_of
+from cpift.distributed_session import (
+    NAMESPACE,
+    POLL_SECONDS,
+    OnProgress,
+    progress_board,
+    raise_failures,
+    ray_session,
+    show_progress,
+)
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.inprocess import fit_here
+from cpift.merging import Merging
+from cpift.sweep_shared import OnResult
 from cpift.tracking import ended_if_stuck
+
+
+@contextmanager
+def on_ray(resources: ResourcesConfig) -> Iterator[OnRay]:
+    """A Ray session and the engine on it."""
+    with ray_session(resources):
+        yield OnRay()
+
+
+class OnRay:
+    """`SharedEngine` on Ray; never more threads at once than CPUs."""
+
+    def merging(self, resources: ResourcesConfig) -> Merging | None:
+        return merging_of(resources)
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        fits_in_tasks([spec for spec in specs if not spec.resources.by_train], resources, on_progress)
+        specs = [spec for spec in specs if spec.resources.by_train]
+        if not specs:
+            return
+        threads = max(spec.threads for spec in specs) * resources.workers
+        fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
+        run_fits(
+            specs, resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)}), on_progress
+        )
+
+    def evaluate(
+        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
+    ) -> None:
+        cpus = cpus_for(config.resources.threads, config.resources)
+        resources = config.resources.model_copy(update={"cpus_per_worker": cpus})
+        evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
 
 
 def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
@@ -58,7 +104,10 @@ def cpus_for(threads: int, resources: ResourcesConfig) -> float:
 def _remote(spec: FitSpec) -> Any:
     need = spec.resources
     return _fit_task.options(
-        num_cpus=cpus_for(spec.threads, need), num_gpus=need.gpus_per_worker or None, max_retries=need.max_failures
+        num_cpus=cpus_for(spec.threads, need),
+        num_gpus=need.gpus_per_worker or None,
+        max_retries=need.max_failures,
+        scheduling_strategy="DEFAULT",  # from within a trial too, which holds less
     )
 
 

@@ -20,7 +20,7 @@ from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep
 from cpift.sweep_plan import known_scores, own_models
 from cpift.sweep_record import Attempt, sweep_record
-from cpift.sweep_scores import figures
+from cpift.sweep_scores import figures, remaking
 
 Runs = Sequence[Pipeline]
 
@@ -107,4 +107,5 @@ class Keeper:
     def _remake(self, fields: Fields, run: Pipeline) -> str:
         best = self._sweep.base.output_dir / "best.yaml"
         values = {**fields, "seed": run.config.seed}
-        return shlex.join(["cpift", "run", str(best), *(f"--set={name}={value}" for name, value in values.items())])
+        command = ["cpift", remaking(self._sweep.config.model), str(best)]
+        return shlex.join([*command, *(f"--set={name}={value}" for name, value in values.items())])

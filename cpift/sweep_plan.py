@@ -6,14 +6,16 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cpift.artifacts import Artifact
+from cpift.errors import ConfigError, Problem
 from cpift.files import read_json
+from cpift.needs import missing
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import Fields, Range, SweepConfig, Value
+from cpift.sweep_config import Fields, Range, Sweep, SweepConfig, Value, describe
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,24 @@ class Trial:
 def choose_points(config: SweepConfig) -> list[Fields]:
     """Every point that is tried, where that is known beforehand (all methods but optuna); none twice."""
     return list(_grid(config) if config.search.samples is None else _random(config, config.search.samples))
+
+
+def check_points(sweep: Sweep, stage: str) -> None:
+    """Raise ConfigError for points that need fields which the run leaves out, such as rows to train a backbone on.
+
+    Of a range, and where the search chooses as it goes, each value of a field alone is looked at.
+    """
+    listed = {name: values for name, values in sweep.config.space.items() if not isinstance(values, Range)}
+    points: list[Fields] = [{name: value} for name, values in listed.items() for value in values]
+    if sweep.config.search.method != "optuna":
+        points = choose_points(sweep.config)
+    found: dict[Problem, Fields] = {}
+    for point in points:
+        for problem in missing(sweep.run(point, sweep.seeds[0]), stage):
+            found.setdefault(problem, point)
+    if found:
+        problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in found.items()]
+        raise ConfigError(f"sweep {sweep.name}", problems)
 
 
 def _grid(config: SweepConfig) -> Iterator[Fields]:
@@ -60,15 +80,16 @@ def _draw(values: Sequence[Value] | Range, source: random.Random) -> Value:
     return round(found) if values.integer else float(f"{found:.4g}")  # as many digits as a table shows
 
 
-def merged(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]]) -> list[Trial]:
-    """Trials in the order of their first points. `runs`: each point's pipelines, one a seed, groups already made."""
+def merged(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]], model: str) -> list[Trial]:
+    """Trials in the order of their first points. `runs`: each point's pipelines, one a seed, groups already made;
+    model: the one that is judged."""
     found: dict[tuple[str, ...], list[int]] = {}
     for place, pipelines in enumerate(runs):
-        found.setdefault(tuple(outcome(run).fingerprint for run in pipelines), []).append(place)
+        found.setdefault(tuple(outcome(run, model).fingerprint for run in pipelines), []).append(place)
     return [Trial(tuple(points[i] for i in places), tuple(runs[places[0]])) for places in found.values()]
 
 
-def outcome(run: Pipeline, model: str = "final") -> Artifact:
+def outcome(run: Pipeline, model: str) -> Artifact:
     """The scores of a run's final (or fused) model: an artifact that names everything they depend on."""
     return run.artifacts.evaluate(Model.of(model, own_models(run, model)[model]))
 

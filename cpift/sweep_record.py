@@ -48,7 +48,10 @@ def attempts_of(
     """Trials of a search that chose its points as it went: those of one outcome are put together afterwards."""
     points = [one["fields"] for one in results.values() if not one["error"]]
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    done = [Attempt([dict(point) for point in trial.points], "done", "") for trial in merged(points, runs)]
+    done = [
+        Attempt([dict(point) for point in trial.points], "done", "")
+        for trial in merged(points, runs, sweep.config.model)
+    ]
     return done + [Attempt([one["fields"]], "failed", one["error"]) for one in results.values() if one["error"]]
 
 
@@ -58,6 +61,9 @@ def pinned(sweep: Sweep) -> Sweep:
     if base.model.hub is not None:
         fields["model.revision"] = resolve_revision("model", base.model.hub, base.model.revision)
     for number, task in enumerate(base.tasks):
+        if task.checkpoint is not None and task.checkpoint.hub is not None:
+            commit = resolve_revision("model", task.checkpoint.hub, task.checkpoint.revision)
+            fields[f"tasks.{number}.checkpoint.revision"] = commit
         for split, source in (("train", task.train), ("test", task.test)):
             if source is not None and source.hub is not None:
                 commit = resolve_revision("dataset", source.hub, source.revision)

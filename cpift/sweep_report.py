@@ -10,7 +10,16 @@ from cpift import sweep_plots as plots
 from cpift.estimates import Estimate
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import shown
-from cpift.sweep_scores import SweepData, TrialRow, best_trial, judged, pareto_front, trial_at, values_at
+from cpift.sweep_scores import (
+    SweepData,
+    TrialRow,
+    best_trial,
+    judged,
+    pareto_front,
+    remaking,
+    trial_at,
+    values_at,
+)
 from cpift.sweep_verdict import values_of, verdict
 
 _PANELS = 6  # dendrograms shown at once; the others fold away
@@ -272,10 +281,11 @@ def _best_note(data: SweepData) -> str:
     others = {
         "best": "Of the other trials' models only the scores are kept; their manifests name the command that makes "
         "each of them again.",
-        "scores": "Of the trials' models only the scores are kept; cpift run makes this one again.",
+        "scores": "Of the trials' models only the scores are kept; cpift {command} makes this one again.",
     }
-    found = "" if data.keep == "scores" else "cpift run takes it as it is, and finds everything made."
-    return f"{found} {others.get(data.keep, '')}".strip()
+    found = "" if data.keep == "scores" else "cpift {command} takes it as it is, and finds everything made."
+    note = f"{found} {others.get(data.keep, '')}".strip()
+    return note.format(command=remaking(data.model))
 
 
 def _config(text: str, note: str) -> str:

@@ -80,6 +80,11 @@ class _Scores:
     scores: dict[str, dict[str, Score]]
 
 
+def remaking(model: str) -> str:
+    """The command that makes a sweep's judged model of a config again."""
+    return {"final": "run", "fused": "evaluate"}[model]
+
+
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
     """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
     run = _Scores(list(tasks), {title: dict(found) for title, found in scores.items()})

@@ -21,9 +21,10 @@ from cpift.engine import Finish, fit_all
 from cpift.files import digest, link_or_copy, write_json
 from cpift.fit_spec import FitSpec
 from cpift.locks import claimed
+from cpift.merging import Merging
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.stages import backbone_spec, check_data, probe_specs, select_core_regions
+from cpift.stages import backbone_spec, check_data, loadable, probe_specs, select_core_regions
 from cpift.sweep_plan import expected_backbone
 from cpift.view import View
 
@@ -33,7 +34,10 @@ OnResult = Callable[[str, dict[str, Any]], None]
 
 
 class SharedEngine(Protocol):
-    """Where shared work runs: as `pipeline.Engine`, but for any run's work (`sweep.py` has it on Ray)."""
+    """Where shared work runs: as `engine.Engine`, but for any run's work (`sweep_fits.py` has it on Ray)."""
+
+    def merging(self, resources: ResourcesConfig) -> Merging | None:
+        """Where regions and fusions run, if not in this process."""
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None: ...
 
@@ -52,7 +56,8 @@ class SharedWork:
         """θ0, probes, regions and groups: what decides which points are one trial."""
         for run in _distinct(self.runs, lambda run: run.artifacts.base.fingerprint):
             base = run.pretrained()
-            if not all(artifact.complete for artifact in run.artifacts.probes.values()):
+            made = run.artifacts.probes.values() or [run.artifacts.evaluate(run.artifacts.base)]
+            if not all(artifact.complete for artifact in made):
                 check_data(run, base)
         self._probes()
         self._regions()
@@ -162,7 +167,8 @@ class SharedWork:
                 write_json(out / "scores.json", result["scores"])
 
         if entries:
-            paths = {title: model.path for title, (_, model) in titled.items()}
+            runs = {artifact.path: run for artifact, _, run in entries}
+            paths = {title: loadable(runs[made.path], model, made) for title, (made, model) in titled.items()}
             self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
-from cpift.config import RunConfig
-from cpift.distributed import RayEngine
+from cpift.config import ResourcesConfig, RunConfig
+from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import NAMESPACE
 from cpift.engine import Engine
 from cpift.errors import CpiftError, StageError
 from cpift.files import digest, write_text
+from cpift.fit_spec import FitSpec
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Fields, Sweep, describe
+from cpift.sweep_fits import OnRay
 from cpift.sweep_plan import known_scores, scored_models
 from cpift.sweep_record import sweep_record
 from cpift.sweep_scores import figures
+from cpift.sweep_shared import OnProgress, OnResult
 from cpift.tracking import ended_if_stuck
 from cpift.view import View, quiet
 
@@ -37,6 +42,7 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
     if marker.is_file():
         raise StageError(marker.read_text(encoding="utf-8"))
     try:
+        torch.set_num_threads(sweep.base.resources.most_threads)
         with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
             view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
             for rung, found in enumerate(rungs(sweep, fields, view), start=1):
@@ -63,16 +69,42 @@ def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[
     maker = sweep_record(sweep).name
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
-        run = Pipeline(config, engine_for(config), view, maker=maker)
+        merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources))
+        run = Pipeline(config, engine_for(config), view, merging, maker)
         if number == 0 and sweep.config.search.method == "asha" and sweep.config.model == "final":
             yield _means(sweep, [_figures(run, "fused")])
         found.append(_figures(run, sweep.config.model))
         yield _means(sweep, found)
 
 
+def asks_ray(resources: ResourcesConfig) -> bool:
+    """Whether a trial's fine-tunes, evaluations and fusions each ask Ray for their resources, while it holds none.
+
+    On a cluster all of them must: trials that hold CPUs and wait for tasks that need some would wait for ever.
+    """
+    return resources.by_train or resources.on_cluster
+
+
 def engine_for(config: RunConfig) -> Engine:
-    """This very process where that is enough; else Ray Train, for which a trial holds next to nothing."""
-    return RayEngine(config) if config.resources.by_train else InProcessEngine(config)
+    """This very process, with the CPUs that it holds, where that is enough; else Ray."""
+    return TaskEngine(config) if asks_ray(config.resources) else InProcessEngine(config)
+
+
+class TaskEngine:
+    """The pipeline's engine (see `engine.Engine`) of a trial that holds nothing: everything in tasks of their own."""
+
+    def __init__(self, config: RunConfig):
+        self._config, self._ray = config, OnRay()
+
+    def session(self) -> AbstractContextManager[None]:
+        """A trial runs within one."""
+        return nullcontext()
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        self._ray.fit(self._config.resources, specs, on_progress)
+
+    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
+        self._ray.evaluate(self._config, models, on_result, on_progress)
 
 
 def _figures(run: Pipeline, model: str) -> dict[str, float]:

@@ -114,6 +114,7 @@ LAYERS = [
         "engine",
         "pipeline",
         "planning",
+        "needs",
         "preflight",
         "row_checks",
         "merge_planning",

@@ -26,10 +26,18 @@ from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
 from cpift.engine import NoEngine
 from cpift.errors import CheckpointError, ConfigError
+from cpift.evaluate import evaluate_model
 from cpift.files import file_sha256, read_json
+from cpift.given import open_models
+from cpift.inprocess import InProcessEngine
 from cpift.models import load_model, materialise
 from cpift.pipeline import Pipeline
+from cpift.planning import plan
 from cpift.preflight import preflight
+from cpift.stage_artifacts import StageArtifacts
+from cpift.sweep_config import load_sweep
+from cpift.sweep_plan import check_points
+from cpift.view import quiet
 from cpift.vocabulary import FittedCheckpoint
 
 from .conftest import save_checkpoint
@@ -134,6 +142,73 @@ def test_stages_that_need_more_name_the_fields(tmp_path: Path, models: Path) -> 
         preflight(opened(tmp_path, models, backbone={}), stage="fuse")
     with pytest.raises(ConfigError, match="give `train` to train its probe, or the `checkpoint` to use"):
         opened(tmp_path, models, tasks=[{"name": "one"}])
+
+
+def given_tasks(*checkpoints: Path) -> list[dict[str, object]]:
+    """Tasks with a checkpoint and rows to score on, and nothing else."""
+    rows = {"procedural": "addition", "size": 6, "split": "test"}
+    return [
+        {"name": path.name, "checkpoint": {"path": str(path)}, "test": rows | {"seed": seed}}
+        for seed, path in enumerate(checkpoints)
+    ]
+
+
+@pytest.mark.parametrize("method", ["cpift", "linear"])
+def test_given_checkpoints_with_test_rows_alone_are_scored(tmp_path: Path, models: Path, method: str) -> None:
+    """θ0, a full tune, an adapter and what they fuse to: no integration, no training rows."""
+    adapter(tmp_path / "lora", models / "base", 0)
+    tasks = given_tasks(models / "one", tmp_path / "lora")
+    config = opened(tmp_path, models, tasks=tasks, fusion={"method": method})
+    preflight(config, stage="evaluate")
+    run = Pipeline(config, InProcessEngine(config), quiet())
+    scores = run.evaluate()
+    assert list(scores) == ["base", "probe one", "probe lora", "fused"]
+    assert not [path for path in (tmp_path / "run" / ".work").glob("evaluate*") if path.is_dir()]
+    assert [step.stage for step in plan(StageArtifacts(config)).steps].count("evaluate") == 4
+    assert all(step.state in ("given", "cached") for step in plan(StageArtifacts(config)).steps)
+    shutil.copytree(models / "base", tmp_path / "merged")
+    _, opened_models = open_models(models / "base", {"lora": tmp_path / "lora"})
+    lora = opened_models["lora"]
+    weights = {name: lora.tensor(name) for name in lora.names}
+    save_file(weights, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    settings = read_json(tmp_path / "merged" / "config.json") | {"tie_word_embeddings": not lora.is_apart}
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(settings))
+    alone = evaluate_model(tmp_path / "merged", config.tasks, config.evaluation)
+    assert scores["probe lora"]["one"]["loss"] == alone["one"].loss
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "said"),
+    [
+        ("run", {}, ["integration: is not there, and `cpift run` needs it"]),
+        ("sweep final", {}, ["integration: is not there, and `cpift sweep` needs it", "`model: fused`"]),
+        ("sweep fused", {"backbone": {}}, ["backbone.training: is not there", "tasks.one.train: is not there"]),
+        ("evaluate", {"integration": {"steps": 1}}, ["tasks.one.train: is not there", "or leave `integration` out"]),
+    ],
+)
+def test_a_stage_asks_only_for_what_it_needs(
+    tmp_path: Path, models: Path, stage: str, changes: dict[str, object], said: list[str]
+) -> None:
+    tasks = given_tasks(models / "one", models / "two")
+    for fine in ("fuse", "evaluate", "sweep fused"):
+        preflight(opened(tmp_path, models, tasks=tasks), stage=fine)
+    with pytest.raises(ConfigError) as caught:
+        preflight(opened(tmp_path, models, tasks=tasks, **changes), stage=stage)
+    for part in said:
+        assert part in str(caught.value)
+    with pytest.raises(KeyError):
+        preflight(opened(tmp_path, models, tasks=tasks), stage="sweeps")
+
+
+def test_a_point_of_a_sweep_that_needs_more_is_refused_before_it_starts(tmp_path: Path, models: Path) -> None:
+    run = yaml.safe_load(config_file(tmp_path, models, tasks=given_tasks(models / "one", models / "two")).read_text())
+    run |= {"backbone": {"source": "staged"}, "fusion": {"method": "linear"}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"run": run, "space": {"fusion.method": ["linear", "cpift"]}, "model": "fused"}))
+    loaded = load_sweep(path)
+    preflight(loaded.base, stage="sweep fused")
+    with pytest.raises(ConfigError, match=r"tasks\.one\.train.*at fusion\.method cpift"):
+        check_points(loaded, "sweep fused")
 
 
 def edit_header(file: Path, edit: Callable[[dict[str, dict[str, object]]], None]) -> None:

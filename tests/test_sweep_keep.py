@@ -63,7 +63,7 @@ def trials_of(sweep: Sweep) -> list[Trial]:
     runs = [[here(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     shared = SharedWork([run for one in runs for run in one], Shared(), quiet())
     shared.prepare()
-    trials = merged(points, runs)
+    trials = merged(points, runs, sweep.config.model)
     shared.complete([run for trial in trials for run in trial.runs])
     return trials
 

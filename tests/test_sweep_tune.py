@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
+from cpift.cli import main
+from cpift.config import ModelConfig
+from cpift.config_inputs import ScratchModel
 from cpift.distributed_session import ray_session
-from cpift.files import read_json
+from cpift.files import file_sha256, read_json
+from cpift.models import materialise
 from cpift.sweep import pipeline, run_sweep
 from cpift.sweep_config import Sweep, load_sweep
 from cpift.sweep_plan import own_models
 from cpift.sweep_record import Attempt, sweep_record
 from cpift.sweep_results import gather
 from cpift.sweep_scores import SweepData, best_trial
+from cpift.sweep_trial import asks_ray
 from cpift.view import quiet
 
 from .test_sweep import sweep_file
@@ -52,6 +62,25 @@ def made(root: Path) -> dict[Path, int]:
 
 def count(root: Path, stage: str) -> int:
     return len(list((root / "out" / stage).glob("[!.]*")))
+
+
+def given(root: Path, **changes: Any) -> dict[str, Any]:
+    """The fields of a run over θ0 and two fine-tunes that exist, with rows to score on and none to train on."""
+    folder = root / "given"
+    if not folder.exists():
+        materialise(ModelConfig(scratch=ScratchModel(hidden_size=16, layers=1, heads=2), dtype="float32"), folder / "0")
+        weights = load_file(folder / "0" / "model.safetensors")
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            shutil.copytree(folder / "0", folder / str(seed))
+            moved = {name: x + 0.05 * torch.randn(x.shape) for name, x in weights.items()}
+            save_file(moved, folder / str(seed) / "model.safetensors", metadata={"format": "pt"})
+    rows = {"procedural": "addition", "size": 6, "split": "test"}
+    tasks = [
+        {"name": f"t{n}", "checkpoint": {"path": str(folder / str(n))}, "test": rows | {"seed": n}} for n in (1, 2)
+    ]
+    fixed = {"name": "given", "model": {"path": str(folder / "0")}, "backbone": {"source": "pretrained"}}
+    return fixed | {"tasks": tasks, "resources": {"cpus_per_worker": 0.5, "threads_per_worker": 1}} | changes
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +121,6 @@ def test_the_same_sweep_again_does_nothing(root: Path, grid: tuple[Sweep, list[A
 def test_without_rays_state_and_record_a_sweep_is_rebuilt_from_artifacts(
     root: Path, grid: tuple[Sweep, list[Attempt], SweepData]
 ) -> None:
-    import shutil
-
     sweep, attempts, _ = grid
     shutil.rmtree(root / "out" / "sweep")
     shutil.rmtree(root / "out" / ".work")
@@ -139,3 +166,43 @@ def test_optuna_searches_and_reuses(root: Path, grid: Any) -> None:
     assert all(attempt.status == "done" for attempt in attempts)
     assert (count(root, "probe"), count(root, "integrate")) == (probes, integrations), "the fused model needs no more"
     assert read_json(sweep_record(sweep).path / "attempts.json")
+
+
+def test_given_checkpoints_with_test_rows_alone_are_scored_by_the_command(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = root / "given.yaml"
+    path.write_text(yaml.safe_dump(given(root)))
+    monkeypatch.setattr(sys, "argv", ["cpift", "evaluate", str(path), "--output", str(root / "scored")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["base", "probe t1", "probe t2", "fused"]
+
+
+def test_given_checkpoints_are_swept_alike_in_trials_and_by_the_clusters_tasks(root: Path) -> None:
+    """Three trials, for a linear merge has no ω. On a cluster a trial holds no CPU, and its fusion is tasks."""
+    found = []
+    for distributed in (False, True):
+        folder = root / f"given-{distributed}"
+        folder.mkdir()
+        resources = given(root)["resources"] | {"distributed": distributed}
+        space = {"fusion.method": ["cpift", "linear"], "fusion.omega": [0.2, 0.8]}
+        fields = {"run": given(root, resources=resources), "space": space, "model": "fused", "keep": "all"}
+        (folder / "sweep.yaml").write_text(yaml.safe_dump(fields | {"objectives": ["mean_loss"]}))
+        sweep = load_sweep(folder / "sweep.yaml", output=folder / "out")
+        assert asks_ray(sweep.base.resources) == distributed
+        attempts = run_sweep(sweep, quiet())
+        assert [(one.status, len(one.points)) for one in attempts] == [("done", 1), ("done", 1), ("done", 2)]
+        best = best_trial(gather(sweep, attempts, pipeline))
+        assert best is not None
+        means = {
+            trial.number: trial.figures["fused"]["mean_loss"].mean for trial in gather(sweep, attempts, pipeline).trials
+        }
+        assert best.number == min(means, key=lambda number: means[number])
+        made = (folder / "out" / "fuse").glob("*/model.safetensors")
+        hashes = {path.parent.name: file_sha256(path) for path in made}
+        found.append((best.points, hashes))
+    assert len(found[0][1]) == 3
+    assert found[0] == found[1]

@@ -1,0 +1,61 @@
+"""What each command needs of what a config may leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cpift.config import RunConfig
+from cpift.errors import Problem
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a command makes of what a config may leave out. integrates: always, or only where `integration` is there."""
+
+    command: str
+    fuses: bool = False
+    integrates: Literal["always", "if configured", "never"] = "never"
+    scores: bool = False
+
+    def integrates_of(self, config: RunConfig) -> bool:
+        return self.integrates == "always" or (self.integrates == "if configured" and config.integration is not None)
+
+
+# Every command that a config is checked for; one that is not here cannot be asked about.
+NEEDS = {
+    None: Need("plan"),
+    "probe": Need("probe"),
+    "regions": Need("regions"),
+    "group": Need("group"),
+    "fuse": Need("fuse", fuses=True),
+    "integrate": Need("integrate", fuses=True, integrates="always"),
+    "evaluate": Need("evaluate", fuses=True, integrates="if configured", scores=True),
+    "report": Need("report", fuses=True, integrates="always", scores=True),
+    "run": Need("run", fuses=True, integrates="always", scores=True),
+    "compare": Need("compare", fuses=True, integrates="always", scores=True),
+    "sweep fused": Need("sweep", fuses=True, scores=True),
+    "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
+}
+_STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
+
+
+def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """Fields that may be left out, but not for this stage, a key of `NEEDS`."""
+    need = NEEDS[stage]
+    integrates = need.integrates_of(config)
+    if integrates and config.integration is None:
+        yield Problem("integration", f"is not there, and `cpift {need.command}` needs it", _STOPS_BEFORE)
+    staged = config.backbone_source == "staged" and need.fuses
+    if staged and config.probe is None and config.backbone.training is None:
+        remedy = "add it, or set backbone.source: pretrained"
+        yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
+    for task in config.tasks:
+        if task.train is None and (integrates or staged):
+            why = "`integration` trains on it" if integrates else "backbone.source: staged trains on it"
+            remedy = "leave `integration` out" if integrates else "set backbone.source: pretrained"
+            yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", f"give training rows, or {remedy}")
+        if task.test is None and need.scores:
+            why = f"`cpift {need.command}` scores on it"
+            yield Problem(f"tasks.{task.name}.test", f"is not there, and {why}", "give rows")
