@@ -212,6 +212,8 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     run, notes = _load(config, overrides, _changes(output), None, download=False)
     artifacts = StageArtifacts(run)
     _print_plan(make_plan(artifacts, notes), artifacts.root)
+    if (note := cli_cluster.unused_gpus(run)) is not None:
+        typer.echo(note)
 
 
 @app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

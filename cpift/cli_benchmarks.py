@@ -23,6 +23,7 @@ def standard(
     shots: Annotated[int | None, typer.Option("--shots", min=0, help="examples before a question")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put prompts through the model's chat template")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    gpu: Annotated[bool, typer.Option("--gpu", help="compute on this machine's first GPU; else on the CPU")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
 ) -> None:
     """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
@@ -36,7 +37,7 @@ def standard(
     for path in models:
         if not (path / "config.json").is_file():
             raise CpiftError(f"{path}: no model's folder, for it has no config.json")
-    wanted = Benchmarks([name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size)
+    wanted = Benchmarks([name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu)
     found = standard_scores({str(path): path for path in models}, wanted, lambda title: typer.echo(f"scoring {title}"))
     for title, scores in found.items():
         for task, figures in scores.items():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cpift.config import RunConfig
 
 _PANEL = "Many runs, other machines"
 
@@ -23,6 +27,29 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command(rich_help_panel=_PANEL)(sweep)
     app.command(rich_help_panel=_PANEL)(submit)
+
+
+def unused_gpus(run: RunConfig) -> str | None:
+    """What to say where the cluster, or without one this machine, has GPUs and nothing of the run would use any."""
+    from cpift.devices import visible_gpus
+    from cpift.errors import CpiftError
+
+    asked = [run.resources.gpus_per_worker, *(task.resources.gpus_per_worker or 0 for task in run.tasks)]
+    if any(asked) or (run.merges_only and run.integration is None and not run.scores):
+        return None
+    named = run.resources.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if named is None:
+            where, count = "this machine", float(visible_gpus())
+        else:
+            from cpift.distributed_session import cluster_gpus
+
+            where, count = f"the cluster at {named}", cluster_gpus(run.resources)
+    except CpiftError as error:
+        return f"whether there are GPUs that the run leaves idle is not known: {error}"
+    gpus = f"{count:g} GPU{'s' * (count != 1)}"
+    told = "fine-tunes and evaluations run on CPUs → set resources.gpus_per_worker: 1"
+    return f"{where} has {gpus}, and this config uses none: {told}" if count else None
 
 
 def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None) -> None:

@@ -180,7 +180,7 @@ class ComparisonWork:
             seeds=list(seeds),
             parameters=Checkpoint(first.artifacts.base.path).numel,
             versions=package_versions(),
-            device=device_name(),
+            device=_device(first),
             commit=source_commit(),
             confidence=made.config.confidence,
             resamples=made.config.resamples,
@@ -200,6 +200,12 @@ class ComparisonWork:
         jaccard = [[round(value, 5) for value in row] for row in grouping.jaccard.tolist()]
         groups = [list(group) for group in grouping.groups]
         return {"seed": run.config.seed, "jaccard": jaccard, "chance": grouping.chance, "groups": groups}
+
+
+def _device(run: Pipeline) -> str:
+    """What θ0 was scored on."""
+    scored = run.artifacts.evaluate(run.artifacts.base)
+    return str(scored.manifest()["device"]) if scored.complete else device_name()
 
 
 def _each_once(wanted: Iterable[Wanted]) -> list[Wanted]:

@@ -1,28 +1,76 @@
-"""Which device a process computes on, and whether bf16 is native there."""
+"""Which device a process computes on, and whether bf16 is native there.
+
+A GPU only where one is this process's to use: in a task, an actor or a Train worker of Ray those that Ray assigned to
+it, elsewhere as many as the config asks for. Ray leaves the other GPUs of a machine visible, so nothing but this module
+asks torch whether there are any.
+"""
 
 from __future__ import annotations
+
+import os
+from typing import Literal
 
 import torch
 
 from cpift.config_inputs import Precision
+from cpift.errors import CpiftError
+
+Device = Literal["cpu", "cuda"]
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_assigned: int | None = None  # by Ray; None where this process is no worker of Ray's
 
 
-def resolved(precision: Precision, device_type: str | None = None) -> Precision:
+def assign_gpus(count: int) -> None:
+    """This process is a worker to which Ray assigned so many GPUs. With none, all are hidden from what it imports too:
+    saving random states alone would open every GPU that torch sees."""
+    global _assigned
+    _assigned = count
+    if count == 0 and not torch.cuda.is_initialized():
+        os.environ.update(dict.fromkeys(_VISIBLE, ""))
+
+
+def compute_device(asked: float) -> Device:
+    """What this process computes on. asked: GPUs that the config gives it, which counts outside Ray's workers.
+
+    Raises CpiftError where a GPU is due and torch has none.
+    """
+    if not (asked if _assigned is None else _assigned):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise CpiftError(
+            f"resources.gpus_per_worker {asked:g}: torch {torch.__version__} sees no GPU in this process → install a "
+            "torch built for this GPU and its driver, or set resources.gpus_per_worker: 0"
+        )
+    return "cuda"
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine that torch could use."""
+    return torch.cuda.device_count()
+
+
+def resolved(precision: Precision, device: Device) -> Precision:
     """What products are computed in: as asked for, and for `auto` bfloat16 where that is native, else float32."""
     if precision != "auto":
         return precision
-    return "bfloat16" if native_bf16(device_type or ("cuda" if torch.cuda.is_available() else "cpu")) else "float32"
+    return "bfloat16" if native_bf16(device) else "float32"
 
 
-def native_bf16(device_type: str) -> bool:
+def native_bf16(device: Device) -> bool:
     """Whether bf16 matrix products run in hardware: bf16 autocast is faster than float32 then, and far slower else."""
-    if device_type == "cuda":
+    if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def device_name() -> str:
+def device_name(device: Device = "cpu") -> str:
     """For manifests: the GPU's name, or the CPU and its capability."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.get_device_name()
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def free_device_memory() -> None:
+    """Give back what torch keeps of GPU memory for its next tensors."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

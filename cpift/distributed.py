@@ -22,6 +22,7 @@ from cpift.distributed_session import (
     raise_failures,
     ray_session,
     show_progress,
+    use_assigned_gpus,
 )
 from cpift.fit_spec import FitSpec
 
@@ -44,7 +45,7 @@ def evaluate_models(
             max_retries=2,
             scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
         )
-        arguments = (tuple(tasks), settings, resources.threads, board_name)
+        arguments = (tuple(tasks), settings, resources, board_name)
         pending = {remote.remote(title, path, *arguments): title for title, path in models.items()}
         failures: dict[str, BaseException | None] = {}
         while pending:
@@ -65,15 +66,16 @@ def _evaluate_worker(
     path: Path,
     tasks: tuple[TaskConfig, ...],
     settings: EvaluationConfig,
-    threads: int,
+    resources: ResourcesConfig,
     board_name: str,
 ) -> dict[str, Any]:
     import torch
 
-    from cpift.devices import device_name
+    from cpift.devices import compute_device, device_name
     from cpift.evaluate import evaluate_model
 
-    torch.set_num_threads(threads)
+    use_assigned_gpus()
+    torch.set_num_threads(resources.threads)
     board = ray.get_actor(board_name, namespace=NAMESPACE)
     order = [task.name for task in tasks]
 
@@ -81,11 +83,11 @@ def _evaluate_worker(
         share = (order.index(task) + done / max(total, 1)) / len(order)
         board.post.remote({"title": title, "done": share, "task": task})
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device(resources.gpus_per_worker)
     started = time.time()
     scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_progress)
     kept = {task: asdict(score) for task, score in scores.items()}
-    return {"scores": kept, "seconds": time.time() - started, "device": device_name()}
+    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device)}
 
 
 class RayEngine:

@@ -24,10 +24,12 @@ from cpift.distributed_session import (
     NAMESPACE,
     POLL_SECONDS,
     OnProgress,
+    alive_nodes,
     progress_board,
     raise_failures,
     ray_session,
     show_progress,
+    use_assigned_gpus,
 )
 from cpift.distributed_storage import RUN, Storage
 from cpift.errors import CpiftError, StageError
@@ -74,7 +76,7 @@ def parallel_fits(resources: ResourcesConfig) -> int:
 
 
 def _nodes() -> Nodes:
-    return Nodes([node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return Nodes([node["Resources"] for node in alive_nodes()])
 
 
 def _require_room(title: str, need: ResourcesConfig, nodes: Nodes) -> None:
@@ -178,6 +180,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     from cpift.finetune import FitHooks, fit
     from cpift.tracking import ended_if_stuck, log_file
 
+    use_assigned_gpus()
     spec: FitSpec = config["spec"]
     context = ray.train.get_context()
     main = context.get_world_rank() == 0

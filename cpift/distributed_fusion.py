@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.checkpoint_writing import Shard
 from cpift.config import ResourcesConfig
-from cpift.distributed_session import ray_session
+from cpift.distributed_session import alive_nodes, ray_session
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
 from cpift.errors import CpiftError, StageError
 from cpift.merging import Method, Progress, merge_shards
@@ -118,7 +118,7 @@ class RayMerging:
 
     def _places(self) -> list[str]:
         """Node ids in a fixed order, each as often as it runs tasks at once. Raises CpiftError if none runs any."""
-        nodes = sorted((node["NodeID"], node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        nodes = sorted((node["NodeID"], node["Resources"].get("CPU", 0)) for node in alive_nodes())
         places = [node for node, cpus in nodes for _ in range(int(cpus // self._cpus))]
         if not places:
             raise CpiftError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from typing import Any
 import ray
 
 from cpift.config import ResourcesConfig
-from cpift.errors import StageError
+from cpift.errors import CpiftError, StageError
 
 OnProgress = Callable[[dict[str, Any]], None]
 NAMESPACE = "cpift"
 POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
+LOST = "Ray lost its last node (its raylet ended); what was finished is kept → give the same command again"
 # Ray Train's defaults are made for hours of training; these shave seconds off short ones on the cluster that we start.
 _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -36,6 +39,7 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     # "local": without an address Ray would join whatever cluster somebody started on this machine.
     options: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
     if address is not None:
+        _require_answer(address)
         options = {"address": address}
     else:
         for name, value in _LOCAL_ENVIRONMENT.items():
@@ -45,6 +49,41 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray would wait for ever, deaf to signals, for a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # auto, local
+        return
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise CpiftError(
+            f"no Ray cluster answers at {address} ({error}) → give the address of its head in resources.address or "
+            "RAY_ADDRESS, or leave both out to start Ray here"
+        ) from None
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of each node that runs. Raises StageError if none does."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not nodes:
+        raise StageError(LOST)
+    return nodes
+
+
+def cluster_gpus(resources: ResourcesConfig) -> float:
+    """GPUs of the cluster that the config or the environment names. Raises CpiftError where none answers."""
+    with ray_session(resources):
+        return sum(node["Resources"].get("GPU", 0.0) for node in alive_nodes())
+
+
+def use_assigned_gpus() -> None:
+    """In a task, an actor or a Train worker: compute on the GPUs that Ray assigned to it, and on no other."""
+    from cpift.devices import assign_gpus
+
+    assign_gpus(len(ray.get_runtime_context().get_accelerator_ids()["GPU"]))
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)

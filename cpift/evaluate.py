@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from cpift.config import TaskConfig
 from cpift.config_evaluation import EvaluationConfig
 from cpift.data import load_examples
-from cpift.devices import resolved
+from cpift.devices import Device, resolved
 from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
 from cpift.judge import judge_replies
@@ -72,7 +72,7 @@ def evaluate_model(
     tasks: Sequence[TaskConfig],
     settings: EvaluationConfig,
     *,
-    device: str = "cpu",
+    device: Device = "cpu",
     on_progress: Progress | None = None,
 ) -> dict[str, TaskScore]:
     """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
@@ -88,7 +88,7 @@ def evaluate_model(
     # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     room = _Room(model, tokenizer, settings)
-    with torch.no_grad(), _precision(settings, torch.device(device).type):
+    with torch.no_grad(), _precision(settings, device):
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
@@ -119,10 +119,8 @@ def _silent(task: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def _precision(settings: EvaluationConfig, device_type: str) -> Iterator[None]:
-    with torch.autocast(
-        device_type, dtype=torch.bfloat16, enabled=resolved(settings.precision, device_type) == "bfloat16"
-    ):
+def _precision(settings: EvaluationConfig, device: Device) -> Iterator[None]:
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=resolved(settings.precision, device) == "bfloat16"):
         yield
 
 

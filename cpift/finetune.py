@@ -29,7 +29,7 @@ from transformers import (
 from cpift.adapters import merged, with_adapters
 from cpift.checkpoints import Checkpoint
 from cpift.data import CompletionCollator
-from cpift.devices import device_name, resolved
+from cpift.devices import Device, compute_device, device_name, resolved
 from cpift.errors import StageError
 from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
@@ -103,8 +103,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
         "tokens": progress.tokens,
         "rows": progress.rows,
         "seconds": progress.seconds,
-        "device": device_name(),
-        "precision": resolved(spec.training.precision),
+        "device": device_name(_device(spec)),
+        "precision": resolved(spec.training.precision, _device(spec)),
     }
     write_trained(merged(model), layout, origin, spec.export, hooks.is_main)
     if hooks.is_main:
@@ -121,7 +121,7 @@ def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
     source = spec.model if kept is None or lora else kept
-    model = load_sharded(source, torch.float32) if _sharded(spec) else load_model(source, torch.float32)
+    model = load_sharded(source, torch.float32, _device(spec)) if _sharded(spec) else load_model(source, torch.float32)
     return with_adapters(model, lora, spec.seed, kept) if lora else model
 
 
@@ -181,9 +181,13 @@ def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
     return JointCores(spec.regions, tasks)
 
 
+def _device(spec: FitSpec) -> Device:
+    return compute_device(spec.resources.gpus_per_worker)
+
+
 def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
-    training, cuda = spec.training, torch.cuda.is_available()
-    return TrainingArguments(
+    training, cuda = spec.training, _device(spec) == "cuda"
+    arguments = TrainingArguments(
         output_dir=str(_stage_folder(spec, index)),
         max_steps=spec.steps(index) or -1,
         num_train_epochs=training.epochs or 1,
@@ -195,7 +199,7 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
-        bf16=resolved(training.precision) == "bfloat16",
+        bf16=resolved(training.precision, _device(spec)) == "bfloat16",
         use_cpu=not cuda,
         seed=spec.seed + index,
         data_seed=spec.seed + index,
@@ -212,6 +216,8 @@ def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
         remove_unused_columns=False,
         use_cache=False,  # with a cache, models take packed examples for one
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that it sees, Trainer would make a DataParallel model
+    return arguments
 
 
 class _Follower(TrainerCallback):

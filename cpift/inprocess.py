@@ -50,7 +50,7 @@ class InProcessEngine:
     def _evaluate(self, title: str, path: Path, on_progress: OnProgress) -> dict[str, Any]:
         import torch
 
-        from cpift.devices import device_name
+        from cpift.devices import compute_device, device_name
         from cpift.evaluate import evaluate_model
 
         tasks, settings = self._config.tasks, self._config.evaluation
@@ -61,12 +61,12 @@ class InProcessEngine:
             on_progress({"title": title, "done": share, "task": task})
 
         torch.set_num_threads(self._config.resources.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = compute_device(self._config.resources.gpus_per_worker)
         started = time.time()
         scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_rows)
         kept = {task: asdict(score) for task, score in scores.items()}
         _free_memory()
-        return {"scores": kept, "seconds": time.time() - started, "device": device_name()}
+        return {"scores": kept, "seconds": time.time() - started, "device": device_name(device)}
 
 
 def _require_one_worker(resources: ResourcesConfig) -> None:
@@ -112,11 +112,10 @@ def _keep(folder: Path, scratch: Path) -> None:
 
 def _free_memory() -> None:
     """A warm worker holds models of earlier trials no longer than it must."""
-    import torch
+    from cpift.devices import free_device_memory
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_device_memory()
 
 
 class SharedHere:

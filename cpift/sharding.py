@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from cpift.checkpoint_writing import write_like
 from cpift.checkpoints import Checkpoint
+from cpift.devices import Device
 from cpift.layout import Layout, checkpoint_layout, require_whole
 from cpift.pretrained import empty_network
 from cpift.safetensors_files import TensorInfo
@@ -44,7 +45,7 @@ def rank_here() -> int:
     return torch.distributed.get_rank() if workers_here() > 1 else 0
 
 
-def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_sharded(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedModel:
     """The model of a local safetensors folder, sharded over the workers of the process group. Collective.
 
     A unit is one decoder layer; embeddings, last norm and head are another, so that tied ones are gathered as one. A
@@ -53,7 +54,7 @@ def load_sharded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights():  # allocated, never written: pages that no worker keeps cost nothing
         model: Any = empty_network(path, dtype=dtype)
     model.tie_weights()
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh)

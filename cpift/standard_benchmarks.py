@@ -19,7 +19,8 @@ class Benchmarks:
     """What is run.
 
     tasks: names that lm-eval knows, or has in the YAML files of `folder`; limit: rows a task at most; shots: examples
-    before each question, None: as the task says; chat: whether prompts go through the model's template.
+    before each question, None: as the task says; chat: whether prompts go through the model's template; gpu: whether
+    it runs on a GPU.
     """
 
     tasks: Sequence[str]
@@ -28,6 +29,7 @@ class Benchmarks:
     shots: int | None = None
     chat: bool = False
     batch_size: int = 8
+    gpu: bool = False
 
 
 def standard_scores(
@@ -64,8 +66,9 @@ def _tasks(wanted: Benchmarks) -> Any:
 
 
 def _scores(model: dict[str, Any], wanted: Benchmarks, tasks: Any) -> dict[str, dict[str, float | None]]:
-    import torch
     from lm_eval import simple_evaluate
+
+    from cpift.devices import compute_device
 
     results = simple_evaluate(
         model="hf",
@@ -73,7 +76,7 @@ def _scores(model: dict[str, Any], wanted: Benchmarks, tasks: Any) -> dict[str, 
         tasks=list(wanted.tasks),
         num_fewshot=wanted.shots,
         batch_size=wanted.batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=compute_device(wanted.gpu),
         limit=wanted.limit,
         log_samples=False,
         apply_chat_template=wanted.chat,

@@ -21,10 +21,12 @@ from cpift.distributed_session import (
     NAMESPACE,
     POLL_SECONDS,
     OnProgress,
+    alive_nodes,
     progress_board,
     raise_failures,
     ray_session,
     show_progress,
+    use_assigned_gpus,
 )
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.inprocess import fit_here
@@ -97,7 +99,7 @@ def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progr
 
 def cpus_for(threads: int, resources: ResourcesConfig) -> float:
     """CPUs that one worker holds: one for each thread, but no more than some node has."""
-    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    largest = max(node["Resources"].get("CPU", 0.0) for node in alive_nodes())
     return max(resources.cpus_per_worker, min(float(threads), largest))
 
 
@@ -113,6 +115,7 @@ def _remote(spec: FitSpec) -> Any:
 
 @ray.remote
 def _fit_task(spec: FitSpec, board_name: str) -> None:
+    use_assigned_gpus()
     board = ray.get_actor(board_name, namespace=NAMESPACE)
     with ended_if_stuck(spec.resources.hang_timeout, sys.stderr) as alive:
 

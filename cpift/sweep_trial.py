@@ -15,7 +15,7 @@ from ray import tune
 
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.distributed_fusion import merging_of
-from cpift.distributed_session import NAMESPACE
+from cpift.distributed_session import NAMESPACE, use_assigned_gpus
 from cpift.engine import Engine
 from cpift.errors import CpiftError, StageError
 from cpift.files import digest, write_text
@@ -42,6 +42,7 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
     if marker.is_file():
         raise StageError(marker.read_text(encoding="utf-8"))
     try:
+        use_assigned_gpus()
         torch.set_num_threads(sweep.base.resources.most_threads)
         with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
             view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
