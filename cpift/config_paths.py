@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpift.errors import Problem
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-# Inputs start from the config's folder and have to be there; `*`: any number of the list.
-_INPUTS = ("model.path", "model.gguf.file", "tasks.*.train.file", "tasks.*.test.file", "tasks.*.checkpoint.path")
-_PLACES = ("output", "resources.storage")  # where results go: as they are
-_SOURCE = "backbone.source"  # an input if there is such a folder, otherwise a word or a hub id
+Kind = Literal["model", "rows", "place", "source"]
+# Every field that holds a path; `*`: any number of the list. Inputs (a model, rows) start from the config's folder and
+# have to be there; a place is where results go, as it is; a source is an input if there is such a folder, otherwise a
+# word or a hub id.
+PATHS: Mapping[str, Kind] = {
+    "model.path": "model",
+    "model.gguf.file": "model",
+    "tasks.*.checkpoint.path": "model",
+    "tasks.*.train.file": "rows",
+    "tasks.*.test.file": "rows",
+    "backbone.source": "source",
+    "output": "place",
+    "resources.storage": "place",
+}
+
+
+def path_kind(field: str) -> Kind | None:
+    """What kind of path a field holds, by its dotted name; None if it holds none."""
+    return PATHS.get(re.sub(r"\.\d+(?=\.|$)", ".*", field))
 
 
 def is_path(field: str) -> bool:
-    """Whether a field, by its dotted name, holds a path."""
-    name = re.sub(r"\.\d+(?=\.|$)", ".*", field)
-    return name in (*_INPUTS, *_PLACES, _SOURCE)
+    return path_kind(field) is not None
 
 
 def expanded(value: str) -> tuple[str, list[str]]:
@@ -31,27 +44,32 @@ def expanded(value: str) -> tuple[str, list[str]]:
 
 def resolve_paths(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
     """Replace variables and make inputs absolute, from `folder` on, in place."""
-    for section, key, field in list(_texts(raw)):
-        if not is_path(field):
+    for section, key, field in list(texts(raw)):
+        kind = path_kind(field)
+        if kind is None:
             continue
         value, missing = expanded(section[key])
         for name in missing:
             yield Problem(field, f"the environment has no variable {name}", f"export {name}=... first")
-        packaged = field == "model.gguf.file" and section.get("package") is not None
         section[key] = value
-        if missing or packaged or field in _PLACES:
+        if missing or is_packaged(section, field) or kind == "place":
             continue
         try:
             path = (folder / Path(value).expanduser()).resolve()
-            if path.exists() or field != _SOURCE:
+            if path.exists() or kind != "source":
                 section[key] = str(path)
-            if not path.exists() and field != _SOURCE:
+            if not path.exists() and kind != "source":
                 yield Problem(field, f"there is no such file or folder: {path}", "check the path")
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, the home of nobody
             yield Problem(field, f"{value!r} is no usable path ({error})", "check the path")
 
 
-def _texts(node: Any, where: str = "") -> Iterator[tuple[Any, Any, str]]:
+def is_packaged(section: Mapping[str, Any], field: str) -> bool:
+    """Whether a path lies inside an installed package, not in a folder."""
+    return field == "model.gguf.file" and section.get("package") is not None
+
+
+def texts(node: Any, where: str = "") -> Iterator[tuple[Any, Any, str]]:
     """Every text of a nested structure: what holds it, its key or place, its dotted name."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
@@ -59,4 +77,4 @@ def _texts(node: Any, where: str = "") -> Iterator[tuple[Any, Any, str]]:
         if isinstance(value, str):
             yield node, key, field
         else:
-            yield from _texts(value, field)
+            yield from texts(value, field)

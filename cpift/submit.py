@@ -15,15 +15,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cpift.config_loading import check_fields, read_yaml, secret_problems
-from cpift.config_paths import expanded
+from cpift.config_paths import Kind, expanded, is_packaged, path_kind, texts
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
 from cpift.files import file_sha256
 
@@ -48,21 +49,23 @@ def package(config: Path, overrides: Sequence[str], output: str | None, folder: 
 
     wheel: send this cpift too, which then hides one that the nodes have installed.
 
-    Raises ConfigError for what would fail on the cluster: unknown fields, relative model paths, no place for results.
+    Raises ConfigError for what would fail on the cluster: unknown fields, paths of this machine, no place for results.
     """
     raw = read_yaml(config)
     sweep = "space" in raw
     run, origin = _run_of(raw, config) if sweep else (raw, config)
     working_dir = folder / "job"
     (working_dir / "data").mkdir(parents=True)
-    problems = list(_ship_data(run, origin.absolute().parent, working_dir / "data"))
+    changes = list(overrides)
+    paths = _paths(run, raw if sweep else {}, changes)
+    problems = list(_prepare(paths, origin.absolute().parent, working_dir / "data"))
     problems += secret_problems({"--set": list(overrides), "--output": output, "sweep": {**raw, "run": None}})
-    problems += _local_paths(run) + _check_output(raw, run, output, sweep)
+    problems += _check_output(raw, run, output, sweep)
     check_fields(run, str(origin), problems)
     (working_dir / CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     command = ["python", "-m", "cpift.cli", "sweep" if sweep else "run", CONFIG]
     command += ["--output", output] if output else []
-    command += [part for text in overrides for part in ("--set", text)]
+    command += [part for text in changes for part in ("--set", text)]
     if wheel:
         with zipfile.ZipFile(build_wheel(folder)) as archive:
             archive.extractall(working_dir)
@@ -81,46 +84,78 @@ def _run_of(raw: dict[str, Any], config: Path) -> tuple[dict[str, Any], Path]:
     return run, config
 
 
-def _sources(run: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    tasks = run.get("tasks")
-    for number, task in enumerate(tasks if isinstance(tasks, list) else []):
-        for split in ("train", "test"):
-            source = task.get(split) if isinstance(task, dict) else None
-            if isinstance(source, dict) and isinstance(source.get("file"), str):
-                yield f"tasks.{number}.{split}.file", source
+@dataclass(frozen=True)
+class _Value:
+    """A path in what is sent: the field, where it stands, and what puts another in its place."""
+
+    field: str
+    where: str
+    text: str
+    put: Callable[[str], None]
 
 
-def _ship_data(run: dict[str, Any], origin: Path, folder: Path) -> Iterator[Problem]:
-    """Copy the data files and let the config name the copies; equal files go once."""
-    for where, source in _sources(run):
-        value, missing = expanded(source["file"])
-        for name in missing:
-            yield Problem(where, f"the environment has no variable {name}", f"export {name}=... first")
-        path = (origin / Path(value).expanduser()).resolve()
-        if missing:
-            continue
-        if not path.is_file():
-            yield Problem(where, f"there is no such file: {path}", "check the path")
-            continue
-        copy = folder / f"{file_sha256(path)[:12]}-{path.name}"
-        if not copy.exists():
-            shutil.copyfile(path, copy)
-        source["file"] = f"data/{copy.name}"
+def _paths(run: dict[str, Any], sweep: dict[str, Any], overrides: list[str]) -> Iterator[_Value]:
+    """Every path of a run, of what a sweep sets of it, and of `--set`."""
+    for section, key, field in list(texts(run)):
+        if not is_packaged(section, field):
+            yield _Value(field, field, section[key], partial(section.__setitem__, key))
+    fixed, space = (part if isinstance(part := sweep.get(name), dict) else {} for name in ("fixed", "space"))
+    for field, value in list(fixed.items()):
+        if isinstance(value, str):
+            yield _Value(field, f"fixed.{field}", value, partial(fixed.__setitem__, field))
+    for field, values in space.items():
+        for place, value in enumerate(values if isinstance(values, list) else []):
+            if isinstance(value, str):
+                yield _Value(field, f"space.{field}", value, partial(values.__setitem__, place))
+    for place, text in enumerate(overrides):
+        field, _, value = (part.strip() for part in text.partition("="))
+        yield _Value(field, f"--set {field}", value, partial(_override, overrides, place, field))
 
 
-def _local_paths(run: dict[str, Any]) -> list[Problem]:
-    """Model folders are too large to send: they must lie where the nodes see them, under an absolute path."""
-    model = run.get("model")
-    model = model if isinstance(model, dict) else {}
-    gguf = model.get("gguf")
-    loose = gguf.get("file") if isinstance(gguf, dict) and not gguf.get("package") else None
-    found = {"model.path": model.get("path"), "model.gguf.file": loose}
-    remedy = "models are not sent: put it on storage that every node sees and give its absolute path there, or a hub id"
-    return [
-        Problem(where, f"{value!r} is relative to this machine's folder", remedy)
-        for where, value in found.items()
-        if isinstance(value, str) and not value.startswith(("/", "${"))
-    ]
+def _override(overrides: list[str], place: int, field: str, value: str) -> None:
+    overrides[place] = f"{field}={value}"
+
+
+def _prepare(values: Iterator[_Value], origin: Path, data: Path) -> Iterator[Problem]:
+    """Rows are copied into the folder `data`, and the copies named; of all else the nodes must see the same path."""
+    for value in values:
+        kind = path_kind(value.field)
+        if kind == "rows":
+            yield from _ship(value, origin, data)
+        elif kind is not None and not _same_on_nodes(value, kind, origin):
+            yield Problem(value.where, f"{value.text!r} is relative to this machine's folder", _REMEDIES[kind])
+
+
+_REMEDIES: Mapping[Kind, str] = {
+    "model": "models are not sent: put it where every node sees it and give its absolute path there, or a hub id",
+    "source": "models are not sent: give the absolute path of a folder that every node sees, or a hub id",
+    "place": "give an absolute path on storage that every node sees, or a URI such as s3://bucket/folder",
+}
+
+
+def _same_on_nodes(value: _Value, kind: Kind, origin: Path) -> bool:
+    """Whether a path means the same on every node: absolute, a URI, from the nodes' environment, or no path at all."""
+    text = value.text
+    if text.startswith(("/", "${")) or "://" in text or value.field == "output":  # see `_check_output`
+        return True
+    return kind == "source" and not text.startswith((".", "~")) and not (origin / text).is_dir()
+
+
+def _ship(value: _Value, origin: Path, folder: Path) -> Iterator[Problem]:
+    """Copy a file of rows and let the field name the copy; equal files go once."""
+    text, missing = expanded(value.text)
+    for name in missing:
+        yield Problem(value.where, f"the environment has no variable {name}", f"export {name}=... first")
+    path = (origin / Path(text).expanduser()).resolve()
+    if missing:
+        return
+    if not path.is_file():
+        yield Problem(value.where, f"there is no such file: {path}", "check the path")
+        return
+    copy = folder / f"{file_sha256(path)[:12]}-{path.name}"
+    if not copy.exists():
+        shutil.copyfile(path, copy)
+    value.put(f"data/{copy.name}")
 
 
 def _check_output(raw: dict[str, Any], run: dict[str, Any], output: str | None, sweep: bool) -> list[Problem]:

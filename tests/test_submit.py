@@ -8,13 +8,18 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from cpift import submit
+from cpift.config import RunConfig
 from cpift.config_loading import load_config
+from cpift.config_paths import PATHS
 from cpift.errors import ConfigError
 from cpift.submit import CONFIG, JobSpec, package
 
@@ -103,6 +108,16 @@ def test_nothing_of_the_environment_is_sent(rows: Path) -> None:
     ("changes", "output", "said"),
     [
         ({"model": {"path": "model"}}, "/shared/out", ["model.path", "models are not sent"]),
+        ({"model": {"path": "~/model"}}, "/shared/out", ["model.path", "models are not sent"]),
+        ({"model": {"gguf": {"file": "a.gguf"}}}, "/shared/out", ["model.gguf.file", "models are not sent"]),
+        ({"backbone": {"source": "rows"}}, "/shared/out", ["backbone.source: 'rows'", "or a hub id"]),
+        ({"backbone": {"source": "./gone"}}, "/shared/out", ["backbone.source: './gone'"]),
+        ({"resources": {"storage": "kept"}}, "/shared/out", ["resources.storage: 'kept'", "s3://bucket/folder"]),
+        (
+            {"tasks": [{"name": "a", "checkpoint": {"path": "tunes/a"}}]},
+            "/shared/out",
+            ["tasks.0.checkpoint.path: 'tunes/a'", "models are not sent"],
+        ),
         ({"probe": {"stepz": 1}}, "/shared/out", ["probe.stepz", "did you mean 'steps'?"]),
         ({}, None, ["output", "--output /shared/runs/NAME"]),
         ({}, "runs/here", ["output", "'runs/here'"]),
@@ -115,6 +130,60 @@ def test_what_would_fail_there_is_refused_here(
         package(local_run(rows, **changes), [], output, rows / "build", wheel=False)
     for part in said:
         assert part in str(caught.value)
+
+
+def test_what_is_the_same_everywhere_is_sent_as_it_is(rows: Path) -> None:
+    tasks = [{"name": "a", "checkpoint": {"path": "${TUNES}/a"}}, {"name": "b", "checkpoint": {"hub": "org/b"}}]
+    changes = {"model": {"path": "/models/base"}, "backbone": {"source": "org/name"}, "tasks": tasks}
+    changes |= {"resources": {"storage": "s3://bucket/kept"}, "probe": None, "integration": None}
+    spec = package(local_run(rows, **changes), [], "/shared/out", rows / "build", wheel=False)
+    shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
+    assert {name: shipped[name] for name in changes} == changes
+
+
+def test_paths_that_a_sweep_or_an_option_sets_are_prepared_too(rows: Path) -> None:
+    local_run(rows)
+    sweep, fields = rows / "sweep.yaml", {"run": "run.yaml", "fixed": {"tasks.0.train.file": "rows/train.jsonl"}}
+    space = {"tasks.0.test.file": ["rows/test.jsonl", "rows/train.jsonl"]}
+    sweep.write_text(yaml.safe_dump(fields | {"space": space}))
+    spec = package(sweep, ["tasks.0.train.file=rows/test.jsonl"], "/shared/out", rows / "build", wheel=False)
+    shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
+    named = [shipped["fixed"]["tasks.0.train.file"], *shipped["space"]["tasks.0.test.file"]]
+    named.append(shlex.split(spec.entrypoint)[-1].partition("=")[2])
+    assert all((spec.working_dir / name).is_file() for name in named)
+    assert len(set(named)) == 2, "equal files go once"
+    sweep.write_text(yaml.safe_dump(fields | {"space": {"backbone.source": ["pretrained", "rows"]}}))
+    with pytest.raises(ConfigError) as caught:
+        package(sweep, ["model.path=mine"], "/shared/out", rows / "again", wheel=False)
+    assert "space.backbone.source: 'rows'" in str(caught.value)
+    assert "--set model.path: 'mine'" in str(caught.value)
+
+
+def path_fields(model: type[BaseModel], where: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a config that take a pathlib.Path."""
+    for name, field in model.model_fields.items():
+        parts = list(_types(field.annotation))
+        many = any(get_origin(part) is tuple for part in parts)
+        for part in parts:
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from path_fields(part, f"{where}{name}.{'*.' * many}")
+        if Path in parts:
+            yield f"{where}{name}"
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
+
+
+def test_every_path_of_the_schema_has_its_kind_and_every_kind_what_becomes_of_it() -> None:
+    found = set(path_fields(RunConfig))
+    assert {"model.path", "tasks.*.checkpoint.path", "tasks.*.train.file", "output"} <= found
+    assert found <= set(PATHS), "a new path: say in config_paths.PATHS what kind it is"
+    texts = {"model.gguf.file", "backbone.source", "resources.storage"}  # not only paths, so plain text
+    assert set(PATHS) == found | texts
+    assert set(PATHS.values()) == set(submit._REMEDIES) | {"rows"}
 
 
 def test_missing_data_is_refused(rows: Path) -> None:
