@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, Problem
+from cpift.model_sizes import folder_problems
 from cpift.pretrained import class_of, generating_classes, load_config
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
@@ -145,6 +146,8 @@ def _class(source: _Source) -> type[PreTrainedModel]:
 def _skeleton(source: _Source) -> PreTrainedModel:
     import torch
 
+    if problems := folder_problems(source.folder, str(source.folder)):
+        raise CheckpointError(f"model {source.folder}", problems)
     config, network = _config(source), _class(source)
     try:
         with torch.device("meta"):

@@ -97,7 +97,7 @@ class ScratchModel(Section):
 
     hidden_size: int = Field(64, **identity("model"), ge=8)
     intermediate_size: int = Field(128, **identity("model"), ge=8)
-    layers: int = Field(2, **identity("model"), ge=1)
+    layers: int = Field(2, **identity("model"), ge=1, le=10_000)
     heads: int = Field(4, **identity("model"), ge=1)
     max_length: int = Field(256, **identity("model"), ge=16, description="tokens the position encoding is made for")
     seed: int = Field(0, **identity("model"))
@@ -107,6 +107,12 @@ class ScratchModel(Section):
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 × heads ({2 * self.heads})")
         return self
+
+    @property
+    def parameters(self) -> int:
+        """How many it has: 259 embeddings (bytes and three special tokens), tied; attention, MLP and norms a layer."""
+        hidden = self.hidden_size
+        return 259 * hidden + self.layers * (4 * hidden**2 + 3 * hidden * self.intermediate_size + 2 * hidden) + hidden
 
 
 class ModelConfig(Section):

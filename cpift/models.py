@@ -20,7 +20,9 @@ from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import file_sha256
+from cpift.gguf_files import read_gguf
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
+from cpift.model_sizes import memory_problem, room_in, size_problems
 from cpift.quantised import quantised
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -52,7 +54,10 @@ def check_model(model: ModelConfig) -> list[Problem]:
     if model.path is not None:
         return check_checkpoint(model.path, "model.path")
     if model.gguf is not None:
-        return _check_gguf(model.gguf)
+        return _check_gguf(model.gguf) or _check_gguf_head(model.gguf)
+    if model.scratch is not None:
+        problem = memory_problem(model.scratch.parameters, 4, "model.scratch")
+        return [problem] if problem else []
     return []
 
 
@@ -164,6 +169,18 @@ def _check_gguf(gguf: GgufFile) -> list[Problem]:
     return pretrained.tokenizer_problems(folder / Path(gguf.file).parent, "model.gguf")
 
 
+def _check_gguf_head(gguf: GgufFile) -> list[Problem]:
+    try:
+        head = read_gguf(_gguf_folder(gguf) / gguf.file)
+    except UnreadableError as error:
+        return [Problem("model.gguf.file", str(error))]
+    except OSError as error:
+        return [Problem("model.gguf.file", f"{error.filename}: {error.strerror}", "check the path")]
+    problems = list(size_problems(head.model, "model.gguf.file", *room_in(list(head.shapes.values()))))
+    memory = memory_problem(head.parameters, 2, "model.gguf.file")
+    return [*problems, memory] if memory else problems
+
+
 def _check_config_json(path: Path, where: str) -> list[Problem]:
     try:
         config = read_object(path / "config.json", MODEL_CONFIG)
@@ -226,7 +243,7 @@ def _load_directory(path: Path, dtype: str) -> PreTrainedModel:
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     file = gguf_path(gguf)
-    with pretrained.no_progress_bars():
+    with pretrained.no_progress_bars(), _checkpoint_errors(file):
         loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(dtype, "bfloat16"))
     network = _checked_network(loaded, file)
     # The weights are dense now; transformers refuses to save a model that still says it is quantised.
@@ -299,7 +316,11 @@ def _tokenizer_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpoint_errors(path: Path) -> Iterator[None]:
+    """What loads a model reads files of others and raises whatever it meets in them."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"model {path}", [Problem(str(path), str(error).strip(), "")]) from error
+    except CpiftError:
+        raise
+    except Exception as error:
+        what = str(error).strip() or type(error).__name__
+        raise CheckpointError(f"model {path}", [Problem(str(path), what, "restore the file")]) from error

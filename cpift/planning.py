@@ -195,24 +195,12 @@ def count_parameters(artifacts: StageArtifacts) -> int | None:
         return Checkpoint(artifacts.model.path).numel
     if model.gguf is not None:
         return _gguf_parameters(model)
-    return _scratch_parameters(model) if model.scratch is not None else None
+    return model.scratch.parameters if model.scratch is not None else None
 
 
 def _gguf_parameters(model: ModelConfig) -> int:
-    from gguf import GGUFReader
-
+    from cpift.gguf_files import read_gguf
     from cpift.models import gguf_path
 
     assert model.gguf is not None
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf_path(model.gguf)).tensors)
-
-
-def _scratch_parameters(model: ModelConfig) -> int:
-    import torch
-
-    from cpift.scratch import make_scratch_model, make_scratch_tokenizer
-
-    assert model.scratch is not None
-    with torch.random.fork_rng():
-        network = make_scratch_model(model.scratch, make_scratch_tokenizer(model.scratch))
-    return sum(parameter.numel() for parameter in network.parameters())
+    return read_gguf(gguf_path(model.gguf)).parameters

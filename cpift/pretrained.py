@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, DataError, Problem
+from cpift.model_sizes import folder_problems
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ def code_problems(folder: Path, where: str) -> list[Problem]:
     """Why a local model or adapter folder cannot be used without running code of its own; empty if it can be.
 
     Architectures and tokenizers of the installed transformers need none, whatever else the folder refers to. Files
-    that are missing or no JSON objects are left to those who read them.
+    that are missing are left to those who read them; where one cannot be read, that is all that is said.
     """
+    unreadable = folder_problems(folder, where)
+    if unreadable:
+        return unreadable
     config = _object(folder / "config.json")
     found = [*_architecture(config, where), *_kernels(config, where), *tokenizer_problems(folder, where)]
     for name in _PROCESSORS:
