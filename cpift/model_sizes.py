@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import Problem
+from cpift.gguf_files import read_gguf
 from cpift.safetensors_files import FormatError, read_header
 from cpift.units import show_size
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, shown
@@ -68,7 +69,20 @@ def size_problems(config: Mapping[str, Any], where: str, layers: int, width: int
                 yield Problem(f"{where}, {name}", what, "restore the file, or give the weights that belong to it")
 
 
-def room_in(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
+def gguf_problems(file: Path, where: str) -> list[Problem]:
+    """What is wrong with a GGUF file: its head cannot be read, or states sizes beyond its tensors or the memory."""
+    try:
+        head = read_gguf(file)
+    except UnreadableError as error:
+        return [Problem(where, str(error))]
+    except OSError as error:
+        return [Problem(where, f"{error.filename}: {error.strerror}", "check the path")]
+    problems = list(size_problems(head.model, where, *_room_in(list(head.shapes.values()))))
+    memory = memory_problem(head.parameters, 2, where)
+    return [*problems, memory] if memory else problems
+
+
+def _room_in(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
     """Layers and width that tensors of these shapes can have at most."""
     return len(shapes), _SLACK * max((size for shape in shapes for size in shape), default=1)
 
@@ -80,7 +94,7 @@ def _extent(folder: Path) -> tuple[int, int]:
             shapes += [info.shape for info in read_header(file)]
         except (FormatError, OSError):  # told by who opens the checkpoint
             return _MOST_LAYERS, _WIDEST
-    return room_in(shapes) if shapes and not (folder / "adapter_config.json").exists() else (_MOST_LAYERS, _WIDEST)
+    return _room_in(shapes) if shapes and not (folder / "adapter_config.json").exists() else (_MOST_LAYERS, _WIDEST)
 
 
 def memory_problem(parameters: int, itemsize: int, where: str) -> Problem | None:

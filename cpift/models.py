@@ -20,9 +20,8 @@ from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import file_sha256
-from cpift.gguf_files import read_gguf
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
-from cpift.model_sizes import memory_problem, room_in, size_problems
+from cpift.model_sizes import gguf_problems, memory_problem
 from cpift.quantised import quantised
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -54,7 +53,7 @@ def check_model(model: ModelConfig) -> list[Problem]:
     if model.path is not None:
         return check_checkpoint(model.path, "model.path")
     if model.gguf is not None:
-        return _check_gguf(model.gguf) or _check_gguf_head(model.gguf)
+        return _check_gguf(model.gguf) or gguf_problems(_gguf_folder(model.gguf) / model.gguf.file, "model.gguf.file")
     if model.scratch is not None:
         problem = memory_problem(model.scratch.parameters, 4, "model.scratch")
         return [problem] if problem else []
@@ -169,25 +168,13 @@ def _check_gguf(gguf: GgufFile) -> list[Problem]:
     return pretrained.tokenizer_problems(folder / Path(gguf.file).parent, "model.gguf")
 
 
-def _check_gguf_head(gguf: GgufFile) -> list[Problem]:
-    try:
-        head = read_gguf(_gguf_folder(gguf) / gguf.file)
-    except UnreadableError as error:
-        return [Problem("model.gguf.file", str(error))]
-    except OSError as error:
-        return [Problem("model.gguf.file", f"{error.filename}: {error.strerror}", "check the path")]
-    problems = list(size_problems(head.model, "model.gguf.file", *room_in(list(head.shapes.values()))))
-    memory = memory_problem(head.parameters, 2, "model.gguf.file")
-    return [*problems, memory] if memory else problems
-
-
 def _check_config_json(path: Path, where: str) -> list[Problem]:
     try:
         config = read_object(path / "config.json", MODEL_CONFIG)
     except FileNotFoundError:
         return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
-    except UnreadableError as error:
-        return [Problem(where, str(error))]
+    except UnreadableError:
+        return []  # said by `pretrained.code_problems`, with the other files
     if problem := quantised(path, config):
         return [Problem(where, f"{path} {problem.what}", problem.remedy)]
     return []
