@@ -6,6 +6,7 @@ A config.json may say anything: of 2⁴⁰ columns, or 10⁹ layers, transformer
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ _SLACK = 8  # several parts of a layer may be kept as one tensor, or a tensor as
 
 def folder_problems(folder: Path, where: str) -> list[Problem]:
     """What is wrong with a model folder's small files: they cannot be read, or state sizes beyond its tensors."""
-    problems, config = [], {}
+    problems: list[Problem] = []
+    config: dict[str, Any] = {}
     for name in _OBJECTS:
         try:
             found = read_object(folder / name, MODEL_CONFIG)
@@ -107,10 +109,7 @@ def memory_problem(parameters: int, itemsize: int, where: str) -> Problem | None
 
 
 def machine_memory() -> int:
-    """Bytes of the machine's memory."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    import psutil
-
-    total: int = psutil.virtual_memory().total
-    return total
+    """Bytes of the machine's memory; where the system does not tell (Windows), no limit is known beforehand."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
