@@ -136,15 +136,21 @@ def retention(scores: Scores, method: str, probes: str) -> np.ndarray:
 
 
 def learning(scores: Scores, references: References) -> dict[str, Learning]:
-    """What the own probes learnt of every task, over all seeds."""
-    found, (base, probes) = {}, (scores.of(references.base), scores.of(references.probes))
+    """What the own probes learnt of every task, over all seeds, with the intervals of their gains."""
+    gains = scores.of(references.probes) - scores.of(references.base)
+    return {
+        task: replace(learnt, gain=scores.estimate(gains[:, scores.tasks.index(task)]))
+        for task, learnt in _learnt(scores, references).items()
+    }
+
+
+def _learnt(scores: Scores, references: References) -> dict[str, Learning]:
+    """`learning` without intervals, which decide nothing about which tasks are judged and take most of the time."""
+    probes, base, found = scores.of(references.probes)[..., 0], scores.of(references.base)[..., 0], {}
     for place, task in enumerate(scores.tasks):
-        own, origin, metric = probes[:, place], base[:, place], references.metrics[task]
-        gain, chance = scores.estimate(own - origin), references.chance.get(task)
-        points = own[:, 0]
-        found[task] = Learning(
-            task, metric, float(points.mean()), float(origin[:, 0].mean()), chance, gain, bool((points != 0).all())
-        )
+        own, origin = probes[:, place], float(base[:, place].mean())
+        chance, always = references.chance.get(task), bool((own != 0).all())
+        found[task] = Learning(task, references.metrics[task], float(own.mean()), origin, chance, None, always)
     return found
 
 
@@ -159,7 +165,7 @@ def worst_retention(scores: Scores, method: str, references: References) -> np.n
 
 
 def _judged(scores: Scores, method: str, references: References) -> np.ndarray:
-    places = [scores.tasks.index(task) for task in judged(learning(scores, references))]
+    places = [scores.tasks.index(task) for task in judged(_learnt(scores, references))]
     found = retention(scores, method, references.probes)
     return found[:, places] if places else np.full_like(found[:, :1], np.nan)
 
@@ -175,7 +181,7 @@ def imbalance(scores: Scores, method: str, references: References, low: Sequence
     Over judged tasks; NaN where no low-resource task, or no other, is among them.
     """
     found = retention(scores, method, references.probes)
-    tasks = judged(learning(scores, references))
+    tasks = judged(_learnt(scores, references))
     parts = [[scores.tasks.index(task) for task in tasks if (task in low) == side] for side in (True, False)]
     if not all(parts):
         return np.full_like(found[:, 0], np.nan)

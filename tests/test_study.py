@@ -39,9 +39,19 @@ def test_the_document_and_readmes_claims_are_what_the_records_say(study: ModuleT
     assert all(path.is_file() for path in composed)
     for name in study.STUDIES:
         if (study.RESULTS / f"{name}.jsonl").is_file():
-            claim = Findings(finished(read_record(study.RESULTS / f"{name}.jsonl"))).verdict()[0]
+            record = study.judged(name, finished(read_record(study.RESULTS / f"{name}.jsonl")))
+            claim = Findings(record).verdict()[0]
             assert claim in " ".join(composed[study.README].split())
             assert claim in composed[study.DOCUMENT]
+
+
+def test_a_task_that_is_guessed_is_no_task(study: ModuleType) -> None:
+    record = finished(read_record(study.RESULTS / "smollm2.jsonl"))
+    assert study.not_learnt("smollm2", record) == ["logiqa"]
+    rest = study.judged("smollm2", record)
+    assert list(rest.header.tasks) == ["gsm8k", "codealpaca", "alpaca", "dialogue"]
+    assert all(list(row.scores) == list(rest.header.tasks) and "logiqa" not in (row.pair or ()) for row in rest.rows)
+    assert study.not_learnt("tiny", finished(read_record(study.RESULTS / "tiny.jsonl"))) == []
 
 
 def test_a_document_that_was_edited_is_refused(

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import math
 import os
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from cpift.artifacts import Artifact
 from cpift.baselines import methods_of, together
 from cpift.compare import ComparisonWork
 from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import RECOMMENDED, Record, finished, joined, read_record, write_record
+from cpift.compare_record import OURS, PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document
 from cpift.compare_verdict import FULL, Findings
 from cpift.config import ResourcesConfig, RunConfig
@@ -55,8 +57,8 @@ README, _CLAIMS, _CLAIMS_END = (
     "<!-- written by benchmarks/study/study.py -->",
     "<!-- up to here -->",
 )
-# Beside the aims, README says what of the recommended recipe is plain SFT's, and what CPI-FT's own.
-_CONTROLS = tuple(f"{RECOMMENDED} − {rival}" for rival in (f"{FULL}:", f"{FULL} (", "recommended, no transplant"))
+# Nats a row of a guess, where a task's loss is that of one answer out of a closed list (LogiQA: a letter of four).
+GUESSES = {"smollm2": {"logiqa": math.log(4)}}
 STUDIES = {
     "tiny": "A small model from scratch",
     "smollm2": "SmolLM2-135M on five tasks",
@@ -181,7 +183,7 @@ def compose() -> dict[Path, str]:
         record = finished(everything)
         text, plots = document(record, f"results/{name}", level=3)
         files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
-        parts.append(f"## {title}\n\n{about}\n{_held(name, everything, record)}{text}")
+        parts.append(f"## {title}\n\n{about}\n{_held(name, everything, record)}{_judged(name, record)}{text}")
         parts += _before(name)
     return {DOCUMENT: "\n".join(parts), README: _readme(), **files}
 
@@ -196,14 +198,57 @@ def _before(name: str) -> list[str]:
     return [f"### What an earlier set-up showed\n\n{about}\n{told}\n"]
 
 
+def nats_a_row(record: Record, method: str, task: str) -> list[float]:
+    """Mean loss of a test row, nats, with each seed: what a guess among choices is compared with."""
+    items = [row.scores[task]["items"] for row in record.rows_of(method)]
+    return [sum(loss * tokens for loss, tokens in rows) / len(rows) for rows in items]
+
+
+def not_learnt(name: str, record: Record) -> list[str]:
+    """The tasks whose own probes are no better than a guess with any seed: no method is judged by them."""
+    guesses = GUESSES.get(name, {})
+    return [task for task, guess in guesses.items() if min(nats_a_row(record, PROBES, task)) >= guess]
+
+
+def judged(name: str, record: Record) -> Record:
+    """A record without the tasks that were not learnt."""
+    dropped = set(not_learnt(name, record))
+    tasks = {task: metric for task, metric in record.header.tasks.items() if task not in dropped}
+    rows = [
+        replace(row, scores={task: score for task, score in row.scores.items() if task in tasks})
+        for row in record.rows
+        if not dropped & set(row.pair or ())
+    ]
+    return replace(record, header=replace(record.header, tasks=tasks), rows=rows)
+
+
+def _judged(name: str, record: Record) -> str:
+    """What the tasks say that were learnt, where some were not; empty where all were."""
+    dropped = not_learnt(name, record)
+    if not dropped:
+        return ""
+    nats = {task: {m: nats_a_row(record, m, task) for m in (PROBES, FULL, "linear average", OURS)} for task in dropped}
+    shown = [
+        f"{task}, nats a row with each seed, of a guess {GUESSES[name][task]:.2f}: "
+        + ", ".join(f"{method} {' '.join(f'{value:.2f}' for value in values)}" for method, values in of_task.items())
+        for task, of_task in nats.items()
+    ]
+    claims = "\n".join(f"- {claim}" for claim in Findings(judged(name, record)).verdict())
+    return (
+        f"### Without {', '.join(dropped)}, which no probe learnt\n\n{'. '.join(shown)}. Nothing follows from it: "
+        f"read these lines, and not those further down, which count it.\n\n{claims}\n\n"
+    )
+
+
 def _readme() -> str:
-    """README with its claims as the records of now give them: the aim's sentence of every study and recipe."""
+    """README with its claims as the records give them: the aim's sentence of the paper's recipe in every study."""
     claims = []
     for name, title in STUDIES.items():
         if (path := RESULTS / f"{name}.jsonl").is_file():
-            verdict = Findings(finished(read_record(path))).verdict()
-            told = [claim for claim in verdict if claim.startswith(("With ", "Of ", *_CONTROLS))]
-            claims.append(textwrap.fill(f"- *{title}.* {' '.join(told)}", 120, subsequent_indent="  "))
+            record = finished(read_record(path))
+            without = "".join(f" Without {task}, which no probe learnt:" for task in not_learnt(name, record))
+            aim = next(claim for claim in Findings(judged(name, record)).verdict() if claim.startswith("With "))
+            claims.append(textwrap.fill(f"- *{title}.*{without} {aim}", 120, subsequent_indent="  "))
     before, _, rest = README.read_text(encoding="utf-8").partition(_CLAIMS)
     _, _, after = rest.partition(_CLAIMS_END)
     return "\n".join([before + _CLAIMS, *claims, _CLAIMS_END]) + after
