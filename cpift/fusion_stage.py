@@ -20,6 +20,7 @@ from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
 from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
+from cpift.tokenizer_files import TEMPLATE, shared_template
 from cpift.verify import check_loads, failures, verify
 
 FUSION_RECORD, INPUTS_RECORD = "fusion.json", "inputs.json"
@@ -75,6 +76,8 @@ def fuse_models(
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
+    if template := shared_template(backbone.path, [model.path for model in artifacts.tuned.values()]):
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
     write_json(out / INPUTS_RECORD, describe_inputs(artifacts, backbone, hashed=config.resources.verify))
     checks = []
     if config.resources.verify:

@@ -8,11 +8,12 @@ from typing import Any
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
-from cpift.errors import CpiftError, Problem
+from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import LoraCheckpoint, unties
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.model_fields import computing_problems
 from cpift.pretrained import require_no_code
 from cpift.relaid import in_layout_of
 from cpift.untrusted import ADAPTER, read_object
@@ -41,6 +42,14 @@ def open_models(
     of the same values. vocabulary: see `open_checkpoint`.
     """
     pretrained = Checkpoint(base)
+    problems = [
+        Problem(f"{label}: {problem.where}", problem.what, problem.remedy)
+        for label, folder in others.items()
+        if folder != base and not (folder / ADAPTER_CONFIG).is_file() and pretrained.config
+        for problem in computing_problems(base, folder)
+    ]
+    if problems:
+        raise CheckpointError(f"models that do not compute as {base} does", problems)
     apart = any(has_apart(pretrained, folder) for folder in others.values() if folder != base)
     pretrained = pretrained.apart() if apart else pretrained
     return pretrained, {

@@ -11,7 +11,9 @@ from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.given import backbone_apart, describe, has_apart, locate, open_checkpoint
 from cpift.lora import require_plain
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.model_fields import computing_problems, setting_notes
 from cpift.pretrained import code_problems
+from cpift.tokenizer_files import other_tokenizer, template_note
 from cpift.units import show_size
 from cpift.vocabulary import FittedCheckpoint, resized
 
@@ -71,11 +73,21 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: its embedding and output layer are two tensors, which θ0 ties: the fused model has two"
         if not base.ties and model.ties:
             yield f"{where}: ties its output layer to its embedding, θ0 does not; read as two equal tensors"
-        if _differ(base.folder, folder, "tokenizer.json"):
+        for note in _told(base.folder, folder):
+            yield f"{where}: {note}"
+        if other_tokenizer(base.folder, folder):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {base.config.get('vocab_size', '?')} tokens, input and output {tied}"
     yield _costs(config, [pretrained, *(model for _, model in given.values())])
+
+
+def _told(base: Path, folder: Path) -> Iterator[str]:
+    """Differences in small files that may be meant."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield from setting_notes(base, folder)
+    if note := template_note(base, folder):
+        yield note
 
 
 def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
@@ -129,6 +141,8 @@ def _misfits(base: Checkpoint, other: Checkpoint, where: str) -> list[Problem]:
             return [Problem(f"{where}: config.json, {field}", f"is {theirs!r}, θ0 has {mine!r}", "merge one family")]
     if base.ties and not base.is_apart and where == _BACKBONE and _has_apart(base, other.folder):
         return [backbone_apart(f"{where}: config.json, tie_word_embeddings")]
+    if not (other.folder / ADAPTER_CONFIG).is_file() and (found := computing_problems(base.folder, other.folder)):
+        return first_problems([Problem(f"{where}: {p.where}", p.what, p.remedy) for p in found], 8)
     other_rows = resized(base, other)
     remedy = "use fine-tunes of one model, or set fusion.vocabulary: base to keep θ0's tokens"
     found = [
@@ -136,9 +150,3 @@ def _misfits(base: Checkpoint, other: Checkpoint, where: str) -> list[Problem]:
         for p in differences(base, other)
     ]
     return first_problems(found, 8)
-
-
-def _differ(one: Path, other: Path, name: str) -> bool:
-    return (
-        (other / name).is_file() and (one / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes()
-    )

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cpift.lora_config import fields_table
+from cpift import lora_config, model_fields
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "supported.md"
 
 TABLES: dict[str, Callable[[], str]] = {
-    "adapters": fields_table,
+    "adapters": lora_config.fields_table,
+    "configuration": model_fields.fields_table,
 }  # a marker in the document → the function that gives its table as markdown
 
 

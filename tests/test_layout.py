@@ -61,6 +61,8 @@ LAYERS = [
         "given",
         "vocabulary",
         "tying",
+        "tokenizer_files",
+        "model_fields",
         "quantised",
         "conversion",
         "layout",

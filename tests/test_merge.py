@@ -30,6 +30,7 @@ from cpift.evaluate import evaluate_model
 from cpift.files import file_sha256, read_json
 from cpift.given import open_models
 from cpift.inprocess import InProcessEngine
+from cpift.merge_planning import given_notes
 from cpift.models import load_model, materialise
 from cpift.pipeline import Pipeline
 from cpift.planning import plan
@@ -421,6 +422,33 @@ def test_tied_weights_that_are_there_twice_are_written_once(tmp_path: Path, mode
     assert fused != plain
     assert all((fused / name).read_bytes() == (plain / name).read_bytes() for name in shards)
     assert "lm_head" not in (fused / "model.safetensors.index.json").read_text()
+
+
+def test_a_base_without_a_chat_template_gets_the_tunes(tmp_path: Path, models: Path) -> None:
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    (mine / "base" / "chat_template.jinja").unlink()
+    shutil.copy(mine / "one" / "chat_template.jinja", mine / "two")
+    fused = Pipeline(opened(tmp_path, mine), NoEngine()).fuse().path
+    assert (fused / "chat_template.jinja").read_text() == (mine / "one" / "chat_template.jinja").read_text()
+
+
+def other_base(root: Path) -> None:
+    config = json.loads((root / "two" / "config.json").read_text())
+    (root / "two" / "config.json").write_text(json.dumps(config | {"rope_parameters": None, "rope_theta": 5e5}))
+
+
+def test_a_tune_that_computes_otherwise_is_refused_and_what_may_be_meant_is_told(tmp_path: Path, models: Path) -> None:
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    config = json.loads((mine / "one" / "config.json").read_text())
+    (mine / "one" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    assert any("max_position_embeddings is 77" in note for note in given_notes(opened(tmp_path, mine)))
+    other_base(mine)
+    with pytest.raises(ConfigError, match=r"tasks\.two\.checkpoint: config\.json, rope_parameters"):
+        preflight(opened(tmp_path, mine), stage="fuse")
+    with pytest.raises(CheckpointError, match=r"two: config\.json, rope_parameters"):
+        Pipeline(opened(tmp_path, mine), NoEngine()).fuse()
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
