@@ -279,7 +279,7 @@ class Trained:
         yield from probes.values()
         if self.method.judged == "probes":
             return
-        own = run.config.fusion.method == "cpift"  # other merges know no regions
+        own = run.config.fusion.isolates  # other merges know no regions
         staged = run.artifacts.backbone(self.groups) if own else None
         yield from [run.artifacts.regions, *([staged] if staged else [])] if own else []
         if self.method.judged != "backbone":

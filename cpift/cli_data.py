@@ -92,14 +92,11 @@ def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """θ0's, from where it lies; otherwise θ0 is made first, which the run needs anyway."""
     from cpift.engine import NoEngine
     from cpift.locks import exclusive
-    from cpift.models import load_tokenizer
+    from cpift.models import load_tokenizer, source_of
     from cpift.pipeline import Pipeline
-    from cpift.scratch import make_scratch_tokenizer
 
-    if run.model.scratch is not None:
-        return make_scratch_tokenizer(run.model.scratch)
-    if run.model.path is not None:
-        return load_tokenizer(run.model.path)
+    if (there := source_of(run.model).tokenizer()) is not None:
+        return there
     pipeline = Pipeline(run, NoEngine())
     if not pipeline.artifacts.model.complete:
         with exclusive(pipeline.root):

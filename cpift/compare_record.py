@@ -17,6 +17,7 @@ import numpy as np
 from cpift.errors import ConfigError, Problem
 from cpift.files import write_text
 from cpift.measures import References, Scores, TaskItems, bootstrap
+from cpift.metrics import metric_of
 from cpift.untrusted import RECORD, parse_json, read_bytes
 
 BASE, PROBES = "θ0", "own probes"
@@ -91,7 +92,7 @@ class Record:
 
     def _items(self, methods: Sequence[str], task: str, metric: str) -> TaskItems:
         found = np.array([[row.scores[task]["items"] for row in self.rows_of(method)] for method in methods])
-        if metric != "loss":
+        if not metric_of(metric).by_loss:
             return TaskItems(task, found.astype(float), np.ones(found.shape[-1]), True)
         return TaskItems(task, found[..., 0] * found[..., 1], found[0, 0, :, 1], False)
 
@@ -184,7 +185,7 @@ def kept_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _item(metric: str, example: dict[str, Any]) -> Any:
-    if metric == "loss":
+    if metric_of(metric).by_loss:
         return [round(example["loss"], _DIGITS), example["tokens"]]
     score = round(example["score"], _DIGITS)
     return int(score) if score == int(score) else score

@@ -15,6 +15,7 @@ from cpift.compare_plots import curve, intervals
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record, record_text
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
 from cpift.estimates import Estimate
+from cpift.metrics import metric_of
 from cpift.retention import DEFINITION, sentences
 from cpift.top_files import write_top
 
@@ -173,11 +174,11 @@ def _count(value: float | None) -> str:
 
 
 def _unit(metric: str) -> str:
-    return "nats" if metric == "loss" else "%"
+    return "nats" if metric_of(metric).by_loss else "%"
 
 
 def _score(one: Estimate, metric: str) -> str:
-    return _half(one, 1, 3) if metric == "loss" else _half(one)
+    return _half(one, 1, 3) if metric_of(metric).by_loss else _half(one)
 
 
 def _half(one: Estimate, scale: float = 100, digits: int = 1) -> str:
@@ -222,7 +223,7 @@ def _forgetting(found: Findings) -> Iterator[str]:
 
 
 def _change(one: Estimate, metric: str) -> str:
-    scale, digits = (1, 3) if metric == "loss" else (100, 1)
+    scale, digits = (1, 3) if metric_of(metric).by_loss else (100, 1)
     text = signed(scale * one.mean, digits)
     if one.low is None or one.high is None:
         return text

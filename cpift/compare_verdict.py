@@ -30,6 +30,7 @@ from cpift.measures import (
     seesaw,
     worst_retention,
 )
+from cpift.metrics import metric_of
 from cpift.retention import Learning, judged, sentences
 
 FULL = "full SFT"
@@ -109,7 +110,7 @@ class Findings:
 
     def line(self, method: str) -> Line:
         scores, rows = self.scores, self.record.rows_of(method)
-        sign = {task: -1 if metric == "loss" else 1 for task, metric in self.record.header.tasks.items()}
+        sign = {task: -1 if metric_of(metric).by_loss else 1 for task, metric in self.record.header.tasks.items()}
         return Line(
             method=method,
             kind=self.kind(method),

@@ -190,6 +190,11 @@ class FusionConfig(Section):
         description="most bytes of one file of the fused model, for example 5GB",
     )
 
+    @property
+    def isolates(self) -> bool:
+        """Whether it transplants core regions into a backbone, as the paper does; else it merges θ1..θN onto θ0."""
+        return self.method == "cpift"
+
 
 class RunConfig(Section):
     """A whole run of CPI-FT."""
@@ -290,7 +295,7 @@ class RunConfig(Section):
     @property
     def backbone_source(self) -> str:
         """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0."""
-        return self.backbone.source if self.fusion.method == "cpift" else "pretrained"
+        return self.backbone.source if self.fusion.isolates else "pretrained"
 
     @property
     def probe_training(self) -> TrainingConfig:

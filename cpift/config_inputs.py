@@ -71,6 +71,11 @@ def _takes_truth(annotation: Any) -> bool:
     return annotation is bool or annotation is Any or section or any(_takes_truth(part) for part in parts)
 
 
+def given_field(section: Section, names: tuple[str, ...]) -> str:
+    """The one of these fields that is given."""
+    return next(name for name in names if getattr(section, name) is not None)
+
+
 def exactly_one(section: Section, names: tuple[str, ...]) -> None:
     given = [name for name in names if getattr(section, name) is not None]
     if len(given) != 1:
@@ -115,6 +120,9 @@ class ScratchModel(Section):
         return 259 * hidden + self.layers * (4 * hidden**2 + 3 * hidden * self.intermediate_size + 2 * hidden) + hidden
 
 
+_MODELS = ("path", "hub", "gguf", "scratch")
+
+
 class ModelConfig(Section):
     """The pre-trained model θ0. Exactly one of `path`, `hub`, `gguf`, `scratch`."""
 
@@ -141,8 +149,16 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        exactly_one(self, ("path", "hub", "gguf", "scratch"))
+        exactly_one(self, _MODELS)
         return self
+
+    @property
+    def kind(self) -> str:
+        """Which of the four it is."""
+        return given_field(self, _MODELS)
+
+
+_ROWS = ("file", "hub", "procedural")
 
 
 class DataSource(Section):
@@ -190,12 +206,17 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
-        exactly_one(self, ("file", "hub", "procedural"))
+        exactly_one(self, _ROWS)
         if self.procedural is not None and self.size is None:
             raise ValueError("a procedural source needs `size`, the number of rows to generate")
         if self.streaming and (self.hub is None or self.limit is None):
             raise ValueError("streaming is for a `hub` source with a `limit`: rows after that are never fetched")
         return self
+
+    @property
+    def kind(self) -> str:
+        """Which of the three it is."""
+        return given_field(self, _ROWS)
 
 
 class CheckpointConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,13 +13,13 @@ from cpift.config import DataSource, TaskConfig
 from cpift.config_training import Mixing
 from cpift.errors import CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
-from cpift.files import digest, file_sha256
-from cpift.hub import HubError, resolve_revision
-from cpift.pretrained import hub_rows
-from cpift.text_metrics import last_number
+from cpift.files import digest
+from cpift.hub import HubError
+from cpift.metrics import metric_of
+from cpift.row_sources import rows_of
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 from cpift.turns import TRAIN_FLAGS
-from cpift.untrusted import UnreadableError, json_lines
+from cpift.untrusted import UnreadableError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,10 +56,10 @@ def read_examples(source: DataSource) -> Iterator[Example]:
         DataError: the source cannot be read or has no rows, or rows are no examples (listed by number, from 1).
         HubError: the hub does not answer.
     """
-    name = _describe(source)
+    name = rows_of(source).told
     problems: list[Problem] = []
     number = bad = 0
-    for number, row in enumerate(islice(_rows(source), source.limit), start=1):
+    for number, row in enumerate(islice(rows_of(source).rows(), source.limit), start=1):
         try:
             example = parse_row(_as_mapping(row), source.columns, f"{name}, row {number}")
         except RowError as error:
@@ -103,19 +103,8 @@ def source_fingerprint(source: DataSource) -> str:
         HubError: the commit is not pinned and the hub does not answer.
     """
     identity: dict[str, Any] = {"limit": source.limit, "columns": source.columns}
-    if source.file is not None:
-        problems = _check_file(source)
-        if problems:
-            raise DataError(_describe(source), problems)
-        identity |= {"file": file_sha256(source.file)} | ({"turns": 2} if _read_otherwise(source) else {})
-    elif source.hub is not None:
-        commit = resolve_revision("dataset", source.hub, source.revision)
-        identity |= {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
-    else:
-        from cpift.synthetic import VERSION
-
-        identity |= {"procedural": source.procedural, "version": VERSION, "split": source.split}
-        identity |= {"size": source.size, "seed": source.seed}
+    identity |= rows_of(source).decided_by()
+    identity |= {"turns": 2} if source.file is not None and _read_otherwise(source) else {}
     return digest(identity)
 
 
@@ -185,45 +174,6 @@ def balanced_sample(examples_by_task: Sequence[Sequence[Item]], per_task: int | 
     ]
 
 
-def _describe(source: DataSource) -> str:
-    if source.file is not None:
-        return str(source.file)
-    if source.hub is not None:
-        return f"hub data set {source.hub}"
-    return f"generator {source.procedural}"
-
-
-def _rows(source: DataSource) -> Iterator[Any]:
-    if source.file is not None:
-        return _file_rows(source)
-    if source.hub is not None:
-        return iter(_hub_rows(source))
-    from cpift.synthetic import generate
-
-    assert source.procedural is not None
-    assert source.size is not None
-    return iter(generate(source.procedural, source.size, source.seed, source.split))
-
-
-def _check_file(source: DataSource) -> list[Problem]:
-    assert source.file is not None
-    if source.file.is_file():
-        return []
-    return [Problem("file", f"there is no {source.file}", "check the path; it starts from the config's folder")]
-
-
-def _file_rows(source: DataSource) -> Iterator[Any]:
-    """JSON values of the non-empty lines; a line that is no JSON comes as the error that it gave."""
-    problems = _check_file(source)
-    if problems:
-        raise DataError(_describe(source), problems)
-    assert source.file is not None
-    try:
-        yield from json_lines(source.file)
-    except UnreadableError as error:
-        raise DataError(_describe(source), [error.problem("file")]) from None
-
-
 def _read_otherwise(source: DataSource) -> bool:
     """Whether rows hold what earlier versions left out or wrote otherwise: results from them are no longer the same.
 
@@ -250,20 +200,6 @@ def _as_mapping(row: Any) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(source: DataSource) -> Iterable[Any]:
-    """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
-    from datasets.exceptions import DatasetsError
-
-    assert source.hub is not None
-    commit = resolve_revision("dataset", source.hub, source.revision)
-    try:
-        rows = hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
-    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
-        remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
-        raise DataError(_describe(source), [Problem("hub", str(error).strip(), remedy)]) from error
-    return rows
-
-
 def _located(where: str, error: CpiftError) -> list[Problem]:
     if isinstance(error, DataError):
         return [Problem(f"{where}, {problem.where}", problem.what, problem.remedy) for problem in error.problems]
@@ -273,13 +209,9 @@ def _located(where: str, error: CpiftError) -> list[Problem]:
 def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> Iterator[Problem]:
     for number, example in enumerate(examples, start=1):
         where = f"tasks.{task.name}.test, row {number}"
-        if task.metric == "choice":
-            if len(set(example.choices)) < max(2, len(example.choices)):
-                yield Problem(where, f"choices {list(example.choices)!r}", "give two or more, all different")
-            elif example.answer not in example.choices:
-                yield Problem(where, f"answer {example.answer!r} is none of the choices", "give one of their texts")
-        elif task.metric == "number" and last_number(example.answer or "") is None:
-            yield Problem(where, f"no number in answer {example.answer!r}", "metric number needs one")
+        metric = metric_of(task.metric)
+        if (found := metric.doubt(example) or metric.problem(example)) is not None:
+            yield Problem(where, *found)
 
 
 def _shortened(problems: list[Problem]) -> list[Problem]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cpift.redaction import redacted
+
+Entry = TypeVar("Entry")
 
 
 class CpiftError(Exception):
@@ -14,6 +17,13 @@ class CpiftError(Exception):
 
     def __str__(self) -> str:
         return redacted(super().__str__())
+
+
+def entry(table: Mapping[str, Entry], name: str, what: str) -> Entry:
+    """What a closed table holds under a name. Raises CpiftError for a name that it does not know."""
+    if name not in table:
+        raise CpiftError(f"{what}: nothing is known of {name!r} → one of {', '.join(map(str, table))}")
+    return table[name]
 
 
 @dataclass(frozen=True)

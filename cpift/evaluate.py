@@ -23,9 +23,9 @@ from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
 from cpift.judge import judge_replies
 from cpift.likelihood import Labelled, pad, sequence_nll
+from cpift.metrics import metric_of, right_choice
 from cpift.models import load_model, load_tokenizer
 from cpift.templates import checked_templates
-from cpift.text_metrics import last_number, rouge_l, same_final_number
 from cpift.tokens import IGNORED, UNCUT, tokenise
 
 Progress = Callable[[str, int, int], None]
@@ -127,16 +127,16 @@ def _precision(settings: EvaluationConfig, device: Device) -> Iterator[None]:
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
     with checked_templates():  # see `check_rows`
         rows = _rows(room.tokenizer, room.settings, task)
-    generates = task.metric in ("number", "rouge", "judge")
-    total = len(rows) * (1 + generates + (task.metric == "judge"))
+    metric = metric_of(task.metric)
+    total = len(rows) * metric.passes
     results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
-    if generates:
+    if metric.generates:
         texts = _generate(room, rows, task.max_new_tokens, lambda done: on_progress(task.name, len(rows) + done, total))
         for text, result, found in zip(texts, results, _judged(room, task, rows, texts, on_progress), strict=True):
             result |= {"prediction": text, **found}
     tokens = sum(result["tokens"] for result in results)
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
-    score = None if task.metric == "loss" else sum(result["score"] for result in results) / len(results)
+    score = None if metric.by_loss else sum(result["score"] for result in results) / len(results)
     return TaskScore(task.metric, score, loss, tokens, len(results), results)
 
 
@@ -164,7 +164,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str
         return Labelled(encoded["input_ids"], encoded["labels"])
 
     reply = encode(replace(example.messages[-1], trained=True))  # a flag for training does not take the reply away
-    choices = example.choices if metric == "choice" else ()
+    choices = example.choices if metric_of(metric).by_options else ()
     options = tuple(_last_turn_only(encode(Message("assistant", choice))) for choice in choices)
     start, end = _last_turn(reply.labels)
     return _Row(example, reply, options, reply.ids[:start], reply.ids[end])
@@ -194,14 +194,8 @@ def _row_problems(row: _Row, task: TaskConfig, max_length: int) -> Iterator[tupl
         yield f"no answer token within evaluation.max_length = {max_length}", raise_it
     elif row.options and row.length > max_length:
         yield f"an option ends after {row.length} tokens, evaluation.max_length is {max_length}", raise_it
-    if task.metric == "choice" and (not example.choices or _right_choice(example) not in example.choices):
-        yield f"answer {_right_choice(example)!r} is none of its choices {list(example.choices)}", "correct the row"
-    if task.metric == "number" and last_number(example.answer or "") is None:
-        yield f"answer {example.answer!r} holds no number", "put the number in `answer`"
-
-
-def _right_choice(example: Example) -> str:
-    return example.messages[-1].content if example.answer is None else example.answer
+    if (found := metric_of(task.metric).problem(example)) is not None:
+        yield found
 
 
 def _batches(rows: Sequence[_Row], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -227,7 +221,7 @@ def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], Non
             results[i] = {"loss": reply / tokens, "tokens": tokens}
             if options:
                 prediction = rows[i].example.choices[options.index(min(options))]
-                right = float(prediction == _right_choice(rows[i].example))
+                right = float(prediction == right_choice(rows[i].example))
                 results[i] |= {"prediction": prediction, "score": right, "option_nll": options}
         done += len(batch)
         on_done(done)
@@ -238,20 +232,15 @@ def _judged(
     room: _Room, task: TaskConfig, rows: Sequence[_Row], texts: Sequence[str], on_progress: Progress
 ) -> list[dict[str, Any]]:
     """The score of each text, and of a judge what it said."""
-    judge = room.settings.judge
-    if task.metric != "judge" or judge is None:
-        return [{"score": _text_score(task.metric, row.example, text)} for row, text in zip(rows, texts, strict=True)]
+    metric, judge = metric_of(task.metric), room.settings.judge
+    if metric.text is not None:
+        return [{"score": metric.text(row.example, text)} for row, text in zip(rows, texts, strict=True)]
+    assert judge is not None  # a config with such a task is refused without
     done = 2 * len(rows)
     verdicts = judge_replies(
         judge, [row.example for row in rows], texts, lambda n: on_progress(task.name, done + n, done + len(rows))
     )
     return [{"score": one.score, "judge": one.reply} for one in verdicts]
-
-
-def _text_score(metric: str, example: Example, text: str) -> float:
-    if metric == "number":
-        return float(same_final_number(text, example.answer or ""))
-    return rouge_l(text, example.messages[-1].content)
 
 
 def _generate(room: _Room, rows: Sequence[_Row], max_new_tokens: int, on_done: Callable[[int], None]) -> list[str]:

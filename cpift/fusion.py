@@ -24,9 +24,11 @@ from cpift_kernels import (
     union_mask,
     unpack_mask,
 )
+from cpift_kernels.overlap import ConflictPolicy
 
 from cpift.checkpoints import Checkpoint, all_finite, require_finite, require_same_layout
 from cpift.config import FusionConfig
+from cpift.errors import entry
 from cpift.regions import NoCores, RegionMasks
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
@@ -61,6 +63,35 @@ def copy_of(model: Checkpoint, label: str, info: TensorInfo) -> Fill:
     return fill
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """What `fusion.conflict` may be."""
+
+    rule: ConflictPolicy  # the kernel's
+    by_stage: bool = False  # tasks in stage order, so that the later stage wins; else as the config has them
+    agreeing: bool = False  # what tasks pull apart is core of none
+
+
+CONFLICTS = {
+    "magnitude": Conflict("magnitude"),
+    "last": Conflict("last", by_stage=True),
+    "mean": Conflict("mean"),
+    "agree": Conflict("magnitude", agreeing=True),
+}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What `fusion.granularity` may be: what has an angle of its own."""
+
+    row: bool = False
+    model: bool = False
+
+
+VECTORS = {"tensor": Vector(), "row": Vector(row=True), "model": Vector(model=True)}
+SPACES: dict[str, bool] = {"weights": False, "delta": True}  # `fusion.space` → whether vectors begin at θ0
+
+
 def omegas(config: FusionConfig, tasks: int) -> list[float]:
     """Interpolation factors ω_1..ω_N: 1/(i+1), or the fixed number."""
     if config.omega == "uniform":
@@ -83,6 +114,9 @@ class Fusion:
     def __init__(self, inputs: FusionInputs, config: FusionConfig):
         self.inputs, self.config = inputs, config
         self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
+        self._conflict = entry(CONFLICTS, config.conflict, "fusion.conflict")
+        self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
+        self.from_origin = entry(SPACES, config.space, "fusion.space")
         self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
 
     @property
@@ -94,7 +128,7 @@ class Fusion:
     def prepare(self) -> list[dict[str, Any]]:
         """What must be known of the whole model before the first tensor, and records of it: with granularity `model`,
         its one angle a fold, which takes a read of everything."""
-        if self.config.granularity != "model":
+        if not self.vector.model:
             return []
         total: torch.Tensor | float = 0.0
         for name in self.inputs.backbone.names:
@@ -136,12 +170,12 @@ class Fusion:
         return record, fill
 
     def _by_row(self, info: TensorInfo) -> bool:
-        return self.config.granularity == "row" and len(info.shape) >= 2 and self.masks.has(info.name)
+        return self.vector.row and len(info.shape) >= 2 and self.masks.has(info.name)
 
     def sources(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
         """Elements of [θ0 (delta space only), θ_base, θ1..θN]."""
         inputs = self.inputs
-        first = [inputs.pretrained] if self.config.space == "delta" else []
+        first = [inputs.pretrained] if self.from_origin else []
         return [model.slice(name, start, stop) for model in (*first, inputs.backbone, *inputs.tuned.values())]
 
     def operands(self, name: str, start: int, stop: int) -> Operands:
@@ -151,10 +185,10 @@ class Fusion:
         sources = self.sources(name, start, stop)
         tuned = dict(zip(tasks, sources[-len(tasks) :], strict=True))
         # `last` lets the later stage win, `magnitude` breaks ties for the earlier task: each has its own order.
-        order = list(inputs.priority) if self.config.conflict == "last" else tasks
+        order = list(inputs.priority) if self._conflict.by_stage else tasks
         pretrained = inputs.pretrained.slice(name, start, stop)
-        rule = "magnitude" if self.config.conflict == "agree" else self.config.conflict
-        resolved = resolve_conflicts(rule, pretrained, [tuned[task] for task in order], [masks[task] for task in order])
+        models, cores = [tuned[task] for task in order], [masks[task] for task in order]
+        resolved = resolve_conflicts(self._conflict.rule, pretrained, models, cores)
         owned = dict(zip(order, resolved, strict=True))
         return Operands(
             sources=sources,
@@ -170,7 +204,7 @@ class Fusion:
         """Every task's packed core; with conflict `agree` without what tasks that share it pull apart."""
         tasks = self.inputs.tuned
         masks = {task: self.masks.words(task, name, start, stop) for task in tasks}
-        if self.config.conflict != "agree":
+        if not self._conflict.agreeing:
             return masks
         pretrained = self.inputs.pretrained.slice(name, start, stop)
         updates = {task: model.slice(name, start, stop).float() - pretrained.float() for task, model in tasks.items()}
@@ -190,7 +224,7 @@ class Fusion:
             shaped = [source.view(-1, width) for source in sources] if width else sources
             grams.append(masked_gram(shaped[0], shaped[1:], union, granularity=by))
         if not grams:
-            size = len(self.inputs.tuned) + (2 if self.config.space == "delta" else 1)
+            size = len(self.inputs.tuned) + (2 if self.from_origin else 1)
             return torch.zeros(1, size, size, dtype=torch.float64), 0
         return (torch.cat(grams) if by == "row" else sum(grams[1:], grams[0])), core
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cpift.files import file_sha256, is_json, link_or_copy, write_json
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import backbone_apart, has_apart, model_files, open_checkpoint, open_models
 from cpift.merging import Merging, Progress, merge
-from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties
+from cpift.methods import Baseline, Materials, method_named
 from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.tokenizer_files import TEMPLATE, shared_template
@@ -119,13 +120,8 @@ def describe_inputs(artifacts: StageArtifacts, backbone: Model, hashed: bool) ->
 
 def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> Fusion | Baseline:
     """The method that `fusion.method` names, over these models."""
-    settings, models = config.fusion, (inputs.pretrained, inputs.tuned)
-    if settings.method == "ties":
-        return Ties(*models, settings, _trimmed(config, inputs, work / "trimmed", merging))
-    if settings.method == "dare":
-        return Dare(*models, settings, config.seed)
-    plain: dict[str, Callable[..., Baseline]] = {"linear": Linear, "task_arithmetic": TaskArithmetic, "slerp": Slerp}
-    return plain[settings.method](*models, settings) if settings.method in plain else Fusion(inputs, settings)
+    trimmed = partial(_trimmed, config, inputs, work / "trimmed", merging)
+    return method_named(config.fusion.method).make(Materials(inputs, config.fusion, config.seed, trimmed))
 
 
 def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Merging | None) -> Path:

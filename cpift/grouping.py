@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cpift.config import GroupsConfig
+from cpift.errors import entry
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,31 @@ def group_tasks(tasks: Sequence[str], overlaps: np.ndarray, p: float, config: Gr
 
 
 def _ordered(components: list[list[int]], jaccard: np.ndarray, order: str, seed: int) -> list[list[int]]:
-    if order == "given":
-        return components
-    shuffled = random.Random(seed).sample(components, len(components))
-    return shuffled if order == "random" else _by_similarity(components, jaccard)
+    return entry(ORDERS, order, "groups.order")(components, jaccard, seed)
 
 
-def _by_similarity(components: list[list[int]], jaccard: np.ndarray) -> list[list[int]]:
-    """Start with the first group; then always the group with the highest mean overlap with the last one."""
-    ordered, rest = components[:1], components[1:]
+def _as_given(components: list[list[int]], jaccard: np.ndarray, seed: int) -> list[list[int]]:
+    return components
+
+
+def _shuffled(components: list[list[int]], jaccard: np.ndarray, seed: int) -> list[list[int]]:
+    return random.Random(seed).sample(components, len(components))
+
+
+def _by_similarity(components: list[list[int]], jaccard: np.ndarray, seed: int) -> list[list[int]]:
+    """Start with a random group; then always the group with the highest mean overlap with the last one."""
+    shuffled = _shuffled(components, jaccard, seed)
+    ordered, rest = shuffled[:1], shuffled[1:]
     while rest:
         last = ordered[-1]
         nearest = max(rest, key=lambda members: float(jaccard[np.ix_(last, members)].mean()))
         rest.remove(nearest)
         ordered.append(nearest)
     return ordered
+
+
+Order = Callable[[list[list[int]], np.ndarray, int], list[list[int]]]  # components, jaccard, seed → in stage order
+ORDERS: dict[str, Order] = {"given": _as_given, "random": _shuffled, "similarity": _by_similarity}
 
 
 def _warnings(components: list[list[int]], tasks: int, tau: float, chance: float) -> list[str]:

@@ -11,6 +11,7 @@ from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.given import backbone_apart, describe, has_apart, locate, open_checkpoint
 from cpift.lora import require_plain
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.methods import method_named
 from cpift.model_fields import computing_problems, setting_notes
 from cpift.pretrained import code_problems
 from cpift.tokenizer_files import other_tokenizer, template_note
@@ -93,7 +94,7 @@ def _told(base: Path, folder: Path) -> Iterator[str]:
 def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
     """Reads, buffers and time of a merge."""
     size = sum(model.nbytes for model in models)
-    reads = (config.fusion.method in ("cpift", "ties")) + 1 + config.resources.verify
+    reads = method_named(config.fusion.method).reads + 1 + config.resources.verify
     written = models[0].nbytes * (1 + config.resources.verify)
     seconds = (reads * size + written) / _BYTES_A_SECOND
     why = " (the last time to verify)" if config.resources.verify else ""

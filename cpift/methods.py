@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from cpift_kernels import fused_apply, masked_gram, slerp_coefficients, unpack_m
 
 from cpift.checkpoints import Checkpoint, require_finite
 from cpift.config import FusionConfig
-from cpift.errors import CpiftError
-from cpift.fusion import Fill, copy_of
+from cpift.errors import CpiftError, entry
+from cpift.fusion import Fill, Fusion, FusionInputs, copy_of
 from cpift.regions import RegionMasks
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
@@ -199,3 +200,61 @@ def merge_utilities() -> Any:
     except ImportError as error:
         raise CpiftError("fusion.method: ties and dare need the package peft → pip install 'cpift[peft]'") from error
     return merge_utils
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a method may be made from. `trimmed`: the masks of the largest updates, made when asked for."""
+
+    inputs: FusionInputs
+    config: FusionConfig
+    seed: int
+    trimmed: Callable[[], Path]
+
+    @property
+    def models(self) -> tuple[Checkpoint, Mapping[str, Checkpoint], FusionConfig]:
+        return self.inputs.pretrained, self.inputs.tuned, self.config
+
+
+@dataclass(frozen=True)
+class Method:
+    """What `fusion.method` may be."""
+
+    make: Callable[[Materials], Fusion | Baseline]
+    told: Callable[[FusionConfig], str]  # by what it is set, for people
+    reads: int = 0  # times that every model is read before the pass that writes
+    seeded: bool = False
+
+
+def _weighted(config: FusionConfig) -> str:
+    own = "".join(f", {task} {weight:g}" for task, weight in config.weights.items())
+    return f"weight {config.weight:g}{own}"
+
+
+def _thinned(config: FusionConfig) -> str:
+    return f"{_weighted(config)}, density {config.density:g}"
+
+
+def _transplanted(config: FusionConfig) -> str:
+    return (
+        f"core transplant (conflicts: {config.conflict}), then SLERP of {config.space} "
+        f"by {config.granularity}, ω = {config.omega}, LERP below {config.epsilon:g} rad"
+    )
+
+
+METHODS: dict[str, Method] = {
+    "cpift": Method(lambda it: Fusion(it.inputs, it.config), _transplanted, reads=1),
+    "linear": Method(lambda it: Linear(*it.models), _weighted),
+    "task_arithmetic": Method(lambda it: TaskArithmetic(*it.models), _weighted),
+    "slerp": Method(lambda it: Slerp(*it.models), lambda c: f"t = {c.t:g}, LERP below {c.epsilon:g} rad"),
+    "ties": Method(lambda it: Ties(*it.models, it.trimmed()), _thinned, reads=1),
+    "dare": Method(lambda it: Dare(*it.models, it.seed), _thinned, seeded=True),
+}
+
+
+def method_named(name: str) -> Method:
+    """Raises CpiftError for a name that is none of METHODS."""
+    return entry(METHODS, name, "fusion.method")

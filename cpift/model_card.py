@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
+from cpift.data import rows_of
 from cpift.files import write_text
+from cpift.methods import method_named
+from cpift.models import source_of
 from cpift.redaction import redacted
 from cpift.untrusted import UnreadableError
 
@@ -51,7 +54,7 @@ def model_card(
         _front_matter(config.model, license_name),
         f"# {config.name} ({kind})\n\nA language model made by Core Parameter Isolation Fine-Tuning (CPI-FT, "
         f"[arXiv 2508.21741](https://arxiv.org/abs/2508.21741)): {_KINDS[kind]}.",
-        f"## Made from\n\n{_origin(config.model)}\n\n{_license_note(license_name)}",
+        f"## Made from\n\n{source_of(config.model).origin}\n\n{_license_note(license_name)}",
         f"## Tasks\n\n{_tasks(config, groups)}",
         f"## Recipe\n\n{_recipe(kind, config)}",
         f"## Provenance\n\n{_provenance(manifest)}",
@@ -88,17 +91,6 @@ def _front_matter(model: ModelConfig, license_name: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _origin(model: ModelConfig) -> str:
-    if model.hub is not None:
-        return f"`{model.hub}`, revision `{model.revision or 'main'}`."
-    if model.gguf is not None:
-        package = f" of the Python package `{model.gguf.package}`" if model.gguf.package else ""
-        return f"The GGUF file `{Path(model.gguf.file).name}`{package}, dequantised."
-    if model.path is not None:
-        return f"A local checkpoint, `{model.path.name}`."
-    return "A small Llama with random weights, made on the spot. It is of use for tests only."
-
-
 def _license_note(license_name: str | None) -> str:
     if license_name is not None:
         return f"Its license is stated as `{license_name}`; a derived model such as this one is bound by it."
@@ -120,24 +112,16 @@ def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
 
 def _origin_of(task: TaskConfig) -> str:
     if task.checkpoint is None:
-        return _source(task.train)
+        return rows_of(task.train_data).origin
     given = task.checkpoint
     if given.hub is not None:
         return f"given: `{given.hub}`, revision `{given.revision or 'main'}`"
     return f"given: `{given.path.name if given.path else ''}`"
 
 
-def _source(source: Any) -> str:
-    if source.hub is not None:
-        return f"`{source.hub}`" + (f" ({source.subset})" if source.subset else "") + f", {source.split}"
-    if source.procedural is not None:
-        return f"generated: {source.procedural}"
-    return f"`{source.file.name}`"
-
-
 def _recipe(kind: str, config: RunConfig) -> str:
     lines = [_fusion(config.fusion)]
-    if config.fusion.method == "cpift" or kind == "final":
+    if config.fusion.isolates or kind == "final":
         lines.insert(
             0,
             f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
@@ -155,19 +139,8 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 
 def _fusion(fusion: FusionConfig) -> str:
-    if fusion.method != "cpift":
-        return f"Merged by {fusion.method} onto θ0: {_settings(fusion)}."
-    return (
-        f"Fusion: core transplant (conflicts: {fusion.conflict}), then SLERP of {fusion.space} "
-        f"by {fusion.granularity}, ω = {fusion.omega}, LERP below {fusion.epsilon:g} rad."
-    )
-
-
-def _settings(fusion: FusionConfig) -> str:
-    if fusion.method == "slerp":
-        return f"t = {fusion.t:g}, LERP below {fusion.epsilon:g} rad"
-    weights = f"weight {fusion.weight:g}" + "".join(f", {task} {weight:g}" for task, weight in fusion.weights.items())
-    return weights + (f", density {fusion.density:g}" if fusion.method in ("ties", "dare") else "")
+    told = method_named(fusion.method).told(fusion)
+    return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method} onto θ0: {told}."
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:

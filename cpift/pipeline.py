@@ -141,7 +141,7 @@ class Pipeline:
     def fuse(self) -> Model:
         """Stage 5: transplant and SLERP; or another merge of the probes, which needs no regions and no backbone."""
         self.probe()
-        if self.config.fusion.method == "cpift":
+        if self.config.fusion.isolates:
             groups, backbone = self.group().groups, self.backbone()
         else:
             groups, backbone = (), self.pretrained()

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpift.artifacts import Artifact
-from cpift.config import ModelConfig, RunConfig, TrainingConfig
+from cpift.config import RunConfig, TrainingConfig
+from cpift.errors import entry
+from cpift.models import source_of
 from cpift.preflight import trainings
 from cpift.stage_artifacts import Model, StageArtifacts
 
 # Training state a parameter: float32 weight, gradient and AdamW's two moments.
 TRAINING_BYTES = 16
+KEPT_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}  # of a parameter, by `model.dtype`
 _CHECKPOINT_BYTES = 12  # weights and moments, float32
 
 
@@ -50,7 +53,7 @@ def plan(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
     parameters = count_parameters(artifacts)
     steps = tuple(_steps(artifacts))
     todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
-    width = {"float32": 4}.get(config.model.dtype, 2) if config.model.scratch is None else 4
+    width = entry(KEPT_BYTES, config.model.dtype, "model.dtype") if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
     checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in trainings(config)) else 0
     return Plan(
@@ -76,15 +79,15 @@ _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
 def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     config = artifacts.config
     if artifacts.in_place:
-        yield Step("model", "", "given", _source(config.model))
+        yield Step("model", "", "given", source_of(config.model).told)
     else:
-        yield _step(artifacts.model, _source(config.model))
+        yield _step(artifacts.model, source_of(config.model).told)
     for task in config.tasks:
         if task.checkpoint is None:
             yield _step(artifacts.probes[task.name], _length(config.probe_training))
         else:
             yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
-    if config.fusion.method != "cpift":
+    if not config.fusion.isolates:
         fused = artifacts.fuse((), artifacts.base)
         yield _step(fused, f"{config.fusion.method} of {len(config.tasks)} models")
         if "integrate" not in _later(config):
@@ -108,7 +111,7 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
         return
     backbone = artifacts.base if staged is None else Model.of("backbone", staged)
     fused = artifacts.fuse(grouping.groups, backbone)
-    if config.fusion.method == "cpift":
+    if config.fusion.isolates:
         yield _step(fused, _fusion(config))
     own = [*([backbone] if staged else []), Model.of("fused", fused)]
     if "integrate" in _later(config):
@@ -139,12 +142,6 @@ def _step(artifact: Artifact, detail: str) -> Step:
 
 
 _STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
-
-
-def _source(model: ModelConfig) -> str:
-    if model.gguf is not None:
-        return f"GGUF {model.gguf.file}"
-    return "random weights" if model.scratch is not None else str(model.path or model.hub)
 
 
 def _length(training: TrainingConfig) -> str:
@@ -188,19 +185,6 @@ def count_parameters(artifacts: StageArtifacts) -> int | None:
     """Number of parameters of θ0, tied tensors once, from headers alone; None if that needs a download."""
     from cpift.checkpoints import Checkpoint
 
-    model = artifacts.config.model
-    if model.path is not None:
-        return Checkpoint(model.path).numel
     if not artifacts.in_place and artifacts.model.complete:
         return Checkpoint(artifacts.model.path).numel
-    if model.gguf is not None:
-        return _gguf_parameters(model)
-    return model.scratch.parameters if model.scratch is not None else None
-
-
-def _gguf_parameters(model: ModelConfig) -> int:
-    from cpift.gguf_files import read_gguf
-    from cpift.models import gguf_path
-
-    assert model.gguf is not None
-    return read_gguf(gguf_path(model.gguf)).parameters
+    return source_of(artifacts.config.model).parameters()

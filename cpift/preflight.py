@@ -79,7 +79,7 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:
-    from cpift.models import check_checkpoint
+    from cpift.checkpoint_checks import check_checkpoint
 
     source = config.backbone.source
     if source in ("staged", "pretrained"):

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_same_layout
 from cpift.config import RegionsConfig
-from cpift.errors import CheckpointError, CpiftError, Problem
+from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import read_json, write_json
 from cpift.safetensors_files import MappedFile, read_tensors_of
 from cpift.streaming import (
@@ -144,7 +144,8 @@ def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], conf
     return parameter_space(pretrained, config)
 
 
-_MEASURES = {"update": ModelTensors, "significance": Significances}
+MEASURES: dict[str, type[ModelTensors]] = {"update": ModelTensors, "significance": Significances}
+SCOPES: dict[str, bool] = {"global": True, "tensor": False}  # whether all tensors are one block to select from
 
 
 def _select(
@@ -157,7 +158,8 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]; a block is everything (scope global) or one tensor."""
-    everything, kind = config.scope == "global", _MEASURES[config.measure]
+    everything = entry(SCOPES, config.scope, "regions.scope")
+    kind = entry(MEASURES, config.measure, "regions.measure")
     blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
     found = []
     for first, last in blocks:

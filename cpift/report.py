@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from cpift.files import json_text
+from cpift.metrics import metric_of
 from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary
 from cpift.retention import learning_of, sentences
 from cpift.top_files import RUN_FILES, write_top
@@ -46,7 +47,7 @@ def scores_table(data: ReportData) -> Table:
     table.add_column("model", no_wrap=True)
     for task in data.tasks:
         metric = data.scores[data.models[0]][task]["metric"]
-        below = ("" if metric == "loss" else f"\n{metric}") + "\n[dim]loss[/dim]"
+        below = ("" if metric_of(metric).by_loss else f"\n{metric}") + "\n[dim]loss[/dim]"
         table.add_column(f"{task}{marks.get(task, '')}{below}", justify="right")
     table.add_column("mean\nreten-\ntion", justify="right")
     table.add_column("worst\ntask", justify="right")

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from cpift import report_plots as plots
+from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
 from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, verdict
 from cpift.retention import DEFINITION, Score, probe_of
@@ -22,13 +23,6 @@ _SECTIONS = {
     "checks": "Checks",
     "config": "Configuration",
     "provenance": "Provenance",
-}
-_METRICS = {
-    "choice": "accuracy by option likelihood, %",
-    "number": "exact match of the final number, %",
-    "rouge": "ROUGE-L F1, %",
-    "judge": "judge's rating, % of 10",
-    "loss": "loss only",
 }
 
 
@@ -71,7 +65,7 @@ def _verdict(data: ReportData) -> str:
 def _scores(data: ReportData) -> str:
     first = data.scores[data.models[0]]
     heads = [
-        f"{escape(task)}{left_out_marks(data).get(task, '')}<br><small>{_METRICS[first[task]['metric']]}<br>"
+        f"{escape(task)}{left_out_marks(data).get(task, '')}<br><small>{metric_of(first[task]['metric']).title}<br>"
         f"{first[task]['rows']} rows</small>"
         for task in data.tasks
     ]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cpift.estimates import Estimate, weighted_mean
+from cpift.metrics import metric_of
 
 DEFINITION = (
     "Retention is score ÷ the own probe's score, of a loss the other way round; means and the worst task are over the "
@@ -59,12 +60,12 @@ class Learning:
         """Of a judged task, the interval of the gain where that holds 0; else empty."""
         if self.left_out or self.gain is None or self.gain.low is None or self.gain.high is None or self.gain.low > 0:
             return ""
-        scale, digits, unit = (1, 3, "nats") if self.metric == "loss" else (100, 1, "points")
+        scale, digits, unit = (1, 3, "nats") if metric_of(self.metric).by_loss else (100, 1, "points")
         middle, low, high = (f"{scale * one:+.{digits}f}" for one in (self.gain.mean, self.gain.low, self.gain.high))
         return f"gain {middle} [{low}, {high}] {unit}"
 
     def _shown(self, value: float) -> str:
-        return f"loss {-value:.3f}" if self.metric == "loss" else f"{100 * value:.1f} %"
+        return f"loss {-value:.3f}" if metric_of(self.metric).by_loss else f"{100 * value:.1f} %"
 
 
 def judged(learning: Mapping[str, Learning]) -> list[str]:

@@ -85,16 +85,9 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
 
 def tokenizer_at_hand(model: ModelConfig) -> PreTrainedTokenizerBase | None:
     """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
-    from cpift.hub import cached_folder
-    from cpift.models import gguf_path, load_gguf_tokenizer, load_tokenizer
-    from cpift.scratch import make_scratch_tokenizer
+    from cpift.models import source_of
 
-    if model.scratch is not None:
-        return make_scratch_tokenizer(model.scratch)
-    if model.gguf is not None:
-        return load_gguf_tokenizer(gguf_path(model.gguf))
-    folder = model.path if model.hub is None else cached_folder(model.hub, model.revision)
-    return load_tokenizer(folder) if folder is not None else None
+    return source_of(model).tokenizer()
 
 
 def _check_train(

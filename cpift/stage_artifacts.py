@@ -19,9 +19,12 @@ from cpift.artifacts import Artifact
 from cpift.config import CheckpointConfig, ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
 from cpift.config_identity import identity_of
 from cpift.data import source_fingerprint
+from cpift.errors import entry
 from cpift.files import read_json
+from cpift.fusion import CONFLICTS
 from cpift.given import as_read, given_fingerprint, locate
 from cpift.grouping import Grouping
+from cpift.methods import method_named
 from cpift.models import model_fingerprint
 
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
@@ -139,17 +142,17 @@ class StageArtifacts:
 
     def fuse(self, groups: Sequence[Sequence[str]], backbone: Model) -> Artifact:
         """The fused model; of other methods than cpift, neither groups nor backbone matter."""
-        if self.config.fusion.method != "cpift":
+        if not self.config.fusion.isolates:
             return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
         fields = identity_of(self.config.fusion, "fuse")
-        if self.config.fusion.conflict == "last":
+        if entry(CONFLICTS, self.config.fusion.conflict, "fusion.conflict").by_stage:
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
 
     def _merged(self) -> Artifact:
         fields = identity_of(self.config.fusion, "merge")
-        if fields["method"] == "dare":
+        if method_named(fields["method"]).seeded:
             fields["seed"] = self.config.seed
         return self.artifact("fuse", fields["method"], {"model": self.base.fingerprint} | self._probe_inputs, fields)
 

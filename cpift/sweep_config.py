@@ -22,6 +22,7 @@ from cpift.config import Name, RunConfig, Section
 from cpift.config_identity import identity
 from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
+from cpift.metrics import metric_of
 
 Value = str | int | float | bool
 Fields = dict[str, Any]  # a point of the space: dotted field name → value
@@ -241,6 +242,6 @@ def _check_objective(objective: Objective, base: RunConfig) -> list[Problem]:
         return [Problem(where, f"{figure!r} is no figure", Objective.model_fields["figure"].description or "")]
     if task not in names:
         return [Problem(where, f"{figure!r}: there is no task {task!r}", f"the run has {', '.join(names)}")]
-    if kind == "score" and names[task] == "loss":
+    if kind == "score" and metric_of(names[task]).by_loss:
         return [Problem(where, f"{figure!r}: the metric of {task} is its loss", f"write task.{task}.loss")]
     return []

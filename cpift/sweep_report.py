@@ -8,6 +8,7 @@ from typing import Any
 
 from cpift import sweep_plots as plots
 from cpift.estimates import Estimate
+from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import shown
 from cpift.sweep_scores import (
@@ -211,7 +212,9 @@ def _front(data: SweepData) -> str:
 def _trials(data: SweepData) -> str:
     best, front = best_trial(data), {trial.number for trial in pareto_front(data)}
     rows = "".join(_trial(data, trial, trial is best, trial.number in front) for trial in data.trials)
-    tasks = [f"{task}, {'loss' if data.metrics[task] == 'loss' else data.metrics[task]}" for task in data.tasks]
+    tasks = [
+        f"{task}, {'loss' if metric_of(data.metrics[task]).by_loss else data.metrics[task]}" for task in data.tasks
+    ]
     names = [*(name for name, _ in data.objectives), *tasks, "groups (first seed)", "own work"]
     notes = "★ the best by the first objective; ◆ on the Pareto front." if len(data.objectives) > 1 else "★ the best."
     caption = f"{notes} Own work: fusion, integration and their scores, of all seeds together."
@@ -244,7 +247,7 @@ def _figure_cell(one: Estimate | None) -> str:
 
 def _own_figure(data: SweepData, task: str) -> str:
     """A task's metric, or its loss where that is the metric."""
-    return f"task.{task}.{'loss' if data.metrics[task] == 'loss' else 'score'}"
+    return f"task.{task}.{'loss' if metric_of(data.metrics[task]).by_loss else 'score'}"
 
 
 def _references(data: SweepData) -> str:

@@ -18,6 +18,7 @@ import torch
 from cpift_kernels import unpack_mask
 
 from cpift.checkpoints import Checkpoint
+from cpift.errors import CpiftError
 from cpift.fusion import Fusion, omegas
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
 from cpift.safetensors_files import TensorInfo
@@ -52,10 +53,10 @@ def check_definition(method: Fusion | Baseline, written: Checkpoint) -> dict[str
 
     Of CPI-FT's fusion, elements in no core.
     """
-    largest = _LARGEST if not isinstance(method, Fusion) or method.config.granularity == "tensor" else math.inf
+    largest = _LARGEST if not isinstance(method, Fusion) or not (method.vector.row or method.vector.model) else math.inf
     fit = [info for info in written.tensors.values() if _defined(method, info) and 0 < info.numel <= largest]
     chosen = sorted(fit, key=lambda info: hashlib.sha256(info.name.encode()).digest())[:_TENSORS]
-    folds = _model_folds(method) if isinstance(method, Fusion) and method.config.granularity == "model" else None
+    folds = _model_folds(method) if isinstance(method, Fusion) and method.vector.model else None
     compared = wrong = 0
     for info in chosen:
         definition = _fused(method, info, folds) if isinstance(method, Fusion) else _definition(method, info)
@@ -86,20 +87,29 @@ def _windows(method: Fusion | Baseline, info: TensorInfo) -> list[Piece]:
 
 def _row_width(method: Fusion | Baseline, info: TensorInfo) -> int:
     """Elements of a row that has an angle of its own; 0 where a row counts for nothing."""
-    rows = isinstance(method, Fusion) and method.config.granularity == "row" and len(info.shape) >= 2
+    rows = isinstance(method, Fusion) and method.vector.row and len(info.shape) >= 2
     return info.numel // info.shape[0] if rows else 0
 
 
 def _definition(method: Baseline, info: TensorInfo) -> Definition:
+    defined = DEFINITIONS.get(type(method))
+    if defined is None:
+        raise CpiftError(f"verification: there is no definition of {type(method).__name__} to compare with")
+    return defined(method, info)
+
+
+def _slerp(method: Slerp, info: TensorInfo) -> Definition:
     vectors = _vectors_of(method.models, info)
-    if isinstance(method, Slerp):
-        folds = sequential_slerp(_runs(vectors, info.numel), method.factors, method.config.epsilon)
-        return _combined(vectors, folds)
-    if isinstance(method, Linear):
-        return _weighted(vectors, np.array(method.weights) / sum(method.weights))
-    if isinstance(method, TaskArithmetic):
-        return _weighted(vectors, np.array([1.0 - sum(method.weights), *method.weights]))
-    return _updated(method, info)
+    return _combined(vectors, sequential_slerp(_runs(vectors, info.numel), method.factors, method.config.epsilon))
+
+
+def _linear(method: Linear, info: TensorInfo) -> Definition:
+    return _weighted(_vectors_of(method.models, info), np.array(method.weights) / sum(method.weights))
+
+
+def _arithmetic(method: TaskArithmetic, info: TensorInfo) -> Definition:
+    weights = np.array([1.0 - sum(method.weights), *method.weights])
+    return _weighted(_vectors_of(method.models, info), weights)
 
 
 # For elements start..stop-1: every model's vector [stop - start], and the places [P] that are defined.
@@ -142,7 +152,7 @@ def _masked(fusion: Fusion, info: TensorInfo) -> Vectors:
         sources, core = fusion.sources(info.name, start, stop), fusion.union(info.name, start, stop)
         kept = ~unpack_mask(core, stop - start).numpy()
         found = [source.double().numpy() for source in sources]
-        found = [vector - found[0] for vector in found[1:]] if fusion.config.space == "delta" else found
+        found = [vector - found[0] for vector in found[1:]] if fusion.from_origin else found
         return [vector * kept for vector in found], np.flatnonzero(kept)
 
     return vectors
@@ -158,7 +168,7 @@ def _fused(fusion: Fusion, info: TensorInfo, folds: list[Fold] | None) -> Defini
 
     def values(start: int, stop: int) -> _Expected:
         found = combined(start, stop)
-        if fusion.config.space == "weights":
+        if not fusion.from_origin:
             return found
         origin = _at(fusion.inputs.pretrained, info.name, start, found.places)
         scale = found.scale + (1 + found.gain) * np.abs(origin)  # the engine combines θ, not θ − θ0
@@ -194,27 +204,50 @@ def _folds(fusion: Fusion, runs: Runs) -> list[Fold]:
     return sequential_slerp(runs, omegas(fusion.config, len(fusion.inputs.tuned)), fusion.config.epsilon)
 
 
-def _updated(method: Baseline, info: TensorInfo) -> Definition:
-    """TIES and DARE, element by element."""
+def _ties(method: Ties, info: TensorInfo) -> Definition:
+    def merged(updates: np.ndarray, weights: np.ndarray, start: int, stop: int) -> np.ndarray:
+        words = [method.masks.words(task, info.name, start, stop) for task in method.tuned]
+        trimmed = updates * np.stack([unpack_mask(mask, stop - start).numpy() for mask in words])
+        agrees = np.sign(trimmed) == np.where(trimmed.sum(0) >= 0, 1, -1)
+        found: np.ndarray = (trimmed * weights * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+        return found
+
+    return _updated(method, info, merged)
+
+
+def _dare(method: Dare, info: TensorInfo) -> Definition:
+    def merged(updates: np.ndarray, weights: np.ndarray, start: int, stop: int) -> np.ndarray:
+        density = method.config.density
+        kept = [survives(method.seed, task, info.name, start, stop, density) for task in method.tuned]
+        found: np.ndarray = (updates * np.stack(kept) / density * weights).sum(0)
+        return found
+
+    return _updated(method, info, merged)
+
+
+Merged = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]  # updates [N, P], weights [N, 1], start, stop → [P]
+
+
+def _updated(method: Baseline, info: TensorInfo, merged: Merged) -> Definition:
+    """θ0 and what is made of updates, element by element."""
 
     def values(start: int, stop: int) -> _Expected:
         origin, *tuned = (model.slice(info.name, start, stop).double().numpy() for model in method.models)
-        updates = np.stack([vector - origin for vector in tuned])
-        weights = np.array(method.weights)[:, None]
-        if isinstance(method, Ties):
-            words = [method.masks.words(task, info.name, start, stop) for task in method.tuned]
-            updates *= np.stack([unpack_mask(mask, stop - start).numpy() for mask in words])
-            agrees = np.sign(updates) == np.where(updates.sum(0) >= 0, 1, -1)
-            merged = (updates * weights * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
-        else:
-            assert isinstance(method, Dare)
-            density = method.config.density
-            kept = [survives(method.seed, task, info.name, start, stop, density) for task in method.tuned]
-            merged = (updates * np.stack(kept) / density * weights).sum(0)
+        updates, weights = np.stack([vector - origin for vector in tuned]), np.array(method.weights)[:, None]
         scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) / method.config.density
-        return _Expected(origin + merged, np.arange(stop - start), scale)
+        return _Expected(origin + merged(updates, weights, start, stop), np.arange(stop - start), scale)
 
     return values
+
+
+# Every method but CPI-FT's own by what it is made of.
+DEFINITIONS: dict[type[Baseline], Callable[[Any, TensorInfo], Definition]] = {
+    Linear: _linear,
+    TaskArithmetic: _arithmetic,
+    Slerp: _slerp,
+    Ties: _ties,
+    Dare: _dare,
+}
 
 
 def _at(model: Checkpoint, name: str, start: int, places: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpift import data, hub
+from cpift import hub, row_sources
 from cpift.config import DataSource, TaskConfig
 from cpift.config_inputs import ScratchModel
 from cpift.config_training import Mixing
@@ -169,7 +169,7 @@ def test_metric_needs_its_columns_in_the_test_rows_only(tmp_path: Path, metric: 
 
 
 def test_check_task_fetches_nothing_when_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "resolve_revision", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(row_sources, "resolve_revision", lambda *_: pytest.fail("asked the hub"))
     source = DataSource(hub="org/set")
     assert check_task(TaskConfig(name="t", train=source, test=source), download=False) == []
 
@@ -200,7 +200,9 @@ def test_hub_rows_come_from_the_commit_in_the_fingerprint(monkeypatch: pytest.Mo
         asked.update(options, name=name, subset=subset)
         return [{"q": "p", "a": "r"}, {"q": "p2", "a": "r2"}]
 
-    monkeypatch.setattr(data, "resolve_revision", lambda kind, name, revision: f"commit of {kind} {name} {revision}")
+    monkeypatch.setattr(
+        row_sources, "resolve_revision", lambda kind, name, revision: f"commit of {kind} {name} {revision}"
+    )
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     columns = {"prompt": "{q}", "completion": "{a}"}
     source = DataSource(hub="org/set", subset="main", split="train[:2]", revision="v1", limit=1, columns=columns)

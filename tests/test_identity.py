@@ -59,9 +59,9 @@ def sha(text: str) -> str:
 @pytest.fixture
 def by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The project's configs in a folder of their own where every file that they name is there, known by its name."""
-    for module in ("models", "data", "given"):
+    for module in ("models", "row_sources", "given"):
         monkeypatch.setattr(f"cpift.{module}.resolve_revision", lambda kind, name, revision: f"{name}@{revision}")
-    for module in ("models", "data"):
+    for module in ("models", "row_sources"):
         monkeypatch.setattr(f"cpift.{module}.file_sha256", lambda path: sha(path.name))
     monkeypatch.setattr("cpift.models.gguf_path", lambda gguf: Path(gguf.file))
     monkeypatch.setattr("cpift.given.quick_fingerprint", lambda folder: sha(folder.name))
@@ -194,6 +194,7 @@ OTHER: dict[str, Any] = {
     "model.scratch.heads": 2,
     "probe.lora": None,
     "evaluation.judge": None,
+    "evaluation.judge.key_variable": "JUDGE_API_KEY",
     "probe.lora.targets": ["q_proj"],
     "fusion.weights": {"addition": 2.0},
     "evaluation.judge.url": "http://elsewhere/v1",

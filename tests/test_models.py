@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpift import hub, models
+from cpift.checkpoint_checks import gguf_path
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile, ScratchModel
 from cpift.errors import CheckpointError
-from cpift.models import check_model, gguf_path, load_model, load_tokenizer, materialise, model_fingerprint
+from cpift.models import check_model, load_model, load_tokenizer, materialise, model_fingerprint
 from cpift.scratch import make_scratch_model, make_scratch_tokenizer
 
 SCRATCH = ScratchModel(hidden_size=32, intermediate_size=64, layers=2, heads=2, max_length=64)

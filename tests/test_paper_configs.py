@@ -49,7 +49,7 @@ def checkpoint(folder: Path, recorded: dict[str, Any]) -> Path:
 def test_a_plan_from_the_recorded_headers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = HEADERS[name]
     # Neither the hub nor gigabytes of a hole are asked for what they hold.
-    monkeypatch.setattr("cpift.data.resolve_revision", lambda kind, repository, revision: f"{repository}@{revision}")
+    monkeypatch.setattr("cpift.row_sources.resolve_revision", lambda kind, name, revision: f"{name}@{revision}")
     monkeypatch.setattr("cpift.models.file_sha256", lambda path: hashlib.sha256(path.name.encode()).hexdigest())
     folder = checkpoint(tmp_path, recorded)
     loaded = load_config(FOLDER / f"{name}.yaml", [f"output={tmp_path / 'out'}"])

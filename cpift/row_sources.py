@@ -1,0 +1,141 @@
+"""Where rows may come from: files, the hub, a generator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from cpift.config import DataSource
+from cpift.errors import DataError, Problem, entry
+from cpift.files import file_sha256
+from cpift.hub import resolve_revision
+from cpift.pretrained import hub_rows
+from cpift.untrusted import UnreadableError, json_lines
+
+
+class Rows(ABC):
+    """Everything that differs by which of a source's `file`, `hub` and `procedural` is given."""
+
+    def __init__(self, source: DataSource):
+        self.source = source
+
+    @abstractmethod
+    def rows(self) -> Iterator[Any]:
+        """Every row, or in its place the error that reading it gave."""
+
+    @abstractmethod
+    def decided_by(self) -> dict[str, Any]:
+        """What decides the rows, `limit` and `columns` apart."""
+
+    @property
+    @abstractmethod
+    def told(self) -> str:
+        """Where the rows are from, in errors."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """The same in a model card."""
+
+
+class _File(Rows):
+    def rows(self) -> Iterator[Any]:
+        return _file_rows(self.source)
+
+    def decided_by(self) -> dict[str, Any]:
+        if problems := _check_file(self.source):
+            raise DataError(self.told, problems)
+        assert self.source.file is not None
+        return {"file": file_sha256(self.source.file)}
+
+    @property
+    def told(self) -> str:
+        return str(self.source.file)
+
+    @property
+    def origin(self) -> str:
+        return f"`{self.source.file.name if self.source.file else ''}`"
+
+
+class _HubRows(Rows):
+    def rows(self) -> Iterator[Any]:
+        return iter(_hub_rows(self.source))
+
+    def decided_by(self) -> dict[str, Any]:
+        source = self.source
+        commit = resolve_revision("dataset", str(source.hub), source.revision)
+        return {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
+
+    @property
+    def told(self) -> str:
+        return f"hub data set {self.source.hub}"
+
+    @property
+    def origin(self) -> str:
+        subset = f" ({self.source.subset})" if self.source.subset else ""
+        return f"`{self.source.hub}`{subset}, {self.source.split}"
+
+
+class _Generated(Rows):
+    def rows(self) -> Iterator[Any]:
+        from cpift.synthetic import generate
+
+        source = self.source
+        return iter(generate(str(source.procedural), source.size or 0, source.seed, source.split))
+
+    def decided_by(self) -> dict[str, Any]:
+        from cpift.synthetic import VERSION
+
+        source = self.source
+        named = {"procedural": source.procedural, "version": VERSION, "split": source.split}
+        return named | {"size": source.size, "seed": source.seed}
+
+    @property
+    def told(self) -> str:
+        return f"generator {self.source.procedural}"
+
+    @property
+    def origin(self) -> str:
+        return f"generated: {self.source.procedural}"
+
+
+def _check_file(source: DataSource) -> list[Problem]:
+    assert source.file is not None
+    if source.file.is_file():
+        return []
+    return [Problem("file", f"there is no {source.file}", "check the path; it starts from the config's folder")]
+
+
+def _file_rows(source: DataSource) -> Iterator[Any]:
+    """JSON values of the non-empty lines; a line that is no JSON comes as the error that it gave."""
+    problems = _check_file(source)
+    if problems:
+        raise DataError(rows_of(source).told, problems)
+    assert source.file is not None
+    try:
+        yield from json_lines(source.file)
+    except UnreadableError as error:
+        raise DataError(rows_of(source).told, [error.problem("file")]) from None
+
+
+def _hub_rows(source: DataSource) -> Iterable[Any]:
+    """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
+    from datasets.exceptions import DatasetsError
+
+    assert source.hub is not None
+    commit = resolve_revision("dataset", source.hub, source.revision)
+    try:
+        rows = hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
+        raise DataError(rows_of(source).told, [Problem("hub", str(error).strip(), remedy)]) from error
+    return rows
+
+
+ROWS: dict[str, type[Rows]] = {"file": _File, "hub": _HubRows, "procedural": _Generated}
+
+
+def rows_of(source: DataSource) -> Rows:
+    """Raises CpiftError for a kind that is not in ROWS."""
+    return entry(ROWS, source.kind, "rows")(source)
