@@ -95,8 +95,9 @@ def fuse_models(
 
 def _set_aside(out: Path, artifact: Artifact) -> Path:
     """Move a model that failed a check to a name that says so; one of an earlier attempt keeps its own."""
-    names = (f"{artifact.name}.failed-checks{number}" for number in ("", *(f"-{n}" for n in itertools.count(2))))
-    aside = next(path for path in map(artifact.path.with_name, names) if not path.exists())
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (artifact.path.with_name(f"{artifact.name}.failed-checks{number}") for number in numbers)
+    aside = next(path for path in paths if not path.exists())
     os.rename(out, aside)
     return aside
 

@@ -10,13 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from cpift import fusion_stage
 from cpift.architecture import untrainable
 from cpift.checkpoints import Checkpoint, differences
+from cpift.config_inputs import ScratchModel
+from cpift.config_loading import load_config
 from cpift.conversion import Traced, Untraceable
+from cpift.engine import NoEngine
+from cpift.errors import StageError
+from cpift.files import read_json
 from cpift.given import open_checkpoint
 from cpift.layout import ParameterMasks, checkpoint_layout
+from cpift.pipeline import Pipeline
+from cpift.scratch import make_scratch_tokenizer
 from cpift.verify import check_loads, failures
 
 SMALL = {
@@ -223,3 +232,42 @@ def test_a_vision_language_model_is_not_trained(tmp_path: Path) -> None:
     (problem,) = untrainable(tmp_path, "model.path")
     assert "LlavaForConditionalGeneration (vision_config), and only models of text alone are trained" in problem.what
     assert untrainable(saved(tmp_path / "text", "mixtral"), "model.path") == []
+
+
+def fusion_of(tmp_path: Path, **resources: Any) -> Pipeline:
+    """A fusion of two tunes of a mixture of experts, larger than 2 MiB."""
+    if not (tmp_path / "base").exists():
+        for seed, name in enumerate(("base", "one", "two")):
+            saved(tmp_path / name, "qwen3_moe", seed=seed, num_experts=16, hidden_size=64, moe_intermediate_size=96)
+            make_scratch_tokenizer(ScratchModel()).save_pretrained(tmp_path / name)
+    raw = {
+        "name": "experts",
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "base")},
+        "tasks": [{"name": name, "checkpoint": {"path": str(tmp_path / name)}} for name in ("one", "two")],
+        "regions": {"p": 0.1},
+        "backbone": {"source": "pretrained"},
+        "resources": resources,
+    }
+    (tmp_path / "experts.yaml").write_text(yaml.safe_dump(raw))
+    return Pipeline(load_config(tmp_path / "experts.yaml"), NoEngine())
+
+
+def test_a_mixture_larger_than_the_budget_is_merged_and_one_that_fails_a_check_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = {"name": "it answers", "passed": False, "detail": "not a word"}
+    monkeypatch.setattr(fusion_stage, "check_loads", lambda folder, memory: failing)
+    for attempt in ("", "-2"):
+        with pytest.raises(StageError, match="it answers: not a word") as said:
+            fusion_of(tmp_path, memory_budget="2MiB").fuse()
+        (aside,) = (tmp_path / "run" / "fuse").glob(f"*.failed-checks{attempt}")
+        assert f"it is kept as {aside}, with the checks in fusion.json" in str(said.value)
+        assert read_json(aside / "fusion.json")["checks"][-1] == failing
+        assert set(Checkpoint(aside).names) == set(Checkpoint(tmp_path / "base").names)
+    monkeypatch.undo()
+    fused = fusion_of(tmp_path, memory_budget="2MiB").fuse()
+    check = read_json(fused.path / "fusion.json")["checks"][-1]
+    assert check["passed"] is True
+    assert check["detail"].endswith("not loaded, for it is larger than the memory budget (2.1 MB)")
+    assert torch.equal(Checkpoint(aside).tensor("lm_head.weight"), Checkpoint(fused.path).tensor("lm_head.weight"))
