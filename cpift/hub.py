@@ -10,6 +10,10 @@ from cpift.errors import CpiftError
 
 # What of a repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_STATUS = re.compile(r"\d{3} (Client|Server) Error")
+_LONGEST = 400  # characters of the hub's own words
+_ACCESS = "ask for access on its page, and log in (hf auth login) or set HF_TOKEN to a token of an account that has it"
+_REMEDIES = {401: _ACCESS, 403: _ACCESS, 404: "check the name and `revision`; private ones need HF_TOKEN", 429: "wait"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -39,7 +43,7 @@ def resolve_revision(kind: Literal["model", "dataset"], repository: str, revisio
     try:
         info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=20)
     except (HfHubHTTPError, HFValidationError) as error:
-        raise HubError(f"hub: {kind} {repository!r} at revision {revision!r}: {_first_line(error)}") from error
+        raise HubError(f"hub: {kind} {repository!r} at revision {revision!r}: {_said(error)}") from error
     except (OfflineModeIsEnabled, OSError, RuntimeError) as error:
         cached = _cached_commit(kind, repository, revision)
         if cached is None:
@@ -66,7 +70,7 @@ def download(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_PATTERNS)))
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"hub: model {repository!r} at {commit}: {_first_line(error)}") from error
+        raise HubError(f"hub: model {repository!r} at {commit}: {_said(error)}") from error
 
 
 def cached_folder(repository: str, revision: str | None) -> Path | None:
@@ -96,3 +100,16 @@ def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+
+
+def _said(error: BaseException) -> str:
+    """What the hub answered, in its own words, and what to do; for an error without an answer its first line."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return _first_line(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _STATUS.match(line)]
+    own = getattr(error, "server_message", None) or " ".join(lines) or "no details"
+    words = " ".join("".join(sign if sign.isprintable() else " " for sign in own).split())
+    status = int(response.status_code)
+    remedy = _REMEDIES.get(status, "try again later" if status >= 500 else "check the name and `revision`")
+    return f"{status}: {words[:_LONGEST]} → {remedy}"

@@ -213,6 +213,50 @@ def test_hub_models_come_as_safetensors_at_one_commit(
     assert model_fingerprint(config) != model_fingerprint(config.model_copy(update={"revision": "v2"}))
 
 
+ANSWERS = {
+    "gated": (
+        403,
+        {
+            "X-Error-Code": "GatedRepo",
+            "X-Error-Message": "Access to model org/net is restricted and you are not in the authorized list.",
+        },
+        "403: Access to model org/net is restricted and you are not in the authorized list. → ask for access",
+    ),
+    "fine-grained token": (
+        403,
+        {"X-Error-Message": "Please enable access to public gated repositories"},
+        "403: Please enable",
+    ),
+    "unknown": (404, {"X-Error-Code": "RepoNotFound"}, "404: Repository Not Found for url"),
+    "revision": (404, {"X-Error-Code": "RevisionNotFound"}, "404: Revision Not Found for url"),
+    "no login": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "401: Invalid credentials"),
+    "busy": (503, {}, "→ try again later"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_hub_is_quoted_in_its_own_words(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import _http
+
+    status, headers, said = ANSWERS[case]
+    library: Any = getattr(_http, "httpx2", None) or pytest.importorskip("httpx")
+
+    def answer(*_: Any, **__: Any) -> None:
+        request = library.Request("GET", "https://hub.test/api/models/org/net")
+        _http.hf_raise_for_status(library.Response(status, headers=headers, request=request))
+
+    monkeypatch.setattr(HfApi, "repo_info", answer)
+    with pytest.raises(hub.HubError) as caught:
+        hub.resolve_revision("model", "org/net", None)
+    assert said in str(caught.value)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)  # a gated one tells its commit to everybody
+    with pytest.raises(hub.HubError) as caught:
+        hub.download("org/net", "a" * 40)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_hub_models_without_safetensors_are_refused(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
