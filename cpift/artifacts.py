@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifact_state import State, make_folder, read_manifest, set_aside, sizes_and_times, state_of, write_manifest
-from cpift.errors import DamagedInput, StageError
+from cpift.errors import ChangedInput, DamagedInput, StageError
 from cpift.files import digest, folder_hashes
+from cpift.input_watch import InputWatch
 from cpift.locks import claimed
 
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
@@ -41,6 +42,7 @@ class Artifact:
     fields: Mapping[str, Any]  # the config fields that the stage depends on
     version: int  # raised when the stage's code starts to give another result
     maker: str = field(default="", compare=False)  # for whom it is made, where that decides how long it is kept
+    watch: InputWatch | None = field(default=None, compare=False, repr=False)  # what became of its inputs' files
 
     @property
     def fingerprint(self) -> str:
@@ -89,7 +91,16 @@ class Artifact:
         _remove(partial)
         partial.mkdir(parents=True)
         started = time.time() - seconds
-        yield partial
+        try:
+            self._require_same_inputs()
+            with self._told_of_inputs():
+                yield partial
+            self._require_same_inputs()
+        except ChangedInput as error:
+            _remove(partial)
+            if not error.resumable:
+                self.discard_work()
+            raise
         write_manifest(partial, self._manifest(partial, started, device))
         _sync_folder(partial)
         left = self.path.with_name(f".{self.path.name}.left")
@@ -103,6 +114,26 @@ class Artifact:
         _sync_folder(self.path.parent)
         _remove(left)
         _remove(self.work_dir)
+
+    def discard_work(self) -> None:
+        """Delete what it would go on from: it was made of inputs that changed meanwhile."""
+        _remove(self.work_dir)
+
+    @contextmanager
+    def _told_of_inputs(self) -> Iterator[None]:
+        """What fails because an input is no longer there, or another, says that."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ChangedInput) or self.watch is None:
+                raise
+            if problems := self.watch.changes(self.inputs.values()):
+                raise ChangedInput(self.title, problems, resumable=True) from error
+            raise
+
+    def _require_same_inputs(self) -> None:
+        if self.watch is not None and (problems := self.watch.changes(self.inputs.values())):
+            raise ChangedInput(self.title, problems)
 
     def drop_weights(self, remake: str) -> int:
         """Delete the weights of a complete model and keep all else; returns the bytes freed.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift import pretrained
+from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
 from cpift.hub import HUB_PATTERNS
@@ -106,6 +107,13 @@ def decisive_files(path: Path) -> list[Path]:
     """Every file of a checkpoint directory that decides its weights, tokens or text, by name."""
     found = {file for pattern in HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
     return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
+
+
+def source_files(model: ModelConfig) -> list[Path]:
+    """The files on this machine that decide θ0; of a model on the hub none, for its commit names it."""
+    if model.path is not None:
+        return decisive_files(model.path)
+    return [gguf_path(model.gguf)] if model.gguf is not None else []
 
 
 def check_dense(network: PreTrainedModel) -> None:

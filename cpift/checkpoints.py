@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from cpift.errors import CheckpointError, Problem
+from cpift.mapped_files import MappedFile, file_version
 from cpift.quantised import dense_remedy, quantised
-from cpift.safetensors_files import DtypeError, FormatError, MappedFile, TensorInfo, read_header
+from cpift.safetensors_files import DtypeError, FormatError, TensorInfo, read_header
 from cpift.tying import tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -40,6 +41,7 @@ class Checkpoint:
         """ties: what `tied_in` says, if it is known. apart: tied names are tensors too, with the same values."""
         self.folder, self.is_apart = folder, apart
         self._maps: dict[Path, MappedFile] = {}
+        self._versions: dict[Path, tuple[int, ...]] = {}
         problems: list[Problem] = []
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files(problems):
@@ -115,8 +117,13 @@ class Checkpoint:
 
     def _map(self, file: Path) -> MappedFile:
         if file not in self._maps:
-            self._maps[file] = MappedFile(file)
+            self._maps[file] = MappedFile(file, self._versions.get(file))
         return self._maps[file]
+
+    def require_unchanged(self) -> None:
+        """Raise ChangedInput unless every file that was read is still there and as it was."""
+        for file in self._maps.values():
+            file.require_unchanged()
 
     def _index(self) -> dict[str, str] | None:
         path = self.folder / INDEX_FILE
@@ -147,6 +154,7 @@ class Checkpoint:
 
     def _read_header(self, file: Path, problems: list[Problem]) -> None:
         try:
+            self._versions[file] = file_version(file)
             infos = read_header(file)
         except DtypeError as error:
             fp8 = error.dtype.startswith("F8")
@@ -296,33 +304,6 @@ def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> N
     ]
     if found:
         raise CheckpointError(f"models that do not fit {base.folder}", first_problems(found, 20))
-
-
-def require_finite(label: str, checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
-    """Raise CheckpointError naming the tensors that hold NaN or Inf."""
-    bad = [
-        Problem(name, "holds NaN or Inf", "its training diverged: use an earlier checkpoint or a lower learning rate")
-        for name in names or checkpoint.names
-        if checkpoint.tensors[name].floating and not is_finite(checkpoint, name)
-    ]
-    if bad:
-        raise CheckpointError(f"{label} ({checkpoint.folder})", first_problems(bad, 20))
-
-
-def is_finite(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether every element of a tensor is finite; read in slices."""
-    numel = checkpoint.tensors[name].numel
-    for start in range(0, numel, _SCAN):
-        stop = min(start + _SCAN, numel)
-        if not all_finite(checkpoint.slice(name, start, stop)):
-            return False
-        checkpoint.release(name, start, stop)
-    return True
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """Whether every element is finite: one pass and no memory, unlike `isfinite().all()`; a NaN is both extremes."""
-    return values.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
 
 
 def first_problems(problems: list[Problem], count: int) -> list[Problem]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpift.config import DataSource, TaskConfig
 from cpift.config_training import Mixing
-from cpift.errors import CpiftError, DataError, Problem
+from cpift.errors import ChangedInput, CpiftError, DataError, Problem
 from cpift.examples import Example, Message, RowError, parse_row
 from cpift.files import digest
 from cpift.hub import HubError
+from cpift.input_watch import unchanged
 from cpift.metrics import metric_of
 from cpift.row_sources import rows_of
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
@@ -106,6 +107,22 @@ def source_fingerprint(source: DataSource) -> str:
     identity |= rows_of(source).decided_by()
     identity |= {"turns": 2} if source.file is not None and _read_otherwise(source) else {}
     return digest(identity)
+
+
+@contextlib.contextmanager
+def same_rows(sources: Mapping[str, DataSource], expected: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Around a read of rows, by the field that names them; gives the fingerprint of each source.
+
+    Raises ChangedInput where one is not the `expected` one, or changes meanwhile.
+    """
+    files = [source.file for source in sources.values() if source.file is not None]
+    with unchanged("what was read of the rows", files):
+        found = {name: source_fingerprint(source) for name, source in sources.items()}
+        what = "is not what it was when the command began"
+        others = [Problem(name, what, "run it again") for name in sources if found[name] != (expected or found)[name]]
+        if others:
+            raise ChangedInput("what was read of the rows", others)
+        yield found
 
 
 def check_task(

@@ -71,8 +71,11 @@ def _evaluate_worker(
 ) -> dict[str, Any]:
     import torch
 
+    from cpift.data import same_rows
     from cpift.devices import compute_device, device_name
     from cpift.evaluate import evaluate_model
+    from cpift.given import model_files
+    from cpift.mapped_reads import guarded_reads
 
     use_assigned_gpus()
     torch.set_num_threads(resources.threads)
@@ -85,9 +88,11 @@ def _evaluate_worker(
 
     device = compute_device(resources.gpus_per_worker)
     started = time.time()
-    scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_progress)
+    rows = {task.name: task.test_data for task in tasks}
+    with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
+        scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_progress)
     kept = {task: asdict(score) for task, score in scores.items()}
-    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device)}
+    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
 
 
 class RayEngine:

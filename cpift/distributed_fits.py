@@ -178,6 +178,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     import torch
 
     from cpift.finetune import FitHooks, fit
+    from cpift.given import model_files
+    from cpift.mapped_reads import guarded_reads
     from cpift.tracking import ended_if_stuck, log_file
 
     use_assigned_gpus()
@@ -209,7 +211,8 @@ def _train_worker(config: dict[str, Any]) -> None:
             log = stack.enter_context(log_file(spec.logs / f"worker-{context.get_world_rank()}.log"))
             alive = stack.enter_context(ended_if_stuck(spec.resources.hang_timeout, log))
             resumed = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
-            fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
+            with guarded_reads(spec.title, model_files(spec.model)):
+                fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
     except CpiftError as error:  # it would only happen again: tell the driver instead of being retried
         write_text(_failure_file(spec), str(error))
         return

@@ -29,6 +29,7 @@ from cpift.config import ResourcesConfig
 from cpift.distributed_session import alive_nodes, ray_session
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
 from cpift.errors import CpiftError, StageError
+from cpift.mapped_reads import guarded_reads
 from cpift.merging import Method, Progress, merge_shards
 from cpift.object_store import ObjectStore
 
@@ -164,7 +165,8 @@ def _mark(
     torch.set_num_threads(threads)
     selection, brackets, masks = held
     words = _Words()
-    found = [selection.mark(part, brackets, words if masks is None else masks) for part in ranges]
+    with guarded_reads("core regions"):
+        found = [selection.mark(part, brackets, words if masks is None else masks) for part in ranges]
     return found, words.stored
 
 

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from cpift.artifact_state import make_folder, set_aside
 from cpift.artifacts import Artifact, require_sound
-from cpift.errors import CpiftError
-from cpift.files import is_json, link_or_copy, read_json
+from cpift.errors import ChangedInput, CpiftError, Problem
+from cpift.files import is_json, link_or_copy, read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
+from cpift.given import model_files
+from cpift.input_watch import noted
 from cpift.locks import claimed
 from cpift.row_use import told
 from cpift.view import View
@@ -55,6 +57,19 @@ class NoEngine:
         raise CpiftError(f"{', '.join(models)}: this command scores nothing")
 
 
+def keep_scores(artifact: Artifact, result: dict[str, Any], changes: Callable[[], Sequence[Problem]]) -> None:
+    """Complete an evaluation with its result: `scores`, `seconds`, `device`, and `data`, what the rows were that it
+    read; `changes` of the model meanwhile. Raises ChangedInput where model or rows are not what it is named by."""
+    with artifact.build(result["device"], result["seconds"]) as out:
+        if problems := changes():
+            raise ChangedInput(artifact.title, problems)
+        for task, value in result.get("data", {}).items():
+            if artifact.inputs[f"data {task}"] != value:
+                what = "the rows that were read are not those that were there when the command began"
+                raise ChangedInput(artifact.title, [Problem(f"tasks.{task}.test", what, "run it again")])
+        write_json(out / "scores.json", result["scores"])
+
+
 def fit_all(
     fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
     view: View,
@@ -81,9 +96,14 @@ def fit_all(
         read = [folder for spec in chosen for folder in (spec.model, spec.regions) if folder is not None]
         require_sound(read, artifacts[0].root, view.warn)
         with view.stage(title):
+            changes = noted(file for folder in read for file in model_files(folder))
             try:
                 fit(chosen, view.progress)
             finally:  # a failed one does not cost the others
+                if problems := changes():
+                    for artifact in wanted.values():
+                        artifact.discard_work()
+                    raise ChangedInput(title, problems)
                 for export, artifact in wanted.items():
                     if (export / RESULT).is_file():
                         with artifact.compared(view.warn):

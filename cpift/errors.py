@@ -83,5 +83,20 @@ class StageError(CpiftError):
     """A stage could not be completed; what it finished before stays in place."""
 
 
+class ChangedInput(StageError):
+    """Inputs were changed while something was made from them: what was made is not kept.
+
+    resumable: it was noticed on the way, and what was finished before is of the inputs as they were.
+    """
+
+    def __init__(self, subject: str, problems: Sequence[Problem], resumable: bool = False):
+        self.subject, self.problems, self.resumable = subject, tuple(problems), resumable
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{subject} is not kept, for its inputs changed while it was made:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[ChangedInput], tuple[str, tuple[Problem, ...], bool]]:
+        return type(self), (self.subject, self.problems, self.resumable)
+
+
 class DamagedInput(StageError):
     """What a stage was about to read is not what was written; it was set aside, and is made again when asked for."""

@@ -47,6 +47,11 @@ def file_identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def known_sha256(identity: tuple[int, ...]) -> str | None:
+    """The sha256 that a file of this identity was found or told to have, None if it was not read yet."""
+    return _SHA256.get(identity)
+
+
 _SHA256: dict[tuple[int, ...], str] = {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class FitSpec:
     samples_per_task: int | None = None
     balanced: bool = False
     tracking: tuple[Tracker, ...] = ()
+    rows: Mapping[str, str] | None = None  # what identifies each task's training rows; None where nobody asks
 
     def steps(self, stage: int) -> int | None:
         """Optimizer steps of a stage; None where its length is given in epochs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 from cpift.artifacts import Artifact
 from cpift.config import RegionsConfig, RunConfig
-from cpift.errors import CheckpointError, StageError
-from cpift.files import file_sha256, is_json, link_or_copy, write_json
+from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
+from cpift.files import file_sha256, is_json, link_or_copy, read_json, write_json
 from cpift.fusion import Fusion, FusionInputs
 from cpift.given import backbone_apart, has_apart, model_files, open_checkpoint, open_models
 from cpift.merging import Merging, Progress, merge
@@ -79,7 +79,9 @@ def fuse_models(
             link_or_copy(path, out / path.name)
     if template := shared_template(backbone.path, [model.path for model in artifacts.tuned.values()]):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
-    write_json(out / INPUTS_RECORD, describe_inputs(artifacts, backbone, hashed=config.resources.verify))
+    described = describe_inputs(artifacts, backbone, hashed=config.resources.verify)
+    _require_same_bytes(artifacts.regions.path / INPUTS_RECORD, described, artifact)
+    write_json(out / INPUTS_RECORD, described)
     checks = []
     if config.resources.verify:
         checks = verify(method, inputs.backbone, out, _counted(on_progress, "verification", inputs.backbone.numel))
@@ -102,9 +104,25 @@ def _set_aside(out: Path, artifact: Artifact) -> Path:
     return aside
 
 
-def describe_inputs(artifacts: StageArtifacts, backbone: Model, hashed: bool) -> dict[str, Any]:
+def _require_same_bytes(record: Path, described: Mapping[str, Any], artifact: Artifact) -> None:
+    """Raise ChangedInput if core regions were selected from other bytes than those of files of the same name now."""
+    selected = read_json(record) if record.is_file() else {}
+    problems = [
+        Problem(f"{label}: {name}", "is not the file that core regions were selected from", _TOUCH)
+        for label, model in selected.items()
+        for name, now in described.get(label, {"files": {}})["files"].items()
+        if None not in (hashes := {now["sha256"], model["files"].get(name, now)["sha256"]}) and len(hashes) > 1
+    ]
+    if problems:
+        raise ChangedInput(artifact.title, problems)
+
+
+_TOUCH = "it has the size and time of the other: `touch` it, so that regions are selected anew, and run again"
+
+
+def describe_inputs(artifacts: StageArtifacts, backbone: Model | None, hashed: bool) -> dict[str, Any]:
     """Every model that was read: its fingerprint, and the size and, if `hashed`, sha256 of each of its files."""
-    models = {"pretrained": artifacts.base, "backbone": backbone, **artifacts.tuned}
+    models = {"pretrained": artifacts.base, **({"backbone": backbone} if backbone else {}), **artifacts.tuned}
     files = list(dict.fromkeys(file for model in models.values() for file in model_files(model.path)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = dict(zip(files, pool.map(file_sha256, files) if hashed else [None] * len(files), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
@@ -18,6 +18,15 @@ from cpift.pretrained import require_no_code
 from cpift.relaid import in_layout_of
 from cpift.untrusted import ADAPTER, read_object
 from cpift.vocabulary import FittedCheckpoint, resized
+
+_Source = TypeVar("_Source", bound=CheckpointConfig | ModelConfig)
+
+
+def pinned(source: _Source) -> _Source:
+    """The source with the commit that its branch or tag means now: what is downloaded is then what was identified."""
+    if source.hub is None:
+        return source
+    return cast(_Source, source.model_copy(update={"revision": resolve_revision("model", source.hub, source.revision)}))
 
 
 def locate(source: CheckpointConfig | ModelConfig) -> Path:

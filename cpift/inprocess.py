@@ -50,8 +50,11 @@ class InProcessEngine:
     def _evaluate(self, title: str, path: Path, on_progress: OnProgress) -> dict[str, Any]:
         import torch
 
+        from cpift.data import same_rows
         from cpift.devices import compute_device, device_name
         from cpift.evaluate import evaluate_model
+        from cpift.given import model_files
+        from cpift.mapped_reads import guarded_reads
 
         tasks, settings = self._config.tasks, self._config.evaluation
         order = [task.name for task in tasks]
@@ -63,10 +66,12 @@ class InProcessEngine:
         torch.set_num_threads(self._config.resources.threads)
         device = compute_device(self._config.resources.gpus_per_worker)
         started = time.time()
-        scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_rows)
+        rows = {task.name: task.test_data for task in tasks}
+        with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
+            scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_rows)
         kept = {task: asdict(score) for task, score in scores.items()}
         _free_memory()
-        return {"scores": kept, "seconds": time.time() - started, "device": device_name(device)}
+        return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
 
 
 def _require_one_worker(resources: ResourcesConfig) -> None:
@@ -79,6 +84,8 @@ def _require_one_worker(resources: ResourcesConfig) -> None:
 def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
     """One fine-tune in this process; killed and called again it goes on from its last checkpoint."""
     from cpift.finetune import FitHooks, fit
+    from cpift.given import model_files
+    from cpift.mapped_reads import guarded_reads
 
     spec.scratch.mkdir(parents=True, exist_ok=True)
     hooks = FitHooks(
@@ -88,7 +95,8 @@ def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
     )
     partial = spec.export.with_name(f".{spec.export.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    fit(replace(spec, export=partial), hooks)
+    with guarded_reads(spec.title, model_files(spec.model)):
+        fit(replace(spec, export=partial), hooks)
     os.replace(partial, spec.export)
     spec.drop_checkpoints()
     _free_memory()

@@ -23,8 +23,9 @@ from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import checkpoint_layout
 from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings, setting_problems
+from cpift.mapped_files import MappedFile
 from cpift.patterns import Patterns
-from cpift.safetensors_files import FormatError, MappedFile, TensorInfo, read_header
+from cpift.safetensors_files import FormatError, TensorInfo, read_header
 from cpift.untrusted import UnreadableError
 from cpift.vocabulary import token_tensors
 
@@ -56,6 +57,7 @@ class LoraCheckpoint(Checkpoint):
     def __init__(self, folder: Path, base: Checkpoint):
         self.folder, self.base = folder, base
         self.ties, self.is_apart, self._maps, self._copies = base.ties, base.is_apart, {}, {}
+        self._versions = {}
         self.tensors = dict(base.tensors)
         self.config = base.config
         self._settings = adapter_settings(folder)
@@ -91,6 +93,10 @@ class LoraCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         """The adapter's own file: θ0's are counted with θ0."""
         return (self.folder / ADAPTER_WEIGHTS,)
+
+    def require_unchanged(self) -> None:
+        super().require_unchanged()
+        self.base.require_unchanged()
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1: a view of θ0 or of the adapter's file, or computed into memory of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from cpift.checkpoint_writing import (
 )
 from cpift.checkpoints import Checkpoint
 from cpift.errors import CpiftError
+from cpift.mapped_reads import guarded_reads
 from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import DEFAULT_BUDGET, Piece, sweep
 
@@ -104,7 +105,7 @@ def merge_shards(
 
 def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> dict[str, Any]:
     records = []
-    try:
+    with guarded_reads(shard.name), drained(writing):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
             for start, stop in sweep(method.models, info, method.pieces(info)):
@@ -112,9 +113,19 @@ def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, 
                 fill(start, stop, out)
                 writing.write(file, info.name, start, out)
                 progress(stop - start, info.name)
-    finally:  # also after an error: nothing may be written to a file that is being closed
         writing.drain()
+        for model in method.models:
+            model.require_unchanged()
     return {"tensors": records}
+
+
+@contextmanager
+def drained(writing: WriteBehind) -> Iterator[None]:
+    """Also after an error nothing may be written to a file that is being closed."""
+    try:
+        yield
+    finally:
+        writing.drain()
 
 
 def _looked_ahead(method: Method, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Prepared]]:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from cpift_kernels import fused_apply, masked_gram, slerp_coefficients, unpack_mask
 
-from cpift.checkpoints import Checkpoint, require_finite
+from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig
 from cpift.errors import CpiftError, entry
+from cpift.finite import require_finite
 from cpift.fusion import Fill, Fusion, FusionInputs, copy_of
 from cpift.regions import RegionMasks
 from cpift.safetensors_files import TensorInfo

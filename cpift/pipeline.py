@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cpift.artifacts import Artifact, require_sound
-from cpift.config import RunConfig
-from cpift.engine import Engine, Finish, fit_all
+from cpift.config import ModelConfig, RunConfig
+from cpift.engine import Engine, Finish, fit_all, keep_scores
 from cpift.errors import DamagedInput
 from cpift.files import read_json, write_json
 from cpift.fit_spec import FitSpec
-from cpift.given import given_fingerprint, locate
+from cpift.given import locate, model_files, pinned
 from cpift.grouping import Grouping, group_tasks
+from cpift.input_watch import noted, unchanged
 from cpift.locks import claimed
-from cpift.models import materialise, model_fingerprint
+from cpift.mapped_reads import guarded_reads
+from cpift.models import materialise
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.view import View
 
@@ -81,7 +83,7 @@ class Pipeline:
     def pretrained(self) -> Model:
         """θ0 as a safetensors folder."""
         if not self.artifacts.in_place:
-            self._make(self.artifacts.model, "model θ0", lambda out: materialise(self.config.model, out))
+            self._make(self.artifacts.model, "model θ0", lambda out: _copied(self.artifacts.source, out))
         return self.artifacts.base
 
     @_unless_damaged
@@ -219,8 +221,6 @@ class Pipeline:
 
     def _given_backbone(self) -> Model:
         """A backbone that the user names: a local directory or a hub id."""
-        from cpift.config import ModelConfig
-
         source, local = self.config.backbone.source, Path(self.config.backbone.source).is_dir()
         given = ModelConfig(
             path=Path(source) if local else None,
@@ -231,9 +231,10 @@ class Pipeline:
             scratch=None,
         )
         if self.config.merges_only and given.dtype == "auto":
-            return Model("backbone", locate(given), given_fingerprint(given))
-        artifact = self.artifacts.artifact("model", "backbone", {"source": model_fingerprint(given)}, {})
-        self._make(artifact, "given backbone", lambda out: materialise(given, out))
+            return self.artifacts.given("backbone", "backbone.source", given)
+        given = pinned(given)
+        artifact = self.artifacts.model_of("backbone.source", "backbone", given)
+        self._make(artifact, "given backbone", lambda out: _copied(given, out))
         return Model.of("backbone", artifact)
 
     def _check_rows(self) -> None:
@@ -254,12 +255,12 @@ class Pipeline:
         }
 
         def keep(title: str, result: dict[str, Any]) -> None:
-            with artifacts[title].build(result["device"], result["seconds"]) as out:
-                write_json(out / "scores.json", result["scores"])
+            keep_scores(artifacts[title], result, changes[title])
 
         self.worked = True
         self._said.add("evaluation")
         require_sound(todo.values(), self.root, self.view.warn)
+        changes = {title: noted(model_files(path)) for title, path in todo.items()}
         with self.view.stage(f"evaluation of {len(todo)} models"):
             self.engine.evaluate(todo, keep, self.view.progress)
 
@@ -289,7 +290,13 @@ class Pipeline:
             self.worked = True
             from cpift.devices import device_name
 
-            with artifact.compared(self.view.warn), self.view.stage(title), artifact.build(device_name()) as out:
+            files = [file for folder in read for file in model_files(folder)]
+            with (
+                artifact.compared(self.view.warn),
+                self.view.stage(title),
+                artifact.build(device_name()) as out,
+                guarded_reads(artifact.title, files),
+            ):
                 build(out)
         return artifact
 
@@ -308,3 +315,10 @@ class Pipeline:
         self._said.add(title)
         self.worked = True
         fit_all(self.engine.fit, self.view, title, missing, specs(), finish)
+
+
+def _copied(source: ModelConfig, out: Path) -> None:
+    """Write θ0, or a given backbone, into `out`. Raises ChangedInput where a hub's files change while they are read."""
+    files = model_files(locate(source)) if source.hub is not None else []
+    with unchanged(f"the copy of {source.hub}", files):
+        materialise(source, out)

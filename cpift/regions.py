@@ -22,11 +22,13 @@ from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 from safetensors.torch import save_file
 
-from cpift.checkpoints import Checkpoint, first_problems, is_finite, require_same_layout
+from cpift.checkpoints import Checkpoint, first_problems, require_same_layout
 from cpift.config import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import read_json, write_json
-from cpift.safetensors_files import MappedFile, read_tensors_of
+from cpift.finite import is_finite
+from cpift.mapped_files import MappedFile
+from cpift.safetensors_files import read_tensors_of
 from cpift.streaming import (
     DEFAULT_BUDGET,
     MaskFiles,

@@ -117,6 +117,10 @@ class RelaidCheckpoint(Checkpoint):
     def apart(self) -> Checkpoint:
         return in_layout_of(self._base.apart(), self._inner.apart())
 
+    def require_unchanged(self) -> None:
+        self._inner.require_unchanged()
+        self._base.require_unchanged()
+
     def unequal_copies(self) -> Iterator[Problem]:
         return self._inner.unequal_copies()
 

@@ -9,13 +9,11 @@ import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import struct
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# A private map of a file larger than the memory must not be counted as if every page would be written.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # the file system cannot reserve room
@@ -151,37 +147,6 @@ def _check_layout(infos: Iterable[TensorInfo], data: int, size: int) -> None:
         end += info.nbytes
     if end != size:
         raise FormatError(f"it has {size} bytes, its header describes {end}")
-
-
-class MappedFile:
-    """A file's bytes as tensors that share the page cache: nothing is copied, and pages can be given back."""
-
-    def __init__(self, path: Path):
-        with path.open("rb") as file:
-            self._map = mmap.mmap(
-                file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )  # writable, for torch warns of memory that is not; what would be written stays private
-
-    def view(self, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """`count` elements from byte `start` on. For reading only."""
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
-
-    def prefetch(self, start: int, stop: int) -> None:
-        """Ask the system to read bytes start..stop-1 from the disk, without waiting for them."""
-        self._advise(mmap.MADV_WILLNEED, start // mmap.PAGESIZE * mmap.PAGESIZE, stop)
-
-    def release(self, start: int, stop: int) -> None:
-        """Unmap whole pages of bytes start..stop-1; they stay in the page cache as long as there is room."""
-        self._advise(
-            mmap.MADV_DONTNEED, -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        )
-
-    def _advise(self, advice: int, start: int, stop: int) -> None:
-        if stop > start:
-            with suppress(OSError):  # advice only: a file system may not take it
-                self._map.madvise(advice, start, stop - start)
 
 
 def laid_out(path: Path, infos: Sequence[TensorInfo]) -> tuple[bytes, list[TensorInfo]]:

@@ -7,23 +7,33 @@ of it, each says beside itself (`config_identity.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cpift.artifacts import Artifact
-from cpift.config import CheckpointConfig, ResourcesConfig, RunConfig, TaskConfig, TrainingConfig
+from cpift.checkpoint_checks import source_files
+from cpift.config import (
+    CheckpointConfig,
+    DataSource,
+    ModelConfig,
+    ResourcesConfig,
+    RunConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from cpift.config_identity import identity_of
 from cpift.data import source_fingerprint
 from cpift.errors import entry
 from cpift.files import read_json
 from cpift.fusion import CONFLICTS
-from cpift.given import as_read, given_fingerprint, locate
+from cpift.given import as_read, given_fingerprint, locate, model_files, pinned
 from cpift.grouping import Grouping
+from cpift.input_watch import InputWatch
 from cpift.methods import method_named
 from cpift.models import model_fingerprint
 
@@ -50,17 +60,53 @@ class StageArtifacts:
     def __init__(self, config: RunConfig, maker: str = ""):
         self.config, self.maker = config, maker
         self.root = config.output_dir
+        self.watch = InputWatch()
+        self._train_rows: dict[str, str] = {}
 
     def artifact(self, stage: str, label: str, inputs: Mapping[str, str], fields: Mapping[str, Any]) -> Artifact:
-        return Artifact(self.root, stage, label, inputs, fields, _VERSIONS[stage], self.maker)
+        return Artifact(self.root, stage, label, inputs, fields, _VERSIONS[stage], self.maker, self.watch)
 
     @cached_property
     def model(self) -> Artifact:
-        return self.artifact("model", "", {"source": model_fingerprint(self.config.model)}, {})
+        return self.model_of("model", "", self.source)
+
+    @cached_property
+    def source(self) -> ModelConfig:
+        """Where θ0 comes from; of the hub, at one commit."""
+        return pinned(self.config.model)
+
+    def model_of(self, title: str, label: str, source: ModelConfig) -> Artifact:
+        """A copy of a model as fine-tunes start from it. `title`: the field that names it; `source`: pinned."""
+        value = self.watch.identify(title, lambda: source_files(source), lambda: model_fingerprint(source))
+        return self.artifact("model", label, {"source": value}, {})
+
+    def given(
+        self,
+        title: str,
+        field: str,
+        source: CheckpointConfig | ModelConfig,
+        read: Callable[[str, Path], str] = lambda fingerprint, folder: fingerprint,
+    ) -> Model:
+        """A model that is read where it lies. `field` names it in the config; `read`: see `given.as_read`."""
+        source = pinned(source)
+        folder = locate(source)
+        value = self.watch.identify(field, lambda: model_files(folder), lambda: read(given_fingerprint(source), folder))
+        return Model(title, folder, value)
+
+    def _data(self, task: str, split: str, source: DataSource) -> str:
+        files = [source.file] if source.file is not None else []
+        field = f"tasks.{task}.{split}"
+        return self.watch.identify(field, lambda: files, lambda: source_fingerprint(source))
+
+    def train_rows(self, task: str) -> str:
+        """What identifies the training rows of a task."""
+        if task not in self._train_rows:
+            self._train_rows[task] = self._data(task, "train", self.config.task(task).train_data)
+        return self._train_rows[task]
 
     @cached_property
     def _train_data(self) -> dict[str, str]:
-        return {f"data {task.name}": source_fingerprint(task.train_data) for task in self.config.tasks}
+        return {f"data {task.name}": self.train_rows(task.name) for task in self.config.tasks}
 
     def _training_fields(
         self, stage: str, training: TrainingConfig, threads: int, resources: ResourcesConfig
@@ -78,8 +124,7 @@ class StageArtifacts:
     def base(self) -> Model:
         """θ0: where it lies if nothing is trained from it, else the copy that fine-tunes start from."""
         if self.in_place:
-            folder = locate(self.config.model)
-            return Model("base", folder, as_read(given_fingerprint(self.config.model), folder))
+            return self.given("base", "model", self.config.model, as_read)
         return Model.of("base", self.model)
 
     @property
@@ -99,9 +144,9 @@ class StageArtifacts:
         }
 
     def _given(self, task: str, source: CheckpointConfig) -> Model:
-        folder = locate(source)
         base = self.base.path if self.in_place or self.model.complete else None
-        return Model(f"probe {task}", folder, as_read(given_fingerprint(source), folder, base))
+        read = partial(as_read, base=base)
+        return self.given(f"probe {task}", f"tasks.{task}.checkpoint", source, read)
 
     @cached_property
     def probes(self) -> dict[str, Artifact]:
@@ -109,7 +154,7 @@ class StageArtifacts:
         return {task.name: self._probe(task) for task in self.config.trained}
 
     def _probe(self, task: TaskConfig) -> Artifact:
-        inputs = {"model": self.model.fingerprint, "data": source_fingerprint(task.train_data)}
+        inputs = {"model": self.model.fingerprint, "data": self.train_rows(task.name)}
         resources = self.config.resources.overridden(task.resources)
         fields = self._training_fields("probe", self.config.probe_training, resources.threads, resources)
         return self.artifact("probe", task.name, inputs, fields)
@@ -166,7 +211,7 @@ class StageArtifacts:
     def evaluate(self, model: Model) -> Artifact:
         tasks = self.config.tasks
         inputs = {"model": model.fingerprint} | {
-            f"data {task.name}": source_fingerprint(task.test_data) for task in tasks
+            f"data {task.name}": self._data(task.name, "test", task.test_data) for task in tasks
         }
         fields = identity_of(self.config.evaluation, "evaluate") | {"threads": self.config.resources.threads}
         fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]

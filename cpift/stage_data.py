@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift.config import TaskConfig
-from cpift.data import balanced_sample, count_examples, mixture, pick_examples, read_examples, tokenised_dataset
+from cpift.data import (
+    balanced_sample,
+    count_examples,
+    mixture,
+    pick_examples,
+    read_examples,
+    same_rows,
+    tokenised_dataset,
+)
 from cpift.examples import Example
 from cpift.fit_spec import FitSpec
 from cpift.packing import packed
@@ -38,12 +46,13 @@ def stage_data(
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
     length = spec.training.max_length
     parts = []
-    for task, examples in zip(chosen, _examples(spec, chosen), strict=True):
-        use, file = RowUse(length), folder / f"stage-{index}-{task.name}.arrow"
-        with checked_templates():  # by `preflight`
-            parts.append(tokenised_dataset(examples, tokenizer, length, file, use))
-        if uses is not None:
-            uses[task.name] = use.record
+    with same_rows({task.name: task.train_data for task in chosen}, spec.rows):
+        for task, examples in zip(chosen, _examples(spec, chosen), strict=True):
+            use, file = RowUse(length), folder / f"stage-{index}-{task.name}.arrow"
+            with checked_templates():  # by `preflight`
+                parts.append(tokenised_dataset(examples, tokenizer, length, file, use))
+            if uses is not None:
+                uses[task.name] = use.record
     mixed = mixture(parts, spec.seed + index, spec.training.mixing)
     return packed(mixed, length, folder / f"stage-{index}-packed.arrow") if spec.training.packing else mixed
 

@@ -14,9 +14,9 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
 from cpift.devices import device_name
-from cpift.files import read_json
+from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
-from cpift.fusion_stage import FUSION_RECORD, fuse_models
+from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fuse_models
 from cpift.given import open_models
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.regions import Streaming, read_summary, write_regions
@@ -43,6 +43,7 @@ def _fit_spec(
         logs=run.root / "logs" / title.replace(" ", "-"),
         tracking=run.config.tracking,
         resources=run.config.resources,
+        rows={task: run.artifacts.train_rows(task) for stage in stages for task in stage.tasks},
     )
 
 
@@ -118,6 +119,9 @@ def select_core_regions(run: Pipeline, outputs: Mapping[float, Path]) -> None:
     mark = run.merging.mark if run.merging else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
     write_regions(pretrained, tuned, run.config.regions, outputs, streaming)
+    described = describe_inputs(run.artifacts, None, hashed=run.config.resources.verify)
+    for out in outputs.values():
+        write_json(out / INPUTS_RECORD, described)
 
 
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpift.artifacts import Artifact
+from cpift.artifacts import Artifact, require_sound
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
-from cpift.engine import Finish, fit_all
-from cpift.files import digest, link_or_copy, write_json
+from cpift.engine import Finish, fit_all, keep_scores
+from cpift.files import digest, link_or_copy
 from cpift.fit_spec import FitSpec
+from cpift.given import model_files
+from cpift.input_watch import noted
 from cpift.locks import claimed
 from cpift.merging import Merging
 from cpift.pipeline import Pipeline
@@ -124,6 +126,8 @@ class SharedWork:
                 self.view.cached(f"core regions for {len(runs)} p")
                 return
             first = runs[0]
+            read = [first.artifacts.base.path, *(model.path for model in first.artifacts.tuned.values())]
+            require_sound(read, first.root, self.view.warn)
             with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
                 started = time.time()
                 folders = {p: artifact.work_dir / "regions" for p, artifact in missing.items()}
@@ -163,10 +167,11 @@ class SharedWork:
         titled = {f"{model.title} [{artifact.fingerprint[:6]}]": (artifact, model) for artifact, model, _ in entries}
 
         def keep(title: str, result: dict[str, Any]) -> None:
-            with titled[title][0].build(result["device"], result["seconds"]) as out:
-                write_json(out / "scores.json", result["scores"])
+            keep_scores(titled[title][0], result, changes[title])
 
+        changes = {title: noted(model_files(model.path)) for title, (_, model) in titled.items()}
         if entries:
+            require_sound((model.path for _, model, _ in entries), entries[0][0].root, self.view.warn)
             runs = {artifact.path: run for artifact, _, run in entries}
             paths = {title: loadable(runs[made.path], model, made) for title, (made, model) in titled.items()}
             self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)

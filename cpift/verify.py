@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from cpift_kernels import count_mask, gather_masked, union_mask
 
-from cpift.checkpoints import Checkpoint, is_finite
+from cpift.checkpoints import Checkpoint
+from cpift.finite import is_finite
 from cpift.fusion import Fusion
 from cpift.layout import loading_faults
 from cpift.merging import Progress

@@ -50,6 +50,10 @@ class FittedCheckpoint(Checkpoint):
     def apart(self) -> Checkpoint:
         return FittedCheckpoint(self._inner.apart(), self._base.apart())
 
+    def require_unchanged(self) -> None:
+        self._inner.require_unchanged()
+        self._base.require_unchanged()
+
     def unequal_copies(self) -> Iterator[Problem]:
         return self._inner.unequal_copies()
 

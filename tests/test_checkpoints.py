@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cpift.checkpoint_writing import write_like
-from cpift.checkpoints import Checkpoint, require_finite, require_same_layout
+from cpift.checkpoints import Checkpoint, require_same_layout
 from cpift.errors import CheckpointError
+from cpift.finite import require_finite
 
 from .conftest import random_tensors, save_checkpoint
 

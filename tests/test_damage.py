@@ -122,7 +122,10 @@ OTHERS: list[tuple[str, str, Callable[[Path], None]]] = [
 DAMAGES = [("fuse", "manifest.json", damage) for damage in MANIFESTS.values()] + OTHERS
 
 
-@pytest.mark.parametrize(("stage", "name", "damage"), DAMAGES)
+@pytest.mark.parametrize(
+    ("stage", "name", "damage"),
+    [pytest.param(*case, marks=() if n % 4 == 0 else pytest.mark.slow) for n, case in enumerate(DAMAGES)],
+)
 def test_what_is_damaged_is_set_aside_and_made_again(
     stage: str, name: str, damage: Callable[[Path], None], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
