@@ -118,6 +118,29 @@ def _not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterato
     yield from (same[0] for same in names.values() if not any(name in given for name in same))
 
 
+def wrapping_prefix(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> str:
+    """What all names of a file have before those that the class would take them by; nothing where it takes them."""
+    if not tensors or not layout_of(network, tensors).missing:
+        return ""
+    parts = next(iter(tensors)).split(".")
+    for depth in range(1, len(parts)):
+        prefix = ".".join(parts[:depth]) + "."
+        if not all(name.startswith(prefix) for name in tensors):
+            break
+        if not layout_of(network, {name.removeprefix(prefix): shape for name, shape in tensors.items()}).missing:
+            return prefix
+    return ""
+
+
+def key_mapping(folder: Path) -> dict[str, str] | None:
+    """`from_pretrained`'s argument of that name for a folder whose file has a `wrapping_prefix`, else None."""
+    checkpoint = Checkpoint(folder)
+    if len({name.split(".")[0] for name in checkpoint.names}) != 1:
+        return None
+    prefix = wrapping_prefix(skeleton(folder), {info.name: info.shape for info in checkpoint.tensors.values()})
+    return {f"^{re.escape(prefix)}": ""} if prefix else None
+
+
 _BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 
 

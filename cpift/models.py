@@ -24,6 +24,7 @@ from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import file_sha256
 from cpift.gguf_files import read_gguf
 from cpift.hub import cached_folder, download, resolve_revision
+from cpift.layout import key_mapping
 from cpift.model_sizes import gguf_problems, memory_problem
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         loaded: Any = pretrained.load_network(
             path,
             dtype=dtype or "auto",
+            key_mapping=key_mapping(path),
             ignore_mismatched_sizes=True,  # so that they are listed; _checked_network refuses them
             output_loading_info=True,
         )

@@ -19,7 +19,7 @@ from cpift.architecture import CONFIG, skeleton
 from cpift.checkpoints import Checkpoint
 from cpift.conversion import RESAVE, Block, Shape
 from cpift.errors import CheckpointError, Problem
-from cpift.layout import Layout, is_buffer, layout_of
+from cpift.layout import Layout, is_buffer, layout_of, wrapping_prefix
 from cpift.safetensors_files import TensorInfo
 
 _MOST_RUNS = 1 << 20  # of one tensor; more than that is a transposition, which no slice of a file gives
@@ -33,30 +33,17 @@ def in_layout_of(base: Checkpoint, other: Checkpoint) -> Checkpoint:
     """
     if set(base.tensors) == set(other.tensors) or not (base.folder / CONFIG).is_file():
         return other
-    prefix = wrapping_prefix(base, other)
     try:
-        mine, theirs = _layout(base, ""), _layout(other, prefix, base.folder)
+        network = skeleton(base.folder)
+        prefix = wrapping_prefix(network, _sizes(other))
+        mine, theirs = layout_of(network, _sizes(base)), layout_of(network, _sizes(other, prefix))
     except CheckpointError:
         return other
-    return RelaidCheckpoint(other, base, mine, theirs) if _shares(mine, theirs) else other
+    return RelaidCheckpoint(other, base, mine, theirs, prefix) if _shares(mine, theirs) else other
 
 
-def wrapping_prefix(base: Checkpoint, other: Checkpoint) -> str:
-    """What all names of `other` begin with, if without it most of them are names of `base`; else nothing."""
-    parts = next(iter(other.names)).split(".")
-    for depth in range(1, len(parts)):
-        prefix = ".".join(parts[:depth]) + "."
-        if not all(name.startswith(prefix) for name in other.names):
-            break
-        found = sum(name.removeprefix(prefix) in base.tensors for name in other.names)
-        if found > len(other.names) // 2 and found > sum(name in base.tensors for name in other.names):
-            return prefix
-    return ""
-
-
-def _layout(model: Checkpoint, prefix: str, folder: Path | None = None) -> Layout:
-    sizes = {name.removeprefix(prefix): info.shape for name, info in model.tensors.items()}
-    return layout_of(skeleton(folder or model.folder), sizes)
+def _sizes(model: Checkpoint, prefix: str = "") -> dict[str, Shape]:
+    return {name.removeprefix(prefix): info.shape for name, info in model.tensors.items()}
 
 
 def _shares(mine: Layout, theirs: Layout) -> bool:
@@ -93,12 +80,11 @@ class RelaidCheckpoint(Checkpoint):
     buffers apart: then it is another model.
     """
 
-    def __init__(self, inner: Checkpoint, base: Checkpoint, mine: Layout, theirs: Layout):
+    def __init__(self, inner: Checkpoint, base: Checkpoint, mine: Layout, theirs: Layout, prefix: str):
         self.folder, self.config = inner.folder, inner.config
         self.ties, self.is_apart = inner.ties, inner.is_apart
-        self._made_of = inner, base, mine, theirs
+        self._made_of = inner, base, mine, theirs, prefix
         self._inner, self._base, self._maps = inner, base, {}
-        prefix = wrapping_prefix(base, inner)
         found = {name: _stretches(name, mine, theirs) for name in base.tensors}
         self._runs = {name: runs.prefixed(prefix) for name, runs in found.items() if runs is not None}
         taken = {tensor for runs in self._runs.values() for tensor in runs.tensors}

@@ -24,6 +24,7 @@ from cpift.errors import StageError
 from cpift.files import read_json
 from cpift.given import open_checkpoint
 from cpift.layout import ParameterMasks, checkpoint_layout
+from cpift.models import load_model
 from cpift.pipeline import Pipeline
 from cpift.scratch import make_scratch_tokenizer
 from cpift.verify import check_loads, failures
@@ -193,6 +194,13 @@ def test_a_tune_in_another_layout_reads_as_one_in_its_own(
         other.release(name, start, stop)
     again = pickle.loads(pickle.dumps(other))
     assert torch.equal(again.tensor(base.names[0]), plain.tensor(base.names[0]))
+
+
+def test_a_wrapped_tune_is_loaded_to_be_scored(tmp_path: Path) -> None:
+    plain = saved(tmp_path / "plain", "qwen3_moe")
+    wrapped = other_layout(saved(tmp_path / "wrapped", "qwen3_moe"), "wrapped")
+    one, two = load_model(plain).state_dict(), load_model(wrapped).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_buffers_of_the_base_alone_are_its_own(tmp_path: Path) -> None:
