@@ -93,7 +93,7 @@ class Untraceable(Exception):
 class Traced:
     """A tensor without values: its shape, and the blocks of the file's tensors that it is made of.
 
-    What transformers' conversions do to it is in `_MOVES` and in the methods below; all else raises Untraceable.
+    What transformers' conversions do to it is in `MOVES` and in the methods below; all else raises Untraceable.
     """
 
     def __init__(self, shape: Sequence[int], blocks: Sequence[Block]):
@@ -106,9 +106,9 @@ class Traced:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in _MOVES:
+        if function not in MOVES:
             raise Untraceable(function.__name__)
-        return _MOVES[function](*args, **(kwargs or {}))
+        return MOVES[function](*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("__") else Untraceable(name)
@@ -179,7 +179,7 @@ def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
     return Traced([tensor.shape[dim] for dim in order], [block.permuted(order) for block in tensor.blocks])
 
 
-_MOVES: dict[Any, Callable[..., Any]] = {
+MOVES: dict[Any, Callable[..., Any]] = {
     torch.stack: _stack,
     torch.cat: _cat,
     torch.split: _split,

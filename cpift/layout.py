@@ -18,7 +18,7 @@ from cpift_kernels import pack_mask, unpack_mask
 
 from cpift.architecture import skeleton
 from cpift.checkpoints import Checkpoint, first_problems
-from cpift.conversion import Block, Shape, Traced, converted
+from cpift.conversion import MOVES, Block, Shape, Traced, converted
 from cpift.errors import CheckpointError, Problem
 from cpift.pretrained import loading_info
 
@@ -157,6 +157,38 @@ def is_buffer(network: PreTrainedModel, tensor: str) -> bool:
     modules = dict(network.named_modules())
     holder = next((modules[one] for one in (path, f"{network.base_model_prefix}.{path}") if one in modules), None)
     return leaf == "bias" and holder is not None and any(True for _ in holder.children())
+
+
+def models_table() -> str:
+    """The table of docs/supported.md."""
+    moves = ", ".join(f"`{function.__name__}`" for function in MOVES)
+    buffers = ", ".join(f"`{pattern}`" for pattern in _BUFFERS)
+    rows = [
+        (
+            "a class of transformers that reads text alone",
+            "trained and merged, as `architectures` of `config.json` names it",
+        ),
+        ("one that reads images, sound or the like too", "merged; training it is refused by `plan`"),
+        ("θ0 whose files lack a parameter of its class, or have it in another shape", "refused by `plan`"),
+        (
+            f"parameters that transformers makes of several tensors by {moves}",
+            "trained, frozen and exported tensor by tensor, under the file's names",
+        ),
+        (
+            "parameters that it makes otherwise",
+            "merged with tunes of the same layout; training is refused, with the way to save them anew",
+        ),
+        (
+            "a tune of θ0 under other names: experts in one tensor or each in its own, a prefix more or less",
+            "read under θ0's names",
+        ),
+        (
+            f"buffers that the class does not load: its own list, {buffers}, `bias` of a module of modules",
+            "a tune's are left out, θ0's are kept",
+        ),
+        ("other tensors that one of the two lacks", "refused by `plan`, with counts and first names of both"),
+    ]
+    return "\n".join(["| what | what happens |", "|---|---|", *(f"| {what} | {does} |" for what, does in rows)])
 
 
 def loading_faults(checkpoint: Checkpoint) -> list[str]:

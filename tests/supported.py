@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cpift import lora_config, model_fields
+from cpift import layout, lora_config, model_fields
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "supported.md"
 
 TABLES: dict[str, Callable[[], str]] = {
     "adapters": lora_config.fields_table,
+    "models": layout.models_table,
     "configuration": model_fields.fields_table,
 }  # a marker in the document → the function that gives its table as markdown
 
