@@ -20,6 +20,7 @@ from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config_loading import with_fields
 from cpift.config_training import Mixing
 from cpift.data import count_examples
+from cpift.errors import entry
 from cpift.files import digest, read_json
 from cpift.fit_spec import RESULT, FitSpec, StageSpec
 from cpift.models import load_tokenizer
@@ -51,6 +52,34 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 _EVEN = Mixing(temperature=1000)  # shares ∝ rows^(1/1000): within half a percent of equal up to 100 times the rows
 _REPLAY = "no fusion, no freezing"
+
+
+@dataclass(frozen=True)
+class OfCpift:
+    """What of CPI-FT's own stages a judged model needs."""
+
+    backbone: bool = False
+    fusion: bool = False
+    integration: bool = False
+
+
+JUDGED: dict[str, OfCpift] = {
+    **dict.fromkeys(("base", "probe", "probes", "sft"), OfCpift()),
+    "backbone": OfCpift(backbone=True),
+    "fused": OfCpift(backbone=True, fusion=True),
+    "final": OfCpift(backbone=True, fusion=True, integration=True),
+}
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What `budgets` may name."""
+
+    title: str
+    with_probes: bool
+
+
+BUDGETS = {"total": Allowance("total", True), "after_probes": Allowance("after probes", False)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +126,7 @@ def methods_of(made: Comparison) -> list[Method]:
 
 def _plain(made: Comparison, budget: Budget) -> list[Method]:
     """Plain SFT in every order, with a budget."""
-    suffix = "" if budget == made.config.budgets[0] else ", after probes" if budget == "after_probes" else ", total"
+    suffix = "" if budget == made.config.budgets[0] else f", {entry(BUDGETS, budget, 'budgets').title}"
     orders: dict[str, Callable[[Pipeline], Groups]] = {
         "full SFT": together,
         "multi-stage SFT, random": lambda run: in_stages(shuffled(run), made.config.stages),
@@ -195,7 +224,7 @@ class Budgets:
         specs = [integration_spec(run, base, groups, run.artifacts.integrate(groups, fused))]
         staged = run.artifacts.backbone(groups)
         specs += [backbone_spec(run, base, groups, staged)] if staged else []
-        specs += probe_specs(run, base) if budget == "total" else []
+        specs += probe_specs(run, base) if entry(BUDGETS, budget, "budgets").with_probes else []
         return sum(self.planned(spec) for spec in specs)
 
     def sft(self, run: Pipeline, groups: Groups, budget: Budget, balanced: bool = False) -> Pipeline:
@@ -235,7 +264,7 @@ class Trained:
             assert self.method.budget is not None
             self.groups = self.method.order(self.run)
             self.sft = budgets.sft(self.run, self.groups, self.method.budget, self.method.balanced)
-        elif self.method.judged in ("backbone", "fused", "final"):
+        elif self.needs_backbone:
             self.groups = self.run.group().groups
 
     def fit(self) -> Wanted | None:
@@ -248,15 +277,15 @@ class Trained:
 
     @property
     def needs_backbone(self) -> bool:
-        return self.method.judged in ("backbone", "fused", "final")
+        return entry(JUDGED, self.method.judged, "judged").backbone
 
     @property
     def needs_fusion(self) -> bool:
-        return self.method.judged in ("fused", "final")
+        return entry(JUDGED, self.method.judged, "judged").fusion
 
     def integration(self) -> Wanted | None:
         """What CPI-FT's last stage trains."""
-        if self.method.judged != "final":
+        if not entry(JUDGED, self.method.judged, "judged").integration:
             return None
         spec = integration_spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
         title = f"{self.method.name}, integration"
@@ -282,10 +311,10 @@ class Trained:
         own = run.config.fusion.isolates  # other merges know no regions
         staged = run.artifacts.backbone(self.groups) if own else None
         yield from [run.artifacts.regions, *([staged] if staged else [])] if own else []
-        if self.method.judged != "backbone":
+        if self.needs_fusion:
             fused = run.artifacts.fuse(self.groups if own else (), expected_backbone(run) if own else run.pretrained())
             yield fused
-            if self.method.judged == "final":
+            if entry(JUDGED, self.method.judged, "judged").integration:
                 yield run.artifacts.integrate(self.groups, fused)
 
 

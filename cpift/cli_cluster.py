@@ -62,7 +62,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     from rich.console import Console
 
     from cpift.errors import StageError
-    from cpift.sweep_config import load_sweep
+    from cpift.sweep_config import KEEPS, load_sweep
 
     loaded = load_sweep(config, overrides or [], output)
     from cpift.locks import exclusive
@@ -85,7 +85,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     Console().print(results_table(data))
     typer.echo(f"Report: {report}")
     if data.best_yaml:
-        made = "makes its model again" if data.keep == "scores" else "finds everything made"
+        made = "makes its model again" if not KEEPS[data.keep].best else "finds everything made"
         typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {made})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)

@@ -252,7 +252,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _lora_is_not_sharded(self) -> RunConfig:
         trainings = (self.probe, self.backbone.training)
-        if self.resources.strategy == "fsdp" and any(training and training.lora for training in trainings):
+        if self.resources.sharded and any(training and training.lora for training in trainings):
             raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
         return self
 

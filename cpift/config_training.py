@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 
 from cpift.config_identity import FITS, identity
 from cpift.config_inputs import Bytes, Precision, Section, exactly_one
+from cpift.errors import entry
 
 Freeze = Literal["earlier", "all", "none"]
 Strategy = Literal["ddp", "fsdp"]
+SHARDED = {"ddp": False, "fsdp": True}  # `resources.strategy` → whether several workers share out a model
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
@@ -208,13 +210,18 @@ class ResourcesConfig(Section):
 
     @model_validator(mode="after")
     def _elastic(self) -> ResourcesConfig:
-        least = 2 if self.strategy == "fsdp" else 1
+        least = 2 if self.sharded else 1
         if self.min_workers is not None and not least <= self.min_workers <= self.workers:
             raise ValueError(
                 f"min_workers {self.min_workers}: give a number from {least} to workers ({self.workers})"
-                + ("; one worker alone cannot read what several shared out" if self.strategy == "fsdp" else "")
+                + ("; one worker alone cannot read what several shared out" if self.sharded else "")
             )
         return self
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each of several workers holds its share of a model, not all of it."""
+        return entry(SHARDED, self.strategy, "resources.strategy")
 
     @property
     def on_cluster(self) -> bool:

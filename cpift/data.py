@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpift.config import DataSource, TaskConfig
 from cpift.config_training import Mixing
-from cpift.errors import ChangedInput, CpiftError, DataError, Problem
+from cpift.errors import ChangedInput, CpiftError, DataError, Problem, entry
 from cpift.examples import Example, Message, RowError, parse_row
 from cpift.files import digest
 from cpift.hub import HubError
@@ -152,6 +152,9 @@ def check_task(
     return problems
 
 
+SIZES: dict[str, Callable[[Dataset], int]] = {"rows": len, "tokens": lambda dataset: sum(count_tokens(dataset))}
+
+
 def mixture(datasets: Sequence[Dataset], seed: int, mixing: Mixing = Mixing()) -> Dataset:  # noqa: B008 (frozen)
     """The tasks of one group for joint training, in a random order that `seed` decides.
 
@@ -173,7 +176,7 @@ def _quotas(datasets: Sequence[Dataset], mixing: Mixing) -> list[int]:
     rows = [len(dataset) for dataset in datasets]
     if mixing.temperature == 1:
         return rows
-    sizes = [sum(count_tokens(dataset)) for dataset in datasets] if mixing.by == "tokens" else rows
+    sizes = [entry(SIZES, mixing.by, "mixing.by")(dataset) for dataset in datasets]
     weights = [size ** (1 / mixing.temperature) for size in sizes]
     shares = [weight / sum(weights) * sum(sizes) for weight in weights]
     return [max(1, round(share * n / size)) for share, n, size in zip(shares, rows, sizes, strict=True)]

@@ -8,12 +8,13 @@ asks torch whether there are any.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from cpift.config_inputs import Precision
-from cpift.errors import CpiftError
+from cpift.errors import CpiftError, entry
 
 Device = Literal["cpu", "cuda"]
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -51,9 +52,7 @@ def visible_gpus() -> int:
 
 def resolved(precision: Precision, device: Device) -> Precision:
     """What products are computed in: as asked for, and for `auto` bfloat16 where that is native, else float32."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if native_bf16(device) else "float32"
+    return entry(PRECISIONS, precision, "precision")(device)
 
 
 def native_bf16(device: Device) -> bool:
@@ -61,6 +60,14 @@ def native_bf16(device: Device) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# `precision` → what a kind of device computes products in
+PRECISIONS: dict[str, Callable[[Device], Precision]] = {
+    "auto": lambda device: "bfloat16" if native_bf16(device) else "float32",
+    "bfloat16": lambda device: "bfloat16",
+    "float32": lambda device: "float32",
+}
 
 
 def device_name(device: Device = "cpu") -> str:

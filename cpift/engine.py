@@ -113,7 +113,7 @@ def fit_all(
 def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
     trained = read_json(export / RESULT)
-    for sentence, warns in told(trained["title"], trained.get("rows", ())):
+    for sentence, warns in told(trained.get("title", artifact.title), trained.get("rows", ())):
         (view.warn if warns else view.note)(sentence)
     with artifact.build(trained["device"], trained["seconds"]) as out:
         for path in sorted(export.iterdir()):

@@ -114,7 +114,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
 
 def _sharded(spec: FitSpec) -> bool:
     """One worker has nothing to shard."""
-    return spec.resources.strategy == "fsdp" and workers_here() > 1
+    return spec.resources.sharded and workers_here() > 1
 
 
 def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:

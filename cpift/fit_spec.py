@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpift.config import ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config_training import Freeze, Tracker
+from cpift.errors import entry
 
 RESULT = "training.json"
 
@@ -20,6 +21,10 @@ class StageSpec:
 
     tasks: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+
+
+# `steps_per` → how often a stage of these tasks takes `steps`
+STEPS_PER: dict[str, Callable[[Sequence[str]], int]] = {"stage": lambda tasks: 1, "task": len}
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class FitSpec:
 
     def steps(self, stage: int) -> int | None:
         """Optimizer steps of a stage; None where its length is given in epochs."""
-        steps, per = self.training.steps, self.training.steps_per
-        return steps and steps * (len(self.stages[stage].tasks) if per == "task" else 1)
+        each = entry(STEPS_PER, self.training.steps_per, "steps_per")
+        return self.training.steps and self.training.steps * each(self.stages[stage].tasks)
 
     @property
     def remote_storage(self) -> bool:
@@ -65,6 +70,14 @@ class FitSpec:
         return math.ceil(self.training.gradient_accumulation * self.resources.workers / workers)
 
 
+# `integration.freeze` → the groups whose cores are frozen in stage k
+FREEZES: dict[str, Callable[[Sequence[Sequence[str]], int], Sequence[Sequence[str]]]] = {
+    "earlier": lambda groups, k: groups[:k],
+    "all": lambda groups, k: groups,
+    "none": lambda groups, k: (),
+}
+
+
 def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[StageSpec, ...]:
     """One stage a group, in order.
 
@@ -73,6 +86,6 @@ def stages_of(groups: Sequence[Sequence[str]], freeze: Freeze | None) -> tuple[S
     """
     stages = []
     for k, group in enumerate(groups):
-        frozen_groups = {None: [], "none": [], "earlier": groups[:k], "all": groups}[freeze]
+        frozen_groups = [] if freeze is None else entry(FREEZES, freeze, "integration.freeze")(groups, k)
         stages.append(StageSpec(tuple(group), tuple(task for earlier in frozen_groups for task in earlier)))
     return tuple(stages)

@@ -114,10 +114,10 @@ class Fusion:
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig):
         self.inputs, self.config = inputs, config
-        self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
         self._conflict = entry(CONFLICTS, config.conflict, "fusion.conflict")
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
+        self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
         self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import CheckpointConfig, ModelConfig
-from cpift.errors import CheckpointError, CpiftError, Problem
+from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
 from cpift.lora import LoraCheckpoint, unties
@@ -19,6 +19,7 @@ from cpift.relaid import in_layout_of
 from cpift.untrusted import ADAPTER, read_object
 from cpift.vocabulary import FittedCheckpoint, resized
 
+VOCABULARIES = {"error": False, "base": True}  # `fusion.vocabulary` → whether other tokens than θ0's are fitted to them
 _Source = TypeVar("_Source", bound=CheckpointConfig | ModelConfig)
 
 
@@ -93,7 +94,7 @@ def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: st
         model = Checkpoint(folder)
         model = model.apart() if base is not None and (base.is_apart or not base.ties) else model
         model = model if base is None else in_layout_of(base, model)
-    fits = base is None or vocabulary == "error" or not resized(base, model)
+    fits = base is None or not entry(VOCABULARIES, vocabulary, "fusion.vocabulary") or not resized(base, model)
     return model if fits or base is None else FittedCheckpoint(model, base)
 
 

@@ -69,7 +69,7 @@ def plan(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
 
 def _training_memory(config: RunConfig, parameters: int) -> int:
     """Bytes a worker; FSDP2 shares them out."""
-    shards = config.resources.workers if config.resources.strategy == "fsdp" else 1
+    shards = config.resources.workers if config.resources.sharded else 1
     return parameters * TRAINING_BYTES // shards
 
 

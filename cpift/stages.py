@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
 from cpift.devices import device_name
+from cpift.errors import entry
 from cpift.files import read_json, write_json
-from cpift.fit_spec import RESULT, FitSpec, StageSpec, stages_of
+from cpift.fit_spec import RESULT, STEPS_PER, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fuse_models
 from cpift.given import open_models
 from cpift.lora_config import ADAPTER_CONFIG
@@ -87,15 +88,20 @@ def backbone_spec(run: Pipeline, base: Model, groups: Sequence[Sequence[str]], a
     return replace(spec, threads=run.artifacts.threads_alone)
 
 
+# `integration.stages` → the groups that are trained one after the other
+STAGES: dict[str, Callable[[Sequence[Sequence[str]]], Sequence[Sequence[str]]]] = {
+    "groups": lambda groups: groups,
+    "mixed": lambda groups: [tuple(task for group in groups for task in group)],
+}
+
+
 def integration_spec(run: Pipeline, fused: Model, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
     """Multi-stage SFT of the fused model on balanced samples, cores frozen; or one stage of the same length."""
     settings = run.config.integration_training
-    stages, training = stages_of(groups, settings.freeze), settings
-    if settings.stages == "mixed":
-        every = tuple(task for group in groups for task in group)
-        stages = (StageSpec(every, every if settings.freeze == "all" else ()),)
-        if settings.steps_per == "stage":
-            training = settings.model_copy(update={"steps": settings.steps and settings.steps * len(groups)})
+    stages = stages_of(entry(STAGES, settings.stages, "integration.stages")(groups), settings.freeze)
+    each = entry(STEPS_PER, settings.steps_per, "steps_per")
+    times = sum(map(each, groups)) // sum(each(stage.tasks) for stage in stages)
+    training = settings.model_copy(update={"steps": settings.steps and settings.steps * times})
     spec = _fit_spec(run, "integration", fused, training, stages, artifact)
     return replace(
         spec,
@@ -203,13 +209,13 @@ def _fits(run: Pipeline, made: Mapping[str, Artifact]) -> dict[str, Artifact]:
 def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the run verified of itself, with figures."""
     checks = list(record["checks"])
-    for entry in integration["frozen"]:
+    for held in integration["frozen"]:
         checks.append(
             {
-                "name": f"integration stage {entry['stage'] + 1}: no frozen element moved",
-                "passed": entry["moved"] == 0 if entry["elements"] else None,
-                "detail": f"{entry['elements']:,} elements compared before and after, {entry['moved']:,} moved"
-                if entry["elements"]
+                "name": f"integration stage {held['stage'] + 1}: no frozen element moved",
+                "passed": held["moved"] == 0 if held["elements"] else None,
+                "detail": f"{held['elements']:,} elements compared before and after, {held['moved']:,} moved"
+                if held["elements"]
                 else "nothing to compare: no element is frozen",
             }
         )

@@ -22,10 +22,11 @@ from cpift.distributed import RayEngine
 from cpift.distributed_fits import parallel_fits
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import progress_board, ray_session, show_progress
+from cpift.errors import entry
 from cpift.files import digest, write_json
 from cpift.locks import claimed
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Range, Sweep, describe
+from cpift.sweep_config import INTEGRATES, Range, Sweep, describe
 from cpift.sweep_fits import OnRay, cpus_for
 from cpift.sweep_keep import Keeper
 from cpift.sweep_learning import require_objectives
@@ -60,7 +61,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
         shutil.rmtree(record.path)
     started = time.time()
     with ray_session(sweep.base.resources):
-        search = _search_as_it_goes if sweep.config.search.method == "optuna" else _search_planned
+        search = _search_as_it_goes if sweep.config.search.kind.as_it_goes else _search_planned
         attempts = search(sweep, record, view)
     if not any(attempt.status == "failed" for attempt in attempts):
         with claimed([record], view.warn), record.build(seconds=time.time() - started) as out:
@@ -183,14 +184,14 @@ def _restored_or_new(
         except (ValueError, KeyError, EOFError, OSError, RuntimeError, json.JSONDecodeError) as error:
             view.warn(f"Ray Tune's state cannot be used ({error}): trials begin anew, what they made is kept")
     shutil.rmtree(experiment, ignore_errors=True)
-    method = sweep.config.search.method
+    kind = sweep.config.search.kind
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            num_samples=samples if method == "optuna" else 1,
-            search_alg=_optuna(sweep) if method == "optuna" else None,
-            scheduler=_asha(sweep) if method == "asha" else None,
+            num_samples=samples if kind.as_it_goes else 1,
+            search_alg=_optuna(sweep) if kind.as_it_goes else None,
+            scheduler=_asha(sweep) if kind.stops_early else None,
             max_concurrent_trials=_concurrency(sweep),
             reuse_actors=True,  # a warm worker has torch and transformers imported
         ),
@@ -225,7 +226,7 @@ def _asha(sweep: Sweep) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     objective = sweep.config.objectives[0]
-    rungs = len(sweep.seeds) + (sweep.config.model == "final")
+    rungs = len(sweep.seeds) + entry(INTEGRATES, sweep.config.model, "model")
     return ASHAScheduler(
         time_attr="rung",
         metric=objective.figure,

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from cpift.config import Name, RunConfig, Section
 from cpift.config_identity import identity
 from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
-from cpift.errors import ConfigError, Problem
+from cpift.errors import ConfigError, Problem, entry
 from cpift.metrics import metric_of
 
 Value = str | int | float | bool
@@ -49,6 +49,37 @@ class Range(Section):
         return self
 
 
+@dataclass(frozen=True)
+class SearchKind:
+    """What `search.method` may be."""
+
+    grids: bool = False  # without `samples` it tries every combination
+    draws: bool = False  # it takes `samples`
+    stops_early: bool = False
+    as_it_goes: bool = False  # a point follows from the results before it
+
+
+SEARCHES = {
+    "grid": SearchKind(grids=True),
+    "random": SearchKind(draws=True),
+    "asha": SearchKind(grids=True, draws=True, stops_early=True),
+    "optuna": SearchKind(draws=True, as_it_goes=True),
+}
+MODES = {"max": 1, "min": -1}
+INTEGRATES = {"final": True, "fused": False}  # `model` → whether a trial integrates
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What `keep` may be: whose weights stay."""
+
+    every: bool = False
+    best: bool = False
+
+
+KEEPS = {"best": Keep(best=True), "all": Keep(every=True, best=True), "scores": Keep()}
+
+
 class Search(Section):
     """How points of the space are chosen."""
 
@@ -69,11 +100,15 @@ class Search(Section):
         description="asha: of so many trials that reach a rung, one goes on",
     )
 
+    @property
+    def kind(self) -> SearchKind:
+        return entry(SEARCHES, self.method, "search.method")
+
     @model_validator(mode="after")
     def _samples_given(self) -> Search:
-        if self.method == "grid" and self.samples is not None:
+        if not self.kind.draws and self.samples is not None:
             raise ValueError("a grid tries every combination: leave `samples` out, or use method: random")
-        if self.method in ("random", "optuna") and self.samples is None:
+        if not self.kind.grids and self.samples is None:
             raise ValueError(f"method {self.method} needs `samples`, the number of points to try")
         return self
 
@@ -93,8 +128,7 @@ class Objective(Section):
     @property
     def sign(self) -> int:
         """1 where more is better, −1 where less is."""
-        least = self.mode == "min" if self.mode else self.figure.endswith("loss")
-        return -1 if least else 1
+        return entry(MODES, self.mode or ("min" if self.figure.endswith("loss") else "max"), "objectives.mode")
 
 
 def _expanded(key: str) -> BeforeValidator:
@@ -151,7 +185,7 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
         ranges = [name for name, values in self.space.items() if isinstance(values, Range)]
-        if ranges and (self.search.method == "grid" or self.search.samples is None):
+        if ranges and self.search.samples is None:
             raise ValueError(
                 f"{', '.join(ranges)}: a grid needs lists of values; ranges need random, asha or optuna with `samples`"
             )
@@ -159,7 +193,7 @@ class SweepConfig(Section):
             raise ValueError("seed is no field to optimise: list repeats under `seeds`")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} has one twice")
-        if self.search.method == "asha" and len(self.objectives) > 1:
+        if self.search.kind.stops_early and len(self.objectives) > 1:
             raise ValueError("asha stops trials by one figure: give one objective, or use another method")
         return self
 

@@ -14,10 +14,11 @@ from statistics import mean
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
+from cpift.errors import entry
 from cpift.files import digest
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import Fields, Sweep
+from cpift.sweep_config import KEEPS, Fields, Sweep
 from cpift.sweep_plan import known_scores, own_models
 from cpift.sweep_record import Attempt, sweep_record
 from cpift.sweep_scores import figures, remaking
@@ -46,7 +47,7 @@ class Keeper:
 
     def ended(self, fields: Fields) -> None:
         """A trial ended, by itself or stopped early. Don't tell of one that failed: it will be tried again."""
-        if self._sweep.config.keep == "all":
+        if entry(KEEPS, self._sweep.config.keep, "keep").every:
             return
         self._add(fields)
         if self._to_come is not None:
@@ -56,7 +57,7 @@ class Keeper:
 
     def finish(self, attempts: Sequence[Attempt]) -> None:
         """All trials have ended; of equally good ones the first of these is the best."""
-        if self._sweep.config.keep == "all":
+        if entry(KEEPS, self._sweep.config.keep, "keep").every:
             return
         self._to_come, self._ended = {}, {}
         for attempt in attempts:
@@ -101,7 +102,7 @@ class Keeper:
 
     def _best(self) -> list[_Ended]:
         best = max((one.value for one in self._ended.values()), default=-math.inf)
-        none = self._sweep.config.keep == "scores" or best == -math.inf
+        none = not entry(KEEPS, self._sweep.config.keep, "keep").best or best == -math.inf
         return [] if none else [one for one in self._ended.values() if one.value == best]
 
     def _remake(self, fields: Fields, run: Pipeline) -> str:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cpift.artifacts import Artifact
-from cpift.errors import ConfigError, Problem
+from cpift.errors import ConfigError, Problem, entry
 from cpift.files import read_json
 from cpift.needs import missing
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import Fields, Range, Sweep, SweepConfig, Value, describe
+from cpift.sweep_config import INTEGRATES, Fields, Range, Sweep, SweepConfig, Value, describe
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
     """The models that a trial makes for itself, made or not: fused, and where `model` says so final."""
     groups = run.group().groups
     fused = run.artifacts.fuse(groups, expected_backbone(run))
-    return {"fused": fused} | ({"final": run.artifacts.integrate(groups, fused)} if model == "final" else {})
+    integrated = {"final": run.artifacts.integrate(groups, fused)} if entry(INTEGRATES, model, "model") else {}
+    return {"fused": fused} | integrated
 
 
 def shared_models(run: Pipeline) -> list[Model]:

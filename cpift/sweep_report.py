@@ -7,10 +7,11 @@ from html import escape
 from typing import Any
 
 from cpift import sweep_plots as plots
+from cpift.errors import entry
 from cpift.estimates import Estimate
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
-from cpift.sweep_config import shown
+from cpift.sweep_config import KEEPS, shown
 from cpift.sweep_scores import (
     SweepData,
     TrialRow,
@@ -281,13 +282,15 @@ def _reuse(data: SweepData) -> str:
 
 
 def _best_note(data: SweepData) -> str:
-    others = {
+    told = {
+        "all": "",
         "best": "Of the other trials' models only the scores are kept; their manifests name the command that makes "
         "each of them again.",
         "scores": "Of the trials' models only the scores are kept; cpift {command} makes this one again.",
     }
-    found = "" if data.keep == "scores" else "cpift {command} takes it as it is, and finds everything made."
-    note = f"{found} {others.get(data.keep, '')}".strip()
+    there = entry(KEEPS, data.keep, "keep").best
+    found = "cpift {command} takes it as it is, and finds everything made." if there else ""
+    note = f"{found} {told[data.keep]}".strip()
     return note.format(command=remaking(data.model))
 
 

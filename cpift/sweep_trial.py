@@ -17,12 +17,12 @@ from cpift.config import ResourcesConfig, RunConfig
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import NAMESPACE, use_assigned_gpus
 from cpift.engine import Engine
-from cpift.errors import CpiftError, StageError
+from cpift.errors import CpiftError, StageError, entry
 from cpift.files import digest, write_text
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import InProcessEngine
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Fields, Sweep, describe
+from cpift.sweep_config import INTEGRATES, Fields, Sweep, describe
 from cpift.sweep_fits import OnRay
 from cpift.sweep_plan import known_scores, scored_models
 from cpift.sweep_record import sweep_record
@@ -67,12 +67,12 @@ def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
 def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[str, float]]:
     """The objectives' means after each seed; for ASHA first those of the fused model, before any integration."""
     found: list[dict[str, float]] = []
-    maker = sweep_record(sweep).name
+    maker, integrates = sweep_record(sweep).name, entry(INTEGRATES, sweep.config.model, "model")
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
         merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources))
         run = Pipeline(config, engine_for(config), view, merging, maker)
-        if number == 0 and sweep.config.search.method == "asha" and sweep.config.model == "final":
+        if number == 0 and sweep.config.search.kind.stops_early and integrates:
             yield _means(sweep, [_figures(run, "fused")])
         found.append(_figures(run, sweep.config.model))
         yield _means(sweep, found)
@@ -112,7 +112,7 @@ def _figures(run: Pipeline, model: str) -> dict[str, float]:
     """Makes only what has no scores yet: a model that was scored may have lost its weights since."""
     scores = known_scores(run, model)
     if scores is None:
-        (run.integrate if model == "final" else run.fuse)()
+        (run.integrate if entry(INTEGRATES, model, "model") else run.fuse)()
         scores = run.evaluate(scored_models(run, model))
     return figures(scores, [task.name for task in run.config.tasks], model)
 

@@ -7,12 +7,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from cpift.config import Tracker
-from cpift.errors import Problem
+from cpift.errors import Problem, entry
 from cpift.redaction import RedactingFormatter, is_secret_variable
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def tracked(trackers: Sequence[Tracker], title: str, folder: Path) -> Iterator[l
     one in this process is a run of its own. Their usual variables say where to (MLFLOW_TRACKING_URI, WANDB_PROJECT,
     ...); without them MLflow's is `folder`/mlflow.db, and W&B's local files are in `folder` too.
     """
-    makers = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
     with ExitStack() as stack:
-        yield [stack.enter_context(makers[name](title, folder)) for name in trackers]
+        yield [stack.enter_context(entry(TRACKERS, name, "tracking")(title, folder)) for name in trackers]
 
 
 def tracker_variables(trackers: Sequence[Tracker]) -> dict[str, str]:
@@ -96,6 +95,13 @@ def _wandb(title: str, folder: Path) -> Iterator[TrainerCallback]:
         wandb.finish(exit_code=1)
         raise
     wandb.finish()
+
+
+TRACKERS: dict[str, Callable[[str, Path], AbstractContextManager[TrainerCallback]]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}
 
 
 @contextmanager

@@ -1,0 +1,177 @@
+"""Closed lists are tables: a config may say exactly what the code knows, and all else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from pydantic import BaseModel
+from transformers.trainer_utils import SchedulerType
+
+from cpift import (
+    baselines,
+    data,
+    devices,
+    evaluate,
+    fit_spec,
+    fusion,
+    given,
+    grouping,
+    methods,
+    metrics,
+    models,
+    planning,
+    regions,
+    row_sources,
+    stages,
+    sweep_config,
+    tracking,
+    verify_definition,
+)
+from cpift.compare_config import CompareConfig
+from cpift.config import RunConfig, TaskConfig
+from cpift.config_inputs import DataSource, ModelConfig, ScratchModel
+from cpift.config_training import SHARDED
+from cpift.errors import CpiftError, entry
+from cpift.grouping import group_tasks
+
+from .test_fusion import FusionConfig
+from .test_identity import sections
+
+# Every field with a list of words, and the table of those words. (`"uniform"` and `"all-linear"` stand beside other
+# types: another word would be no number, and no list.)
+TABLES: dict[str, Collection[str]] = {
+    "TaskConfig.metric": metrics.METRICS,
+    "RegionsConfig.scope": regions.SCOPES,
+    "RegionsConfig.measure": regions.MEASURES,
+    "GroupsConfig.order": grouping.ORDERS,
+    "FusionConfig.method": methods.METHODS,
+    "FusionConfig.trim": regions.SCOPES,
+    "FusionConfig.granularity": fusion.VECTORS,
+    "FusionConfig.space": fusion.SPACES,
+    "FusionConfig.conflict": fusion.CONFLICTS,
+    "FusionConfig.vocabulary": given.VOCABULARIES,
+    "Mixing.by": data.SIZES,
+    "TrainingConfig.steps_per": fit_spec.STEPS_PER,
+    "IntegrationConfig.steps_per": fit_spec.STEPS_PER,
+    "TrainingConfig.precision": devices.PRECISIONS,
+    "IntegrationConfig.precision": devices.PRECISIONS,
+    "EvaluationConfig.precision": devices.PRECISIONS,
+    "IntegrationConfig.freeze": fit_spec.FREEZES,
+    "IntegrationConfig.stages": stages.STAGES,
+    "ResourcesConfig.strategy": SHARDED,
+    "RunConfig.tracking": tracking.TRACKERS,
+    "ModelConfig.dtype": planning.KEPT_BYTES,
+    "Search.method": sweep_config.SEARCHES,
+    "Objective.mode": sweep_config.MODES,
+    "SweepConfig.model": sweep_config.INTEGRATES,
+    "SweepConfig.keep": sweep_config.KEEPS,
+    "CompareConfig.budgets": baselines.BUDGETS,
+}
+SCHEDULES = {"TrainingConfig.schedule", "IntegrationConfig.schedule"}  # transformers' own list
+
+
+def literals(annotation: Any) -> Iterator[tuple[str, ...]]:
+    """Every list of words inside an annotation that has more than one."""
+    if get_origin(annotation) is Literal:
+        yield get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from literals(part)
+
+
+def fields() -> dict[str, tuple[str, ...]]:
+    every = sections(RunConfig) | sections(sweep_config.SweepConfig) | sections(CompareConfig)
+    found: dict[str, tuple[str, ...]] = {}
+    for section in every:
+        for name, field in section.model_fields.items():
+            found |= {f"{section.__name__}.{name}": words for words in literals(field.annotation) if len(words) > 1}
+    return found
+
+
+def test_what_a_config_may_say_is_what_the_tables_hold() -> None:
+    found = fields()
+    assert found.keys() == TABLES.keys() | SCHEDULES, "a field with a list of words needs a table, and a line here"
+    assert {name: set(table) for name, table in TABLES.items()} == {
+        name: set(words) for name, words in found.items() if name in TABLES
+    }
+    for name in SCHEDULES:
+        assert set(found[name]) <= {kind.value for kind in SchedulerType}
+
+
+def test_sources_and_judged_models_are_tables_too() -> None:
+    assert set(models.SOURCES) == set(ModelConfig.model_fields) - {"revision", "dtype"}
+    others = {"subset", "split", "revision", "size", "seed", "limit", "streaming", "columns"}
+    assert set(row_sources.ROWS) == set(DataSource.model_fields) - others
+    assert set(baselines.JUDGED) == set(get_args(baselines.Judged))
+    baseline = [kind for kind in subclasses(methods.Baseline) if not kind.__abstractmethods__]
+    assert set(verify_definition.DEFINITIONS) == set(baseline), "a method needs its definition, to be verified"
+    for dtype in set(planning.KEPT_BYTES) - {"auto"}:
+        assert torch.empty(0, dtype=getattr(torch, dtype)).element_size() == planning.KEPT_BYTES[dtype]
+
+
+def subclasses(kind: type[Any]) -> list[type[Any]]:
+    return [one for direct in kind.__subclasses__() for one in (direct, *subclasses(direct))]
+
+
+def unchecked(section: BaseModel, **fields: Any) -> Any:
+    """A section that says what no table holds, as one would that was added to the config alone."""
+    return section.model_copy(update=fields)
+
+
+class NewKind(ModelConfig):
+    @property
+    def kind(self) -> str:
+        return "revision"
+
+
+class NewRows(DataSource):
+    @property
+    def kind(self) -> str:
+        return "subset"
+
+
+NEW_MODEL = NewKind(scratch=ScratchModel())
+NEW_ROWS = NewRows(procedural="addition", size=4)
+NEW_TASK = unchecked(TaskConfig(name="t", test=DataSource(procedural="addition", size=4)), metric="new")
+CASES: dict[str, Callable[[], Any]] = {
+    "fusion.method": lambda: methods.method_named("new"),
+    "fusion.conflict": lambda: fusion.Fusion(None, unchecked(FusionConfig(), conflict="new", transplant=False)),  # type: ignore[arg-type]
+    "metric in plan": lambda: data.check_task(NEW_TASK),
+    "metric in scores": lambda: evaluate.metric_of(NEW_TASK.metric),
+    "model, fingerprint": lambda: models.model_fingerprint(NEW_MODEL),
+    "model, check": lambda: models.check_model(NEW_MODEL),
+    "model, materialise": lambda: models.materialise(NEW_MODEL, Path("nowhere")),
+    "model, plan and card": lambda: models.source_of(NEW_MODEL),
+    "rows, fingerprint": lambda: data.source_fingerprint(NEW_ROWS),
+    "rows": lambda: data.load_examples(NEW_ROWS),
+    "freeze": lambda: fit_spec.stages_of([["a"], ["b"]], "new"),  # type: ignore[arg-type]
+    "precision": lambda: devices.resolved("new", "cpu"),  # type: ignore[arg-type]
+    "order": lambda: grouped("new"),
+}
+
+
+def grouped(order: str) -> Any:
+    import numpy as np
+
+    config = unchecked(RunConfig.model_fields["groups"].default, order=order)
+    return group_tasks(["a", "b"], np.eye(2, dtype=np.int64), 0.1, config, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_no_table_holds_is_refused_by_name(name: str) -> None:
+    with pytest.raises(CpiftError, match=r"nothing is known of '(new|revision|subset)' → one of "):
+        CASES[name]()
+
+
+def test_a_baseline_without_a_definition_is_refused() -> None:
+    class New(methods.Linear):
+        pass
+
+    new = New.__new__(New)
+    with pytest.raises(CpiftError, match="there is no definition of New"):
+        verify_definition._definition(new, None)  # type: ignore[arg-type]
+    assert entry({"a": 1}, "a", "x") == 1
