@@ -105,8 +105,8 @@ def make_checkpoint(folder: Path, shape: Shape, seed: int) -> None:
     write_index(shards, folder)
     for note in folder.glob(".*.json"):
         note.unlink()
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "config.json").write_text(json.dumps(shape.config()))
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
 
 
 def _noise(file: FileWriter, infos: Sequence[TensorInfo], noise: torch.Tensor, writing: WriteBehind) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _tree(pid: int) -> Iterator[int]:
     yield pid
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
+            for child in (task / "children").read_text(encoding="utf-8").split():
                 yield from _tree(int(child))
     except OSError:
         return
@@ -191,7 +191,9 @@ def _tree(pid: int) -> Iterator[int]:
 def _memory(pid: int) -> tuple[int, int] | None:
     """RssAnon and VmRSS in bytes."""
     try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        )
         return int(lines["RssAnon"].split()[0]) << 10, int(lines["VmRSS"].split()[0]) << 10
     except (OSError, KeyError):
         return None
@@ -201,7 +203,7 @@ def mergekit_slerp(work: Path, size: str, command: Path) -> list[str | Path]:
     config = work / "mergekit.yaml"
     models = [str(work / size / name) for name in ("t1", "t2")]
     recipe = {"merge_method": "slerp", "base_model": models[0], "models": [{"model": model} for model in models]}
-    config.write_text(yaml.safe_dump(recipe | {"parameters": {"t": 0.5}, "dtype": "bfloat16"}))
+    config.write_text(yaml.safe_dump(recipe | {"parameters": {"t": 0.5}, "dtype": "bfloat16"}), encoding="utf-8")
     return [command, config, work / "out", "--no-copy-tokenizer"]
 
 
@@ -218,7 +220,7 @@ def ours(work: Path, size: str, case: str, budget: str, *options: str) -> list[s
         "fusion": {"method": "slerp"} if case == "slerp" else {},
     }
     path = work / f"{case}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     command = Path(sys.executable).with_name("cpift")
     return [command, "fuse", path, "--output", work / "out", "--memory-budget", budget, *options]
 

@@ -151,14 +151,16 @@ def peak_extra_bytes(work: Callable[[], Any], device: str) -> int | None:
         return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the run takes
-    refs.write_text("5")  # resets the peak resident size
+    refs.write_text("5", encoding="utf-8")  # resets the peak resident size
     before = _kilobytes(status, "VmRSS")
     work()
     return max(_kilobytes(status, "VmHWM") - before, 0) * 1024
 
 
 def _kilobytes(status: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+    return next(
+        int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    )
 
 
 def parse_size(text: str) -> int:

@@ -61,13 +61,13 @@ JOINED = "nothing: a node joined"
 
 
 def config(folder: Path) -> Path:
-    smoke = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text())
+    smoke = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text(encoding="utf-8"))
     smoke["model"]["scratch"] |= {"hidden_size": 192, "intermediate_size": 384, "layers": 4}
     smoke["tasks"] = smoke["tasks"][:1]
     smoke["probe"] |= {"steps": 240, "checkpoint_every": 20, "batch_size": 16}
     smoke["resources"] = {"cpus_per_worker": 0.5, "threads_per_worker": 1, "max_failures": 10}
     path = folder / "kills.yaml"
-    path.write_text(yaml.safe_dump(smoke))
+    path.write_text(yaml.safe_dump(smoke), encoding="utf-8")
     return path
 
 

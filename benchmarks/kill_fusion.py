@@ -49,7 +49,7 @@ def config(folder: Path, models: Path, tasks: list[str], shard_size: str) -> Pat
         "resources": {"verify": False, "memory_budget": "512MiB"},
     }
     path = folder / "kill-fusion.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
 
@@ -76,7 +76,7 @@ def run(file: Path, out: Path, address: str | None, kill: Kill | None) -> dict[s
     killed: list[str] = []
     waiting = ["regions", "fusion"] if kill else []
     started = time.monotonic()
-    with out.with_suffix(".log").open("w") as log:
+    with out.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         while process.poll() is None:
             if time.monotonic() - started > DEADLINE:
@@ -85,7 +85,7 @@ def run(file: Path, out: Path, address: str | None, kill: Kill | None) -> dict[s
                 killed.append(f"{waiting.pop(0)}: {what}")
             time.sleep(0.05)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{out.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"{' '.join(command)}\n{out.with_suffix('.log').read_text(encoding='utf-8')[-3000:]}")
     if waiting:
         raise RuntimeError(f"nothing was killed in {', '.join(waiting)}: the models are too small")
     return {"seconds": round(time.monotonic() - started, 1), "killed": killed}

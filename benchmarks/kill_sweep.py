@@ -85,7 +85,7 @@ def manifests(output: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in output.glob("*/*/manifest.json"):
         if not path.parent.name.startswith("."):
-            found[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text())
+            found[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -139,7 +139,7 @@ class Driver:
 
 
 def best(output: Path) -> Any:
-    found = json.loads((output / "sweep.json").read_text())
+    found = json.loads((output / "sweep.json").read_text(encoding="utf-8"))
     return next(trial["points"] for trial in found["trials"] if trial["number"] == found["best"])
 
 

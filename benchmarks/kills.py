@@ -45,9 +45,15 @@ class Probe:
         command = [sys.executable, "-m", "cpift.cli", "probe", str(self.config), "--output", str(self.output)]
         for change in self.changes:
             command += ["--set", change]
-        log = (self.output.with_suffix(".log")).open("a")
+        log = (self.output.with_suffix(".log")).open("a", encoding="utf-8")
         self.process = subprocess.Popen(
-            command, stdout=log, stderr=log, text=True, env=os.environ | self.environment, start_new_session=True
+            command,
+            stdout=log,
+            stderr=log,
+            text=True,
+            env=os.environ | self.environment,
+            start_new_session=True,
+            encoding="utf-8",
         )
 
     def alive(self) -> bool:
@@ -72,12 +78,12 @@ class Probe:
     def logged_steps(self, worker: int) -> set[int]:
         """Steps whose loss is in the log of a worker, whichever attempt of it."""
         (log,) = self.output.glob(f"logs/*/worker-{worker}.log")
-        return {int(step) for step in re.findall(r"stage 0, step (\d+) of", log.read_text())}
+        return {int(step) for step in re.findall(r"stage 0, step (\d+) of", log.read_text(encoding="utf-8"))}
 
     def losses(self) -> dict[int, float]:
         """The loss of each logged step of the finished fine-tune."""
         (result,) = self.output.glob("probe/*/training.json")
-        return {entry["step"]: entry["loss"] for entry in json.loads(result.read_text())["log"]}
+        return {entry["step"]: entry["loss"] for entry in json.loads(result.read_text(encoding="utf-8"))["log"]}
 
     def digest(self) -> str:
         (model,) = self.output.glob("probe/*/model.safetensors")
@@ -86,7 +92,7 @@ class Probe:
 
 def step_of(state: Path) -> int | None:
     try:
-        return int(json.loads(state.read_text())["global_step"])
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError):
         return None
 
@@ -158,7 +164,7 @@ def limit_memory(probe: Probe, rng: random.Random) -> str | None:
     found = probe.processes(WORKER)
     if not found:
         return None
-    size = int(Path(f"/proc/{found[0]}/statm").read_text().split()[0]) * resource.getpagesize()
+    size = int(Path(f"/proc/{found[0]}/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.prlimit(found[0], resource.RLIMIT_AS, (size - 2**28, size - 2**28))
     return f"address space of {command_line(found[0])[:40]}"
 

@@ -116,7 +116,7 @@ def fuse(work: Path, given: str) -> tuple[Path, Path]:
         "output": str(work / f"fused-{given}"),
     }
     file = work / f"{given}.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
     for command in ("regions", "group", "fuse"):
         print(f"cpift {command} {file.name}", flush=True)
         subprocess.run([sys.executable, "-m", "cpift.cli", command, file], check=True)
@@ -230,7 +230,7 @@ def run(work: Path, steps: int) -> dict[str, Any]:
 
 def _checks(models: Sequence[Checkpoint]) -> Iterator[dict[str, Any]]:
     for model in models:
-        yield from json.loads((model.folder / FUSION_RECORD).read_text())["checks"]
+        yield from json.loads((model.folder / FUSION_RECORD).read_text(encoding="utf-8"))["checks"]
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ def mergekit(venv: Path) -> Path:
     if not command.is_file():
         print(f"making {venv} for {MERGEKIT} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        torch_pin = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
+        pins = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        torch_pin = next(line for line in pins if line.startswith("torch=="))
         for package in (torch_pin, MERGEKIT):
             subprocess.run([venv / "bin" / "pip", "install", "--quiet", package], check=True)
     return command
@@ -38,7 +39,11 @@ class MergekitSlerp:
         command = [mergekit(venv).with_name("python"), Path(__file__).with_name("mergekit_slerp.py"), self._folder.name]
         options = [str(models[0].dtype), models[0].numel(), t, torch.get_num_threads()]
         self._process = subprocess.Popen(
-            [*map(str, command), *map(str, options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*map(str, command), *map(str, options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
         self._ask("load")
 

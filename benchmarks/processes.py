@@ -14,7 +14,7 @@ def descendants(root: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
                 parents[int(folder.name)] = int(fields[1])
     found, level = [], [root]
     while level:
@@ -40,6 +40,6 @@ def kill_tree(root: int) -> None:
 
 def used_and_total() -> tuple[int, int]:
     """Bytes of this machine's memory, as Ray's memory monitor counts them: total − available."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     total, available = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     return total - available, total

@@ -68,7 +68,9 @@ def device() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     return run.stdout.strip()
 
 
@@ -82,7 +84,7 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
-        for line in information.read_text().splitlines():
+        for line in information.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ import typer
 
 from cpift import cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data
 from cpift.errors import CpiftError, told
+from cpift.redaction import redacted
+from cpift.terminal import Terminal, say, standard_streams
 from cpift.units import show_size
 
 if TYPE_CHECKING:
@@ -92,7 +95,6 @@ def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], s
 @app.command(rich_help_panel="Everything")
 def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Run all stages and show the scores."""
-    from rich.console import Console
 
     from cpift.locks import exclusive
 
@@ -102,18 +104,18 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
     from cpift.report import first_sentences, scores_table
 
     _warn(first_sentences(pipeline.report_data))
-    Console().print(scores_table(pipeline.report_data))
+    Terminal().print(scores_table(pipeline.report_data))
     if not pipeline.worked:
-        typer.echo("Everything was cached: nothing to do.")
-    typer.echo(f"Report: {report}")
-    typer.echo(f"Final model: {pipeline.integrate().path}")
+        say("Everything was cached: nothing to do.")
+    say(f"Report: {report}")
+    say(f"Final model: {pipeline.integrate().path}")
 
 
 @app.command(rich_help_panel=_METHOD)
 def probe(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """1. Fine-tune θ0 on each task alone, in parallel."""
     for model in _stage(config, overrides, _changes(output), "probe").values():
-        typer.echo(f"{model.title}: {model.path}")
+        say(f"{model.title}: {model.path}")
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -130,8 +132,8 @@ def regions(
 
     for task, region in read_summary(artifact.path)["regions"].items():
         share = region["count"] / region["space"]
-        typer.echo(f"{task}: {region['count']:,} elements ({share:.3%}), |Δ| ≥ {region['threshold']:.3g}")
-    typer.echo(f"Masks: {artifact.path}")
+        say(f"{task}: {region['count']:,} elements ({share:.3%}), |Δ| ≥ {region['threshold']:.3g}")
+    say(f"Masks: {artifact.path}")
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -139,9 +141,9 @@ def group(config: Config, overrides: Overrides = None, output: Output = None) ->
     """3. Group tasks by the overlap of their core regions."""
     grouping = _stage(config, overrides, _changes(output), "group")
     for name, row in zip(grouping.tasks, grouping.jaccard, strict=True):
-        typer.echo(f"{name:>20}  " + "  ".join(f"{value:.4f}" for value in row))
-    typer.echo(f"chance {grouping.chance:.4f}, τ {grouping.tau:.4f}")
-    typer.echo("Stages: " + " → ".join(" + ".join(group) for group in grouping.groups))
+        say(f"{name:>20}  " + "  ".join(f"{value:.4f}" for value in row))
+    say(f"chance {grouping.chance:.4f}, τ {grouping.tau:.4f}")
+    say("Stages: " + " → ".join(" + ".join(group) for group in grouping.groups))
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -158,7 +160,7 @@ def fuse(
     Fine-tunes that exist already are fused without training: give each task a `checkpoint` (configs/merge.yaml).
     """
     changes = _changes(output, memory_budget, distributed) | ({} if verify else {"resources.verify": False})
-    typer.echo(f"Fused model: {_stage(config, overrides, changes, 'fuse').path}")
+    say(f"Fused model: {_stage(config, overrides, changes, 'fuse').path}")
 
 
 def _changes(output: Path | None, memory_budget: str | None = None, distributed: bool = False) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _changes(output: Path | None, memory_budget: str | None = None, distributed:
 @app.command(rich_help_panel=_METHOD)
 def integrate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """6. Fine-tune the fused model stage by stage with earlier cores frozen."""
-    typer.echo(f"Final model: {_stage(config, overrides, _changes(output), 'integrate').path}")
+    say(f"Final model: {_stage(config, overrides, _changes(output), 'integrate').path}")
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -184,13 +186,13 @@ def evaluate(config: Config, overrides: Overrides = None, output: Output = None)
     _warn(sentences(learning_of(list(next(iter(found.values()))), found)))
     for title, scores in found.items():
         figures = (f"{task} {_figure(one)}" for task, one in scores.items())
-        typer.echo(f"{title}: " + ", ".join(figures))
+        say(f"{title}: " + ", ".join(figures))
 
 
 def _warn(sentences: list[str]) -> None:
     """What has to be said before any figure."""
     for sentence in sentences:
-        typer.secho(f"! {sentence}", fg="yellow")
+        say(f"! {sentence}", "yellow")
 
 
 def _figure(score: dict[str, Any]) -> str:
@@ -200,7 +202,7 @@ def _figure(score: dict[str, Any]) -> str:
 @app.command(rich_help_panel=_METHOD)
 def report(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """8. Write the report of a run: one HTML page."""
-    typer.echo(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
+    say(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -213,7 +215,7 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
     artifacts = StageArtifacts(run)
     _print_plan(make_plan(artifacts, notes), artifacts.root)
     if (note := cli_cluster.unused_gpus(run)) is not None:
-        typer.echo(note)
+        say(note)
 
 
 @app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -229,21 +231,21 @@ def bench(context: typer.Context) -> None:
 
 
 def _print_plan(made: Plan, root: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("stage", "", "state", "what", title=f"Plan for {root}", title_justify="left")
     colours = {"cached": "green", "to do": "cyan"}
     for step in made.steps:
-        table.add_row(step.stage, step.label, f"[{colours.get(step.state, 'yellow')}]{step.state}[/]", step.detail)
-    console = Console()
+        table.add_row(step.stage, step.label, Text(step.state, colours.get(step.state, "yellow")), step.detail)
+    console = Terminal()
     console.print(table)
     if made.parameters is None:
-        console.print("Parameters: known once the model has been downloaded", highlight=False)
+        console.print("Parameters: known once the model has been downloaded")
     else:
-        console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements", highlight=False)
+        console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements")
         disk, free = show_size(made.disk_needed or 0), show_size(made.disk_free)
-        console.print(f"Disk: about {disk} more, {free} free", highlight=False)
+        console.print(f"Disk: about {disk} more, {free} free")
     if made.memory_per_worker is not None:
         memory = show_size(made.memory_per_worker)
         console.print(
@@ -251,7 +253,7 @@ def _print_plan(made: Plan, root: Path) -> None:
             highlight=False,
         )
     for note in made.notes:
-        console.print(note, highlight=False)
+        console.print(note)
 
 
 cli_cluster.register(app)
@@ -265,14 +267,16 @@ def main() -> None:
     """Entry point: problems that the message explains end with exit code 2 and no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.set_threshold(50_000)  # torch's import alone makes objects enough for hundreds of collections that find nothing
-    try:
-        app()
-    except (CpiftError, OSError) as error:
-        message = told(error) if isinstance(error, OSError) else str(error)
-        if message is None:
-            raise
-        typer.secho(f"cpift: {message}", fg="red", err=True)
-        sys.exit(2)
+    with standard_streams():
+        try:
+            app()
+        except Exception as error:
+            message = str(error) if isinstance(error, CpiftError) else told(error)
+            if message is None:  # for us to mend: where it happened is what helps
+                say(redacted(traceback.format_exc()), err=True)
+                sys.exit(1)
+            say(f"cpift: {message}", "red", err=True)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

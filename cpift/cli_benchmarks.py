@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cpift.terminal import say
+
 
 def register(app: typer.Typer, panel: str) -> None:
     """Add the command."""
@@ -38,12 +40,12 @@ def standard(
         if not (path / "config.json").is_file():
             raise CpiftError(f"{path}: no model's folder, for it has no config.json")
     wanted = Benchmarks([name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu)
-    found = standard_scores({str(path): path for path in models}, wanted, lambda title: typer.echo(f"scoring {title}"))
+    found = standard_scores({str(path): path for path in models}, wanted, lambda title: say(f"scoring {title}"))
     for title, scores in found.items():
         for task, figures in scores.items():
             for name, value in figures.items():
                 if "_stderr," not in name and value is not None:
                     error = figures.get(name.replace(",", "_stderr,"))
-                    typer.echo(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
+                    say(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
     if out is not None:
         write_new(out, json_text(found))

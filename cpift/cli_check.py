@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cpift.errors import CpiftError
+from cpift.terminal import say
 
 _NAME = re.compile(r"(?:.+-)?[0-9a-f]{12}")  # of an artifact's folder
 
@@ -39,20 +40,20 @@ def check(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         damaged = {path: why for path, why in zip(found, pool.map(_damage, found), strict=True) if why}
     for path in found:
-        typer.echo(f"{path.relative_to(folder)}: {damaged.get(path, 'as it was written')}")
+        say(f"{path.relative_to(folder)}: {damaged.get(path, 'as it was written')}")
     for name in (*RUN_FILES, *SWEEP_FILES):
         if os.path.lexists(folder / name) and not is_ours(folder / name):
-            typer.echo(f"{name}: not as cpift wrote it (a run would refuse to replace it)")
+            say(f"{name}: not as cpift wrote it (a run would refuse to replace it)")
     if damaged:
         _say_remedy(folder, damaged)
         raise typer.Exit(1)
-    typer.echo(f"{len(found)} outputs, all as they were written")
+    say(f"{len(found)} outputs, all as they were written")
 
 
 def _say_remedy(folder: Path, damaged: dict[Path, str]) -> None:
     stages = ", ".join(f"{path.parent.name} {path.name}" for path in damaged)
-    typer.echo(f"{len(damaged)} damaged: {stages}")
-    typer.echo("The command that made them (its config is in config.yaml) sets them aside and makes them again.")
+    say(f"{len(damaged)} damaged: {stages}")
+    say("The command that made them (its config is in config.yaml) sets them aside and makes them again.")
 
 
 def _artifacts(folder: Path) -> Iterator[Path]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpift.terminal import Terminal, say
+
 if TYPE_CHECKING:
     from cpift.config import RunConfig
 
@@ -59,7 +61,6 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     The same command again goes on after a crash, and does nothing once all is there. Ends with an HTML report and the
     best config as a YAML file.
     """
-    from rich.console import Console
 
     from cpift.errors import StageError
     from cpift.sweep_config import KEEPS, load_sweep
@@ -81,12 +82,12 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
         data = gather(loaded, run_sweep(loaded, View()), pipeline)
         report = write_results(data, loaded.base.output_dir)
     for sentence in data.learning:
-        typer.secho(f"! {sentence}", fg="yellow")
-    Console().print(results_table(data))
-    typer.echo(f"Report: {report}")
+        say(f"! {sentence}", "yellow")
+    Terminal().print(results_table(data))
+    say(f"Report: {report}")
     if data.best_yaml:
         made = "makes its model again" if not KEEPS[data.keep].best else "finds everything made"
-        typer.echo(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {made})")
+        say(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {made})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)
         raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")
@@ -117,7 +118,7 @@ def submit(
     with TemporaryDirectory(prefix="cpift-submit-") as folder:
         spec = package(config, overrides or [], output, Path(folder), wheel)
         job = send(spec, address, config.stem)
-    typer.echo(f"Job {job}: {spec.entrypoint}")
+    say(f"Job {job}: {spec.entrypoint}")
     if wait:
-        typer.echo(f"Ctrl-C leaves it running; stop it with: ray job stop --address {address} {job}")
+        say(f"Ctrl-C leaves it running; stop it with: ray job stop --address {address} {job}")
         follow(address, job)

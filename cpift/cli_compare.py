@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cpift.terminal import Terminal, say
+
 
 def register(app: typer.Typer, panel: str) -> None:
     """Add the command."""
@@ -53,10 +55,9 @@ def compare(
 
     if plan:
         for method in methods_of(made):
-            typer.echo(f"{method.kind:12} {method.name}")
-        typer.echo(f"Each with seeds {', '.join(map(str, made.seeds))}; results in {made.base.output_dir}")
+            say(f"{method.kind:12} {method.name}")
+        say(f"Each with seeds {', '.join(map(str, made.seeds))}; results in {made.base.output_dir}")
         return
-    from rich.console import Console
 
     from cpift.compare import run_comparison
     from cpift.compare_report import comparison_table, first_sentences, write_comparison
@@ -67,9 +68,9 @@ def compare(
         record = run_comparison(made, engine, View())
     report = write_comparison(record, made.base.output_dir)
     for sentence in first_sentences(record):
-        typer.secho(f"! {sentence}", fg="yellow")
-    Console().print(comparison_table(record))
-    typer.echo(f"Report: {report}")
+        say(f"! {sentence}", "yellow")
+    Terminal().print(comparison_table(record))
+    say(f"Report: {report}")
 
 
 def _seeds(text: str) -> list[int]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpift.terminal import Terminal
+
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +45,6 @@ def preview(
     cuts off. Where there are no colours, ⟦ ⟧ stand around what is trained on and ✂ before what is cut off. Makes θ0 if
     its tokenizer is not at hand.
     """
-    from rich.console import Console
 
     from cpift.config_loading import load_config
     from cpift.data import read_examples
@@ -52,12 +53,12 @@ def preview(
 
     run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
     preflight(run)
-    tokenizer, console = _tokenizer(run), Console(highlight=False)
+    tokenizer, console = _tokenizer(run), Terminal()
     marks = not console.is_terminal or console.no_color
     table = _table(run.probe_training.packing)
     for one in _chosen(run, task):
         for number, example in enumerate(islice(read_examples(one.train_data), rows), start=1):
-            console.print(f"[bold]{one.name}, example {number}[/]")
+            console.print(f"{one.name}, example {number}", style="bold")
             console.print(coloured(example, tokenizer, run.probe_training.max_length, marks=marks), soft_wrap=True)
         found = count(read_examples(one.train_data), tokenizer, run.probe_training)
         trained = f"{found.trained:,} ({found.trained / max(found.tokens, 1):.0%})"

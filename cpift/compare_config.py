@@ -18,14 +18,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
 from cpift.config_loading import read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
+from cpift.escaping import markdown
 from cpift.sweep_config import Value, base_run
 
 Budget = Literal["total", "after_probes"]
+
+
+def _title(name: str) -> str:
+    if not name.strip() or name != markdown(name) or len(name) > 60:
+        raise ValueError("give a name of at most 60 characters on one line, without Markdown in it: pages show it")
+    return name
 
 
 class CompareConfig(Section):
@@ -54,7 +61,7 @@ class CompareConfig(Section):
         description="fields of a second recipe that is judged as CPI-FT is, in the forgetting protocol too; shown as "
         "`CPI-FT, recommended`",
     )
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: dict[Annotated[str, AfterValidator(_title)], dict[str, Any]] = Field(
         default_factory=dict, description="CPI-FT with other fields, by the name to show"
     )
     curves: dict[str, Annotated[tuple[Value, ...], Field(min_length=2)]] = Field(

@@ -8,7 +8,7 @@ from matplotlib import rc_context
 
 from cpift.estimates import Estimate
 from cpift.report_style import STYLE
-from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure
+from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure
 
 _COLOURS = STYLE.partition("* {")[0].strip()  # the page's own names for ink and series, light and dark
 
@@ -46,12 +46,14 @@ def curve(
     series = {"mean retention": [mean for _, mean, _ in points], "worst task": [worst for _, _, worst in points]}
     for place, (label, found) in enumerate(series.items()):
         spots = [spot + 0.06 * (place - 0.5) for spot in range(len(points))]
-        axes.plot(spots, [100 * one.mean for one in found], label=label, color=SERIES[place], marker="os"[place])
+        axes.plot(
+            spots, [100 * one.mean for one in found], label=legend_label(label), color=SERIES[place], marker="os"[place]
+        )
         for spot, one in zip(spots, found, strict=True):
             if one.low is not None and one.high is not None:
                 axes.vlines(spot, 100 * one.low, 100 * one.high, color=SERIES[place], linewidth=0.9, alpha=0.7)
     for place, (name, one) in enumerate(references):
-        axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=name)
+        axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=legend_label(name))
     axes.set_xticks(range(len(points)), [value for value, _, _ in points])
     axes.set(xlabel=field, ylabel="%")
     return standalone(as_svg(figure, axes, legend=2 + len(references)))

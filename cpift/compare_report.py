@@ -14,6 +14,7 @@ from rich.table import Table
 from cpift.compare_plots import curve, intervals
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record, record_text
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
+from cpift.escaping import markdown
 from cpift.estimates import Estimate
 from cpift.metrics import metric_of
 from cpift.retention import DEFINITION, sentences
@@ -45,7 +46,9 @@ def write_comparison(record: Record, folder: Path) -> Path:
     """
     text, plots = document(record, _NAME)
     page = f"{_NAME}.md"
-    write_top(folder, {**plots, f"{_NAME}.jsonl": record_text(record), page: f"# {record.header.name}\n\n{text}"})
+    write_top(
+        folder, {**plots, f"{_NAME}.jsonl": record_text(record), page: f"# {markdown(record.header.name)}\n\n{text}"}
+    )
     return folder / page
 
 
@@ -66,7 +69,7 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
         values = [value for value in values if found.has(f"{field} = {value}")]
         if not values:
             continue
-        lines += [f"{heading} Over {field}", "", *_curve(found, field, values, plots, prefix), ""]
+        lines += [f"{heading} Over {markdown(field)}", "", *_curve(found, field, values, plots, prefix), ""]
     return "\n".join(lines).rstrip() + "\n", plots
 
 
@@ -80,7 +83,7 @@ def _picture(plots: dict[str, str], file: str, title: str, svg: str) -> list[str
 
 def _setup(record: Record) -> Iterator[str]:
     header, config = record.header, record.header.config
-    tasks = ", ".join(f"{task} ({metric}, {_rows(record, task)})" for task, metric in header.tasks.items())
+    tasks = ", ".join(f"{markdown(task)} ({metric}, {_rows(record, task)})" for task, metric in header.tasks.items())
     yield f"- Model: {_model(config)}, {header.parameters:,} parameters. Tasks: {tasks}."
     lengths = [(name, config.get(name)) for name in ("probe", "integration")]
     staged = config["backbone"].get("training") or config["probe"]
@@ -93,7 +96,7 @@ def _setup(record: Record) -> Iterator[str]:
     versions = ", ".join(
         f"{name} {found}" for name, found in header.versions.items() if name in ("torch", "transformers")
     )
-    yield f"- Made on {header.device}, {versions}, commit {(header.commit or 'unknown')[:12]}."
+    yield f"- Made on {markdown(header.device)}, {versions}, commit {(header.commit or 'unknown')[:12]}."
 
 
 def _rows(record: Record, task: str) -> str:
@@ -104,7 +107,7 @@ def _rows(record: Record, task: str) -> str:
 def _model(config: dict[str, Any]) -> str:
     model = config["model"]
     known = model.get("hub") or (model.get("gguf") or {}).get("file")
-    return str(known) if known else "a local folder" if "path" in model else "random weights"
+    return markdown(str(known)) if known else "a local folder" if "path" in model else "random weights"
 
 
 def _length(training: dict[str, Any]) -> str:
@@ -117,7 +120,7 @@ def _overlap(overlaps: Sequence[dict[str, Any]]) -> str:
     apart = [v for one in overlaps for i, row in enumerate(one["jaccard"]) for j, v in enumerate(row) if i < j]
     grouped = {json.dumps(sorted(sorted(group) for group in one["groups"])) for one in overlaps}
     several = f"{len(grouped)} different groupings over {len(overlaps)} seeds, with the first seed"
-    example = " → ".join(" + ".join(group) for group in overlaps[0]["groups"])
+    example = markdown(" → ".join(" + ".join(group) for group in overlaps[0]["groups"]))
     return (
         f"Jaccard overlap of core regions {min(apart):.3f} to {max(apart):.3f}, chance {overlaps[0]['chance']:.3f}; "
         f"groups: {'' if len(grouped) == 1 else several + ' '}{example}."
@@ -145,7 +148,7 @@ def _reading(found: Findings) -> str:
 
 def _table(found: Findings) -> Iterator[str]:
     tasks = found.record.header.tasks
-    columns = ["method", *(f"{task}, {_unit(metric)}" for task, metric in tasks.items())]
+    columns = ["method", *(f"{markdown(task)}, {_unit(metric)}" for task, metric in tasks.items())]
     columns += ["mean retention, %", "worst task, %"]
     columns += ["low-resource less others, points"] if found.low else []
     columns += ["mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
@@ -163,7 +166,7 @@ def _cells(line: Line, tasks: dict[str, str]) -> list[str]:
     scores = [_score(line.scores[task], metric) for task, metric in tasks.items()]
     below = f"{line.seesaw.below_base} / {line.seesaw.below_probe} of {line.seesaw.tasks}"
     rank = _half(line.rank, 1, 1) if line.rank else "–"
-    name = f"**{line.method}**" if line.method in (OURS, RECOMMENDED) else line.method
+    name = f"**{line.method}**" if line.method in (OURS, RECOMMENDED) else markdown(line.method)
     small = [_half(line.imbalance)] if line.imbalance else []
     figures = [_half(line.mean), _half(line.worst), *small, rank, below if line.method != PROBES else "–"]
     return [name, *scores, *figures, _count(line.tokens), f"{line.seconds:,.0f}"]
@@ -198,7 +201,7 @@ def _differences(found: Findings, ours: str) -> Iterator[str]:
     for rival in found.methods:
         if rival != ours and found.kind(rival) not in ("probe", "curve"):
             one = found.against(ours, rival)
-            yield _row([rival, points(one.mean), points(one.worst)])
+            yield _row([markdown(rival), points(one.mean), points(one.worst)])
 
 
 def _forgetting(found: Findings) -> Iterator[str]:
@@ -213,7 +216,7 @@ def _forgetting(found: Findings) -> Iterator[str]:
     for one in found.sequences:
         first, second = one.pair
         cells = [_change(one.change.first, metrics[first]), _change(one.change.second, metrics[second])]
-        yield _row([f"{first} → {second}", one.method, *cells])
+        yield _row([markdown(f"{first} → {second}"), markdown(one.method), *cells])
     for ours in found.recipes:
         cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
         told = [f"{share(one)} less than {rival}" for rival, one in cuts.items() if one.low is not None]
@@ -248,11 +251,11 @@ def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, 
     ]
     references = [(f"{FULL}, mean retention", found.line(FULL).mean)] if found.has(FULL) else []
     yield from _picture(plots, _curve_file(prefix, field), f"Retention over {field}", curve(field, drawn, references))
-    yield _row([field, "mean retention, %", "worst task, %", "groups (first seed)"])
+    yield _row([markdown(field), "mean retention, %", "worst task, %", "groups (first seed)"])
     yield _row(["---", "--:", "--:", "---"])
     for value, one in lines.items():
-        groups = found.record.rows_of(one.method)[0].groups
-        yield _row([str(value), _half(one.mean), _half(one.worst), " → ".join(" + ".join(group) for group in groups)])
+        groups = " → ".join(" + ".join(group) for group in found.record.rows_of(one.method)[0].groups)
+        yield _row([markdown(str(value)), _half(one.mean), _half(one.worst), markdown(groups)])
 
 
 def _curve_file(prefix: str, field: str) -> str:

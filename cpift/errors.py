@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cpift.escaping import one_line
 from cpift.redaction import redacted
 
 Entry = TypeVar("Entry")
@@ -28,14 +29,14 @@ def entry(table: Mapping[str, Entry], name: str, what: str) -> Entry:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with an input: where, what is there, and what to do."""
+    """One thing wrong with an input: where, what is there, and what to do. As text it is one line."""
 
     where: str
     what: str
     remedy: str = ""
 
     def __str__(self) -> str:
-        return redacted(f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else ""))
+        return redacted(one_line(f"{self.where}: {self.what}" + (f" → {self.remedy}" if self.remedy else "")))
 
 
 _REMEDIES = {
@@ -45,9 +46,9 @@ _REMEDIES = {
 }
 
 
-def told(error: OSError) -> str | None:
+def told(error: Exception) -> str | None:
     """What the system refused, in words, where that is for the user to mend; else None."""
-    if error.errno not in _REMEDIES or error.filename is None:
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES or error.filename is None:
         return None
     kept = "; what was finished is kept, and the same command goes on"
     return redacted(f"{error.filename}: {error.strerror} → {_REMEDIES[error.errno]}{kept}")

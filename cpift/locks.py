@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from cpift.artifact_state import make_folder
 from cpift.errors import ConfigError, CpiftError, Problem
@@ -26,13 +27,12 @@ def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Itera
     What is damaged is set aside first, which `warn` says.
 
     Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
-    its process. On shared storage this needs a file system with `flock` (NFS 4, Lustre and CephFS have it).
+    its process. On shared storage this needs a file system with locks (NFS 4, Lustre and CephFS have them).
     """
     with ExitStack() as held:
         for artifact in sorted(artifacts, key=lambda one: one.path):
             make_folder(artifact.work_dir.parent, artifact.root, warn)
-            lock = held.enter_context(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(FileLock(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")))
             artifact.set_aside_if_damaged(warn)
         yield
 
@@ -56,14 +56,16 @@ def exclusive(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     if problems := check_lock(root):
         raise ConfigError(f"output {root}", problems)
-    with (root / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
+    path = root / ".lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None
+    try:
+        with suppress(PermissionError):  # some systems let nobody write to what is locked; it is for the message alone
+            path.write_text(f"process {os.getpid()}", encoding="utf-8")
         yield
+    finally:
+        lock.release()

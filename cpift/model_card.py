@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 from cpift.data import rows_of
+from cpift.escaping import code, markdown
 from cpift.files import write_text
 from cpift.methods import method_named
 from cpift.models import source_of
@@ -52,7 +52,7 @@ def model_card(
     """The card's text; `license_name` is that of θ0, None where it is unknown."""
     parts = [
         _front_matter(config.model, license_name),
-        f"# {config.name} ({kind})\n\nA language model made by Core Parameter Isolation Fine-Tuning (CPI-FT, "
+        f"# {markdown(config.name)} ({kind})\n\nA language model made by Core Parameter Isolation Fine-Tuning (CPI-FT, "
         f"[arXiv 2508.21741](https://arxiv.org/abs/2508.21741)): {_KINDS[kind]}.",
         f"## Made from\n\n{source_of(config.model).origin}\n\n{_license_note(license_name)}",
         f"## Tasks\n\n{_tasks(config, groups)}",
@@ -85,15 +85,21 @@ def license_of(folder: Path | None) -> str | None:
 def _front_matter(model: ModelConfig, license_name: str | None) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [cpift, merge]"]
     if model.hub is not None:
-        lines.append(f"base_model: {json.dumps(model.hub)}")
+        lines.append(f"base_model: {_quoted(model.hub)}")
     if license_name is not None:
-        lines.append(f"license: {json.dumps(license_name)}")
+        lines.append(f"license: {_quoted(license_name)}")
     return "\n".join(["---", *lines, "---"])
+
+
+def _quoted(text: str) -> str:
+    import yaml
+
+    return yaml.safe_dump(text, default_style='"', width=1 << 30).strip()
 
 
 def _license_note(license_name: str | None) -> str:
     if license_name is not None:
-        return f"Its license is stated as `{license_name}`; a derived model such as this one is bound by it."
+        return f"Its license is stated as {code(license_name)}; a derived model such as this one is bound by it."
     return (
         "Its license is not recorded in the checkpoint. A derived model such as this one is bound by it: look it up "
         "before passing this model on. The same holds for the data sets."
@@ -102,7 +108,7 @@ def _license_note(license_name: str | None) -> str:
 
 def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
     rows = [
-        f"| {number} | {name} | {task.metric} | {_origin_of(task)} |"
+        f"| {number} | {markdown(name)} | {task.metric} | {_origin_of(task)} |"
         for number, group in enumerate(groups, start=1)
         for name in group
         for task in [config.task(name)]
@@ -115,8 +121,8 @@ def _origin_of(task: TaskConfig) -> str:
         return rows_of(task.train_data).origin
     given = task.checkpoint
     if given.hub is not None:
-        return f"given: `{given.hub}`, revision `{given.revision or 'main'}`"
-    return f"given: `{given.path.name if given.path else ''}`"
+        return f"given: {code(given.hub)}, revision {code(given.revision or 'main')}"
+    return f"given: {code(given.path.name if given.path else '')}"
 
 
 def _recipe(kind: str, config: RunConfig) -> str:
@@ -127,7 +133,7 @@ def _recipe(kind: str, config: RunConfig) -> str:
             f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
             f"(scope {config.regions.scope}).",
         )
-        lines.insert(1, f"Backbone: {config.backbone_source}.")
+        lines.insert(1, f"Backbone: {markdown(config.backbone_source)}.")
     if kind == "final":
         tuning = config.integration_training
         freeze = "none" if tuning.stages == "mixed" and tuning.freeze == "earlier" else tuning.freeze
@@ -139,7 +145,7 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 
 def _fusion(fusion: FusionConfig) -> str:
-    told = method_named(fusion.method).told(fusion)
+    told = markdown(method_named(fusion.method).told(fusion))
     return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method} onto θ0: {told}."
 
 
@@ -153,4 +159,4 @@ def _provenance(manifest: Mapping[str, Any]) -> str:
         "commit": manifest.get("commit"),
         "versions": versions,
     }
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    return "\n".join(f"- {name}: {markdown(str(value))}" for name, value in facts.items() if value)

@@ -21,6 +21,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, CpiftError, Problem, entry
+from cpift.escaping import code
 from cpift.files import file_sha256
 from cpift.gguf_files import read_gguf
 from cpift.hub import cached_folder, download, resolve_revision
@@ -238,7 +239,7 @@ class _Folder(Source):
 
     @property
     def origin(self) -> str:
-        return f"A local checkpoint, `{self.given.name}`."
+        return f"A local checkpoint, {code(self.given.name)}."
 
 
 class _Hub(Source):
@@ -261,7 +262,7 @@ class _Hub(Source):
 
     @property
     def origin(self) -> str:
-        return f"`{self.given}`, revision `{self.model.revision or 'main'}`."
+        return f"{code(self.given)}, revision {code(self.model.revision or 'main')}."
 
 
 class _Gguf(Source):
@@ -286,8 +287,8 @@ class _Gguf(Source):
 
     @property
     def origin(self) -> str:
-        package = f" of the Python package `{self.given.package}`" if self.given.package else ""
-        return f"The GGUF file `{Path(self.given.file).name}`{package}, dequantised."
+        package = f" of the Python package {code(self.given.package)}" if self.given.package else ""
+        return f"The GGUF file {code(Path(self.given.file).name)}{package}, dequantised."
 
 
 class _Scratch(Source):

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from cpift.escaping import terminal
+
 HIDDEN = "***"
 _SCHEME, _BEFORE = r"[a-z][a-z0-9+.-]{0,30}:", r"(?<![^\s\"'=(])"
 _END = r"\s\"'<>`"
@@ -98,10 +100,10 @@ def is_secret_variable(name: str, value: str) -> bool:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks included, without secrets."""
+    """Log lines, tracebacks included, without secrets and escape sequences."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return redacted(terminal(super().format(record)))
 
 
 def _bare(text: str) -> bool:

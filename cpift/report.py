@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from cpift.files import json_text
 from cpift.metrics import metric_of
@@ -47,22 +48,22 @@ def scores_table(data: ReportData) -> Table:
     table.add_column("model", no_wrap=True)
     for task in data.tasks:
         metric = data.scores[data.models[0]][task]["metric"]
-        below = ("" if metric_of(metric).by_loss else f"\n{metric}") + "\n[dim]loss[/dim]"
-        table.add_column(f"{task}{marks.get(task, '')}{below}", justify="right")
+        below = ("" if metric_of(metric).by_loss else f"\n{metric}") + "\n"
+        table.add_column(Text.assemble(f"{task}{marks.get(task, '')}{below}", ("loss", "dim")), justify="right")
     table.add_column("mean\nreten-\ntion", justify="right")
     table.add_column("worst\ntask", justify="right")
     for model in data.models:
         found = standing(data, model)
         mean = f"{found.mean:.1%}" if found else "–"
-        worst = f"{found.worst:.1%}\n[dim]{found.worst_task}[/dim]" if found else "–"
+        worst = Text.assemble(f"{found.worst:.1%}\n", (found.worst_task, "dim")) if found else "–"
         table.add_row(model, *(_cell(data, model, task) for task in data.tasks), mean, worst)
     return table
 
 
-def _cell(data: ReportData, model: str, task: str) -> str:
+def _cell(data: ReportData, model: str, task: str) -> Text:
     score = data.scores[model][task]
     best = all(compare(score, data.scores[other][task]) >= 0 for other in data.models)
     main, below = f"{score['loss']:.3f}", ""
     if score["score"] is not None:
-        main, below = f"{100 * score['score']:.1f}", f"\n[dim]{score['loss']:.3f}[/dim]"
-    return (f"[bold]{main}[/bold]" if best else main) + below
+        main, below = f"{100 * score['score']:.1f}", f"\n{score['loss']:.3f}"
+    return Text.assemble((main, "bold" if best else ""), (below, "dim"))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from statistics import median
 from typing import Any
 
 from cpift import report_plots as plots
+from cpift.escaping import html
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
 from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, verdict
@@ -35,7 +35,7 @@ def page(data: ReportData) -> str:
         "fusion": _fusion(data),
         "training": _training(data),
         "checks": _checks(data),
-        "config": f"<pre><code>{escape(data.config_yaml.strip())}</code></pre>",
+        "config": f"<pre><code>{html(data.config_yaml.strip())}</code></pre>",
         "provenance": _provenance(data),
     }
     sections = {key: (_SECTIONS[key], html) for key, html in body.items()}
@@ -46,16 +46,16 @@ def _subtitle(data: ReportData) -> str:
     started = min((str(row.get("started", "")) for row in data.provenance), default="")
     seconds = sum(float(row.get("seconds") or 0) for row in data.provenance)
     tasks = f"{len(data.tasks)} task{'s' if len(data.tasks) > 1 else ''}"
-    when = f" · begun {escape(started[:16].replace('T', ' '))} UTC" if started else ""
+    when = f" · begun {html(started[:16].replace('T', ' '))} UTC" if started else ""
     spent = f" · {duration(seconds)} of work in all stages together" if seconds else ""
     return f"Core Parameter Isolation Fine-Tuning · {tasks}{when}{spent}"
 
 
 def _verdict(data: ReportData) -> str:
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(data))
-    warnings = "".join(f'<p class="warning"><strong>Note.</strong> {escape(text)}</p>' for text in data.warnings)
+    sentences = "".join(f"<p>{html(sentence)}</p>" for sentence in verdict(data))
+    warnings = "".join(f'<p class="warning"><strong>Note.</strong> {html(text)}</p>' for text in data.warnings)
     failed = [check["name"] for check in data.checks if check["passed"] is False]
-    broken = f'<p class="fail">Failed: {escape("; ".join(failed))}</p>' if failed else ""
+    broken = f'<p class="fail">Failed: {html("; ".join(failed))}</p>' if failed else ""
     return f'<div class="verdict">{broken}{sentences}</div>{warnings}'
 
 
@@ -65,7 +65,7 @@ def _verdict(data: ReportData) -> str:
 def _scores(data: ReportData) -> str:
     first = data.scores[data.models[0]]
     heads = [
-        f"{escape(task)}{left_out_marks(data).get(task, '')}<br><small>{metric_of(first[task]['metric']).title}<br>"
+        f"{html(task)}{left_out_marks(data).get(task, '')}<br><small>{metric_of(first[task]['metric']).title}<br>"
         f"{first[task]['rows']} rows</small>"
         for task in data.tasks
     ]
@@ -79,9 +79,9 @@ def _scores_row(data: ReportData, model: str) -> str:
     cells = "".join(_score_cell(data, model, task) for task in data.tasks)
     found = standing(data, model)
     mean = f"{found.mean:.1%}" if found else "–"
-    worst = f"{found.worst:.1%}<small>{escape(found.worst_task)}</small>" if found else "–"
+    worst = f"{found.worst:.1%}<small>{html(found.worst_task)}</small>" if found else "–"
     last = ' class="final"' if model == data.models[-1] else ""
-    return f'<tr{last}><th scope="row">{escape(model)}</th>{cells}<td>{mean}</td><td>{worst}</td></tr>'
+    return f'<tr{last}><th scope="row">{html(model)}</th>{cells}<td>{mean}</td><td>{worst}</td></tr>'
 
 
 def _score_cell(data: ReportData, model: str, task: str) -> str:
@@ -130,14 +130,14 @@ def _overlap(data: ReportData) -> str:
     rows = []
     for i, task in enumerate(data.tasks):
         cells = "".join(_jaccard_cell(data, i, j, max(top, data.chance)) for j in range(len(data.tasks)))
-        rows.append(f'<tr><th scope="row">{escape(task)}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{html(task)}</th>{cells}</tr>')
     caption = (
         f"Jaccard overlap S of the core regions; two random regions of these sizes: {data.chance:.4f}. "
         f"In brackets: multiples of that. Outlined: S ≥ τ = {data.tau:.4g}, an edge."
     )
-    order = "".join(f"<li>stage {k}: {escape(', '.join(group))}</li>" for k, group in enumerate(data.groups, start=1))
+    order = "".join(f"<li>stage {k}: {html(', '.join(group))}</li>" for k, group in enumerate(data.groups, start=1))
     return (
-        table(["task", *map(escape, data.tasks)], rows, caption, "heat")
+        table(["task", *map(html, data.tasks)], rows, caption, "heat")
         + f"<p>{_grouping_sentence(data)}</p><ul>{order}</ul>"
     )
 
@@ -173,7 +173,7 @@ def _cores(data: ReportData) -> str:
         share = found["count"] / space if space else 0.0
         threshold = "–" if found["threshold"] is None else f"{found['threshold']:.3g}"
         rows.append(
-            f'<tr><th scope="row">{escape(task)}</th><td>{found["count"]:,}</td><td>{found["requested"]:,}</td>'
+            f'<tr><th scope="row">{html(task)}</th><td>{found["count"]:,}</td><td>{found["requested"]:,}</td>'
             f"<td>{share:.3%}</td><td>{threshold}</td></tr>"
         )
     head = ["task", "core elements", "requested", "share", "smallest |Δ| in the core"]
@@ -214,12 +214,12 @@ def _fusion(data: ReportData) -> str:
 
 def _training(data: ReportData) -> str:
     stages = "; ".join(f"{number}: {', '.join(group)}" for number, group in enumerate(data.groups, start=1))
-    note = f'<p class="muted">Stages of the backbone and of the integration: {escape(stages)}.</p>'
+    note = f'<p class="muted">Stages of the backbone and of the integration: {html(stages)}.</p>'
     panels = "".join(
         figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()
     )
-    rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in data.rows)
+    rows = "".join(f"<li>{html(sentence)}</li>" for sentence in data.rows)
     return f'{note}<div class="panels">{panels}</div>' + (f'<ul class="muted">{rows}</ul>' if rows else "")
 
 
@@ -235,8 +235,8 @@ def _checks(data: ReportData) -> str:
         None: '<td class="left">– nothing to compare</td>',
     }
     rows = [
-        f'<tr>{results[check["passed"]]}<td class="left">{escape(check["name"])}</td>'
-        f'<td class="left">{escape(str(check["detail"]))}</td></tr>'
+        f'<tr>{results[check["passed"]]}<td class="left">{html(check["name"])}</td>'
+        f'<td class="left">{html(str(check["detail"]))}</td></tr>'
         for check in data.checks
     ]
     return table(["result", "check", "detail"], rows, "What the run verified of itself", "checks")
@@ -244,13 +244,13 @@ def _checks(data: ReportData) -> str:
 
 def _provenance(data: ReportData) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(str(row.get("label") or row.get("stage", "")))}</th>'
-        f'<td class="left">{escape(str(row.get("stage", "")))}</td>'
-        f'<td class="left"><code>{escape(str(row.get("fingerprint", ""))[:12])}</code></td>'
-        f'<td class="left">{escape(str(row.get("started", ""))[:19].replace("T", " "))}</td>'
+        f'<tr><th scope="row">{html(str(row.get("label") or row.get("stage", "")))}</th>'
+        f'<td class="left">{html(str(row.get("stage", "")))}</td>'
+        f'<td class="left"><code>{html(str(row.get("fingerprint", ""))[:12])}</code></td>'
+        f'<td class="left">{html(str(row.get("started", ""))[:19].replace("T", " "))}</td>'
         f"<td>{duration(float(row.get('seconds') or 0))}</td>"
-        f'<td class="left">{escape(str(row.get("device") or ""))}</td>'
-        f'<td class="left"><code>{escape(str(row.get("commit") or "–")[:10])}</code></td></tr>'
+        f'<td class="left">{html(str(row.get("device") or ""))}</td>'
+        f'<td class="left"><code>{html(str(row.get("commit") or "–")[:10])}</code></td></tr>'
         for row in data.provenance
     ]
     head = ["artifact", "stage", "fingerprint", "started (UTC)", "time", "device", "commit"]
@@ -265,5 +265,5 @@ def _versions(data: ReportData) -> str:
         if row.get("platform"):
             used.setdefault("platform", set()).add(str(row["platform"]))
     lines = (f"{name}: {' and '.join(sorted(found))}" for name, found in sorted(used.items()))
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{html(line)}</li>" for line in lines)
     return f"<details><summary>Versions</summary><ul>{items}</ul></details>" if items else ""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
+from cpift.escaping import html
 from cpift.report_style import STYLE
 
 
 def document(name: str, kind: str, subtitle: str, lead: str, sections: Mapping[str, tuple[str, str]]) -> str:
     """A whole page. `subtitle`, `lead` and the sections' bodies are HTML; `sections`: anchor → title and body."""
     links = " ".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items())
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{html}</section>' for key, (title, html) in sections.items())
+    body = "".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, (title, text) in sections.items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}: {kind}</title><style>{STYLE}</style></head><body>"
-        f'<header><h1>{escape(name)}</h1><p class="muted">{subtitle}</p><nav>{links}</nav></header>'
+        f"<title>{html(name)}: {kind}</title><style>{STYLE}</style></head><body>"
+        f'<header><h1>{html(name)}</h1><p class="muted">{subtitle}</p><nav>{links}</nav></header>'
         f"<main>{lead}{body}</main></body></html>\n"
     )
 
@@ -32,7 +32,7 @@ def table(head: Sequence[str], rows: Iterable[str], caption: str, kind: str = ""
 def figure(svg: str, caption: str) -> str:
     if not svg:
         return ""
-    text = escape(caption)
+    text = html(caption)
     return f'<figure><div role="img" aria-label="{text}">{svg}</div><figcaption>{text}</figcaption></figure>'
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure, series_style
+from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.tensor_names import KINDS, kind_of, layer_of
 
 Cores = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -27,7 +27,7 @@ def density_by_layer(cores: Cores) -> str:
     for place, (task, rows) in enumerate(cores.items()):
         shares = _shares(rows, layer_of)
         points = [(layer, 100 * shares[layer]) for layer in layers if layer in shares]
-        axes.plot(*zip(*points, strict=True), label=task, **series_style(place))
+        axes.plot(*zip(*points, strict=True), label=legend_label(task), **series_style(place))
     axes.set(xlabel="layer", ylabel="core elements, % of the layer")
     _whole_numbers(axes, layers)
     return as_svg(figure, axes, legend=len(cores))
@@ -43,7 +43,14 @@ def density_by_kind(cores: Cores) -> str:
     for place, (task, share) in enumerate(shares.items()):
         left = [i - 0.4 + width * (place + 0.5) for i in range(len(kinds))]
         heights = [100 * share.get(kind, 0.0) for kind in kinds]
-        axes.bar(left, heights, width * 0.9, label=task, color=SERIES[place % 8], hatch="//" if place >= 8 else None)
+        axes.bar(
+            left,
+            heights,
+            width * 0.9,
+            label=legend_label(task),
+            color=SERIES[place % 8],
+            hatch="//" if place >= 8 else None,
+        )
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("core elements, % of the kind")
     return as_svg(figure, axes, legend=len(shares))
@@ -81,7 +88,7 @@ def angles_by_layer(slerp: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
     figure, axes = new_figure("angles by layer", 5.2, 2.7)
     for fold, layers in found.items():
         points = [(layer, median(layers[layer])) for layer in sorted(layers)]
-        axes.plot(*zip(*points, strict=True), label=tasks[fold], **series_style(fold))
+        axes.plot(*zip(*points, strict=True), label=legend_label(tasks[fold]), **series_style(fold))
     axes.set(xlabel="layer", ylabel="median angle Ω, radians")
     _whole_numbers(axes, sorted(found[0]))
     return as_svg(figure, axes, legend=len(found))

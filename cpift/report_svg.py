@@ -9,6 +9,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from cpift.escaping import one_line, terminal
 
 # Stand-ins that the SVG is searched for: ink, muted ink, grid, and eight series colours (Okabe and Ito's, told apart
 # by readers with any colour vision; lighter on a dark page).
@@ -18,6 +21,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"s{i}" for i,
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may hold dollar signs
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -53,11 +57,18 @@ def series_style(place: int) -> dict[str, Any]:
     return {"color": SERIES[place % 8], "marker": _MARKERS[place % 8], "linestyle": "-" if place < 8 else "--"}
 
 
+def legend_label(name: str) -> str:
+    """matplotlib leaves names that begin with `_` out of a legend."""
+    return f"\N{THIN SPACE}{name}" if name.startswith("_") else name
+
+
 def as_svg(figure: Figure, axes: Axes, legend: int = 1) -> str:
     """The figure as an SVG element that scales with the page, with CSS variables for colours and no stray ids."""
     if legend > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(legend, 4), borderaxespad=0.2)
     axes.tick_params(length=0)
+    for text in figure.findobj(Text):
+        text.set_text(one_line(text.get_text()))
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": str(figure.get_gid())}):  # ids of clip paths must differ between figures of a page
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -72,4 +83,4 @@ def as_svg(figure: Figure, axes: Axes, legend: int = 1) -> str:
     svg = svg.replace("xlink:href=", "href=")
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} aria-hidden="true">{svg}</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} aria-hidden="true">{terminal(svg)}</svg>'

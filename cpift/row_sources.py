@@ -8,6 +8,7 @@ from typing import Any
 
 from cpift.config import DataSource
 from cpift.errors import DataError, Problem, entry
+from cpift.escaping import code, markdown
 from cpift.files import file_sha256
 from cpift.hub import resolve_revision
 from cpift.pretrained import hub_rows
@@ -55,7 +56,7 @@ class _File(Rows):
 
     @property
     def origin(self) -> str:
-        return f"`{self.source.file.name if self.source.file else ''}`"
+        return code(self.source.file.name if self.source.file else "")
 
 
 class _HubRows(Rows):
@@ -73,8 +74,8 @@ class _HubRows(Rows):
 
     @property
     def origin(self) -> str:
-        subset = f" ({self.source.subset})" if self.source.subset else ""
-        return f"`{self.source.hub}`{subset}, {self.source.split}"
+        subset = f" ({markdown(self.source.subset)})" if self.source.subset else ""
+        return f"{code(str(self.source.hub))}{subset}, {markdown(self.source.split)}"
 
 
 class _Generated(Rows):
@@ -97,7 +98,7 @@ class _Generated(Rows):
 
     @property
     def origin(self) -> str:
-        return f"generated: {self.source.procedural}"
+        return f"generated: {markdown(str(self.source.procedural))}"
 
 
 def _check_file(source: DataSource) -> list[Problem]:

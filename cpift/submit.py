@@ -26,7 +26,9 @@ import yaml
 from cpift.config_loading import check_fields, read_yaml, secret_problems
 from cpift.config_paths import Kind, expanded, is_packaged, path_kind, texts
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
+from cpift.escaping import without_colours
 from cpift.files import file_sha256
+from cpift.terminal import say
 
 CONFIG = "config.yaml"
 _EXTRA = "pip install 'cpift[cluster]'"
@@ -175,7 +177,7 @@ def build_wheel(folder: Path) -> Path:
             "cluster's nodes and submit with --no-wheel"
         )
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(tree)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    done = subprocess.run(build, capture_output=True, text=True, check=False, encoding="utf-8")
     if done.returncode:
         raise CpiftError(f"the wheel could not be built:\n{done.stderr.strip()}")
     (wheel,) = folder.glob("cpift-*.whl")
@@ -195,11 +197,11 @@ def follow(address: str, job: str) -> None:
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            say(without_colours(lines).removesuffix("\n"))
 
     asyncio.run(tail())
     status = client.get_job_status(job)
-    print(f"Job {job}: {status.value}")
+    say(f"Job {job}: {status.value}")
     if status.value != "SUCCEEDED":
         message = re.sub(r"\s+", " ", client.get_job_info(job).message or "")[:300]
         raise StageError(

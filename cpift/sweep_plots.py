@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from cpift.estimates import Estimate
-from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, new_figure, series_style
+from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.sweep_scores import Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
 
 
@@ -44,7 +44,7 @@ def _text(value: Any) -> str:
 
 def _line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], place: int, label: str | None) -> None:
     means = [one.mean for one in found]
-    axes.plot(x, means, label=label, **series_style(place))
+    axes.plot(x, means, label=label and legend_label(label), **series_style(place))
     bars = [(at, one) for at, one in zip(x, found, strict=True) if one.low is not None and one.high is not None]
     for at, one in bars:
         axes.vlines(at, one.low or 0.0, one.high or 0.0, color=SERIES[place % 8], linewidth=0.9, alpha=0.7)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from cpift import sweep_plots as plots
 from cpift.errors import entry
+from cpift.escaping import html
 from cpift.estimates import Estimate
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
@@ -45,10 +45,10 @@ def sweep_page(data: SweepData) -> str:
 
 def _subtitle(data: SweepData) -> str:
     seconds = sum(one.seconds_made for one in data.reuse)
-    when = f" · begun {escape(data.started[:16].replace('T', ' '))} UTC" if data.started else ""
+    when = f" · begun {html(data.started[:16].replace('T', ' '))} UTC" if data.started else ""
     seeds = f"{len(data.seeds)} seed{'s' if len(data.seeds) > 1 else ''}"
     return (
-        f"CPI-FT sweep, {escape(data.method)} · {data.points} points, {len(data.trials)} trials, {seeds}{when}"
+        f"CPI-FT sweep, {html(data.method)} · {data.points} points, {len(data.trials)} trials, {seeds}{when}"
         f" · {duration(seconds)} of work in all stages together"
     )
 
@@ -56,13 +56,13 @@ def _subtitle(data: SweepData) -> str:
 def _lead(data: SweepData) -> str:
     failed = [trial for trial in data.trials if trial.status == "failed"]
     items = "".join(
-        f"<li>trial {trial.number} ({escape(_point(trial.points[0]))}): "
-        f"<code>{escape(_last_line(trial.reason))}</code></li>"
+        f"<li>trial {trial.number} ({html(_point(trial.points[0]))}): "
+        f"<code>{html(_last_line(trial.reason))}</code></li>"
         for trial in failed
     )
     count = f"{len(failed)} of {len(data.trials)} trials failed"
     broken = f'<p class="down"><strong>{count}</strong></p><ul>{items}</ul>' if failed else ""
-    return f'<div class="verdict">{broken}{"".join(f"<p>{escape(one)}</p>" for one in verdict(data))}</div>'
+    return f'<div class="verdict">{broken}{"".join(f"<p>{html(one)}</p>" for one in verdict(data))}</div>'
 
 
 def _last_line(text: str) -> str:
@@ -94,7 +94,7 @@ def _scores(data: SweepData) -> str:
         both = len(axes) > 1 and max(len(data.space[axis]) for axis in axes[:2]) <= 24
         heat = f"<div>{_heat(data, name, axes[0], axes[1])}</div>" if both else ""
         line = _lines(data, name, axes, _label(name)) if len(data.space[axes[0]]) <= 24 else ""
-        parts.append(f'<h3>{escape(_label(name))}</h3><div class="pair">{heat}{line}</div>')
+        parts.append(f'<h3>{html(_label(name))}</h3><div class="pair">{heat}{line}</div>')
     return "".join(parts)
 
 
@@ -108,20 +108,20 @@ def _heat(data: SweepData, name: str, rows: str, columns: str) -> str:
     best, low, span = max(sign * m for m in means), min(means), max(means) - min(means)
     lines = []
     for r in data.space[rows]:
-        html = "".join(
+        line = "".join(
             _heat_cell(data, cells[r, c], {rows: r, columns: c}, sign, best, low, span) for c in data.space[columns]
         )
-        lines.append(f'<tr><th scope="row">{escape(shown(r))}</th>{html}</tr>')
+        lines.append(f'<tr><th scope="row">{html(shown(r))}</th>{line}</tr>')
     others = len(_axes(data)) - 2
     over = f" Each cell is the best over {others} more field{'s' if others > 1 else ''}." if others > 0 else ""
     spread = (
         f" ± half of the {data.confidence:.0%} interval over {len(data.seeds)} seeds." if len(data.seeds) > 1 else ""
     )
     caption = (
-        f"{escape(_label(name))} of the {data.model} model.{spread} In brackets the trial: cells of one trial have the "
+        f"{html(_label(name))} of the {data.model} model.{spread} In brackets the trial: cells of one trial have the "
         f"same groups and are one computation. Outlined: the best.{over}"
     )
-    head = [f"{escape(rows)} ↓ &nbsp; {escape(columns)} →", *(escape(shown(c)) for c in data.space[columns])]
+    head = [f"{html(rows)} ↓ &nbsp; {html(columns)} →", *(html(shown(c)) for c in data.space[columns])]
     return table(head, lines, caption, "heat")
 
 
@@ -130,7 +130,7 @@ def _heat_cell(
 ) -> str:
     trial = trial_at(data, point)
     if one is None:
-        return f'<td class="muted">{escape(trial.status) if trial else "–"}</td>'
+        return f'<td class="muted">{html(trial.status) if trial else "–"}</td>'
     share = (one.mean - low) / span if span else 0.5
     shade = 0.05 + 0.5 * (share if sign > 0 else 1 - share)
     spread = f" ±{one.mean - one.low:.3f}" if one.low is not None else ""
@@ -219,24 +219,24 @@ def _trials(data: SweepData) -> str:
     names = [*(name for name, _ in data.objectives), *tasks, "groups (first seed)", "own work"]
     notes = "★ the best by the first objective; ◆ on the Pareto front." if len(data.objectives) > 1 else "★ the best."
     caption = f"{notes} Own work: fusion, integration and their scores, of all seeds together."
-    heads = ["trial", *map(escape, data.space), *(escape(_label(name)) for name in names)]
+    heads = ["trial", *map(html, data.space), *(html(_label(name)) for name in names)]
     return table(heads, [rows], caption, "scores trials") + _references(data)
 
 
 def _trial(data: SweepData, trial: TrialRow, best: bool, front: bool) -> str:
     marks = ("★ " if best else "") + ("◆ " if front and len(data.objectives) > 1 else "")
-    values = "".join(f"<td>{escape(values_of(trial, name))}</td>" for name in data.space)
+    values = "".join(f"<td>{html(values_of(trial, name))}</td>" for name in data.space)
     kind = ' class="final"' if best else ""
     head = f'<tr{kind}><th scope="row">{marks}{trial.number}</th>{values}'
     if trial.status != "done":
-        words = "stopped early" if trial.status == "stopped" else f"failed: {escape(_last_line(trial.reason))}"
+        words = "stopped early" if trial.status == "stopped" else f"failed: {html(_last_line(trial.reason))}"
         style = "muted" if trial.status == "stopped" else "down"
         return (
             f'{head}<td class="left {style}" colspan="{len(data.objectives) + len(data.tasks) + 2}">{words}</td></tr>'
         )
     figures = [*(name for name, _ in data.objectives), *(_own_figure(data, task) for task in data.tasks)]
     scores = "".join(f"<td>{_figure_cell(judged(data, trial, name))}</td>" for name in figures)
-    groups = escape(" → ".join(" + ".join(group) for group in trial.groups[0]))
+    groups = html(" → ".join(" + ".join(group) for group in trial.groups[0]))
     return f'{head}{scores}<td class="left">{groups}</td><td>{duration(trial.seconds)}</td></tr>'
 
 
@@ -255,14 +255,14 @@ def _references(data: SweepData) -> str:
     rows = []
     for title, found in data.references.items():
         cells = "".join(f"<td>{_figure_cell(found.get(name))}</td>" for name, _ in data.objectives)
-        rows.append(f'<tr><th scope="row">{escape(title)}</th>{cells}</tr>')
-    heads = ["model", *(escape(_label(name)) for name, _ in data.objectives)]
+        rows.append(f'<tr><th scope="row">{html(title)}</th>{cells}</tr>')
+    heads = ["model", *(html(_label(name)) for name, _ in data.objectives)]
     return table(heads, rows, "For comparison: θ0 (base) and the probes, which all trials share", "scores")
 
 
 def _reuse(data: SweepData) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(one.stage)}</th><td>{one.needed}</td><td>{one.made}</td>'
+        f'<tr><th scope="row">{html(one.stage)}</th><td>{one.needed}</td><td>{one.made}</td>'
         f"<td>{one.needed - one.made}</td><td>{duration(one.seconds_needed)}</td>"
         f"<td>{duration(one.seconds_made)}</td></tr>"
         for one in data.reuse
@@ -297,5 +297,5 @@ def _best_note(data: SweepData) -> str:
 def _config(text: str, note: str) -> str:
     if not text:
         return ""
-    lead = f'<p class="muted">{escape(note)}</p>' if note else ""
-    return f"{lead}<pre><code>{escape(text.strip())}</code></pre>"
+    lead = f'<p class="muted">{html(note)}</p>' if note else ""
+    return f"{lead}<pre><code>{html(text.strip())}</code></pre>"

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
@@ -246,14 +247,15 @@ def results_table(data: SweepData, rows: int = 12) -> Table:
         cells = [_cell(judged(data, trial, name)) for name, _ in data.objectives]
         table.add_row(str(trial.number), *(values_of(trial, name) for name in data.space), *cells)
     for trial in failed:
-        table.add_row(f"[red]{trial.number}[/]", *(values_of(trial, name) for name in data.space), "[red]failed[/]")
+        values = (values_of(trial, name) for name in data.space)
+        table.add_row(Text(str(trial.number), "red"), *values, Text("failed", "red"))
     return table
 
 
-def _cell(found: Estimate | None) -> str:
+def _cell(found: Estimate | None) -> str | Text:
     if found is None:
         return "–"
-    return f"{found.mean:.4f}" + ("" if found.low is None else f" [dim]±{found.mean - found.low:.3f}[/]")
+    return Text.assemble(f"{found.mean:.4f}", ("" if found.low is None else f" ±{found.mean - found.low:.3f}", "dim"))
 
 
 def failures(data: SweepData) -> list[str]:

@@ -13,10 +13,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from html import escape
 from pathlib import Path
 
 from cpift.errors import ConfigError, Problem
+from cpift.escaping import html
 from cpift.files import write_text
 
 RUN_FILES = ("config.yaml", "summary.json", "report.html")
@@ -134,7 +134,7 @@ def _shown_in(page: str) -> Callable[[str, Path], bool]:
     def fits(text: str, path: Path) -> bool:
         beside = path.with_name(page)
         shown = _text(beside) if is_ours(beside) else None
-        return bool(text.strip()) and f"<pre><code>{escape(text.strip())}</code></pre>" in (shown or "")
+        return bool(text.strip()) and f"<pre><code>{html(text.strip())}</code></pre>" in (shown or "")
 
     return fits
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from cpift.terminal import Terminal
 
 _LOG_SECONDS = 15.0
 
@@ -19,26 +21,26 @@ _LOG_SECONDS = 15.0
 class View:
     """Reports stages and progress to a console."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: Terminal | None = None):
+        self.console = console or Terminal(stderr=True)
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
         self._said = 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text)
 
     def cached(self, title: str) -> None:
-        self.console.print(f"[green]✓[/] {title} [dim](cached)[/]", highlight=False)
+        self._print("✓", "green", title, "(cached)")
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]![/] {text}", highlight=False)
+        self._print("!", "yellow", text)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
         """Announce a stage, give it bars, and say how long it took."""
         started = time.monotonic()
-        self.console.print(f"[cyan]▸[/] {title} …", highlight=False)
+        self._print("▸", "cyan", f"{title} …")
         live = self.console.is_terminal
         self._progress = _bars(self.console) if live else None
         self._bars, self._said = {}, started
@@ -50,7 +52,10 @@ class View:
             if self._progress:
                 self._progress.stop()
             self._progress = None
-        self.console.print(f"[green]✓[/] {title} [dim]{time.monotonic() - started:.1f} s[/]", highlight=False)
+        self._print("✓", "green", title, f"{time.monotonic() - started:.1f} s")
+
+    def _print(self, sign: str, colour: str, text: str, detail: str = "") -> None:
+        self.console.print(Text.assemble((sign, colour), f" {text}", (f" {detail}" if detail else "", "dim")))
 
     def finish(self, title: str) -> None:
         """Take away the bar of work that has ended, where many pieces follow each other within one stage."""
@@ -68,22 +73,22 @@ class View:
             self._progress.update(bar, completed=message["done"], detail=detail)
         elif time.monotonic() - self._said > _LOG_SECONDS:
             self._said = time.monotonic()
-            self.console.print(f"  {message['title']}: {message['done']:.0%} {detail}", highlight=False)
+            self.console.print(f"  {message['title']}: {message['done']:.0%} {detail}")
 
 
 def quiet() -> View:
     """A view that shows nothing."""
-    return View(Console(quiet=True))
+    return View(Terminal(quiet=True))
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Terminal) -> Progress:
     return Progress(
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
         console=console,
         transient=True,
     )

@@ -41,6 +41,8 @@ LAYERS = [
         "patterns",
         "placement",
         "redaction",
+        "escaping",
+        "terminal",
         "tensor_names",
         "metrics",
         "text_metrics",

@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
 def _keep(record: Record, path: Path) -> None:
     """Add a piece to what is on disk by now: another process may be making other seeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("a") as lock:
+    with (path.parent / ".lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_record(joined(read_record(path), record) if path.is_file() else record, path)
     print(f"Record: {path}, {len(record.rows)} rows more; now: study.py write")

@@ -95,7 +95,7 @@ def _usable(folder: Path) -> bool:
 def _fingerprint() -> str:
     parts = [numba.__version__, torch.__version__, binding.get_host_cpu_name(), str(binding.get_host_cpu_features())]
     parts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")]
-    parts += [source.read_text() for source in sorted(Path(__file__).parent.glob("*.py"))]
+    parts += [source.read_text(encoding="utf-8") for source in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

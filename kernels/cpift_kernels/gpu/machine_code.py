@@ -78,7 +78,7 @@ def _read_nvidia(cubin: bytes) -> MachineCode:
 
 def _tool(name: str, *arguments: object) -> str:
     command = [str(_TOOLS / name), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
 
 
 def _sass_bits(opcode: list[str]) -> int:
