@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
+from cpift.config_inputs import Seed
 from cpift.config_loading import read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem
 from cpift.escaping import markdown
@@ -42,7 +43,7 @@ class CompareConfig(Section):
     output: Path | None = Field(None, description="folder for everything it makes; default: runs/<name>")
     run: str | dict[str, Any] = Field(description="the run's YAML file, relative to this one; or its fields, inline")
     fixed: dict[str, Any] = Field(default_factory=dict, description="fields of the run set for all methods")
-    seeds: tuple[int, ...] = Field((), description="every method is trained with each; default: the run's own seed")
+    seeds: tuple[Seed, ...] = Field((), description="every method is trained with each; default: the run's own seed")
     budgets: tuple[Budget, ...] = Field(
         ("total",),
         min_length=1,

@@ -21,6 +21,7 @@ from cpift.config_inputs import (
     ModelConfig,
     Name,
     Section,
+    Seed,
     exactly_one,
     needed,
 )
@@ -203,7 +204,7 @@ class RunConfig(Section):
     output: Path | None = Field(
         None, **identity(), description="folder for everything the run makes; default: runs/<name>"
     )
-    seed: int = Field(
+    seed: Seed = Field(
         0,
         **identity("probe", "group", "backbone", "merge", "integrate", by="itself; of merge only dare's"),
     )
@@ -266,6 +267,9 @@ class RunConfig(Section):
         for name in self.fusion.weights:
             if name not in known:
                 raise ValueError(f"fusion.weights: {name!r} is no task; there are {', '.join(sorted(known))}")
+        weights = [self.fusion.weights.get(task.name, self.fusion.weight) for task in self.tasks]
+        if self.fusion.method == "linear" and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
+            raise ValueError(f"fusion.weights sum to {sum(weights):g}, and linear divides by it: give others")
         return self
 
     @model_validator(mode="after")

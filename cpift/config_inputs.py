@@ -26,12 +26,17 @@ Precision = Literal["auto", "bfloat16", "float32"]
 
 
 def _identifier(name: str) -> str:
+    if len(name.encode("utf-8", "replace")) > 120:
+        raise ValueError("is too long for a file name: give at most 120 bytes")
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ValueError("use letters, digits, '-', '_' and '.' only: the name becomes part of file names")
     return name
 
 
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=1, lt=2**62)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what torch, numpy and transformers all take, with a stage's number added
+_LARGEST = 2**31  # of numbers that count something
+_MOST_PARAMETERS = 10**9  # of a model with random weights
 Value = TypeVar("Value")
 
 
@@ -49,6 +54,16 @@ class Section(BaseModel):
     """A part of the file. Unknown fields are errors, as is true for a number; values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _countable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers of bytes, which may be large, have their own bound."""
+        assert info.field_name is not None
+        sized = any(isinstance(mark, BeforeValidator) for mark in cls.model_fields[info.field_name].metadata)
+        if isinstance(value, int) and not sized and abs(value) >= _LARGEST:
+            raise ValueError(f"is larger than anything that it could count; give less than {_LARGEST:,}")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -105,10 +120,15 @@ class ScratchModel(Section):
     layers: int = Field(2, **identity("model"), ge=1, le=10_000)
     heads: int = Field(4, **identity("model"), ge=1)
     max_length: int = Field(256, **identity("model"), ge=16, description="tokens the position encoding is made for")
-    seed: int = Field(0, **identity("model"))
+    seed: Seed = Field(0, **identity("model"))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ScratchModel:
+        each = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size)
+        if (parameters := self.layers * each) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"makes {parameters:,} parameters, at most {_MOST_PARAMETERS:,}: give a checkpoint instead"
+            )
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 × heads ({2 * self.heads})")
         return self
@@ -183,7 +203,7 @@ class DataSource(Section):
     size: int | None = Field(
         None, **identity(*ROWS, by="of procedural"), ge=1, description="rows to generate (procedural)"
     )
-    seed: int = Field(0, **identity(*ROWS, by="of procedural"), description="generator seed (procedural)")
+    seed: Seed = Field(0, **identity(*ROWS, by="of procedural"), description="generator seed (procedural)")
     limit: int | None = Field(None, **identity(*ROWS), ge=1, description="use the first so many rows")
     streaming: bool = Field(
         False,

@@ -56,6 +56,33 @@ def _has_apart(base: Checkpoint, folder: Path) -> bool:
         return False  # `_opened` says what is wrong with it
 
 
+def check_budget(config: RunConfig) -> list[Problem]:
+    """Whether a slice of the largest tensor of every model fits into the memory budget, where θ0 is at hand."""
+    from cpift.merging import buffers_within
+    from cpift.streaming import pieces
+
+    if config.model.path is None:
+        return []
+    try:
+        base = Checkpoint(config.model.path)
+    except (CpiftError, OSError):
+        return []  # `check_given` says what is wrong with it
+    rows = config.fusion.granularity == "row" and config.fusion.method == "cpift"
+    largest = 0
+    for info in base.tensors.values():
+        width = info.numel // info.shape[0] if rows and len(info.shape) > 1 and info.shape[0] else 0
+        largest = max(
+            largest, *((stop - start) * info.dtype.itemsize for start, stop in pieces(info.numel, width)[:1]), 0
+        )
+    models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
+    try:
+        buffers_within(config.resources.memory_budget, largest, models)
+    except CpiftError as error:
+        where, _, what = str(error).partition(": ")
+        return [Problem(where, *what.split(" → "))]
+    return []
+
+
 def given_notes(config: RunConfig) -> Iterator[str]:
     """What is worth knowing of the given checkpoints, and is no problem."""
     if config.model.path is None or not config.merges_only:

@@ -24,27 +24,29 @@ def preflight(
     """
     from cpift.adapters import check_lora
     from cpift.data import check_task
-    from cpift.merge_planning import check_given
+    from cpift.merge_planning import check_budget, check_given
     from cpift.models import check_model
-    from cpift.row_checks import SharedRows, check_written
+    from cpift.row_checks import RowChecks, SharedRows, check_written
     from cpift.tracking import check_trackers
 
     problems = list(missing(config, stage)) + check_model(config.model)
     if not problems:
         problems += check_given(config)
+    if stage not in ("probe", "regions", "group"):
+        problems += check_budget(config)
         problems += _check_class(config, stage)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
+    folder = _check_store(config) or _check_output(config.output_dir)
+    problems += _check_backbone(config) + folder
+    if not folder:
+        problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
+        problems += check_lock(config.output_dir)
     shared = SharedRows()
     for split in ("test", "train"):
         for task in config.tasks:
             problems += check_task(task, download=download, splits=(split,), see=shared.see)
-    if not problems:
-        written = check_written(config, stage, download)
-        problems += written.problems
-    problems += _check_backbone(config) + (_check_store(config) or _check_output(config.output_dir))
-    problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
-    problems += check_lock(config.output_dir)
-    if problems:
+    written = RowChecks() if problems else check_written(config, stage, download)
+    if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
     return [*written.notes, *shared.notes()]
 
@@ -101,7 +103,10 @@ def _check_store(config: RunConfig) -> list[Problem]:
 
 
 def _check_output(output: Path) -> list[Problem]:
-    existing = next(folder for folder in [output, *output.parents] if folder.exists())
+    try:
+        existing = next(folder for folder in [output, *output.parents] if folder.exists())
+    except (OSError, ValueError) as error:  # a name too long, or with a character that none may have
+        return [Problem("output", f"{str(output)[:80]!r}… is no folder's name ({error})", "give another with --output")]
     if not existing.is_dir():
         return [Problem("output", f"{existing} is a file", "give another folder with --output")]
     if not os.access(existing, os.W_OK):

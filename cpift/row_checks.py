@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cpift.data import read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
@@ -17,7 +18,7 @@ from cpift.tokens import UNCUT, learnable, tokenise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cpift.config import DataSource, EvaluationConfig, ModelConfig, RunConfig, TaskConfig
+    from cpift.config import DataSource, EvaluationConfig, RunConfig, TaskConfig
     from cpift.examples import Example
 
 SAMPLE = 128  # rows of a task that `plan` writes in the chat template
@@ -28,6 +29,8 @@ _SHOWN = 5
 class RowChecks:
     """What a look at the rows brought: problems end the command, notes are worth knowing."""
 
+    longest: int = 0  # tokens of a row
+    largest: int = 0  # token in it
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -43,7 +46,8 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
         return found
     renderer().start()  # while the imports go on here
     try:
-        tokenizer = tokenizer_at_hand(config.model)
+        folder = folder_at_hand(config)
+        tokenizer = tokenizer_at_hand(config, folder)
     except CheckpointError as error:
         found.problems += [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
         return found
@@ -53,6 +57,8 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
             _check_train(found, task, task.train, tokenizer, _lengths(config, task, stage))
+    if folder is not None:
+        _check_model(found, config, folder, tokenizer, stage)
     for task in config.tasks:
         if scored and (download or task.test_data.hub is None):
             _check_test(found, task, config.evaluation, tokenizer)
@@ -83,11 +89,55 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
     return found
 
 
-def tokenizer_at_hand(model: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
-    from cpift.models import source_of
+def folder_at_hand(config: RunConfig) -> Path | None:
+    """Where θ0's config.json and tokenizer lie, None where they would have to be downloaded or made."""
+    from cpift.hub import cached_folder
+    from cpift.stage_artifacts import StageArtifacts
 
-    return source_of(model).tokenizer()
+    model = config.model
+    if model.path is not None or model.hub is not None:
+        return model.path or cached_folder(str(model.hub), model.revision)
+    made = StageArtifacts(config).model
+    return made.path if made.complete else None
+
+
+def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
+    from cpift.models import load_tokenizer, source_of
+
+    return source_of(config.model).tokenizer() if folder is None else load_tokenizer(folder)
+
+
+def _check_model(
+    found: RowChecks, config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str | None
+) -> None:
+    """Whether the class that config.json names can be made, and has a row for every token and place of the sample."""
+    from cpift.architecture import model_config, skeleton
+
+    try:
+        network = skeleton(folder)
+    except CheckpointError as error:
+        found.problems += [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+        return
+    embedding: Any = network.get_input_embeddings()
+    largest = max(found.largest, int(tokenizer.pad_token_id or 0))
+    if largest >= embedding.num_embeddings:
+        what = (
+            f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {embedding.num_embeddings}"
+        )
+        found.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
+    places = int(getattr(model_config(folder), "max_position_embeddings", None) or 0)
+    learnt = places > 0 and any(
+        getattr(module, "num_embeddings", None) in (places, places + 2)  # OPT keeps two more
+        for module in network.modules()
+        if module is not embedding
+    )
+    if learnt:
+        lengths = {name: length for task in config.tasks for name, length in _lengths(config, task, stage).items()}
+        for name, length in lengths.items():
+            if min(length, found.longest) > places:
+                what = f"{length} is more than the {places} places of the model, and there are rows so long"
+                found.problems.append(Problem(name, what, f"give at most {places}"))
 
 
 def _check_train(
@@ -102,7 +152,7 @@ def _check_train(
     if not uses:
         return
     try:
-        whole = _sampled(read_examples(source), tokenizer, uses.values(), found.problems)
+        whole = _sampled(read_examples(source), tokenizer, uses.values(), found)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
     for name, use in uses.items():
@@ -119,7 +169,7 @@ def _sampled(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     uses: Iterable[RowUse],
-    problems: list[Problem],
+    found: RowChecks,
 ) -> bool:
     """Count the first rows, and more where none of those would be learnt from. Whether these are all."""
     bad = 0
@@ -130,8 +180,10 @@ def _sampled(
             row = tokenise(example, tokenizer, UNCUT)
         except DataError as error:
             bad += 1
-            problems += error.problems
+            found.problems += error.problems
             continue
+        found.longest = max(found.longest, len(row["input_ids"]))
+        found.largest = max(found.largest, *row["input_ids"])
         for use in uses:
             use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
     return True

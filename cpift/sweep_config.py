@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cpift.config import Name, RunConfig, Section
 from cpift.config_identity import identity
+from cpift.config_inputs import Seed
 from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
 from cpift.errors import ConfigError, Problem, entry
 from cpift.metrics import metric_of
@@ -92,7 +93,7 @@ class Search(Section):
     samples: int | None = Field(
         None, **identity("sweep"), ge=1, description="points to try; for grid it follows from the space"
     )
-    seed: int = Field(0, **identity("sweep"), description="of the choice of points")
+    seed: Seed = Field(0, **identity("sweep"), description="of the choice of points")
     reduction: int = Field(
         2,
         **identity("sweep"),
@@ -169,7 +170,7 @@ class SweepConfig(Section):
         **identity("sweep"),
         description="the model that is judged; with `fused` no integration is trained",
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (), **identity("sweep"), description="every point is run with each; default: the run's own seed"
     )
     confidence: float = Field(0.95, **identity(), gt=0, lt=1, description="of the intervals over seeds")

@@ -136,5 +136,7 @@ def _logits(folder: Path) -> torch.Tensor:
     from cpift.models import load_model
 
     with torch.inference_mode():
-        logits: torch.Tensor = load_model(folder)(torch.arange(1, 9)[None]).logits
+        model = load_model(folder)
+        rows = model.get_input_embeddings().num_embeddings
+        logits: torch.Tensor = model(torch.arange(1, 9)[None] % int(rows)).logits  # type: ignore[arg-type]
     return logits
