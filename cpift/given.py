@@ -11,8 +11,9 @@ from cpift.config import CheckpointConfig, ModelConfig
 from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import digest, file_sha256
 from cpift.hub import HUB_PATTERNS, download, resolve_revision
-from cpift.lora import LoraCheckpoint, unties
+from cpift.lora import LoraCheckpoint
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.lora_files import unties
 from cpift.model_fields import computing_problems
 from cpift.pretrained import require_no_code
 from cpift.relaid import in_layout_of

@@ -6,8 +6,7 @@ fp32 and saving in that dtype gives. Modules that were trained whole (`modules_t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,22 +17,18 @@ import torch
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.low_rank import low_rank_elements
 
-from cpift.architecture import stored_transposed, tied_names
+from cpift.architecture import stored_transposed
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import checkpoint_layout
-from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings, setting_problems
-from cpift.mapped_files import MappedFile
+from cpift.lora_config import ADAPTER_CONFIG, MERGE_FIRST, adapter_settings
+from cpift.lora_files import ADAPTER_WEIGHTS, changes_in, own_copy, require_plain, tensors_of, unties
 from cpift.patterns import Patterns
-from cpift.safetensors_files import FormatError, TensorInfo, read_header
+from cpift.safetensors_files import TensorInfo
 from cpift.untrusted import UnreadableError
 from cpift.vocabulary import token_tensors
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _PATTERN_FORM = r"(.*\.)?({})$"  # PEFT's
-_PART = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<part>[AB])(\.weight)?")
-_TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
 _RUN = 1 << 18  # elements computed together
 
 
@@ -63,7 +58,7 @@ class LoraCheckpoint(Checkpoint):
         self._settings = adapter_settings(folder)
         require_plain(folder)  # before its tensors, which may be called anything
         problems: list[Problem] = []
-        self._parts = _parts(folder, problems)
+        self._parts = tensors_of(folder, problems)
         self._full: dict[str, TensorInfo] = {}
         self._updates: dict[str, _Update] = {}
         self._patterns: dict[str, Patterns] = {}
@@ -153,11 +148,11 @@ class LoraCheckpoint(Checkpoint):
 
     def _assign(self, problems: list[Problem]) -> None:
         """Say which tensor of θ0 every tensor of the adapter changes."""
-        changes = _changes(self._parts)
+        changes = changes_in(self._parts)
         for module, change in changes.items():
             problems += [Problem(key, "is no plain LoRA factor", MERGE_FIRST) for key in change.unknown]
             for parameter, info in change.full.items():
-                self._assign_full(f"{module}.{parameter}", info, _own(self._settings, module), problems)
+                self._assign_full(f"{module}.{parameter}", info, own_copy(self._settings, module), problems)
         pairs = [(module, change.factors) for module, change in changes.items() if change.factors]
         try:
             found = [self._assign_pair(module, factors) for module, factors in pairs]
@@ -188,11 +183,10 @@ class LoraCheckpoint(Checkpoint):
             return Problem(module, "has one LoRA factor of two", "the adapter is damaged: download or copy it again")
         if target is None:
             return Problem(module, "is adapted, but θ0 has no such weight", "give the adapter's own base model")
-        transposed = stored_transposed(self.base.folder, module)
+        transposed = self._transposed(module, a, b, target)
         if transposed is None:
             return Problem(module, "is adapted, but in θ0 it is no linear layer and no embedding", MERGE_FIRST)
-        shape = (b.shape[0], a.shape[-1])
-        if len(a.shape) != 2 or len(b.shape) != 2 or (shape[::-1] if transposed else shape) != target.shape:
+        if _product(a, b, transposed) != target.shape:
             what = f"has factors {list(b.shape)} · {list(a.shape)}, θ0's weight is {list(target.shape)}"
             return Problem(module, what, "give the adapter's own base model")
         rank = self._patterned("rank_pattern", module, "r")
@@ -202,6 +196,14 @@ class LoraCheckpoint(Checkpoint):
         scaling = alpha / (rank**0.5 if self._settings.get("use_rslora") else rank)
         self._updates[name] = _Update(a if transposed else b, b if transposed else a, transposed, scaling)
         return None
+
+    def _transposed(self, module: str, a: TensorInfo, b: TensorInfo, target: TensorInfo) -> bool | None:
+        """Whether the product is stored transposed, None where that cannot be told. The module's class decides; experts
+        and routers are other classes than when they were adapted, and there only one way may fit."""
+        stored = stored_transposed(self.base.folder, module)
+        if stored is not None or len(set(target.shape)) != 2:
+            return stored
+        return _product(a, b, True) == target.shape
 
     def _patterned(self, field: str, module: str, default: str) -> Any:
         """The value of the first pattern that matches the end of a module's name, as PEFT has it."""
@@ -218,107 +220,14 @@ class LoraCheckpoint(Checkpoint):
         return parameter if same is None else same
 
 
-def require_plain(folder: Path) -> None:
-    """Raise CheckpointError for what can be told of an adapter that is no plain LoRA, or unreadable, without its θ0."""
-    problems = list(setting_problems(adapter_settings(folder)))
-    if not problems:
-        _parts(folder, problems)
-    if problems:
-        raise CheckpointError(f"adapter {folder}", problems)
-
-
-def unties(folder: Path, base: Checkpoint) -> bool:
-    """Whether an adapter makes two tensors of one that θ0 ties: it changes them apart, as PEFT computes it.
-
-    What was trained whole (`modules_to_save`) or has factors is a change to its own name alone; a tensor that is only
-    kept in the file, for it was resized or is a target, goes into the one tensor of both names.
-    """
-    if not base.ties:
-        return False
-    settings = adapter_settings(folder)
-    changes = _changes(_parts(folder, []))
-    own = {
-        module: change
-        for module, change in changes.items()
-        if change.factors or (change.full and _own(settings, module))
-    }
-    pairs = [(one.rpartition(".")[0], other.rpartition(".")[0]) for one, other in tied_names(base.folder).items()]
-    return any(
-        (one in own or other in own) and not _same_change(changes.get(one), changes.get(other)) for one, other in pairs
-    )
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What an adapter's file holds of one module."""
-
-    full: dict[str, TensorInfo]  # by parameter: weight, bias
-    factors: dict[str, TensorInfo]  # A [K, inputs] and B [outputs, K]
-    unknown: list[str]
-
-
-def _changes(parts: Mapping[str, TensorInfo]) -> dict[str, _Change]:
-    """The tensors of an adapter's file by the module that they change."""
-    found: dict[str, _Change] = {}
-    for key, info in parts.items():
-        if key.endswith(_TRAINING_ONLY) or ".original_module." in key:  # beside its trained copy, which is used
-            continue
-        name = key.removeprefix(_PREFIX)
-        part = _PART.fullmatch(name)
-        # PEFT keeps an adapted embedding beside its factors (base_layer); the product is added to that.
-        module, _, parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".").rpartition(".")
-        change = found.setdefault(part["module"] if part else module, _Change({}, {}, []))
-        if part:
-            change.factors[part["part"]] = info
-        elif "lora_" in name or "token_adapter" in name:
-            change.unknown.append(key)
-        else:
-            change.full[parameter] = info
-    return found
-
-
-def _same_change(one: _Change | None, other: _Change | None) -> bool:
-    """Whether tied modules get the same values: PEFT writes both where it keeps them tied."""
-    if one is None or other is None or one.factors.keys() != other.factors.keys():
-        return False
-    if ("weight" in one.full) != ("weight" in other.full):
-        return False
-    swapped = {"A": "B", "B": "A"}  # of an embedding and a linear layer, whose products are each other's transpose
-    pairs = [(info, other.factors[swapped[part]]) for part, info in one.factors.items()]
-    whole = [(info, other.full[name]) for name, info in one.full.items() if name in other.full]
-    return all(_equal(mine, theirs, transposed=True) for mine, theirs in pairs) and all(
-        _equal(mine, theirs) for mine, theirs in whole
-    )
-
-
-def _equal(one: TensorInfo, other: TensorInfo, transposed: bool = False) -> bool:
-    mine, theirs = (
-        MappedFile(info.file).view(info.start, info.dtype, info.numel).reshape(info.shape) for info in (one, other)
-    )
-    return torch.equal(mine.T if transposed else mine, theirs)
+def _product(a: TensorInfo, b: TensorInfo, transposed: bool) -> tuple[int, ...]:
+    """The shape of B·A or of its transpose; () for what are no two matrices."""
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        return ()
+    return (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
 
 
 def _tied_with(parameter: str, ties: Mapping[str, str]) -> set[str]:
     """A parameter and all names that are tied to the same tensor."""
     source = ties.get(parameter, parameter)
     return {source} | {target for target, tied in ties.items() if tied == source}
-
-
-def _own(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT has a copy of its own of a module that is in the file: `modules_to_save`."""
-    kept: Sequence[str] = settings.get("modules_to_save") or ()
-    return any(module == name or module.endswith(f".{name}") for name in kept)
-
-
-def _parts(folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        what = "is pickled (adapter_model.bin), which can run code when loaded" if pickled else "is not there"
-        problems.append(Problem(ADAPTER_WEIGHTS, what, "save the adapter again with PEFT, which writes safetensors"))
-        return {}
-    try:
-        return {info.name: info for info in read_header(file)}
-    except (FormatError, OSError) as error:
-        problems.append(Problem(file.name, f"cannot be read ({error})", "download or copy it again"))
-        return {}

@@ -9,8 +9,8 @@ from cpift.checkpoints import Checkpoint, differences, first_problems
 from cpift.config import CheckpointConfig, RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.given import backbone_apart, describe, has_apart, locate, open_checkpoint
-from cpift.lora import require_plain
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.lora_files import require_plain
 from cpift.methods import method_named
 from cpift.model_fields import computing_problems, setting_notes
 from cpift.pretrained import code_problems

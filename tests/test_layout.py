@@ -65,6 +65,7 @@ LAYERS = [
         "checkpoint_writing",
         "lora",
         "lora_config",
+        "lora_files",
         "gguf_files",
         "given",
         "vocabulary",

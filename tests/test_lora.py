@@ -116,6 +116,28 @@ def test_settings_mean_what_peft_computes(bases: Path, tmp_path: Path, base: str
     assert off(model, tmp_path / "a", bases / base) < 1e-5
 
 
+def test_experts_apart_and_routers_are_adapted_as_their_tensors(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    size = TINY["llama"] | {"intermediate_size": 24}
+    MixtralForCausalLM(MixtralConfig(vocab_size=40, num_local_experts=4, **size)).save_pretrained(tmp_path / "base")
+    base = Checkpoint(tmp_path / "base")
+    generator, factors = torch.Generator().manual_seed(0), {}
+    names = [f"model.layers.0.block_sparse_moe.{name}" for name in ("experts.1.w1", "experts.3.w2", "gate")]
+    for name in names:
+        rows, columns = base.tensors[f"{name}.weight"].shape
+        factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    (tmp_path / "a").mkdir()
+    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    _, models = open_models(tmp_path / "base", {"a": tmp_path / "a"})
+    for name in names:
+        b, a = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
+        wanted = base.tensor(f"{name}.weight") + 2 * b @ a
+        torch.testing.assert_close(models["a"].tensor(f"{name}.weight"), wanted, rtol=0, atol=1e-5)
+
+
 def test_the_table_has_the_fields_of_peft() -> None:
     fields = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
     assert set(FIELDS) == set(fields)
@@ -144,7 +166,7 @@ def test_other_methods_are_refused_with_a_remedy_that_peft_has(bases: Path, tmp_
         merges = hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
         assert ("merge_and_unload" in refusal(tmp_path, bases / "llama")) is merges
     else:
-        assert "cannot be read" in refusal(tmp_path, bases / "llama")
+        assert "adapter_config.json, r: is not there" in refusal(tmp_path, bases / "llama")
 
 
 def test_what_training_alone_uses_is_silent(bases: Path, tmp_path: Path) -> None:
