@@ -41,7 +41,7 @@ def check(
         damaged = {path: why for path, why in zip(found, pool.map(_damage, found), strict=True) if why}
     for path in found:
         say(f"{path.relative_to(folder)}: {damaged.get(path, 'as it was written')}")
-    for name in (*RUN_FILES, *SWEEP_FILES):
+    for name in dict.fromkeys((*RUN_FILES, *SWEEP_FILES)):
         if os.path.lexists(folder / name) and not is_ours(folder / name):
             say(f"{name}: not as cpift wrote it (a run would refuse to replace it)")
     if damaged:

@@ -10,23 +10,23 @@ from rich.text import Text
 
 from cpift.files import json_text
 from cpift.metrics import metric_of
+from cpift.report_index import RUN, write_page
 from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary
 from cpift.retention import learning_of, sentences
-from cpift.top_files import RUN_FILES, write_top
 
 __all__ = ["ReportData", "first_sentences", "scores_table", "summary", "write_run"]
 
 
 def write_run(data: ReportData, folder: Path) -> Path:
-    """Write a run's config, its figures, and the page that shows them; returns the page's path.
+    """Write a run's config, its figures, and the page that shows them, which is kept in `reports` beside those of other
+    configurations and listed in index.html; returns the page's path.
 
     The page needs no network and no other file. Raises ConfigError where one of the files is somebody's own.
     """
     from cpift.report_page import page
 
-    texts = (data.config_yaml, json_text(summary(data)), page(data))
-    write_top(folder, dict(zip(RUN_FILES, texts, strict=True)))
-    return folder / RUN_FILES[-1]
+    beside = {"config.yaml": data.config_yaml, "summary.json": json_text(summary(data))}
+    return write_page(folder, RUN, page(data), beside)
 
 
 def first_sentences(data: ReportData) -> list[str]:

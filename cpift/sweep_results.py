@@ -18,6 +18,7 @@ from cpift.estimates import Estimate, estimates
 from cpift.files import json_text
 from cpift.grouping import Grouping
 from cpift.pipeline import Pipeline
+from cpift.report_index import SWEEP, write_page
 from cpift.retention import DEFINITION
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Fields, Sweep, describe, shown
@@ -26,7 +27,6 @@ from cpift.sweep_plan import backbone_models, own_models, scores_of, shared_mode
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, judged, pareto_front
 from cpift.sweep_verdict import values_of
-from cpift.top_files import SWEEP_FILES, write_top
 
 _STAGES = ("model", "probe", "regions", "backbone", "fuse", "integrate", "evaluate")
 
@@ -192,9 +192,8 @@ def write_results(data: SweepData, folder: Path) -> Path:
     """The report, the figures as JSON, and the best run's config; returns the report's path."""
     from cpift.sweep_report import sweep_page
 
-    texts = dict(zip(SWEEP_FILES, (data.best_yaml, json_text(summary(data)), sweep_page(data)), strict=True))
-    write_top(folder, {name: text for name, text in texts.items() if text})
-    return folder / SWEEP_FILES[-1]
+    beside = {"best.yaml": data.best_yaml, "sweep.json": json_text(summary(data))}
+    return write_page(folder, SWEEP, sweep_page(data), {name: text for name, text in beside.items() if text})
 
 
 def summary(data: SweepData) -> dict[str, Any]:

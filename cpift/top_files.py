@@ -19,8 +19,8 @@ from cpift.errors import ConfigError, Problem
 from cpift.escaping import html
 from cpift.files import write_text
 
-RUN_FILES = ("config.yaml", "summary.json", "report.html")
-SWEEP_FILES = ("best.yaml", "sweep.json", "sweep.html")
+RUN_FILES = ("config.yaml", "summary.json", "index.html", "report.html")
+SWEEP_FILES = ("best.yaml", "sweep.json", "index.html", "sweep.html")
 _LARGEST = 1 << 28  # bytes; nothing that is written here comes near
 _MARK = "written by cpift, which replaces it as long as nobody changes it; sha256 "
 _TOKEN = re.compile(re.escape(_MARK) + "([0-9a-f]{64})")
@@ -63,6 +63,11 @@ def write_top(folder: Path, texts: Mapping[str, str]) -> None:
         raise ConfigError(f"results in {folder}", problems)
     for name, text in texts.items():
         write_text(folder / name, marked(name, text))
+
+
+def unmarked(path: Path) -> str:
+    """The text of a page (HTML) that was written here, without its mark."""
+    return re.sub(f"<!-- {_TOKEN.pattern} -->\n", "", path.read_text(encoding="utf-8"))
 
 
 def write_new(path: Path, text: str) -> None:

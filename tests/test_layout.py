@@ -102,6 +102,7 @@ LAYERS = [
     {"finetune", "stage_data", "evaluate"},
     {
         "report",
+        "report_index",
         "report_scores",
         "report_plots",
         "report_page",

@@ -17,6 +17,7 @@ from cpift import report_plots
 from cpift.config import RunConfig
 from cpift.model_card import license_of, model_card, write_model_card
 from cpift.report import ReportData, scores_table, summary, write_run
+from cpift.report_index import REPORTS
 from cpift.report_scores import compare, retention, standing, verdict
 from cpift.tensor_names import kind_of, layer_of
 from cpift.top_files import RUN_FILES
@@ -198,7 +199,7 @@ def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
     assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
     assert not re.search(r"@import|url\((?!#)", text)
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
-    assert {file.name for file in path.parent.iterdir()} == set(RUN_FILES)
+    assert {file.name for file in path.parent.iterdir()} == {*RUN_FILES, REPORTS}
 
 
 def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None:
