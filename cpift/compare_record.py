@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from cpift.errors import ConfigError, Problem
 from cpift.files import write_text
@@ -28,6 +29,8 @@ _DIGITS = 5
 @dataclass(frozen=True)
 class Header:
     """How the comparison was made."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
     config: dict[str, Any]  # the run, every field
@@ -53,6 +56,8 @@ class Row:
     scores: by task `score` (None where the metric is the loss), `loss`, and `items`: each test row's score, or where
     the metric is the loss [loss, answer tokens]. tokens (None: not counted) and seconds: all that was made for it.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     method: str
     kind: str  # reference | probe | sft | merge | cpift | part | variant | curve | forgetting
@@ -201,13 +206,17 @@ def record_text(record: Record) -> str:
     return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
 
 
+# What a file says is taken only in the form that was written; a field that is not known is an error.
+_HEADER = TypeAdapter(Header)
+_ROW = TypeAdapter(Row)
+
+
 def read_record(path: Path) -> Record:
     """Raises ConfigError where the file is not a comparison's."""
     try:
         lines = read_bytes(path, RECORD.size).splitlines()
         first, *others = [parse_json(line, RECORD) for line in lines]
         first.pop("written_by", None)
-        rows = [Row(**{**row, "pair": tuple(row["pair"]) if row["pair"] else None}) for row in others]
-        return Record(Header(**first), rows)
+        return Record(_HEADER.validate_python(first), [_ROW.validate_python(row) for row in others])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(str(path), [Problem("file", str(error), "make it with `cpift compare`")]) from None

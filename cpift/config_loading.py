@@ -161,6 +161,7 @@ def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -
     """One pydantic error in our words: the field's dotted path, the value, the remedy. `model`: what was validated."""
     # A union adds the tried type's name to the path; such parts are no fields of the file.
     location = [str(part) for part in details["loc"] if not re.search(r"[\[(]|^(float|int|literal)$", str(part))]
+    location = location or [str(part) for part in details["loc"][-1:]]
     where = ".".join(location) or "run"
     if details["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], _fields_at(location[:-1], model), n=1)

@@ -13,7 +13,7 @@ from cpift.files import write_text
 from cpift.methods import method_named
 from cpift.models import source_of
 from cpift.redaction import redacted
-from cpift.untrusted import UnreadableError
+from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_bytes
 
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
@@ -71,10 +71,10 @@ def license_of(folder: Path | None) -> str | None:
         return None
     from cpift.untrusted_yaml import parse_yaml
 
-    parts = readme.read_text(encoding="utf-8").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
     try:
+        parts = read_bytes(readme, MODEL_CONFIG.size).decode("utf-8", "replace").split("---\n", 2)
+        if len(parts) < 3 or parts[0].strip():
+            return None
         stated = parse_yaml(parts[1])
     except UnreadableError:
         return None

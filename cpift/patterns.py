@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,7 +39,9 @@ class Patterns:
 
     def __init__(self, patterns: Iterable[str], form: str = "{}"):
         self._left = _WORK
-        self._matchers = {pattern: self._matcher(pattern, form.replace("{}", pattern)) for pattern in patterns}
+        with warnings.catch_warnings():  # of what a later Python may read in another way
+            warnings.simplefilter("ignore")
+            self._matchers = {pattern: self._matcher(pattern, form.replace("{}", pattern)) for pattern in patterns}
 
     def match(self, pattern: str, text: str) -> bool:
         """Whether `re.match` would find it. Raises UnreadableError where all matches together take too long."""

@@ -187,6 +187,7 @@ def decoded(text: str | bytes, limits: Limits) -> str:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
         raise UnreadableError(f"is no UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from None
+    _check_text(text)
     if text.startswith("\ufeff"):
         raise UnreadableError("begins with a byte order mark", "save it as UTF-8 without one")
     return text
