@@ -23,8 +23,8 @@ from cpift.untrusted_yaml import parse_yaml
 from tests.conftest import save_checkpoint
 from tests.hostile import READERS, RUN, broken, outcome, safetensors_seed
 
-_BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{'*a%d, ' % (n - 1) * 10}]\n" for n in range(1, 12))
-_MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{'*a%d, ' % (n - 1) * 9}]}}\n" for n in range(1, 12))
+_BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 12))
+_MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 12))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_true_is_no_number(field: str, tmp_path: Path) -> None:
     name = field.partition(":")[0]
     file = tmp_path / "run.yaml"
     file.write_text(re.sub(rf"^{name}:[^\n]*(\n  [^\n]*)*\n?", "", RUN, flags=re.M) + field + "\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="true and false are no numbers|valid dictionary"):
+    with pytest.raises(ConfigError, match=r"true and false are no numbers|valid dictionary"):
         load_config(file)
 
 
