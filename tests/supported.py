@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cpift import layout, lora_config, model_fields, untrusted
+from cpift.examples import parse_row
+from cpift.turns import RowError
 
 DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("supported.md", "security.md")]
 _READ = {
@@ -37,6 +40,65 @@ TABLES: dict[str, Callable[[], str]] = {
     "configuration": model_fields.fields_table,
     "limits": limits_table,
 }  # a marker in the document → the function that gives its table as markdown
+
+_USER, _REPLY = {"role": "user", "content": "u"}, {"role": "assistant", "content": "r"}
+_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+_CALLS, _ANSWER = _REPLY | {"tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "1"}
+
+
+def _talk(*turns: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(turns)}
+
+
+# What is shown of rows: name, the row, templates of `columns`. What becomes of each is asked of the code.
+ROWS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+    ("`messages`, text contents", _talk(_USER, _REPLY), {}),
+    ("`prompt` and `completion`, text", {"prompt": "u", "completion": "r"}, {}),
+    ("`prompt` and `completion`, turns", {"prompt": [_USER], "completion": [_REPLY]}, {}),
+    ("`prompt` and `answer`", {"prompt": "u", "answer": "r"}, {}),
+    ("content: list of parts of type text", _talk(_USER | {"content": [{"type": "text", "text": "u"}]}, _REPLY), {}),
+    ("content: a part of another type", _talk(_USER | {"content": [{"type": "image"}]}, _REPLY), {}),
+    ("content null beside `tool_calls`", _talk(_USER, _REPLY | {"content": None, "tool_calls": [_CALL]}), {}),
+    ("content null", _talk(_USER, _REPLY | {"content": None}), {}),
+    ("any other field null", _talk(_USER, _REPLY | {"reasoning_content": None}), {}),
+    ("`reasoning_content`, `name` and every other field", _talk(_USER, _REPLY | {"reasoning_content": "t"}), {}),
+    ("`weight`, `train`, `training`, `trainable`, `loss`", _talk(_USER, _REPLY | {"weight": 0}, _USER, _REPLY), {}),
+    ("`weight` between 0 and 1", _talk(_USER, _REPLY | {"weight": 0.5}), {}),
+    ("`tool_calls`, arguments an object or its JSON text", _talk(_USER, _CALLS), {}),
+    ("`tool_call_id`, `name` of a tool's answer",
+     _talk(_USER, _CALLS, _ANSWER, _REPLY), {}),
+    ("`tool_call_id` of another call",
+     _talk(_USER, _CALLS, _ANSWER | {"tool_call_id": "c2"}, _REPLY), {}),
+    ("another role", _talk({"role": "developer", "content": "d"}, _USER, _REPLY), {}),
+    ("half of a character (lone surrogate)", _talk(_USER, _REPLY | {"content": "\ud83d"}), {}),
+    ("`functions`, `chat_template_kwargs`", {"messages": [_USER, _REPLY], "functions": [{"name": "f"}]}, {}),
+    ("a column in a text of `columns`", {"i": "u", "o": "r"}, {"prompt": "{i}", "completion": "{o}"}),
+    ("a null column in a text", {"i": None, "o": "r"}, {"prompt": "x{i}", "completion": "{o}"}),
+    ("a null column, written `{i:?}`", {"i": None, "o": "r"}, {"prompt": "x{i:?}", "completion": "{o}"}),
+    ("a list in a text", {"i": ["u"], "o": "r"}, {"prompt": "{i}", "completion": "{o}"}),
+]  # fmt: skip
+
+
+def rows() -> str:
+    """Shapes of rows and fields of turns, and what `parse_row` makes of each."""
+    lines = ["| what a row has | what becomes of it |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {_becomes(row, columns)} |" for name, row, columns in ROWS)])
+
+
+def _becomes(row: dict[str, Any], columns: dict[str, str]) -> str:
+    try:
+        example = parse_row(row, columns)
+    except RowError as error:
+        return f"refused: {ascii(str(error))[1:-1]}"
+    told = []
+    for turn in example.messages:
+        extra = "".join(f", {name} {value!r}" for name, value in turn.turn.items() if name not in ("role", "content"))
+        told.append(f"{turn.role} {turn.content!r}{extra}" + ("" if turn.trained else ", not trained on"))
+    fields = any(turn.fields for turn in example.messages if turn.role != "tool")
+    return "; ".join(told) + (" (refused where the chat template does not write it)" if fields else "")
+
+
+TABLES["rows"] = rows
 
 
 def written(text: str) -> str:
