@@ -216,6 +216,15 @@ def unloadable(checkpoint: Checkpoint, where: str) -> list[Problem]:
     return [Problem(where, what, remedy)] if faults else []
 
 
+def unwritable(checkpoint: Checkpoint, where: str) -> list[Problem]:
+    """Why what is trained could not be written back to the names of a checkpoint; empty if it can be."""
+    try:
+        require_whole(checkpoint_layout(checkpoint), checkpoint.folder)
+    except CheckpointError as error:
+        return [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
+    return []
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 

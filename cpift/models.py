@@ -25,7 +25,7 @@ from cpift.escaping import code
 from cpift.files import file_sha256
 from cpift.gguf_files import read_gguf
 from cpift.hub import cached_folder, download, resolve_revision
-from cpift.layout import key_mapping
+from cpift.layout import key_mapping, unwritable
 from cpift.model_sizes import gguf_problems, memory_problem
 
 if TYPE_CHECKING:
@@ -104,9 +104,15 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_directory(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if problems := untrainable(path, "model"):  # of a hub's repository it shows only now
+    _require(untrainable(path, "model"))  # of a hub's repository it shows only now
+    network = load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32"))
+    _require(unwritable(Checkpoint(path), "model"))
+    return network, load_tokenizer(path)
+
+
+def _require(problems: list[Problem]) -> None:
+    if problems:
         raise CheckpointError("model", problems)
-    return load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32")), load_tokenizer(path)
 
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -71,13 +71,15 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     """Whether transformers loads θ0 and can train it; one on the hub is looked at once it has been downloaded."""
     from cpift.architecture import untrainable
     from cpift.checkpoints import Checkpoint
-    from cpift.layout import unloadable
+    from cpift.layout import unloadable, unwritable
 
     if config.model.path is None:
         return []
     integrates = NEEDS[stage or "evaluate"].integrates_of(config)
-    problems = untrainable(config.model.path, "model.path") if integrates or not config.merges_only else []
-    return problems or unloadable(Checkpoint(config.model.path), "model.path")
+    model, trains = Checkpoint(config.model.path), integrates or not config.merges_only
+    problems = untrainable(model.folder, "model.path") if trains else []
+    problems = problems or unloadable(model, "model.path")
+    return problems or (unwritable(model, "model.path") if trains else [])
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

@@ -18,12 +18,12 @@ from cpift.architecture import untrainable
 from cpift.checkpoints import Checkpoint, differences
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
-from cpift.conversion import Traced, Untraceable
+from cpift.conversion import MOVES, Traced, Untraceable
 from cpift.engine import NoEngine
 from cpift.errors import StageError
 from cpift.files import read_json
 from cpift.given import open_checkpoint
-from cpift.layout import ParameterMasks, checkpoint_layout
+from cpift.layout import ParameterMasks, checkpoint_layout, unwritable
 from cpift.models import load_model
 from cpift.pipeline import Pipeline
 from cpift.scratch import make_scratch_tokenizer
@@ -279,3 +279,15 @@ def test_a_mixture_larger_than_the_budget_is_merged_and_one_that_fails_a_check_i
     assert check["passed"] is True
     assert check["detail"].endswith("not loaded, for it is larger than the memory budget (2.1 MB)")
     assert torch.equal(Checkpoint(aside).tensor("lm_head.weight"), Checkpoint(fused.path).tensor("lm_head.weight"))
+
+
+def test_plan_refuses_to_train_what_could_not_be_written_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations of today's text models are in the table; here one of them is not."""
+    base = Checkpoint(saved(tmp_path / "base", "mixtral"))
+    assert unwritable(base, "model.path") == []
+    monkeypatch.delitem(MOVES, torch.cat)
+    (problem,) = unwritable(base, "model.path")
+    assert problem.where == "model.path: model.layers.0.mlp.experts.gate_up_proj"
+    assert "MergeModulelist(dim=0), Concatenate(dim=1) when it is loaded, which uses cat" in problem.what
+    assert "save_original_format=False" in problem.remedy
+    assert unwritable(Checkpoint(saved(tmp_path / "stacked", "mixtral", original=False)), "model.path") == []
