@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from cpift_kernels import pack_mask, unpack_mask
 
-from cpift.architecture import skeleton
+from cpift.architecture import skeleton, untrainable
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.conversion import MOVES, Block, Shape, Traced, converted
 from cpift.errors import CheckpointError, Problem
@@ -223,6 +223,12 @@ def unwritable(checkpoint: Checkpoint, where: str) -> list[Problem]:
     except CheckpointError as error:
         return [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
     return []
+
+
+def require_trainable(folder: Path) -> None:
+    """Raise CheckpointError where the model in a folder cannot be trained: `untrainable`, `unwritable`."""
+    if problems := untrainable(folder, "model") or unwritable(Checkpoint(folder), "model"):
+        raise CheckpointError(f"model {folder}", problems)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift import pretrained
-from cpift.architecture import untrainable
 from cpift.checkpoint_checks import check_checkpoint, check_dense, check_gguf, decisive_files, gguf_path
 from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig
@@ -25,7 +24,7 @@ from cpift.escaping import code
 from cpift.files import file_sha256
 from cpift.gguf_files import read_gguf
 from cpift.hub import cached_folder, download, resolve_revision
-from cpift.layout import key_mapping, unwritable
+from cpift.layout import key_mapping, require_trainable
 from cpift.model_sizes import gguf_problems, memory_problem
 
 if TYPE_CHECKING:
@@ -104,15 +103,9 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_directory(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    _require(untrainable(path, "model"))  # of a hub's repository it shows only now
     network = load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32"))
-    _require(unwritable(Checkpoint(path), "model"))
+    require_trainable(path)  # of a hub's repository it shows only now
     return network, load_tokenizer(path)
-
-
-def _require(problems: list[Problem]) -> None:
-    if problems:
-        raise CheckpointError("model", problems)
 
 
 def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
