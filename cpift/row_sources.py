@@ -118,6 +118,9 @@ def _file_rows(source: DataSource) -> Iterator[Any]:
         yield from json_lines(source.file)
     except UnreadableError as error:
         raise DataError(rows_of(source).told, [error.problem("file")]) from None
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise DataError(rows_of(source).told, [Problem("file", what, "check the path and its permissions")]) from None
 
 
 def _hub_rows(source: DataSource) -> Iterable[Any]:
