@@ -163,7 +163,9 @@ class Copies:
                 if path.name != "manifest.json":
                     (spec.export / path.name).write_bytes(path.read_bytes())
             save_file(moved, spec.export / "model.safetensors", metadata={"format": "pt"})
-            (spec.export / "training.json").write_text(json.dumps({"device": "cpu", "seconds": 1.0, "log": []}))
+            (spec.export / "training.json").write_text(
+                json.dumps({"title": spec.title, "device": "cpu", "seconds": 1.0, "log": []})
+            )
 
     def evaluate(self, config: Any, models: Any, on_result: Any, on_progress: Any) -> None:
         for title in models:
