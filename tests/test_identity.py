@@ -59,8 +59,13 @@ def sha(text: str) -> str:
 @pytest.fixture
 def by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The project's configs in a folder of their own where every file that they name is there, known by its name."""
+
+    def commit(kind: str, name: str, revision: str | None) -> str:
+        """A commit that a commit means again."""
+        return revision if revision and "@" in revision else f"{name}@{revision}"
+
     for module in ("models", "row_sources", "given"):
-        monkeypatch.setattr(f"cpift.{module}.resolve_revision", lambda kind, name, revision: f"{name}@{revision}")
+        monkeypatch.setattr(f"cpift.{module}.resolve_revision", commit)
     for module in ("models", "row_sources"):
         monkeypatch.setattr(f"cpift.{module}.file_sha256", lambda path: sha(path.name))
     monkeypatch.setattr("cpift.models.gguf_path", lambda gguf: Path(gguf.file))
