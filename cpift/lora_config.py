@@ -17,7 +17,10 @@ from cpift.untrusted import ADAPTER, UnreadableError, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
-MERGE_FIRST = "merge it with PEFT (merge_and_unload) on the model that it was trained on, save the result and give that"
+MERGE_FIRST = (
+    "merge it with PEFT (merge_and_unload) on the model that it was trained on (untied before, if the adapter changes "
+    "an embedding or output layer that are tied), save the result and give that"
+)
 _CONVERT = (
     "save it as plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER), where "
     "FOLDER holds the adapter as it was before training; or merge it with PEFT and give the result"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def trained(base: Path, out: Path, **settings: Any) -> Any:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(out)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter without anything special."""
+    folder = tmp_path_factory.mktemp("plain") / "a"
+    trained(bases / "llama", folder)
+    return folder
 
 
 def off(model: Any, adapter: Path, base: Path) -> float:
@@ -148,8 +157,8 @@ def test_the_table_has_the_fields_of_peft() -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name, field in FIELDS.items() if isinstance(field, Neutral)), "of_2030"])
-def test_every_field_that_is_not_neutral_is_named(bases: Path, tmp_path: Path, name: str) -> None:
-    trained(bases / "llama", tmp_path / "a")
+def test_every_field_that_is_not_neutral_is_named(bases: Path, plain: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(plain, tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     for value in ({"x": 1}, "lora_ga", 1, [7]):
         file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
@@ -193,7 +202,7 @@ TIED = [  # targets, modules_to_save, ensure_weight_tying; whether PEFT's model 
 ]
 
 
-@pytest.mark.parametrize("base", NAMES)
+@pytest.mark.parametrize("base", ["llama-tied", pytest.param("gpt2-tied", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("targets", "whole", "ensured", "apart"), TIED)
 def test_a_tied_base_is_changed_as_peft_computes_it(
     bases: Path, tmp_path: Path, base: str, targets: list[str], whole: list[str], ensured: bool, apart: bool
@@ -208,7 +217,8 @@ def test_a_tied_base_is_changed_as_peft_computes_it(
     assert pretrained.is_apart is apart
 
 
-@pytest.mark.parametrize("base", ["llama", "llama-tied"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "tokens"), [("llama", 43), ("llama-tied", 37), ("llama-tied", 43)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -219,7 +229,6 @@ def test_a_tied_base_is_changed_as_peft_computes_it(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tokens", [43, 37])
 def test_resized_embeddings_fit_where_asked_for(
     bases: Path, tmp_path: Path, base: str, settings: dict[str, Any], tokens: int
 ) -> None:
