@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cpift import cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data
 from cpift.errors import CpiftError, told
@@ -23,7 +24,19 @@ if TYPE_CHECKING:
     from cpift.pipeline import Pipeline
     from cpift.planning import Plan
 
+
+class _Commands(TyperGroup):
+    """Every command ends in order; within typer, which would make `Aborted!` of a signal."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from cpift.ending import ended_in_order
+
+        with ended_in_order():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -267,6 +280,8 @@ def main() -> None:
     """Entry point: problems that the message explains end with exit code 2 and no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.set_threshold(50_000)  # torch's import alone makes objects enough for hundreds of collections that find nothing
+    from cpift.ending import leave_threads
+
     with standard_streams():
         try:
             app()
@@ -276,6 +291,7 @@ def main() -> None:
                 say(redacted(traceback.format_exc()), err=True)
                 sys.exit(1)
             say(f"cpift: {message}", "red", err=True)
+            leave_threads(2)
             sys.exit(2)
 
 

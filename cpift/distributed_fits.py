@@ -32,7 +32,7 @@ from cpift.distributed_session import (
     use_assigned_gpus,
 )
 from cpift.distributed_storage import RUN, Storage
-from cpift.errors import CpiftError, StageError
+from cpift.errors import CpiftError, StageError, told
 from cpift.files import write_text
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.placement import Nodes, Placement
@@ -213,8 +213,11 @@ def _train_worker(config: dict[str, Any]) -> None:
             resumed = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
             with guarded_reads(spec.title, model_files(spec.model)):
                 fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
-    except CpiftError as error:  # it would only happen again: tell the driver instead of being retried
-        write_text(_failure_file(spec), str(error))
+    except Exception as error:
+        reason = str(error) if isinstance(error, CpiftError) else told(error)
+        if reason is None:
+            raise
+        write_text(_failure_file(spec), reason)  # it would only happen again: tell the driver, don't be retried
         return
     if main:
         os.replace(partial, spec.export)

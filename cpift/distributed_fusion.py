@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.checkpoint_writing import Shard
 from cpift.config import ResourcesConfig
-from cpift.distributed_session import alive_nodes, ray_session
+from cpift.distributed_session import alive_nodes, first_ready, ray_session
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
 from cpift.errors import CpiftError, StageError
 from cpift.mapped_reads import guarded_reads
@@ -102,7 +102,7 @@ class RayMerging:
         records: dict[str, dict[str, Any]] = {}
         failed: CpiftError | None = None
         while pending:
-            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            ready = first_ready(list(pending))
             shard = pending.pop(ready)
             try:
                 record = _result(ready)[shard.name]
@@ -185,6 +185,7 @@ def _merge(
 
 def _result(task: Any) -> Any:
     """A task's result; what its worker raised is raised here as it was."""
+    first_ready([task])
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:

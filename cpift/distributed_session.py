@@ -6,20 +6,23 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from cpift.config import ResourcesConfig
-from cpift.errors import CpiftError, StageError
+from cpift.ending import listen, stopping
+from cpift.errors import CpiftError, StageError, told
 
 OnProgress = Callable[[dict[str, Any]], None]
 NAMESPACE = "cpift"
 POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
 _ANSWER_SECONDS = 5.0
-LOST = "Ray lost its last node (its raylet ended); what was finished is kept → give the same command again"
+KEPT = "what was finished is kept → give the same command again"
+LOST = f"Ray was lost: a process of its own (the raylet, or the last node's) has ended; {KEPT}"
 # Ray Train's defaults are made for hours of training; these shave seconds off short ones on the cluster that we start.
 _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -45,10 +48,14 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
     ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+    listen()  # Ray has just set a handler of its own
     try:
         yield
+    except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
+        raise StageError(f"Ray failed: {str(error).strip().splitlines()[0]} {KEPT}") from error
     finally:
-        ray.shutdown()
+        if not (stopping() or _lost):
+            ray.shutdown()
 
 
 def _require_answer(address: str) -> None:
@@ -65,12 +72,35 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
+def require_ray() -> None:
+    """Raise StageError where Ray has lost what it needs: its calls would wait for ever.
+
+    Of a Ray that was started here the processes are looked at, for it takes a minute to notice; a cluster notices.
+    """
+    global _lost
+    node: Any = ray._private.worker._global_node
+    ended = node is not None and node.is_head() and bool(node.dead_processes())
+    if ended or not any(one["Alive"] for one in ray.nodes()):
+        _lost = True
+        raise StageError(LOST)
+
+
+_lost = False
+
+
+def first_ready(tasks: Sequence[Any]) -> Any:
+    """The first of these tasks to end. Raises StageError where Ray is lost."""
+    while True:
+        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=_LOOK_SECONDS)
+        if ready:
+            return ready[0]
+        require_ray()
+
+
 def alive_nodes() -> list[dict[str, Any]]:
     """What Ray knows of each node that runs. Raises StageError if none does."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if not nodes:
-        raise StageError(LOST)
-    return nodes
+    require_ray()
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def cluster_gpus(resources: ResourcesConfig) -> float:
@@ -114,10 +144,11 @@ def progress_board() -> Iterator[tuple[str, Any]]:
 
 def show_progress(board: Any, on_progress: OnProgress) -> None:
     """Hand on what the workers posted since the last call."""
+    require_ray()
     try:
-        messages = ray.get(board.take.remote())
-    except ray.exceptions.RayActorError:  # it died with its node and is being restarted; the work goes on
-        return
+        messages = ray.get(board.take.remote(), timeout=_LOOK_SECONDS)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return  # it died with its node and is being restarted; the work goes on
     for message in messages:
         on_progress(message)
 
@@ -140,4 +171,4 @@ def _root_cause(error: BaseException) -> str:
     """The last words of the innermost error, for Ray wraps a worker's exception several times."""
     workers = getattr(error, "worker_failures", None)
     inner = next(iter(workers.values())) if workers else error
-    return str(getattr(inner, "cause", None) or inner).strip()
+    return told(inner) or str(getattr(inner, "cause", None) or inner).strip()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from cpift.escaping import one_line
 from cpift.redaction import redacted
+from cpift.units import show_size
 
 Entry = TypeVar("Entry")
 
@@ -47,12 +51,56 @@ _REMEDIES = {
 }
 
 
-def told(error: Exception) -> str | None:
-    """What the system refused, in words, where that is for the user to mend; else None."""
-    if not isinstance(error, OSError) or error.errno not in _REMEDIES or error.filename is None:
-        return None
-    kept = "; what was finished is kept, and the same command goes on"
-    return redacted(f"{error.filename}: {error.strerror} → {_REMEDIES[error.errno]}{kept}")
+_FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EFBIG: "File too large"}
+_KEPT = "; what was finished is kept, and the same command goes on"
+
+
+def told(error: BaseException) -> str | None:
+    """What the system refused, in words, where that is for the user to mend; else None.
+
+    A full disk is known by what libraries say of it too, which name no file and raise errors of their own.
+    """
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno in _REMEDIES and one.filename is not None:
+            room = _room(one) if one.errno in _FULL else ""
+            return redacted(f"{one.filename}: {one.strerror}{room} → {_REMEDIES[one.errno]}{_KEPT}")
+    for one in _chain(error):
+        full = next((said for said in _FULL.values() if said.lower() in str(one).lower()), None)
+        if full is not None:
+            return redacted(f"{full}: {str(one).strip().splitlines()[-1]} → {_REMEDIES[errno.ENOSPC]}{_KEPT}")
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it came from; Ray keeps a worker's as `cause`."""
+    seen: list[BaseException] = []
+    todo: list[Any] = [error]
+    while todo:
+        one = todo.pop(0)
+        if isinstance(one, BaseException) and one not in seen:
+            seen.append(one)
+            yield one
+            todo += [one.__cause__, one.__context__, getattr(one, "cause", None)]
+
+
+@contextmanager
+def naming(path: Path, nbytes: int = 0) -> Iterator[None]:
+    """Calls on a descriptor fail without a name: give it, and how many bytes the file needs where that is known."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        error.needed = nbytes  # type: ignore[attr-defined]
+        raise
+
+
+def _room(error: OSError) -> str:
+    """Needed and free bytes, as far as they are known."""
+    folder = next((one for one in Path(str(error.filename)).absolute().parents if one.is_dir()), None)
+    needed = getattr(error, "needed", 0)
+    parts = [f"{show_size(needed)} needed"] if needed else []
+    parts += [f"{show_size(shutil.disk_usage(folder).free)} free"] if folder is not None else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 class ProblemsError(CpiftError):

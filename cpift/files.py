@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cpift.errors import naming
 from cpift.untrusted import RECORD
 from cpift.untrusted import read_json as read_untrusted
 
@@ -81,11 +82,12 @@ def json_text(value: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary neighbour and flush it to the disk before the rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with naming(path, len(text)):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

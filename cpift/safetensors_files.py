@@ -13,7 +13,6 @@ import os
 import struct
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from cpift.direct_io import DirectStream, write_at
-from cpift.errors import CpiftError
+from cpift.errors import CpiftError, naming
 from cpift.untrusted import TENSOR_HEADER, UnreadableError, opened, parse_json, shown
 
 DTYPES = {
@@ -189,7 +188,7 @@ class FileWriter:
         self.nbytes = len(header) + sum(info.nbytes for info in infos)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with _named(path):
+            with naming(path, self.nbytes):
                 _reserve(self._descriptor, self.nbytes)
                 self._stream = DirectStream(path, self._descriptor) if in_order else None
                 self._hash, self._hashed = hashlib.sha256(header), len(header)
@@ -219,7 +218,7 @@ class FileWriter:
     def _put(self, data: Any, at: int) -> None:
         if self._stream is not None and at != self._stream.position:
             raise ValueError(f"{self.path}: byte {at} was written after byte {self._stream.position}, not in order")
-        with _named(self.path):
+        with naming(self.path, self.nbytes):
             if self._stream is None:
                 write_at(self._descriptor, data, at)
             else:
@@ -239,7 +238,7 @@ class FileWriter:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk; of a file written in order: until all is."""
-        with _named(self.path):
+        with naming(self.path, self.nbytes):
             if self._stream is not None:
                 self._stream.finish()
             os.fsync(self._descriptor)
@@ -248,16 +247,6 @@ class FileWriter:
         if self._stream is not None:
             self._stream.close()
         os.close(self._descriptor)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Calls on a descriptor fail without a name: give it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -40,6 +40,7 @@ from cpift.view import View, quiet
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # no banner: progress is shown by ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are handled by ours, see `ending.py`
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results are read from the artifacts
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

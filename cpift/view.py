@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -20,6 +20,9 @@ _LOG_SECONDS = 15.0
 
 class View:
     """Reports stages and progress to a console."""
+
+    running: ClassVar[list[str]] = []  # stages of this process that are under way, and those that are done
+    finished: ClassVar[list[str]] = []
 
     def __init__(self, console: Terminal | None = None):
         self.console = console or Terminal(stderr=True)
@@ -46,12 +49,15 @@ class View:
         self._bars, self._said = {}, started
         if self._progress:
             self._progress.start()
+        View.running.append(title)
         try:
             yield
         finally:
             if self._progress:
                 self._progress.stop()
             self._progress = None
+        View.running.remove(title)
+        View.finished.append(title)
         self._print("✓", "green", title, f"{time.monotonic() - started:.1f} s")
 
     def _print(self, sign: str, colour: str, text: str, detail: str = "") -> None:

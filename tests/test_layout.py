@@ -16,6 +16,7 @@ MODULES = sorted([*(ROOT / "cpift").glob("*.py"), *(ROOT / "kernels" / "cpift_ke
 # A module imports only from its own layer or from those before it.
 LAYERS = [
     {
+        "ending",
         "errors",
         "artifact_state",
         "artifacts",
