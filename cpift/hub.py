@@ -38,13 +38,13 @@ def resolve_revision(kind: Literal["model", "dataset"], repository: str, revisio
     if revision is not None and is_commit(revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         info = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=20)
     except (HfHubHTTPError, HFValidationError) as error:
         raise HubError(f"hub: {kind} {repository!r} at revision {revision!r}: {_said(error)}") from error
-    except (OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    except Exception as error:  # offline, or whatever the client and the layers of its network raise
         cached = _cached_commit(kind, repository, revision)
         if cached is None:
             raise HubError(
@@ -64,12 +64,11 @@ def download(repository: str, revision: str | None) -> Path:
         HubError: see `resolve_revision`; or the download fails.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     commit = resolve_revision("model", repository, revision)
     try:
         return Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_PATTERNS)))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # as above
         raise HubError(f"hub: model {repository!r} at {commit}: {_said(error)}") from error
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from cpift.config import DataSource
-from cpift.errors import DataError, Problem, entry
+from cpift.errors import CpiftError, DataError, Problem, entry
 from cpift.escaping import code, markdown
 from cpift.files import file_sha256
 from cpift.hub import resolve_revision
@@ -123,18 +123,19 @@ def _file_rows(source: DataSource) -> Iterator[Any]:
         raise DataError(rows_of(source).told, [Problem("file", what, "check the path and its permissions")]) from None
 
 
-def _hub_rows(source: DataSource) -> Iterable[Any]:
+def _hub_rows(source: DataSource) -> Iterator[Any]:
     """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
-    from datasets.exceptions import DatasetsError
-
     assert source.hub is not None
     commit = resolve_revision("dataset", source.hub, source.revision)
     try:
-        rows = hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
-    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        yield from hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
+    except CpiftError:
+        raise
+    except Exception as error:  # what datasets, the hub's client and the layers of its network raise
         remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
-        raise DataError(rows_of(source).told, [Problem("hub", str(error).strip(), remedy)]) from error
-    return rows
+        raise DataError(
+            rows_of(source).told, [Problem("hub", str(error).strip() or type(error).__name__, remedy)]
+        ) from error
 
 
 ROWS: dict[str, type[Rows]] = {"file": _File, "hub": _HubRows, "procedural": _Generated}

@@ -15,6 +15,7 @@ from cpift.config_inputs import ScratchModel
 from cpift.data import load_examples, source_fingerprint
 from cpift.errors import DataError
 from cpift.examples import Example, parse_row
+from cpift.hub import HubError, download, resolve_revision
 from cpift.scratch import make_scratch_tokenizer
 from cpift.tokens import IGNORED, tokenise
 from cpift.turns import Message, RowError
@@ -251,6 +252,31 @@ def test_a_checked_template_renders_in_this_process_to_the_same_text(monkeypatch
         assert tokenise(example, tokenizer_of(THINKING), 500) == limited
         with pytest.raises(DataError, match="is no jinja template"):
             tokenise(example, tokenizer_of("{% for %}"), 500)
+
+
+class Unreachable(Exception):
+    """As httpx raises, which is no OSError."""
+
+
+def test_a_hub_that_does_not_answer_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Unreachable("connection refused")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        yield {"prompt": "p", "completion": "r"}
+        raise Unreachable("connection lost")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(HubError, match=r"no answer for model 'org/net' .*connection refused"):
+        resolve_revision("model", "org/net", None)
+    with pytest.raises(HubError, match="connection refused"):
+        download("org/net", "0" * 40)
+    for loader, message in ((refuse, "connection refused"), (broken, "connection lost")):
+        monkeypatch.setattr("datasets.load_dataset", loader)
+        with pytest.raises(DataError, match=message):
+            load_examples(DataSource(hub="org/set", revision="0" * 40))
 
 
 def test_examples_know_their_row(tmp_path: Path) -> None:
