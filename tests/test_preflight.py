@@ -55,7 +55,7 @@ def run_of(tmp_path: Path, rows: list[Any], model: Any = None, test: list[Any] |
         "probe": training,
         "backbone": {"source": "pretrained"},
         "regions": {"p": 0.05},
-        "integration": training,
+        "integration": dict(training),
         "evaluation": {"max_length": 64, "batch_size": 4},
         "tracking": [],
     }
