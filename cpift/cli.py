@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -276,6 +278,14 @@ cli_compare.register(app, _LOOK)
 cli_benchmarks.register(app, _LOOK)
 
 
+def require_arguments(arguments: Sequence[str]) -> None:
+    """Raise CpiftError for an argument that is empty: of a path it would mean the current folder, or nothing at all."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):
+            where = argument.rstrip("=") or f"the argument {f'after {before}' if before else 'at the start'}"
+            raise CpiftError(f"{where}: is empty → give a value (is a variable of your shell unset?), or leave it out")
+
+
 def main() -> None:
     """Entry point: problems that the message explains end with exit code 2 and no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -284,6 +294,7 @@ def main() -> None:
 
     with standard_streams():
         try:
+            require_arguments(sys.argv[1:])
             app()
         except Exception as error:
             message = str(error) if isinstance(error, CpiftError) else told(error)

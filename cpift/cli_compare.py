@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,8 +45,8 @@ def compare(
     from cpift.compare_config import load_comparison
 
     changes: dict[str, Any] = {"output": output} if output else {}
-    changes |= {"seeds": _seeds(seeds)} if seeds else {}
-    changes |= {"budgets": [budget]} if budget else {}
+    changes |= {} if seeds is None else {"seeds": _seeds(seeds)}
+    changes |= {} if budget is None else {"budgets": [budget]}
     made = load_comparison(config, overrides or [], changes)
     from cpift.compare_report import written_files
     from cpift.preflight import preflight
@@ -76,12 +77,9 @@ def compare(
 def _seeds(text: str) -> list[int]:
     from cpift.errors import ConfigError, Problem
 
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            "command line", [Problem("--seeds", repr(text), "write numbers, for example 0,1,2")]
-        ) from None
+    if re.fullmatch(r" *[0-9]{1,10} *(, *[0-9]{1,10} *)*", text) is None:
+        raise ConfigError("command line", [Problem("--seeds", repr(text), "write numbers, for example 0,1,2")])
+    return [int(part) for part in text.split(",")]
 
 
 def _engine(made: Any, here: bool) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cpift.config import RunConfig
-from cpift.config_paths import is_path, resolve_paths
+from cpift.config_paths import expand_paths, is_path, resolve_paths
 from cpift.errors import ConfigError, Problem
 from cpift.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted import UnreadableError
@@ -133,8 +133,8 @@ def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Proble
     node: Any = raw
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = value
+            node = node[_place(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[_place(last) if isinstance(node, list) else last] = value
         if value is not None and isinstance(node, dict):
             node.pop(_ALTERNATIVES.get(last), None)
     except (TypeError, AttributeError, IndexError, ValueError) as error:
@@ -142,14 +142,25 @@ def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Proble
     return None
 
 
+def _place(part: str) -> int:
+    """Of an element of a list. Not from its end: the name of a field is the same however it was set."""
+    if re.fullmatch("[0-9]{1,4}", part) is None:
+        raise ValueError(f"{part!r} is no number of an element, from 0 on")
+    return int(part)
+
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Model:
-    """The model that a file's fields make. Raises ConfigError with every problem of them."""
-    problems = secret_problems(raw)
+    """The model that the fields of a sweep's or a comparison's file make. Raises ConfigError with every problem.
+
+    Of its paths, the output folder and the run's file may hold variables; a run in it is looked at by itself.
+    """
+    own = {name: value for name, value in raw.items() if name != "run" or isinstance(value, str)}
+    problems = [*secret_problems(raw), *expand_paths(own, ("output", "run"))]
     try:
-        made = model.model_validate(raw)
+        made = model.model_validate({**raw, **own})
     except ValidationError as error:
         problems += [problem_of(details, model) for details in error.errors()]
     if problems:

@@ -1,14 +1,19 @@
-"""Which fields of a run's file are paths: `${NAME}` is replaced in these and nowhere else."""
+"""Which fields of a run's file are paths: `${NAME}` is replaced in these and nowhere else.
+
+In a field that is neither a path nor prose (instructions and columns, which have signs of their own) it is refused: it
+would be taken as it stands, and was meant as something else.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cpift.errors import Problem
+from cpift.redaction import is_prose
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 Kind = Literal["model", "rows", "place", "source"]
@@ -29,7 +34,11 @@ PATHS: Mapping[str, Kind] = {
 
 def path_kind(field: str) -> Kind | None:
     """What kind of path a field holds, by its dotted name; None if it holds none."""
-    return PATHS.get(re.sub(r"\.\d+(?=\.|$)", ".*", field))
+    return PATHS.get(_shape(field))
+
+
+def _shape(field: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", field)
 
 
 def is_path(field: str) -> bool:
@@ -44,15 +53,12 @@ def expanded(value: str) -> tuple[str, list[str]]:
 
 def resolve_paths(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
     """Replace variables and make inputs absolute, from `folder` on, in place."""
+    problems = list(expand_paths(raw, PATHS))
+    yield from problems
+    failed = {problem.where for problem in problems}
     for section, key, field in list(texts(raw)):
-        kind = path_kind(field)
-        if kind is None:
-            continue
-        value, missing = expanded(section[key])
-        for name in missing:
-            yield Problem(field, f"the environment has no variable {name}", f"export {name}=... first")
-        section[key] = value
-        if missing or is_packaged(section, field) or kind == "place":
+        kind, value = path_kind(field), section[key]
+        if kind in (None, "place") or field in failed or is_packaged(section, field):
             continue
         try:
             path = (folder / Path(value).expanduser()).resolve()
@@ -62,6 +68,24 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
                 yield Problem(field, f"there is no such file or folder: {path}", "check the path")
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, the home of nobody
             yield Problem(field, f"{value!r} is no usable path ({error})", "check the path")
+
+
+def expand_paths(raw: dict[str, Any], paths: Container[str]) -> Iterator[Problem]:
+    """Replace variables in these fields of a file, in place; in all others they are a problem, as an empty path is."""
+    for section, key, field in list(texts(raw)):
+        if _shape(field) in paths:
+            section[key], missing = expanded(section[key])
+            for name in missing:
+                yield Problem(field, f"the environment has no variable {name}", f"export {name}=... first")
+            if not section[key]:
+                yield Problem(
+                    field, "is empty, which is no path", "give one (. is the current folder), or leave it out"
+                )
+        elif _VARIABLE.search(section[key]) and not is_prose(field):
+            what = "holds ${...}, which is replaced in a path alone, and here would be taken as it stands"
+            yield Problem(
+                field, what, "write the value out; a path belongs into the run's own file, not into a sweep's"
+            )
 
 
 def is_packaged(section: Mapping[str, Any], field: str) -> bool:

@@ -67,6 +67,11 @@ def html(text: str) -> str:
     return _html.escape(terminal(text))
 
 
+def text_of(page: str) -> str:
+    """The text that a part of a page without elements shows."""
+    return _html.unescape(page)
+
+
 def markdown(text: str) -> str:
     """Inline text of a page in Markdown, in a paragraph, a heading or a table's cell."""
     escaped = _SPECIAL.sub(lambda found: f"\\{found[0]}", one_line(text).strip())

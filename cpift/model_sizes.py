@@ -22,6 +22,12 @@ _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
+# Fields that name files to be read in the place of those that are checked, hashed and merged.
+ELSEWHERE = {
+    "config.json": ("configuration_files", "transformers_weights"),
+    "tokenizer_config.json": ("fast_tokenizer_files",),
+}
+_USE = "remove the field; if the files that it names are the ones that are meant, give them the usual names"
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "block_count"),
 )
@@ -37,7 +43,8 @@ _SLACK = 8  # several parts of a layer may be kept as one tensor, or a tensor as
 
 
 def folder_problems(folder: Path, where: str) -> list[Problem]:
-    """What is wrong with a model folder's small files: they cannot be read, or state sizes beyond its tensors."""
+    """What is wrong with a model folder's small files: they cannot be read, name others to be read in
+    their place, or state sizes beyond its tensors."""
     problems: list[Problem] = []
     config: dict[str, Any] = {}
     for name in _OBJECTS:
@@ -51,6 +58,13 @@ def folder_problems(folder: Path, where: str) -> list[Problem]:
             problems.append(Problem(f"{where}, {name}", f"cannot be read ({error.strerror})", "check the path"))
         else:
             config = found if name == "config.json" else config
+            problems += [
+                Problem(
+                    f"{where}, {name}, {field}", "has transformers read other files than those that are checked", _USE
+                )
+                for field in ELSEWHERE.get(name, ())
+                if found.get(field) is not None
+            ]
     return problems + list(size_problems(config, f"{where}, config.json", *_extent(folder)))
 
 

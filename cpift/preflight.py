@@ -29,10 +29,11 @@ def preflight(
     from cpift.row_checks import RowChecks, SharedRows, check_written
     from cpift.tracking import check_trackers
 
-    problems = list(missing(config, stage)) + check_model(config.model)
-    if not problems:
-        problems += check_given(config)
-    if stage not in ("probe", "regions", "group"):
+    problems, models = list(missing(config, stage)), check_model(config.model)
+    if not problems and not models:
+        models += check_given(config)
+    problems += models
+    if not models and stage not in ("probe", "regions", "group"):  # these open what was looked at
         problems += check_budget(config)
         problems += _check_class(config, stage)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))

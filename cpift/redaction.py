@@ -75,10 +75,15 @@ def secret_fields(raw: Any, where: str = "") -> Iterator[str]:
         if isinstance(key, str) and holds_secret(key, prose=True):
             yield f"{where or 'the file'} (the name of a field)"
         elif isinstance(value, str):
-            if holds_secret(value, prose=_PROSE.fullmatch(here) is not None):
+            if holds_secret(value, prose=is_prose(here)):
                 yield here
         else:
             yield from secret_fields(value, here)
+
+
+def is_prose(field: str) -> bool:
+    """Whether a field of a config, by its dotted name, holds text of the user's own making."""
+    return _PROSE.fullmatch(field) is not None
 
 
 def holds_secret(text: str, prose: bool = False) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from cpift.escaping import html, text_of
 from cpift.files import digest
 from cpift.report_parts import document, table
 from cpift.top_files import is_ours, unmarked, write_top
@@ -68,15 +68,15 @@ def _keep(folder: Path, kind: Kind, page: str) -> Path:
 
 def _config(page: str, section: str) -> str:
     found = re.search(rf'<section id="{section}">.*?<pre><code>(.*?)</code></pre>', page, re.DOTALL)
-    return unescape(found[1]) if found else ""
+    return text_of(found[1]) if found else ""
 
 
 def _index(folder: Path, newest: Path) -> str:
     kept = [one for kind in (RUN, SWEEP) for one in _kept(folder / REPORTS, kind)]
     kept.sort(key=lambda one: (one.file != newest, -one.file.stat().st_mtime_ns, one.file.name))
     rows = [
-        f'<tr><th scope="row"><a href="{REPORTS}/{one.file.name}">{escape(one.title)}</a></th>'
-        f'<td class="left">{one.subtitle}</td><td class="left">{escape(_differences(one, kept[0]))}</td></tr>'
+        f'<tr><th scope="row"><a href="{REPORTS}/{html(one.file.name)}">{html(one.title)}</a></th>'
+        f'<td class="left">{one.subtitle}</td><td class="left">{html(_differences(one, kept[0]))}</td></tr>'
         for one in kept
     ]
     caption = "One report a configuration; the newest first. Fields: as there, and in brackets as in the newest."
@@ -92,7 +92,7 @@ def _kept(folder: Path, kind: Kind) -> Iterator[Kept]:
             title, subtitle = (re.search(tag, page, re.DOTALL) for tag in (_TITLE, _SUBTITLE))
             yield Kept(
                 file,
-                unescape(title[1]) if title else file.stem,
+                text_of(title[1]) if title else file.stem,
                 subtitle[1] if subtitle else "",
                 _config(page, kind.section),
             )

@@ -15,7 +15,7 @@ def parse_size(value: object) -> int:
     """Bytes from a number or text such as 512MiB, 5GB or 1.5G (1 GB = 10⁹, 1 GiB = 2³⁰). Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+    found = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([A-Za-z]*)\s*", str(value))
     unit = next((factor for name, factor in _UNITS.items() if found and name.lower() == found[2].lower()), None)
     if found is None or unit is None:
         raise ValueError(f"{value!r} is no size: write for example 512MiB or 5GB")

@@ -161,6 +161,29 @@ LITERAL = [
 COMMANDS = ["run", "plan", "probe", "regions", "group", "fuse", "integrate", "evaluate", "report", "data preview"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", ""], "the argument after plan: is empty"),
+        (["plan", "x.yaml", "--output", ""], "the argument after --output: is empty"),
+        (["check", "--output="], "--output: is empty"),
+        (["compare", "x.yaml", "--seeds", ""], "the argument after --seeds: is empty"),
+        ([""], "the argument at the start: is empty"),
+        (["compare", "x.yaml", "--seeds", "1_0"], "--seeds: '1_0'"),
+        (["compare", "x.yaml", "--seeds", "\u0663"], "--seeds: '\u0663'"),
+    ],
+)
+def test_an_empty_argument_means_nothing(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Above all not the current folder, which a path without a name is to Python."""
+    monkeypatch.setattr(sys, "argv", ["cpift", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "compare", "sweep"])
 def test_options_are_taken_as_they_are_typed(
     command: str,
@@ -189,5 +212,5 @@ def test_options_are_taken_as_they_are_typed(
         assert f"{tmp_path / value}|" in said("--output", value), value
     if command in ("regions", "fuse"):
         assert f"|{3 << 20}\n" in said("--memory-budget", "3MiB")
-        for value in ("null", "3MiB #", "${HOME}", "[1]", "", "yes"):
+        for value in ("null", "3MiB #", "${HOME}", "[1]", ".", "1.2.3", "9" * 400 + "GB", "yes"):
             assert f"memory_budget: {value!r}" in said("--memory-budget", value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_origin
@@ -8,10 +9,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from cpift.compare_config import load_comparison
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config, load_config
 from cpift.config_paths import is_path
 from cpift.errors import ConfigError
+from cpift.sweep_config import load_sweep
 
 
 def minimal() -> dict:
@@ -138,6 +141,49 @@ def test_variables_are_replaced_in_paths_alone(tmp_path: Path, monkeypatch: pyte
     assert str(config.output) == "/x/word"
     assert config.resources.storage == "/word"
     assert config.tasks[0].train.columns == columns
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation": {"judge": {"url": "http://${WORD}/v1", "model": "m"}}},
+        {"evaluation": {"judge": {"url": "http://h", "model": "${NONE}"}}},
+        {"model": {"hub": "org/${WORD}"}},
+        {"regions": {"include": ["*", "${WORD}*"]}},
+        {"resources": {"address": "ray://${WORD}:10001"}},
+    ],
+)
+def test_variables_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    monkeypatch.setenv("WORD", "word")
+    assert "holds ${...}, which is replaced in a path alone" in problems(tmp_path, minimal() | change)
+
+
+def test_variables_in_sweeps_and_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own two paths may hold some; fields of the run that they set may not."""
+    monkeypatch.setenv("WORD", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(minimal() | {"integration": {"steps": 1}}))
+    raw = {"run": "${WORD}/run.yaml", "output": "${WORD}/out"}
+    file = tmp_path / "many.yaml"
+    for load_many, more in ((load_sweep, {"space": {"regions.p": [0.1]}}), (load_comparison, {})):
+        file.write_text(yaml.safe_dump(raw | more))
+        if load_many is load_sweep:
+            assert load_many(file).base.output_dir == tmp_path / "out"
+        for change, field in (
+            ({"fixed": {"resources.storage": "${WORD}"}}, "fixed.resources.storage: holds"),
+            ({"output": ""}, "output: is empty"),
+            ({"output": "${NONE}"}, "the environment has no variable NONE"),
+        ):
+            file.write_text(yaml.safe_dump(raw | more | change))
+            with pytest.raises(ConfigError, match=re.escape(field)):
+                load_many(file)
+
+
+@pytest.mark.parametrize("field", ["output", "model.path", "tasks.0.train.file", "resources.storage"])
+def test_an_empty_path_is_none(tmp_path: Path, field: str) -> None:
+    """To Python it is the current folder."""
+    with pytest.raises(ConfigError, match=f"{field}: is empty, which is no path"):
+        load(tmp_path, minimal(), f"{field}=''")
+    assert "--set tasks.-1.name=b: cannot be applied" in problems(tmp_path, minimal(), "tasks.-1.name=b")
 
 
 @pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "x" * 5000, "${WORD}" * 300])

@@ -141,6 +141,15 @@ PLANTED: dict[Callable[[Path], None], str] = {
     lambda folder: set_fields(folder / "config.json", model_type="t5"): "'t5' is no language model",
     lambda folder: set_fields(folder / "config.json", model_type="../llama"): "'../llama' is no language model",
     lambda folder: set_fields(folder / "config.json", model_type=["llama"]): "['llama'] is no language model",
+    lambda folder: set_fields(
+        folder / "config.json", transformers_weights="b.safetensors"
+    ): "transformers_weights: has transformers read other files",
+    lambda folder: set_fields(
+        folder / "config.json", configuration_files=["config.4.0.0.json"]
+    ): "configuration_files: has transformers read other files",
+    lambda folder: set_fields(
+        folder / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.json"]
+    ): "fast_tokenizer_files: has transformers read other files",
     lambda folder: set_fields(folder / "config.json", attn_implementation="a/b"): "'a/b' is compiled code from the hub",
     lambda folder: set_fields(
         folder / "config.json", text_config={"_experts_implementation": {"": "a/b@v1"}}
@@ -209,7 +218,7 @@ def test_no_command_runs_what_is_planted(
         for command in (*([name] for name in commands), ["data", "preview"]):
             assert answer(monkeypatch, *command, config) == 2, command
             said = capsys.readouterr().err
-            assert all(text in said for text in list(PLANTED.values())[:2]), command
+            assert all(text in said for text in list(PLANTED.values())[:2]), said
     assert answer(monkeypatch, "standard", folder, "--tasks", "gsm8k") == 2
     assert "code of its own" in capsys.readouterr().err
     assert not list(tmp_path.rglob("ran"))
