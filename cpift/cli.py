@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from cpift import cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data
+from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_schema
+from cpift.cli_group import Commands
 from cpift.errors import CpiftError, told
 from cpift.redaction import redacted
 from cpift.terminal import Terminal, say, standard_streams
@@ -27,20 +27,15 @@ if TYPE_CHECKING:
     from cpift.planning import Plan
 
 
-class _Commands(TyperGroup):
-    """Every command ends in order; within typer, which would make `Aborted!` of a signal."""
-
-    def invoke(self, ctx: Any) -> Any:
-        from cpift.ending import ended_in_order
-
-        with ended_in_order():
-            return super().invoke(ctx)
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"cpift {__version__}")
+        raise typer.Exit
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Fine-tune one language model on many tasks without the seesaw (CPI-FT).\n\n"
@@ -66,6 +61,15 @@ Distributed = Annotated[
     bool, typer.Option("--distributed", help="as Ray tasks, here or at RAY_ADDRESS; output on storage all nodes see")
 ]
 _METHOD, _LOOK = "The stages, in order (each makes what it needs)", "Looking"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and stop")
+    ] = False,
+) -> None:
+    pass
 
 
 def _load(
@@ -275,6 +279,7 @@ cli_cluster.register(app)
 cli_data.register(app, _LOOK)
 cli_check.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
+cli_schema.register(app, _LOOK)
 cli_benchmarks.register(app, _LOOK)
 
 

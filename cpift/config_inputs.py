@@ -33,7 +33,7 @@ def _identifier(name: str) -> str:
     return name
 
 
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=1, lt=2**62)]
+Bytes = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1, lt=2**62)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what torch, numpy and transformers all take, with a stage's number added
 _LARGEST = 2**31  # of numbers that count something
 _MOST_PARAMETERS = 10**9  # of a model with random weights

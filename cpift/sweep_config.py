@@ -132,9 +132,11 @@ class Objective(Section):
         return entry(MODES, self.mode or ("min" if self.figure.endswith("loss") else "max"), "objectives.mode")
 
 
-def _expanded(key: str) -> BeforeValidator:
+def _expanded(key: str, section: type[Section]) -> BeforeValidator:
     """A bare string stands for a section with that one field."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
+    )
 
 
 class SweepConfig(Section):
@@ -158,8 +160,8 @@ class SweepConfig(Section):
         min_length=1,
         description="any fields of the run by dotted name, each with a list of values or a range",
     )
-    search: Annotated[Search, _expanded("method")] = Field(Search(), **identity("sweep"))
-    objectives: tuple[Annotated[Objective, _expanded("figure")], ...] = Field(
+    search: Annotated[Search, _expanded("method", Search)] = Field(Search(), **identity("sweep"))
+    objectives: tuple[Annotated[Objective, _expanded("figure", Objective)], ...] = Field(
         (Objective(figure="mean_retention", mode=None),),
         **identity("sweep"),
         min_length=1,

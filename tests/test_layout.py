@@ -157,7 +157,17 @@ LAYERS = [
         "sweep_trial",
         "sweep",
     },
-    {"submit", "cli_cluster", "cli_benchmarks", "cli_check", "cli_compare", "cli_data", "cli"},
+    {
+        "submit",
+        "cli_cluster",
+        "cli_benchmarks",
+        "cli_check",
+        "cli_compare",
+        "cli_data",
+        "cli_group",
+        "cli_schema",
+        "cli",
+    },
 ]
 
 
