@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -76,10 +77,21 @@ def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> Ru
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems += [problem_of(details) for details in error.errors()]
+        found = [problem_of(details) for details in error.errors()]
+        problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in found]
     if problems:
         raise ConfigError(subject, problems)
     return config
+
+
+def _with_task(where: str, raw: Mapping[str, Any]) -> str:
+    """A field's path with the name of the task beside its number, where it has one."""
+    number = re.match(r"tasks\.(\d+)(?=\.|$)", where)
+    tasks = raw.get("tasks")
+    if number is None or not isinstance(tasks, list) or int(number[1]) >= len(tasks):
+        return where
+    name = tasks[int(number[1])].get("name") if isinstance(tasks[int(number[1])], dict) else None
+    return f"{number[0]} ({name}){where[number.end() :]}" if isinstance(name, str) and name else where
 
 
 def dump_config(config: RunConfig) -> str:
@@ -183,7 +195,15 @@ def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -
     value = details.get("input")
     shown = "" if isinstance(value, (dict, list, BaseModel)) or holds_secret(str(value)) else f"{value!r}: "
     message = details["msg"].removeprefix("Value error, ")
-    return Problem(where, shown + message[0].lower() + message[1:])
+    return Problem(where, shown + message[0].lower() + message[1:], _percent(details))
+
+
+def _percent(details: Mapping[str, Any]) -> str:
+    """The remedy where a fraction was given as a percentage."""
+    value, at_most = details.get("input"), details.get("ctx", {}).get("le")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or at_most != 1 or not 1 < value <= 100:
+        return ""
+    return f"a fraction: {value:g} % is {value / 100:g}"
 
 
 def _fields_at(location: Sequence[str], root: type[BaseModel]) -> list[str]:

@@ -86,6 +86,14 @@ def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     assert "missing.jsonl" in message
 
 
+def test_a_message_names_the_task_and_says_what_a_percentage_is_as_a_fraction(tmp_path: Path) -> None:
+    message = problems(tmp_path, minimal(), "regions.p=5", "tasks.0.metric=rogue")
+    assert "regions.p: 5: " in message
+    assert "5 % is 0.05" in message
+    assert "tasks.0 (a).metric: 'rogue': " in message
+    assert "%" not in problems(tmp_path, minimal(), "regions.p=500")
+
+
 def test_a_task_named_twice(tmp_path: Path) -> None:
     raw = minimal()
     raw["tasks"].append(dict(raw["tasks"][0], name="A"))
