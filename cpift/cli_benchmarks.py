@@ -21,6 +21,9 @@ def standard(
     task_folder: Annotated[
         Path | None, typer.Option("--task-folder", help="folder with lm-eval YAML files of your own")
     ] = None,
+    task_code: Annotated[
+        bool, typer.Option("--task-code", help="let Python functions run that those files name (!function)")
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task at most")] = None,
     shots: Annotated[int | None, typer.Option("--shots", min=0, help="examples before a question")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put prompts through the model's chat template")] = False,
@@ -39,7 +42,9 @@ def standard(
     for path in models:
         if not (path / "config.json").is_file():
             raise CpiftError(f"{path}: no model's folder, for it has no config.json")
-    wanted = Benchmarks([name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu)
+    wanted = Benchmarks(
+        [name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu, task_code
+    )
     found = standard_scores({str(path): path for path in models}, wanted, lambda title: say(f"scoring {title}"))
     for title, scores in found.items():
         for task, figures in scores.items():

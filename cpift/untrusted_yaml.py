@@ -7,6 +7,7 @@ and follows aliases that stand for billions of values.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,36 @@ def parse_yaml(text: str | bytes, limits: Limits = CONFIG) -> Any:
         raise UnreadableError(f"is no YAML: {' '.join(str(error).split())}", "mend the syntax") from None
     require_limits(value, limits)
     return value
+
+
+def nodes_of(path: Path, limits: Limits = CONFIG) -> Iterator[tuple[str, yaml.Node]]:
+    """Every node of a file, and the name that it stands under, "" without one: for who looks at tags.
+
+    Nothing is built. Raises UnreadableError naming the file, OSError where it cannot be opened.
+    """
+    yield from _nodes(read_with(path, limits, _composed), "", set())
+
+
+def _composed(data: bytes, limits: Limits) -> yaml.Node | None:
+    text = decoded(data.removeprefix(b"\xef\xbb\xbf"), limits)
+    try:
+        _check_events(text, limits)
+        node: yaml.Node | None = yaml.compose(text, Loader=_Base)
+    except yaml.YAMLError as error:
+        raise UnreadableError(f"is no YAML: {' '.join(str(error).split())}", "mend the syntax") from None
+    return node
+
+
+def _nodes(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, yaml.Node]]:
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    yield name, node
+    mapping = isinstance(node, yaml.MappingNode)
+    for part in node.value if not isinstance(node, yaml.ScalarNode) else ():
+        key, value = part if mapping else (None, part)
+        yield from _nodes(key, "", seen)
+        yield from _nodes(value, str(key.value) if isinstance(key, yaml.ScalarNode) else name, seen)
 
 
 def _loaded(text: str, limits: Limits) -> Any:

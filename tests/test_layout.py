@@ -96,6 +96,7 @@ LAYERS = [
         "likelihood",
         "judge",
         "standard_benchmarks",
+        "task_files",
         "sharded_state",
         "sharding",
     },
