@@ -7,6 +7,7 @@ they were written. `thorough` hashes all. What is damaged is never deleted: it g
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from cpift.files import MANIFEST, digest, file_identity, file_sha256, json_text,
 STAGES = ("model", "probe", "regions", "group", "backbone", "fuse", "integrate", "evaluate", "sweep")
 SMALL = 1 << 22  # bytes up to which a file is hashed whenever it is looked at
 _HASH = re.compile("[0-9a-f]{64}")
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # no permission would help
 _FORM: dict[str, type | tuple[type, ...]] = {
     "stage": str,
     "label": str,
@@ -63,6 +65,10 @@ def state_of(folder: Path, fingerprint: str, thorough: bool = False) -> State:
         return State("damaged", f"{dead} is a link that leads nowhere") if dead else State("absent")
     except NotADirectoryError:
         return State("damaged", f"cannot be there, for {folder.parent} is no folder")
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return State("damaged", f"cannot be opened ({error.strerror})")
     try:
         manifest = read_manifest(folder)
         if manifest["fingerprint"] != fingerprint:
@@ -82,7 +88,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{MANIFEST} is no file")
         if known not in _READ:
             _READ[known] = _parsed(path)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
         raise ValueError(f"{MANIFEST} is not there") from None
     return dict(_READ[known])
 
@@ -96,6 +104,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{MANIFEST} cannot be used: {error}") from None
     if not isinstance(found, dict) or any(not isinstance(found.get(name), kind) for name, kind in _FORM.items()):
+        raise ValueError(f"{MANIFEST} is not of its form")
+    if any(name in found and not fits(found[name]) for name, fits in _LATER.items()):
         raise ValueError(f"{MANIFEST} is not of its form")
     if not found["outputs"] or not all(_is_entry(*entry) for entry in found["outputs"].items()):
         raise ValueError(f"{MANIFEST} names no outputs, or not by their sha256")
@@ -124,7 +134,9 @@ def _damage(folder: Path, manifest: Mapping[str, Any], thorough: bool) -> str | 
 def _wrong(path: Path, sha256: str, written: list[int] | None, thorough: bool) -> str | None:
     try:
         found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
         return "is not there"
     if not stat.S_ISREG(found.st_mode):
         return "is no file"
@@ -153,6 +165,22 @@ def _ends_with_its_tensors(path: Path, size: int) -> bool:
             return False
 
 
+def _are_written(files: Any) -> bool:
+    """Whether this is size and time of every file."""
+    pairs = files.values() if isinstance(files, dict) else [None]
+    return all(isinstance(pair, list) and [type(part) for part in pair] == [int, int] for pair in pairs)
+
+
+def _is_dropped(dropped: Any) -> bool:
+    """Whether this says which files are gone and how to make them again."""
+    return (
+        isinstance(dropped, dict) and isinstance(dropped.get("files"), dict) and isinstance(dropped.get("remake"), str)
+    )
+
+
+_LATER: dict[str, Callable[[Any], bool]] = {"files": _are_written, "dropped": _is_dropped}  # not in every manifest
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a manifest with its seal."""
     write_json(folder / MANIFEST, sealed(manifest))
@@ -167,10 +195,16 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def clear_way(path: Path, fits: Callable[[Path], bool], warn: Callable[[str], None]) -> None:
+    """Set aside what has the name of something of ours and is of another kind. fits: Path.is_dir or Path.is_file."""
+    if os.path.lexists(path) and not fits(path):
+        kind = "folder" if fits is Path.is_dir else "file"
+        warn(f"{path} is no {kind}: set aside as {set_aside(path).name}")
+
+
 def make_folder(folder: Path, root: Path, warn: Callable[[str], None]) -> None:
     """Make a folder below `root`, and set aside what stands in its way and is none."""
     for part in [*reversed(folder.relative_to(root).parents), folder.relative_to(root)]:
         path = root / part
-        if os.path.lexists(path) and not path.is_dir():
-            warn(f"{path} is no folder: set aside as {set_aside(path).name}")
+        clear_way(path, Path.is_dir, warn)
         path.mkdir(parents=True, exist_ok=True)

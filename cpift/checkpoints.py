@@ -26,6 +26,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _ONE_MODEL, _SHAPES_LISTED = "use fine-tunes of one model", 3
 _FURTHER = "it has {count} that θ0 lacks ({names})"
+_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+_CONVERT = "give the checkpoint in bf16, fp16 or fp32"
 _SCAN = 1 << 22  # elements looked at together
 
 
@@ -158,7 +160,7 @@ class Checkpoint:
             infos = read_header(file)
         except DtypeError as error:
             fp8 = error.dtype.startswith("F8")
-            remedy = dense_remedy(self.folder, "fp8") if fp8 else "give the checkpoint in bf16, fp16 or fp32"
+            remedy = dense_remedy(self.folder, "fp8") if fp8 else _CONVERT
             problems.append(Problem(file.name, str(error), remedy))
             return
         except (FormatError, OSError) as error:
@@ -166,6 +168,7 @@ class Checkpoint:
                 Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again")
             )
             return
+        problems += _not_computed_with(infos)
         for info in infos:
             if info.name in self.tensors:
                 first = self.tensors[info.name].file.name
@@ -230,6 +233,21 @@ class Checkpoint:
             wrong, largest = wrong + int((apart != 0).sum()), max(largest, float(apart.max()))
             self.release(source.name, start, stop)
         return wrong, largest
+
+
+def _not_computed_with(infos: Sequence[TensorInfo]) -> list[Problem]:
+    """What is wrong with the first tensor that no stage computes with: other floats, or weights in whole numbers.
+
+    Buffers may hold them.
+    """
+    for info in infos:
+        kind = str(info.dtype).removeprefix("torch.")
+        if info.floating and info.dtype not in _COMPUTED:
+            return [Problem(info.name, f"is {kind}, and fp32, fp16 and bf16 are computed with", _CONVERT)]
+        if not info.floating and info.name.endswith(".weight"):
+            what = f"has whole numbers where weights are floats ({kind}): it is quantised"
+            return [Problem(info.name, what, "give the unquantised checkpoint that it was made from")]
+    return []
 
 
 def _dead_link(path: Path) -> Problem:

@@ -27,6 +27,7 @@ from cpift.config_inputs import (
 )
 from cpift.config_training import IntegrationConfig, ResourcesConfig, TaskResources, Tracker, TrainingConfig
 
+Pattern = Annotated[str, Field(max_length=1000)]  # the time that a bracket takes to read grows with its square
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -91,8 +92,8 @@ class RegionsConfig(Section):
         description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
         "which takes large updates of large weights",
     )
-    include: tuple[str, ...] = Field(("*",), **identity("regions"), description="glob patterns of parameter names")
-    exclude: tuple[str, ...] = Field(
+    include: tuple[Pattern, ...] = Field(("*",), **identity("regions"), description="glob patterns of parameter names")
+    exclude: tuple[Pattern, ...] = Field(
         (), **identity("regions"), description="glob patterns taken out again, for example '*embed*'"
     )
 

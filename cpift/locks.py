@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from cpift.artifact_state import make_folder
+from cpift.artifact_state import clear_way, make_folder
 from cpift.errors import ConfigError, CpiftError, Problem
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Itera
     with ExitStack() as held:
         for artifact in sorted(artifacts, key=lambda one: one.path):
             make_folder(artifact.work_dir.parent, artifact.root, warn)
-            held.enter_context(FileLock(artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")))
+            lock = artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")
+            clear_way(lock, Path.is_file, warn)
+            held.enter_context(FileLock(lock))
+            clear_way(artifact.work_dir, Path.is_dir, warn)
             artifact.set_aside_if_damaged(warn)
         yield
 

@@ -28,6 +28,11 @@ ELSEWHERE = {
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
 _USE = "remove the field; if the files that it names are the ones that are meant, give them the usual names"
+# Files that libraries read in one piece → the most bytes of one; the largest tokenizers have a tenth of it.
+_LARGEST = {
+    "chat_template.jinja": MODEL_CONFIG.size,
+    **dict.fromkeys(("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt"), 1 << 28),
+}
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "block_count"),
 )
@@ -45,7 +50,7 @@ _SLACK = 8  # several parts of a layer may be kept as one tensor, or a tensor as
 def folder_problems(folder: Path, where: str) -> list[Problem]:
     """What is wrong with a model folder's small files: they cannot be read, name others to be read in
     their place, or state sizes beyond its tensors."""
-    problems: list[Problem] = []
+    problems = list(_too_large(folder, where))
     config: dict[str, Any] = {}
     for name in _OBJECTS:
         try:
@@ -66,6 +71,13 @@ def folder_problems(folder: Path, where: str) -> list[Problem]:
                 if found.get(field) is not None
             ]
     return problems + list(size_problems(config, f"{where}, config.json", *_extent(folder)))
+
+
+def _too_large(folder: Path, where: str) -> Iterator[Problem]:
+    for name, most in _LARGEST.items():
+        if (folder / name).is_file() and (size := (folder / name).stat().st_size) > most:
+            what = f"has {size:,} bytes, and {most:,} are read at most"
+            yield Problem(f"{where}, {name}", what, "is it the right file?")
 
 
 def size_problems(config: Mapping[str, Any], where: str, layers: int, width: int) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpift.config import RunConfig, TrainingConfig
-from cpift.errors import ConfigError, Problem
+from cpift.errors import CheckpointError, ConfigError, Problem
 from cpift.locks import check_lock
 from cpift.needs import NEEDS, missing
 from cpift.top_files import RUN_FILES, SWEEP_FILES, check_top
@@ -36,6 +36,8 @@ def preflight(
     if not models and stage not in ("probe", "regions", "group"):  # these open what was looked at
         problems += check_budget(config)
         problems += _check_class(config, stage)
+    if not problems:
+        problems += _check_space(config, stage)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
     folder = _check_store(config) or _check_output(config.output_dir)
     problems += _check_backbone(config) + folder
@@ -81,6 +83,41 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     problems = untrainable(model.folder, "model.path") if trains else []
     problems = problems or unloadable(model, "model.path")
     return problems or (unwritable(model, "model.path") if trains else [])
+
+
+def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
+    """Whether the patterns leave any parameter of θ0, where its names are known before it is made."""
+    from cpift.models import source_of
+    from cpift.regions import chosen_names
+
+    selects = (
+        stage in ("regions", "group") or config.fusion.isolates or NEEDS[stage or "evaluate"].integrates_of(config)
+    )
+    if stage == "probe" or not selects or (config.regions.include, config.regions.exclude) == (("*",), ()):
+        return []
+    try:
+        if names := _names(config):
+            chosen_names(names, config.regions, source_of(config.model).told)
+    except CheckpointError as error:
+        return list(error.problems)
+    return []
+
+
+def _names(config: RunConfig) -> list[str]:
+    """Of θ0's parameters; none where only a download or a conversion tells."""
+    import torch
+
+    from cpift.checkpoints import Checkpoint
+    from cpift.models import source_of
+    from cpift.scratch import make_scratch_model
+
+    if config.model.path is not None:
+        return [info.name for info in Checkpoint(config.model.path).tensors.values() if info.floating]
+    tokenizer = source_of(config.model).tokenizer() if config.model.scratch is not None else None
+    if config.model.scratch is None or tokenizer is None:
+        return []
+    with torch.device("meta"):
+        return [name for name, _ in make_scratch_model(config.model.scratch, tokenizer).named_parameters()]
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from cpift.checkpoints import Checkpoint, first_problems, require_same_layout
 from cpift.config import RegionsConfig
-from cpift.errors import CheckpointError, CpiftError, Problem, entry
+from cpift.errors import CheckpointError, Problem, entry
 from cpift.files import read_json, write_json
 from cpift.finite import is_finite
 from cpift.mapped_files import MappedFile
@@ -37,6 +37,7 @@ from cpift.streaming import (
     Significances,
     elements_at_once,
 )
+from cpift.untrusted import shown
 
 SUMMARY = "regions.json"
 
@@ -63,23 +64,23 @@ class CoreRegion:
 
 
 def parameter_space(model: Checkpoint, config: RegionsConfig) -> tuple[str, ...]:
-    """Names of the floating-point tensors that regions are chosen from, in name order.
+    """Names of the floating-point tensors that regions are chosen from, in name order. Raises as `chosen_names`."""
+    return chosen_names([info.name for info in model.tensors.values() if info.floating], config, str(model.folder))
 
-    Raises CpiftError if the patterns leave nothing.
-    """
-    names = tuple(
-        info.name
-        for info in model.tensors.values()
-        if info.floating
-        and any(fnmatchcase(info.name, pattern) for pattern in config.include)
-        and not any(fnmatchcase(info.name, pattern) for pattern in config.exclude)
+
+def chosen_names(names: Sequence[str], config: RegionsConfig, where: str) -> tuple[str, ...]:
+    """Those of the names that include and exclude leave. Raises CheckpointError if they leave none."""
+    chosen = tuple(
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in config.include)
+        and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
     )
-    if not names:
-        raise CpiftError(
-            f"regions.include {list(config.include)} and regions.exclude {list(config.exclude)} leave no parameter of "
-            f"{model.folder}: names look like {model.names[0]!r}"
-        )
-    return names
+    if not chosen:
+        what = f"include {shown(list(config.include))} and exclude {shown(list(config.exclude))} leave no parameter"
+        remedy = f"change the patterns: names look like {shown(names[0]) if names else 'nothing'}"
+        raise CheckpointError(f"model {where}", [Problem("regions", f"{what} of {len(names)}", remedy)])
+    return chosen
 
 
 def core_size(p: float, elements: int) -> int:

@@ -14,11 +14,10 @@ from typing import Any
 from cpift.escaping import html, text_of
 from cpift.files import digest
 from cpift.report_parts import document, table
-from cpift.top_files import is_ours, unmarked, write_top
+from cpift.top_files import REPORTS, is_ours, unmarked, write_top
 from cpift.untrusted import UnreadableError
 from cpift.untrusted_yaml import parse_yaml
 
-REPORTS = "reports"
 _SHOWN = 12  # fields that differ; more are counted
 
 

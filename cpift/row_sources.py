@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from cpift.escaping import code, markdown
 from cpift.files import file_sha256
 from cpift.hub import resolve_revision
 from cpift.pretrained import hub_rows
-from cpift.untrusted import UnreadableError, json_lines
+from cpift.untrusted import UnreadableError, json_lines, shown
 
 
 class Rows(ABC):
@@ -103,9 +104,14 @@ class _Generated(Rows):
 
 def _check_file(source: DataSource) -> list[Problem]:
     assert source.file is not None
-    if source.file.is_file():
-        return []
-    return [Problem("file", f"there is no {source.file}", "check the path; it starts from the config's folder")]
+    remedy = "check the path; it starts from the config's folder"
+    try:
+        kind = source.file.stat().st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = f"there is no {source.file}" if missing else f"{shown(str(source.file))}: {error.strerror}"
+        return [Problem("file", what, remedy)]
+    return [] if stat.S_ISREG(kind) else [Problem("file", f"{source.file} is no regular file", remedy)]
 
 
 def _file_rows(source: DataSource) -> Iterator[Any]:

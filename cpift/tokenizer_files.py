@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cpift.files import file_sha256
 from cpift.untrusted import INDEX, MODEL_CONFIG, UnreadableError, read_bytes, read_object
 
 TEMPLATE = "chat_template.jinja"
@@ -54,16 +55,16 @@ def template_note(base: Path, tune: Path) -> str | None:
 
 
 def _same_bytes(one: Path, other: Path, name: str) -> bool:
-    return (one / name).read_bytes() == (other / name).read_bytes()
+    return file_sha256(one / name) == file_sha256(other / name)
 
 
 def _tokens(folder: Path) -> Any:
-    """What of tokenizer.json decides the tokens, in one way of writing; the bytes of one that cannot be read."""
+    """What of tokenizer.json decides the tokens, in one way of writing; the hash of one that cannot be read."""
     path = folder / _TOKENIZER
     try:
         found = {key: value for key, value in read_object(path, INDEX).items() if key not in (*_BATCHES, "version")}
     except UnreadableError:
-        return path.read_bytes()
+        return file_sha256(path)
     model = found.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):  # older files join the two of a merge
         merges = [one if isinstance(one, str) else " ".join(map(str, one)) for one in model["merges"]]

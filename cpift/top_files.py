@@ -21,6 +21,7 @@ from cpift.files import write_text
 
 RUN_FILES = ("config.yaml", "summary.json", "index.html", "report.html")
 SWEEP_FILES = ("best.yaml", "sweep.json", "index.html", "sweep.html")
+REPORTS = "reports"  # the folder beside index.html that keeps a page of every configuration
 _LARGEST = 1 << 28  # bytes; nothing that is written here comes near
 _MARK = "written by cpift, which replaces it as long as nobody changes it; sha256 "
 _TOKEN = re.compile(re.escape(_MARK) + "([0-9a-f]{64})")
@@ -84,14 +85,20 @@ def write_new(path: Path, text: str) -> None:
 
 
 def check_top(folder: Path, names: Iterable[str]) -> list[Problem]:
-    """The files of these names that are there and were not written by this project, or were changed since."""
+    """The files of these names that are there and were not written by this project, or were changed since; and what
+    stands in the place of the folder of reports."""
+    names = tuple(names)
     remedy = "move it elsewhere, or give another folder with --output"
     what = "is no file that cpift wrote, or was changed since: it would be replaced"
-    return [
+    problems = [
         Problem(str(folder / name), what, remedy)
         for name in names
         if os.path.lexists(folder / name) and not is_ours(folder / name)
     ]
+    kept = folder / REPORTS
+    if "index.html" in names and os.path.lexists(kept) and not kept.is_dir():
+        problems.append(Problem(str(kept), "is no folder, and reports are kept in one of this name", remedy))
+    return problems
 
 
 def is_ours(path: Path) -> bool:

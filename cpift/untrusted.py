@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,12 +47,14 @@ class Limits:
     digits: int = 20  # 64 bits
     signed: bool = True  # whether whole numbers may have a minus
     constants: tuple[str, ...] = ()  # of NaN, Infinity and -Infinity, which are no JSON
+    mark: bool = False  # whether it may begin with a byte order mark, as editors on Windows write it
 
 
-CONFIG = Limits(size=1 << 18, values=100_000)  # a run, a sweep, a comparison, the value of --set
-# config.json and its neighbours: Mamba has Infinity in time_step_limit, tokenizers 10³⁰ for model_max_length.
+CONFIG = Limits(size=1 << 18, values=100_000, mark=True)  # a run, a sweep, a comparison, the value of --set
+# config.json and its neighbours: Mamba has Infinity in time_step_limit, tokenizers 10³⁰ for model_max_length. What
+# transformers reads too may have no byte order mark, for it takes none.
 MODEL_CONFIG = Limits(size=1 << 24, values=2_000_000, digits=31, constants=("Infinity", "-Infinity"))
-ADAPTER = Limits(size=1 << 22, values=500_000)
+ADAPTER = Limits(size=1 << 22, values=500_000, mark=True)
 INDEX = Limits(size=1 << 26, values=5_000_000)
 TENSOR_HEADER = Limits(size=100_000_000, values=20_000_000, depth=4, signed=False)  # the format's own limit of bytes
 ROW = Limits(size=1 << 24, values=1 << 24, depth=64, digits=300)  # below the largest float
@@ -148,6 +151,7 @@ def json_lines(path: Path) -> Iterator[Any]:
     scan = _decoder(ROW).scan_once
     with opened(path) as file:
         _require_line_breaks(file, path)
+        file.seek(len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0)  # as editors on Windows write it
         try:
             for line in TextIOWrapper(file, encoding="utf-8"):
                 try:
@@ -188,6 +192,8 @@ def decoded(text: str | bytes, limits: Limits) -> str:
     except UnicodeDecodeError as error:
         raise UnreadableError(f"is no UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from None
     _check_text(text)
+    if text.startswith("\ufeff") and limits.mark:
+        return text[1:]
     if text.startswith("\ufeff"):
         raise UnreadableError("begins with a byte order mark", "save it as UTF-8 without one")
     return text

@@ -32,7 +32,7 @@ def read_yaml_file(path: Path, limits: Limits = CONFIG) -> Any:
 
 def parse_yaml(text: str | bytes, limits: Limits = CONFIG) -> Any:
     """The value that a text in YAML stands for; None if it is empty. Raises UnreadableError."""
-    text = decoded(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text, limits)
+    text = decoded(text, limits)
     try:
         value = _loaded(text, limits)
     except yaml.YAMLError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,33 @@ def test_damaged_folders_get_one_clear_message(tmp_path: Path, how: str, said: s
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(folder)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        (
+            "layers.0.q.weight",
+            torch.float64,
+            "is float64, and fp32, fp16 and bf16 are computed with",
+        ),
+        ("layers.0.q.weight", torch.int8, "layers.0.q.weight: has whole numbers where weights are floats"),
+        ("layers.0.q.weight", torch.uint8, "it is quantised"),
+        ("layers.0.q.weight", torch.float8_e4m3fn, "dequantize=True"),
+        ("bias", torch.float64, "bias: is float64"),
+        ("position_ids", torch.int64, None),
+        ("bias", torch.bool, None),
+    ],
+)
+def test_dtypes_that_no_stage_computes_with(tmp_path: Path, name: str, dtype: torch.dtype, said: str | None) -> None:
+    tensors = random_tensors(1)
+    values = tensors.get(name, torch.zeros(4))
+    folder = save_checkpoint(tmp_path / "m", tensors | {name: values.to(dtype)})
+    if said is None:
+        assert Checkpoint(folder).tensors[name].dtype is dtype
+    else:
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            Checkpoint(folder)
 
 
 def test_models_of_another_layout_are_named_tensor_by_tensor(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,18 @@ def of_other_fields(path: Path) -> None:
     path.write_text(json.dumps(read_json(path) | {"fields": {}, "seal": "0" * 64}))
 
 
+def as_link_to_itself(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(path)
+
+
+def unsealed(**fields: Any) -> Callable[[Path], None]:
+    """As earlier versions wrote them, without a seal, and with fields of no form."""
+    return lambda path: (
+        path.write_text(json.dumps({n: v for n, v in read_json(path).items() if n != "seal"} | fields)) and None
+    )
+
+
 MANIFESTS: dict[str, Callable[[Path], None]] = {
     "truncated": truncated,
     "empty": holding(""),
@@ -99,6 +112,9 @@ MANIFESTS: dict[str, Callable[[Path], None]] = {
     "short of an output": without_an_output,
     "of other fields": of_other_fields,
     "a dead link": lambda path: (path.unlink(), path.symlink_to("nowhere"))[1],
+    "a link to itself": as_link_to_itself,
+    **{f"dropped: {form}": unsealed(dropped=form) for form in (None, [], {}, {"files": None, "remake": ""})},
+    "files": unsealed(files={"config.json": [1]}),
 }
 OTHERS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("regions", "regions.json", truncated),
@@ -118,6 +134,8 @@ OTHERS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("fuse", "", lambda path: (shutil.rmtree(path), path.touch())[1]),
     ("group", "", lambda path: (shutil.rmtree(path), path.mkdir())[1]),
     ("regions", "", lambda path: (shutil.rmtree(path), path.symlink_to("nowhere"))[1]),
+    ("group", "", as_link_to_itself),
+    ("fuse", "config.json", as_link_to_itself),
 ]
 DAMAGES = [("fuse", "manifest.json", damage) for damage in MANIFESTS.values()] + OTHERS
 
@@ -149,19 +167,32 @@ def test_what_is_damaged_is_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("name", ["regions", "fuse", ".work"])
-@pytest.mark.parametrize("kind", ["a file", "a dead link"])
+@pytest.mark.parametrize("kind", ["a file", "a dead link", "a link to itself"])
 def test_a_stray_file_in_the_place_of_a_folder_is_set_aside(name: str, kind: str, run: Path) -> None:
     shutil.rmtree(run / name, ignore_errors=True)
     shutil.rmtree(run / "group")
     if kind == "a file":
         (run / name).write_text("mine")
     else:
-        (run / name).symlink_to("nowhere")
+        (run / name).symlink_to("nowhere" if kind == "a dead link" else name)
     assert states(run)["regions"] in ("damaged", "cached")
     pipeline(run).fuse()
     assert os.path.lexists(run / f"{name}.damaged")
     assert kind != "a file" or (run / f"{name}.damaged").read_text() == "mine"
     assert states(run) == dict.fromkeys(STAGES, "cached")
+
+
+def test_what_stands_in_the_way_of_work_is_set_aside(run: Path) -> None:
+    (fused,) = (run / "fuse").iterdir()
+    shutil.rmtree(fused)
+    work = run / ".work" / f"fuse-{fused.name}"
+    work.write_text("mine")
+    work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
+    work.with_name(f"{work.name}.lock").mkdir()
+    pipeline(run).fuse()
+    assert states(run) == dict.fromkeys(STAGES, "cached")
+    assert work.with_name(f"{work.name}.damaged").read_text() == "mine"
+    assert work.with_name(f"{work.name}.lock.damaged").is_dir()
 
 
 def test_a_second_damage_gets_a_name_of_its_own(run: Path) -> None:

@@ -64,8 +64,8 @@ def test_what_is_quantised_is_named(tmp_path: Path, config: Any, tensor: Any, sa
 
 
 def test_whole_numbers_under_the_names_of_floats(tmp_path: Path) -> None:
-    base = Checkpoint(save_checkpoint(tmp_path / "base", {"a.weight": torch.zeros(3)}))
-    tune = Checkpoint(save_checkpoint(tmp_path / "tune", {"a.weight": torch.zeros(3, dtype=torch.int8)}))
+    base = Checkpoint(save_checkpoint(tmp_path / "base", {"a.scale": torch.zeros(3)}))
+    tune = Checkpoint(save_checkpoint(tmp_path / "tune", {"a.scale": torch.zeros(3, dtype=torch.int8)}))
     (problem,) = differences(base, tune)
     assert "quantised" in problem.what
 

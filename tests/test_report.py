@@ -17,10 +17,9 @@ from cpift import report_plots
 from cpift.config import RunConfig
 from cpift.model_card import license_of, model_card, write_model_card
 from cpift.report import ReportData, scores_table, summary, write_run
-from cpift.report_index import REPORTS
 from cpift.report_scores import compare, retention, standing, verdict
 from cpift.tensor_names import kind_of, layer_of
-from cpift.top_files import RUN_FILES
+from cpift.top_files import REPORTS, RUN_FILES
 
 VOID = {"meta", "br", "path", "rect", "use", "link", "img"}
 

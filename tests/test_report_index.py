@@ -9,10 +9,10 @@ import pytest
 
 from cpift.errors import ConfigError
 from cpift.report import write_run
-from cpift.report_index import REPORTS, SWEEP, write_page
+from cpift.report_index import SWEEP, write_page
 from cpift.report_page import page
 from cpift.report_parts import document
-from cpift.top_files import is_ours
+from cpift.top_files import REPORTS, is_ours
 
 from .test_report import made_up
 

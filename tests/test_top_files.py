@@ -13,7 +13,7 @@ import yaml
 
 from cpift.errors import ConfigError, CpiftError
 from cpift.locks import check_lock, exclusive
-from cpift.top_files import check_top, is_ours, write_new, write_top
+from cpift.top_files import RUN_FILES, check_top, is_ours, write_new, write_top
 
 TEXTS = {
     "a.html": "<!doctype html>\n<p>x</p>\n",
@@ -71,6 +71,17 @@ def test_what_is_somebodys_own_stays(kind: str, tmp_path: Path) -> None:
     after = os.lstat(tmp_path / "config.yaml")
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert not (tmp_path / "other.md").exists(), "all or nothing"
+
+
+@pytest.mark.parametrize("kind", ["text", "a link to itself"])
+def test_what_stands_in_the_place_of_the_reports_is_told_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    kept = tmp_path / "reports"
+    kept.symlink_to("reports") if kind == "a link to itself" else kept.write_text("mine")
+    assert [problem.where for problem in check_top(tmp_path, RUN_FILES)] == [str(kept)]
+    assert check_top(tmp_path, ["comparison.md"]) == []
+    with pytest.raises(ConfigError, match="reports are kept"):
+        write_top(tmp_path, {"index.html": "<p>\n"})
+    assert not (tmp_path / "index.html").exists()
 
 
 PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>a: CPI-FT report</title><style></style>'

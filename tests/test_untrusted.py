@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_yaml_that_surprises_is_refused(text: str, said: str) -> None:
         ("[" * 100_000, "nested"),
         ("[" * 40 + "]" * 40, "nested"),
         ('["\\ud800"]', "surrogate"),
-        ("\ufeff{}", "byte order mark"),
+        ("\ufeff\ufeff{}", "Expecting value"),
         (b"\xff\xfe{", "no UTF-8"),
         ("1 2", "Extra data"),
         ("[" + "1," * 600_000 + "1]", "values"),
@@ -113,8 +114,19 @@ def test_what_is_plain_is_read_as_the_library_reads_it(value: Any, ascii_only: b
     assert parse_json(text, RECORD) == json.loads(text)
 
 
+def test_a_byte_order_mark_is_taken_where_no_library_reads_the_same_file(tmp_path: Path) -> None:
+    for parse in (parse_yaml, partial(parse_json, limits=ADAPTER)):
+        assert parse(b"\xef\xbb\xbf{}") == parse("\ufeff{}") == {}
+    with pytest.raises(UnreadableError, match="byte order mark"):
+        parse_json(b"\xef\xbb\xbf{}", MODEL_CONFIG)
+    file = tmp_path / "x.jsonl"
+    for text, rows in {"": [], "\ufeff": [], "\ufeff1\r\n2": [1, 2], "\ufeff\n1": [1]}.items():
+        file.write_text(text, encoding="utf-8", newline="")
+        assert list(json_lines(file)) == rows
+
+
 def test_lines_are_read_one_by_one_and_bad_ones_in_their_place(tmp_path: Path) -> None:
-    lines = ['{"a": 1}', "", '{"a": 1, "a": 2}', "NaN", ' {"b": [1]} ', "[" * 3000, "\ufeff1", "1e999", "x"]
+    lines = ['\ufeff{"a": 1}', "", '{"a": 1, "a": 2}', "NaN", ' {"b": [1]} ', "[" * 3000, "\ufeff1", "1e999", "x"]
     file = tmp_path / "x.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
     found = list(json_lines(file))
@@ -209,10 +221,14 @@ def test_sizes_beyond_the_tensors_and_the_memory_are_told_by_name(tmp_path: Path
     assert sorted(told) == sorted([*wrong, "intermediate_size"])
     (folder / "config.json").write_text("[]")
     assert [problem.what for problem in folder_problems(folder, "model")] == ["holds a list, not an object of fields"]
+    (folder / "config.json").write_text("{}")
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)  # it takes no room
+    assert [problem.where for problem in folder_problems(folder, "model")] == ["model, tokenizer.json"]
     scratch = ScratchModel(hidden_size=24, layers=3, heads=3)
     network = make_scratch_model(scratch, make_scratch_tokenizer(scratch))
     assert scratch.parameters == sum(parameter.numel() for parameter in network.parameters())
-    huge = memory_problem(ScratchModel(hidden_size=2**40).parameters, 4, "model.scratch")
+    huge = memory_problem(ScratchModel.model_construct(hidden_size=2**40).parameters, 4, "model.scratch")
     assert huge is not None
     assert "this machine has" in huge.what
     assert MODEL_CONFIG.constants  # Mamba's Infinity above
