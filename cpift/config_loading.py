@@ -19,6 +19,7 @@ from cpift.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted import UnreadableError
 from cpift.untrusted_yaml import parse_yaml, read_yaml_file
 
+_SECRET = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
 # Fields of one section of which exactly one may be given: setting one by name takes the other's place.
 _ALTERNATIVES = {"tau": "tau_chance", "tau_chance": "tau", "steps": "epochs", "epochs": "steps"}
 
@@ -43,6 +44,7 @@ def parse_config(
 ) -> RunConfig:
     """As `load_config`, from a mapping whose relative paths are meant from `folder`; `subject` names it in errors."""
     problems = [problem for text in overrides if (problem := _override(raw, text)) is not None]
+    problems += secret_problems(raw)  # as it was written: what is made absolute is another text
     problems += resolve_paths(raw, folder)
     problems += _changed(raw, changes or {})
     return _validated(raw, subject, problems)
@@ -64,23 +66,23 @@ def check_fields(raw: dict[str, Any], subject: str, problems: Sequence[Problem] 
 
 def secret_problems(raw: Any) -> list[Problem]:
     """Passwords and keys in what a file holds, by field; they are not repeated."""
-    what = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
     remedy = (
         "take it out and set it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for an object store, "
         "the variable that evaluation.judge.key_variable names for a judge, HF_TOKEN for the hub"
     )
-    return [Problem(field, what, remedy) for field in secret_fields(raw)]
+    return [Problem(field, _SECRET, remedy) for field in secret_fields(raw)]
 
 
 def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> RunConfig:
-    problems = [*problems, *secret_problems(raw)]
+    problems = list(dict.fromkeys([*problems, *secret_problems(raw)]))
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         found = [problem_of(details) for details in error.errors()]
         problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in found]
     if problems:
-        raise ConfigError(subject, problems)
+        secret = {problem.where for problem in problems if problem.what == _SECRET}  # all else would show the value
+        raise ConfigError(subject, [one for one in problems if one.what == _SECRET or one.where not in secret])
     return config
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from cpift.escaping import terminal
+from cpift.escaping import terminal, text_of
 
 HIDDEN = "***"
 _SCHEME, _BEFORE = r"[a-z][a-z0-9+.-]{0,30}:", r"(?<![^\s\"'=(])"
@@ -24,19 +24,32 @@ _ADDRESSES = (
     re.compile(rf"(?P<kept>{_SCHEME}[\\/]{{2}}|{_BEFORE}[\\/]{{2}})[^\\/?#{_END}]{{1,512}}@", re.IGNORECASE),
     # a password with slashes in it, any number of slashes before it
     re.compile(
-        rf"(?P<kept>{_SCHEME}[\\/]{{1,4}}|{_BEFORE}[\\/]{{2,4}})[^\\/@:{_END}]{{0,256}}:{_PORT}[^{_END}]{{0,512}}@",
+        rf"(?P<kept>{_SCHEME}[\\/]{{1,4}}|{_BEFORE}[\\/]{{2,4}})[^\\/@:{_END}]{{0,256}}:{_PORT}[^\s]{{0,512}}@",
         re.IGNORECASE,
     ),
 )
+# In a field that is no prose: a password with spaces in it.
+_SPACED = re.compile(rf"{_SCHEME}[\\/]{{1,4}}[^\\/?#@:\s]{{0,256}}:{_PORT}[^@]{{0,512}}@", re.IGNORECASE)
 _WORDS = "keys?|token|secret|passw(?:or)?d|passphrase|pass|pwd|pw|auth|authorization|credentials?|sig|signature|sas|jwt"
 _NAMED = rf"(?:[a-z0-9]{{1,40}}[-_.]){{0,4}}(?:{_WORDS}|[a-z]{{1,20}}(?:key|token|secret|password))(?:[-_.]?id)?"
-_QUERY = re.compile(rf"(?P<kept>[?&;#]{_NAMED}=)[^&;#{_END}]{{1,2048}}", re.IGNORECASE)
+_QUERY = re.compile(rf"(?P<kept>[?&;#](?:\w{{0,40}}\[)?{_NAMED}\]?=)[^&;#{_END}]{{1,2048}}", re.IGNORECASE)
 _TOKENS = re.compile(
-    r"\b[sr]k-(?=[\w-]{0,256}\d)[\w-]{16,256}|\b[sr]k_(?:live|test)_\w{10,256}|\bhf_[A-Za-z0-9]{20,128}"
+    r"\b[sr]k-(?=[\w-]{0,256}?[A-Za-z0-9]{16})(?=[\w-]{0,256}\d)[\w-]{16,256}|\b[rsp]k_(?:live|test)_\w{10,256}|\bhf_[A-Za-z0-9]{20,128}"
     r"|\bgh[pousr]_[A-Za-z0-9]{20,256}|\bgithub_pat_\w{20,256}|\bglpat-[\w-]{16,128}|\bxox[a-z]-[\w-]{10,256}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,64}|\beyJ[\w-]{10,2048}\.[\w-]{4,4096}\.[\w-]{4,2048}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,64}|\beyJ[\w-]{10,2048}\.[\w-]{4,4096}\.[\w-]{0,2048}"
+    r"|\b(?:gsk_|xai-|nvapi-|r8_|whsec_|dop_v1_|shpat_|hvs\.|ATATT3x|pypi-|dckr_pat_|AGE-SECRET-KEY-1|ya29\.|GOCSPX-"
+    r"|wandb_v1_|tgp_v1_|pplx-|csk-|gl[a-z]{2,6}-|SG\.)(?=[\w.-]{0,256}\d)[A-Za-z0-9]{16}[\w.-]{0,256}"
+    r"|\bxapp-[\w-]{10,256}|\bhooks\.slack\.com/services/[\w/]{20,128}|\bbot\d{6,12}:[\w-]{30,64}"
+    r"|\b(?i:basic)\s{1,4}(?=[A-Za-z0-9+/]{0,256}[a-z])(?=[A-Za-z0-9+/]{0,256}[A-Z])(?=[A-Za-z0-9+/]{0,256}\d)"
+    r"[A-Za-z0-9+/]{12,512}={0,2}"
     r"|\bnpm_[A-Za-z0-9]{30,64}|\b(?i:bearer\s{1,4}(?=[\w.~+/=-]{0,256}\d)[\w.~+/=-]{8,2048})"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]{0,20000}(?:-----END [A-Z ]{0,40}-----)?"
+)
+# A name that says what it is, with its value; no prose.
+_PAIR = re.compile(
+    r"(?P<kept>(?<![a-z0-9])(?:password|passwd|pwd|(?:api|access|account|secret|private)[-_]?key"
+    r"|(?:auth|access|api|secret)[-_]?token|client[-_]?secret)[\"']?\s{0,2}[:=]\s{0,2}[\"']?)(?!\*)[^\s\"'{}]{1,2048}",
+    re.IGNORECASE,
 )
 # In logs and messages alone: a variable with its value, a header.
 _ASSIGNED = re.compile(
@@ -45,7 +58,9 @@ _ASSIGNED = re.compile(
 )
 # name:password@host without a scheme: in fields of a config that are no prose of the user's own.
 _LOGIN = re.compile(r"(?<![\w/@])[\w.+-]{1,64}:(?!\d+[\\/])[^\s\\/:@]{1,128}@(?=[\w.-])")
+_NO_PROSE = (_LOGIN, _SPACED, _PAIR)
 _PROSE = re.compile(r"(.*\.)?(instruction|columns\..*)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u00|x)([0-9a-fA-F]{2})")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 
 
@@ -53,7 +68,8 @@ def redacted(text: str) -> str:
     """The text with every secret in it replaced by ***."""
     for pattern in _ADDRESSES:
         text = pattern.sub(lambda found: f"{found['kept']}{HIDDEN}@", text)
-    text = _QUERY.sub(lambda found: f"{found['kept']}{HIDDEN}", text)
+    for pattern in (_QUERY, _PAIR):
+        text = pattern.sub(lambda found: f"{found['kept']}{HIDDEN}", text)
     text = _ASSIGNED.sub(lambda found: f"{found['kept'] or found['header']}{HIDDEN}", _TOKENS.sub(HIDDEN, text))
     return re.sub(rf"[^{_END}]+", lambda run: HIDDEN if _veiled(run[0]) else run[0], text)
 
@@ -89,7 +105,7 @@ def is_prose(field: str) -> bool:
 def holds_secret(text: str, prose: bool = False) -> bool:
     """Whether a secret is in a text; where it is no prose, `name:password@host` alone is one too."""
     forms = (text, _unveiled(text))
-    return any(_bare(form) or (not prose and _LOGIN.search(form) is not None) for form in forms)
+    return any(_bare(form) or (not prose and any(one.search(form) for one in _NO_PROSE)) for form in forms)
 
 
 def is_variable(name: str) -> bool:
@@ -117,16 +133,17 @@ def _bare(text: str) -> bool:
 
 def _veiled(run: str) -> bool:
     """Whether text without spaces holds a secret once it is decoded."""
-    if "%" not in run and run.isascii():
+    if not any(sign in run for sign in ("%", "&", "\\")) and run.isascii():
         return False
     plain = _unveiled(run)
     return plain != run and _bare(plain.replace(HIDDEN, ""))
 
 
 def _unveiled(text: str) -> str:
-    """Percent-decoded, several times where need be, and in the letters that others stand for (fullwidth ones)."""
-    for _ in range(4):
-        further = unquote(text)
+    """Decoded from percents, entities and backslashes, several times where need be, and in the letters that others
+    stand for (fullwidth ones)."""
+    for _ in range(16):
+        further = text_of(unquote(_ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)))
         if further == text:
             break
         text = further

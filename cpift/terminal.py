@@ -1,4 +1,5 @@
-"""The terminal: the only place that writes to it. Text of others is escaped, and a stream that fails ends no work."""
+"""The terminal: the only place that writes to it. Text of others is escaped, messages hold no secrets, and a stream
+that fails ends no work."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from cpift.escaping import PLAIN_SIGNS, terminal
+from cpift.redaction import redacted
 
 _COLOURS = {"red": 31, "yellow": 33}
 
@@ -23,6 +25,9 @@ class Terminal(Console):
     def __init__(self, **settings: Any):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False} | settings)
 
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(redacted(one) if isinstance(one, str) else one for one in objects), **settings)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             shown = segment.text if segment.control else terminal(segment.text)
@@ -31,7 +36,7 @@ class Terminal(Console):
 
 def say(text: str, colour: str | None = None, *, err: bool = False) -> None:
     """One message, on standard output or error; unlike what `Terminal` prints it is not wrapped."""
-    stream, shown = sys.stderr if err else sys.stdout, terminal(text)
+    stream, shown = sys.stderr if err else sys.stdout, terminal(redacted(text))
     if colour is not None and stream.isatty() and "NO_COLOR" not in os.environ:
         shown = f"\x1b[{_COLOURS[colour]}m{shown}\x1b[0m"
     stream.write(f"{shown}\n")
