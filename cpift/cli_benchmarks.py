@@ -34,9 +34,11 @@ def standard(
     """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
     from cpift.errors import CpiftError
     from cpift.files import json_text
+    from cpift.needs import require_extra
     from cpift.standard_benchmarks import Benchmarks, standard_scores
     from cpift.top_files import write_new
 
+    require_extra("standard", "cpift standard")
     if out is not None and out.exists():
         raise CpiftError(f"{out} is there already: give --out another name")
     for path in models:

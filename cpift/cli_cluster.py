@@ -63,9 +63,11 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     """
 
     from cpift.errors import StageError
+    from cpift.needs import require_extra
     from cpift.sweep_config import KEEPS, load_sweep
 
     loaded = load_sweep(config, overrides or [], output)
+    require_extra(loaded.config.search.method, "search.method")
     from cpift.locks import exclusive
     from cpift.preflight import preflight
     from cpift.sweep_plan import check_points

@@ -25,6 +25,7 @@ from cpift.judge import judge_replies
 from cpift.likelihood import Labelled, pad, sequence_nll
 from cpift.metrics import metric_of, right_choice
 from cpift.models import load_model, load_tokenizer
+from cpift.row_shapes import size_of
 from cpift.templates import checked_templates
 from cpift.tokens import IGNORED, UNCUT, tokenise
 
@@ -97,21 +98,26 @@ def check_rows(
     tasks: Sequence[TaskConfig],
     settings: EvaluationConfig,
     first: int | None = None,
-) -> None:
-    """Find test rows that could not be scored, of all or of the first ones, with θ0's tokenizer alone.
+) -> int:
+    """Find test rows that could not be scored, of all or of the first ones and the longest, with θ0's tokenizer alone.
+
+    Returns the most tokens that the model sees of a row, those included that it may generate.
 
     Raises:
         DataError: as `evaluate_model` would, for all tasks at once.
     """
     problems: list[Problem] = []
-    limit = settings.limit if first is None else min(first, settings.limit or first)
+    longest = 0
     for task in tasks:
         try:
-            _rows(tokenizer, settings.model_copy(update={"limit": limit}), task)
+            for row in _rows(tokenizer, settings, task, first):
+                generated = len(row.prompt) + task.max_new_tokens if metric_of(task.metric).generates else 0
+                longest = max(longest, row.length, generated)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError("test rows", problems)
+    return longest
 
 
 def _silent(task: str, done: int, total: int) -> None:
@@ -140,13 +146,18 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> Task
     return TaskScore(task.metric, score, loss, tokens, len(results), results)
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig) -> list[_Row]:
-    """The task's test rows, tokenised; every unusable one is reported at once."""
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig, first: int | None = None
+) -> list[_Row]:
+    """The task's test rows, tokenised; every unusable one is reported at once. first: of so many, and the longest."""
     examples = load_examples(task.test_data)[: settings.limit]
-    rows = [_tokenised(tokenizer, example, task.metric) for example in examples]
+    places = list(range(len(examples)))
+    if first is not None and first < len(places):
+        places = [*places[:first], max(places[first:], key=lambda place: size_of(examples[place]))]
+    rows = [_tokenised(tokenizer, examples[place], task.metric) for place in places]
     problems = [
-        Problem(f"tasks.{task.name}.test row {number}", *found)
-        for number, row in enumerate(rows, start=1)
+        Problem(f"tasks.{task.name}.test row {place + 1}", *found)
+        for place, row in zip(places, rows, strict=True)
         for found in _row_problems(row, task, settings.max_length)
     ]
     if not rows:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from cpift.config import RunConfig
-from cpift.errors import Problem
+from cpift.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,18 @@ NEEDS = {
     "sweep fused": Need("sweep", fuses=True, scores=True),
     "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
 }
+# What of a command's words needs an extra: the modules it imports, and the extra that brings them.
+EXTRAS = {"optuna": (("optuna",), "optuna"), "standard": (("lm_eval",), "eval")}
 _STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
+
+
+def require_extra(word: str, where: str) -> None:
+    """Raise ConfigError, before anything is read, where what `word` needs is not installed."""
+    modules, extra = EXTRAS.get(word, ((), ""))
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if absent:
+        what = f"{word} needs {', '.join(absent)}, which is not installed"
+        raise ConfigError("extras", [Problem(where, what, f"pip install 'cpift[{extra}]'")])
 
 
 def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:

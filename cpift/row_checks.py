@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.data import read_examples
+from cpift.data import balanced_sample, count_examples, read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
 from cpift.needs import NEEDS
+from cpift.row_shapes import Shapes, size_of
 from cpift.row_use import RowUse
-from cpift.templates import renderer
+from cpift.templates import checked_templates, renderer
 from cpift.tokens import UNCUT, learnable, tokenise
 
 if TYPE_CHECKING:
@@ -23,14 +25,17 @@ if TYPE_CHECKING:
 
 SAMPLE = 128  # rows of a task that `plan` writes in the chat template
 _SHOWN = 5
+_INTEGRATION = "integration.max_length"
 
 
 @dataclass
 class RowChecks:
     """What a look at the rows brought: problems end the command, notes are worth knowing."""
 
-    longest: int = 0  # tokens of a row
+    longest: int = 0  # tokens of a training row
+    scored: int = 0  # tokens of a test row as it is scored, with what may be generated after it
     largest: int = 0  # token in it
+    unlearnt: set[str] = field(default_factory=set)  # tasks of whose rows the integration leaves some out
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -57,20 +62,23 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
             _check_train(found, task, task.train, tokenizer, _lengths(config, task, stage))
-    if folder is not None:
-        _check_model(found, config, folder, tokenizer, stage)
+    here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
+    if found.unlearnt and here and not found.problems:
+        found.problems += _unlearnt_samples(config, tokenizer, found.unlearnt)
     for task in config.tasks:
         if scored and (download or task.test_data.hub is None):
             _check_test(found, task, config.evaluation, tokenizer)
+    if folder is not None:
+        _check_model(found, config, folder, tokenizer, stage)
     return found
 
 
 def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """As `check_written`, of training rows alone. Raises DataError with every problem."""
+    """As `check_written`, of all training rows and of nothing else. Raises DataError with every problem."""
     found = RowChecks()
     for task in config.tasks:
         if task.train is not None:
-            _check_train(found, task, task.train, tokenizer, _lengths(config, task, None))
+            _check_train(found, task, task.train, tokenizer, _lengths(config, task, None), every=True)
     if found.problems:
         raise DataError("training rows", found.problems)
 
@@ -85,7 +93,7 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
         if training := config.backbone.training or config.probe:
             found[f"{name}.max_length"] = training.max_length
     if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
-        found["integration.max_length"] = config.integration.max_length
+        found[_INTEGRATION] = config.integration.max_length
     return found
 
 
@@ -138,6 +146,10 @@ def _check_model(
             if min(length, found.longest) > places:
                 what = f"{length} is more than the {places} places of the model, and there are rows so long"
                 found.problems.append(Problem(name, what, f"give at most {places}"))
+        if found.scored > places:
+            what = f"a row of {found.scored} tokens, generated ones included, exceeds the model's {places} places"
+            remedy = f"give at most {places}, a smaller max_new_tokens to tasks that generate, or leave the row out"
+            found.problems.append(Problem("evaluation.max_length", what, remedy))
 
 
 def _check_train(
@@ -146,15 +158,20 @@ def _check_train(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     lengths: Mapping[str, int],
+    *,
+    every: bool = False,
 ) -> None:
     where = f"tasks.{task.name}.train"
     uses = {name: RowUse(length) for name, length in lengths.items()}
     if not uses:
         return
     try:
-        whole = _sampled(read_examples(source), tokenizer, uses.values(), found)
+        others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
+        whole = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), found, every)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
+    if any(use.left_out for one in (uses, others) for name, use in one.items() if name == _INTEGRATION):
+        found.unlearnt.add(task.name)
     for name, use in uses.items():
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
@@ -168,25 +185,69 @@ def _check_train(
 def _sampled(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
-    uses: Iterable[RowUse],
+    uses: Collection[RowUse],
+    others: Collection[RowUse],
     found: RowChecks,
+    every: bool,
 ) -> bool:
-    """Count the first rows, and more where none of those would be learnt from. Whether these are all."""
-    bad = 0
-    for number, example in enumerate(examples):
-        if bad == _SHOWN or (number >= SAMPLE and all(use.used for use in uses)):
-            return False
-        try:
-            row = tokenise(example, tokenizer, UNCUT)
-        except DataError as error:
-            bad += 1
-            found.problems += error.problems
+    """Count the first rows, and more where none of those would be learnt from. Whether these are all.
+
+    Of the others one of each shape is written, for its template may refuse it, and the longest; with `every` all are
+    counted, those of a shape that was written before in this process.
+    """
+    shapes, bad, number, longest = Shapes(tokenizer), 0, 0, None
+    for number, example in enumerate(examples, start=1):
+        counted = every or number <= SAMPLE or not all(use.used for use in uses)
+        if not shapes.add(example) and not counted:
+            longest = example if longest is None or size_of(example) > size_of(longest) else longest
             continue
-        found.longest = max(found.longest, len(row["input_ids"]))
-        found.largest = max(found.largest, *row["input_ids"])
-        for use in uses:
-            use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
+        with checked_templates() if every and number > SAMPLE and not shapes.newest else nullcontext():
+            bad += not _counted(example, tokenizer, uses if counted else others, found)
+        if bad == _SHOWN:
+            return False
+    if longest is not None:
+        _counted(longest, tokenizer, others, found)
+    return all(use.rows == number for use in uses)
+
+
+def _counted(example: Example, tokenizer: PreTrainedTokenizerBase, uses: Iterable[RowUse], found: RowChecks) -> bool:
+    """Whether a row can be written; if it can, it is counted."""
+    try:
+        row = tokenise(example, tokenizer, UNCUT)
+    except DataError as error:
+        found.problems += error.problems
+        return False
+    found.longest = max(found.longest, len(row["input_ids"]))
+    found.largest = max(found.largest, *row["input_ids"])
+    for use in uses:
+        use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
     return True
+
+
+def _unlearnt_samples(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, tasks: Collection[str]
+) -> Iterator[Problem]:
+    """Tasks whose balanced sample could be of rows alone that are left out, whatever the groups turn out to be."""
+    settings = config.integration
+    if settings is None:
+        return
+    counts = {task.name: count_examples(task.train) for task in config.tasks if task.train is not None}
+    for place, task in enumerate(config.tasks):
+        if task.name not in tasks or task.train is None:
+            continue
+        with checked_templates():
+            learnt = [_learnt(example, tokenizer, settings.max_length) for example in read_examples(task.train)]
+        sizes = {settings.samples_per_task} if settings.samples_per_task else {*counts.values()}
+        sizes = {min(size, len(learnt)) for size in sizes}
+        samples = (balanced_sample([learnt] * (place + 1), size, config.seed) for size in sizes)
+        if not all(any(rows) for sample in samples for rows in sample):
+            what = f"a sample of {min(sizes)} of {len(learnt)} rows of task {task.name} may have none with a reply "
+            remedy = f"raise {_INTEGRATION}, or samples_per_task"
+            yield Problem("integration.samples_per_task", what + f"within {settings.max_length} tokens", remedy)
+
+
+def _learnt(example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    return learnable(tokenise(example, tokenizer, length))
 
 
 def _check_test(
@@ -195,7 +256,7 @@ def _check_test(
     from cpift.evaluate import check_rows
 
     try:
-        check_rows(tokenizer, [task], settings, SAMPLE)
+        found.scored = max(found.scored, check_rows(tokenizer, [task], settings, SAMPLE))
     except DataError as error:
         found.problems += error.problems[:_SHOWN]
 

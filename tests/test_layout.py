@@ -82,6 +82,7 @@ LAYERS = [
         "data",
         "data_preview",
         "packing",
+        "row_shapes",
         "row_use",
         "row_sources",
         "rows_on_disk",

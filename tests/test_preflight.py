@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from cpift.config import RunConfig
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import parse_config
-from cpift.errors import ConfigError
+from cpift.errors import ConfigError, DataError
 from cpift.finetune import fit
 from cpift.fit_spec import StageSpec
 from cpift.inprocess import InProcessEngine
+from cpift.needs import require_extra
 from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 from cpift.row_use import RowUse, told
@@ -94,6 +95,8 @@ ROWS = [turns(f"{i}+1?", str(i + 1)) for i in range(6)]
         ("no system", [*ROWS, turns("x", "y", system=True)], r"train.jsonl, row 7: .*refuses the conversation: no sys"),
         ("thoughts", [*ROWS, turns("x", "<think>z</think>y")], r"row 7: .*`reasoning_content`"),
         ("plain", [*ROWS, turns("x", "y\ud83d")], "row 7: .*surrogate"),
+        ("thoughts", [*ROWS * 30, turns("x", "<think>z</think>y"), *ROWS], r"row 181: .*`reasoning_content`"),
+        ("no system", [*ROWS * 30, turns("x", "y", system=True)], r"row 181: .*no system"),
         ("plain", [turns("x" * 50, "y")] * 3, "no reply begins within probe.max_length = 48 tokens in any of"),
     ],
 )  # fmt: skip
@@ -141,6 +144,39 @@ def test_numbers_and_names_out_of_range_are_refused_by_the_config(tmp_path: Path
     more = {"resources": {}, "fusion": {"method": "linear"}}
     with pytest.raises(ConfigError, match="model.scratch" if "layers" in field else field.split("__")[-1]):
         run_of(tmp_path, ROWS, **more, **{field: value})
+
+
+def test_rows_beyond_the_first_of_which_an_evaluation_or_a_sample_would_fail(gpt2: Path, tmp_path: Path) -> None:
+    model = {"path": str(gpt2)}
+    long = [*ROWS * 25, turns("x" * 100, "y" * 40), *ROWS]
+    with pytest.raises(ConfigError, match=r"evaluation.max_length: a row of \d+ tokens, .* model's 128 places"):
+        preflight(run_of(tmp_path, ROWS, model, test=long, evaluation__max_length=200))
+    preflight(run_of(tmp_path, ROWS, model, test=ROWS * 25, evaluation__max_length=200))
+    with pytest.raises(ConfigError, match=r"tasks.a.test row 151: no answer token"):
+        preflight(run_of(tmp_path, ROWS, model, test=long))
+    lost = [*ROWS, *[turns("x" * 60, "y")] * 60]
+    sample = {"integration__samples_per_task": 1}
+    with pytest.raises(ConfigError, match=r"integration.samples_per_task: a sample of 1 of 66 rows of task a may have"):
+        preflight(run_of(tmp_path, lost, model, test=ROWS, **sample))
+    preflight(run_of(tmp_path, lost, model, test=ROWS, integration__samples_per_task=66))
+
+
+def test_a_row_that_only_the_run_meets_ends_it_before_a_fine_tune(gpt2: Path, tmp_path: Path) -> None:
+    picky = "{% if 'q' in messages[0].content %}{{ raise_exception('no q') }}{% endif %}" + SCRATCH
+    rows = [*ROWS * 25, turns("q", "1"), *ROWS]
+    config = run_of(tmp_path, rows, with_template(gpt2, picky, tmp_path / "model"), test=ROWS)
+    preflight(config)  # nothing tells this row from the others
+    with pytest.raises(DataError, match=r"row 151: .*no q"):
+        Pipeline(config, InProcessEngine(config), quiet()).probe()
+    assert not list((tmp_path / "out").glob("probe/*/*/export"))
+
+
+def test_an_extra_that_is_not_installed_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for word, extra in (("optuna", "optuna"), ("standard", "eval")):
+        with pytest.raises(ConfigError, match=rf"search: {word} needs .* pip install 'cpift\[{extra}\]'"):
+            require_extra(word, "search")
+    require_extra("grid", "search")
 
 
 def test_a_budget_in_which_no_slice_fits(gpt2: Path, tmp_path: Path) -> None:

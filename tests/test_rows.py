@@ -236,7 +236,12 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
+_EACH_A_NEW_CHILD = ("power", "doubling", "megabytes", "recursion")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow) if one in _EACH_A_NEW_CHILD else one for one in BROKEN]
+)
 def test_templates_are_limited(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     template, message = BROKEN[name]
