@@ -13,11 +13,21 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cpift.files import MANIFEST, digest, file_identity, file_sha256, json_text, read_json, write_json
+from cpift.files import (
+    MANIFEST,
+    digest,
+    file_identity,
+    file_sha256,
+    json_text,
+    known_sha256,
+    read_json,
+    write_json,
+)
 
 STAGES = ("model", "probe", "regions", "group", "backbone", "fuse", "integrate", "evaluate", "sweep")
 SMALL = 1 << 22  # bytes up to which a file is hashed whenever it is looked at
@@ -184,6 +194,23 @@ _LATER: dict[str, Callable[[Any], bool]] = {"files": _are_written, "dropped": _i
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a manifest with its seal."""
     write_json(folder / MANIFEST, sealed(manifest))
+
+
+def note_times(folder: Path) -> None:
+    """Note the times of a copy's files, once their bytes were found to be those written: they are not hashed again.
+
+    Where the folder cannot be written they are hashed by every command.
+    """
+    manifest = read_manifest(folder)
+    written = manifest.get("files", {})
+    found = {}
+    for name in written.keys() - manifest.get("dropped", {"files": {}})["files"].keys():
+        known = file_identity(folder / name)
+        if known_sha256(known) == manifest["outputs"].get(name):
+            found[name] = [known[2], known[3]]
+    if any(written[name] != found[name] for name in found):
+        with suppress(OSError):
+            write_manifest(folder, manifest | {"files": written | found})
 
 
 def set_aside(path: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from cpift.artifact_state import note_times
 from cpift.artifacts import Artifact, require_sound
 from cpift.config import ModelConfig, RunConfig
 from cpift.engine import Engine, Finish, fit_all, keep_scores
@@ -279,6 +280,7 @@ class Pipeline:
         """Make an artifact unless it is there; `read`: the folders that are read for it."""
         masks = artifact.stage == "regions"  # all of their bytes are looked at every time
         if artifact.state(thorough=masks).kind == "whole":
+            note_times(artifact.path)
             self._say_cached(title)
             return artifact
         with claimed([artifact], self.view.warn):
@@ -308,7 +310,11 @@ class Pipeline:
         finish: Finish = lambda made, out: None,
     ) -> None:
         """Run the fine-tunes whose artifacts are missing, and keep what each exported."""
+        artifacts = list(artifacts)
         missing = [artifact for artifact in artifacts if not artifact.whole]
+        for artifact in artifacts:
+            if artifact not in missing:
+                note_times(artifact.path)
         if not missing:
             self._say_cached(title)
             return

@@ -215,6 +215,30 @@ def test_a_copy_with_other_times_and_files_of_earlier_versions_stay_cached(run: 
     assert not again.worked
 
 
+def test_a_copy_is_hashed_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpift.artifact_state.SMALL", 0)  # every file is a large one
+    hashed: list[str] = []
+
+    def sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("cpift.artifact_state.file_sha256", sha256)
+    copy = run.with_name("copy")
+    shutil.copytree(run, copy, copy_function=shutil.copyfile)
+    assert states(copy) == dict.fromkeys(STAGES, "cached")
+    assert len(hashed) > 10
+    again = pipeline(copy)
+    again.fuse()
+    assert not again.worked
+    hashed.clear()
+    assert states(copy) == dict.fromkeys(STAGES, "cached")
+    assert hashed == []
+    (fused,) = (copy / "fuse").iterdir()
+    truncated(fused / "config.json")
+    assert states(copy)["fuse"] == "damaged"
+
+
 def checked(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     monkeypatch.setattr("sys.argv", ["cpift", "check", str(run)])
     with pytest.raises(SystemExit) as ended:
