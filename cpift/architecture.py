@@ -6,7 +6,10 @@ Built on the `meta` device, kept by the text of config.json: fine-tunes of one m
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -103,6 +106,32 @@ def embedding_names(folder: Path) -> tuple[str, ...]:
     )
 
 
+def reads_field(folder: Path, name: str) -> bool:
+    """Whether the code of the model's class, or of a class that it is built of, reads a field of its configuration.
+
+    Raises CheckpointError.
+    """
+    config, code = model_config(folder), _code(_source(folder))
+    parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
+    maps = [getattr(part, "attribute_map", None) or {} for part in parts]
+    names = {name, *(alias for one in maps for alias, real in one.items() if real == name)}
+    return any(re.search(rf"config\.{re.escape(one)}\b|[\"']{re.escape(one)}[\"']", code) for one in names)
+
+
+def has_parameter(folder: Path, name: str) -> bool:
+    """Whether the class of the model in a folder has a parameter of this name. Raises CheckpointError."""
+    return any(name == known for known, _ in skeleton(folder).named_parameters(remove_duplicate=False))
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """Tokens that the model in a folder has by its config.json, of models of more than text too.
+
+    Raises CheckpointError.
+    """
+    size: int | None = getattr(model_config(folder).get_text_config(), "vocab_size", None)
+    return size
+
+
 def stored_transposed(folder: Path, module: str) -> bool | None:
     """Whether a module's weight is [inputs, outputs], not [outputs, inputs]; None for what is no matrix product or is
     not there. Its class decides: a linear layer of GPT-2 may be either."""
@@ -140,6 +169,13 @@ def _config(source: _Source) -> PreTrainedConfig:
 @lru_cache(maxsize=16)
 def _class(source: _Source) -> type[PreTrainedModel]:
     return class_of(_config(source))
+
+
+@lru_cache(maxsize=4)
+def _code(source: _Source) -> str:
+    """The source text of all modules that the classes of a model's parts are written in."""
+    names = {type(module).__module__ for module in _skeleton(source).modules()}
+    return "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(names) if name.startswith("transformers."))
 
 
 @lru_cache(maxsize=4)

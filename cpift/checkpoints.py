@@ -17,9 +17,9 @@ import torch
 
 from cpift.errors import CheckpointError, Problem
 from cpift.mapped_files import MappedFile, file_version
-from cpift.quantised import dense_remedy, quantised
+from cpift.quantised import dense_remedy, quantised, whole_numbers
 from cpift.safetensors_files import DtypeError, FormatError, TensorInfo, read_header
-from cpift.tying import tied_in
+from cpift.tying import prefix_of, tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 SINGLE_FILE = "model.safetensors"
@@ -39,8 +39,13 @@ class Checkpoint:
     an index of others, an unsupported dtype.
     """
 
-    def __init__(self, folder: Path, ties: Mapping[str, str] | None = None, apart: bool = False):
-        """ties: what `tied_in` says, if it is known. apart: tied names are tensors too, with the same values."""
+    prefix = ""  # what the files' names have before those that are read (`prefix_of`)
+
+    def __init__(
+        self, folder: Path, ties: Mapping[str, str] | None = None, apart: bool = False, prefix: str | None = None
+    ):
+        """ties, prefix: what `tied_in` and `prefix_of` say, if it is known. apart: tied names are tensors too, with the
+        same values."""
         self.folder, self.is_apart = folder, apart
         self._maps: dict[Path, MappedFile] = {}
         self._versions: dict[Path, tuple[int, ...]] = {}
@@ -54,13 +59,16 @@ class Checkpoint:
             self._check_index(problems)
         if problems:
             raise CheckpointError(f"checkpoint {folder}", problems)
+        self.prefix = prefix_of(folder, self.config, self.tensors) if prefix is None else prefix
+        bare = (replace(info, name=name.removeprefix(self.prefix)) for name, info in self.tensors.items())
+        self.tensors = {info.name: info for info in bare}
         self.ties = dict(tied_in(folder, self.config, self.tensors) if ties is None else ties)
         self._copies: dict[str, TensorInfo] = {}  # of tied names: what the files hold a second time
         self._tie()
         self.tensors = dict(sorted(self.tensors.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.ties, self.is_apart)  # another process maps the files itself
+        return type(self), (self.folder, self.ties, self.is_apart, self.prefix)  # another process maps the files itself
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -208,7 +216,7 @@ class Checkpoint:
 
     def apart(self) -> Checkpoint:
         """The same model with a tensor for every tied name; itself where nothing is tied."""
-        return type(self)(self.folder, self.ties, apart=True) if self.ties and not self.is_apart else self
+        return type(self)(self.folder, self.ties, True, self.prefix) if self.ties and not self.is_apart else self
 
     def unequal_copies(self) -> Iterator[Problem]:
         """What is wrong where a tied tensor is there twice and the two differ; reads both, in slices."""
@@ -280,7 +288,7 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
         if names
     ]
     problems = [Problem("its tensors", "; ".join(said), _ONE_MODEL)] if said else []
-    problems += _integers(base, other)
+    problems += whole_numbers(base.tensors, other.tensors)
     shapes = {
         name: f"has shape {list(other.tensors[name].shape)}, in θ0 {list(info.shape)}"
         for name, info in base.tensors.items()
@@ -297,17 +305,6 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _integers(base: Checkpoint, other: Checkpoint) -> Iterator[Problem]:
-    """Where a tune has whole numbers under the name of θ0's floats."""
-    for name, info in base.tensors.items():
-        theirs = other.tensors.get(name)
-        if theirs is not None and info.floating and not theirs.floating:
-            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (theirs, info))
-            what = f"has whole numbers where θ0 has floats ({kinds}): it is quantised"
-            yield Problem(name, what, "give the unquantised checkpoint that it was made from")
-            return
 
 
 def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> None:

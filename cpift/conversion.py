@@ -227,3 +227,33 @@ def _run(converter: Any, target: str, network: PreTrainedModel) -> dict[str, Tra
         what = f"is made by {', '.join(map(str, converter.operations))} when it is loaded, which uses {error}"
         raise CheckpointError("checkpoint", [Problem(target, what, RESAVE)]) from error
     return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+
+def not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterator[str]:
+    """Parameters that no tensor gives, those that are tied together by their first name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    yield from (same[0] for same in names.values() if not any(name in given for name in same))
+
+
+def wrapping_prefix(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> str:
+    """What all names of a file have before those that the class would take them by; nothing where it takes them.
+
+    Raises CheckpointError as `converted` does.
+    """
+    parts = next(iter(tensors), "").split(".")
+    first = f"{parts[0]}."
+    if not all(name.startswith(first) for name in tensors) or not _lacks(network, tensors):
+        return ""
+    for depth in range(1, len(parts)):
+        prefix = ".".join(parts[:depth]) + "."
+        if not all(name.startswith(prefix) for name in tensors):
+            break
+        if not _lacks(network, {name.removeprefix(prefix): shape for name, shape in tensors.items()}):
+            return prefix
+    return ""
+
+
+def _lacks(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> bool:
+    return any(True for _ in not_given(network, converted(network, tensors)[0]))

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cpift.checkpoints import Checkpoint
+from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, first_problems
 from cpift.config import CheckpointConfig, ModelConfig
 from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.files import digest, file_sha256
-from cpift.hub import HUB_PATTERNS, download, resolve_revision
+from cpift.hub import HUB_PATTERNS, download, resolve_revision, snapshot
 from cpift.lora import LoraCheckpoint
 from cpift.lora_config import ADAPTER_CONFIG
-from cpift.lora_files import unties
+from cpift.lora_files import ADAPTER_WEIGHTS, unties
 from cpift.model_fields import computing_problems
 from cpift.pretrained import require_no_code
 from cpift.relaid import in_layout_of
-from cpift.untrusted import ADAPTER, read_object
+from cpift.untrusted import ADAPTER, read_object, read_weight_map
 from cpift.vocabulary import FittedCheckpoint, resized
 
 VOCABULARIES = {"error": False, "base": True}  # `fusion.vocabulary` → whether other tokens than θ0's are fitted to them
@@ -44,6 +44,26 @@ def locate(source: CheckpointConfig | ModelConfig) -> Path:
     return folder
 
 
+def at_hand(source: CheckpointConfig | ModelConfig) -> Path | None:
+    """The folder that `locate` would return, if nothing has to be downloaded for it; None for other kinds of source."""
+    if source.path is not None or source.hub is None:
+        return source.path
+    if snapshot(source.hub, source.revision) is None:
+        return None
+    try:
+        folder = snapshot(source.hub, resolve_revision("model", source.hub, source.revision))
+    except CpiftError:
+        return None  # whoever downloads it says so
+    return folder if folder is not None and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of a model or adapter are there: a download may have been broken off."""
+    if (folder / INDEX_FILE).is_file():
+        return all((folder / shard).is_file() for shard in set(read_weight_map(folder / INDEX_FILE).values()))
+    return any((folder / name).is_file() for name in (SINGLE_FILE, ADAPTER_WEIGHTS))
+
+
 def open_models(
     base: Path, others: Mapping[str, Path], vocabulary: str = "error"
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
@@ -60,7 +80,7 @@ def open_models(
         for problem in computing_problems(base, folder)
     ]
     if problems:
-        raise CheckpointError(f"models that do not compute as {base} does", problems)
+        raise CheckpointError(f"models that do not compute as {base} does", first_problems(problems, 20))
     apart = any(has_apart(pretrained, folder) for folder in others.values() if folder != base)
     pretrained = pretrained.apart() if apart else pretrained
     return pretrained, {

@@ -73,15 +73,22 @@ def download(repository: str, revision: str | None) -> Path:
 
 
 def cached_folder(repository: str, revision: str | None) -> Path | None:
-    """A model repository's folder in the local cache, if all that a tokenizer needs is there; asks nobody."""
+    """`snapshot`, if all that a tokenizer needs is there."""
+    folder = snapshot(repository, revision)
+    needed = ("tokenizer_config.json", "config.json")
+    return folder if folder is not None and all((folder / name).is_file() for name in needed) else None
+
+
+def snapshot(repository: str, revision: str | None) -> Path | None:
+    """A model repository's folder in the local cache, with whatever has been downloaded of it; asks nobody."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
     commit = revision if is_commit(revision) else _cached_commit("model", repository, revision)
-    folder = (
-        Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots" / (commit or "-")
-    )
-    return folder if (folder / "tokenizer_config.json").is_file() and (folder / "config.json").is_file() else None
+    if commit is None:
+        return None
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots" / commit
+    return folder if folder.is_dir() else None
 
 
 def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:

@@ -18,7 +18,7 @@ from cpift_kernels import pack_mask, unpack_mask
 
 from cpift.architecture import skeleton, untrainable
 from cpift.checkpoints import Checkpoint, first_problems
-from cpift.conversion import MOVES, Block, Shape, Traced, converted
+from cpift.conversion import MOVES, Block, Shape, Traced, converted, not_given
 from cpift.errors import CheckpointError, Problem
 from cpift.pretrained import loading_info
 
@@ -98,7 +98,7 @@ def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
         places={name: tuple(found) for name, found in places.items()},
         sizes={name: tuple(shape) for name, shape in tensors.items()},
         unloaded=tuple(unloaded),
-        missing=tuple(_not_given(network, traced)),
+        missing=tuple(not_given(network, traced)),
         misfits=tuple(problem for problem in wrong if problem is not None),
     )
 
@@ -110,34 +110,9 @@ def _misfit(name: str, one: Traced, wanted: Shape) -> Problem | None:
     return Problem(name, f"has shape {list(one.shape)} in the file, config.json says {list(wanted)}", "restore it")
 
 
-def _not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterator[str]:
-    """Parameters that no tensor gives, those that are tied together by their first name."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    yield from (same[0] for same in names.values() if not any(name in given for name in same))
-
-
-def wrapping_prefix(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> str:
-    """What all names of a file have before those that the class would take them by; nothing where it takes them."""
-    if not tensors or not layout_of(network, tensors).missing:
-        return ""
-    parts = next(iter(tensors)).split(".")
-    for depth in range(1, len(parts)):
-        prefix = ".".join(parts[:depth]) + "."
-        if not all(name.startswith(prefix) for name in tensors):
-            break
-        if not layout_of(network, {name.removeprefix(prefix): shape for name, shape in tensors.items()}).missing:
-            return prefix
-    return ""
-
-
 def key_mapping(folder: Path) -> dict[str, str] | None:
-    """`from_pretrained`'s argument of that name for a folder whose file has a `wrapping_prefix`, else None."""
-    checkpoint = Checkpoint(folder)
-    if len({name.split(".")[0] for name in checkpoint.names}) != 1:
-        return None
-    prefix = wrapping_prefix(skeleton(folder), {info.name: info.shape for info in checkpoint.tensors.values()})
+    """`from_pretrained`'s argument of that name for a folder whose files have a `Checkpoint.prefix`, else None."""
+    prefix = Checkpoint(folder).prefix
     return {f"^{re.escape(prefix)}": ""} if prefix else None
 
 
@@ -178,6 +153,7 @@ def models_table() -> str:
             "parameters that it makes otherwise",
             "merged with tunes of the same layout; training is refused, with the way to save them anew",
         ),
+        ("names that all have a prefix before those of their class (`module.`)", "read without it, θ0's too"),
         (
             "a tune of θ0 under other names: experts in one tensor or each in its own, a prefix more or less",
             "read under θ0's names",

@@ -17,7 +17,7 @@ import torch
 from cpift_kernels.cpu.compiled import in_threads
 from cpift_kernels.cpu.low_rank import low_rank_elements
 
-from cpift.architecture import stored_transposed
+from cpift.architecture import has_parameter, stored_transposed
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import checkpoint_layout
@@ -169,6 +169,8 @@ class LoraCheckpoint(Checkpoint):
             if target is None or (target.shape != info.shape and not rows):
                 what = "no such tensor" if target is None else f"shape {list(target.shape)}, not {list(info.shape)}"
                 remedy = "give the adapter's own base model"
+                if target is None and has_parameter(self.base.folder, parameter):
+                    what, remedy = "it as several tensors in its files", MERGE_FIRST
                 problems.append(Problem(parameter, f"was trained whole, but θ0 has {what}", remedy))
             else:
                 self._full[name] = replace(info, name=name)

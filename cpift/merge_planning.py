@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from cpift.architecture import vocabulary_size
 from cpift.checkpoints import Checkpoint, differences, first_problems
-from cpift.config import CheckpointConfig, RunConfig
+from cpift.config import RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
-from cpift.given import backbone_apart, describe, has_apart, locate, open_checkpoint
+from cpift.given import at_hand, backbone_apart, describe, has_apart, open_checkpoint
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.lora_files import require_plain
 from cpift.methods import method_named
@@ -25,13 +26,14 @@ _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attentio
 
 
 def check_given(config: RunConfig) -> list[Problem]:
-    """Every problem of the given checkpoints: files, layout against θ0, architecture. Needs no network.
+    """Every problem of the given checkpoints that are at hand: files, layout against θ0, architecture.
 
     Weights are read only where a file holds a tied tensor twice: the two have to be equal.
     """
-    if config.model.path is None:
+    folder = at_hand(config.model)
+    if folder is None:
         return [problem for where, folder in _given(config) for problem in _opened(folder, None, where)[1]]
-    base, problems = _opened(config.model.path, None, "model.path")
+    base, problems = _opened(folder, None, f"model.{config.model.kind}")
     if base is None:
         return problems
     pretrained = _laid_out(base, config)
@@ -61,10 +63,11 @@ def check_budget(config: RunConfig) -> list[Problem]:
     from cpift.merging import buffers_within
     from cpift.streaming import pieces
 
-    if config.model.path is None:
+    folder = at_hand(config.model)
+    if folder is None:
         return []
     try:
-        base = Checkpoint(config.model.path)
+        base = Checkpoint(folder)
     except (CpiftError, OSError):
         return []  # `check_given` says what is wrong with it
     rows = config.fusion.granularity == "row" and config.fusion.method == "cpift"
@@ -85,9 +88,10 @@ def check_budget(config: RunConfig) -> list[Problem]:
 
 def given_notes(config: RunConfig) -> Iterator[str]:
     """What is worth knowing of the given checkpoints, and is no problem."""
-    if config.model.path is None or not config.merges_only:
+    folder = at_hand(config.model)
+    if folder is None or not config.merges_only:
         return
-    base = Checkpoint(config.model.path)
+    base = Checkpoint(folder)
     pretrained = _laid_out(base, config)
     given = {
         where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary))
@@ -106,8 +110,13 @@ def given_notes(config: RunConfig) -> Iterator[str]:
         if other_tokenizer(base.folder, folder):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
-    yield f"Embeddings: {base.config.get('vocab_size', '?')} tokens, input and output {tied}"
+    yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
     yield _costs(config, [pretrained, *(model for _, model in given.values())])
+
+
+def _tokens(base: Checkpoint) -> str:
+    size = vocabulary_size(base.folder) if base.config else None
+    return f"{size:,}" if size is not None else "?"
 
 
 def _told(base: Path, folder: Path) -> Iterator[str]:
@@ -133,13 +142,13 @@ def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
 
 
 def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:
-    """Where in the config a local checkpoint is named, and its folder."""
+    """Where in the config a checkpoint is named that is at hand, and its folder."""
     for task in config.tasks:
-        if task.checkpoint is not None and task.checkpoint.path is not None:
-            yield f"tasks.{task.name}.checkpoint", task.checkpoint.path
+        if task.checkpoint is not None and (folder := at_hand(task.checkpoint)) is not None:
+            yield f"tasks.{task.name}.checkpoint", folder
     backbone = Path(config.backbone.source)
     if config.backbone.source not in ("staged", "pretrained") and backbone.is_dir():
-        yield _BACKBONE, locate(CheckpointConfig(path=backbone, hub=None, revision=None))
+        yield _BACKBONE, backbone
 
 
 def _opened(

@@ -1,18 +1,18 @@
 """Every field of `config.json` and `generation_config.json`: what it means where a tune's differs from θ0's.
 
 The fused model has the backbone's files. A field by which a model computes makes a tune's weights wrong under them: an
-error. A field that may be meant, or that is in no table, is told. Values are compared with the class's defaults filled
-in.
+error. So does a field that is in no table and that the model's class reads. A field that may be meant, or that nobody
+reads, is told. Values are compared with the class's defaults filled in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cpift.architecture import effective_config
+from cpift.architecture import effective_config, reads_field
 from cpift.errors import CheckpointError, Problem
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
@@ -22,7 +22,10 @@ GENERATION = "generation_config.json"
 _COMPUTES = {
     "size": (
         "hidden_size intermediate_size num_hidden_layers n_embd n_layer n_layers n_inner d_model ffn_dim "
-        "ffn_hidden_size expansion_ratio word_embed_proj_dim intermediate_size_mlp hidden_size_per_layer_input"
+        "ffn_hidden_size expansion_ratio word_embed_proj_dim intermediate_size_mlp hidden_size_per_layer_input "
+        "num_layers encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim dff attention_hidden_size lru_width "
+        "shared_intermediate_size block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim laurel_rank "
+        "altup_num_inputs altup_active_idx altup_coef_clip altup_correct_scale"
     ),
     "attention": (
         "num_attention_heads num_key_value_heads n_head n_heads num_heads num_kv_heads head_dim global_head_dim "
@@ -34,7 +37,9 @@ _COMPUTES = {
         "q_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim num_kv_shared_layers "
         "attention_types attention_layers window_size is_decoder add_cross_attention block_size "
         "full_attn_alpha_factor full_attn_beta_factor linear_attn_alpha_factor linear_attn_beta_factor "
-        "mlp_alpha_factor mlp_beta_factor full_attention_interval"
+        "mlp_alpha_factor mlp_beta_factor full_attention_interval encoder_attention_heads decoder_attention_heads "
+        "kv_channels attention_out_bias attn_layer_period attn_layer_offset attn_layer_indices attention_window_size "
+        "block_types full_attn_idxs"
     ),
     "positions": (
         "rope_parameters rope_theta rope_scaling rope_local_base_freq rotary_pct rotary_dim rotary_emb_base "
@@ -47,22 +52,26 @@ _COMPUTES = {
         "hidden_activation activation_function activation layer_norm_elementwise_affine do_layer_norm_before "
         "_remove_final_layer_norm apply_residual_connection_post_layernorm use_parallel_residual parallel_attn "
         "new_decoder_architecture num_ln_in_parallel_attn mlp_bias swiglu_alpha swiglu_limit "
-        "activation_sparsity_pattern"
+        "activation_sparsity_pattern afn mixer_rms_eps"
     ),
     "scales": (
         "final_logit_softcapping logit_scale logits_scaling embedding_multiplier residual_multiplier lm_head_bias "
-        "scale_depth scale_emb dim_model_base"
+        "scale_depth scale_emb dim_model_base scale_embedding logits_soft_cap"
     ),
     "experts": (
         "num_experts num_local_experts n_routed_experts n_shared_experts num_experts_per_tok norm_topk_prob "
         "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers moe_layers "
         "interleave_moe_layer_step routed_scaling_factor n_group topk_group first_k_dense_replace scoring_func "
-        "topk_method"
+        "topk_method moe_topk moe_k moe_num_experts moe_num_shared_experts num_shared_experts moe_layer_start_index "
+        "moe_layer_end_index moe_layer_interval moe_norm_min moe_renormalize num_expert_group num_experts_per_token "
+        "mlp_layer_types expert_layer_period expert_layer_offset"
     ),
     "state spaces": (
         "state_size expand conv_kernel use_conv_bias time_step_rank residual_in_fp32 intermediate_conv "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
-        "linear_num_value_heads"
+        "linear_num_value_heads linear_head_dim linear_num_heads n_groups time_step_limit mamba_n_heads mamba_d_head "
+        "mamba_n_groups mamba_d_state mamba_d_conv mamba_expand mamba_dt_rank mamba_conv_bias mamba_proj_bias "
+        "conv_bias conv_L_cache conv1d_width"
     ),
     "class": ("model_type is_encoder_decoder"),
 }
@@ -80,16 +89,19 @@ _SILENT = {
         "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop emb_pdrop hidden_dropout_prob "
         "attention_probs_dropout_prob resid_dropout residual_dropout embedding_dropout dropout layerdrop "
         "classifier_dropout router_aux_loss_coef output_router_logits router_jitter_noise input_jitter_noise "
-        "num_nextn_predict_layers aux_loss_alpha seq_aux"
+        "num_nextn_predict_layers aux_loss_alpha aux_loss_coef z_loss_coefficient seq_aux activation_dropout "
+        "embed_dropout encoder_layerdrop decoder_layerdrop"
     ),
     "how weights start": (
         "initializer_range init_std init_device time_step_scale time_step_min time_step_max time_step_init_scheme "
-        "time_step_floor rescale_prenorm_residual init_method"
+        "time_step_floor rescale_prenorm_residual init_method lambda_std_dev w_init_variance_scale "
+        "final_w_init_variance_scale"
     ),
     "the same values in another way": (
         "use_cache pretraining_tp slow_but_exact chunk_size_feed_forward use_mambapy use_associative_scan "
         "reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 dtype torch_dtype "
-        "attn_implementation _attn_implementation _attn_implementation_autoset experts_implementation"
+        "attn_implementation _attn_implementation _attn_implementation_autoset experts_implementation "
+        "num_logits_to_keep use_mamba_kernels mamba_chunk_size chunk_size"
     ),
     "labels": (
         "_name_or_path transformers_version id2label label2id problem_type return_dict output_attentions "
@@ -126,11 +138,11 @@ def computing_problems(base: Path, tune: Path) -> list[Problem]:
     remedy = (
         "give tunes that compute as θ0 does; if this one was trained with θ0's value, write that into its config.json"
     )
-    return [
-        Problem(f"config.json, {one.field}", one.what, remedy)
-        for one in config_differences(base, tune)
-        if one.effect == "computes"
-    ]
+    found = [one for one in config_differences(base, tune) if one.effect == "computes"]
+    for one in found:
+        if one.field == "model_type":  # all else follows from it
+            return [Problem(f"config.json, {one.field}", one.what, "use fine-tunes of one model")]
+    return [Problem(f"config.json, {one.field}", one.what, remedy) for one in found]
 
 
 def setting_notes(base: Path, tune: Path) -> Iterator[str]:
@@ -149,7 +161,12 @@ def config_differences(base: Path, tune: Path) -> list[Difference]:
         return []
     if (base / "config.json").read_bytes() == (tune / "config.json").read_bytes():
         return []
-    return list(_differences(effective_config(base), effective_config(tune)))
+    return list(_differences(effective_config(base), effective_config(tune), lambda name: _effect(base, name)))
+
+
+def _effect(base: Path, name: str) -> Effect:
+    """What a field means, by the table; of one that is not in it, by whether the class of θ0 reads it."""
+    return FIELDS.get(name) or ("computes" if reads_field(base, name) else "meant")
 
 
 def generation_differences(base: Path, tune: Path) -> list[Difference]:
@@ -174,6 +191,7 @@ def fields_table() -> str:
         for kind, names in kinds.items():
             listed = ", ".join(f"`{name}`" for name in names.split())
             rows.append(f"| {kind} | {listed} | {happens[effect]} |")
+    rows.append(f"| what the code of the model's class reads | any other | {happens['computes']} |")
     rows.append("| anything else in `config.json` | any other | told by `plan`, as what may be meant |")
     listed = ", ".join(f"`{name}`" for name in _GENERATION_SILENT.split())
     rows.append(f"| `{GENERATION}` | all but {listed} | told by `plan`; the fused model has the backbone's |")
@@ -183,12 +201,14 @@ def fields_table() -> str:
     return "\n".join(rows)
 
 
-def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[Difference]:
+def _differences(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], effect_of: Callable[[str], Effect], prefix: str = ""
+) -> Iterator[Difference]:
     for name in sorted(mine.keys() | theirs.keys()):
         one, other = _plain(mine.get(name)), _plain(theirs.get(name))
         if name.endswith("_config") and isinstance(one, dict) and isinstance(other, dict) and name not in FIELDS:
-            yield from _differences(one, other, f"{prefix}{name}.")
-        elif one != other and (effect := FIELDS.get(name, "meant")) != "silent":
+            yield from _differences(one, other, effect_of, f"{prefix}{name}.")
+        elif one != other and (effect := effect_of(name)) != "silent":
             yield Difference(f"{prefix}{name}", one, other, effect)
 
 

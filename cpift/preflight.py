@@ -71,18 +71,24 @@ def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
 
 
 def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
-    """Whether transformers loads θ0 and can train it; one on the hub is looked at once it has been downloaded."""
+    """Whether transformers loads θ0 and can train it; one on the hub once it has been downloaded."""
     from cpift.architecture import untrainable
     from cpift.checkpoints import Checkpoint
+    from cpift.given import at_hand
     from cpift.layout import unloadable, unwritable
 
-    if config.model.path is None:
+    folder = at_hand(config.model)
+    if folder is None:
         return []
     integrates = NEEDS[stage or "evaluate"].integrates_of(config)
-    model, trains = Checkpoint(config.model.path), integrates or not config.merges_only
-    problems = untrainable(model.folder, "model.path") if trains else []
-    problems = problems or unloadable(model, "model.path")
-    return problems or (unwritable(model, "model.path") if trains else [])
+    where, trains = f"model.{config.model.kind}", integrates or not config.merges_only
+    try:
+        model = Checkpoint(folder)
+    except CheckpointError:
+        return []  # `check_model` and `check_given` say what is wrong with it
+    problems = untrainable(model.folder, where) if trains else []
+    problems = problems or unloadable(model, where)
+    return problems or (unwritable(model, where) if trains else [])
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

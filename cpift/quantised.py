@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cpift.errors import Problem
+from cpift.safetensors_files import TensorInfo
 
 _AFTER = "after"  # loaded as it is, then `dequantize()`
 # transformers' quantisation methods → how its loader gives dense weights; None where it cannot.
@@ -45,6 +46,17 @@ def quantised(folder: Path, config: Mapping[str, Any], names: Iterable[str] = ()
     method = said or mark or ""
     what = f"holds quantised weights ({method}); core regions are elements of dense tensors"
     return Problem(str(folder), what, dense_remedy(folder, method))
+
+
+def whole_numbers(base: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> Iterator[Problem]:
+    """Where a tune has whole numbers under the name of θ0's floats."""
+    for name, info in base.items():
+        theirs = other.get(name)
+        if theirs is not None and info.floating and not theirs.floating:
+            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (theirs, info))
+            what = f"has whole numbers where θ0 has floats ({kinds}): it is quantised"
+            yield Problem(name, what, "give the unquantised checkpoint that it was made from")
+            return
 
 
 def dense_remedy(folder: Path, method: str) -> str:

@@ -17,9 +17,9 @@ import torch
 
 from cpift.architecture import CONFIG, skeleton
 from cpift.checkpoints import Checkpoint
-from cpift.conversion import RESAVE, Block, Shape
+from cpift.conversion import RESAVE, Block, Shape, wrapping_prefix
 from cpift.errors import CheckpointError, Problem
-from cpift.layout import Layout, is_buffer, layout_of, wrapping_prefix
+from cpift.layout import Layout, is_buffer, layout_of
 from cpift.safetensors_files import TensorInfo
 
 _MOST_RUNS = 1 << 20  # of one tensor; more than that is a transposition, which no slice of a file gives

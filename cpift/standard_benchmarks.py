@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import ConfigError, CpiftError, Problem
+from cpift.layout import key_mapping
 from cpift.pretrained import lm_eval_arguments
 from cpift.task_files import task_file_problems
 
@@ -42,13 +43,19 @@ def standard_scores(
     Raises CpiftError for a model or a task file that would run code, before any is scored, where the extra is not
     installed, or for a task that lm-eval does not know or holds to be unsafe.
     """
-    arguments = {title: lm_eval_arguments(path) for title, path in models.items()}
+    arguments = {title: lm_eval_arguments(path) | _names(path) for title, path in models.items()}
     tasks = _tasks(wanted)
     found: Scores = {}
     for title in models:
         on_model(title)
         found[title] = _scores(arguments[title], wanted, tasks)
     return found
+
+
+def _names(path: Path) -> dict[str, Any]:
+    """How the names of the files are to be read, where the class has others."""
+    mapping = key_mapping(path)
+    return {"key_mapping": mapping} if mapping else {}
 
 
 def _tasks(wanted: Benchmarks) -> Any:

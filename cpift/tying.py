@@ -1,4 +1,6 @@
-"""Tied parameters: one tensor that a model uses under two names, as input embedding and as output layer.
+"""Names in a model's files that mean what another name means: tied parameters, and a prefix before all of them.
+
+A tied parameter is one tensor that a model uses under two names, as input embedding and as output layer.
 
 Which pairs there are, the model's class says; whether they are tied, its configuration with the class's defaults. What
 a file holds a second time has to be a copy.
@@ -10,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cpift.architecture import tied_names
+from cpift.architecture import skeleton, tied_names
+from cpift.conversion import wrapping_prefix
+from cpift.errors import CheckpointError
+from cpift.safetensors_files import TensorInfo
 
 _TIE = "tie_word_embeddings"
 
@@ -28,6 +33,19 @@ def tied_in(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> di
         file_name(target, held) or target: file_name(source, held) or source
         for target, source in tied_names(folder).items()
     }
+
+
+def prefix_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """What a wrapper left before the names of all tensors (`module.`); "" where there is nothing."""
+    if not config or len({name.split(".")[0] for name in tensors}) != 1:
+        return ""
+    try:
+        network = skeleton(folder)
+        state = network.state_dict()
+        known = any(name in state for name in tensors)
+        return "" if known else wrapping_prefix(network, {name: info.shape for name, info in tensors.items()})
+    except CheckpointError:
+        return ""  # who needs the class says what is wrong with it
 
 
 def file_name(parameter: str, names: set[str]) -> str | None:

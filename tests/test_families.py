@@ -14,7 +14,7 @@ from cpift_kernels import unpack_mask
 from safetensors.torch import load_file
 
 from cpift import finetune
-from cpift.architecture import untrainable
+from cpift.architecture import untrainable, vocabulary_size
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
@@ -207,6 +207,7 @@ def test_a_vision_language_model_is_merged_and_not_trained(family: str, tmp_path
         AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / name)
     tuned = {name: Checkpoint(tmp_path / name) for name in ("one", "two")}
     merge_and_verify(Checkpoint(tmp_path / "base"), tuned, tmp_path)
+    assert vocabulary_size(tmp_path / "base") == 64
     (problem,) = untrainable(tmp_path / "base", "model.path")
     assert "only models of text alone are trained" in problem.what
 

@@ -145,6 +145,10 @@ def test_experts_apart_and_routers_are_adapted_as_their_tensors(tmp_path: Path) 
         b, a = (factors[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
         wanted = base.tensor(f"{name}.weight") + 2 * b @ a
         torch.testing.assert_close(models["a"].tensor(f"{name}.weight"), wanted, rtol=0, atol=1e-5)
+    stacked = {"base_model.model.model.layers.0.mlp.experts.down_proj": torch.zeros(4, 16, 24)}
+    save_file(stacked, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="θ0 has it as several tensors in its files → merge it with PEFT"):
+        open_models(tmp_path / "base", {"a": tmp_path / "a"})
 
 
 def test_the_table_has_the_fields_of_peft() -> None:

@@ -451,6 +451,26 @@ def test_a_tune_that_computes_otherwise_is_refused_and_what_may_be_meant_is_told
         Pipeline(opened(tmp_path, mine), NoEngine()).fuse()
 
 
+def test_what_is_in_the_hub_s_cache_is_checked_as_a_folder_is(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    mine, sources = tmp_path / "models", {}
+    shutil.copytree(models, mine)
+    other_base(mine)
+    for name in ("base", "one", "two"):
+        snapshot = tmp_path / f"models--of--{name}" / "snapshots" / ("a" * 40)
+        shutil.copytree(mine / name, snapshot)
+        sources[name] = {"hub": f"of/{name}", "revision": "a" * 40}
+    tasks = [{"name": name, "checkpoint": sources[name]} for name in ("one", "two")]
+    config = opened(tmp_path, mine, model=sources["base"], tasks=tasks)
+    with pytest.raises(ConfigError, match=r"1 problem\n.*tasks\.two\.checkpoint: config\.json, rope_parameters"):
+        preflight(config, stage="fuse")
+    assert not (tmp_path / "run").exists()
+    next((tmp_path / "models--of--two").rglob("*.safetensors")).unlink()  # a download that was broken off
+    preflight(config, stage="fuse")
+
+
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpift.architecture import model_class, model_config
+from cpift import model_fields
+from cpift.architecture import model_class, model_config, reads_field
 from cpift.model_fields import FIELDS, computing_problems, setting_notes
 
 SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -69,7 +70,7 @@ def test_every_field_is_known_and_silent_ones_change_no_logit(family: str) -> No
 
 def folder_of(folder: Path, family: str, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    config = {"model_type": family, "initializer_range": 0.5, **SIZE, **FAMILIES[family], **changes}
+    config = {"model_type": family, "initializer_range": 0.5, **SIZE, **FAMILIES.get(family, {}), **changes}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -96,6 +97,35 @@ def test_what_computes_otherwise_is_a_problem(tmp_path: Path, family: str, chang
     models[1].load_state_dict(models[0].state_dict())
     logits = [model(torch.arange(1, 30)[None]).logits for model in models]
     assert float((logits[0] - logits[1]).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("rwkv", "rescale_every", 3),
+        ("llama", "rms_norm_eps", 0.5),
+        ("gpt2", "n_inner", 8),
+        ("llama", "of_2030", 1),
+        ("llama", "pretraining_tp", 2),
+    ],
+)
+def test_a_field_in_no_table_is_a_problem_where_the_class_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, field: str, value: Any
+) -> None:
+    monkeypatch.setattr(model_fields, "FIELDS", {name: does for name, does in FIELDS.items() if name != field})
+    base, tune = folder_of(tmp_path / "base", family), folder_of(tmp_path / "tune", family, **{field: value})
+    read = field not in ("of_2030", "pretraining_tp")
+    assert [problem.where for problem in computing_problems(base, tune)] == [f"config.json, {field}"] * read
+    assert [note.split(" is ")[0] for note in setting_notes(base, tune)] == [f"config.json, {field}"] * (not read)
+
+
+def test_a_field_is_read_under_its_other_name_too(tmp_path: Path) -> None:
+    assert reads_field(folder_of(tmp_path / "base", "gpt2"), "n_head")  # as config.num_attention_heads
+
+
+def test_another_class_is_one_problem(tmp_path: Path) -> None:
+    (problem,) = computing_problems(folder_of(tmp_path / "base", "llama"), folder_of(tmp_path / "tune", "qwen3"))
+    assert problem.where == "config.json, model_type"
 
 
 def test_the_same_values_written_otherwise_are_no_difference(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from cpift.engine import NoEngine
 from cpift.errors import StageError
 from cpift.files import read_json
 from cpift.given import open_checkpoint
-from cpift.layout import ParameterMasks, checkpoint_layout, unwritable
+from cpift.layout import ParameterMasks, checkpoint_layout, unloadable, unwritable
 from cpift.models import load_model
 from cpift.pipeline import Pipeline
 from cpift.scratch import make_scratch_tokenizer
@@ -194,6 +194,37 @@ def test_a_tune_in_another_layout_reads_as_one_in_its_own(
         other.release(name, start, stop)
     again = pickle.loads(pickle.dumps(other))
     assert torch.equal(again.tensor(base.names[0]), plain.tensor(base.names[0]))
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "tied"),
+    [
+        ("llama", "module.", False),
+        ("llama", "_orig_mod.module.", True),
+        ("gpt2", "_fsdp_wrapped_module.", True),
+        ("glm4_moe", "language_model.", False),
+        ("mixtral", "module.", False),
+    ],
+)
+def test_names_are_read_without_what_wraps_them(tmp_path: Path, family: str, prefix: str, tied: bool) -> None:
+    plain = Checkpoint(saved(tmp_path / "plain", family, tie_word_embeddings=tied))
+    tensors = {f"{prefix}{name}": value for name, value in load_file(plain.folder / "model.safetensors").items()}
+    (folder := tmp_path / "wrapped").mkdir()
+    (folder / "config.json").write_bytes((plain.folder / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    wrapped = Checkpoint(folder)
+    for one in (wrapped, pickle.loads(pickle.dumps(wrapped)), open_checkpoint(folder, plain)):
+        assert (one.names, one.ties) == (plain.names, plain.ties)
+        assert all(torch.equal(one.tensor(name), plain.tensor(name)) for name in plain.names)
+    assert wrapped.apart().names == plain.apart().names
+    assert [*unloadable(wrapped, "model.path"), *unwritable(wrapped, "model.path")] == []
+    mine, theirs = load_model(folder).state_dict(), load_model(plain.folder).state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_class_that_builds_no_cache_is_checked(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", "recurrent_gemma", lru_width=16, attention_window_size=8)
+    assert not failures([check_loads(folder, 1 << 30)])
 
 
 def test_a_wrapped_tune_is_loaded_to_be_scored(tmp_path: Path) -> None:
