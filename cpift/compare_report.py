@@ -57,7 +57,14 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
     found, plots = Findings(record), dict[str, str]()
     heading = "#" * level
     lines = [f"{heading} Set-up", "", *_setup(record), ""]
-    lines += [f"{heading} What it shows", "", *(f"- {text}" for text in found.verdict()), "", _reading(found), ""]
+    lines += [
+        f"{heading} What it shows",
+        "",
+        *(f"- {_sentence(found, text)}" for text in found.verdict()),
+        "",
+        _reading(found),
+        "",
+    ]
     lines += [f"{heading} All methods", "", *_table(found), ""]
     lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", _forest(found))
     lines += [f"{heading} CPI-FT against each method", "", *_differences(found, OURS), ""]
@@ -75,7 +82,14 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
 
 def _picture(plots: dict[str, str], file: str, title: str, svg: str) -> list[str]:
     plots[file] = svg
-    return [f"![{title}]({file})", ""]
+    return [f"![{markdown(title)}]({file})", ""]
+
+
+def _sentence(found: Findings, text: str) -> str:
+    """With the names in it as Markdown shows them; the sentences themselves hold no signs of it."""
+    for name in sorted(found.methods, key=len, reverse=True):
+        text = text.replace(name, markdown(name))
+    return text
 
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
@@ -94,9 +108,9 @@ def _setup(record: Record) -> Iterator[str]:
     yield f"- p = {config['regions']['p']:g}, {threshold}, order {tau['order']}; seeds {_listed(header.seeds)}."
     yield f"- {_overlap(header.overlaps)}"
     versions = ", ".join(
-        f"{name} {found}" for name, found in header.versions.items() if name in ("torch", "transformers")
+        markdown(f"{name} {found}") for name, found in header.versions.items() if name in ("torch", "transformers")
     )
-    yield f"- Made on {markdown(header.device)}, {versions}, commit {(header.commit or 'unknown')[:12]}."
+    yield f"- Made on {markdown(header.device)}, {versions}, commit {markdown((header.commit or 'unknown')[:12])}."
 
 
 def _rows(record: Record, task: str) -> str:
@@ -219,7 +233,7 @@ def _forgetting(found: Findings) -> Iterator[str]:
         yield _row([markdown(f"{first} → {second}"), markdown(one.method), *cells])
     for ours in found.recipes:
         cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
-        told = [f"{share(one)} less than {rival}" for rival, one in cuts.items() if one.low is not None]
+        told = [f"{share(one)} less than {markdown(rival)}" for rival, one in cuts.items() if one.low is not None]
         if told:
             yield ""
             yield f"Over all of these {ours} forgets {', and '.join(told)} (a negative share is more)."

@@ -44,7 +44,8 @@ _SIGNS = {
 }
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ENTITY = re.compile(r"&(?=#?\w{1,32};)")
-_SPECIAL = re.compile(r"[\\`*<>\[\]|~$]|(?<!\w)_|_(?!\w)|^[#+=-]|^(?=\d+[.)])")
+_SPECIAL = re.compile(r"[\\`*<>\[\]|~$]|(?<!\w)_|_(?!\w)|^[#+=-]")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")  # an item of a list; 0.001 is none
 
 
 def terminal(text: str) -> str:
@@ -75,7 +76,7 @@ def text_of(page: str) -> str:
 def markdown(text: str) -> str:
     """Inline text of a page in Markdown, in a paragraph, a heading or a table's cell."""
     escaped = _SPECIAL.sub(lambda found: f"\\{found[0]}", one_line(text).strip())
-    return _ENTITY.sub("&amp;", escaped)
+    return _ENTITY.sub("&amp;", _NUMBERED.sub(r"\1\\\2", escaped))
 
 
 def code(text: str) -> str:

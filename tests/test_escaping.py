@@ -18,6 +18,9 @@ import yaml
 from markdown_it import MarkdownIt
 from rich.table import Table
 
+from cpift.compare_record import BASE, OURS, PROBES, Header, Record, Row
+from cpift.compare_report import comparison_table, first_sentences, write_comparison
+from cpift.compare_verdict import FULL
 from cpift.config import RunConfig
 from cpift.data_preview import coloured
 from cpift.errors import CheckpointError, Problem
@@ -121,6 +124,7 @@ def test_every_medium_shows_a_name_and_nothing_else(name: str) -> None:
         assert kinds == ["code_inline"] * (of is code)
         assert len([block for block in blocks if block == "inline"]) == 1
         assert shown in text.replace("\\|", "|"), text
+        assert of is code or "\\" in shown or "\\" not in text, text
     row = parsed(f"| a | b |\n|---|---|\n| {markdown(name)} | {code(name)} |\n")
     assert row[0].count("td_open") == 2
     assert row[1] == ["code_inline"]
@@ -200,6 +204,56 @@ def test_pages_have_the_same_elements_whatever_names_they_show(name: str, plain:
         assert elements(text) == wanted
         assert not CONTROL.search(text)
     assert not CONTROL.search(printed(scores_table(run), results_table(sweep)))
+
+
+def comparison_named(name: str) -> Record:
+    """Every text of a record that somebody else can have chosen; and of methods, which a file of theirs may hold."""
+    run = RunConfig.model_validate(
+        {"name": "x", "model": {"hub": name}, "probe": {"steps": 1}, "integration": {"steps": 1}}
+        | {"tasks": [{"name": task, "train": {"hub": name}, "test": {"hub": name}} for task in "ab"]}
+    )
+    curve = [f"backbone.source = {value}" for value in (name, "staged")]
+    kinds = {BASE: "reference", PROBES: "reference", "probe a": "probe", "probe b": "probe", f"SFT {name}": "sft"}
+    kinds |= {FULL: "sft", "linear": "merge", f"{OURS}, backbone alone": "cpift", f"{OURS}, fused alone": "cpift"}
+    kinds |= {OURS: "cpift", f"no {name}": "part", f"so {name}": "variant"} | dict.fromkeys(curve, "curve")
+
+    def row(place: int, method: str, kind: str) -> Row:
+        items = [float((place + number) % 3 > 0) for number in range(6)]
+        scores = {task: {"score": sum(items) / 6, "loss": 1.0, "items": items} for task in "ab"}
+        return Row(method, kind, 0, None, None, {}, [["a"], ["b"]], 10, 1.0, scores)
+
+    overlaps = [{"jaccard": [[1.0, 0.1], [0.1, 1.0]], "chance": 0.01, "groups": [["a"], ["b"]]}]
+    header = Header(
+        name,
+        run.model_dump(mode="json", exclude_none=True),
+        {"curves": {"backbone.source": [name, "staged"]}},
+        dict.fromkeys("ab", "choice"),
+        [0],
+        7,
+        {"torch": name, "transformers": name},
+        name,
+        name,
+        0.95,
+        100,
+        overlaps,
+    )
+    return Record(header, [row(place, *one) for place, one in enumerate(kinds.items())])
+
+
+def comparison_form(name: str, folder: Path) -> tuple[list[str], list[str], list[set[str]]]:
+    """The blocks of a comparison's page, what is inside them, and the kinds of elements of its plots."""
+    record = comparison_named(name)
+    page = write_comparison(record, folder)
+    assert not CONTROL.search(printed(comparison_table(record)) + "".join(first_sentences(record)))
+    text = page.read_text(encoding="utf-8").rpartition("<!-- ")[0]
+    plots = [(folder / file).read_text(encoding="utf-8") for file in ("comparison-methods.svg",)]
+    assert not CONTROL.search(text + "".join(plots))
+    return *parsed(text)[:2], [{part.tag for part in ElementTree.fromstring(plot).iter()} for plot in plots]
+
+
+@pytest.mark.parametrize("name", [CONTROLS[1], LETTERS[0], *TAGS[:2], *INLINE[:5], MATHS[0]], ids=ascii)
+def test_a_comparisons_page_keeps_its_form(name: str, tmp_path: Path) -> None:
+    assert comparison_form(name, tmp_path / "hostile") == comparison_form("plain", tmp_path / "plain")
 
 
 def card(text: str) -> str:
