@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpift.config import RunConfig, TrainingConfig
+from cpift.config_paths import texts
 from cpift.errors import CheckpointError, ConfigError, Problem
 from cpift.locks import check_lock
 from cpift.needs import NEEDS, missing
@@ -29,7 +30,7 @@ def preflight(
     from cpift.row_checks import RowChecks, SharedRows, check_written
     from cpift.tracking import check_trackers
 
-    problems, models = list(missing(config, stage)), check_model(config.model)
+    problems, models = [*missing(config, stage), *_check_names(config)], check_model(config.model)
     if not problems and not models:
         models += check_given(config)
     problems += models
@@ -52,6 +53,19 @@ def preflight(
     if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
     return [*written.notes, *shared.notes()]
+
+
+def _check_names(config: RunConfig) -> list[Problem]:
+    """Paths are written into records, which are UTF-8; a name that is none could be read, and not be written down."""
+    fields = {name: str(section[key]) for section, key, name in texts(config.model_dump(mode="json"))}
+    fields["output"] = str(config.output_dir)
+    what = "has a name that is no UTF-8, and records of the run would hold it"
+    remedy = "rename the folder, or set a locale with UTF-8 (LC_ALL=C.UTF-8) if it was typed in UTF-8"
+    return [
+        Problem(field, f"{value!a} {what}", remedy)
+        for field, value in fields.items()
+        if any("\ud800" <= sign <= "\udfff" for sign in value)
+    ]
 
 
 _WRITES = {

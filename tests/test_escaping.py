@@ -328,5 +328,9 @@ def test_streams_that_fail_end_no_work(
 def test_a_command_runs_where_nothing_but_ascii_is_known(smoke_config: Path, tmp_path: Path) -> None:
     command = ["-m", "cpift.cli", "plan", str(smoke_config), "--output", str(tmp_path / "o→θ")]
     done = spoken(command, "", POSIX)
+    assert done.returncode == 2, done.stderr  # the name could be read, and not be written into a record
+    assert b"output: " in done.stderr
+    assert b"has a name that is no UTF-8" in done.stderr
+    done = spoken([*command[:-1], str(tmp_path / "o")], "", POSIX)
     assert done.returncode == 0, done.stderr
     assert "to do" in done.stdout.decode("ascii")
