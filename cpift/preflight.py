@@ -34,8 +34,8 @@ def preflight(
     if not problems and not models:
         models += check_given(config)
     problems += models
-    if not models and stage not in ("probe", "regions", "group"):  # these open what was looked at
-        problems += check_budget(config)
+    if not models:  # these open what was looked at
+        problems += check_budget(config) if stage not in _BEFORE_FUSION else []
         problems += _check_class(config, stage)
     if not problems:
         problems += _check_space(config, stage)
@@ -68,6 +68,7 @@ def _check_names(config: RunConfig) -> list[Problem]:
     ]
 
 
+_BEFORE_FUSION = ("probe", "regions", "group")
 _WRITES = {
     "report": RUN_FILES,
     "run": RUN_FILES,
@@ -91,11 +92,11 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     from cpift.given import at_hand
     from cpift.layout import unloadable, unwritable
 
-    folder = at_hand(config.model)
-    if folder is None:
-        return []
     integrates = NEEDS[stage or "evaluate"].integrates_of(config)
     where, trains = f"model.{config.model.kind}", integrates or not config.merges_only
+    folder = at_hand(config.model)
+    if folder is None or (stage in _BEFORE_FUSION and not trains):
+        return []
     try:
         model = Checkpoint(folder)
     except CheckpointError:

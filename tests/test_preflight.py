@@ -25,7 +25,7 @@ from cpift.scratch import make_scratch_tokenizer
 from cpift.view import quiet
 
 from .fits import fit_spec
-from .test_families import make_family
+from .test_families import VISION_LANGUAGE, make_family
 
 SCRATCH = str(make_scratch_tokenizer(ScratchModel()).chat_template)
 TEMPLATES = {
@@ -265,3 +265,26 @@ def test_what_plan_accepts_a_run_finishes(
         return
     scores = Pipeline(config, InProcessEngine(config), quiet()).evaluate()
     assert {"base", "fused", "final"} <= set(scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
+def test_what_plan_accepts_of_a_family_a_run_finishes(tmp_path: Path, family: str) -> None:
+    short = {"probe__steps": 1, "integration__steps": 1, "fusion": {"granularity": "row"}}
+    config = run_of(tmp_path, ROWS, {"path": str(make_family(family, tmp_path / "model"))}, **short)
+    preflight(config, stage="run")
+    scores = Pipeline(config, InProcessEngine(config), quiet()).evaluate()
+    assert {"base", "fused", "final"} <= set(scores)
+
+
+def test_training_a_vision_language_model_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    fields = VISION_LANGUAGE["llava"]
+    fields = fields | {"text_config": {"vocab_size": 259, **fields["text_config"]}}
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **fields)).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "model" / name).write_bytes((gpt2 / name).read_bytes())
+    for stage in (None, "run", "probe"):
+        with pytest.raises(ConfigError, match=r"model.path: .*only models of text alone are trained"):
+            preflight(run_of(tmp_path, ROWS, {"path": str(tmp_path / "model")}), stage=stage)
