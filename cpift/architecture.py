@@ -2,6 +2,7 @@
 folder's own code.
 
 Built on the `meta` device, kept by the text of config.json: fine-tunes of one model share it, so nobody may change it.
+What is asked of it before a run is kept on the disk too (`fact_cache`), so that transformers need not be loaded again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, Problem
+from cpift.fact_cache import remembered
 from cpift.model_sizes import folder_problems
 from cpift.pretrained import class_of, generating_classes, load_config
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
@@ -45,8 +47,11 @@ def model_config(folder: Path) -> PreTrainedConfig:
 
 
 def effective_config(folder: Path) -> dict[str, Any]:
-    """`model_config` as plain values, nested configurations too. Raises CheckpointError."""
-    return model_config(folder).to_dict()
+    """`model_config` as JSON has its values, nested configurations too. Raises CheckpointError."""
+    source = _source(folder)
+    found = remembered("effective config", source.text, lambda: json.dumps(_config(source).to_dict(), default=str))
+    values: dict[str, Any] = json.loads(found)
+    return values
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:
@@ -68,9 +73,15 @@ def skeleton(folder: Path) -> PreTrainedModel:
 def untrainable(folder: Path, where: str) -> list[Problem]:
     """Why the model in a folder can be merged, but not trained on rows of text; empty if it can be trained."""
     try:
-        config, network = model_config(folder), model_class(folder)
+        source = _source(folder)
+        found = remembered("untrainable", source.text, lambda: _untrainable(source))
     except CheckpointError as error:
         return [Problem(where, problem.what, problem.remedy) for problem in error.problems]
+    return [Problem(where, what, remedy) for what, remedy in found]
+
+
+def _untrainable(source: _Source) -> list[tuple[str, str]]:
+    config, network = _config(source), _class(source)
     text, _ = generating_classes()
     senses = [name for name in config.sub_configs if name.startswith(_SENSES)]
     if config.get_text_config() is config and not senses and network in (text.get(type(config), None), *text.values()):
@@ -78,7 +89,7 @@ def untrainable(folder: Path, where: str) -> list[Problem]:
     also = f" ({', '.join(senses)})" if senses else ""
     what = f"is a {network.__name__}{also}, and only models of text alone are trained"
     remedy = "train it elsewhere and give its tunes (tasks.*.checkpoint); merging takes it"
-    return [Problem(where, what, remedy)]
+    return [(what, remedy)]
 
 
 def tied_names(folder: Path) -> Mapping[str, str]:
@@ -86,24 +97,36 @@ def tied_names(folder: Path) -> Mapping[str, str]:
 
     The class decides which they are and config.json, with the class's defaults, whether. Raises CheckpointError.
     """
-    config = model_config(folder)
+    source = _source(folder)
+    found: Mapping[str, str] = remembered("tied names", source.text, lambda: _tied_names(source))
+    if found:
+        _require_readable(source)
+    return found
+
+
+def _tied_names(source: _Source) -> dict[str, str]:
+    config = _config(source)
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     if not any(getattr(part, "tie_word_embeddings", False) for part in parts):
         return {}  # without building the model
-    tied: Mapping[str, str] = skeleton(folder).all_tied_weights_keys
-    return tied
+    return dict(_skeleton(source).all_tied_weights_keys)
 
 
 def embedding_names(folder: Path) -> tuple[str, ...]:
     """Parameters with a row for every token: of input embedding and output layer. Raises CheckpointError."""
-    network = skeleton(folder)
+    source = _source(folder)
+    _require_readable(source)
+    return tuple(remembered("embedding names", source.text, lambda: _embedding_names(_skeleton(source))))
+
+
+def _embedding_names(network: PreTrainedModel) -> list[str]:
     ends = [id(module) for module in (network.get_input_embeddings(), network.get_output_embeddings())]
-    return tuple(
+    return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in network.named_modules()
         if id(module) in ends
         for name, _ in module.named_parameters()
-    )
+    ]
 
 
 def reads_field(folder: Path, name: str) -> bool:
@@ -135,16 +158,34 @@ def vocabulary_size(folder: Path) -> int | None:
 def stored_transposed(folder: Path, module: str) -> bool | None:
     """Whether a module's weight is [inputs, outputs], not [outputs, inputs]; None for what is no matrix product or is
     not there. Its class decides: a linear layer of GPT-2 may be either."""
+    source = _source(folder)
+    _require_readable(source)
+    return _products(source).get(module)
+
+
+@lru_cache(maxsize=16)
+def _products(source: _Source) -> dict[str, bool]:
+    """`stored_transposed` of every matrix product by its module's name."""
+    found: dict[str, bool] = remembered("stored transposed", source.text, lambda: _stored_transposed(_skeleton(source)))
+    return found
+
+
+def _stored_transposed(network: PreTrainedModel) -> dict[str, bool]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    try:
-        found = skeleton(folder).get_submodule(module)
-    except AttributeError:
-        return None
-    if isinstance(found, torch.nn.Linear):
-        return False
-    return True if isinstance(found, Conv1D | torch.nn.Embedding) else None
+    kinds = {torch.nn.Linear: False, Conv1D: True, torch.nn.Embedding: True}
+    return {
+        name: transposed
+        for name, module in network.named_modules(remove_duplicate=False)
+        for kind, transposed in kinds.items()
+        if isinstance(module, kind)
+    }
+
+
+def config_text(folder: Path) -> str:
+    """config.json in one form for all files that say the same. Raises CheckpointError."""
+    return _source(folder).text
 
 
 def _source(folder: Path) -> _Source:
@@ -182,14 +223,18 @@ def _code(source: _Source) -> str:
 def _skeleton(source: _Source) -> PreTrainedModel:
     import torch
 
-    if problems := folder_problems(source.folder, str(source.folder)):
-        raise CheckpointError(f"model {source.folder}", problems)
+    _require_readable(source)
     config, network = _config(source), _class(source)
     try:
         with torch.device("meta"):
             return network(config).eval()
     except Exception as error:  # a class may ask for anything of its configuration
         raise _unusable(source, error) from error
+
+
+def _require_readable(source: _Source) -> None:
+    if problems := folder_problems(source.folder, str(source.folder)):
+        raise CheckpointError(f"model {source.folder}", problems)
 
 
 def _unusable(source: _Source, error: Exception) -> CheckpointError:

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from cpift_kernels import pack_mask, unpack_mask
 
-from cpift.architecture import skeleton, untrainable
+from cpift.architecture import config_text, skeleton, untrainable
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.conversion import MOVES, Block, Shape, Traced, converted, not_given
 from cpift.errors import CheckpointError, Problem
+from cpift.fact_cache import remembered
 from cpift.pretrained import loading_info
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def loading_faults(checkpoint: Checkpoint) -> list[str]:
 
 def unloadable(checkpoint: Checkpoint, where: str) -> list[Problem]:
     """What `loading_faults` finds, as a problem; empty if transformers loads the model."""
-    faults = loading_faults(checkpoint)
+    faults = _remembered_whole("loads", checkpoint, lambda: loading_faults(checkpoint))
     some = ", ".join(faults[:3]) + (", …" if len(faults) > 3 else "")
     what = f"{checkpoint.folder} lacks {len(faults)} parameters of its class, or has them in another shape ({some})"
     remedy = "give the files that belong to config.json, saved by transformers (save_pretrained)"
@@ -195,10 +196,20 @@ def unloadable(checkpoint: Checkpoint, where: str) -> list[Problem]:
 def unwritable(checkpoint: Checkpoint, where: str) -> list[Problem]:
     """Why what is trained could not be written back to the names of a checkpoint; empty if it can be."""
     try:
-        require_whole(checkpoint_layout(checkpoint), checkpoint.folder)
+        _remembered_whole("writes", checkpoint, lambda: require_whole(checkpoint_layout(checkpoint), checkpoint.folder))
     except CheckpointError as error:
         return [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
     return []
+
+
+def _remembered_whole(what: str, checkpoint: Checkpoint, find: Callable[[], Any]) -> Any:
+    """What `find` says of a checkpoint's class and headers; kept where that is nothing."""
+    try:
+        text = config_text(checkpoint.folder)
+    except CheckpointError:
+        return find()
+    infos = [[info.name, info.shape, str(info.dtype)] for info in checkpoint.tensors.values()]
+    return remembered(what, [text, infos], find, holds=lambda found: not found)
 
 
 def require_trainable(folder: Path) -> None:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpift_kernels.cpu.compiled import in_threads
-from cpift_kernels.cpu.low_rank import low_rank_elements
 
 from cpift.architecture import has_parameter, stored_transposed
 from cpift.checkpoints import Checkpoint, first_problems
@@ -99,6 +97,9 @@ class LoraCheckpoint(Checkpoint):
         values = self.base.slice(name, start, stop) if full is None else self._view(full, start, stop)
         if name not in self._updates:
             return values
+        from cpift_kernels.cpu.compiled import in_threads  # loads a compiler: `plan` does without
+        from cpift_kernels.cpu.low_rank import low_rank_elements
+
         left, right = self._factors(name)
         scaling, out = self._updates[name].scaling, torch.empty_like(values)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from cpift_kernels.cpu.phases import Mark, Masks, Selection
 
 from cpift.checkpoint_writing import (
     Shard,
@@ -26,6 +25,9 @@ from cpift.errors import CpiftError
 from cpift.mapped_reads import guarded_reads
 from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import DEFAULT_BUDGET, Piece, sweep
+
+if TYPE_CHECKING:
+    from cpift_kernels.cpu.phases import Mark, Masks, Selection
 
 Prepared = tuple[dict[str, Any] | None, Callable[[int, int, torch.Tensor], None]]
 Progress = Callable[[int, str], None]  # elements written since the last call, and the tensor they belong to

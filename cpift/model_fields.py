@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cpift.architecture import effective_config, reads_field
 from cpift.errors import CheckpointError, Problem
+from cpift.fact_cache import remembered
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
 Effect = Literal["computes", "meant", "silent"]
@@ -221,15 +222,19 @@ def _plain(value: Any) -> Any:
 
 def _generation(folder: Path) -> dict[str, Any]:
     """Settings of generation: the file's, or what transformers takes from config.json where there is no file."""
-    from transformers import GenerationConfig
-
     file = folder / GENERATION
     try:
         found = read_object(file, MODEL_CONFIG) if file.is_file() else _from_config(folder)
     except UnreadableError as error:
         raise CheckpointError(f"model {folder}", [error.problem(GENERATION)]) from error
-    defaults = GenerationConfig._get_default_generation_params()
+    defaults = remembered("generation defaults", [], _generation_defaults)
     return {name: value for name, value in found.items() if value is not None and value != defaults.get(name)}
+
+
+def _generation_defaults() -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    return dict(GenerationConfig._get_default_generation_params())
 
 
 def _from_config(folder: Path) -> dict[str, Any]:

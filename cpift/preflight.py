@@ -27,7 +27,8 @@ def preflight(
     from cpift.data import check_task
     from cpift.merge_planning import check_budget, check_given
     from cpift.models import check_model
-    from cpift.row_checks import RowChecks, SharedRows, check_written
+    from cpift.row_checks import RowChecks, check_written
+    from cpift.shared_rows import SharedRows
     from cpift.tracking import check_trackers
 
     problems, models = [*missing(config, stage), *_check_names(config)], check_model(config.model)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.errors import CheckpointError, DataError, Problem
+from cpift.fact_cache import remembered
 from cpift.model_sizes import folder_problems
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object
 
@@ -243,6 +244,10 @@ def _declared(kind: str) -> bool:
 
 def _known(kind: str) -> bool:
     """The same, asked of transformers; and models that read more than text."""
+    return bool(remembered("model type known", kind, lambda: _asked(kind)))
+
+
+def _asked(kind: str) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return kind in CONFIG_MAPPING and any(CONFIG_MAPPING[kind] in table for table in generating_classes())

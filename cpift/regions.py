@@ -13,13 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from cpift_kernels import overlap_counts, overlap_counts_per_tensor, union_mask
-from cpift_kernels.cpu.compiled import in_threads
-from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 from safetensors.torch import save_file
 
 from cpift.checkpoints import Checkpoint, first_problems, require_same_layout
@@ -38,6 +36,9 @@ from cpift.streaming import (
     elements_at_once,
 )
 from cpift.untrusted import shown
+
+if TYPE_CHECKING:
+    from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 
 SUMMARY = "regions.json"
 
@@ -161,6 +162,8 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]; a block is everything (scope global) or one tensor."""
+    from cpift_kernels.cpu.phases import Selection  # loads a compiler: `plan` does without
+
     everything = entry(SCOPES, config.scope, "regions.scope")
     kind = entry(MEASURES, config.measure, "regions.measure")
     blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
@@ -195,6 +198,8 @@ class _OneTensor:
 
 def mark_here(selection: Selection, masks: Masks) -> Mark:
     """Mark with this process's threads, a few ranges at once, while the next ones are read from the disk."""
+
+    from cpift_kernels.cpu.compiled import in_threads
 
     def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
         width = 2 * max(torch.get_num_threads(), 1)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.data import balanced_sample, count_examples, read_examples
+from cpift.data import balanced_sample, count_examples, read_examples, source_fingerprint
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
+from cpift.fact_cache import remembered
 from cpift.needs import NEEDS
 from cpift.row_shapes import Shapes, size_of
 from cpift.row_use import RowUse
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SAMPLE = 128  # rows of a task that `plan` writes in the chat template
 _SHOWN = 5
 _INTEGRATION = "integration.max_length"
+_TODAY = "strftime_now"  # what transformers lets templates ask for the time
 
 
 @dataclass
@@ -36,6 +38,7 @@ class RowChecks:
     scored: int = 0  # tokens of a test row as it is scored, with what may be generated after it
     largest: int = 0  # token in it
     unlearnt: set[str] = field(default_factory=set)  # tasks of whose rows the integration leaves some out
+    day: str = ""  # on which the chat template writes this, where it writes the date
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -44,21 +47,65 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
     """The first rows of every task in the chat template of θ0, if its tokenizer is at hand without a download.
 
     stage: what is to be made, None: all of the run. download: whether rows of hub data sets are fetched to look at.
+    What was found good is kept by all that it depends on, and not looked at again.
     """
-    found = RowChecks()
     scored = NEEDS[stage or "run"].scores and config.scores
     if not scored and not any(_lengths(config, task, stage) for task in config.tasks):
-        return found
-    renderer().start()  # while the imports go on here
+        return RowChecks()
     try:
         folder = folder_at_hand(config)
+    except CheckpointError as error:
+        return RowChecks(problems=_of_model(error))
+    inputs = _inputs(config, stage, scored, folder)
+    if inputs is None:
+        return _look(config, stage, download, scored, folder)
+    found = remembered("rows", inputs, lambda: _plain(_look(config, stage, download, scored, folder)), holds=_holds)
+    problems = [Problem(**problem) for problem in found["problems"]]
+    return RowChecks(**{**found, "problems": problems, "unlearnt": set(found["unlearnt"])})
+
+
+def _plain(found: RowChecks) -> dict[str, Any]:
+    return asdict(found) | {"unlearnt": sorted(found.unlearnt)}
+
+
+def _of_model(error: CheckpointError) -> list[Problem]:
+    return [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+
+
+def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | None) -> list[Any] | None:
+    """Everything that decides `_look`, as JSON; None where that is not on this machine, or cannot be read."""
+    from cpift.given import quick_fingerprint
+    from cpift.models import source_of
+
+    sources = [one for task in config.tasks for one in (task.train, task.test) if one is not None]
+    if any(source.hub for source in sources) or (folder is None and config.model.hub is not None):
+        return None
+    try:
+        model = list(source_of(config.model).decided_by()) if folder is None else quick_fingerprint(folder)
+        rows = [source_fingerprint(source) for source in sources]
+    except (CpiftError, OSError):
+        return None  # `_look` and `check_task` say what is wrong
+    fields = config.model_dump(mode="json", exclude={"name", "output"})
+    return [model, str(folder), rows, fields, stage, scored]
+
+
+def _holds(found: Mapping[str, Any]) -> bool:
+    return not found["problems"] and found["day"] in ("", date.today().isoformat())
+
+
+def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, folder: Path | None) -> RowChecks:
+    found = RowChecks()
+    renderer().start()  # while the imports go on here
+    try:
         tokenizer = tokenizer_at_hand(config, folder)
     except CheckpointError as error:
-        found.problems += [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+        found.problems += _of_model(error)
         return found
     if tokenizer is None:
         found.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
         return found
+    if _TODAY in str(tokenizer.chat_template):
+        found.day = date.today().isoformat()
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
             _check_train(found, task, task.train, tokenizer, _lengths(config, task, stage))
@@ -125,7 +172,7 @@ def _check_model(
     try:
         network = skeleton(folder)
     except CheckpointError as error:
-        found.problems += [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+        found.problems += _of_model(error)
         return
     embedding: Any = network.get_input_embeddings()
     largest = max(found.largest, int(tokenizer.pad_token_id or 0))
@@ -259,45 +306,3 @@ def _check_test(
         found.scored = max(found.scored, check_rows(tokenizer, [task], settings, SAMPLE))
     except DataError as error:
         found.problems += error.problems[:_SHOWN]
-
-
-class SharedRows:
-    """Counts test rows whose prompt some task trains on: see all tests first, then all training rows."""
-
-    def __init__(self) -> None:
-        self._tests: dict[int, Counter[str]] = defaultdict(Counter)
-        self._sizes: Counter[str] = Counter()
-        self._found: dict[tuple[str, str], set[int]] = defaultdict(set)
-
-    def see(self, task: str, split: str, example: Example) -> None:
-        """Look at a row of a task's `test` or `train`."""
-        key = hash((tuple((turn.role, turn.content) for turn in example.prompt), example.tools))
-        if split == "test":
-            self._tests[key][task] += 1
-            self._sizes[task] += 1
-        elif key in self._tests:
-            for tested in self._tests[key]:
-                self._found[tested, task].add(key)
-
-    def notes(self) -> list[str]:
-        """One sentence for each pair of tasks that share prompts."""
-        sentences = []
-        for (tested, trained), keys in self._found.items():
-            count = sum(self._tests[key][tested] for key in keys)
-            rows = f"{count:,} of {self._sizes[tested]:,} rows"
-            sentences.append(
-                f"tasks.{tested}.test: {rows} have a prompt that tasks.{trained}.train has too; "
-                "what is scored on them was seen in training"
-            )
-        return sentences
-
-
-def shared_rows(config: RunConfig) -> list[str]:
-    """`SharedRows.notes` of all rows of a run."""
-    shared = SharedRows()
-    for split in ("test", "train"):
-        for task in config.tasks:
-            source: DataSource | None = getattr(task, split)
-            for example in read_examples(source) if source is not None else ():
-                shared.see(task.name, split, example)
-    return shared.notes()

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import struct
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 
 from cpift.direct_io import DirectStream, write_at
 from cpift.errors import CpiftError, naming
+from cpift.files import file_identity
 from cpift.untrusted import TENSOR_HEADER, UnreadableError, opened, parse_json, shown
 
 DTYPES = {
@@ -38,6 +41,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+_SETTLED = 2 * 10**9  # ns after its last change, from which on a further one shows in a file's times
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # the file system cannot reserve room
 
 
@@ -77,11 +81,19 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of a file, in the header's order. Nothing but the header is read.
+    """The tensors of a file, in the header's order. Nothing but the header is read, and once while the file stays as it
+    is.
 
     Raises FormatError for anything but a whole file: no header, a dtype that is not known here, a tensor named twice,
     bytes that are missing, left over or shared between tensors. OSError if it cannot be opened.
     """
+    identity = file_identity(path)
+    settled = time.time_ns() - identity[-1] > _SETTLED
+    return list(_header(path, identity) if settled else _header.__wrapped__(path, identity))
+
+
+@lru_cache(maxsize=256)
+def _header(path: Path, identity: tuple[int, ...]) -> tuple[TensorInfo, ...]:
     try:
         with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -97,7 +109,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     _check_metadata(header.pop("__metadata__", None))
     infos = [_info(path, name, entry, 8 + length) for name, entry in header.items()]
     _check_layout(infos, 8 + length, size)
-    return infos
+    return tuple(infos)
 
 
 def read_tensors_of(path: Path, dtype: torch.dtype) -> dict[str, TensorInfo]:

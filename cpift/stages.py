@@ -223,7 +223,7 @@ def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[d
 
 
 def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Any]) -> list[str]:
-    from cpift.row_checks import shared_rows
+    from cpift.shared_rows import shared_rows
 
     found = [*grouping, *shared_rows(run.config)]
     for task, one in regions.items():

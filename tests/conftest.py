@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Compiled kernels are shared with the user's runs; nothing else of the user's cache is read or written.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()))
+_CACHE = tempfile.TemporaryDirectory(prefix="cpift-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1) -> Path:
@@ -45,6 +50,12 @@ def random_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float =
     }
     tensors = {name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
     return tensors | {"buffer": torch.arange(4)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts that a test has cpift keep are its own: others replace what they follow from."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ LAYERS = [
     {
         "ending",
         "errors",
+        "fact_cache",
         "artifact_state",
         "artifacts",
         "files",
@@ -135,6 +136,7 @@ LAYERS = [
         "needs",
         "preflight",
         "row_checks",
+        "shared_rows",
         "merge_planning",
     },
     {
