@@ -16,7 +16,7 @@ from cpift.config import RunConfig
 from cpift.config_paths import expand_paths, is_path, resolve_paths
 from cpift.errors import ConfigError, Problem
 from cpift.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
-from cpift.untrusted import UnreadableError
+from cpift.untrusted import CONFIG, UnreadableError
 from cpift.untrusted_yaml import parse_yaml, read_yaml_file
 
 _SECRET = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
@@ -144,6 +144,8 @@ def _override(raw: dict[str, Any], text: str) -> Problem | None:
 
 def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Problem | None:
     *parents, last = name.split(".")
+    if len(parents) >= CONFIG.depth:
+        return Problem(f"{where[:60]}…", f"names a field {len(parents) + 1} levels deep", "name a field of the file")
     node: Any = raw
     try:
         for part in parents:

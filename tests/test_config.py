@@ -109,6 +109,7 @@ def test_overrides_that_cannot_be_applied(tmp_path: Path) -> None:
     message = problems(tmp_path, minimal(), "regions.p", "tasks.7.name=x")
     assert "has no '='" in message
     assert "tasks.7.name=x" in message
+    assert "2000 levels deep" in problems(tmp_path, minimal(), f"{'a.' * 1999}b=1")
 
 
 def test_input_paths_are_relative_to_the_file_and_may_use_the_environment(
