@@ -72,7 +72,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
 
 def pipeline(config: RunConfig) -> Pipeline:
     """A run of the sweep as the driver sees it: silent, for the sweep reports shared work itself."""
-    return Pipeline(config, RayEngine(config), quiet(), merging_of(config.resources))
+    return Pipeline(config, RayEngine(config), quiet(), merging_of(config.resources, stored=False))
 
 
 def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:

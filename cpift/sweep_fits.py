@@ -46,7 +46,7 @@ class OnRay:
     """`SharedEngine` on Ray; never more threads at once than CPUs."""
 
     def merging(self, resources: ResourcesConfig) -> Merging | None:
-        return merging_of(resources)
+        return merging_of(resources, stored=False)
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         fits_in_tasks([spec for spec in specs if not spec.resources.by_train], resources, on_progress)

@@ -70,7 +70,7 @@ def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[
     maker, integrates = sweep_record(sweep).name, entry(INTEGRATES, sweep.config.model, "model")
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
-        merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources))
+        merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources), stored=False)
         run = Pipeline(config, engine_for(config), view, merging, maker)
         if number == 0 and sweep.config.search.kind.stops_early and integrates:
             yield _means(sweep, [_figures(run, "fused")])
