@@ -292,10 +292,9 @@ def require_arguments(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: problems that the message explains end with exit code 2 and no traceback."""
+    """Run a command: problems that the message explains end with exit code 2 and no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.set_threshold(50_000)  # torch's import alone makes objects enough for hundreds of collections that find nothing
-    from cpift.ending import leave_threads
 
     with standard_streams():
         try:
@@ -307,9 +306,20 @@ def main() -> None:
                 say(redacted(traceback.format_exc()), err=True)
                 sys.exit(1)
             say(f"cpift: {message}", "red", err=True)
-            leave_threads(2)
             sys.exit(2)
 
 
+def process() -> None:
+    """`main`, as all that its process is for: a failed command does not wait for threads that wait for a lost Ray."""
+    from cpift.ending import leave_threads
+
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 2:
+            leave_threads(2)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    process()

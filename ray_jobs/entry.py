@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from cpift.cli import main
+from cpift.cli import process
 
 
 def start(command: str, document: str | None) -> None:
@@ -26,4 +26,4 @@ def start(command: str, document: str | None) -> None:
         print(f"Results: {folder}", flush=True)
         rest += ["--output", str(folder)]
     sys.argv = ["cpift", command, known.config, *rest]
-    main()
+    process()

@@ -206,7 +206,7 @@ def test_an_entry_point_runs_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("job", ["run", "fuse", "sweep"])
 def test_entry_points_hand_their_flags_to_cpift(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("cpift.cli.main", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr("cpift.cli.process", lambda: seen.extend(sys.argv))
     monkeypatch.delitem(sys.modules, "entry", raising=False)
     monkeypatch.syspath_prepend(JOBS)
     monkeypatch.setattr(sys, "argv", [job, "--set", "seed=1", "--config", "configs/a.yaml", "--output=/shared/a"])
