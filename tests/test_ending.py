@@ -48,9 +48,15 @@ with ended_in_order():
 """
 
 
+def _listens() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(how: str, **options: object) -> tuple[subprocess.Popen[str], psutil.Process]:
     command = [sys.executable, "-c", COMMAND, how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+    defaults = {"preexec_fn": _listens} | options  # whatever this process was told to ignore (a shell's background job)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **defaults)  # type: ignore[call-overload]
     assert process.stdout is not None
     return process, psutil.Process(int(process.stdout.readline()))
 

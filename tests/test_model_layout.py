@@ -319,6 +319,7 @@ def test_plan_refuses_to_train_what_could_not_be_written_back(tmp_path: Path, mo
     assert unwritable(base, "model.path") == []
     known = {function: move for function, move in conversion.MOVES.items() if function is not torch.cat}
     monkeypatch.setattr(conversion, "MOVES", known)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what is kept there is known by the code's text
     (problem,) = unwritable(base, "model.path")
     assert problem.where == "model.path: model.layers.0.mlp.experts.gate_up_proj"
     assert "MergeModulelist(dim=0), Concatenate(dim=1) when it is loaded, which uses cat" in problem.what
