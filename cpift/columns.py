@@ -19,17 +19,27 @@ _TEXTS = (str, bool, int, float, decimal.Decimal, datetime.date, datetime.time) 
 _FIELD = re.compile(r"[^.\[\]{}]+(?:\[[^\[\]{}]+\])*")
 # fill and align, sign, #, 0, width, grouping, precision, type: https://docs.python.org/3/library/string.html
 _FORMAT = re.compile(r"(?:.?[<>=^])?[-+ ]?z?#?0?(\d{0,3})[,_]?(?:\.\d{1,3})?[a-zA-Z%]?", re.DOTALL)
+_LISTED = "choices"
+Template = str | tuple[str, ...]
 _OR_EMPTY = "?"  # as a format: nothing where the column is null
 
 
 class ColumnError(ValueError):
-    """A template that cannot be used, or cannot be filled from a row; the message says why."""
+    """A template that cannot be used, or cannot be filled from a row; the message says why, `remedy` what to do."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        self.remedy = remedy
+        super().__init__(what)
 
 
-def check_template(name: str, template: str) -> None:
+def check_template(name: str, template: Template) -> None:
     """Raise ColumnError for a target that is none, and for a template that a row could not safely fill."""
     if name not in TARGETS:
         raise ColumnError(f"columns.{name} is none of {', '.join(TARGETS)}")
+    if not isinstance(template, str):
+        if name != _LISTED:
+            raise ColumnError(f"columns.{name} is a list; only {_LISTED} may be the same list in every row")
+        return
     for _, field, spec, conversion in _parsed(name, template):
         if field is None:
             continue
@@ -41,23 +51,20 @@ def check_template(name: str, template: str) -> None:
             raise ColumnError(f"columns.{name}: format {spec!r} is unknown, or wider than 999")
 
 
-def fill(name: str, template: str, row: Mapping[str, Any]) -> Any:
+def fill(name: str, template: Template, row: Mapping[str, Any]) -> Any:
     """What a template gives for a row: text; or a column's own value, where it is all of the template and may be one.
 
-    Raises ColumnError: a column is missing, null (unless it is written {column:?}), or no text or number.
+    A list is the same in every row. Raises ColumnError: a column is missing, null (unless it is written {column:?}),
+    or no text or number.
     """
+    if not isinstance(template, str):
+        return list(template)
     parts = list(_parsed(name, template))
     if TARGETS[name] and len(parts) == 1 and parts[0][0] == "" and parts[0][1] and not parts[0][2]:
         return _value(name, parts[0][1], row)
     return "".join(
         literal + ("" if field is None else _text(name, field, spec or "", row)) for literal, field, spec, _ in parts
     )
-
-
-def used_columns(templates: Mapping[str, str]) -> set[str]:
-    """The columns that templates take."""
-    fields = (field for name, one in templates.items() for _, field, _, _ in _parsed(name, one))
-    return {re.split(r"[.\[]", field)[0] for field in fields if field}
 
 
 def _parsed(name: str, template: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:

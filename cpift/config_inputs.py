@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from cpift.columns import check_template
+from cpift.columns import Template, check_template
 from cpift.config_identity import GIVEN, ROWS, identity
 from cpift.errors import ConfigError, Problem
 from cpift.units import parse_size
@@ -47,6 +48,13 @@ def needed(value: Value | None, field: str, purpose: str) -> Value:
     return value
 
 
+def _in_repository(path: str) -> str:
+    if not re.fullmatch(r"[\w.*?\[\]-][\w./*?\[\] ,=-]*", path) or ".." in path.split("/"):
+        raise ValueError("is no path inside the repository, such as data/train-*.parquet")
+    return path
+
+
+RepositoryFile = Annotated[str, AfterValidator(_in_repository)]
 Name = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_identifier)]
 
 
@@ -184,16 +192,32 @@ _ROWS = ("file", "hub", "procedural")
 class DataSource(Section):
     """Where a split's rows come from. Exactly one of `file`, `hub`, `procedural`.
 
-    A row is either chat (`messages`: list of role and content) or `prompt` and `completion`; `answer` (text) and
-    `choices` (list of text) where the metric needs them. `columns` builds these from other columns.
+    A row is chat (`messages` or ShareGPT's `conversations`), `prompt` and `completion`, Alpaca's or Dolly's columns, or
+    plain `text`; `answer` (text) and `choices` (list of text) where the metric needs them. `columns` builds these from
+    other columns.
     """
 
-    file: Path | None = Field(None, **identity(*ROWS, by="its bytes"), description="JSON lines")
+    file: Path | None = Field(
+        None,
+        **identity(*ROWS, by="its bytes"),
+        description="JSON lines, a JSON array, CSV or TSV (any of them .gz or .zst), Parquet, Arrow, or a folder that "
+        "datasets' save_to_disk wrote",
+    )
     hub: str | None = Field(None, **identity(*ROWS), description="data set id on the Hugging Face hub")
     subset: str | None = Field(
         None, **identity(*ROWS, by="of hub"), description="configuration name of the hub data set"
     )
-    split: str = Field("train", **identity(*ROWS, by="of hub and procedural"))
+    data_files: tuple[RepositoryFile, ...] | None = Field(
+        None,
+        **identity(*ROWS, by="of hub", absent=None),
+        description="hub: the files to read, by their paths in the repository; * and ** stand for any; their rows are "
+        "split train",
+    )
+    split: str = Field(
+        "train",
+        **identity(*ROWS, by="of hub and procedural"),
+        description="of hub, of a generator, and of a save_to_disk folder with several",
+    )
     revision: str | None = Field(None, **identity(*ROWS, by="the commit it means"))
     procedural: str | None = Field(
         None,
@@ -210,16 +234,16 @@ class DataSource(Section):
         **identity(),
         description="hub: fetch the first `limit` rows only, not the whole data set",
     )
-    columns: dict[str, str] = Field(
+    columns: dict[str, str | tuple[str, ...]] = Field(
         **identity(*ROWS),
         default_factory=dict,
         description="templates over the row's own columns, for example prompt: '{question}'; {note[by]} reaches into a "
-        "column, {input:?} writes nothing where it is null",
+        "column, {input:?} writes nothing where it is null. choices may be a list, the same in every row",
     )
 
     @field_validator("columns")
     @classmethod
-    def _templates(cls, columns: dict[str, str]) -> dict[str, str]:
+    def _templates(cls, columns: dict[str, Template]) -> dict[str, Template]:
         for name, template in columns.items():
             check_template(name, template)
         return columns
@@ -229,6 +253,8 @@ class DataSource(Section):
         exactly_one(self, _ROWS)
         if self.procedural is not None and self.size is None:
             raise ValueError("a procedural source needs `size`, the number of rows to generate")
+        if self.data_files is not None and self.hub is None:
+            raise ValueError("data_files are files of a `hub` data set; a local one is `file`")
         if self.streaming and (self.hub is None or self.limit is None):
             raise ValueError("streaming is for a `hub` source with a `limit`: rows after that are never fetched")
         return self
@@ -237,6 +263,23 @@ class DataSource(Section):
     def kind(self) -> str:
         """Which of the three it is."""
         return given_field(self, _ROWS)
+
+
+class Holdout(Section):
+    """Rows of `train` that are taken out of it, to be scored on: the same rows, whatever their order in the file.
+
+    Rows with the same prompt stay together, so there may be a few more than asked for.
+    """
+
+    rows: int = Field(**identity(*ROWS, by="the rows"), ge=1, description="how many, at least")
+    seed: Seed = Field(0, **identity(*ROWS, by="the rows"), description="decides which")
+
+
+class HeldSource(DataSource):
+    """One side of a source of which rows are held out. No section of the file: `TaskConfig.source` makes it."""
+
+    holdout: Holdout
+    held: bool  # these rows, or the others
 
 
 class CheckpointConfig(Section):

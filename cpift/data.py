@@ -7,16 +7,20 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cpift.config import DataSource, TaskConfig
+from cpift.config_inputs import HeldSource
 from cpift.config_training import Mixing
 from cpift.errors import ChangedInput, CpiftError, DataError, Problem, entry
-from cpift.examples import Example, Message, RowError, parse_row
+from cpift.examples import Example, Message, RowError, options_otherwise, parse_row
 from cpift.files import digest
+from cpift.holdout import held_key, last_held
 from cpift.hub import HubError
 from cpift.input_watch import unchanged
 from cpift.metrics import metric_of
+from cpift.row_formats import is_json_lines
+from cpift.row_problems import RowProblems
 from cpift.row_sources import rows_of
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 from cpift.turns import TRAIN_FLAGS
@@ -41,37 +45,58 @@ __all__ = [
     "tokenised_dataset",
 ]
 Item = TypeVar("Item")
+_HELD: dict[str, int] = {}
+# A letter alone, which may stand for an option; and signs that part lines for Python, and no option from the next.
+_NEW_OPTIONS = re.compile(rb':\s*"\s*[A-Z]\s*"|[\x0b\x0c\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9]|\\(?:f|u00|u202)')
 # In a file's bytes; arguments only as text.
 _NEWLY_READ = re.compile(
     rb'"(arguments)"\s*:\s*"|"(tool_calls|tool_call_id|name|reasoning_content|reasoning|thinking|thought|'
     + "|".join(TRAIN_FLAGS).encode()
     + rb')"\s*:'
 )
-_SHOWN = 10  # bad rows listed by number; more are counted
 
 
 def read_examples(source: DataSource) -> Iterator[Example]:
     """The source's rows one by one in order, at most `limit` of them; none is kept.
 
     Raises, what is wrong with rows at its end and after the first of them giving no more:
-        DataError: the source cannot be read or has no rows, or rows are no examples (listed by number, from 1).
+        DataError: the source cannot be read or has no rows, or rows are no examples (by what is wrong with them).
         HubError: the hub does not answer.
     """
-    name = rows_of(source).told
-    problems: list[Problem] = []
-    number = bad = 0
+    if not isinstance(source, HeldSource):
+        yield from _read(source)
+        return
+    last = _last_held(source)
+    yield from (one for one in _read(source) if (held_key(one, source.holdout.seed) <= last) is source.held)
+
+
+def _last_held(source: HeldSource) -> int:
+    """Up to which key rows are held out; remembered, for every split of a task asks."""
+    where = digest([rows_of(source).decided_by(), source.limit, source.columns, source.holdout.model_dump()])
+    if where not in _HELD:
+        wanted, keys = source.holdout.rows, (held_key(one, source.holdout.seed) for one in _read(source))
+        last, rows = last_held(keys, wanted)
+        if last is None:
+            what = f"{wanted:,} of {rows:,} rows would be held out, and none be left to train on"
+            raise DataError(
+                rows_of(source).told, [Problem("holdout.rows", what, "give fewer, or rows of other prompts")]
+            )
+        _HELD[where] = last
+    return _HELD[where]
+
+
+def _read(source: DataSource) -> Iterator[Example]:
+    name, bad, number = rows_of(source).told, RowProblems(), 0
     for number, row in enumerate(islice(rows_of(source).rows(), source.limit), start=1):
         try:
             example = parse_row(_as_mapping(row), source.columns, f"{name}, row {number}")
         except RowError as error:
-            bad += 1
-            if bad <= _SHOWN:
-                problems.append(Problem(f"row {number}", str(error)))
+            bad.add(number, str(error), error.remedy)
         else:
             if not bad:
                 yield example
     if bad:
-        raise DataError(name, problems + _unlisted(bad))
+        raise DataError(name, bad.problems(number))
     if not number:
         raise DataError(name, [Problem(name, "no rows", "give a source that has some")])
 
@@ -97,7 +122,7 @@ def source_fingerprint(source: DataSource) -> str:
     """sha256 (hex) of what decides the rows.
 
     That is a file's bytes, a hub data set's id, subset, split and commit, or a generator's name, version, split, size
-    and seed; with all of them `limit` and `columns`.
+    and seed; with all of them `limit` and `columns`, and which of them are held out.
 
     Raises:
         DataError: the file is not there.
@@ -105,7 +130,11 @@ def source_fingerprint(source: DataSource) -> str:
     """
     identity: dict[str, Any] = {"limit": source.limit, "columns": source.columns}
     identity |= rows_of(source).decided_by()
-    identity |= {"turns": 2} if source.file is not None and _read_otherwise(source) else {}
+    if isinstance(source, HeldSource):
+        identity |= {"holdout": source.holdout.model_dump(), "held": source.held}
+    if source.file is not None and is_json_lines(source.file):  # all that earlier versions read
+        identity |= {"turns": 2} if _read_otherwise(source) else {}
+        identity |= {"choices": 2} if _options_otherwise(source) else {}
     return digest(identity)
 
 
@@ -115,7 +144,7 @@ def same_rows(sources: Mapping[str, DataSource], expected: Mapping[str, str] | N
 
     Raises ChangedInput where one is not the `expected` one, or changes meanwhile.
     """
-    files = [source.file for source in sources.values() if source.file is not None]
+    files = [file for source in sources.values() for file in rows_of(source).files()]
     with unchanged("what was read of the rows", files):
         found = {name: source_fingerprint(source) for name, source in sources.items()}
         what = "is not what it was when the command began"
@@ -129,7 +158,7 @@ def check_task(
     task: TaskConfig,
     *,
     download: bool = True,
-    splits: Sequence[str] = ("train", "test"),
+    splits: Sequence[Literal["train", "test"]] = ("train", "test"),
     see: Callable[[str, str, Example], None] = lambda task, split, example: None,
 ) -> list[Problem]:
     """What can be found wrong with a task before any training: sources, rows, and the columns that its metric needs.
@@ -138,17 +167,18 @@ def check_task(
     """
     problems: list[Problem] = []
     for split in splits:
-        source: DataSource | None = getattr(task, split)
+        source = task.source(split)
         if source is None or (source.hub is not None and not download):
             continue
         try:
             if split == "test":
                 examples = load_examples(source)
-                problems += _shortened(list(_metric_problems(task, examples)))
+                problems += _metric_problems(task, examples)
             for example in examples if split == "test" else read_examples(source):
                 see(task.name, split, example)
         except (DataError, HubError) as error:
-            problems += _located(f"tasks.{task.name}.{split}", error)
+            if split == "train" or task.holdout is None:  # else both are the same rows
+                problems += _located(f"tasks.{task.name}.{split}", error)
     return problems
 
 
@@ -212,9 +242,19 @@ def _read_otherwise(source: DataSource) -> bool:
     return False
 
 
+def _options_otherwise(source: DataSource) -> bool:
+    """Whether earlier versions took other options, or the letter of one for its text."""
+    assert source.file is not None
+    with source.file.open("rb") as lines:
+        if not any(_NEW_OPTIONS.search(line) for line in lines):
+            return False
+    rows = islice(rows_of(source).rows(), source.limit)
+    return any(isinstance(row, dict) and options_otherwise(row, source.columns) for row in rows)
+
+
 def _as_mapping(row: Any) -> dict[str, Any]:
     if isinstance(row, UnreadableError):
-        raise RowError(str(row))
+        raise RowError(row.what, row.remedy)
     if not isinstance(row, dict):
         raise RowError(f"must be a JSON object, not {type(row).__name__}")
     return row
@@ -226,17 +266,9 @@ def _located(where: str, error: CpiftError) -> list[Problem]:
     return [Problem(where, str(error))]
 
 
-def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> Iterator[Problem]:
+def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> list[Problem]:
+    metric, bad = metric_of(task.metric), RowProblems(f"tasks.{task.name}.test, ")
     for number, example in enumerate(examples, start=1):
-        where = f"tasks.{task.name}.test, row {number}"
-        metric = metric_of(task.metric)
         if (found := metric.doubt(example) or metric.problem(example)) is not None:
-            yield Problem(where, *found)
-
-
-def _shortened(problems: list[Problem]) -> list[Problem]:
-    return [*problems[:_SHOWN], *_unlisted(len(problems))]
-
-
-def _unlisted(found: int) -> list[Problem]:
-    return [Problem("and", f"{found - _SHOWN} more rows with problems")] if found > _SHOWN else []
+            bad.add(number, *found)
+    return bad.problems(len(examples))

@@ -23,8 +23,9 @@ from cpift.errors import DataError, Problem
 from cpift.examples import Example, Message
 from cpift.judge import judge_replies
 from cpift.likelihood import Labelled, pad, sequence_nll
-from cpift.metrics import metric_of, right_choice
+from cpift.metrics import metric_of, right_answer
 from cpift.models import load_model, load_tokenizer
+from cpift.row_problems import RowProblems
 from cpift.row_shapes import size_of
 from cpift.templates import checked_templates
 from cpift.tokens import IGNORED, UNCUT, tokenise
@@ -155,15 +156,15 @@ def _rows(
     if first is not None and first < len(places):
         places = [*places[:first], max(places[first:], key=lambda place: size_of(examples[place]))]
     rows = [_tokenised(tokenizer, examples[place], task.metric) for place in places]
-    problems = [
-        Problem(f"tasks.{task.name}.test row {place + 1}", *found)
-        for place, row in zip(places, rows, strict=True)
-        for found in _row_problems(row, task, settings.max_length)
-    ]
     if not rows:
-        problems = [Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")]
-    if problems:
-        raise DataError(f"evaluation of {task.name}", problems[:10])
+        problem = Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")
+        raise DataError(f"evaluation of {task.name}", [problem])
+    bad = RowProblems(f"tasks.{task.name}.test ")
+    for place, row in zip(places, rows, strict=True):
+        for found in _row_problems(row, task, settings.max_length):
+            bad.add(place + 1, *found)
+    if bad:
+        raise DataError(f"evaluation of {task.name}", bad.problems(len(rows)))
     return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
 
 
@@ -232,7 +233,7 @@ def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], Non
             results[i] = {"loss": reply / tokens, "tokens": tokens}
             if options:
                 prediction = rows[i].example.choices[options.index(min(options))]
-                right = float(prediction == right_choice(rows[i].example))
+                right = float(prediction == right_answer(rows[i].example))
                 results[i] |= {"prediction": prediction, "score": right, "option_nll": options}
         done += len(batch)
         on_done(done)

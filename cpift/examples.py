@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpift.columns import ColumnError, fill
+from cpift.columns import ColumnError, Template, fill
+from cpift.row_kinds import Kind, kind_of
 from cpift.turns import Message, RowError, check_links, parse_turn
 from cpift.untrusted import ROW, UnreadableError, parse_json, require_limits
 
@@ -23,7 +25,7 @@ class Example:
     The last message is the assistant's reference reply. `answer` is the right option (metric `choice`) or the text that
     ends in the right number (metric `number`); `choices` are the options' texts, none for other metrics. `tools` are
     the JSON schemas of the functions that the assistant may call, shown to it as the chat template says. `place`:
-    source and row, for messages.
+    source and row, for messages. `plain`: a text that is trained on as it stands; it is the only message.
     """
 
     messages: tuple[Message, ...]
@@ -31,6 +33,7 @@ class Example:
     choices: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     place: str = field(default="", compare=False)
+    plain: bool = False
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -41,11 +44,11 @@ class Example:
         return self.messages[-1].content
 
 
-def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], place: str = "") -> Example:
-    """Read a row with `messages`, or with `prompt` and `completion`; `columns` first builds these from other columns.
+def parse_row(row: Mapping[str, Any], columns: Mapping[str, Template], place: str = "") -> Example:
+    """Read a row of one of `row_kinds.KINDS`; `columns` first builds its columns from others.
 
-    Prompt and completion may be text or turns. A missing `completion` is `answer`. An integer `answer` beside `choices`
-    is the right option's position, from 0. `place`: see `Example`.
+    Of `choices` the right option, `answer`, is its text, its position from 0 as an integer, its letter, or what stands
+    for it in the choices' own labels. `place`: see `Example`.
 
     Raises:
         RowError: a field is missing or of the wrong type, a role is unknown, the last message is no assistant's reply.
@@ -56,46 +59,41 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], place: str = "
     try:
         fields = {**row, **{name: fill(name, template, row) for name, template in columns.items()}}
     except ColumnError as error:
-        raise RowError(str(error)) from None
-    choices = _choices(fields.get("choices"))
-    answer = _answer(fields.get("answer"), choices)
-    example = Example(_messages(fields, answer), answer, choices, _tools(fields.get("tools")), place)
+        raise RowError(str(error), error.remedy) from None
+    choices, labels = _choices(fields.get("choices"))
+    fields["answer"] = answer = _answer(fields.get("answer"), choices, labels)
+    kind = kind_of(fields)
+    example = Example(_messages(fields, kind), answer, choices, _tools(fields.get("tools")), place, kind.plain)
     _require_characters(example)
     return example
 
 
-def _messages(fields: Mapping[str, Any], answer: str | None) -> tuple[Message, ...]:
-    raw = fields.get("messages")
-    if raw is None:
-        raw = _prompt_and_completion(fields, answer)
-    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
-        raise RowError(f"`messages` must be a list of role and content, not {type(raw).__name__}")
-    messages = tuple(parse_turn(item, place) for place, item in enumerate(raw))
+def options_otherwise(row: Mapping[str, Any], columns: Mapping[str, Template]) -> bool:
+    """Whether earlier versions read other choices or another answer of a row: see `data.source_fingerprint`."""
+    try:
+        raw = {
+            name: fill(name, columns[name], row) if name in columns else row.get(name) for name in ("choices", "answer")
+        }
+        choices, labels = _choices(raw["choices"])
+        lines = isinstance(raw["choices"], str) and [line for line in raw["choices"].splitlines() if line.strip()]
+        answered = isinstance(raw["answer"], str) and _answer(raw["answer"], choices, labels) != raw["answer"]
+    except (ColumnError, RowError):
+        return False
+    return answered or (lines is not False and lines != list(choices))
+
+
+def _messages(fields: Mapping[str, Any], kind: Kind) -> tuple[Message, ...]:
+    messages = tuple(parse_turn(item, place) for place, item in enumerate(kind.turns(fields)))
     if messages[-1].role != "assistant":
         raise RowError(f"the last message must be the assistant's reply, not the {messages[-1].role}'s")
     if not messages[-1].content.strip() and not messages[-1].tool_calls:
-        raise RowError("the assistant's last reply is empty")
-    if not any(message.role == "user" for message in messages):
+        raise RowError("the text is empty" if kind.plain else "the assistant's last reply is empty")
+    if not kind.plain and not any(message.role == "user" for message in messages):
         raise RowError("no message of the user")
     if not any(message.trained for message in messages if message.role == "assistant"):
         raise RowError("no turn of the assistant is trained on; leave the row out")
     check_links(messages)
     return messages
-
-
-def _prompt_and_completion(fields: Mapping[str, Any], answer: str | None) -> list[Any]:
-    """Both are text, or both turns, as TRL writes them."""
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    completion = answer if completion is None else completion
-    if prompt is None or completion is None:
-        known = ", ".join(sorted(map(str, fields))) or "nothing"
-        raise RowError(f"needs `messages`, or `prompt` and `completion`; it has {known}")
-    before = prompt if _are_turns(prompt) else [{"role": "user", "content": prompt}]
-    return [*before, *(completion if _are_turns(completion) else [{"role": "assistant", "content": completion}])]
-
-
-def _are_turns(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, Mapping) and "role" in item for item in value)
 
 
 def _require_characters(example: Example) -> None:
@@ -124,17 +122,37 @@ def _tools(raw: Any) -> tuple[str, ...]:
         raise RowError(f"`tools` holds what JSON cannot: {error}") from None
 
 
-def _choices(raw: Any) -> tuple[str, ...]:
-    """A list of texts, or one text with an option a line."""
-    if raw is None:
-        return ()
-    options = [line for line in raw.splitlines() if line.strip()] if isinstance(raw, str) else raw
+def _choices(raw: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The options' texts and what stands for each in `answer`, its letter if nothing else is said.
+
+    A list of texts or its JSON text; a text with an option a line; or `text` and `label`, two lists of equal length.
+    """
+    labels: Any = None
+    if isinstance(raw, Mapping) and set(raw) == {"text", "label"}:
+        raw, labels = raw["text"], raw["label"]
+    options = _option_lines(raw) if isinstance(raw, str) else () if raw is None else raw
     if not isinstance(options, Sequence) or not all(isinstance(option, str) for option in options):
         raise RowError("`choices` must be a list of text")
-    return tuple(options)
+    labels = string.ascii_uppercase[: len(options)] if labels is None else labels
+    if not isinstance(labels, Sequence) or (
+        len(labels) != len(options) and len(options) <= len(string.ascii_uppercase)
+    ):
+        raise RowError("`choices` must have a label for each text")
+    return tuple(options), tuple(map(str, labels))
 
 
-def _answer(raw: Any, choices: tuple[str, ...]) -> str | None:
+def _option_lines(text: str) -> Any:
+    if text.lstrip().startswith("[") and "\n" not in text.strip():
+        try:
+            return parse_json(text, ROW)
+        except UnreadableError:
+            pass  # an option that begins with a bracket
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def _answer(raw: Any, choices: tuple[str, ...], labels: tuple[str, ...]) -> str | None:
+    if isinstance(raw, str) and raw not in choices and raw.strip() in labels:
+        return choices[labels.index(raw.strip())]
     if raw is None or isinstance(raw, str):
         return raw
     if isinstance(raw, bool) or not isinstance(raw, (int, float)):

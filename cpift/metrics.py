@@ -39,14 +39,14 @@ class Metric:
         return 1 + self.generates + self.by_judge
 
 
-def right_choice(example: Example) -> str:
-    """The option that is right: the answer, else the reply itself."""
+def right_answer(example: Example) -> str:
+    """The option that is right, or the text that ends in the right number: the answer, else the reply itself."""
     return example.messages[-1].content if example.answer is None else example.answer
 
 
 def _choices(example: Example) -> Found | None:
-    if right_choice(example) not in example.choices:
-        found = f"answer {right_choice(example)!r} is none of the choices {list(example.choices)!r}"
+    if right_answer(example) not in example.choices:
+        found = f"answer {right_answer(example)!r} is none of the choices {list(example.choices)!r}"
         return found, "correct the row: the answer is one of their texts"
     return None
 
@@ -54,13 +54,17 @@ def _choices(example: Example) -> Found | None:
 def _no_choice(example: Example) -> Found | None:
     if len(set(example.choices)) < max(2, len(example.choices)):
         return f"choices {list(example.choices)!r}", "give two or more, all different"
-    return None
+    return _no_prompt(example)
 
 
 def _number(example: Example) -> Found | None:
-    if last_number(example.answer or "") is None:
-        return f"no number in answer {example.answer!r}", "metric number needs one"
-    return None
+    if last_number(right_answer(example)) is None:
+        return f"no number in answer {right_answer(example)!r}", "metric number needs one"
+    return _no_prompt(example)
+
+
+def _no_prompt(example: Example) -> Found | None:
+    return ("a plain text has no prompt to answer", "set metric: loss") if example.plain else None
 
 
 METRICS: dict[str, Metric] = {
@@ -70,12 +74,14 @@ METRICS: dict[str, Metric] = {
     ),
     "number": Metric(
         "exact match of the final number, %",
-        text=lambda example, text: float(same_final_number(text, example.answer or "")),
+        text=lambda example, text: float(same_final_number(text, right_answer(example))),
         counted=True,
         problem=_number,
     ),
-    "rouge": Metric("ROUGE-L F1, %", text=lambda example, text: rouge_l(text, example.messages[-1].content)),
-    "judge": Metric("judge's rating, % of 10", by_judge=True),
+    "rouge": Metric(
+        "ROUGE-L F1, %", text=lambda example, text: rouge_l(text, example.messages[-1].content), problem=_no_prompt
+    ),
+    "judge": Metric("judge's rating, % of 10", by_judge=True, problem=_no_prompt),
 }
 
 

@@ -68,6 +68,6 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
             why = "`integration` trains on it" if integrates else "backbone.source: staged trains on it"
             remedy = "leave `integration` out" if integrates else "set backbone.source: pretrained"
             yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", f"give training rows, or {remedy}")
-        if task.test is None and need.scores:
+        if task.source("test") is None and need.scores:
             why = f"`cpift {need.command}` scores on it"
             yield Problem(f"tasks.{task.name}.test", f"is not there, and {why}", "give rows")

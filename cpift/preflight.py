@@ -81,7 +81,7 @@ _WRITES = {
 def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
     """The files that a stage writes at the top of the output folder; of a plan, those of the run it is for."""
     if stage is None:
-        ends = config.integration is not None and all(task.train and task.test for task in config.tasks)
+        ends = config.integration is not None and all(task.train and task.source("test") for task in config.tasks)
         return RUN_FILES if ends else ()
     return _WRITES.get(stage, ())
 

@@ -77,7 +77,7 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     from cpift.given import quick_fingerprint
     from cpift.models import source_of
 
-    sources = [one for task in config.tasks for one in (task.train, task.test) if one is not None]
+    sources = [one for task in config.tasks for one in (task.source("train"), task.source("test")) if one is not None]
     if any(source.hub for source in sources) or (folder is None and config.model.hub is not None):
         return None
     try:
@@ -108,7 +108,7 @@ def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, fo
         found.day = date.today().isoformat()
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
-            _check_train(found, task, task.train, tokenizer, _lengths(config, task, stage))
+            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, stage))
     here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
     if found.unlearnt and here and not found.problems:
         found.problems += _unlearnt_samples(config, tokenizer, found.unlearnt)
@@ -125,7 +125,7 @@ def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> N
     found = RowChecks()
     for task in config.tasks:
         if task.train is not None:
-            _check_train(found, task, task.train, tokenizer, _lengths(config, task, None), every=True)
+            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
     if found.problems:
         raise DataError("training rows", found.problems)
 
@@ -278,12 +278,12 @@ def _unlearnt_samples(
     settings = config.integration
     if settings is None:
         return
-    counts = {task.name: count_examples(task.train) for task in config.tasks if task.train is not None}
+    counts = {task.name: count_examples(task.train_data) for task in config.tasks if task.train is not None}
     for place, task in enumerate(config.tasks):
         if task.name not in tasks or task.train is None:
             continue
         with checked_templates():
-            learnt = [_learnt(example, tokenizer, settings.max_length) for example in read_examples(task.train)]
+            learnt = [_learnt(example, tokenizer, settings.max_length) for example in read_examples(task.train_data)]
         sizes = {settings.samples_per_task} if settings.samples_per_task else {*counts.values()}
         sizes = {min(size, len(learnt)) for size in sizes}
         samples = (balanced_sample([learnt] * (place + 1), size, config.seed) for size in sizes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cpift.config import DataSource
@@ -13,7 +15,8 @@ from cpift.escaping import code, markdown
 from cpift.files import file_sha256
 from cpift.hub import resolve_revision
 from cpift.pretrained import hub_rows
-from cpift.untrusted import UnreadableError, json_lines, shown
+from cpift.row_formats import files_of, rows_in
+from cpift.untrusted import UnreadableError, shown
 
 
 class Rows(ABC):
@@ -29,6 +32,10 @@ class Rows(ABC):
     @abstractmethod
     def decided_by(self) -> dict[str, Any]:
         """What decides the rows, `limit` and `columns` apart."""
+
+    def files(self) -> list[Path]:
+        """The local files that hold them."""
+        return []
 
     @property
     @abstractmethod
@@ -49,7 +56,16 @@ class _File(Rows):
         if problems := _check_file(self.source):
             raise DataError(self.told, problems)
         assert self.source.file is not None
-        return {"file": file_sha256(self.source.file)}
+        path = self.source.file
+        if not path.is_dir():
+            return {"file": file_sha256(path)}
+        with _as_data_error(self.source):
+            return {"folder": [[file.name, file_sha256(file)] for file in files_of(path, self.source.split)]}
+
+    def files(self) -> list[Path]:
+        assert self.source.file is not None
+        with _as_data_error(self.source):
+            return files_of(self.source.file, self.source.split)
 
     @property
     def told(self) -> str:
@@ -67,7 +83,8 @@ class _HubRows(Rows):
     def decided_by(self) -> dict[str, Any]:
         source = self.source
         commit = resolve_revision("dataset", str(source.hub), source.revision)
-        return {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
+        named = {"hub": source.hub, "subset": source.subset, "split": source.split, "commit": commit}
+        return named | ({"data_files": list(source.data_files)} if source.data_files else {})
 
     @property
     def told(self) -> str:
@@ -111,17 +128,24 @@ def _check_file(source: DataSource) -> list[Problem]:
         missing = isinstance(error, FileNotFoundError)
         what = f"there is no {source.file}" if missing else f"{shown(str(source.file))}: {error.strerror}"
         return [Problem("file", what, remedy)]
-    return [] if stat.S_ISREG(kind) else [Problem("file", f"{source.file} is no regular file", remedy)]
+    known = stat.S_ISREG(kind) or stat.S_ISDIR(kind)
+    return [] if known else [Problem("file", f"{source.file} is no regular file", remedy)]
 
 
 def _file_rows(source: DataSource) -> Iterator[Any]:
-    """JSON values of the non-empty lines; a line that is no JSON comes as the error that it gave."""
+    """As `row_formats.rows_in`."""
     problems = _check_file(source)
     if problems:
         raise DataError(rows_of(source).told, problems)
     assert source.file is not None
+    with _as_data_error(source):
+        yield from rows_in(source.file, source.split)
+
+
+@contextmanager
+def _as_data_error(source: DataSource) -> Iterator[None]:
     try:
-        yield from json_lines(source.file)
+        yield
     except UnreadableError as error:
         raise DataError(rows_of(source).told, [error.problem("file")]) from None
     except OSError as error:
@@ -133,8 +157,10 @@ def _hub_rows(source: DataSource) -> Iterator[Any]:
     """Rows of a hub data set at the commit that its revision means; code in the repository is never run."""
     assert source.hub is not None
     commit = resolve_revision("dataset", source.hub, source.revision)
+    files = {"data_files": list(source.data_files)} if source.data_files else {}
+    how = {"split": source.split, "revision": commit, "streaming": source.streaming} | files
     try:
-        yield from hub_rows(source.hub, source.subset, split=source.split, revision=commit, streaming=source.streaming)
+        yield from hub_rows(source.hub, source.subset, **how)
     except CpiftError:
         raise
     except Exception as error:  # what datasets, the hub's client and the layers of its network raise

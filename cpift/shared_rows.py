@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cpift.data import read_examples
 
 if TYPE_CHECKING:
-    from cpift.config import DataSource, RunConfig
+    from cpift.config import RunConfig
     from cpift.examples import Example
 
 
@@ -46,9 +46,10 @@ class SharedRows:
 def shared_rows(config: RunConfig) -> list[str]:
     """`SharedRows.notes` of all rows of a run."""
     shared = SharedRows()
-    for split in ("test", "train"):
+    splits: tuple[Literal["test", "train"], ...] = ("test", "train")
+    for split in splits:
         for task in config.tasks:
-            source: DataSource | None = getattr(task, split)
+            source = task.source(split)
             for example in read_examples(source) if source is not None else ():
                 shared.see(task.name, split, example)
     return shared.notes()

@@ -36,6 +36,7 @@ from cpift.grouping import Grouping
 from cpift.input_watch import InputWatch
 from cpift.methods import method_named
 from cpift.models import model_fingerprint
+from cpift.row_sources import rows_of
 
 # Raise a stage's number when its code starts to give another result: artifacts made before are then made anew.
 _VERSIONS = {"model": 1, "probe": 1, "regions": 1, "group": 1, "backbone": 1, "fuse": 2, "integrate": 1, "evaluate": 1}
@@ -94,9 +95,8 @@ class StageArtifacts:
         return Model(title, folder, value)
 
     def _data(self, task: str, split: str, source: DataSource) -> str:
-        files = [source.file] if source.file is not None else []
-        field = f"tasks.{task}.{split}"
-        return self.watch.identify(field, lambda: files, lambda: source_fingerprint(source))
+        files = rows_of(source).files
+        return self.watch.identify(f"tasks.{task}.{split}", files, lambda: source_fingerprint(source))
 
     def train_rows(self, task: str) -> str:
         """What identifies the training rows of a task."""

@@ -56,7 +56,7 @@ def check_data(run: Pipeline, base: Model) -> None:
 
     tokenizer = load_tokenizer(base.path)
     check_train_rows(run.config, tokenizer)
-    check_rows(tokenizer, [task for task in run.config.tasks if task.test is not None], run.config.evaluation)
+    check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
 
 
 def loadable(run: Pipeline, model: Model, artifact: Artifact) -> Path:

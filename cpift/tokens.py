@@ -34,11 +34,15 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
 
     Labels are the ids of each assistant turn: its text and the end-of-turn token after it, −100 everywhere else. The
     text is tokenised once as a whole and spans are found in characters, so ids are what inference sees. Both lists are
-    cut after `max_length` tokens.
+    cut after `max_length` tokens. A plain text is written without the template: as the tokenizer begins a text, and
+    ended by its end-of-sequence token; all of it is learnt.
 
     Raises:
         DataError: the chat template changes the assistant's text, or writes no special token after it.
     """
+    if example.plain:
+        ids = _plain(example.reply, tokenizer)[:max_length]
+        return {"input_ids": ids, "labels": list(ids)}
     written = _Written(example, tokenizer)
     text = written.text
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -51,6 +55,12 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
             first, last = _token_span(example, ids, offsets, span, special)
             labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = int(tokenizer.eos_token_id)
+    return ids if ids and ids[-1] == end else [*ids, end]
 
 
 def tokenised_dataset(

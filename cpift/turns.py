@@ -10,6 +10,14 @@ from typing import Any
 from cpift.untrusted import ROW, UnreadableError, parse_json, require_limits
 
 ROLES = ("system", "user", "assistant", "tool")
+# What others call the same roles: OpenAI's newer models, ShareGPT and what grew from it.
+ALIASES = {
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+}
+_CALLED = "function_call"  # ShareGPT's role of a turn whose text is the call of a tool
 # Whether a turn of the assistant is trained on, as OpenAI, axolotl, ms-swift and others call it: true, false, 1 or 0.
 TRAIN_FLAGS = ("weight", "train", "training", "trainable", "loss")
 # What ties a tool's answer to its call: checked here, so that a template may leave it out.
@@ -18,7 +26,11 @@ _CALL, _FUNCTION = ("id", "type", "function", "name", "arguments"), ("name", "ar
 
 
 class RowError(ValueError):
-    """A row that is no example; the message says why."""
+    """A row that is no example; the message says why, and `remedy` what to do if that is known."""
+
+    def __init__(self, what: str, remedy: str = ""):
+        self.remedy = remedy
+        super().__init__(what)
 
 
 @dataclass(frozen=True)
@@ -48,17 +60,32 @@ class Message:
 
 
 def parse_turn(item: Any, place: int) -> Message:
-    """The turn `messages[place]`. Raises RowError naming it."""
+    """The turn `messages[place]`, with role and content or ShareGPT's from and value. Raises RowError naming it."""
     where = f"messages[{place}]"
     known = {str(name): value for name, value in item.items() if value is not None} if _is_mapping(item) else {}
+    if "role" not in known and {"from", "value"} <= set(known):
+        known = _of_sharegpt(known, where)
     calls = known.pop("tool_calls", None)
     if "role" not in known or not ("content" in known or calls):
         raise RowError(f"{where} has no role and content" + _instead(known))
     role, content = known.pop("role"), known.pop("content", "")
+    role = ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RowError(f"{where} has role {role!r}; known: {', '.join(ROLES)}")
+        raise RowError(f"{where} has role {role!r}; known: {', '.join((*ROLES, *ALIASES))}")
     trained = _trained(known, role, where)
     return Message(role, _content(content, where), _calls(calls, role, where), _json(known, where), trained)
+
+
+def _of_sharegpt(known: dict[str, Any], where: str) -> dict[str, Any]:
+    """`from` and `value` as role and content; what calls a tool as its call."""
+    role, value = known.pop("from"), known.pop("value")
+    if role != _CALLED:
+        return {"role": role, "content": value, **known}
+    try:
+        call = parse_json(value, ROW) if isinstance(value, str) else value
+    except UnreadableError as error:
+        raise RowError(f"{where}: a {_CALLED} {error}") from None
+    return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call], **known}
 
 
 def check_links(messages: Sequence[Message]) -> None:

@@ -199,6 +199,11 @@ def decoded(text: str | bytes, limits: Limits) -> str:
     return text
 
 
+def row_decoder() -> Any:
+    """The decoder of JSON that holds the limits of a row, for who goes over a text himself with `scan_once`."""
+    return _decoder(ROW)
+
+
 @lru_cache
 def _decoder(limits: Limits) -> Any:
     return json.JSONDecoder(

@@ -51,7 +51,7 @@ def _talk(*turns: dict[str, Any]) -> dict[str, Any]:
 
 
 # What is shown of rows: name, the row, templates of `columns`. What becomes of each is asked of the code.
-ROWS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("`messages`, text contents", _talk(_USER, _REPLY), {}),
     ("`prompt` and `completion`, text", {"prompt": "u", "completion": "r"}, {}),
     ("`prompt` and `completion`, turns", {"prompt": [_USER], "completion": [_REPLY]}, {}),
@@ -69,7 +69,19 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
      _talk(_USER, _CALLS, _ANSWER, _REPLY), {}),
     ("`tool_call_id` of another call",
      _talk(_USER, _CALLS, _ANSWER | {"tool_call_id": "c2"}, _REPLY), {}),
-    ("another role", _talk({"role": "developer", "content": "d"}, _USER, _REPLY), {}),
+    ("role `developer`", _talk({"role": "developer", "content": "d"}, _USER, _REPLY), {}),
+    ("another role", _talk({"role": "robot", "content": "d"}, _USER, _REPLY), {}),
+    ("ShareGPT: `conversations` of `from` and `value`",
+     {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "r"}], "system": "s"}, {}),
+    ("Alpaca: `instruction`, `input`, `output`", {"instruction": "u", "input": "i", "output": "r"}, {}),
+    ("Alpaca, `input` empty, null or absent", {"instruction": "u", "input": "", "output": "r"}, {}),
+    ("Dolly: `instruction`, `context`, `response`", {"instruction": "u", "context": "c", "response": "r"}, {}),
+    ("plain `text`, trained on as it stands, without the chat template", {"text": "r"}, {}),
+    ("`text` beside columns that mean something", {"text": "u", "label": "r"}, {}),
+    ("`choices`, and `answer` the right one's text, position or letter",
+     {"prompt": "u", "choices": ["q", "r"], "answer": "B"}, {}),
+    ("the same list of `choices` in every row", {"i": "u", "o": "r"},
+     {"prompt": "{i}", "completion": "{o}", "choices": ("q", "r")}),
     ("half of a character (lone surrogate)", _talk(_USER, _REPLY | {"content": "\ud83d"}), {}),
     ("`functions`, `chat_template_kwargs`", {"messages": [_USER, _REPLY], "functions": [{"name": "f"}]}, {}),
     ("a column in a text of `columns`", {"i": "u", "o": "r"}, {"prompt": "{i}", "completion": "{o}"}),

@@ -135,7 +135,7 @@ def test_a_real_model_with_nan_is_refused_before_training(tmp_path: Path, smoke_
 def test_test_rows_too_long_to_score_are_refused_before_training(tmp_path: Path, smoke_config: Path) -> None:
     done = bad(tmp_path, smoke_config, "evaluation.max_length=8")
     assert done.returncode == 2, done.stderr
-    assert "tasks.addition.test row 1" in done.stderr
+    assert "tasks.addition.test 24 of 24 rows, row 1 first" in done.stderr
     assert "raise evaluation.max_length" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "probe").exists()

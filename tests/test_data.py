@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cpift import hub, row_sources
-from cpift.config import DataSource, TaskConfig
-from cpift.config_inputs import ScratchModel
+from cpift.config import DataSource, RunConfig, TaskConfig
+from cpift.config_inputs import Holdout, ScratchModel
 from cpift.config_training import Mixing
 from cpift.data import (
     CompletionCollator,
@@ -28,8 +29,10 @@ from cpift.data import (
     tokenised_dataset,
 )
 from cpift.errors import DataError
+from cpift.holdout import held_key, last_held
 from cpift.packing import packed
 from cpift.scratch import make_scratch_tokenizer
+from cpift.shared_rows import shared_rows
 from cpift.tokens import IGNORED
 
 TOKENIZER = make_scratch_tokenizer(ScratchModel())
@@ -91,7 +94,7 @@ def test_choices_may_be_lines_of_text(tmp_path: Path) -> None:
     [
         ("{broken", "no JSON"),
         ("[1]", "must be a JSON object, not list"),
-        ({"prompt": "p"}, "needs `messages`, or `prompt` and `completion`; it has prompt"),
+        ({"prompt": "p"}, "or another known shape; it has prompt → say which columns"),
         ({"messages": "hello"}, "must be a list of role and content, not str"),
         ({"messages": []}, "must be a list of role and content"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no role and content"),
@@ -111,13 +114,23 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
     assert [problem.where for problem in error.value.problems] == ["row 2"]
 
 
-def test_all_bad_rows_are_counted_and_ten_shown(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", [chat("a", "b")] + [{"x": 1}] * 14)
+def test_what_is_wrong_with_many_rows_is_said_once_and_ten_kinds_are_shown(tmp_path: Path) -> None:
+    rows = [chat("a", "b")] + [{"problem": str(i), "context": None, "solution": "x"} for i in range(14)]
     with pytest.raises(DataError) as error:
-        load_examples(source)
+        load_examples(write(tmp_path / "rows.jsonl", [*rows, '{"broken', '{"brok', {"messages": 5}]))
+    assert [problem.where for problem in error.value.problems] == [
+        "14 of 18 rows, row 2 first",
+        "2 of 18 rows, row 16 first",
+        "row 18",
+    ]
+    first = error.value.problems[0]
+    assert first.what.endswith("it has problem, solution")
+    assert first.remedy == 'columns: {prompt: "{problem}", completion: "{solution}"}'
+    kinds = [{"messages": [{"role": "user", "content": "x"}, {"a" * n: 1}]} for n in range(1, 14)]
+    with pytest.raises(DataError) as error:
+        load_examples(write(tmp_path / "rows.jsonl", kinds))
     assert len(error.value.problems) == 11
-    assert error.value.problems[0].where == "row 2"
-    assert error.value.problems[-1].what == "4 more rows with problems"
+    assert error.value.problems[-1].what == "3 more rows with other problems"
 
 
 def test_limit_is_applied_before_rows_are_read(tmp_path: Path) -> None:
@@ -148,7 +161,7 @@ def test_check_task_finds_everything_at_once(tmp_path: Path) -> None:
     test = write(tmp_path / "test.jsonl", [chat("a", "b"), chat("a", "b") | {"choices": ["x", "x"], "answer": "x"}])
     task = TaskConfig(name="t", train=DataSource(file=tmp_path / "none.jsonl"), test=test, metric="choice")
     where = [problem.where for problem in check_task(task)]
-    assert where == ["tasks.t.train, file", "tasks.t.test, row 1", "tasks.t.test, row 2"]
+    assert where == ["tasks.t.train, file", "tasks.t.test, 2 of 2 rows, row 1 first"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +170,7 @@ def test_check_task_finds_everything_at_once(tmp_path: Path) -> None:
         ("choice", {"choices": ["x", "y"], "answer": "z"}, "answer 'z' is none of the choices"),
         ("choice", {"choices": ["x"], "answer": "x"}, "choices"),
         ("number", {"answer": "many"}, "no number in answer 'many'"),
-        ("number", {}, "no number in answer None"),
+        ("number", {}, "no number in answer 'b'"),
     ],
 )
 def test_metric_needs_its_columns_in_the_test_rows_only(tmp_path: Path, metric: Any, row: Any, message: str) -> None:
@@ -405,3 +418,72 @@ def test_balanced_samples() -> None:
     assert chosen == balanced_sample(tasks, 8, 0) != balanced_sample(tasks, 8, 1)
     assert len(set(chosen[0])) == 8
     assert set(chosen[0]) <= set(tasks[0])
+
+
+# --- rows held out of training ---
+
+
+def held(file: DataSource, rows: int, seed: int = 0) -> TaskConfig:
+    return TaskConfig(name="t", train=file, holdout=Holdout(rows=rows, seed=seed))
+
+
+def test_rows_held_out_are_never_trained_on_whatever_their_order(tmp_path: Path) -> None:
+    """Checked against the definition: the prompts with the lowest hashes, until there are enough rows."""
+    rows = [chat(f"prompt {i % 70}", f"reply {i}") for i in range(100)]
+    task = held(write(tmp_path / "a.jsonl", rows), 20)
+    test, train = load_examples(task.test_data), load_examples(task.train_data)
+    assert sorted(one.reply for one in [*test, *train]) == sorted(f"reply {i}" for i in range(100))
+    assert not {one.prompt for one in test} & {one.prompt for one in train}
+    assert 20 <= len(test) <= 21
+    keys = sorted(held_key(one, 0) for one in load_examples(task.train or task.train_data))
+    assert sorted(held_key(one, 0) for one in test) == keys[: len(test)]
+    backwards = held(write(tmp_path / "b.jsonl", rows[::-1]), 20)
+    assert {one.reply for one in load_examples(backwards.test_data)} == {one.reply for one in test}
+    other = held(DataSource(file=tmp_path / "a.jsonl"), 20, seed=1)
+    assert {one.reply for one in load_examples(other.test_data)} != {one.reply for one in test}
+    assert shared_rows(RunConfig.model_construct(tasks=(task,))) == []
+    names = [source_fingerprint(one) for one in (task.train_data, task.test_data, other.train_data, other.test_data)]
+    assert len({*names, source_fingerprint(DataSource(file=tmp_path / "a.jsonl"))}) == 5
+
+
+@pytest.mark.parametrize("rows", [10, 12, 10**6])
+def test_holding_out_everything_is_refused_once(tmp_path: Path, rows: int) -> None:
+    task = held(write(tmp_path / "a.jsonl", [chat(f"prompt {i}", "x") for i in range(10)]), rows)
+    (problem,) = check_task(task)
+    assert (problem.where, problem.remedy) == ("tasks.t.train, holdout.rows", "give fewer, or rows of other prompts")
+    assert load_examples(held(DataSource(file=tmp_path / "a.jsonl"), 9).train_data)
+
+
+def test_bad_rows_of_a_task_with_a_holdout_are_told_once(tmp_path: Path) -> None:
+    task = held(write(tmp_path / "a.jsonl", [chat("a", "b"), {"x": 1}]), 1)
+    assert [problem.where for problem in check_task(task)] == ["tasks.t.train, row 2"]
+    with pytest.raises(ValidationError, match="give `test`, or `holdout`"):
+        TaskConfig(name="t", train=DataSource(hub="a/b"), test=DataSource(hub="a/b"), holdout=Holdout(rows=1))
+    with pytest.raises(ValidationError, match="takes rows out of `train`, which is not there"):
+        TaskConfig(name="t", holdout=Holdout(rows=1))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80), st.integers(1, 40))
+def test_the_last_key_held_is_that_of_sorting_all(keys: list[int], rows: int) -> None:
+    distinct = sorted(set(keys))
+    enough = next((key for key in distinct if sum(one <= key for one in keys) >= rows), None)
+    expected = None if enough is None or enough == distinct[-1] else enough
+    assert last_held(keys, rows) == (expected, len(keys))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.csv", "a/../../b", "https://x/y.csv", "~/x", ""])
+def test_files_of_a_hub_data_set_lie_in_it(path: str) -> None:
+    with pytest.raises(ValidationError, match="is no path inside the repository"):
+        DataSource(hub="org/set", data_files=(path,))
+
+
+def test_files_of_a_hub_data_set_are_asked_for_and_part_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(row_sources, "resolve_revision", lambda *_: "c0ffee")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **options: asked.update(options) or [chat("a", "b")])
+    source = DataSource(hub="org/set", data_files=("data/train-*.parquet",))
+    assert len(load_examples(source)) == 1
+    assert asked["data_files"] == ["data/train-*.parquet"]
+    assert source_fingerprint(source) != source_fingerprint(DataSource(hub="org/set"))
+    with pytest.raises(ValidationError, match="data_files are files of a `hub` data set"):
+        DataSource(file=Path("x.csv"), data_files=("x.csv",))

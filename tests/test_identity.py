@@ -215,10 +215,18 @@ OTHER: dict[str, Any] = {
     "tracking": ["mlflow"],
 }
 # Of other kinds of inputs than this run's (test_data and test_given look at those), or decided by another field.
-ELSEWHERE = {"model.path", "model.hub", "model.revision", "model.gguf", "tasks.checkpoint", "backbone.source"} | {
+ELSEWHERE = {
+    "model.path",
+    "model.hub",
+    "model.revision",
+    "model.gguf",
+    "tasks.checkpoint",
+    "backbone.source",
+    "tasks.holdout",
+} | {
     *("backbone.revision", "integration.lora"),
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("file", "hub", "subset", "revision")),
-    *(f"tasks.{split}.streaming" for split in ("train", "test")),
+    *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("streaming", "data_files")),
     "fusion.method",  # gives an output of another kind
     # given in parts, each of which has its own line
     *("model", "tasks", "model.scratch", "regions", "groups", "backbone", "fusion", "integration", "evaluation"),

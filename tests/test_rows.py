@@ -96,7 +96,7 @@ def test_prompt_and_completion_may_be_turns() -> None:
     ("turns", "message"),
     [
         ([USER, {"role": "assistant", "content": None}], "has no role and content"),
-        ([USER, {"from": "gpt", "value": "4"}], "no role and content; it has from, value"),
+        ([USER, {"from": "gpt", "text": "4"}], "no role and content; it has from, text"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY], "only parts of type 'text'"),
         ([{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}, REPLY], "'cache_control'"),
         ([USER, call("{broken")], "arguments is no JSON: "),

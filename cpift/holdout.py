@@ -1,0 +1,47 @@
+"""Which rows of a task are held out of training: those whose prompt has the lowest hashes.
+
+So the order of rows does not matter, rows of the same prompt are on the same side, and rows added later move
+few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable
+
+from cpift.examples import Example
+
+
+def held_key(example: Example, seed: int) -> int:
+    """The hash of a row's prompt, of a plain text that of the text; 128 bits."""
+    shown = example.messages if example.plain else example.prompt
+    text = json.dumps([seed, [[turn.role, turn.content] for turn in shown], example.tools])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+
+
+def last_held(keys: Iterable[int], rows: int) -> tuple[int | None, int]:
+    """The lowest key up to which there are `rows` rows, None where no row is beyond it; and the number of all rows.
+
+    At most `rows` keys are kept.
+    """
+    counts: dict[int, int] = {}  # of the lowest keys seen so far
+    highest: list[int] = []  # these keys, negative, as a heap
+    total = 0
+    for key in keys:
+        total += 1
+        if key in counts:
+            counts[key] += 1
+        elif len(highest) < rows:
+            heapq.heappush(highest, -key)
+            counts[key] = 1
+        elif key < -highest[0]:
+            del counts[-heapq.heappushpop(highest, -key)]
+            counts[key] = 1
+    held = 0
+    for key in sorted(counts):
+        held += counts[key]
+        if held >= rows:
+            return (key if held < total else None), total
+    return None, total
