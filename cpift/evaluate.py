@@ -6,9 +6,8 @@ The loss is always measured. `choice` ranks the options by the likelihood of eac
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cpift.config import TaskConfig
 from cpift.config_evaluation import EvaluationConfig
-from cpift.data import load_examples
 from cpift.devices import Device, resolved
-from cpift.errors import DataError, Problem
-from cpift.examples import Example, Message
+from cpift.generation import Opening, cut_back, greedy
 from cpift.judge import judge_replies
-from cpift.likelihood import Labelled, pad, sequence_nll
+from cpift.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
 from cpift.metrics import metric_of, right_answer
 from cpift.models import load_model, load_tokenizer
-from cpift.row_problems import RowProblems
-from cpift.row_shapes import size_of
+from cpift.scored_rows import ScoredRow, scored_rows
 from cpift.templates import checked_templates
-from cpift.tokens import IGNORED, UNCUT, tokenise
+from cpift.tokens import IGNORED
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,21 +39,6 @@ class TaskScore:
     tokens: int
     rows: int
     examples: list[dict[str, Any]]  # per test row, in the file's order: loss, tokens, and score and prediction
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One test row, tokenised. `options` are scored on their last turn; `prompt` ends where the last reply begins."""
-
-    example: Example
-    reply: Labelled
-    options: tuple[Labelled, ...]
-    prompt: list[int]
-    end_of_turn: int
-
-    @property
-    def length(self) -> int:
-        return max(len(sequence.ids) for sequence in (self.reply, *self.options))
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,10 @@ def evaluate_model(
         DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
     """
     tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32).to(device)  # type: ignore[arg-type]
+    model = load_model(path, torch.float32)
+    if (dtype := _products(settings, device)) != torch.float32:
+        _narrow(model, dtype)
+    model.to(device)  # type: ignore[arg-type]
     # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     room = _Room(model, tokenizer, settings)
@@ -94,51 +78,42 @@ def evaluate_model(
         return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
 
 
-def check_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[TaskConfig],
-    settings: EvaluationConfig,
-    first: int | None = None,
-) -> int:
-    """Find test rows that could not be scored, of all or of the first ones and the longest, with θ0's tokenizer alone.
-
-    Returns the most tokens that the model sees of a row, those included that it may generate.
-
-    Raises:
-        DataError: as `evaluate_model` would, for all tasks at once.
-    """
-    problems: list[Problem] = []
-    longest = 0
-    for task in tasks:
-        try:
-            for row in _rows(tokenizer, settings, task, first):
-                generated = len(row.prompt) + task.max_new_tokens if metric_of(task.metric).generates else 0
-                longest = max(longest, row.length, generated)
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError("test rows", problems)
-    return longest
-
-
 def _silent(task: str, done: int, total: int) -> None:
     pass
 
 
-@contextlib.contextmanager
-def _precision(settings: EvaluationConfig, device: Device) -> Iterator[None]:
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=resolved(settings.precision, device) == "bfloat16"):
-        yield
+def _products(settings: EvaluationConfig, device: Device) -> torch.dtype:
+    """What products are computed in."""
+    return torch.bfloat16 if resolved(settings.precision, device) == "bfloat16" else torch.float32
+
+
+def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep in `dtype` what autocast would make of the weights of linear layers anyway, and keep beside them; what an
+    embedding shares stays as it is, and so do norms and biases, which are no factor of a product."""
+    embeddings = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:
+            module.weight.data = module.weight.data.to(dtype)
+
+
+def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
+    dtype = _products(settings, device)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
-    with checked_templates():  # see `check_rows`
-        rows = _rows(room.tokenizer, room.settings, task)
+    with checked_templates():  # see `scored_rows.check_rows`
+        rows = scored_rows(room.tokenizer, room.settings, task)
     metric = metric_of(task.metric)
     total = len(rows) * metric.passes
-    results = _likelihoods(room, rows, lambda done: on_progress(task.name, done, total))
-    if metric.generates:
-        texts = _generate(room, rows, task.max_new_tokens, lambda done: on_progress(task.name, len(rows) + done, total))
+
+    def on_done(done: int) -> None:
+        on_progress(task.name, done, total)
+
+    if not metric.generates:
+        results = _likelihoods(room, rows, on_done)
+    else:
+        results, texts = _replies(room, rows, task.max_new_tokens, on_done)
         for text, result, found in zip(texts, results, _judged(room, task, rows, texts, on_progress), strict=True):
             result |= {"prediction": text, **found}
     tokens = sum(result["tokens"] for result in results)
@@ -147,70 +122,7 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> Task
     return TaskScore(task.metric, score, loss, tokens, len(results), results)
 
 
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig, first: int | None = None
-) -> list[_Row]:
-    """The task's test rows, tokenised; every unusable one is reported at once. first: of so many, and the longest."""
-    examples = load_examples(task.test_data)[: settings.limit]
-    places = list(range(len(examples)))
-    if first is not None and first < len(places):
-        places = [*places[:first], max(places[first:], key=lambda place: size_of(examples[place]))]
-    rows = [_tokenised(tokenizer, examples[place], task.metric) for place in places]
-    if not rows:
-        problem = Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")
-        raise DataError(f"evaluation of {task.name}", [problem])
-    bad = RowProblems(f"tasks.{task.name}.test ")
-    for place, row in zip(places, rows, strict=True):
-        for found in _row_problems(row, task, settings.max_length):
-            bad.add(place + 1, *found)
-    if bad:
-        raise DataError(f"evaluation of {task.name}", bad.problems(len(rows)))
-    return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
-
-
-def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str) -> _Row:
-    def encode(last: Message) -> Labelled:
-        encoded = tokenise(
-            replace(example, messages=(*example.messages[:-1], last)), tokenizer, UNCUT
-        )  # what does not fit is this module's decision
-        return Labelled(encoded["input_ids"], encoded["labels"])
-
-    reply = encode(replace(example.messages[-1], trained=True))  # a flag for training does not take the reply away
-    choices = example.choices if metric_of(metric).by_options else ()
-    options = tuple(_last_turn_only(encode(Message("assistant", choice))) for choice in choices)
-    start, end = _last_turn(reply.labels)
-    return _Row(example, reply, options, reply.ids[:start], reply.ids[end])
-
-
-def _last_turn(labels: Sequence[int]) -> tuple[int, int]:
-    """Where the last run of labels begins and ends: the first token of the last reply, and its end-of-turn token."""
-    end = max(i for i, label in enumerate(labels) if label != IGNORED)
-    start = end
-    while start > 0 and labels[start - 1] != IGNORED:
-        start -= 1
-    return start, end
-
-
-def _last_turn_only(sequence: Labelled) -> Labelled:
-    start, _ = _last_turn(sequence.labels)
-    return Labelled(sequence.ids, [IGNORED] * start + sequence.labels[start:])
-
-
-def _cut(sequence: Labelled, length: int) -> Labelled:
-    return Labelled(sequence.ids[:length], sequence.labels[:length])
-
-
-def _row_problems(row: _Row, task: TaskConfig, max_length: int) -> Iterator[tuple[str, str]]:
-    example, raise_it = row.example, "raise evaluation.max_length or leave the row out"
-    if _cut(row.reply, max_length).scored() == 0:
-        yield f"no answer token within evaluation.max_length = {max_length}", raise_it
-    elif row.options and row.length > max_length:
-        yield f"an option ends after {row.length} tokens, evaluation.max_length is {max_length}", raise_it
-    if (found := metric_of(task.metric).problem(example)) is not None:
-        yield found
-
-
-def _batches(rows: Sequence[_Row], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Indices of rows, longest first (memory runs out at once or not at all), at most `limit` sequences together."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: (-rows[i].length, i)):
@@ -222,26 +134,31 @@ def _batches(rows: Sequence[_Row], sizes: Sequence[int], limit: int) -> Iterator
         yield batch
 
 
-def _likelihoods(room: _Room, rows: Sequence[_Row], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
     """Loss of each row's reply; with options also the likeliest (of equals the first) and whether it is right."""
     results: list[dict[str, Any]] = [{} for _ in rows]
     done = 0
-    for batch in _batches(rows, [1 + len(row.options) for row in rows], room.settings.batch_size):
+    for batch in _batches(rows, [max(1, len(row.options)) for row in rows], room.settings.batch_size):
         groups = [(rows[i].reply, *rows[i].options) for i in batch]
-        for i, (reply, *options) in zip(batch, sequence_nll(room.model, groups), strict=True):
-            tokens = rows[i].reply.scored()
-            results[i] = {"loss": reply / tokens, "tokens": tokens}
+        for i, (reply, *options) in zip(batch, likelihoods(room.model, groups), strict=True):
+            results[i] = _loss(rows[i], reply)
             if options:
-                prediction = rows[i].example.choices[options.index(min(options))]
+                nll = [option.nll for option in options]
+                prediction = rows[i].example.choices[nll.index(min(nll))]
                 right = float(prediction == right_answer(rows[i].example))
-                results[i] |= {"prediction": prediction, "score": right, "option_nll": options}
+                results[i] |= {"prediction": prediction, "score": right, "option_nll": nll}
         done += len(batch)
         on_done(done)
     return results
 
 
+def _loss(row: ScoredRow, reply: Likelihood) -> dict[str, Any]:
+    tokens = row.reply.scored()
+    return {"loss": reply.nll / tokens, "tokens": tokens}
+
+
 def _judged(
-    room: _Room, task: TaskConfig, rows: Sequence[_Row], texts: Sequence[str], on_progress: Progress
+    room: _Room, task: TaskConfig, rows: Sequence[ScoredRow], texts: Sequence[str], on_progress: Progress
 ) -> list[dict[str, Any]]:
     """The score of each text, and of a judge what it said."""
     metric, judge = metric_of(task.metric), room.settings.judge
@@ -255,33 +172,69 @@ def _judged(
     return [{"score": one.score, "judge": one.reply} for one in verdicts]
 
 
-def _generate(room: _Room, rows: Sequence[_Row], max_new_tokens: int, on_done: Callable[[int], None]) -> list[str]:
-    """The greedy reply to each row's prompt, without special tokens."""
-    config = _greedy(room, rows, max_new_tokens)
-    texts = [""] * len(rows)
+def _replies(
+    room: _Room, rows: Sequence[ScoredRow], limit: int, on_done: Callable[[int], None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Loss of each row's reply, and the greedy reply of at most `limit` tokens to its prompt, without special tokens.
+    `on_done` gets the rows scored plus the rows generated."""
+    ends = _ends(room, rows)
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    written: list[list[int]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):
-        prompts = [rows[i].prompt for i in batch]
-        ids = pad(prompts, config.pad_token_id, "left", room.model.device)
-        mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left", room.model.device)
-        whole = room.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-        written = room.tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, written, strict=True):
-            texts[i] = text.strip()
+        found, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
+        for i, reply in zip(batch, found, strict=True):
+            results[i], written[i] = _loss(rows[i], reply), _foreseen(rows[i], reply, limit, ends)
         done += len(batch)
         on_done(done)
-    return texts
+        _finish(room, rows, batch, written, begun, limit, ends)
+        done += len(batch)
+        on_done(done)
+    texts = room.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return results, [text.strip() for text in texts]
 
 
-def _greedy(room: _Room, rows: Sequence[_Row], max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that stops at every token that ends a turn."""
+def _foreseen(row: ScoredRow, reply: Likelihood, limit: int, ends: Collection[int]) -> list[int]:
+    """How greedy decoding begins, as the likeliest tokens in the places of the right reply's tell: with these as long
+    as they are right, and with the first that is another, or that ends the reply."""
+    start = len(row.prompt)
+    scored = sum(label != IGNORED for label in row.reply.labels[max(1, start) :])
+    found: list[int] = []
+    for token, right in zip(reply.likeliest[len(reply.likeliest) - scored :], row.reply.ids[start:], strict=False):
+        found.append(token)
+        if token != right or token in ends or len(found) == limit:
+            break
+    return found
+
+
+def _finish(
+    room: _Room,
+    rows: Sequence[ScoredRow],
+    batch: Sequence[int],
+    written: list[list[int]],
+    begun: Begun,
+    limit: int,
+    ends: Collection[int],
+) -> None:
+    """Write what is not foreseen of a batch's replies. `begun`: what their likelihoods left."""
+    places = [
+        place
+        for place, i in enumerate(batch)
+        if len(written[i]) < limit and not (written[i] and written[i][-1] in ends)
+    ]
+    if not places:
+        return
+    todo = [batch[place] for place in places]
+    openings = [Opening(rows[i].prompt, written[i], limit - len(written[i])) for i in todo]
+    surplus = [rows[i].reply.last_label() - len(rows[i].prompt) - len(written[i]) + 1 for i in todo]
+    foreseen = all(written[i] for i in todo)  # not so where a row was cut before its reply
+    kept = cut_back(room.model, begun, places, surplus) if foreseen else None
+    for i, more in zip(todo, greedy(room.model, openings, ends, kept), strict=True):
+        written[i] = written[i] + more
+
+
+def _ends(room: _Room, rows: Sequence[ScoredRow]) -> set[int]:
+    """Every token that ends a turn."""
     configured = room.model.generation_config.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [configured]) - {None}
-    ends |= {room.tokenizer.eos_token_id, *(row.end_of_turn for row in rows)}
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=room.tokenizer.pad_token_id,
-    )
+    ends = set(configured if isinstance(configured, list) else [configured])
+    return (ends | {room.tokenizer.eos_token_id, *(row.end_of_turn for row in rows)}) - {None}

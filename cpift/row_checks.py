@@ -300,7 +300,7 @@ def _learnt(example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -
 def _check_test(
     found: RowChecks, task: TaskConfig, settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    from cpift.evaluate import check_rows
+    from cpift.scored_rows import check_rows
 
     try:
         found.scored = max(found.scored, check_rows(tokenizer, [task], settings, SAMPLE))

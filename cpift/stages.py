@@ -50,9 +50,9 @@ def _fit_spec(
 
 def check_data(run: Pipeline, base: Model) -> None:
     """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
-    from cpift.evaluate import check_rows
     from cpift.models import load_tokenizer
     from cpift.row_checks import check_train_rows
+    from cpift.scored_rows import check_rows
 
     tokenizer = load_tokenizer(base.path)
     check_train_rows(run.config, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,26 @@ _THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", 
 UNCUT = 1 << 30  # a `max_length` of no row
 IGNORED = -100  # the label that cross entropy leaves out
 _MARK = "\ue000reply\ue001"  # private-use characters, so that no template treats them specially
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Token ids, and labels of the same length: the id itself where the model is scored on it, −100 elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+    def first_label(self) -> int:
+        """Index of the first scored token."""
+        return next(i for i, label in enumerate(self.labels) if label != IGNORED)
+
+    def last_label(self) -> int:
+        """Index of the last scored token."""
+        return max(i for i, label in enumerate(self.labels) if label != IGNORED)
+
+    def scored(self) -> int:
+        """Number of tokens that are scored. The first token is never: nothing predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:

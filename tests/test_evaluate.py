@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from cpift.data import load_examples
 from cpift.errors import DataError
 from cpift.evaluate import TaskScore, evaluate_model
 from cpift.examples import Example, Message
-from cpift.likelihood import Labelled, sequence_nll
+from cpift.likelihood import likelihoods
 from cpift.models import load_model, load_tokenizer, materialise
 from cpift.text_metrics import rouge_l, same_final_number
-from cpift.tokens import IGNORED, tokenise
+from cpift.tokens import IGNORED, Labelled, tokenise
+
+from . import test_families as families
 
 CHAT = [
     {"messages": [("user", "2+2="), ("assistant", "4")], "answer": "4"},
@@ -149,6 +152,44 @@ def test_generated_text_equals_the_reference(model_path: Path, tmp_path: Path, m
     assert score.score, "the model was trained on these rows: with no reply right this test would mean nothing"
 
 
+# Full attention, windows shorter than a row, positions without ids, and a recurrent layer.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "sliding_window": 20, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "bloom": {},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_cache_equals_the_reference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shared, padded within a row, or taken out of a batch changes no reply and no likelihood."""
+    monkeypatch.setitem(families.FAMILIES, family, FAMILIES[family])
+    path = families.make_family(family, tmp_path / "model")
+    tasks = [task(tmp_path, CHAT, "number", max_new_tokens=9), task(tmp_path, CHOICES, "choice")]
+    found = evaluate_model(path, tasks, EvaluationConfig(precision="float32"))
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    for example, row in zip(load_examples(tasks[0].test), found["number"].examples, strict=True):
+        assert row["prediction"] == greedy_reference(path, example, 9)
+    for example, row in zip(load_examples(tasks[1].test), found["choice"].examples, strict=True):
+        encoded = [tokenise(with_reply(example, choice), tokenizer, 256) for choice in example.choices]
+        starts = [prompt_length(one["labels"]) for one in encoded]
+        labels = [[IGNORED] * start + one["labels"][start:] for one, start in zip(encoded, starts, strict=True)]
+        wanted = [reference_nll(model, one["input_ids"], own) for one, own in zip(encoded, labels, strict=True)]
+        assert row["option_nll"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_reply_that_is_cut_off_is_generated_whole(model_path: Path, tmp_path: Path) -> None:
+    """Of a later turn no token lies within max_length, so nothing tells how the reply begins."""
+    config = task(tmp_path, [CHAT[0], CHAT[2]], "number", max_new_tokens=12)
+    ids = tokenise(load_examples(config.test)[1], load_tokenizer(model_path), 256)
+    settings = EvaluationConfig(precision="float32", max_length=prompt_length(ids["labels"]))
+    found = evaluate_model(model_path, [config], settings)["number"]
+    assert [row["prediction"] for row in found.examples] == [
+        greedy_reference(model_path, example, 12) for example in load_examples(config.test)
+    ]
+
+
 def test_sampling_preferences_of_the_checkpoint_are_ignored(model_path: Path, tmp_path: Path) -> None:
     config = task(tmp_path, CHAT, "rouge", max_new_tokens=12)
     plain = evaluate_model(model_path, [config], EvaluationConfig(precision="float32"))["rouge"]
@@ -241,7 +282,7 @@ def test_a_shared_prefix_changes_nothing(model_path: Path) -> None:
         [labelled([9, 9, 9, 1], 1), labelled([9, 9, 9, 2], 3), labelled([9, 9, 9, 2], 3)],
     ]
     with torch.no_grad():
-        found = sequence_nll(model, groups)
+        found = [[one.nll for one in group] for group in likelihoods(model, groups)]
         expected = [[reference_nll(model, one.ids, one.labels) for one in group] for group in groups]
     for got, wanted in zip(found, expected, strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)

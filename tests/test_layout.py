@@ -102,6 +102,8 @@ LAYERS = [
         "models",
         "pretrained",
         "likelihood",
+        "generation",
+        "scored_rows",
         "judge",
         "standard_benchmarks",
         "task_files",
