@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift import pretrained
+from cpift.chat_templates import TEMPLATES
 from cpift.config import ModelConfig
 from cpift.config_inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
@@ -111,9 +112,10 @@ def decisive_files(path: Path) -> list[Path]:
 
 def source_files(model: ModelConfig) -> list[Path]:
     """The files on this machine that decide θ0; of a model on the hub none, for its commit names it."""
+    template = [Path(model.chat_template)] if model.chat_template and model.chat_template not in TEMPLATES else []
     if model.path is not None:
-        return decisive_files(model.path)
-    return [gguf_path(model.gguf)] if model.gguf is not None else []
+        return [*decisive_files(model.path), *template]
+    return [*([gguf_path(model.gguf)] if model.gguf is not None else []), *template]
 
 
 def check_dense(network: PreTrainedModel) -> None:

@@ -148,6 +148,14 @@ class ScratchModel(Section):
         return 259 * hidden + self.layers * (4 * hidden**2 + 3 * hidden * self.intermediate_size + 2 * hidden) + hidden
 
 
+def _argument(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in _NO_ARGUMENTS or name.endswith("_token"):
+        raise ValueError(f"{name!r} is no variable that a chat template may be given here")
+    return name
+
+
+_NO_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+Argument = Annotated[str, AfterValidator(_argument)]
 _MODELS = ("path", "hub", "gguf", "scratch")
 
 
@@ -173,6 +181,17 @@ class ModelConfig(Section):
         "auto",
         **identity("model"),
         description="dtype that checkpoints are kept in; auto = θ0's own, GGUF: bfloat16",
+    )
+
+    chat_template: str | None = Field(
+        None,
+        **identity("model", by="its text", absent=None),
+        description="chatml, llama3, alpaca or a file in jinja, for a model that has none; it is in every output",
+    )
+    chat_template_kwargs: dict[Argument, bool | int | float | str] = Field(
+        **identity("model", by="themselves", absent={}),
+        default_factory=dict,
+        description="variables of the chat template, for example enable_thinking: false; set in every output",
     )
 
     @model_validator(mode="after")

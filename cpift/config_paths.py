@@ -18,11 +18,12 @@ from cpift.redaction import is_prose
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 Kind = Literal["model", "rows", "place", "source"]
 # Every field that holds a path; `*`: any number of the list. Inputs (a model, rows) start from the config's folder and
-# have to be there; a place is where results go, as it is; a source is an input if there is such a folder, otherwise a
-# word or a hub id.
+# have to be there; a place is where results go, as it is; a source is an input if there is such a file or folder,
+# otherwise a word or a hub id.
 PATHS: Mapping[str, Kind] = {
     "model.path": "model",
     "model.gguf.file": "model",
+    "model.chat_template": "source",
     "tasks.*.checkpoint.path": "model",
     "tasks.*.train.file": "rows",
     "tasks.*.test.file": "rows",

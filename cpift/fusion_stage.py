@@ -19,6 +19,7 @@ from cpift.fusion import Fusion, FusionInputs
 from cpift.given import backbone_apart, has_apart, model_files, open_checkpoint, open_models
 from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Materials, method_named
+from cpift.models import configured_template
 from cpift.regions import SUMMARY, Streaming, write_regions
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.tokenizer_files import TEMPLATE, shared_template
@@ -77,7 +78,8 @@ def fuse_models(
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
-    if template := shared_template(backbone.path, [model.path for model in artifacts.tuned.values()]):
+    tunes = [model.path for model in artifacts.tuned.values()]
+    if template := configured_template(config.model) or shared_template(backbone.path, tunes):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
     described = describe_inputs(artifacts, backbone, hashed=config.resources.verify)
     _require_same_bytes(artifacts.regions.path / INPUTS_RECORD, described, artifact)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift import pretrained
+from cpift.chat_templates import check_template
+from cpift.chat_templates import decided_by as template_decided_by
 from cpift.checkpoint_checks import check_checkpoint, check_dense, check_gguf, decisive_files, gguf_path
 from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig
@@ -26,6 +28,19 @@ from cpift.gguf_files import read_gguf
 from cpift.hub import cached_folder, download, resolve_revision
 from cpift.layout import key_mapping, require_trainable
 from cpift.model_sizes import gguf_problems, memory_problem
+from cpift.model_tokenizer import checked_tokenizer, load_tokenizer, read_gguf_tokenizer
+
+__all__ = [
+    "SOURCES",
+    "Source",
+    "check_model",
+    "configured_template",
+    "load_model",
+    "load_tokenizer",
+    "materialise",
+    "model_fingerprint",
+    "source_of",
+]
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +50,14 @@ if TYPE_CHECKING:
 def model_fingerprint(model: ModelConfig) -> str:
     """sha256 (hex) of what decides θ0: file contents, hub id and commit, or the scratch fields; and the dtype kept."""
     digest = hashlib.sha256(f"dtype={model.dtype}\n".encode())
-    for line in source_of(model).decided_by():
+    for line in (*source_of(model).decided_by(), *template_decided_by(model)):
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
     """What can be found wrong with θ0 without reading its weights; empty if nothing is. Needs no network."""
-    return source_of(model).check()
+    return [*source_of(model).check(), *check_template(model)]
 
 
 def materialise(model: ModelConfig, out: Path) -> None:
@@ -84,40 +99,22 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     return _checked_network(loaded, path)
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a local directory; it has a chat template and a padding token.
-
-    Raises:
-        CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
-    """
-    with _tokenizer_errors(path):
-        tokenizer = pretrained.load_tokenizer(path)
-    return _checked_tokenizer(tokenizer, str(path))
-
-
-def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, of a GGUF file."""
-    with _tokenizer_errors(file):
-        tokenizer = pretrained.load_gguf_tokenizer(file)
-    return _checked_tokenizer(tokenizer, str(file))
-
-
-def _load_directory(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    network = load_model(path, None if dtype == "auto" else _torch_dtype(dtype, "float32"))
+def _load_directory(path: Path, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    network = load_model(path, None if model.dtype == "auto" else _torch_dtype(model.dtype, "float32"))
     require_trainable(path)  # of a hub's repository it shows only now
-    return network, load_tokenizer(path)
+    return network, load_tokenizer(path, model)
 
 
-def _load_gguf(gguf: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(gguf: GgufFile, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     file = gguf_path(gguf)
     with pretrained.no_progress_bars(), _checkpoint_errors(file):
-        loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(dtype, "bfloat16"))
+        loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(model.dtype, "bfloat16"))
     network = _checked_network(loaded, file)
     # The weights are dense now; transformers refuses to save a model that still says it is quantised.
     for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
         if hasattr(holder, name):
             delattr(holder, name)
-    return network, _checked_tokenizer(tokenizer, str(file))
+    return network, checked_tokenizer(tokenizer, str(file), model)
 
 
 def _torch_dtype(name: str, auto: str) -> torch.dtype:
@@ -126,20 +123,6 @@ def _torch_dtype(name: str, auto: str) -> torch.dtype:
     dtype = getattr(torch, auto if name == "auto" else name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _checked_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    problems = []
-    if tokenizer.chat_template is None:
-        remedy = "use an instruction-tuned checkpoint, or add chat_template.jinja beside its tokenizer"
-        problems.append(Problem(where, "the tokenizer has no chat template", remedy))
-    if tokenizer.eos_token_id is None:
-        problems.append(Problem(where, "the tokenizer has no end-of-sequence token", "set eos_token"))
-    if problems:
-        raise CheckpointError("tokenizer", problems)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrainedModel:
@@ -156,19 +139,6 @@ def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrai
 
 
 @contextlib.contextmanager
-def _tokenizer_errors(path: Path) -> Iterator[None]:
-    """The libraries that read a tokenizer's files raise what they like, bare Exception too."""
-    try:
-        yield
-    except CpiftError:
-        raise
-    except Exception as error:
-        what = f"its tokenizer cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        remedy = "restore tokenizer.json and tokenizer_config.json, or save them with the transformers of the model"
-        raise CheckpointError(f"model {path}", [Problem(str(path), what, remedy)]) from error
-
-
-@contextlib.contextmanager
 def _checkpoint_errors(path: Path) -> Iterator[None]:
     """What loads a model reads files of others and raises whatever it meets in them."""
     try:
@@ -178,6 +148,17 @@ def _checkpoint_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         what = str(error).strip() or type(error).__name__
         raise CheckpointError(f"model {path}", [Problem(str(path), what, "restore the file")]) from error
+
+
+def configured_template(model: ModelConfig) -> str | None:
+    """The chat template of every output where the config says one or sets its variables; None where it says nothing.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    if model.chat_template is None and not model.chat_template_kwargs:
+        return None
+    tokenizer = source_of(model).tokenizer()
+    return None if tokenizer is None else str(tokenizer.chat_template)
 
 
 class Source(ABC):
@@ -224,13 +205,13 @@ class _Folder(Source):
         return check_checkpoint(self.given, "model.path")
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return _load_directory(self.given, self.model.dtype)
+        return _load_directory(self.given, self.model)
 
     def parameters(self) -> int:
         return Checkpoint(self.given).numel
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.given)
+        return load_tokenizer(self.given, self.model)
 
     @property
     def told(self) -> str:
@@ -249,11 +230,11 @@ class _Hub(Source):
         folder = download(self.given, self.model.revision)
         if problems := check_checkpoint(folder, "model.hub"):
             raise CheckpointError(f"model {self.given}", problems)
-        return _load_directory(folder, self.model.dtype)
+        return _load_directory(folder, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         folder = cached_folder(self.given, self.model.revision)
-        return None if folder is None else load_tokenizer(folder)
+        return None if folder is None else load_tokenizer(folder, self.model)
 
     @property
     def told(self) -> str:
@@ -272,10 +253,11 @@ class _Gguf(Source):
         return check_gguf(self.given) or gguf_problems(gguf_path(self.given), "model.gguf.file")
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return _load_gguf(self.given, self.model.dtype)
+        return _load_gguf(self.given, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_gguf_tokenizer(gguf_path(self.given))
+        file = gguf_path(self.given)
+        return checked_tokenizer(read_gguf_tokenizer(file), str(file), self.model)
 
     def parameters(self) -> int:
         return read_gguf(gguf_path(self.given)).parameters
@@ -311,7 +293,7 @@ class _Scratch(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from cpift.scratch import make_scratch_tokenizer
 
-        return make_scratch_tokenizer(self.given)
+        return checked_tokenizer(make_scratch_tokenizer(self.given), "model.scratch", self.model)
 
     @property
     def told(self) -> str:

@@ -74,6 +74,7 @@ def _of_model(error: CheckpointError) -> list[Problem]:
 
 def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | None) -> list[Any] | None:
     """Everything that decides `_look`, as JSON; None where that is not on this machine, or cannot be read."""
+    from cpift.chat_templates import decided_by
     from cpift.given import quick_fingerprint
     from cpift.models import source_of
 
@@ -83,10 +84,11 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     try:
         model = list(source_of(config.model).decided_by()) if folder is None else quick_fingerprint(folder)
         rows = [source_fingerprint(source) for source in sources]
+        template = list(decided_by(config.model))
     except (CpiftError, OSError):
         return None  # `_look` and `check_task` say what is wrong
     fields = config.model_dump(mode="json", exclude={"name", "output"})
-    return [model, str(folder), rows, fields, stage, scored]
+    return [model, str(folder), rows, fields, stage, scored, template]
 
 
 def _holds(found: Mapping[str, Any]) -> bool:
@@ -160,7 +162,8 @@ def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedToken
     """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
     from cpift.models import load_tokenizer, source_of
 
-    return source_of(config.model).tokenizer() if folder is None else load_tokenizer(folder)
+    made = folder is not None and config.model.path is None and config.model.hub is None
+    return load_tokenizer(folder) if made and folder is not None else source_of(config.model).tokenizer()
 
 
 def _check_model(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpift.artifacts import Artifact
+from cpift.chat_templates import decided_by
 from cpift.checkpoint_checks import source_files
 from cpift.config import (
     CheckpointConfig,
@@ -190,13 +191,19 @@ class StageArtifacts:
         if not self.config.fusion.isolates:
             return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
-        fields = identity_of(self.config.fusion, "fuse")
+        fields = identity_of(self.config.fusion, "fuse") | self._template_fields
         if entry(CONFLICTS, self.config.fusion.conflict, "fusion.conflict").by_stage:
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
 
+    @cached_property
+    def _template_fields(self) -> dict[str, Any]:
+        """The chat template that the config says; θ0's copy has it, models that are read where they lie have not."""
+        lines = list(decided_by(self.config.model))
+        return {"chat template": lines} if lines else {}
+
     def _merged(self) -> Artifact:
-        fields = identity_of(self.config.fusion, "merge")
+        fields = identity_of(self.config.fusion, "merge") | self._template_fields
         if method_named(fields["method"]).seeded:
             fields["seed"] = self.config.seed
         return self.artifact("fuse", fields["method"], {"model": self.base.fingerprint} | self._probe_inputs, fields)
@@ -214,6 +221,7 @@ class StageArtifacts:
             f"data {task.name}": self._data(task.name, "test", task.test_data) for task in tasks
         }
         fields = identity_of(self.config.evaluation, "evaluate") | {"threads": self.config.resources.threads}
+        fields |= self._template_fields
         fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
         return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)
 

@@ -18,10 +18,11 @@ from cpift.errors import entry
 from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, STEPS_PER, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fuse_models
-from cpift.given import open_models
+from cpift.given import model_files, open_models
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.regions import Streaming, read_summary, write_regions
 from cpift.row_use import told
+from cpift.tokenizer_files import TEMPLATE, chat_template
 
 if TYPE_CHECKING:
     from cpift.pipeline import Model, Pipeline
@@ -50,25 +51,36 @@ def _fit_spec(
 
 def check_data(run: Pipeline, base: Model) -> None:
     """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
-    from cpift.models import load_tokenizer
+    from cpift.models import load_tokenizer, source_of
     from cpift.row_checks import check_train_rows
     from cpift.scored_rows import check_rows
 
-    tokenizer = load_tokenizer(base.path)
+    in_place = run.artifacts.in_place and source_of(run.config.model).tokenizer()
+    tokenizer = in_place or load_tokenizer(base.path)
     check_train_rows(run.config, tokenizer)
     check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
 
 
 def loadable(run: Pipeline, model: Model, artifact: Artifact) -> Path:
-    """The folder that an evaluation loads: the model's own; of an adapter the model it makes of θ0, written into the
-    work folder of the scores."""
-    if not (model.path / ADAPTER_CONFIG).is_file():
+    """The folder that an evaluation loads: the model's own; in the work folder of the scores an adapter as the model it
+    makes of θ0, and a given model with the run's chat template where that is not its own."""
+    from cpift.models import configured_template
+
+    template, adapter = configured_template(run.config.model), (model.path / ADAPTER_CONFIG).is_file()
+    other = template is not None and chat_template(model.path) != template
+    if not adapter and not other:
         return model.path
-    pretrained, opened = open_models(run.artifacts.base.path, {model.title: model.path})
     folder = artifact.work_dir / "model"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_plain(opened[model.title], pretrained, folder)
+    if adapter:
+        pretrained, opened = open_models(run.artifacts.base.path, {model.title: model.path})
+        write_plain(opened[model.title], pretrained, folder)
+    else:
+        for file in (file for file in model_files(model.path) if file.name != TEMPLATE):
+            (folder / file.name).symlink_to(file.resolve())
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
     return folder
 
 

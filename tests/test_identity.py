@@ -199,6 +199,8 @@ OTHER: dict[str, Any] = {
     "tasks.0.train.procedural": "spelling",
     "model.scratch.hidden_size": 72,
     "model.scratch.heads": 2,
+    "model.chat_template": "chatml",
+    "model.chat_template_kwargs": {"enable_thinking": False},
     "probe.lora": None,
     "evaluation.judge": None,
     "evaluation.judge.key_variable": "JUDGE_API_KEY",

@@ -186,7 +186,7 @@ def test_no_directory(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_chat_template(copy: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").unlink()
-    with pytest.raises(CheckpointError, match="has no chat template → use an instruction-tuned checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no chat template → set model\.chat_template to one of chatml"):
         materialise(ModelConfig(path=copy), tmp_path / "out")
 
 

@@ -103,7 +103,9 @@ def test_what_a_config_may_say_is_what_the_tables_hold() -> None:
 
 
 def test_sources_and_judged_models_are_tables_too() -> None:
-    assert set(models.SOURCES) == set(ModelConfig.model_fields) - {"revision", "dtype"}
+    assert set(models.SOURCES) == set(ModelConfig.model_fields) - {
+        *("revision", "dtype", "chat_template", "chat_template_kwargs")
+    }
     others = {"subset", "split", "revision", "size", "seed", "limit", "streaming", "columns", "data_files"}
     assert set(row_sources.ROWS) == set(DataSource.model_fields) - others
     assert set(baselines.JUDGED) == set(get_args(baselines.Judged))
