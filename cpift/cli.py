@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_schema
+from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_init, cli_schema
 from cpift.cli_group import Commands
 from cpift.errors import CpiftError, told
 from cpift.redaction import redacted
@@ -39,7 +39,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Fine-tune one language model on many tasks without the seesaw (CPI-FT).\n\n"
-    "A run is one YAML file. Start with [bold]cpift plan CONFIG[/], then [bold]cpift run CONFIG[/]: it trains a probe "
+    "A run is one YAML file. [bold]cpift init DATA --model MODEL[/] writes one from your data. [bold]cpift plan "
+    "CONFIG[/] says what it takes, [bold]cpift run CONFIG[/] does it: it trains a probe "
     "a task, finds each task's core region, groups the tasks, trains a backbone, fuses, integrates, evaluates and "
     "writes a report.\n\nEvery stage is cached by what it depends on: the same command again does nothing, and after a "
     "crash it goes on.",
@@ -70,6 +71,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+cli_init.register(app, "Everything")
 
 
 def _load(

@@ -72,6 +72,17 @@ def download(repository: str, revision: str | None) -> Path:
         raise HubError(f"hub: model {repository!r} at {commit}: {_said(error)}") from error
 
 
+def fetch_small_files(repository: str, commit: str) -> Path:
+    """As `download`, of a commit and without the weights."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [pattern for pattern in HUB_PATTERNS if pattern != "*.safetensors"]
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+    except Exception as error:  # as above
+        raise HubError(f"hub: model {repository!r} at {commit}: {_said(error)}") from error
+
+
 def cached_folder(repository: str, revision: str | None) -> Path | None:
     """`snapshot`, if all that a tokenizer needs is there."""
     folder = snapshot(repository, revision)

@@ -144,6 +144,11 @@ LAYERS = [
         "pipeline",
         "planning",
         "needs",
+        "init_files",
+        "init_model",
+        "init_others",
+        "init_rows",
+        "init_run",
         "preflight",
         "row_checks",
         "shared_rows",
@@ -179,6 +184,7 @@ LAYERS = [
         "cli_compare",
         "cli_data",
         "cli_group",
+        "cli_init",
         "cli_schema",
         "cli",
     },
@@ -249,5 +255,7 @@ def test_the_wheel_holds_both_packages(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {f"cpift/{path.name}" for path in (ROOT / "cpift").glob("*.py")}
     sources |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels" / "cpift_kernels").rglob("*.py")}
+    sources |= {f"cpift/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    sources |= {f"cpift/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
     assert sources <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
