@@ -40,6 +40,11 @@ class Example:
         return self.messages[:-1]
 
     @property
+    def distinct(self) -> tuple[Message, ...]:
+        """By which rows are told apart when some are kept for testing: the prompt, of a plain text the text."""
+        return self.messages if self.plain else self.prompt
+
+    @property
     def reply(self) -> str:
         return self.messages[-1].content
 

@@ -16,8 +16,7 @@ from cpift.examples import Example
 
 def held_key(example: Example, seed: int) -> int:
     """The hash of a row's prompt, of a plain text that of the text; 128 bits."""
-    shown = example.messages if example.plain else example.prompt
-    text = json.dumps([seed, [[turn.role, turn.content] for turn in shown], example.tools])
+    text = json.dumps([seed, [[turn.role, turn.content] for turn in example.distinct], example.tools])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 

@@ -63,7 +63,7 @@ class Look:
         if example.reply in self.replies or len(self.replies) <= _FEW:
             self.replies[example.reply] += 1
         if len(self.prompts) < 2:
-            self.prompts.add(hash(example.prompt or example.messages))
+            self.prompts.add(hash(example.distinct))
         if self.longest is None or size_of(example) > size_of(self.longest):
             self.longest = example
         if len(self.sample) < _SAMPLE:

@@ -22,7 +22,7 @@ class SharedRows:
 
     def see(self, task: str, split: str, example: Example) -> None:
         """Look at a row of a task's `test` or `train`."""
-        key = hash((tuple((turn.role, turn.content) for turn in example.prompt), example.tools))
+        key = hash((tuple((turn.role, turn.content) for turn in example.distinct), example.tools))
         if split == "test":
             self._tests[key][task] += 1
             self._sizes[task] += 1

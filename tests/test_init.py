@@ -62,7 +62,7 @@ TASKS: dict[str, tuple[Rows, str, str, dict[str, Any]]] = {
     "sums": ([{"question": f"{i}+1?", "answer": i + 1} for i in range(40)],
              "prompt and completion ({question}, {answer})", "number",
              {"prompt": "{question}", "completion": "{answer}"}),
-    "gsm": ([{"question": f"{i}+1?", "answer": f"{text} #### {i + 1}"} for i, text in enumerate(LONG)],
+    "gsm": ([{"question": f"{i}+1 with words?", "answer": f"{text} #### {i + 1}"} for i, text in enumerate(LONG)],
             "prompt and completion ({question}, {answer})", "number",
             {"prompt": "{question}", "completion": "{answer}"}),
     "mood": ([{"text": f"it is {i}", "label": ("good", "bad", "neither: no")[i % 3]} for i in range(60)],
@@ -71,10 +71,10 @@ TASKS: dict[str, tuple[Rows, str, str, dict[str, Any]]] = {
     "mmlu": ([{"question": f"q{i}", "choices": options(i), "answer": i % 4, "subject": "x"} for i in range(40)],
              "prompt and completion ({question}, {choices}, {answer})", "choice",
              {"prompt": "{question}", "choices": "{choices}", "answer": "{answer}"}),
-    "arc": ([{"id": i, "question": f"q{i}", "choices": {"text": options(i), "label": list("1234")}, "answerKey": "2"}
+    "arc": ([{"id": i, "question": f"r{i}", "choices": {"text": options(i), "label": list("1234")}, "answerKey": "2"}
              for i in range(40)], "prompt and completion ({question}, {choices}, {answerKey})", "choice",
             {"prompt": "{question}", "choices": "{choices}", "answer": "{answerKey}"}),
-    "letters": ([{"question": f"q{i}", **dict(zip("ABCD", options(i), strict=True)), "answer": "ABCD"[i % 4]}
+    "letters": ([{"question": f"s{i}", **dict(zip("ABCD", options(i), strict=True)), "answer": "ABCD"[i % 4]}
                  for i in range(40)], "prompt and completion ({question}, {A} {B} {C} {D}, {answer})", "choice",
                 {"prompt": "{question}", "choices": "{A}\n{B}\n{C}\n{D}", "answer": "{answer}"}),
     "passages": ([{"context": text, "question": f"q{i}?", "answer": f"a {i} b"} for i, text in enumerate(LONG)],
