@@ -292,6 +292,12 @@ class Holdout(Section):
 
     rows: int = Field(**identity(*ROWS, by="the rows"), ge=1, description="how many, at least")
     seed: Seed = Field(0, **identity(*ROWS, by="the rows"), description="decides which")
+    max_characters: int | None = Field(
+        None,
+        **identity(*ROWS, by="the rows"),
+        ge=1,
+        description="of rows that are not longer: what is scored has to fit into the model as it is",
+    )
 
 
 class HeldSource(DataSource):

@@ -67,17 +67,20 @@ def read_examples(source: DataSource) -> Iterator[Example]:
         yield from _read(source)
         return
     last = _last_held(source)
-    yield from (one for one in _read(source) if (held_key(one, source.holdout.seed) <= last) is source.held)
+    for example in _read(source):
+        key = held_key(example, source.holdout)
+        if (key is not None and key <= last) is source.held:
+            yield example
 
 
 def _last_held(source: HeldSource) -> int:
     """Up to which key rows are held out; remembered, for every split of a task asks."""
     where = digest([rows_of(source).decided_by(), source.limit, source.columns, source.holdout.model_dump()])
     if where not in _HELD:
-        wanted, keys = source.holdout.rows, (held_key(one, source.holdout.seed) for one in _read(source))
+        wanted, keys = source.holdout.rows, (held_key(one, source.holdout) for one in _read(source))
         last, rows = last_held(keys, wanted)
         if last is None:
-            what = f"{wanted:,} of {rows:,} rows would be held out, and none be left to train on"
+            what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
             raise DataError(
                 rows_of(source).told, [Problem("holdout.rows", what, "give fewer, or rows of other prompts")]
             )

@@ -11,25 +11,33 @@ import heapq
 import json
 from collections.abc import Iterable
 
+from cpift.config_inputs import Holdout
 from cpift.examples import Example
+from cpift.row_shapes import size_of
 
 
-def held_key(example: Example, seed: int) -> int:
-    """The hash of a row's prompt, of a plain text that of the text; 128 bits."""
-    text = json.dumps([seed, [[turn.role, turn.content] for turn in example.distinct], example.tools])
+def held_key(example: Example, holdout: Holdout) -> int | None:
+    """The hash of a row's prompt, of a plain text that of the text; 128 bits. None for a row that is never held out."""
+    if holdout.max_characters is not None and size_of(example) > holdout.max_characters:
+        return None
+    text = json.dumps([holdout.seed, [[turn.role, turn.content] for turn in example.distinct], example.tools])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
-def last_held(keys: Iterable[int], rows: int) -> tuple[int | None, int]:
-    """The lowest key up to which there are `rows` rows, None where no row is beyond it; and the number of all rows.
+def last_held(keys: Iterable[int | None], rows: int) -> tuple[int | None, int]:
+    """The lowest key up to which there are `rows` rows, None where there are too few or no other is left; and how many
+    rows could be held out.
 
     At most `rows` keys are kept.
     """
     counts: dict[int, int] = {}  # of the lowest keys seen so far
     highest: list[int] = []  # these keys, negative, as a heap
-    total = 0
+    total = others = 0
     for key in keys:
-        total += 1
+        total += key is not None
+        others += key is None
+        if key is None:
+            continue
         if key in counts:
             counts[key] += 1
         elif len(highest) < rows:
@@ -42,5 +50,5 @@ def last_held(keys: Iterable[int], rows: int) -> tuple[int | None, int]:
     for key in sorted(counts):
         held += counts[key]
         if held >= rows:
-            return (key if held < total else None), total
+            return (key if held < total + others else None), total
     return None, total

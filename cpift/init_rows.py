@@ -17,7 +17,6 @@ from cpift.examples import Example, RowError, parse_row
 from cpift.metrics import METRICS, right_answer
 from cpift.row_formats import format_of
 from cpift.row_kinds import CONTEXTS, PROMPTS, columns_for, kind_of
-from cpift.row_shapes import size_of
 from cpift.row_sources import rows_of
 from cpift.text_metrics import words
 
@@ -49,7 +48,6 @@ class Look:
     replies: Counter[str] = field(default_factory=Counter)  # of up to _FEW + 1 different ones
     prompts: set[int] = field(default_factory=set)  # hashes of two different ones, if there are two
     sample: list[Example] = field(default_factory=list)
-    longest: Example | None = None
 
     def add(self, example: Example, chance: random.Random) -> None:
         """Count a row; of all rows an even sample is kept."""
@@ -64,8 +62,6 @@ class Look:
             self.replies[example.reply] += 1
         if len(self.prompts) < 2:
             self.prompts.add(hash(example.distinct))
-        if self.longest is None or size_of(example) > size_of(self.longest):
-            self.longest = example
         if len(self.sample) < _SAMPLE:
             self.sample.append(example)
         elif (place := chance.randrange(self.rows)) < _SAMPLE:
@@ -80,12 +76,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def look_at(source: DataSource) -> Look:
-    """Read all rows of a source, as the first of `_proposals` that fits its first rows.
+def look_at(source: DataSource, like: Look | None = None) -> Look:
+    """Read all rows of a source, as the first of `_proposals` that fits its first rows; or as those of another one.
 
     Raises DataError where it cannot be read, has no rows, or rows that are no examples; HubError.
     """
-    columns, kind = _columns(source)
+    columns, kind = _columns(source) if like is None else (like.source.columns, "those to train on")
     source = source.model_copy(update={"columns": columns})
     look = Look(source, f"{_format(source)}, read as {kind}", chosen=bool(columns))
     chance = random.Random(0)
@@ -183,38 +179,33 @@ def guess_metric(look: Look) -> Guess:
 
 @dataclass(frozen=True)
 class Lengths:
-    """In tokens, of a sample and of the longest row."""
+    """In tokens, of the sample: rows and replies, each in order."""
 
-    most: int  # of 99 rows in 100
-    longest: int
-    reply: int  # of 95 replies in 100
-    fitted: bool  # whether a tokenizer counted them, not characters
+    rows: list[int]
+    replies: list[int]
+
+    @property
+    def most(self) -> int:
+        """Of 99 rows in 100."""
+        return _at(self.rows, 0.99)
+
+    @property
+    def reply(self) -> int:
+        """Of 95 replies in 100."""
+        return _at(self.replies, 0.95)
 
 
-_CHARACTERS = 3  # of a token, where there is no tokenizer yet
-
-
-def lengths_of(look: Look, tokenizer: PreTrainedTokenizerBase | None) -> Lengths:
+def lengths_of(look: Look, tokenizer: PreTrainedTokenizerBase) -> Lengths:
     """Raises DataError where a row cannot be written in the tokenizer's chat template."""
-    assert look.longest is not None
-    counted = [_lengths(one, tokenizer) for one in [*look.sample, look.longest]]
-    rows, replies = (sorted(part) for part in zip(*counted, strict=True))
-    return Lengths(_at(rows, 0.99), rows[-1], _at(replies, 0.95), tokenizer is not None)
+    from cpift.tokens import UNCUT, tokenise
+
+    rows = [len(tokenise(one, tokenizer, UNCUT)["input_ids"]) for one in look.sample]
+    replies = (tokenizer(one.reply, add_special_tokens=False, verbose=False)["input_ids"] for one in look.sample)
+    return Lengths(sorted(rows), sorted(len(ids) + 1 for ids in replies))
 
 
 def _at(ordered: list[int], share: float) -> int:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _lengths(example: Example, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int]:
-    from cpift.tokens import UNCUT, tokenise
-
-    if tokenizer is None:
-        return size_of(example) // _CHARACTERS + 16, len(example.reply) // _CHARACTERS + 8
-    return (
-        len(tokenise(example, tokenizer, UNCUT)["input_ids"]),
-        len(tokenizer(example.reply, add_special_tokens=False, verbose=False)["input_ids"]) + 1,
-    )
 
 
 def held_out(look: Look) -> int:
@@ -223,4 +214,9 @@ def held_out(look: Look) -> int:
         what = "there is only one row" if look.rows < 2 else "all rows have the same prompt"
         remedy = "give more, or test rows in a file of their own (NAME_train and NAME_test)"
         raise DataError(rows_of(look.source).told, [Problem("rows", f"{what}, so none can be held out", remedy)])
-    return min(400, max(1, look.rows // 5))
+    return share_held(look.rows)
+
+
+def share_held(rows: int) -> int:
+    """A fifth of the rows, at most 400."""
+    return min(400, max(1, rows // 5))

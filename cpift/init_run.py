@@ -12,17 +12,24 @@ from typing import Any
 import yaml
 
 from cpift.config import RunConfig
-from cpift.config_inputs import DataSource
+from cpift.config_evaluation import EvaluationConfig, TaskConfig
+from cpift.config_inputs import DataSource, Holdout
 from cpift.config_loading import parse_config
+from cpift.data import read_examples
 from cpift.errors import ConfigError, CpiftError, DataError, Problem
 from cpift.init_files import Found
 from cpift.init_model import BaseModel
-from cpift.init_rows import Guess, Lengths, Look, guess_metric, held_out, lengths_of, look_at
+from cpift.init_rows import Guess, Lengths, Look, guess_metric, held_out, lengths_of, look_at, share_held
 from cpift.metrics import METRICS
+from cpift.row_shapes import size_of
+from cpift.scored_rows import check_rows
+from cpift.tokens import UNCUT, tokenise
 from cpift.untrusted_yaml import parse_yaml
 
 _MOST_LENGTH = 1024  # tokens of a training row, unless somebody raises it
 _MOST_REPLY = 256  # tokens generated
+_MOST_SCORED = 4096  # tokens of a row that is held out
+_SEEDS = 5  # tried before shorter rows are
 _STEPS = (20, 300)
 _BATCH = 8
 # Up to how many parameters which learning rate, for AdamW on all weights.
@@ -31,36 +38,37 @@ _RATES = ((50_000_000, 1e-3), (2_000_000_000, 1e-4), (math.inf, 2e-5))
 
 @dataclass(frozen=True)
 class Task:
-    """A task as it is written."""
+    """A task as it is written. `scored`: tokens of its longest test row, with what is generated."""
 
     name: str
     train: Look
     test: Look | None
     guess: Guess
     lengths: Lengths
-    holdout: int | None
+    holdout: Holdout | None
+    scored: int
 
     @property
     def rows(self) -> int:
-        return self.train.rows - (self.holdout or 0)
-
-    @property
-    def reply(self) -> int:
-        """`max_new_tokens`."""
-        return min(_MOST_REPLY, _rounded(self.lengths.reply * 1.25, 8))
+        return self.train.rows - (self.holdout.rows if self.holdout else 0)
 
     @property
     def told(self) -> str:
         """What was recognised, for people."""
         file = self.train.source.file
         where = file.name if file is not None else self.train.source.hub
-        split = f"; {self.holdout:,} held out for testing, seed 0" if self.holdout else ""
+        split = f"; {self.holdout.rows:,} held out for testing, seed {self.holdout.seed}" if self.holdout else ""
         split = f"; {self.test.rows:,} for testing" if self.test is not None else split
         return f"{self.name}: {where} is {self.train.title}, {self.train.rows:,} rows{split}"
 
 
 def _rounded(value: float, to: int) -> int:
     return max(to, math.ceil(value / to) * to)
+
+
+def _reply(lengths: Lengths) -> int:
+    """`max_new_tokens`."""
+    return min(_MOST_REPLY, _rounded(lengths.reply * 1.25, 8))
 
 
 def tasks_of(found: Sequence[Found], base: BaseModel) -> list[Task]:
@@ -81,15 +89,59 @@ def tasks_of(found: Sequence[Found], base: BaseModel) -> list[Task]:
 
 def _task(found: Found, base: BaseModel) -> Task:
     train = look_at(found.train)
-    test = None if found.test is None else look_at(found.test.model_copy(update={"columns": train.source.columns}))
-    guess = guess_metric(train)
-    if test is not None and guess_metric(test) != guess:  # what fits the rows that are scored, where options may lack
-        guess = guess_metric(test) if not guess_metric(test).choices else Guess("loss", "replies are of many kinds")
-    lengths = [lengths_of(look, base.tokenizer) for look in (train, test) if look is not None]
-    longest = Lengths(
-        lengths[0].most, max(one.longest for one in lengths), max(one.reply for one in lengths), lengths[0].fitted
+    test = None if found.test is None else look_at(found.test, like=train)
+    guess = guess_metric(train) if test is None else _of_both(train, test)
+    lengths = lengths_of(train, base.tokenizer)
+    task = TaskConfig(
+        name=found.name, train=_with_choices(train, guess), metric=guess.metric, max_new_tokens=_reply(lengths)
     )
-    return Task(found.name, train, test, guess, longest, None if test else held_out(train))
+    if test is not None:
+        task = task.model_copy(update={"test": _with_choices(test, guess)})
+        return Task(found.name, train, test, guess, lengths, None, _longest(task, base))
+    holdout, scored = _fitting(task, train, base)
+    return Task(found.name, train, None, guess, lengths, holdout, scored)
+
+
+def _of_both(train: Look, test: Look) -> Guess:
+    """What fits the test rows; of a list of replies that of the training rows, where they have all."""
+    guess, other = guess_metric(train), guess_metric(test)
+    if guess == other or (guess.choices and set(test.replies) <= set(guess.choices)):
+        return guess
+    return other if not other.choices else Guess("loss", "training and test rows have other replies")
+
+
+def _with_choices(look: Look, guess: Guess) -> DataSource:
+    columns = dict(look.source.columns) | ({"choices": guess.choices} if guess.choices else {})
+    return look.source.model_copy(update={"columns": columns})
+
+
+_ALL = EvaluationConfig(max_length=2**30)
+
+
+def _longest(task: TaskConfig, base: BaseModel) -> int:
+    return check_rows(base.tokenizer, [task], _ALL)
+
+
+def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, int]:
+    """Rows to hold out that the model can be scored on whole, and the most tokens of one."""
+    most = min(base.places or _MOST_SCORED, _MOST_SCORED)
+    for limit in (None, *_limits(train, most, base)):
+        fitting = train.rows if limit is None else sum(size_of(one) <= limit for one in read_examples(task.train_data))
+        rows = held_out(train) if limit is None else share_held(fitting)
+        for seed in range(_SEEDS):
+            holdout = Holdout(rows=rows, seed=seed, max_characters=limit)
+            scored = _longest(task.model_copy(update={"holdout": holdout}), base)
+            if scored <= most:
+                return holdout, scored
+    remedy = "shorten the rows, or give test rows in a file of their own (NAME_train and NAME_test)"
+    raise DataError(task.name, [Problem("rows", f"too many have more than {most} tokens to score on", remedy)])
+
+
+def _limits(train: Look, most: int, base: BaseModel) -> Iterator[int]:
+    """Sizes of rows in characters up to which they may fit into the model, falling."""
+    lengths = ((size_of(one), len(tokenise(one, base.tokenizer, UNCUT)["input_ids"])) for one in train.sample)
+    sizes = sorted(size for size, tokens in lengths if tokens <= most)
+    yield from dict.fromkeys(sizes[int(share * (len(sizes) - 1))] for share in (0.9, 0.7, 0.5, 0.3, 0.1) if sizes)
 
 
 def written(tasks: Sequence[Task], base: BaseModel, out: Path, schema: str, gpus: int) -> str:
@@ -159,15 +211,17 @@ def _task_lines(task: Task, folder: Path) -> Iterator[str]:
     yield f"  - name: {_scalar(task.name)}  # {task.train.title}, {task.train.rows:,} rows"
     yield f"    metric: {task.guess.metric}  # {task.guess.why}"
     if METRICS[task.guess.metric].generates:
-        yield f"    max_new_tokens: {task.reply}  # 95 of 100 replies have at most {task.lengths.reply}"
-    yield f"    train: {_source(task.train.source, task.guess, folder)}"
+        yield f"    max_new_tokens: {_reply(task.lengths)}  # 95 of 100 replies have at most {task.lengths.reply}"
+    yield f"    train: {_source(_with_choices(task.train, task.guess), folder)}"
     if task.test is not None:
-        yield f"    test: {_source(task.test.source, task.guess, folder)}"
-    else:
-        yield f"    holdout: {{rows: {task.holdout}, seed: 0}}  # of train: scored on, and never trained on"
+        yield f"    test: {_source(_with_choices(task.test, task.guess), folder)}"
+    elif task.holdout is not None:
+        fields = _scalar(task.holdout.model_dump(exclude_none=True))
+        fits = ", of what fits the model" if task.holdout.max_characters else ""
+        yield f"    holdout: {fields}  # of train{fits}; not trained on"
 
 
-def _source(source: DataSource, guess: Guess, folder: Path) -> str:
+def _source(source: DataSource, folder: Path) -> str:
     fields: dict[str, Any] = {}
     if source.file is not None:
         fields["file"] = _relative(source.file, folder)
@@ -175,10 +229,8 @@ def _source(source: DataSource, guess: Guess, folder: Path) -> str:
         fields |= {"hub": source.hub, "revision": source.revision}
     if source.split != "train":
         fields["split"] = source.split
-    columns: dict[str, Any] = dict(source.columns) | ({"choices": list(guess.choices)} if guess.choices else {})
-    return _scalar(
-        {name: value for name, value in (fields | ({"columns": columns} if columns else {})).items() if value}
-    )
+    columns = {name: one if isinstance(one, str) else list(one) for name, one in source.columns.items()}
+    return _scalar(fields | ({"columns": columns} if columns else {}))
 
 
 def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
@@ -188,6 +240,8 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     rate = next(rate for most, rate in _RATES if (base.parameters or math.inf) <= most)
     most = max(task.lengths.most for task in tasks)
     length = min(_rounded(most, 32), _MOST_LENGTH, places)
+    rows = [tokens for task in tasks for tokens in task.lengths.rows]
+    fits = sum(tokens <= length for tokens in rows) / len(rows)
     passes = steps * _BATCH / smallest
     yield f"# {steps} steps of {_BATCH} rows go over the smallest task ({smallest:,} rows) {passes:.2g} times."
     yield "# That is for a first look: write epochs: 3 in the place of steps once the report looks right."
@@ -195,14 +249,13 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     yield f"  steps: {steps}"
     yield f"  batch_size: {_BATCH}"
     yield f"  learning_rate: {_scalar(rate)}  # usual for a model of this size, all weights trained"
-    yield f"  max_length: {length}  # 99 of 100 rows have at most {most} tokens; longer ones are cut"
+    yield f"  max_length: {length}  # tokens; {fits:.0%} of the rows looked at fit, longer ones are cut"
     yield ""
     yield "integration:  # the fused model's last fine-tune, with cores frozen"
     yield f"  steps: {max(_STEPS[0] // 2, steps // 2)}"
     yield f"  batch_size: {_BATCH}"
     yield f"  learning_rate: {_scalar(rate / 2)}"
     yield f"  max_length: {length}"
-    longest = max(task.lengths.longest + (task.reply if METRICS[task.guess.metric].generates else 0) for task in tasks)
-    scored = max(min(_rounded(longest, 32), places), 32)
+    scored = max(task.scored for task in tasks)
     yield ""
-    yield f"evaluation: {{max_length: {scored}}}  # the longest row with its reply has {longest} tokens"
+    yield f"evaluation: {{max_length: {max(_rounded(scored, 32), 32)}}}  # the longest test row has {scored} tokens"

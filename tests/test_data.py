@@ -31,6 +31,7 @@ from cpift.data import (
 from cpift.errors import DataError
 from cpift.holdout import held_key, last_held
 from cpift.packing import packed
+from cpift.row_shapes import size_of
 from cpift.scratch import make_scratch_tokenizer
 from cpift.shared_rows import shared_rows
 from cpift.tokens import IGNORED
@@ -435,8 +436,8 @@ def test_rows_held_out_are_never_trained_on_whatever_their_order(tmp_path: Path)
     assert sorted(one.reply for one in [*test, *train]) == sorted(f"reply {i}" for i in range(100))
     assert not {one.prompt for one in test} & {one.prompt for one in train}
     assert 20 <= len(test) <= 21
-    keys = sorted(held_key(one, 0) for one in load_examples(task.train or task.train_data))
-    assert sorted(held_key(one, 0) for one in test) == keys[: len(test)]
+    keys = sorted(held_key(one, Holdout(rows=1)) for one in load_examples(task.train or task.train_data))
+    assert sorted(held_key(one, Holdout(rows=1)) for one in test) == keys[: len(test)]
     backwards = held(write(tmp_path / "b.jsonl", rows[::-1]), 20)
     assert {one.reply for one in load_examples(backwards.test_data)} == {one.reply for one in test}
     other = held(DataSource(file=tmp_path / "a.jsonl"), 20, seed=1)
@@ -469,6 +470,17 @@ def test_the_last_key_held_is_that_of_sorting_all(keys: list[int], rows: int) ->
     enough = next((key for key in distinct if sum(one <= key for one in keys) >= rows), None)
     expected = None if enough is None or enough == distinct[-1] else enough
     assert last_held(keys, rows) == (expected, len(keys))
+    assert last_held([*keys, None], rows) == (enough, len(keys))
+
+
+def test_long_rows_are_not_held_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [chat(f"p{i}", "x" * (i + 1)) for i in range(40)])
+    task = TaskConfig(name="t", train=source, holdout=Holdout(rows=8, max_characters=23))
+    assert len(load_examples(task.test_data)) == 8
+    assert all(size_of(one) <= 23 for one in load_examples(task.test_data))
+    assert len(load_examples(task.train_data)) == 32
+    few = TaskConfig(name="t", train=source, holdout=Holdout(rows=30, max_characters=23))
+    assert "30 of 20 rows" in str(check_task(few))
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.csv", "a/../../b", "https://x/y.csv", "~/x", ""])

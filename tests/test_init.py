@@ -304,3 +304,16 @@ def test_a_data_error_names_its_task(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "r"}])
     with pytest.raises(DataError, match="NAME_train and NAME_test"):
         held_out(look_at(DataSource(file=tmp_path / "a.jsonl")))
+
+
+def test_rows_that_do_not_fit_the_model_are_not_held_out(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": LONG[i] * (9 if i % 3 else 1)} for i in range(30)]
+    lines(tmp_path / "a.jsonl", rows)
+    invoke(tmp_path / "a.jsonl", "--model", base, "--out", tmp_path / "x.yaml")
+    (task,) = config_of(tmp_path / "x.yaml").tasks
+    assert task.holdout is not None
+    assert task.holdout.max_characters is not None
+    assert max(len(one.reply) for one in load_examples(task.test_data)) < 300
+    lines(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "x" * 2000} for i in range(30)])
+    with pytest.raises(ConfigError, match="too many have more than 1024 tokens"):
+        invoke(tmp_path / "a.jsonl", "--model", base, "--out", tmp_path / "y.yaml")
