@@ -212,7 +212,7 @@ class Pipeline:
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
     def _build_groups(self, regions: Artifact, out: Path) -> None:
-        from cpift.regions import read_summary
+        from cpift.core_regions import read_summary
 
         found, tasks = read_summary(regions.path), [task.name for task in self.config.tasks]
         places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions

@@ -45,7 +45,7 @@ class Plan:
 
 def plan(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
     """The steps of a run in order, what is cached, and what it costs. `notes`: of `preflight`."""
-    from cpift.regions import core_size
+    from cpift.core_regions import core_size
 
     config = artifacts.config
     from cpift.merge_planning import given_notes

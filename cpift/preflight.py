@@ -109,8 +109,8 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
     """Whether the patterns leave any parameter of θ0, where its names are known before it is made."""
+    from cpift.core_regions import chosen_names
     from cpift.models import source_of
-    from cpift.regions import chosen_names
 
     selects = (
         stage in ("regions", "group") or config.fusion.isolates or NEEDS[stage or "evaluate"].integrates_of(config)

@@ -13,6 +13,7 @@ from cpift.checkpoint_writing import write_plain
 from cpift.checkpoints import Checkpoint
 from cpift.config import TrainingConfig
 from cpift.config_loading import dump_config
+from cpift.core_regions import Streaming, read_summary, write_regions
 from cpift.devices import device_name
 from cpift.errors import entry
 from cpift.files import read_json, write_json
@@ -20,7 +21,6 @@ from cpift.fit_spec import RESULT, STEPS_PER, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fuse_models
 from cpift.given import model_files, open_models
 from cpift.lora_config import ADAPTER_CONFIG
-from cpift.regions import Streaming, read_summary, write_regions
 from cpift.row_use import told
 from cpift.tokenizer_files import TEMPLATE, chat_template
 

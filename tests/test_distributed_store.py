@@ -18,6 +18,7 @@ from cpift.checkpoint_writing import kept_record, plan_shards
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.config_loading import load_config
+from cpift.core_regions import write_regions
 from cpift.distributed_fusion import RayMerging
 from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
 from cpift.engine import NoEngine
@@ -27,7 +28,6 @@ from cpift.fusion import Fill, Fusion, FusionInputs
 from cpift.merging import merge
 from cpift.object_store import ObjectStore
 from cpift.pipeline import Pipeline
-from cpift.regions import write_regions
 from cpift.safetensors_files import TensorInfo
 
 from .s3_server import objects, s3_bucket

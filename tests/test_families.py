@@ -18,6 +18,7 @@ from cpift.architecture import untrainable, vocabulary_size
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
+from cpift.core_regions import CoreRegion, save_regions, select_regions
 from cpift.data import load_examples
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
@@ -25,7 +26,6 @@ from cpift.fusion import Fusion, FusionInputs
 from cpift.merging import merge
 from cpift.models import load_model, load_tokenizer
 from cpift.packing import packed
-from cpift.regions import CoreRegion, save_regions, select_regions
 from cpift.scratch import make_scratch_tokenizer
 from cpift.tokens import IGNORED, CompletionCollator, tokenised_dataset
 from cpift.verify import check_loads, failures, verify

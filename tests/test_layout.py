@@ -112,7 +112,7 @@ LAYERS = [
         "sharded_state",
         "sharding",
     },
-    {"regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
+    {"core_regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
     {"finetune", "stage_data", "evaluate"},
     {
         "report",

@@ -12,10 +12,10 @@ import torch
 from cpift import methods, streaming
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig
+from cpift.core_regions import write_regions
 from cpift.errors import CpiftError
 from cpift.merging import merge
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
-from cpift.regions import write_regions
 from cpift.verify import failures, verify
 
 from .conftest import random_tensors, save_checkpoint

@@ -12,9 +12,9 @@ import pytest
 
 from cpift.config_inputs import ScratchModel
 from cpift.config_loading import load_config
+from cpift.core_regions import core_size
 from cpift.planning import plan
 from cpift.preflight import preflight
-from cpift.regions import core_size
 from cpift.scratch import make_scratch_tokenizer
 from cpift.stage_artifacts import StageArtifacts
 

@@ -16,10 +16,10 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig, ResourcesConfig, RunConfig
 from cpift.config_loading import load_config
 from cpift.config_training import Strategy
+from cpift.core_regions import save_regions, select_regions
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
 from cpift.models import materialise
-from cpift.regions import save_regions, select_regions
 
 from .fits import fit_spec, weights
 

@@ -9,8 +9,7 @@ from cpift_kernels import unpack_mask
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import RegionsConfig
-from cpift.errors import CheckpointError, CpiftError
-from cpift.regions import (
+from cpift.core_regions import (
     core_size,
     parameter_space,
     read_mask,
@@ -20,6 +19,7 @@ from cpift.regions import (
     select_regions,
     select_regions_many,
 )
+from cpift.errors import CheckpointError, CpiftError
 
 from .conftest import random_tensors, save_checkpoint
 
