@@ -12,6 +12,7 @@ _RUN, _FUSE = (
     "`cpift run CONFIG` makes every stage",
     "`cpift fuse CONFIG`, tasks with a `checkpoint` (configs/merge.yaml)",
 )
+_INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
 _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
     **dict.fromkeys(("merge", "mergekit-yaml", "mergekit-multi", "merge-lora", "export"), _FUSE),
@@ -20,6 +21,7 @@ _OTHER_WORDS = {
     **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),
     **dict.fromkeys(("verify", "fsck"), "`cpift check RUN` compares an output folder with what was recorded"),
     **dict.fromkeys(("select", "masks", "cores"), "`cpift regions CONFIG`"),
+    **dict.fromkeys(("new", "create", "start", "setup", "quickstart", "configure"), _INIT),
     "version": "`cpift --version`",
 }
 

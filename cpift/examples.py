@@ -90,7 +90,8 @@ def options_otherwise(row: Mapping[str, Any], columns: Mapping[str, Template]) -
 def _messages(fields: Mapping[str, Any], kind: Kind) -> tuple[Message, ...]:
     messages = tuple(parse_turn(item, place) for place, item in enumerate(kind.turns(fields)))
     if messages[-1].role != "assistant":
-        raise RowError(f"the last message must be the assistant's reply, not the {messages[-1].role}'s")
+        what = f"the last message must be the assistant's reply, not the {messages[-1].role}'s"
+        raise RowError(what, "take out what comes after the last reply")
     if not messages[-1].content.strip() and not messages[-1].tool_calls:
         raise RowError("the text is empty" if kind.plain else "the assistant's last reply is empty")
     if not kind.plain and not any(message.role == "user" for message in messages):

@@ -29,6 +29,7 @@ LIBRARIES = {
     "sentencepiece": "sentencepiece",
     "tiktoken": "tiktoken",
     "numpy": "numpy",
+    "pyarrow": "pyarrow",
 }
 ENTRIES = 2000  # files in the folder; where there are more, the oldest half goes
 

@@ -13,6 +13,7 @@ from cpift.data import balanced_sample, count_examples, read_examples, source_fi
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
 from cpift.fact_cache import remembered
 from cpift.needs import NEEDS
+from cpift.row_problems import merged
 from cpift.row_shapes import Shapes, size_of
 from cpift.row_use import RowUse
 from cpift.templates import checked_templates, renderer
@@ -119,6 +120,7 @@ def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, fo
             _check_test(found, task, config.evaluation, tokenizer)
     if folder is not None:
         _check_model(found, config, folder, tokenizer, stage)
+    found.problems = merged(found.problems)
     return found
 
 
@@ -129,7 +131,7 @@ def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> N
         if task.train is not None:
             _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
     if found.problems:
-        raise DataError("training rows", found.problems)
+        raise DataError("training rows", merged(found.problems))
 
 
 def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:

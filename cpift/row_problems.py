@@ -54,11 +54,12 @@ class RowProblems:
 def merged(problems: Iterable[Problem]) -> list[Problem]:
     """Problems of single rows by what is wrong: of each kind the first, with how many more there are."""
     kinds: dict[str, list[Problem]] = {}
-    for problem in problems:
-        kinds.setdefault(_PARTICULAR.sub("…", problem.what), []).append(problem)
+    for problem in dict.fromkeys(problems):
+        kind = _PARTICULAR.sub("…", f"{problem.where}\0{problem.what}")
+        kinds.setdefault(kind, []).append(problem)
     return [_with_count(same) for same in kinds.values()]
 
 
 def _with_count(same: list[Problem]) -> Problem:
     first, more = same[0], len(same) - 1
-    return Problem(first.where + (f" and {more} more of those looked at" if more else ""), first.what, first.remedy)
+    return Problem(first.where, first.what + (f" (and {more} more of those looked at)" if more else ""), first.remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ _WRITES = dict.fromkeys(("tools", "tool calls"), "use the template of a model tr
 _THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", "[/THINK]")  # written into a content
 UNCUT = 1 << 30  # a `max_length` of no row
 IGNORED = -100  # the label that cross entropy leaves out
-_MARK = "\ue000reply\ue001"  # private-use characters, so that no template treats them specially
+_MARK = "\ue000reply{}\ue001"  # private-use characters, so that no template treats them specially
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,12 @@ class _Written:
     """
 
     def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
-        self._example, self._ends = example, tokenizer.all_special_tokens
+        self._example, self._ends, self._mark = example, tokenizer.all_special_tokens, _absent_mark(example)
         asked = {"text": _conversation(example.messages, example.tools)}
         asked |= {what: _conversation(*left) for what, left in _left_out(example).items()}
         for turn, message in enumerate(example.messages):
             if message.role == "assistant" and message.trained:
-                asked |= _of_reply(example, turn)
+                asked |= _of_reply(example, turn, self._mark)
         self._texts = dict(zip(asked, self._rendered(tokenizer, list(asked.values())), strict=True))
         self.text = self._texts["text"]
         for what in _left_out(example):
@@ -194,7 +195,7 @@ class _Written:
         prompt and the content (an empty thought, say): the model has to write that too.
         """
         content = self._example.messages[turn].content
-        before, found, after = self._texts[f"marked {turn}"].partition(_MARK)
+        before, found, after = self._texts[f"marked {turn}"].partition(self._mark)
         end = len(self.text) - len(after)
         unchanged = found and self.text[: len(before)] == before and self.text[end:] == after
         if not unchanged or self.text[len(before) : end].strip() != content.strip():
@@ -225,13 +226,19 @@ def _conversation(messages: Sequence[Message], tools: Sequence[str], *, prompt: 
     }
 
 
-def _of_reply(example: Example, turn: int) -> dict[str, dict[str, Any]]:
+def _absent_mark(example: Example) -> str:
+    """A text that no message of the example holds."""
+    marks = (_MARK.format(number or "") for number in itertools.count())
+    return next(mark for mark in marks if not any(mark in message.content for message in example.messages))
+
+
+def _of_reply(example: Example, turn: int, mark: str) -> dict[str, dict[str, Any]]:
     """What shows where an assistant's turn begins and ends."""
     messages, tools = example.messages, example.tools
     asked = {f"prompt {turn}": _conversation(messages[:turn], tools, prompt=True)}
     if messages[turn].tool_calls:
         return asked | {f"through {turn}": _conversation(messages[: turn + 1], tools)}
-    marked = [*messages[:turn], replace(messages[turn], content=_MARK), *messages[turn + 1 :]]
+    marked = [*messages[:turn], replace(messages[turn], content=mark), *messages[turn + 1 :]]
     return asked | {f"marked {turn}": _conversation(marked, tools)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpift import layout, lora_config, model_fields, untrusted
+from cpift import layout, lora_config, model_fields, row_formats, row_kinds, untrusted
 from cpift.examples import parse_row
 from cpift.turns import RowError
 
@@ -111,6 +111,29 @@ def _becomes(row: dict[str, Any], columns: dict[str, str]) -> str:
 
 
 TABLES["rows"] = rows
+
+
+def formats() -> str:
+    """Files of rows: what is read, by what of it, and what is refused by name."""
+    packed = ", ".join(name for name, _ in row_formats.COMPRESSIONS.values())
+    binary = ", ".join(sorted({one.title for one in row_formats.BINARY.values()}))
+    tables = ", ".join(dict.fromkeys(row_formats.TABLES.values()))
+    lines = ["| file | known by |", "|---|---|"]
+    lines += [
+        f"| JSON lines, a JSON array, {tables}; as they are or compressed ({packed}) | first sign; ending of its name |"
+    ]
+    lines += [
+        f"| {binary} | first bytes |",
+        "| folders of datasets' `save_to_disk`, with or without splits | state.json |",
+    ]
+    lines += [
+        f"| one that {what} | refused: {remedy} |" for what, remedy in dict.fromkeys(row_formats.REFUSED.values())
+    ]
+    kinds = (f"{kind.title} ({', '.join(f'`{name}`' for name in kind.needs)})" for kind in row_kinds.KINDS)
+    return "\n".join([*lines, "", f"Shapes of rows, the first that fits: {'; '.join(kinds)}."])
+
+
+TABLES["formats"] = formats
 
 
 def written(text: str) -> str:

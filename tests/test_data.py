@@ -28,9 +28,10 @@ from cpift.data import (
     tokenise,
     tokenised_dataset,
 )
-from cpift.errors import DataError
+from cpift.errors import DataError, Problem
 from cpift.holdout import held_key, last_held
 from cpift.packing import packed
+from cpift.row_problems import merged
 from cpift.row_shapes import size_of
 from cpift.scratch import make_scratch_tokenizer
 from cpift.shared_rows import shared_rows
@@ -499,3 +500,19 @@ def test_files_of_a_hub_data_set_are_asked_for_and_part_of_its_name(monkeypatch:
     assert source_fingerprint(source) != source_fingerprint(DataSource(hub="org/set"))
     with pytest.raises(ValidationError, match="data_files are files of a `hub` data set"):
         DataSource(file=Path("x.csv"), data_files=("x.csv",))
+
+
+def test_problems_of_rows_are_one_line_a_kind_and_a_task() -> None:
+    what = "does not write `x{}` of 'y'"
+    rows = [(one, number) for one in ("a", "b") for number in (3, 40, 500)]
+    found = [Problem(f"{one}.jsonl, row {number}", what.format(number)) for one, number in rows]
+    assert [(one.where, one.what) for one in merged([*found, *[Problem("a.jsonl, row 7", "is empty")] * 2])] == [
+        ("a.jsonl, row 3", f"{what.format(3)} (and 2 more of those looked at)"),
+        ("b.jsonl, row 3", f"{what.format(3)} (and 2 more of those looked at)"),
+        ("a.jsonl, row 7", "is empty"),
+    ]
+
+
+def test_a_reply_may_hold_what_marks_replies() -> None:
+    for text in ("\ue000reply\ue001", "a \ue000reply\ue001 \ue000reply1\ue001 b"):
+        assert labelled(tokenise(example("q", text, text, "r"), TOKENIZER, 10_000)) == f"{text}<|end|>r<|end|>"
