@@ -24,7 +24,7 @@ from cpift.row_problems import RowProblems
 from cpift.row_sources import rows_of
 from cpift.tokens import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 from cpift.turns import TRAIN_FLAGS
-from cpift.untrusted import UnreadableError
+from cpift.untrusted import RESTORE, UnreadableError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -257,7 +257,9 @@ def _options_otherwise(source: DataSource) -> bool:
 
 def _as_mapping(row: Any) -> dict[str, Any]:
     if isinstance(row, UnreadableError):
-        raise RowError(row.what, row.remedy)
+        raise RowError(
+            row.what, row.remedy if row.remedy != RESTORE else "one JSON object a line; name tables .csv or .tsv"
+        )
     if not isinstance(row, dict):
         raise RowError(f"must be a JSON object, not {type(row).__name__}")
     return row

@@ -88,7 +88,7 @@ def options_otherwise(row: Mapping[str, Any], columns: Mapping[str, Template]) -
 
 
 def _messages(fields: Mapping[str, Any], kind: Kind) -> tuple[Message, ...]:
-    messages = tuple(parse_turn(item, place) for place, item in enumerate(kind.turns(fields)))
+    messages = _to_last_reply([parse_turn(item, place) for place, item in enumerate(kind.turns(fields))])
     if messages[-1].role != "assistant":
         what = f"the last message must be the assistant's reply, not the {messages[-1].role}'s"
         raise RowError(what, "take out what comes after the last reply")
@@ -100,6 +100,14 @@ def _messages(fields: Mapping[str, Any], kind: Kind) -> tuple[Message, ...]:
         raise RowError("no turn of the assistant is trained on; leave the row out")
     check_links(messages)
     return messages
+
+
+def _to_last_reply(messages: list[Message]) -> tuple[Message, ...]:
+    """Without what the user says after the last reply, as logs of chats end: nothing can be learnt from it."""
+    replied = any(message.role == "assistant" for message in messages)
+    while replied and messages[-1].role == "user":
+        messages = messages[:-1]
+    return tuple(messages)
 
 
 def _require_characters(example: Example) -> None:
@@ -161,8 +169,10 @@ def _answer(raw: Any, choices: tuple[str, ...], labels: tuple[str, ...]) -> str 
         return choices[labels.index(raw.strip())]
     if raw is None or isinstance(raw, str):
         return raw
-    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+    if not isinstance(raw, (int, float)):
         raise RowError(f"`answer` must be text or a number, not {type(raw).__name__}")
+    if isinstance(raw, bool):
+        return str(raw)  # as a template of `columns` writes it
     if choices and isinstance(raw, int):
         if not 0 <= raw < len(choices):
             raise RowError(f"`answer` {raw} is no position in the {len(choices)} choices")

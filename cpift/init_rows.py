@@ -16,7 +16,7 @@ from cpift.errors import DataError, Problem
 from cpift.examples import Example, RowError, parse_row
 from cpift.metrics import METRICS, right_answer
 from cpift.row_formats import format_of
-from cpift.row_kinds import CONTEXTS, PROMPTS, columns_for, kind_of
+from cpift.row_kinds import CONTEXTS, PROMPTS, REPLIES, columns_for, kind_of
 from cpift.row_sources import rows_of
 from cpift.text_metrics import words
 
@@ -29,6 +29,7 @@ _FEW = 20  # different replies that are still a choice
 _SHORT = 24  # words of a reply that is compared with another word by word
 _OPTIONS = ("choices", "options", "endings", "candidates")
 _RIGHT = ("answer", "label", "answerKey", "answer_key", "correct", "target", "gold")
+_INSIDE = {"answers": ("{answers[text][0]}", "{answers[0]}"), "answer": ("{answer[value]}", "{answer[text]}")}
 _LETTERED = (("A", "B", "C", "D"), ("option_a", "option_b", "option_c", "option_d"), ("a", "b", "c", "d"))
 
 
@@ -124,6 +125,9 @@ def _proposals(names: set[str]) -> Iterator[dict[str, Template]]:
     yield {}
     if found := columns_for(names):
         yield dict(found)
+    for name, replies in _INSIDE.items():
+        for reply in replies if name in names else ():
+            yield {**columns_for({*names - {name}, REPLIES[0]}), REPLIES[0]: reply}
 
 
 def _fits(row: Mapping[str, Any], columns: Mapping[str, Template]) -> bool:

@@ -15,7 +15,7 @@ from cpift.config import RunConfig
 from cpift.config_evaluation import EvaluationConfig, TaskConfig
 from cpift.config_inputs import DataSource, Holdout
 from cpift.config_loading import parse_config
-from cpift.data import read_examples
+from cpift.data import count_examples, read_examples
 from cpift.errors import ConfigError, CpiftError, DataError, Problem
 from cpift.init_files import Found
 from cpift.init_model import BaseModel
@@ -47,18 +47,19 @@ class Task:
     lengths: Lengths
     holdout: Holdout | None
     scored: int
+    tested: int  # test rows
 
     @property
     def rows(self) -> int:
-        return self.train.rows - (self.holdout.rows if self.holdout else 0)
+        return self.train.rows - (self.tested if self.holdout else 0)
 
     @property
     def told(self) -> str:
         """What was recognised, for people."""
         file = self.train.source.file
         where = file.name if file is not None else self.train.source.hub
-        split = f"; {self.holdout.rows:,} held out for testing, seed {self.holdout.seed}" if self.holdout else ""
-        split = f"; {self.test.rows:,} for testing" if self.test is not None else split
+        split = f"; {self.tested:,} held out for testing, seed {self.holdout.seed}" if self.holdout else ""
+        split = f"; {self.tested:,} for testing" if self.test is not None else split
         return f"{self.name}: {where} is {self.train.title}, {self.train.rows:,} rows{split}"
 
 
@@ -97,9 +98,10 @@ def _task(found: Found, base: BaseModel) -> Task:
     )
     if test is not None:
         task = task.model_copy(update={"test": _with_choices(test, guess)})
-        return Task(found.name, train, test, guess, lengths, None, _longest(task, base))
+        return Task(found.name, train, test, guess, lengths, None, _longest(task, base), test.rows)
     holdout, scored = _fitting(task, train, base)
-    return Task(found.name, train, None, guess, lengths, holdout, scored)
+    tested = count_examples(task.model_copy(update={"holdout": holdout}).test_data)
+    return Task(found.name, train, None, guess, lengths, holdout, scored, tested)
 
 
 def _of_both(train: Look, test: Look) -> Guess:
@@ -133,7 +135,7 @@ def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, i
             scored = _longest(task.model_copy(update={"holdout": holdout}), base)
             if scored <= most:
                 return holdout, scored
-    remedy = "shorten the rows, or give test rows in a file of their own (NAME_train and NAME_test)"
+    remedy = "shorten the rows, or use a model with more places"
     raise DataError(task.name, [Problem("rows", f"too many have more than {most} tokens to score on", remedy)])
 
 

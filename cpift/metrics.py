@@ -47,7 +47,7 @@ def right_answer(example: Example) -> str:
 def _choices(example: Example) -> Found | None:
     if right_answer(example) not in example.choices:
         found = f"answer {right_answer(example)!r} is none of the choices {list(example.choices)!r}"
-        return found, "correct the row: the answer is one of their texts"
+        return found, "give one of their texts, its letter, or its position from 0 as a number"
     return None
 
 

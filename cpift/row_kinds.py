@@ -25,18 +25,9 @@ class Kind:
 
 # What columns of other data sets are called, the likeliest first. `columns_for` builds prompt and completion of them.
 PROMPTS = (
-    "prompt",
-    "question",
-    "instruction",
-    "query",
-    "problem",
-    "input",
-    "source",
-    "document",
-    "article",
-    "sentence",
-    "text",
-)
+    "prompt", "question", "instruction", "query", "problem", "question_stem", "ctx", "input", "source", "document",
+    "article", "sentence", "premise", "user", "text",
+)  # fmt: skip
 REPLIES = (
     "completion", "answer", "response", "output", "solution", "reply", "target", "chosen", "summary", "highlights",
     "translation", "label", "labels", "category", "class",

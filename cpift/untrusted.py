@@ -22,11 +22,13 @@ from typing import Any, BinaryIO
 
 from cpift.errors import CpiftError, Problem
 
+RESTORE = "restore the file"  # where nothing better can be said
+
 
 class UnreadableError(CpiftError, ValueError):
     """A text that cannot be used: what is wrong with it, and what to do. `subject`: the file, where there is one."""
 
-    def __init__(self, what: str, remedy: str = "restore the file", subject: str = ""):
+    def __init__(self, what: str, remedy: str = RESTORE, subject: str = ""):
         self.what, self.remedy, self.subject = what, remedy, subject
         super().__init__(str(self.problem(subject)) if subject else what)
 

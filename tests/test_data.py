@@ -106,7 +106,7 @@ def test_choices_may_be_lines_of_text(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no message of the user"),
         ({"prompt": "p", "completion": "  "}, "last reply is empty"),
         ({"prompt": "p", "answer": 2, "choices": ["x", "y"]}, "2 is no position in the 2 choices"),
-        ({"prompt": "p", "answer": True}, "must be text or a number, not bool"),
+        ({"prompt": "p", "answer": ["x"]}, "must be text or a number, not list"),
         ({"prompt": "p", "answer": "x", "choices": [1, 2]}, "`choices` must be a list of text"),
     ],
 )

@@ -80,6 +80,12 @@ TASKS: dict[str, tuple[Rows, str, str, dict[str, Any]]] = {
     "passages": ([{"context": text, "question": f"q{i}?", "answer": f"a {i} b"} for i, text in enumerate(LONG)],
                  "prompt and completion ({context:?}  {question}, {answer})", "rouge",
                  {"prompt": "{context:?}\n\n{question}", "completion": "{answer}"}),
+    "squad": ([{"title": "t", "context": text, "question": f"z{i}?", "answers": {"text": [f"a {i} b"], "start": [1]}}
+               for i, text in enumerate(LONG)], "prompt and completion ({context:?}  {question}, {answers[text][0]})",
+              "rouge", {"prompt": "{context:?}\n\n{question}", "completion": "{answers[text][0]}"}),
+    "yesno": ([{"question": f"y{i}", "passage": "p", "answer": i % 2 == 0} for i in range(60)],
+              "prompt and completion ({passage:?}  {question}, {answer})", "choice",
+              {"prompt": "{passage:?}\n\n{question}", "completion": "{answer}", "choices": ("False", "True")}),
     "plain": ([{"text": text, "url": f"x{i}"} for i, text in enumerate(LONG)], "plain text", "loss", {}),
     "talk": ([{"conversations": [{"from": "human", "value": f"u{i}"}, {"from": "gpt", "value": text}]}
               for i, text in enumerate(LONG)], "ShareGPT", "loss", {}),
@@ -103,7 +109,7 @@ WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
     "csv": table,
     "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
 }
-_NESTED = {"messages", "mmlu", "arc", "talk"}  # that a table has no cells for
+_NESTED = {"messages", "squad", "mmlu", "arc", "talk"}  # that a table has no cells for
 
 
 @pytest.mark.parametrize("name", TASKS)

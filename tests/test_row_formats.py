@@ -274,3 +274,17 @@ def test_plain_text_is_trained_on_whole_and_without_the_template() -> None:
 
 def test_every_kind_is_tried_here() -> None:
     assert {kind.title for kind in KINDS} == {title for _, title, _ in SHAPES} | {"plain text"}
+
+
+def test_what_follows_the_last_reply_is_left_out() -> None:
+    row = {
+        "conversations": [
+            {"from": "human", "value": "u"},
+            {"from": "gpt", "value": "r"},
+            {"from": "human", "value": "x"},
+        ]
+    }
+    assert [m.turn for m in parse_row(row, {}).messages] == TALK
+    with pytest.raises(RowError, match="the last message must be the assistant's reply"):
+        parse_row({"messages": [*TALK, {"role": "tool", "content": "x"}]}, {})
+    assert parse_row({"prompt": "p", "answer": False}, {}).reply == "False"
