@@ -1,14 +1,87 @@
-"""cpift: Core Parameter Isolation Fine-Tuning (CPI-FT, arXiv 2508.21741)."""
+"""cpift: Core Parameter Isolation Fine-Tuning (CPI-FT, arXiv 2508.21741).
+
+Names are looked up when they are first used, so that `import cpift` costs nothing; see docs/python.md.
+"""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 # Before transformers is imported: with the package `kernels` installed it would run compiled code from the hub.
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
-try:
-    __version__ = version("cpift")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from cpift.api import RunResult as RunResult
+    from cpift.api import load_config as load_config
+    from cpift.api import merge as merge
+    from cpift.api import merge_state_dicts as merge_state_dicts
+    from cpift.api import plan as plan
+    from cpift.api import regions as regions
+    from cpift.api import run as run
+    from cpift.cores import Core as Core
+    from cpift.cores import Cores as Cores
+    from cpift.errors import CheckpointError as CheckpointError
+    from cpift.errors import ConfigError as ConfigError
+    from cpift.errors import CpiftError as CpiftError
+    from cpift.errors import DataError as DataError
+    from cpift.errors import StageError as StageError
+    from cpift.freeze_callback import FreezeCallback as FreezeCallback
+    from cpift.freeze_callback import frozen as frozen
+    from cpift.merge_folder import MergeResult as MergeResult
 
-__all__ = ["__version__"]
+    __version__: str
+
+_HOMES = {
+    "api": ("RunResult", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
+    "cores": ("Core", "Cores"),
+    "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
+    "freeze_callback": ("FreezeCallback", "frozen"),
+    "merge_folder": ("MergeResult",),
+}  # module → the names that are public here
+_PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Core",
+    "Cores",
+    "CpiftError",
+    "DataError",
+    "FreezeCallback",
+    "MergeResult",
+    "RunResult",
+    "StageError",
+    "__version__",
+    "frozen",
+    "load_config",
+    "merge",
+    "merge_state_dicts",
+    "plan",
+    "regions",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _PUBLIC:
+        from importlib import import_module
+
+        value = getattr(import_module(f"cpift.{_PUBLIC[name]}"), name)
+    else:
+        raise AttributeError(f"module 'cpift' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cpift")
+    except PackageNotFoundError:  # imported from a source tree that was never installed
+        return "0+unknown"

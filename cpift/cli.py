@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_init, cli_schema
+from cpift import (
+    __version__,
+    cli_benchmarks,
+    cli_check,
+    cli_cluster,
+    cli_compare,
+    cli_data,
+    cli_init,
+    cli_merge,
+    cli_schema,
+)
 from cpift.cli_group import Commands
 from cpift.errors import CpiftError, told
 from cpift.redaction import redacted
@@ -74,6 +84,7 @@ def _options(
 
 
 cli_init.register(app, "Everything")
+cli_merge.register(app, "Everything")
 
 
 def _load(

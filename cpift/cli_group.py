@@ -8,14 +8,14 @@ from typer.core import TyperGroup
 
 from cpift.errors import CpiftError
 
-_RUN, _FUSE = (
+_RUN, _MERGE = (
     "`cpift run CONFIG` makes every stage",
-    "`cpift fuse CONFIG`, tasks with a `checkpoint` (configs/merge.yaml)",
+    "`cpift merge BASE MODEL... --out FOLDER`; as a file, `cpift init merge` and `cpift fuse`",
 )
 _INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
 _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
-    **dict.fromkeys(("merge", "mergekit-yaml", "mergekit-multi", "merge-lora", "export"), _FUSE),
+    **dict.fromkeys(("mergekit-yaml", "mergekit-multi", "merge-lora", "mergekit", "export"), _MERGE),
     **dict.fromkeys(("eval", "test", "score"), "`cpift evaluate CONFIG`; on standard benchmarks `cpift standard`"),
     **dict.fromkeys(("preprocess", "preview", "tokenize"), "`cpift data preview CONFIG`"),
     **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),

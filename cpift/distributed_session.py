@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from cpift.config import ResourcesConfig
-from cpift.ending import listen, stopping
+from cpift.ending import handlers_kept, stopping
 from cpift.errors import CpiftError, StageError, told
 
 OnProgress = Callable[[dict[str, Any]], None]
@@ -47,8 +47,8 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     else:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
-    listen()  # Ray has just set a handler of its own
+    with handlers_kept():
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield
     except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these

@@ -52,7 +52,7 @@ def leave_threads(code: int) -> None:
 
 
 def listen() -> None:
-    """Handle the signals from now on; again after something else (Ray) has set handlers of its own.
+    """Handle the signals from now on.
 
     Only the main thread can, and what a parent told us to ignore (nohup) stays ignored.
     """
@@ -69,6 +69,22 @@ def listen() -> None:
 
 
 _pipe: list[int] = []
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Around what sets handlers of its own (Ray): a command listens again after it, others get theirs back."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if ours else {}
+    try:
+        yield
+    finally:
+        if _pipe:
+            listen()
+        else:
+            for number, handler in before.items():
+                if handler is not None:  # set by other means than Python's
+                    signal.signal(number, handler)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from cpift.config_loading import load_config, parse_config
 from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.untrusted_yaml import parse_yaml
 
-_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def merge_file(models: Sequence[str], out: Path, schema: str) -> str:
@@ -26,7 +26,7 @@ def merge_file(models: Sequence[str], out: Path, schema: str) -> str:
         )
     folder = out.absolute().parent
     base, *tunes = (_checkpoint(one, folder) for one in models)
-    names = _names(models[1:])
+    names = tune_names(models[1:])
     text = "\n".join(
         [
             f"# yaml-language-server: $schema={schema}",
@@ -60,7 +60,7 @@ def _checkpoint(name: str, folder: Path) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return f"{{path: {_scalar(os.path.relpath(path, folder))}}}"
-    if path.exists() or not _HUB.fullmatch(name):
+    if path.exists() or not HUB_ID.fullmatch(name):
         raise ConfigError("init merge", [Problem(name, "is no model folder and no hub id", "give one of these")])
     from cpift.hub import resolve_revision
 
@@ -73,7 +73,7 @@ def _scalar(value: str) -> str:
     return dumped.removesuffix("\n").removesuffix("\n...")
 
 
-def _names(models: Sequence[str]) -> list[str]:
+def tune_names(models: Sequence[str]) -> list[str]:
     """A name a fine-tune: its folder's, with a number where two have the same."""
     found: list[str] = []
     for model in models:

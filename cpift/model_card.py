@@ -52,16 +52,28 @@ def model_card(
     """The card's text; `license_name` is that of θ0, None where it is unknown."""
     parts = [
         _front_matter(config.model, license_name),
-        f"# {markdown(config.name)} ({kind})\n\nA language model made by Core Parameter Isolation Fine-Tuning (CPI-FT, "
-        f"[arXiv 2508.21741](https://arxiv.org/abs/2508.21741)): {_KINDS[kind]}.",
+        f"# {markdown(config.name)} ({kind})\n\n{_what(kind, config)}",
         f"## Made from\n\n{source_of(config.model).origin}\n\n{_license_note(license_name)}",
         f"## Tasks\n\n{_tasks(config, groups)}",
         f"## Recipe\n\n{_recipe(kind, config)}",
         f"## Provenance\n\n{_provenance(manifest)}",
-        "## Limits\n\nOne run with one seed. Its scores on held-out rows are in the run's report; nothing else about "
-        "its behaviour was tested, and what θ0 gets wrong it may get wrong too.",
+        f"## Limits\n\n{_tested(config)}, and what θ0 gets wrong it may get wrong too.",
     ]
     return redacted("\n\n".join(parts) + "\n")
+
+
+def _what(kind: str, config: RunConfig) -> str:
+    if kind == "fused" and not config.fusion.isolates:
+        return f"A language model merged by {config.fusion.method} from fine-tunes of one model, with cpift."
+    made = "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
+    return f"A language model {made}: {_KINDS[kind]}."
+
+
+def _tested(config: RunConfig) -> str:
+    if not config.scores:
+        return "The merge was checked, element by element; nothing about the model's behaviour was tested"
+    report = "One run with one seed. Its scores on held-out rows are in the run's report"
+    return f"{report}; nothing else about its behaviour was tested"
 
 
 def license_of(folder: Path | None) -> str | None:
@@ -109,7 +121,7 @@ def _license_note(license_name: str | None) -> str:
 def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
     rows = [
         f"| {number} | {markdown(name)} | {task.metric} | {_origin_of(task)} |"
-        for number, group in enumerate(groups, start=1)
+        for number, group in enumerate(groups or [[task.name for task in config.tasks]], start=1)
         for name in group
         for task in [config.task(name)]
     ]

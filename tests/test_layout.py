@@ -54,7 +54,7 @@ LAYERS = [
         "untrusted",
         "untrusted_yaml",
         "view",
-        "__init__",
+        "merge_fields",
     },
     {
         "direct_io",
@@ -176,6 +176,7 @@ LAYERS = [
         "sweep_trial",
         "sweep",
     },
+    {"cores", "freeze_callback", "merge_folder", "state_dicts", "api", "__init__"},
     {
         "submit",
         "cli_cluster",
@@ -185,6 +186,7 @@ LAYERS = [
         "cli_data",
         "cli_group",
         "cli_init",
+        "cli_merge",
         "cli_schema",
         "cli",
     },

@@ -1,0 +1,264 @@
+"""Python: what the commands do, as functions. Names here are `cpift`'s own: `cpift.regions`, `cpift.merge`, ….
+
+Nothing prints unless `progress` is set, no signal handler is installed, and no process is ended: scripts, notebooks and
+servers keep theirs. Every error is a `CpiftError` that names field, value and remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift import config_loading
+from cpift.config import RunConfig
+from cpift.config_paths import is_path
+from cpift.cores import Cores, Origin, write_origin
+from cpift.errors import ConfigError, Problem
+from cpift.merge_fields import MergeFields, MethodFields, RegionFields
+from cpift.merge_folder import MergeResult, merge_config, merge_into, place_of, work_of
+from cpift.planning import Plan
+from cpift.view import View, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Unpack
+
+    from cpift.merging import Merging
+
+StrPath = str | os.PathLike[str]
+Progress = bool | View  # False: nothing is shown; True: a view on standard error
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made. `scores`: by model and task, each with `loss`, `metric`, `score` and more."""
+
+    scores: Mapping[str, Mapping[str, Any]]
+    model: Path  # the final model, a folder that transformers loads
+    report: Path  # one HTML page
+    models: Mapping[str, Path]  # θ0, every probe, backbone, fused and final model
+    output: Path
+    cached: bool  # whether nothing had to be made
+
+
+def load_config(config: StrPath, **overrides: Any) -> RunConfig:
+    """A run's YAML file, read and checked; `overrides` are fields of it.
+
+    A section's fields are given as a mapping (`regions={"p": 0.02}`) or by dotted name (`**{"regions.p": 0.02}`).
+    Relative paths in the file start from its folder, those of overrides from the working directory. Raises ConfigError.
+    """
+    return config_loading.load_config(Path(config), changes=_changes(overrides))
+
+
+def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
+    """What `run` would do and cost: every stage, what is cached, memory, disk. Nothing is written.
+
+    Raises ConfigError with everything that would stop the run.
+    """
+    loaded = _loaded(config, overrides)
+    from cpift.planning import plan as planned
+    from cpift.preflight import preflight
+    from cpift.stage_artifacts import StageArtifacts
+
+    notes = preflight(loaded, stage=None, download=False)
+    return planned(StageArtifacts(loaded), notes)
+
+
+def run(
+    config: StrPath | RunConfig, *, progress: Progress = False, in_process: bool = False, **overrides: Any
+) -> RunResult:
+    """Make every stage of a run that is not there yet, and its report; `overrides` as in `load_config`.
+
+    Fine-tunes run on Ray, started here or at RAY_ADDRESS; in_process: one after another in this process, without Ray.
+    Interrupted or failed, the same call goes on. Raises ConfigError before anything starts, StageError if one fails.
+    """
+    loaded = _loaded(config, overrides)
+    from cpift.locks import exclusive
+    from cpift.pipeline import Pipeline
+    from cpift.preflight import preflight
+
+    preflight(loaded, stage="run")
+    with _threads_kept(in_process):
+        pipeline = Pipeline(loaded, _engine(loaded, in_process), view=_view(progress), merging=_merging(loaded))
+        with exclusive(pipeline.root), pipeline.session():
+            report = pipeline.report()
+            models = {model.title: model.path for model in pipeline.models()}
+            scores = pipeline.evaluate()
+    return RunResult(scores, models["final"], report, models, pipeline.root, not pipeline.worked)
+
+
+def regions(
+    base: StrPath,
+    models: Mapping[str, StrPath],
+    *,
+    out: StrPath | None = None,
+    **fields: Unpack[RegionFields],
+) -> Cores:
+    """Core regions of fine-tunes of `base`: the ⌊p·D⌋ elements that each moved most (p = 0.01 if not given).
+
+    base, models: model folders, LoRA adapters' folders, or hub ids (`org/name@revision`), by task name. out: a new
+    folder that the masks are streamed into, for models whose masks (D/8 bytes a task) are not to be held in memory.
+    Raises ConfigError and CheckpointError for inputs that do not fit.
+    """
+    place = None if out is None else Path(out).expanduser().absolute()
+    if place is not None and os.path.lexists(place):
+        raise ConfigError("regions", [Problem("out", f"{place} exists already", "give a folder that is not there")])
+    where = (place or Path(tempfile.gettempdir()) / "cpift").with_suffix(".regions")
+    config = merge_config(base, models, where, fields)
+    from cpift.checkpoints import Checkpoint
+    from cpift.core_regions import Streaming, select_regions, write_regions
+    from cpift.given import open_models
+    from cpift.preflight import preflight
+    from cpift.stage_artifacts import StageArtifacts
+
+    preflight(config, stage="regions")
+    artifacts = StageArtifacts(config)
+    folders = {task: model.path for task, model in artifacts.tuned.items()}
+    pretrained, tuned = open_models(artifacts.base.path, folders, config.fusion.vocabulary)
+    shapes = {info.name: tuple(info.shape) for info in pretrained.tensors.values()}
+    fingerprints = {task: model.fingerprint for task, model in artifacts.tuned.items()}
+    origin = Origin(artifacts.base.fingerprint, fingerprints, config.regions, shapes)
+    models_read: list[Checkpoint] = [pretrained, *tuned.values()]
+    if place is None:
+        selected = Cores(select_regions(pretrained, tuned, config.regions), origin)
+        for model in models_read:
+            model.require_unchanged()
+        return selected
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    streaming = Streaming(budget=config.resources.memory_budget)
+    write_regions(pretrained, tuned, config.regions, {config.regions.p: partial}, streaming)
+    for model in models_read:
+        model.require_unchanged()
+    write_origin(origin, partial)
+    os.rename(partial, place)
+    return Cores.load(place)
+
+
+def merge(
+    base: StrPath,
+    models: Mapping[str, StrPath],
+    out: StrPath,
+    *,
+    cores: Cores | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = False,
+    **fields: Unpack[MergeFields],
+) -> MergeResult:
+    """Merge fine-tunes of `base` into a model folder at `out`, with tokenizer, chat template and generation config.
+
+    base, models: as in `regions`. method: `cpift` transplants core regions into the backbone and SLERPs the rest (the
+    paper); or `linear`, `task_arithmetic`, `slerp`, `ties`, `dare`. cores: of the same models, selected before.
+    settings: any field of a run by its dotted name. What exists at `out` is never replaced; the same merge again finds
+    itself there. Partial work lies beside it in `.NAME.merge`, and the same call goes on from it after a kill.
+    """
+    place = place_of(out)
+    config = merge_config(base, models, work_of(place), _with_cores(dict(fields), cores), settings)
+    return merge_into(config, place, _view(progress), _merging(config), cores)
+
+
+def merge_state_dicts(
+    base: Mapping[str, torch.Tensor],
+    models: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    backbone: Mapping[str, torch.Tensor] | None = None,
+    **fields: Unpack[MethodFields],
+) -> dict[str, torch.Tensor]:
+    """`merge` in memory: state dicts in, a new state dict out, with the names, dtypes and devices of `base`.
+
+    The same bytes as `merge` writes. backbone: what cores are transplanted into, if not `base`. Tensors that share
+    storage in every model are merged once, and share it again. Computed on the CPU. Raises CheckpointError for models
+    that do not fit, ConfigError for fields that do not.
+    """
+    from cpift.state_dicts import merge_dicts
+
+    return merge_dicts(base, models, backbone, fields)
+
+
+def _with_cores(fields: dict[str, Any], cores: Cores | None) -> dict[str, Any]:
+    """The fields of a merge with those that its cores were selected by. Raises ConfigError where they contradict."""
+    if cores is None:
+        return fields
+    selected = cores.origin.fields.model_dump(mode="json")
+    problems = [
+        Problem(name, f"is {fields[name]!r}, and the cores were selected with {value!r}", "leave it out, or `cores`")
+        for name, value in selected.items()
+        if name in fields and _listed(fields[name]) != value
+    ]
+    if fields.get("method", "cpift") != "cpift":
+        problems.append(Problem("cores", f"are not used by method {fields['method']}", "leave them out"))
+    if problems:
+        raise ConfigError("merge", problems)
+    return fields | selected
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _loaded(config: StrPath | RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config_loading.with_fields(config, _changes(overrides), config.name) if overrides else config
+    return load_config(config, **overrides)
+
+
+def _changes(overrides: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Fields by dotted name; a mapping sets fields of its section, and paths are meant from the working directory."""
+    found: dict[str, Any] = {}
+    for name, value in overrides.items():
+        field = f"{before}{name}"
+        if isinstance(value, Mapping) and field not in _MAPPINGS:
+            found |= _changes(value, f"{field}.")
+        elif isinstance(value, os.PathLike) or (isinstance(value, str) and is_path(field)):
+            path = Path(os.fspath(value)).expanduser()
+            found[field] = str(path.absolute()) if isinstance(value, os.PathLike) or path.exists() else value
+        else:
+            found[field] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+_MAPPINGS = {"fusion.weights", "model.chat_template_kwargs"}  # whose keys are no fields
+
+
+def _view(progress: Progress) -> View:
+    return progress if isinstance(progress, View) else View() if progress else quiet()
+
+
+def _engine(config: RunConfig, in_process: bool) -> Any:
+    if in_process:
+        from cpift.inprocess import InProcessEngine
+
+        return InProcessEngine(config)
+    from cpift.distributed import RayEngine
+
+    return RayEngine(config)
+
+
+def _merging(config: RunConfig) -> Merging | None:
+    if not config.resources.on_cluster:
+        return None
+    from cpift.distributed_fusion import merging_of
+
+    return merging_of(config.resources)
+
+
+@contextmanager
+def _threads_kept(in_process: bool) -> Iterator[None]:
+    """A fine-tune sets torch's threads; who called has its own number again afterwards."""
+    if not in_process:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,105 @@
+"""What a merge may be told beside its models: every keyword and option, and the field of a run that it sets.
+
+Nothing heavy is imported: `cpift --help` and `import cpift` pass here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword. kind: what the command line takes for it."""
+
+    field: str
+    help: str
+    kind: Literal["value", "values", "pairs", "switch"] = "value"
+
+
+OPTIONS: Mapping[str, Option] = {
+    "method": Option("fusion.method", "cpift, linear, task_arithmetic, slerp, ties or dare [default: cpift]"),
+    "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties and dare"),
+    "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
+    "density": Option("fusion.density", "share of each update that ties and dare keep"),
+    "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),
+    "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second"),
+    "omega": Option("fusion.omega", "cpift: `uniform`, every model weighs the same, or a fixed number"),
+    "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
+    "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
+    "space": Option("fusion.space", "cpift: SLERP of `weights`, or of their `delta` to BASE"),
+    "conflict": Option("fusion.conflict", "cpift: shared core elements: magnitude, last, mean or agree"),
+    "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
+    "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
+    "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
+    "p": Option("regions.p", "cpift: core fraction; 1 % is 0.01"),
+    "scope": Option("regions.scope", "cpift: the top p of all parameters (`global`), or of each `tensor`"),
+    "measure": Option("regions.measure", "cpift: elements of the largest `update`, or `significance`"),
+    "include": Option("regions.include", "cpift: pattern of parameter names (repeatable)", "values"),
+    "exclude": Option("regions.exclude", "cpift: pattern taken out again (repeatable)", "values"),
+    "tau": Option("groups.tau", "cpift: Jaccard overlap from which tasks are one group"),
+    "tau_chance": Option("groups.tau_chance", "cpift: the same as a multiple of chance"),
+    "order": Option("groups.order", "cpift: of groups: random, given or similarity"),
+    "backbone": Option("backbone.source", "cpift: what cores go into: `pretrained` (BASE), a folder or hub id"),
+    "backbone_revision": Option("backbone.revision", "cpift: branch, tag or commit of a backbone on the hub"),
+    "seed": Option("seed", "of dare, and of the order of groups"),
+    "memory_budget": Option("resources.memory_budget", "most memory to hold, page cache apart, for example 512MiB"),
+    "verify": Option("resources.verify", "read the merged model back and compare it with its inputs", "switch"),
+    "dtype": Option("model.dtype", "of the merged model: auto (as BASE), bfloat16, float16 or float32"),
+    "chat_template": Option("model.chat_template", "chatml, llama3, alpaca or a file, for a BASE that has none"),
+    "chat_template_kwargs": Option("model.chat_template_kwargs", "variables of the chat template", "pairs"),
+}
+
+
+class RegionFields(TypedDict, total=False):
+    """Keywords that say how core regions are selected (sections `model`, `regions` of a run)."""
+
+    p: float
+    scope: Literal["global", "tensor"]
+    measure: Literal["update", "significance"]
+    include: Sequence[str]
+    exclude: Sequence[str]
+    vocabulary: Literal["error", "base"]
+    memory_budget: int | str
+
+
+class MethodFields(TypedDict, total=False):
+    """Keywords that decide the values of a merge (sections `fusion`, `groups`)."""
+
+    method: Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"]
+    weight: float
+    weights: Mapping[str, float]
+    density: float
+    trim: Literal["tensor", "global"]
+    t: float
+    omega: Literal["uniform"] | float
+    epsilon: float
+    granularity: Literal["tensor", "row", "model"]
+    space: Literal["weights", "delta"]
+    conflict: Literal["magnitude", "last", "mean", "agree"]
+    transplant: bool
+    p: float
+    scope: Literal["global", "tensor"]
+    measure: Literal["update", "significance"]
+    include: Sequence[str]
+    exclude: Sequence[str]
+    tau: float
+    tau_chance: float
+    order: Literal["random", "given", "similarity"]
+    seed: int
+
+
+class MergeFields(MethodFields, total=False):
+    """Every keyword of a merge of checkpoints."""
+
+    vocabulary: Literal["error", "base"]
+    shard_size: int | str
+    backbone: str
+    backbone_revision: str
+    memory_budget: int | str
+    verify: bool
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    chat_template: str
+    chat_template_kwargs: Mapping[str, Any]

@@ -1,0 +1,246 @@
+"""A merge of checkpoints into an ordinary model folder at a path of the user's, without a YAML file.
+
+It is a run that fuses alone. Its output folder lies beside the path under a name of its own, `.NAME.merge`; the fused
+model is renamed to the path once it is whole and checked. After a kill the same merge goes on from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.artifact_state import read_manifest, state_of
+from cpift.artifacts import Artifact
+from cpift.config import RunConfig
+from cpift.config_loading import parse_config
+from cpift.engine import NoEngine
+from cpift.errors import ConfigError, Problem, entry
+from cpift.files import read_json
+from cpift.fusion import CONFLICTS
+from cpift.fusion_stage import FUSION_RECORD
+from cpift.init_others import HUB_ID, tune_names
+from cpift.locks import claimed, exclusive
+from cpift.merge_fields import OPTIONS
+from cpift.pipeline import Pipeline
+from cpift.preflight import preflight
+from cpift.view import View
+
+if TYPE_CHECKING:
+    from cpift.cores import Cores
+    from cpift.merging import Merging
+
+_SUBJECT = "merge"
+_DEFAULTS = {"backbone.source": "pretrained"}  # `staged`, a run's own, is trained
+_KEPT = re.compile(r"\.(failed-checks|damaged)(-\d+)?$")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model: its folder, what was checked of it, and whether it was there before."""
+
+    path: Path
+    checks: tuple[Mapping[str, Any], ...] = field(repr=False)
+    cached: bool
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def merge_config(
+    base: str | os.PathLike[str],
+    models: Mapping[str, str | os.PathLike[str]],
+    output: Path,
+    fields: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The run that merges `models` onto `base`; folders, or hub ids with `@revision` where one is meant.
+
+    fields: by keyword of `merge_fields.OPTIONS`. settings: of a run, by dotted name. Raises ConfigError.
+    """
+    problems = [_unknown(name) for name in fields if name not in OPTIONS]
+    pretrained = _source("base", os.fspath(base), problems)
+    sources = {task: _source(task, os.fspath(given), problems) for task, given in models.items()}
+    if problems:
+        raise ConfigError(_SUBJECT, problems)
+    name = (
+        re.sub(r"[^\w.-]+", "-", output.name.strip(".").removesuffix(".merge"), flags=re.ASCII).strip("-.")[:60]
+        or _SUBJECT
+    )
+    raw: dict[str, Any] = {
+        "name": name,
+        "model": pretrained,
+        "tasks": [{"name": task, "checkpoint": source} for task, source in sources.items()],
+    }
+    changes = {**_DEFAULTS, **{OPTIONS[name].field: _plain(value) for name, value in fields.items()}}
+    for place in ("model.chat_template", "backbone.source"):  # paths: from the working directory, as any argument
+        if isinstance(value := changes.get(place), str):
+            changes[place] = str(Path(value).absolute()) if Path(value).expanduser().exists() else value
+    changes |= {name: _plain(value) for name, value in (settings or {}).items()} | {"output": str(output)}
+    return parse_config(raw, Path.cwd(), _SUBJECT, changes=changes)
+
+
+def named_models(given: Sequence[str]) -> dict[str, str]:
+    """Task names and sources of arguments `NAME=PATH` or `PATH`, which is named by its folder. Raises ConfigError."""
+    parts = [_named(one) for one in given]
+    free = iter(tune_names([source for name, source in parts if name is None]))
+    pairs = [(name if name is not None else next(free), source) for name, source in parts]
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        problems = [Problem(name, "is the name of two models", "name them apart: NAME=PATH") for name in twice]
+        raise ConfigError(_SUBJECT, problems)
+    return dict(pairs)
+
+
+def _named(given: str) -> tuple[str | None, str]:
+    name, equals, source = given.partition("=")
+    if not equals or Path(given).expanduser().exists() or "/" in name:
+        return None, given
+    return name, source
+
+
+def _unknown(name: str) -> Problem:
+    close = difflib.get_close_matches(name, OPTIONS, n=1)
+    return Problem(name, "is no field of a merge", f"did you mean {close[0]!r}?" if close else f"one of {_known()}")
+
+
+def _known() -> str:
+    return ", ".join(OPTIONS)
+
+
+def _source(task: str, given: str, problems: list[Problem]) -> dict[str, str]:
+    """A model's place as a config has it."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return {"path": str(path.absolute())}
+    hub, _, revision = given.partition("@")
+    meant = path.parent != Path(".") and path.parent.is_dir()  # a folder beside others that are there
+    if path.exists() or meant or not HUB_ID.fullmatch(hub):
+        what = f"{given!r} is a file" if path.exists() else f"{given!r} is no model folder and no hub id"
+        problems.append(Problem(task, what, "give a folder with config.json and safetensors, or org/name"))
+    return {"hub": hub, **({"revision": revision} if revision else {})}
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file has it."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+# ---- the place -----------------------------------------------------------------------------------------------------
+
+
+def place_of(out: str | os.PathLike[str]) -> Path:
+    """The absolute folder that a merge writes; links are followed. Raises ConfigError where there can be none."""
+    path = Path(os.path.realpath(Path(out).expanduser()))
+    remedy = "give the name of a folder to make"
+    if not path.name or os.path.ismount(path):
+        raise ConfigError(_SUBJECT, [Problem("out", f"{path} is a mount point, which cannot be renamed to", remedy)])
+    if path.exists() and not path.is_dir():
+        raise ConfigError(_SUBJECT, [Problem("out", f"{path} is a file", remedy)])
+    return path
+
+
+def work_of(place: Path) -> Path:
+    """Where partial work lies."""
+    return place.with_name(f".{place.name}.merge")
+
+
+def _occupied(place: Path) -> bool:
+    return place.is_dir() and any(place.iterdir())
+
+
+def _require_free(place: Path, wanted: str | None = None) -> None:
+    """Raise ConfigError where a folder holds something else than the merge of the fingerprint `wanted`; None: any."""
+    if not _occupied(place):
+        return
+    remedy = "give another --out, or move it away: nothing that exists is replaced"
+    try:
+        made = read_manifest(place)
+    except ValueError:
+        raise ConfigError(_SUBJECT, [Problem("out", f"{place} holds files that no merge made", remedy)]) from None
+    if wanted is not None and made["fingerprint"] != wanted:
+        what = f"{place} holds another merge ({made['fields'].get('method', made['stage'])}, {made['started']})"
+        raise ConfigError(_SUBJECT, [Problem("out", what, remedy)])
+    if wanted is not None and (state := state_of(place, wanted)).kind != "whole":
+        raise ConfigError(_SUBJECT, [Problem("out", f"{place} was changed since it was made ({state.why})", remedy)])
+
+
+# ---- the merge -----------------------------------------------------------------------------------------------------
+
+
+def checked(config: RunConfig, place: Path, download: bool) -> list[str]:
+    """What is worth knowing of a merge before it starts. Raises ConfigError with everything wrong with it."""
+    _require_free(place)
+    work = work_of(place)
+    if work.exists() and any(work.iterdir()) and not (work / ".lock").is_file():
+        what = "is there and is no merge's work, and this name is needed"
+        raise ConfigError(_SUBJECT, [Problem(str(work), what, "move it away, or give another --out")])
+    return preflight(config, stage="fuse", download=download)
+
+
+def merge_into(
+    config: RunConfig, place: Path, view: View, merging: Merging | None = None, cores: Cores | None = None
+) -> MergeResult:
+    """Make the merged model at `place`; a config of `merge_config`, whose output is `work_of(place)`.
+
+    Raises ConfigError and CheckpointError before anything is written, StageError if the result is not what it has to
+    be: it is then kept in the work folder.
+    """
+    checked(config, place, download=True)
+    made_work = not work_of(place).exists()
+    pipeline = Pipeline(config, NoEngine(), view=view, merging=merging)
+    with exclusive(pipeline.root), pipeline.session():
+        try:
+            if cores is not None:
+                _adopt(cores, pipeline)
+            fused = _artifact(pipeline)
+            _require_free(place, fused.fingerprint)
+        except BaseException:
+            if made_work:
+                _clear(pipeline.root)
+            raise
+        cached = _occupied(place)
+        if not cached:
+            view.note(f"Partial work lies in {pipeline.root} until the model is whole")
+            pipeline.fuse()
+            os.rename(fused.path, place)
+        _clear(pipeline.root)
+    checks = read_json(place / FUSION_RECORD)["checks"]
+    return MergeResult(place, tuple(checks), cached)
+
+
+def _artifact(pipeline: Pipeline) -> Artifact:
+    """The fused model's, before it is made; where stages decide conflicts, regions and groups are made for it."""
+    fusion = pipeline.config.fusion
+    by_stage = fusion.isolates and entry(CONFLICTS, fusion.conflict, "fusion.conflict").by_stage
+    pipeline.pretrained()
+    backbone = pipeline.backbone() if fusion.isolates else pipeline.pretrained()
+    return pipeline.artifacts.fuse(pipeline.group().groups if by_stage else (), backbone)
+
+
+def _adopt(cores: Cores, pipeline: Pipeline) -> None:
+    """Take core regions that were selected before for those of this merge. Raises ConfigError where they are not."""
+    pipeline.pretrained()
+    artifacts = pipeline.artifacts
+    models = {task: model.fingerprint for task, model in artifacts.tuned.items()}
+    cores.require_of(artifacts.base.fingerprint, models)
+    with claimed([artifacts.regions], pipeline.view.warn):
+        if not artifacts.regions.whole:
+            with artifacts.regions.build() as out:
+                cores.subset(list(models)).write_masks(out)
+
+
+def _clear(work: Path) -> None:
+    """Delete the work folder, but not what was set aside in it."""
+    if any(_KEPT.search(path.name) for path in work.glob("*/*")):
+        return
+    shutil.rmtree(work, ignore_errors=True)
