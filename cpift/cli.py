@@ -14,18 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import (
-    __version__,
-    cli_benchmarks,
-    cli_check,
-    cli_cluster,
-    cli_compare,
-    cli_data,
-    cli_init,
-    cli_merge,
-    cli_schema,
-)
+from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_init, cli_schema
 from cpift.cli_group import Commands
+from cpift.cli_merge import register_merge
 from cpift.errors import CpiftError, told
 from cpift.redaction import redacted
 from cpift.terminal import Terminal, say, standard_streams
@@ -84,7 +75,7 @@ def _options(
 
 
 cli_init.register(app, "Everything")
-cli_merge.register(app, "Everything")
+register_merge(app, "Everything")
 
 
 def _load(

@@ -26,7 +26,7 @@ _KINDS: Mapping[str, Any] = {
 _FIELDS = "Fields of the merge"
 
 
-def register(app: typer.Typer, panel: str) -> None:
+def register_merge(app: typer.Typer, panel: str) -> None:
     """Add the command, with an option for each of OPTIONS."""
 
     def command(**given: Any) -> None:
