@@ -120,7 +120,6 @@ def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], s
 @app.command(rich_help_panel="Everything")
 def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Run all stages and show the scores."""
-
     from cpift.locks import exclusive
 
     pipeline = _open(config, overrides, _changes(output), "run")
