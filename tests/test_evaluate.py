@@ -255,7 +255,7 @@ def test_a_long_reply_is_scored_as_far_as_it_fits(model_path: Path, tmp_path: Pa
     [
         (CHAT[1], "loss", {"max_length": 16}, ["row 1", "no answer token", "max_length = 16", "raise"]),
         (CHOICES[3], "choice", {"max_length": 40}, ["row 1", "evaluation.max_length is 40"]),
-        (CHOICES[0] | {"answer": "prime"}, "choice", {}, ["'prime'", "even", "correct the row"]),
+        (CHOICES[0] | {"answer": "prime"}, "choice", {}, ["'prime'", "even", "its letter"]),
         (CHAT[0] | {"answer": "four"}, "number", {}, ["'four'", "no number in answer"]),
     ],
 )

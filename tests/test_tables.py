@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from cpift import (
     baselines,
+    core_regions,
     data,
     devices,
     evaluate,
@@ -24,7 +25,6 @@ from cpift import (
     metrics,
     models,
     planning,
-    regions,
     row_sources,
     stages,
     sweep_config,
@@ -45,11 +45,11 @@ from .test_identity import sections
 # types: another word would be no number, and no list.)
 TABLES: dict[str, Collection[str]] = {
     "TaskConfig.metric": metrics.METRICS,
-    "RegionsConfig.scope": regions.SCOPES,
-    "RegionsConfig.measure": regions.MEASURES,
+    "RegionsConfig.scope": core_regions.SCOPES,
+    "RegionsConfig.measure": core_regions.MEASURES,
     "GroupsConfig.order": grouping.ORDERS,
     "FusionConfig.method": methods.METHODS,
-    "FusionConfig.trim": regions.SCOPES,
+    "FusionConfig.trim": core_regions.SCOPES,
     "FusionConfig.granularity": fusion.VECTORS,
     "FusionConfig.space": fusion.SPACES,
     "FusionConfig.conflict": fusion.CONFLICTS,
