@@ -30,7 +30,7 @@ from cpift.adapters import merged, with_adapters
 from cpift.checkpoints import Checkpoint
 from cpift.core_regions import JointCores
 from cpift.data import CompletionCollator
-from cpift.devices import Device, compute_device, device_name, resolved
+from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
 from cpift.errors import StageError
 from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
@@ -84,6 +84,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
     hooks = hooks or FitHooks()
     torch.set_num_threads(spec.threads)
+    if _device(spec) == "cpu":
+        keep_freed_memory()
     progress = _resume(hooks.resume_from)
     started = time.time() - progress.seconds
     origin = Checkpoint(spec.model)

@@ -120,10 +120,10 @@ def _keep(folder: Path, scratch: Path) -> None:
 
 def _free_memory() -> None:
     """A warm worker holds models of earlier trials no longer than it must."""
-    from cpift.devices import free_device_memory
+    from cpift.devices import free_memory
 
     gc.collect()
-    free_device_memory()
+    free_memory()
 
 
 class SharedHere:
