@@ -28,6 +28,7 @@ from cpift.files import digest, folder_hashes
 from cpift.input_watch import InputWatch
 from cpift.locks import claimed
 
+CARD = "README.md"  # beside a model; written anew when the model has been scored, so no hash holds it
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
 
 
@@ -179,7 +180,7 @@ class Artifact:
             "stage_version": self.version,
             "inputs": dict(self.inputs),
             "fields": dict(self.fields),
-            "outputs": (outputs := folder_hashes(folder)),
+            "outputs": (outputs := {name: one for name, one in folder_hashes(folder).items() if name != CARD}),
             "files": sizes_and_times(folder, outputs),
             "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 2),

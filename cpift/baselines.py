@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import itertools
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from cpift.artifacts import Artifact
+from cpift.budgets import BUDGETS, Budgets, Groups
 from cpift.compare_config import Budget, Comparison
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
-from cpift.config_loading import with_fields
-from cpift.config_training import Mixing
 from cpift.data import count_examples
 from cpift.errors import entry
-from cpift.files import digest, read_json
-from cpift.fit_spec import RESULT, FitSpec, StageSpec
-from cpift.models import load_tokenizer
+from cpift.files import read_json
+from cpift.fit_spec import RESULT
 from cpift.pipeline import Pipeline
-from cpift.stage_data import stage_data
-from cpift.stages import backbone_spec, integration_spec, probe_specs
+from cpift.stages import integration_spec
 from cpift.sweep_plan import expected_backbone
 from cpift.sweep_shared import Wanted, titled_backbone
-from cpift.tokens import count_tokens
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
-Groups = tuple[tuple[str, ...], ...]
 
 MERGES: dict[str, dict[str, Any]] = {
     "linear average": {"fusion.method": "linear"},
@@ -50,7 +43,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "one mixed stage": {"integration.stages": "mixed"},
     "no fusion, no freezing": {"fusion.transplant": False, "fusion.omega": 0.0, "integration.freeze": "none"},
 }
-_EVEN = Mixing(temperature=1000)  # shares ∝ rows^(1/1000): within half a percent of equal up to 100 times the rows
 _REPLAY = "no fusion, no freezing"
 
 
@@ -69,17 +61,6 @@ JUDGED: dict[str, OfCpift] = {
     "fused": OfCpift(backbone=True, fusion=True),
     "final": OfCpift(backbone=True, fusion=True, integration=True),
 }
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """What `budgets` may name."""
-
-    title: str
-    with_probes: bool
-
-
-BUDGETS = {"total": Allowance("total", True), "after_probes": Allowance("after probes", False)}
 
 
 @dataclass(frozen=True)
@@ -175,74 +156,6 @@ def in_stages(names: Sequence[str], stages: int) -> Groups:
     stages = min(stages, len(names))
     cuts = [round(stage * len(names) / stages) for stage in range(stages + 1)]
     return tuple(tuple(names[start:stop]) for start, stop in itertools.pairwise(cuts))
-
-
-# ---- budgets ---------------------------------------------------------------------------------------------------------
-
-
-class Budgets:
-    """Tokens of fine-tunes before they run, from the very rows that they will go over."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, tuple[int, int]] = {}
-
-    def planned(self, spec: FitSpec) -> float:
-        """Input tokens that a fine-tune will see, padding apart; batches that are not full count as they are."""
-        total = 0.0
-        for index in range(len(spec.stages)):
-            rows, tokens = self.stage(spec, index)
-            total += tokens * (spec.training.epochs or self._seen(spec, index) / rows)
-        return total
-
-    def stage(self, spec: FitSpec, index: int) -> tuple[int, int]:
-        """Rows and tokens of one epoch of a stage. Where nothing is sampled or packed, tasks simply add up."""
-        training, tasks = spec.training, spec.stages[index].tasks
-        whole = not (spec.balanced or training.packing) and training.mixing.temperature == 1
-        if whole and len(tasks) > 1:
-            found = [self.stage(replace(spec, stages=(StageSpec((task,)),)), 0) for task in tasks]
-            return sum(rows for rows, _ in found), sum(tokens for _, tokens in found)
-        sources = [spec_task.model_dump(mode="json") for spec_task in spec.tasks if spec_task.name in tasks]
-        key = digest([str(spec.model), sources, training.max_length, training.packing, training.mixing.model_dump()])
-        key += "" if whole else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
-        if key not in self._rows:
-            with tempfile.TemporaryDirectory() as folder:
-                rows = stage_data(spec, index, load_tokenizer(spec.model), Path(folder))
-                lengths = list(count_tokens(rows))
-            self._rows[key] = len(lengths), sum(lengths)
-        return self._rows[key]
-
-    @staticmethod
-    def _seen(spec: FitSpec, stage: int) -> int:
-        """Rows of a stage that is measured in steps."""
-        training, steps = spec.training, spec.steps(stage) or 0
-        return steps * training.batch_size * training.gradient_accumulation * spec.resources.workers
-
-    def of(self, run: Pipeline, budget: Budget) -> float:
-        """What CPI-FT trains in this run, in tokens."""
-        base, groups = run.pretrained(), run.group().groups
-        fused = run.artifacts.fuse(groups, expected_backbone(run))
-        specs = [integration_spec(run, base, groups, run.artifacts.integrate(groups, fused))]
-        staged = run.artifacts.backbone(groups)
-        specs += [backbone_spec(run, base, groups, staged)] if staged else []
-        specs += probe_specs(run, base) if entry(BUDGETS, budget, "budgets").with_probes else []
-        return sum(self.planned(spec) for spec in specs)
-
-    def sft(self, run: Pipeline, groups: Groups, budget: Budget, balanced: bool = False) -> Pipeline:
-        """The run whose staged backbone, over these groups, is plain SFT of as many tokens: every row equally often, or
-        if `balanced` every task of a stage."""
-        tokens = self.of(run, budget)
-        changes = {"steps": None, "steps_per": "stage", "epochs": 1.0} | ({"mixing": _EVEN} if balanced else {})
-        training = run.config.backbone_training.model_copy(update=changes)
-        sized = self._with(run, training.model_dump(mode="json", exclude_none=True))
-        artifact = sized.artifacts.backbone(groups)
-        assert artifact is not None
-        epoch = self.planned(backbone_spec(sized, run.pretrained(), groups, artifact))
-        return self._with(run, training.model_dump(mode="json", exclude_none=True) | {"epochs": tokens / epoch})
-
-    @staticmethod
-    def _with(run: Pipeline, training: Mapping[str, Any]) -> Pipeline:
-        fields = {"backbone.training": dict(training), "backbone.source": "staged", "fusion.method": "cpift"}
-        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view, run.merging)
 
 
 # ---- one method with one seed ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from cpift.units import show_size
 if TYPE_CHECKING:
     from cpift.config import RunConfig
     from cpift.pipeline import Pipeline
-    from cpift.planning import Plan
+    from cpift.planning import Plan, Step
+    from cpift.stage_artifacts import StageArtifacts
 
 
 def _version(asked: bool) -> None:
@@ -94,6 +94,7 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     run, _ = _load(config, overrides, changes, stage)
     from cpift.engine import NoEngine
     from cpift.pipeline import Pipeline
+    from cpift.run_baselines import make_baselines
 
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
     merging = None
@@ -102,10 +103,10 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
 
         merging = merging_of(run.resources)
     if not trains:
-        return Pipeline(run, NoEngine(), merging=merging)
+        return Pipeline(run, NoEngine(), merging=merging, baselines=make_baselines)
     from cpift.distributed import RayEngine
 
-    return Pipeline(run, RayEngine(run), merging=merging)
+    return Pipeline(run, RayEngine(run), merging=merging, baselines=make_baselines)
 
 
 def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Any:
@@ -125,14 +126,11 @@ def run(config: Config, overrides: Overrides = None, output: Output = None) -> N
     pipeline = _open(config, overrides, _changes(output), "run")
     with exclusive(pipeline.root), pipeline.session():
         report = pipeline.report()
-    from cpift.report import first_sentences, scores_table
+    from cpift.report import show_result
 
-    _warn(first_sentences(pipeline.report_data))
-    Terminal().print(scores_table(pipeline.report_data))
     if not pipeline.worked:
         say("Everything was cached: nothing to do.")
-    say(f"Report: {report}")
-    say(f"Final model: {pipeline.integrate().path}")
+    show_result(pipeline.report_data, pipeline.root, report)
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -237,21 +235,17 @@ def plan(config: Config, overrides: Overrides = None, output: Output = None) -> 
 
     run, notes = _load(config, overrides, _changes(output), None, download=False)
     artifacts = StageArtifacts(run)
-    _print_plan(make_plan(artifacts, notes), artifacts.root)
+    _print_plan(make_plan(artifacts, notes, _baseline_steps(artifacts)), artifacts.root)
     if (note := cli_cluster.unused_gpus(run)) is not None:
         say(note)
 
 
-@app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
+def _baseline_steps(artifacts: StageArtifacts) -> list[Step]:
+    if artifacts.config.baselines is None:
+        return []
+    from cpift.run_baselines import baseline_steps
 
-    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
-    """
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_kernels.py"
-    if not script.is_file():
-        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
-    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+    return list(baseline_steps(artifacts))
 
 
 def _print_plan(made: Plan, root: Path) -> None:

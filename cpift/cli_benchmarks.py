@@ -1,18 +1,23 @@
-"""`cpift standard`: a run's models on standard benchmarks."""
+"""`cpift standard`: a run's models on standard benchmarks. `cpift bench`: the kernels on this machine."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cpift.errors import CpiftError
 from cpift.terminal import say
 
 
 def register(app: typer.Typer, panel: str) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command(rich_help_panel=panel)(standard)
+    as_they_are = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(rich_help_panel=panel, context_settings=as_they_are)(bench)
 
 
 def standard(
@@ -32,7 +37,6 @@ def standard(
     out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
 ) -> None:
     """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
-    from cpift.errors import CpiftError
     from cpift.files import json_text
     from cpift.needs import require_extra
     from cpift.standard_benchmarks import Benchmarks, standard_scores
@@ -56,3 +60,14 @@ def standard(
                     say(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
     if out is not None:
         write_new(out, json_text(found))
+
+
+def bench(context: typer.Context) -> None:
+    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
+
+    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
+    """
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_kernels.py"
+    if not script.is_file():
+        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import Artifact, package_versions, source_commit
-from cpift.baselines import Budgets, Method, Trained, methods_of, seconds_of, tokens_of
+from cpift.baselines import Method, Trained, methods_of, seconds_of, tokens_of
+from cpift.budgets import Budgets
 from cpift.checkpoints import Checkpoint
 from cpift.compare_config import Comparison
 from cpift.compare_record import Header, Record, Row, kept_scores

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cpift.config_evaluation import EvaluationConfig, TaskConfig
+from cpift.config_evaluation import BaselinesConfig, EvaluationConfig, TaskConfig
 from cpift.config_identity import FITS, identity
 from cpift.config_inputs import (
     Bytes,
@@ -199,6 +199,11 @@ class RunConfig(Section):
         None, **identity("integrate"), description="needed by `cpift integrate` and `run`"
     )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), **identity("evaluate"))
+    baselines: BaselinesConfig | None = Field(
+        None,
+        **identity(absent=None),
+        description="made and scored beside the run's own models, for example {linear: {}, ties: {}, full_sft: {}}",
+    )
     resources: ResourcesConfig = Field(ResourcesConfig(), **identity(*FITS, "evaluate"))
     tracking: tuple[Tracker, ...] = Field(
         ("tensorboard",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -131,3 +132,78 @@ class EvaluationConfig(Section):
         **identity("evaluate", absent=None, swept=True),
         description="needed by tasks with metric `judge`",
     )
+
+
+class AverageBaseline(Section):
+    """Σ θi / N."""
+
+
+class SlerpBaseline(Section):
+    """SLERP of θ1..θN, each weighing the same."""
+
+
+class ArithmeticBaseline(Section):
+    """θ0 + λ·Σ(θi − θ0)."""
+
+    weight: float = Field(0.4, **identity(), description="λ")
+
+
+class TiesBaseline(Section):
+    """θ0 + λ·mean of the largest updates that agree in sign."""
+
+    weight: float = Field(1.0, **identity(), description="λ")
+    density: float = Field(0.2, **identity(), gt=0, le=1, description="share of each update that is kept")
+
+
+class DareBaseline(Section):
+    """θ0 + λ·Σ(θi − θ0)·b / d, b ~ Bernoulli(d)."""
+
+    weight: float = Field(0.4, **identity(), description="λ")
+    density: float = Field(0.5, **identity(), gt=0, le=1, description="d, the share of each update that is kept")
+
+
+class SftBaseline(Section):
+    """Plain SFT of θ0 on all tasks together, for as many tokens as all fine-tunes of the run."""
+
+    learning_rate: float | None = Field(
+        None, **identity(), gt=0, description="default: that of `backbone.training`, else of `probe`"
+    )
+    balanced: bool = Field(False, **identity(), description="every task equally much; else every row")
+
+
+class BaselinesConfig(Section):
+    """What else could be made of the same fine-tunes or of as many tokens. Each that is named, {} at least, is made and
+    scored beside the run's own models."""
+
+    linear: AverageBaseline | None = Field(None, **identity(), description="the fine-tunes' average")
+    slerp: SlerpBaseline | None = Field(None, **identity())
+    task_arithmetic: ArithmeticBaseline | None = Field(None, **identity())
+    ties: TiesBaseline | None = Field(None, **identity(), description="needs the `peft` extra, as dare does")
+    dare: DareBaseline | None = Field(None, **identity())
+    full_sft: SftBaseline | None = Field(
+        None, **identity(), description="needs rows of every task and `integration`, and no probe that is given"
+    )
+
+    @property
+    def chosen(self) -> dict[str, Section]:
+        """The settings of those that are named."""
+        return {name: getattr(self, name) for name in BASELINES if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline's name among the models, what a sentence calls it, and whether it is trained, not merged."""
+
+    title: str
+    told: str
+    trained: bool = False
+
+
+BASELINES = {
+    "linear": Baseline("average", "their average"),
+    "slerp": Baseline("SLERP", "their SLERP"),
+    "task_arithmetic": Baseline("task arithmetic", "their task arithmetic"),
+    "ties": Baseline("TIES", "TIES"),
+    "dare": Baseline("DARE", "DARE"),
+    "full_sft": Baseline("full SFT", "SFT on all data", trained=True),
+}

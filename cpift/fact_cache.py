@@ -52,6 +52,12 @@ def remembered(what: str, of: Any, find: Callable[[], Any], holds: Callable[[Any
     return value
 
 
+def recalled(what: str, of: Any) -> Any:
+    """What `remembered` kept, or None."""
+    file = _file(what, of)
+    return None if file is None else _read(file)[0]
+
+
 def folder() -> Path | None:
     """Where facts are kept: in $XDG_CACHE_HOME, else in ~/.cache; None where there is no home."""
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpift.artifacts import CARD
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 from cpift.data import rows_of
 from cpift.escaping import code, markdown
@@ -28,6 +29,7 @@ def write_model_card(
     groups: Sequence[Sequence[str]],
     manifest: Mapping[str, Any],
     pretrained: Path | None = None,
+    verdict: str = "",
 ) -> None:
     """Write `README.md` into `folder`, in the format of the Hugging Face hub.
 
@@ -38,8 +40,9 @@ def write_model_card(
         groups: the task groups in stage order.
         manifest: the model's own, for fingerprint, versions, device and commit.
         pretrained: θ0's directory, searched for a license statement.
+        verdict: how good it is, once that is known (`verdict.verdict_sentence`).
     """
-    write_text(folder / "README.md", model_card(kind, config, groups, manifest, license_of(pretrained)))
+    write_text(folder / CARD, model_card(kind, config, groups, manifest, license_of(pretrained), verdict))
 
 
 def model_card(
@@ -48,11 +51,13 @@ def model_card(
     groups: Sequence[Sequence[str]],
     manifest: Mapping[str, Any],
     license_name: str | None,
+    verdict: str = "",
 ) -> str:
     """The card's text; `license_name` is that of θ0, None where it is unknown."""
     parts = [
         _front_matter(config.model, license_name),
         f"# {markdown(config.name)} ({kind})\n\n{_what(kind, config)}",
+        *([f"## Scores\n\n{markdown(verdict)}"] if verdict else []),
         f"## Made from\n\n{source_of(config.model).origin}\n\n{_license_note(license_name)}",
         f"## Tasks\n\n{_tasks(config, groups)}",
         f"## Recipe\n\n{_recipe(kind, config)}",
@@ -78,7 +83,7 @@ def _tested(config: RunConfig) -> str:
 
 def license_of(folder: Path | None) -> str | None:
     """The license that a checkpoint directory states in its README's front matter; None where it states none."""
-    readme = folder / "README.md" if folder is not None else None
+    readme = folder / CARD if folder is not None else None
     if readme is None or not readme.is_file():
         return None
     from cpift.untrusted_yaml import parse_yaml

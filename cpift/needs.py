@@ -40,17 +40,27 @@ NEEDS = {
     "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
 }
 # What of a command's words needs an extra: the modules it imports, and the extra that brings them.
-EXTRAS = {"optuna": (("optuna",), "optuna"), "standard": (("lm_eval",), "eval")}
+EXTRAS = {
+    "optuna": (("optuna",), "optuna"),
+    "standard": (("lm_eval",), "eval"),
+    "ties": (("peft",), "peft"),
+    "dare": (("peft",), "peft"),
+}
 _STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
 
 
 def require_extra(word: str, where: str) -> None:
     """Raise ConfigError, before anything is read, where what `word` needs is not installed."""
+    if problems := absent_extras(word, where):
+        raise ConfigError("extras", problems)
+
+
+def absent_extras(word: str, where: str) -> list[Problem]:
+    """What `word` needs and is not installed."""
     modules, extra = EXTRAS.get(word, ((), ""))
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
-    if absent:
-        what = f"{word} needs {', '.join(absent)}, which is not installed"
-        raise ConfigError("extras", [Problem(where, what, f"pip install 'cpift[{extra}]'")])
+    what = f"{word} needs {', '.join(absent)}, which is not installed"
+    return [Problem(where, what, f"pip install 'cpift[{extra}]'")] if absent else []
 
 
 def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
@@ -59,10 +69,14 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
     integrates = need.integrates_of(config)
     if integrates and config.integration is None:
         yield Problem("integration", f"is not there, and `cpift {need.command}` needs it", _STOPS_BEFORE)
+    if need.fuses or stage is None:
+        yield from absent_extras(config.fusion.method, "fusion.method")
     staged = config.backbone_source == "staged" and need.fuses
     if staged and config.probe is None and config.backbone.training is None:
         remedy = "add it, or set backbone.source: pretrained"
         yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
+    if config.baselines is not None and (need.scores or stage is None):
+        yield from _of_baselines(config)
     for task in config.tasks:
         if task.train is None and (integrates or staged):
             why = "`integration` trains on it" if integrates else "backbone.source: staged trains on it"
@@ -71,3 +85,20 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
         if task.source("test") is None and need.scores:
             why = f"`cpift {need.command}` scores on it"
             yield Problem(f"tasks.{task.name}.test", f"is not there, and {why}", "give rows")
+
+
+def _of_baselines(config: RunConfig) -> Iterator[Problem]:
+    """What `baselines` needs: full_sft has as many tokens as the run's fine-tunes, all of which have to be its own."""
+    assert config.baselines is not None
+    if config.baselines.full_sft is not None:
+        remedy = "give it, or leave baselines.full_sft out"
+        if config.integration is None:
+            yield Problem("baselines.full_sft", "trains as many tokens as the run, and has no `integration`", remedy)
+        for task in config.tasks:
+            if task.train is None:
+                yield Problem("baselines.full_sft", f"trains on tasks.{task.name}.train, which is not there", remedy)
+            elif task.checkpoint is not None:
+                what = f"trains as many tokens as the run, and how many tasks.{task.name}.checkpoint saw is not known"
+                yield Problem("baselines.full_sft", what, "leave it out, or give no checkpoint")
+    for name in config.baselines.chosen:
+        yield from absent_extras(name, f"baselines.{name}")

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
 
 from cpift.artifact_state import note_times
 from cpift.artifacts import Artifact, require_sound
 from cpift.config import ModelConfig, RunConfig
 from cpift.engine import Engine, Finish, fit_all, keep_scores
 from cpift.errors import DamagedInput
-from cpift.files import read_json, write_json
+from cpift.files import read_json
 from cpift.fit_spec import FitSpec
 from cpift.given import locate, model_files, pinned
-from cpift.grouping import Grouping, group_tasks
+from cpift.grouping import Grouping
 from cpift.input_watch import noted, unchanged
 from cpift.locks import claimed
 from cpift.mapped_reads import guarded_reads
@@ -37,6 +34,7 @@ if TYPE_CHECKING:
 
 
 Result = TypeVar("Result")
+Baselines = Callable[["Pipeline"], Mapping[str, Artifact]]  # by title
 _DAMAGED_AT_MOST = 100  # inputs that come out damaged in one stage
 
 
@@ -65,12 +63,17 @@ class Pipeline:
         view: View | None = None,
         merging: Merging | None = None,
         maker: str = "",
+        baselines: Baselines | None = None,
     ):
-        """`merging`: where regions and fusion run, if not in this process. `maker`: see `Artifact.maker`."""
-        self.config, self.view, self.merging = config, view or View(), merging
+        """`merging`: where regions and fusion run, if not in this process. `maker`: see `Artifact.maker`.
+
+        baselines: makes what `config.baselines` names, if need be, of a run whose own models are there.
+        """
+        self.config, self.view, self.merging, self.baselines = config, view or View(), merging, baselines
         self.artifacts = StageArtifacts(config, maker)
         self.engine = engine
         self.worked = False  # whether any stage had to be made
+        self.said: set[str] = set()  # what was told of already
         self.root = config.output_dir
 
     @contextmanager
@@ -97,7 +100,7 @@ class Pipeline:
 
         if not all(artifact.complete for artifact in self.artifacts.probes.values()):
             check_data(self, base)
-        self._fit(self.artifacts.probes.values(), "probes", lambda: probe_specs(self, base))
+        self.train(self.artifacts.probes.values(), "probes", lambda: probe_specs(self, base))
         return self.artifacts.tuned
 
     @_unless_damaged
@@ -117,12 +120,14 @@ class Pipeline:
     def group(self) -> Grouping:
         """Stage 3: task groups in stage order."""
         regions = self.regions()
-        self._make(self.artifacts.group, "task groups", lambda out: self._build_groups(regions, out))
+        from cpift.stages import build_groups
+
+        self._make(self.artifacts.group, "task groups", lambda out: build_groups(self, regions, out))
         grouping = self.artifacts.known_grouping()
         assert grouping is not None
-        for warning in set(grouping.warnings) - self._said:
+        for warning in set(grouping.warnings) - self.said:
             self.view.warn(warning)
-        self._said.update(grouping.warnings)
+        self.said.update(grouping.warnings)
         return grouping
 
     @_unless_damaged
@@ -136,7 +141,7 @@ class Pipeline:
             base = self.pretrained()
             from cpift.stages import backbone_spec
 
-            self._fit([artifact], "staged backbone", lambda: [backbone_spec(self, base, groups, artifact)])
+            self.train([artifact], "staged backbone", lambda: [backbone_spec(self, base, groups, artifact)])
             return Model.of("backbone", artifact)
         return self._given_backbone()
 
@@ -152,7 +157,8 @@ class Pipeline:
         from cpift.stages import build_fusion
 
         read = [self.artifacts.base.path, backbone.path, *(model.path for model in self.artifacts.tuned.values())]
-        self._make(artifact, "fusion", lambda out: build_fusion(self, groups, backbone, out), read)
+        title = "fusion" if self.config.fusion.isolates else f"merge: {self.config.fusion.method}"
+        self._make(artifact, title, lambda out: build_fusion(self, groups, backbone, out), read)
         if self.merging:
             self.merging.publish(artifact.path, artifact.fingerprint)
         return Model.of("fused", artifact)
@@ -165,7 +171,7 @@ class Pipeline:
         from cpift.stages import add_card, integration_spec
 
         specs = [integration_spec(self, fused, groups, artifact)]
-        self._fit(
+        self.train(
             [artifact], "integration", lambda: specs, lambda made, out: add_card(self, "final", groups, made, out)
         )
         return Model.of("final", artifact)
@@ -174,7 +180,8 @@ class Pipeline:
         """Every model that is scored, in the report's order, made if need be."""
         final = [self.integrate()] if self.config.integration is not None else []
         staged = [self.backbone()] if self.config.backbone_source != "pretrained" else []
-        return [self.pretrained(), *self.probe().values(), *staged, self.fuse(), *final]
+        beside = [Model.of(title, one) for title, one in self.baselines(self).items()] if self.baselines else []
+        return [self.pretrained(), *self.probe().values(), *staged, *beside, self.fuse(), *final]
 
     def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:
         """Stage 7: scores by model and task, of every model or of the ones given."""
@@ -206,19 +213,12 @@ class Pipeline:
         """The page a person reads; written anew each time, for it costs nothing."""
         data = self.report_data
         from cpift.report import write_run
+        from cpift.stages import tell_verdict
 
+        tell_verdict(self, data.headline)
         return write_run(data, self.root)
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
-
-    def _build_groups(self, regions: Artifact, out: Path) -> None:
-        from cpift.core_regions import read_summary
-
-        found, tasks = read_summary(regions.path), [task.name for task in self.config.tasks]
-        places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
-        overlaps = np.array(found["overlaps"])[np.ix_(places, places)]
-        grouping = group_tasks(tasks, overlaps, self.config.regions.p, self.config.groups, self.config.seed)
-        write_json(out / "groups.json", asdict(grouping) | {"jaccard": grouping.jaccard.tolist()})
 
     def _given_backbone(self) -> Model:
         """A backbone that the user names: a local directory or a hub id."""
@@ -259,20 +259,16 @@ class Pipeline:
             keep_scores(artifacts[title], result, changes[title])
 
         self.worked = True
-        self._said.add("evaluation")
+        self.said.add("evaluation")
         require_sound(todo.values(), self.root, self.view.warn)
         changes = {title: noted(model_files(path)) for title, path in todo.items()}
         with self.view.stage(f"evaluation of {len(todo)} models"):
             self.engine.evaluate(todo, keep, self.view.progress)
 
     def _say_cached(self, title: str) -> None:
-        if title not in self._said:
-            self._said.add(title)
+        if title not in self.said:
+            self.said.add(title)
             self.view.cached(title)
-
-    @cached_property
-    def _said(self) -> set[str]:
-        return set()
 
     def _make(
         self, artifact: Artifact, title: str, build: Callable[[Path], None], read: Sequence[Path] = ()
@@ -288,7 +284,7 @@ class Pipeline:
             if artifact.whole:  # another process made it while this one waited
                 return artifact
             require_sound(read, self.root, self.view.warn)
-            self._said.add(title)
+            self.said.add(title)
             self.worked = True
             from cpift.devices import device_name
 
@@ -302,7 +298,7 @@ class Pipeline:
                 build(out)
         return artifact
 
-    def _fit(
+    def train(
         self,
         artifacts: Iterable[Artifact],
         title: str,
@@ -318,7 +314,7 @@ class Pipeline:
         if not missing:
             self._say_cached(title)
             return
-        self._said.add(title)
+        self.said.add(title)
         self.worked = True
         fit_all(self.engine.fit, self.view, title, missing, specs(), finish)
 

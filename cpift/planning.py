@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,18 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
-    """The steps of a run in order, what is cached, and what it costs. `notes`: of `preflight`."""
+def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = ()) -> Plan:
+    """The steps of a run in order, what is cached, and what it costs.
+
+    notes: of `preflight`. beside: the steps of what is made to compare with (`run_baselines.baseline_steps`).
+    """
     from cpift.core_regions import core_size
 
     config = artifacts.config
     from cpift.merge_planning import given_notes
 
     parameters = count_parameters(artifacts)
-    steps = tuple(_steps(artifacts))
+    steps = (*_steps(artifacts), *beside)
     todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
     width = entry(KEPT_BYTES, config.model.dtype, "model.dtype") if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
@@ -81,20 +84,20 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     if artifacts.in_place:
         yield Step("model", "", "given", source_of(config.model).told)
     else:
-        yield _step(artifacts.model, source_of(config.model).told)
+        yield step_of(artifacts.model, source_of(config.model).told)
     for task in config.tasks:
         if task.checkpoint is None:
-            yield _step(artifacts.probes[task.name], _length(config.probe_training))
+            yield step_of(artifacts.probes[task.name], _length(config.probe_training))
         else:
             yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
     if not config.fusion.isolates:
         fused = artifacts.fuse((), artifacts.base)
-        yield _step(fused, f"{config.fusion.method} of {len(config.tasks)} models")
+        yield step_of(fused, f"{config.fusion.method} of {len(config.tasks)} models")
         if "integrate" not in _later(config):
             yield from _scored(artifacts, [Model.of("fused", fused)])
             return
-    yield _step(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
-    yield _step(artifacts.group, _threshold(config))
+    yield step_of(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
+    yield step_of(artifacts.group, _threshold(config))
     grouping = artifacts.known_grouping()
     if grouping is None:
         waiting = ["backbone"] * (config.backbone_source == "staged") + ["fuse"] + _later(config)
@@ -102,7 +105,7 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
         return
     staged = artifacts.backbone(grouping.groups)
     if staged is not None:
-        yield _step(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
+        yield step_of(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
     elif config.backbone_source != "pretrained":
         yield Step("backbone", "", "given", config.backbone.source)
     if staged is None and config.backbone_source != "pretrained":
@@ -112,11 +115,11 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     backbone = artifacts.base if staged is None else Model.of("backbone", staged)
     fused = artifacts.fuse(grouping.groups, backbone)
     if config.fusion.isolates:
-        yield _step(fused, _fusion(config))
+        yield step_of(fused, _fusion(config))
     own = [*([backbone] if staged else []), Model.of("fused", fused)]
     if "integrate" in _later(config):
         final = artifacts.integrate(grouping.groups, fused)
-        yield _step(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
+        yield step_of(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
         own.append(Model.of("final", final))
     yield from _scored(artifacts, own)
 
@@ -125,7 +128,7 @@ def _scored(artifacts: StageArtifacts, own: Sequence[Model]) -> Iterator[Step]:
     """The evaluations of θ0, the probes and these models, if the config has what they need."""
     if "evaluate" in _later(artifacts.config):
         for model in [artifacts.base, *artifacts.tuned.values(), *own]:
-            yield _step(artifacts.evaluate(model), f"{len(artifacts.config.tasks)} tasks")
+            yield step_of(artifacts.evaluate(model), f"{len(artifacts.config.tasks)} tasks")
 
 
 def _later(config: RunConfig) -> list[str]:
@@ -135,7 +138,8 @@ def _later(config: RunConfig) -> list[str]:
     return ["integrate"] * trains + ["evaluate"] * scores
 
 
-def _step(artifact: Artifact, detail: str) -> Step:
+def step_of(artifact: Artifact, detail: str) -> Step:
+    """What a plan says of an artifact."""
     found = artifact.state()
     detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
     return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)

@@ -11,10 +11,11 @@ from rich.text import Text
 from cpift.files import json_text
 from cpift.metrics import metric_of
 from cpift.report_index import RUN, write_page
-from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary
+from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary, usage
 from cpift.retention import learning_of, sentences
+from cpift.terminal import Terminal, say
 
-__all__ = ["ReportData", "first_sentences", "scores_table", "summary", "write_run"]
+__all__ = ["ReportData", "first_sentences", "scores_table", "show_result", "summary", "write_run"]
 
 
 def write_run(data: ReportData, folder: Path) -> Path:
@@ -32,6 +33,22 @@ def write_run(data: ReportData, folder: Path) -> Path:
 def first_sentences(data: ReportData) -> list[str]:
     """What has to be said before the table: of tasks that their own probes did not learn."""
     return sentences(learning_of(data.tasks, data.scores))
+
+
+def show_result(data: ReportData, folder: Path, page: Path) -> None:
+    """The last screen of a run in `folder`: the verdict, the model and how to use it, then figures and the report."""
+    model = _from_here(folder / data.model)
+    say(f"{data.headline}\n\nFinal model: {model}\n")
+    say("".join(f"    {line}\n" for line in usage(data, str(model)).splitlines()))
+    for sentence in first_sentences(data):
+        say(f"! {sentence}", "yellow")
+    Terminal().print(scores_table(data))
+    say(f"Report: {_from_here(page)}")
+
+
+def _from_here(path: Path) -> Path:
+    """A path as one types it in the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def scores_table(data: ReportData) -> Table:

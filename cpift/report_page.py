@@ -11,7 +11,7 @@ from cpift import report_plots as plots
 from cpift.escaping import html
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
-from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, verdict
+from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, usage, verdict
 from cpift.retention import DEFINITION, Score, probe_of
 
 _SECTIONS = {
@@ -56,7 +56,8 @@ def _verdict(data: ReportData) -> str:
     warnings = "".join(f'<p class="warning"><strong>Note.</strong> {html(text)}</p>' for text in data.warnings)
     failed = [check["name"] for check in data.checks if check["passed"] is False]
     broken = f'<p class="fail">Failed: {html("; ".join(failed))}</p>' if failed else ""
-    return f'<div class="verdict">{broken}{sentences}</div>{warnings}'
+    use = f"<pre><code>{html(usage(data, data.model))}</code></pre>" if data.model else ""
+    return f'<div class="verdict">{broken}{sentences}{use}</div>{warnings}'
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

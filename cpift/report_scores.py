@@ -48,6 +48,9 @@ class ReportData:
     provenance: list[dict[str, Any]]  # one manifest an artifact
     warnings: list[str]
     rows: list[str] = field(default_factory=list)  # how much of each task's rows the fine-tunes used
+    headline: str = ""  # `verdict.verdict_sentence`
+    model: str = ""  # the folder of the last model, from the run's
+    prompt: str = "[]"  # turns to try it with, in Python
 
 
 class Scored(Protocol):
@@ -100,6 +103,15 @@ def compare(one: Score, other: Score) -> int:
     return (one["score"] > other["score"]) - (one["score"] < other["score"])
 
 
+def usage(data: ReportData, folder: str) -> str:
+    """Three lines of Python that load the last model, which is in `folder`, and use it."""
+    return (
+        "from transformers import pipeline\n"
+        f'chat = pipeline("text-generation", {folder!r})\n'
+        f'print(chat({data.prompt})[0]["generated_text"][-1]["content"])'
+    )
+
+
 def summary(data: ReportData) -> dict[str, Any]:
     """The run in figures, for machines."""
     standings = {model: standing(data, model) for model in data.models}
@@ -125,6 +137,7 @@ def summary(data: ReportData) -> dict[str, Any]:
         },
         "groups": data.groups,
         "checks_passed": not any(check["passed"] is False for check in data.checks),
+        "model": data.model,
         "verdict": verdict(data),
         "warnings": data.warnings,
         "rows": data.rows,
@@ -137,9 +150,10 @@ def _plain(score: Score) -> Score:
 
 
 def verdict(data: ReportData) -> list[str]:
-    """What the probes learnt, if that is in doubt; what the last model did against each of the others; and how little
-    one run proves."""
-    final, found = data.models[-1], sentences(learning_of(data.tasks, data.scores))
+    """The verdict in one sentence; what the probes learnt, if that is in doubt; what the last model did against each of
+    the others; and how little one run proves."""
+    final, found = data.models[-1], [data.headline] if data.headline else []
+    found += sentences(learning_of(data.tasks, data.scores))
     for rival, name in (("base", "θ0"), ("fused", "the fused model"), ("backbone", "the backbone alone")):
         if rival in data.models and rival != final:
             found.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))

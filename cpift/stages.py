@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifacts import Artifact, package_versions, source_commit
+import numpy as np
+
+from cpift.artifacts import CARD, Artifact, package_versions, source_commit
 from cpift.checkpoint_writing import write_plain
 from cpift.checkpoints import Checkpoint
-from cpift.config import TrainingConfig
+from cpift.config import TaskConfig, TrainingConfig
 from cpift.config_loading import dump_config
 from cpift.core_regions import Streaming, read_summary, write_regions
+from cpift.data import read_examples
 from cpift.devices import device_name
 from cpift.errors import entry
 from cpift.files import read_json, write_json
 from cpift.fit_spec import RESULT, STEPS_PER, FitSpec, StageSpec, stages_of
 from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fuse_models
 from cpift.given import model_files, open_models
+from cpift.grouping import group_tasks
 from cpift.lora_config import ADAPTER_CONFIG
 from cpift.row_use import told
 from cpift.tokenizer_files import TEMPLATE, chat_template
@@ -142,6 +146,15 @@ def select_core_regions(run: Pipeline, outputs: Mapping[float, Path]) -> None:
         write_json(out / INPUTS_RECORD, described)
 
 
+def build_groups(run: Pipeline, regions: Artifact, out: Path) -> None:
+    """Group the tasks by their cores' overlaps."""
+    found, tasks = read_summary(regions.path), [task.name for task in run.config.tasks]
+    places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
+    overlaps = np.array(found["overlaps"])[np.ix_(places, places)]
+    grouping = group_tasks(tasks, overlaps, run.config.regions.p, run.config.groups, run.config.seed)
+    write_json(out / "groups.json", asdict(grouping) | {"jaccard": grouping.jaccard.tolist()})
+
+
 def build_fusion(run: Pipeline, groups: Sequence[Sequence[str]], backbone: Model, out: Path) -> None:
     """Fuse, check the result and keep the record beside it."""
     artifact = run.artifacts.fuse(groups, backbone)
@@ -157,10 +170,21 @@ def add_card(run: Pipeline, kind: str, groups: Sequence[Sequence[str]], artifact
     write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, run.artifacts.base.path)
 
 
+def tell_verdict(run: Pipeline, sentence: str) -> None:
+    """Put the verdict into the final model's card, but for one that a manifest holds the hash of, as they once did."""
+    from cpift.model_card import write_model_card
+
+    artifact = artifacts_of(run)["integrate"]
+    if CARD not in (manifest := artifact.manifest())["outputs"]:
+        groups, base = run.group().groups, run.artifacts.base.path
+        write_model_card(artifact.path, "final", run.config, groups, manifest, base, sentence)
+
+
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
     """Gather what the report shows from the artifacts of a finished run."""
     from cpift.report import ReportData
     from cpift.retention import condensed
+    from cpift.verdict import verdict_sentence
 
     grouping = run.group()
     regions = read_summary(run.artifacts.regions.path)["regions"]
@@ -193,7 +217,21 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
         provenance=[artifact.manifest() for artifact in made.values()],
         warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
         rows=[sentence for sentence, _ in rows],
+        headline=verdict_sentence([task.name for task in run.config.tasks], scores),
+        model=str(run.models()[-1].path.relative_to(run.root)),
+        prompt=_prompt(run.config.tasks),
     )
+
+
+def _prompt(tasks: Sequence[TaskConfig]) -> str:
+    """The shortest prompt among the tasks' first test rows, as Python writes it; what is long would hide the code."""
+    first = [next(iter(read_examples(task.test_data))) for task in tasks]
+    turns = [[{"role": turn.role, "content": turn.content} for turn in example.prompt] for example in first]
+    shown = min((repr(one) for one in turns), key=len)
+    return shown if len(shown) <= _LONGEST_PROMPT else repr([{"role": "user", "content": "Hello"}])
+
+
+_LONGEST_PROMPT = 240
 
 
 def artifacts_of(run: Pipeline) -> dict[str, Artifact]:
@@ -207,6 +245,7 @@ def artifacts_of(run: Pipeline) -> dict[str, Artifact]:
         "regions": run.artifacts.regions,
         "group": run.artifacts.group,
         **({"backbone": staged} if staged else {}),
+        **(run.baselines(run) if run.baselines else {}),
         "fuse": fused,
         "integrate": run.artifacts.integrate(groups, fused),
         **{f"evaluate {model.title}": run.artifacts.evaluate(model) for model in run.models()},
@@ -214,7 +253,7 @@ def artifacts_of(run: Pipeline) -> dict[str, Artifact]:
 
 
 def _fits(run: Pipeline, made: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    fits = {title: artifact for title, artifact in made.items() if title.startswith("probe") or title == "backbone"}
+    fits = {title: one for title, one in made.items() if one.stage in ("probe", "backbone")}
     return fits | {"integration": made["integrate"]}
 
 

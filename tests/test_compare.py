@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,25 @@ import pytest
 import yaml
 
 from cpift.artifacts import Artifact
-from cpift.baselines import MERGES, PARTS, Budgets, by_rows, in_stages, methods_of, shuffled, together, tokens_of
+from cpift.baselines import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together, tokens_of
+from cpift.budgets import Budgets
 from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare_report import document, write_comparison
 from cpift.compare_verdict import Findings, side
+from cpift.config import RunConfig
+from cpift.config_loading import parse_config, with_fields
 from cpift.engine import NoEngine
 from cpift.errors import ConfigError
 from cpift.files import write_json
-from cpift.inprocess import SharedHere
+from cpift.inprocess import InProcessEngine, SharedHere
 from cpift.pipeline import Pipeline
-from cpift.stages import integration_spec
+from cpift.planning import plan
+from cpift.preflight import preflight
+from cpift.run_baselines import baseline_steps, make_baselines
+from cpift.stage_artifacts import StageArtifacts
+from cpift.stages import artifacts_of, integration_spec
 from cpift.sweep_plan import expected_backbone
 from cpift.view import quiet
 from tests.test_sweep import TASKS, run_fields
@@ -131,6 +139,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
     return made, run_comparison(made, SharedHere(), quiet())
 
 
+@pytest.mark.slow
 def test_every_method_is_scored_on_every_row_with_every_seed(found: tuple[Comparison, Record]) -> None:
     made, record = found
     names = [method.name for method in methods_of(made)]
@@ -140,6 +149,7 @@ def test_every_method_is_scored_on_every_row_with_every_seed(found: tuple[Compar
     assert own["b"] == record.rows_of("probe b")[0].scores["b"]
 
 
+@pytest.mark.slow
 def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
     """Plain SFT sees what CPI-FT's fine-tunes saw, up to one batch of 4 rows of some 17 tokens."""
     record = found[1]
@@ -152,6 +162,7 @@ def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
     assert tokens["sequential SFT and replay: a → b"] == tokens["CPI-FT: a → b"] > tokens["sequential SFT: a → b"]
 
 
+@pytest.mark.slow
 def test_planned_tokens_are_those_that_training_sees(found: tuple[Comparison, Record]) -> None:
     made, record = found
     run = Pipeline(made.run({}, 0), NoEngine(), quiet())
@@ -159,6 +170,7 @@ def test_planned_tokens_are_those_that_training_sees(found: tuple[Comparison, Re
     assert record.rows_of("CPI-FT")[0].tokens == pytest.approx(planned, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_mixed_stage_is_one_stage_of_the_same_length(found: tuple[Comparison, Record]) -> None:
     made, record = found
     run = Pipeline(made.run(PARTS["one mixed stage"], 0), NoEngine(), quiet())
@@ -183,12 +195,14 @@ def test_parts_that_are_on_leave_fingerprints_as_they_were(tmp_path: Path) -> No
     assert off.fuse(((TASKS),), off.base).fingerprint != fused.fingerprint
 
 
+@pytest.mark.slow
 def test_the_same_comparison_again_makes_nothing(found: tuple[Comparison, Record]) -> None:
     made, record = found
 
     assert run_comparison(made, Idle(), quiet()) == record
 
 
+@pytest.mark.slow
 def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Comparison, Record]) -> None:
     verdict = Findings(found[1]).verdict()
     for name in ("CPI-FT", "CPI-FT, recommended"):
@@ -199,6 +213,7 @@ def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Compariso
     assert found[1].rows_of("CPI-FT, recommended: a → b")[0].fields["fusion.omega"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, Record]) -> None:
     parts = found[1].of_kind("part")
     rows = [replace(row, kind="variant") if row.kind == "part" else row for row in found[1].rows]
@@ -209,6 +224,7 @@ def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, R
     assert f"{best} is shown above" in claim
 
 
+@pytest.mark.slow
 def test_the_aim_counts_what_is_shown_and_what_each_seed_alone_has(found: tuple[Comparison, Record]) -> None:
     findings = Findings(found[1])
     rivals = [name for name in findings.methods if findings.kind(name) in ("sft", "merge")]
@@ -221,6 +237,7 @@ def test_the_aim_counts_what_is_shown_and_what_each_seed_alone_has(found: tuple[
     assert f"it is above {larger} in both" in claim
 
 
+@pytest.mark.slow
 def test_a_pair_is_learnt_in_both_orders(found: tuple[Comparison, Record]) -> None:
     """Both have the same probes and regions, so that the second's groups could be taken for the first's."""
     for name in ("sequential SFT", "CPI-FT", "CPI-FT, recommended"):
@@ -228,6 +245,7 @@ def test_a_pair_is_learnt_in_both_orders(found: tuple[Comparison, Record]) -> No
         assert found[1].rows_of(f"{name}: b → a")[0].groups == [["b"], ["a"]]
 
 
+@pytest.mark.slow
 def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_path: Path) -> None:
     write_record(found[1], tmp_path / "one.jsonl")
     again = read_record(tmp_path / "one.jsonl")
@@ -237,6 +255,7 @@ def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_
         read_record(tmp_path / "two.jsonl")
 
 
+@pytest.mark.slow
 def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Comparison, Record], tmp_path: Path) -> None:
     page = write_comparison(found[1], tmp_path).read_text()
     for method in methods_of(found[0]):
@@ -247,6 +266,7 @@ def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Compariso
     assert all((tmp_path / file).read_text().startswith("<svg") for file in document(found[1], "comparison")[1])
 
 
+@pytest.mark.slow
 def test_pieces_add_up_to_the_whole(found: tuple[Comparison, Record], tmp_path: Path) -> None:
     """Two seeds recorded on two days, the second of them in two goes, are the comparison of both."""
     made, record = found
@@ -268,6 +288,7 @@ def test_pieces_add_up_to_the_whole(found: tuple[Comparison, Record], tmp_path: 
     assert joined(*(replace(record, rows=rows) for rows in late)).rows == record.rows  # in the comparison's order
 
 
+@pytest.mark.slow
 def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison, Record], tmp_path: Path) -> None:
     config = found[0].config.model_copy(update={"seeds": (0,), "methods": ("linear average",)})
     made = replace(found[0], base=found[0].base.model_copy(update={"output": tmp_path}), config=config)
@@ -286,6 +307,7 @@ def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison
     assert all(row.scores == by_name[row.method, row.seed] for row in rows)
 
 
+@pytest.mark.slow
 def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, Record]) -> None:
     record = found[1]
     other = replace(record, header=replace(record.header, config=record.header.config | {"regions": {"p": 0.5}}))
@@ -296,3 +318,88 @@ def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, 
     renamed = [replace(row, fields={"regions.p": 0.5}) if row.method == "CPI-FT" else row for row in record.rows]
     with pytest.raises(ConfigError, match="CPI-FT: has other fields"):
         joined(record, replace(record, rows=renamed))
+
+
+# ---- baselines of a run ----------------------------------------------------------------------------------------------
+
+BESIDE = {"linear": {}, "ties": {"weight": 1.5}, "full_sft": {"learning_rate": 0.004, "balanced": True}}
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A run with baselines, made in this process."""
+    config = run_config(tmp_path_factory.mktemp("beside"), baselines=BESIDE)
+    run = Pipeline(config, InProcessEngine(config), quiet(), baselines=make_baselines)
+    run.report()
+    return run
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    fields = run_fields() | {"output": str(folder / "out"), "tracking": [], "groups": {"tau": 1.0}} | changes
+    return parse_config(fields, folder, "test")
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_scored_and_reported(beside: Pipeline) -> None:
+    data = beside.report_data
+    assert data.models == [
+        "base", "probe a", "probe b", "probe c", "backbone", "average", "TIES", "full SFT", "fused", "final"
+    ]  # fmt: skip
+    assert set(data.curves) > {"full SFT", "integration"}
+    assert {"average", "TIES", "full SFT", "evaluate TIES"} <= set(artifacts_of(beside))
+    page = (beside.root / "report.html").read_text()
+    assert page.index("One model: ") < page.index("from transformers import pipeline") < page.index("<table")
+    assert (beside.root / data.model / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_those_of_a_comparison(beside: Pipeline, tmp_path: Path) -> None:
+    """The same artifacts but for λ and learning rate, which a run may choose; and as many tokens as its fine-tunes."""
+    made = load_comparison(comparison_file(tmp_path, fixed={"groups.tau": 1.0}), (), {"output": beside.root})
+    average = next(method for method in methods_of(made) if method.name == "linear average")
+    own = Pipeline(made.run(average.fields, 0), NoEngine(), quiet())
+    found = make_baselines(beside)
+    assert own.artifacts.fuse((), own.pretrained()).path == found["average"].path
+    assert found["TIES"].fields["weight"] == 1.5
+    fits = [*beside.artifacts.probes.values(), beside.artifacts.backbone(beside.group().groups)]
+    fits.append(artifacts_of(beside)["integrate"])
+    assert tokens_of([found["full SFT"]]) == pytest.approx(tokens_of(fits), abs=4 * 20)
+    assert found["full SFT"].fields["learning_rate"] == 0.004
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
+    def planned(config: RunConfig) -> list[str]:
+        artifacts = StageArtifacts(config)
+        return [step.state for step in plan(artifacts, (), baseline_steps(artifacts)).steps]
+
+    again = Pipeline(beside.config, InProcessEngine(beside.config), quiet(), baselines=make_baselines)
+    again.report()  # counts rows anew: each test has a cache of its own
+    assert not again.worked
+    assert set(planned(beside.config)) == {"cached"}
+    other = with_fields(beside.config, {"baselines.ties.density": 0.5}, "test")
+    assert planned(other).count("to do") == 2, "the merge and its scores"
+    uncounted = with_fields(beside.config, {"integration.max_length": 31}, "test")
+    assert planned(uncounted)[-2:] == ["after group"] * 2, "rows are not counted for a plan"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"baselines": {"mean": {}}}, ["baselines.mean", "is not a field"]),
+        ({"baselines": {"linear": {"weight": 2}}}, ["baselines.linear.weight"]),
+        ({"baselines": ["linear"]}, ["baselines"]),
+        ({"baselines": {"full_sft": {}}, "integration": None}, ["baselines.full_sft", "no `integration`"]),
+        ({"baselines": {"ties": {}}, "absent": "peft"}, ["baselines.ties", "pip install 'cpift[peft]'"]),
+        ({"fusion": {"method": "dare"}, "absent": "peft"}, ["fusion.method", "pip install 'cpift[peft]'"]),
+    ],
+)
+def test_baselines_that_cannot_be_made_are_refused(
+    changes: dict[str, Any], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = changes.pop("absent", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == absent else find(name, *more))
+    with pytest.raises(ConfigError) as caught:
+        preflight(run_config(tmp_path, **changes))
+    assert all(part in str(caught.value) for part in said)

@@ -131,6 +131,7 @@ LAYERS = [
         "estimates",
         "measures",
         "retention",
+        "verdict",
         "compare_record",
         "compare_report",
         "compare_plots",
@@ -163,6 +164,8 @@ LAYERS = [
         "sweep_learning",
         "sweep_results",
         "baselines",
+        "budgets",
+        "run_baselines",
         "compare",
     },
     {
