@@ -62,12 +62,12 @@ def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
     Raises ConfigError with everything that would stop the run.
     """
     loaded = _loaded(config, overrides)
-    from cpift.planning import plan as planned
     from cpift.preflight import preflight
+    from cpift.run_baselines import plan_all
     from cpift.stage_artifacts import StageArtifacts
 
     notes = preflight(loaded, stage=None, download=False)
-    return planned(StageArtifacts(loaded), notes)
+    return plan_all(StageArtifacts(loaded), notes)
 
 
 def run(
@@ -82,10 +82,12 @@ def run(
     from cpift.locks import exclusive
     from cpift.pipeline import Pipeline
     from cpift.preflight import preflight
+    from cpift.run_baselines import make_baselines
 
     preflight(loaded, stage="run")
     with _threads_kept(in_process):
-        pipeline = Pipeline(loaded, _engine(loaded, in_process), view=_view(progress), merging=_merging(loaded))
+        engine, merging = _engine(loaded, in_process), _merging(loaded)
+        pipeline = Pipeline(loaded, engine, _view(progress), merging, baselines=make_baselines)
         with exclusive(pipeline.root), pipeline.session():
             report = pipeline.report()
             models = {model.title: model.path for model in pipeline.models()}

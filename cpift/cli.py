@@ -24,8 +24,7 @@ from cpift.units import show_size
 if TYPE_CHECKING:
     from cpift.config import RunConfig
     from cpift.pipeline import Pipeline
-    from cpift.planning import Plan, Step
-    from cpift.stage_artifacts import StageArtifacts
+    from cpift.planning import Plan
 
 
 def _version(asked: bool) -> None:
@@ -230,22 +229,14 @@ def report(config: Config, overrides: Overrides = None, output: Output = None) -
 @app.command(rich_help_panel=_LOOK)
 def plan(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Show the stages, what is cached, and what the run needs. Touches nothing."""
-    from cpift.planning import plan as make_plan
+    from cpift.run_baselines import plan_all
     from cpift.stage_artifacts import StageArtifacts
 
     run, notes = _load(config, overrides, _changes(output), None, download=False)
     artifacts = StageArtifacts(run)
-    _print_plan(make_plan(artifacts, notes, _baseline_steps(artifacts)), artifacts.root)
+    _print_plan(plan_all(artifacts, notes), artifacts.root)
     if (note := cli_cluster.unused_gpus(run)) is not None:
         say(note)
-
-
-def _baseline_steps(artifacts: StageArtifacts) -> list[Step]:
-    if artifacts.config.baselines is None:
-        return []
-    from cpift.run_baselines import baseline_steps
-
-    return list(baseline_steps(artifacts))
 
 
 def _print_plan(made: Plan, root: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from cpift.engine import NoEngine
 from cpift.errors import entry
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
-from cpift.planning import Step, step_of
+from cpift.planning import Plan, Step, plan, step_of
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.stages import backbone_spec
 from cpift.view import quiet
@@ -34,8 +34,12 @@ def make_baselines(run: Pipeline) -> dict[str, Artifact]:
     return found
 
 
-def baseline_steps(artifacts: StageArtifacts) -> Iterator[Step]:
-    """What a plan says of them; nothing is made, and no rows are counted."""
+def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
+    """The plan of a run with its baselines; `notes`: of `preflight`. No rows are counted."""
+    return plan(artifacts, notes, _steps(artifacts))
+
+
+def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     for name, settings in _chosen(artifacts.config).items():
         baseline = entry(BASELINES, name, _SUBJECT)
         if isinstance(settings, SftBaseline):

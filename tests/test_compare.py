@@ -25,9 +25,8 @@ from cpift.errors import ConfigError
 from cpift.files import write_json
 from cpift.inprocess import InProcessEngine, SharedHere
 from cpift.pipeline import Pipeline
-from cpift.planning import plan
 from cpift.preflight import preflight
-from cpift.run_baselines import baseline_steps, make_baselines
+from cpift.run_baselines import make_baselines, plan_all
 from cpift.stage_artifacts import StageArtifacts
 from cpift.stages import artifacts_of, integration_spec
 from cpift.sweep_plan import expected_backbone
@@ -371,7 +370,7 @@ def test_a_runs_baselines_are_those_of_a_comparison(beside: Pipeline, tmp_path: 
 def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
     def planned(config: RunConfig) -> list[str]:
         artifacts = StageArtifacts(config)
-        return [step.state for step in plan(artifacts, (), baseline_steps(artifacts)).steps]
+        return [step.state for step in plan_all(artifacts).steps]
 
     again = Pipeline(beside.config, InProcessEngine(beside.config), quiet(), baselines=make_baselines)
     again.report()  # counts rows anew: each test has a cache of its own
