@@ -14,6 +14,7 @@ from cpift.config_inputs import HeldSource
 from cpift.config_training import Mixing
 from cpift.errors import ChangedInput, CpiftError, DataError, Problem, entry
 from cpift.examples import Example, Message, RowError, options_otherwise, parse_row
+from cpift.fact_cache import remembered
 from cpift.files import digest
 from cpift.holdout import held_key, last_held
 from cpift.hub import HubError
@@ -75,17 +76,21 @@ def read_examples(source: DataSource) -> Iterator[Example]:
 
 def _last_held(source: HeldSource) -> int:
     """Up to which key rows are held out; remembered, for every split of a task asks."""
-    where = digest([rows_of(source).decided_by(), source.limit, source.columns, source.holdout.model_dump()])
+    identity = [rows_of(source).decided_by(), source.limit, source.columns, source.holdout.model_dump()]
+    where = digest(identity)
     if where not in _HELD:
-        wanted, keys = source.holdout.rows, (held_key(one, source.holdout) for one in _read(source))
-        last, rows = last_held(keys, wanted)
-        if last is None:
-            what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
-            raise DataError(
-                rows_of(source).told, [Problem("holdout.rows", what, "give fewer, or rows of other prompts")]
-            )
-        _HELD[where] = last
+        _HELD[where] = remembered("last row held out", identity, lambda: _find_last_held(source))
     return _HELD[where]
+
+
+def _find_last_held(source: HeldSource) -> int:
+    wanted = source.holdout.rows
+    last, rows = last_held((held_key(one, source.holdout) for one in _read(source)), wanted)
+    if last is None:
+        what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
+        problem = Problem("holdout.rows", what, "give fewer, or rows of other prompts")
+        raise DataError(rows_of(source).told, [problem])
+    return last
 
 
 def _read(source: DataSource) -> Iterator[Example]:
