@@ -9,6 +9,7 @@ from typing import Any
 from cpift.artifacts import CARD
 from cpift.config import FusionConfig, ModelConfig, RunConfig, TaskConfig
 from cpift.data import rows_of
+from cpift.errors import entry
 from cpift.escaping import code, markdown
 from cpift.files import write_text
 from cpift.methods import method_named
@@ -16,6 +17,8 @@ from cpift.models import source_of
 from cpift.redaction import redacted
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_bytes
 
+# `integration.stages` → whether there is one stage, which has no earlier ones
+ONE_STAGE = {"groups": False, "mixed": True}
 _KINDS = {
     "fused": "the transplant and SLERP fusion of the fine-tunes, before integrated fine-tuning",
     "final": "the fused model after integrated fine-tuning with core regions frozen",
@@ -71,7 +74,7 @@ def _what(kind: str, config: RunConfig) -> str:
     if kind == "fused" and not config.fusion.isolates:
         return f"A language model merged by {config.fusion.method} from fine-tunes of one model, with cpift."
     made = "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
-    return f"A language model {made}: {_KINDS[kind]}."
+    return f"A language model {made}: {entry(_KINDS, kind, 'model')}."
 
 
 def _tested(config: RunConfig) -> str:
@@ -153,7 +156,8 @@ def _recipe(kind: str, config: RunConfig) -> str:
         lines.insert(1, f"Backbone: {markdown(config.backbone_source)}.")
     if kind == "final":
         tuning = config.integration_training
-        freeze = "none" if tuning.stages == "mixed" and tuning.freeze == "earlier" else tuning.freeze
+        alone = entry(ONE_STAGE, tuning.stages, "integration.stages")
+        freeze = "none" if alone and tuning.freeze == "earlier" else tuning.freeze
         held = "frozen" if tuning.penalty is None else f"pulled back (penalty {tuning.penalty:g})"
         frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[freeze]
         lines.append(f"Integration: {tuning.length} a stage, learning rate {tuning.learning_rate:g}, {frozen} {held}.")

@@ -2,11 +2,13 @@
 
     of a task           its score ÷ its own probe's; where the metric is the loss, the probe's loss ÷ its loss
     mean, worst task    over the judged tasks: those that their own probe learnt
-    learnt              the probe is better than θ0 on the task's metric and, of a choice, better than guessing;
-                        with several seeds their mean is, and the probe scored something with each
+    learnt              the probe is better than θ0 on the task's metric and, of a choice, better than guessing, and
+                        scores at least 5 %; with several seeds their mean does, and the probe scored something
+                        with each
 
 By point estimates: intervals over a few dozen rows would leave out nearly every task. A task whose gain over θ0 is not
-beyond its interval is judged, and a sentence says that the gain is not shown.
+beyond its interval is judged, and a sentence says that the gain is not shown. The 5 % are there because the quotient of
+two scores near 0 is any number: one right reply more of 25 would double what is kept.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from cpift.metrics import metric_of
 
 DEFINITION = (
     "Retention is score ÷ the own probe's score, of a loss the other way round; means and the worst task are over the "
-    "tasks whose own probe is better than θ0 and, of a choice, than guessing."
+    "tasks whose own probe is better than θ0 and, of a choice, than guessing, and scores at least 5 %."
 )
+LEAST = 0.05  # a probe's score below which its task is not judged; losses have no such bound
 _CONFIDENCE = 0.95
 Score = dict[str, Any]
 
@@ -53,6 +56,8 @@ class Learning:
             return f"probe {self._shown(self.probe)}, θ0 {self._shown(self.base)}"
         if self.chance is not None and self.probe <= self.chance:
             return f"probe {self._shown(self.probe)}, guessing {self._shown(self.chance)}"
+        if not metric_of(self.metric).by_loss and self.probe < LEAST:
+            return f"probe {self._shown(self.probe)}, less than {100 * LEAST:g} %"
         return "" if self.always and self.probe != 0 else "its probe scored nothing with some seed"
 
     @property
@@ -79,14 +84,11 @@ def sentences(learning: Mapping[str, Learning]) -> list[str]:
     vague = {task: one.not_shown for task, one in learning.items() if one.not_shown}
     found = []
     if out and len(out) == len(learning):
-        found.append(
-            f"No own probe is better than θ0 or than guessing, so retention means nothing here and has no mean: "
-            f"{_listed(out)}."
-        )
+        found.append(f"No own probe learnt its task, so retention means nothing here and has no mean: {_listed(out)}.")
     elif out:
         found.append(
-            "Left out of mean retention and of the worst task, where retention means nothing, for the own probe is not "
-            f"better than θ0 or than guessing: {_listed(out)}."
+            "Left out of mean retention and of the worst task, for the own probe did not learn the task, and retention "
+            f"means nothing there: {_listed(out)}."
         )
     if vague:
         found.append(

@@ -30,7 +30,6 @@ from cpift.escaping import without_colours
 from cpift.files import file_sha256
 from cpift.terminal import say
 
-CONFIG = "config.yaml"
 _EXTRA = "pip install 'cpift[cluster]'"
 
 
@@ -64,8 +63,8 @@ def package(config: Path, overrides: Sequence[str], output: str | None, folder: 
     problems += secret_problems({"--set": list(overrides), "--output": output, "sweep": {**raw, "run": None}})
     problems += _check_output(raw, run, output, sweep)
     check_fields(run, str(origin), problems)
-    (working_dir / CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    command = ["python", "-m", "cpift.cli", "sweep" if sweep else "run", CONFIG]
+    (working_dir / config.name).write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    command = ["python", "-m", "cpift.cli", "sweep" if sweep else "run", f"./{config.name}"]
     command += ["--output", output] if output else []
     command += [part for text in changes for part in ("--set", text)]
     if wheel:

@@ -122,7 +122,7 @@ def test_compare(one: dict, other: dict, sign: int) -> None:
 
 def test_verdict_says_better_equal_and_worse_by_name(data: ReportData) -> None:
     sentences = verdict(data)
-    assert sentences.pop(0).endswith("better than θ0 or than guessing: c (probe 0.0 %, θ0 0.0 %).")
+    assert sentences.pop(0).endswith("retention means nothing there: c (probe 0.0 %, θ0 0.0 %).")
     assert sentences[0] == (
         "The final model against θ0: better on 2 of 3 (a, b); equal on 1 of 3 (c). "
         "By loss per answer token: better on 2 of 3 (a, b); worse on 1 of 3 (c)."

@@ -134,6 +134,14 @@ CASES = {
         scored("choice", [0] * 4, options=2),
         "probe 50.0 %, guessing 50.0 %",
     ),
+    "next to nothing": (
+        scored("rouge", [0.04, 0.04]),
+        scored("rouge", [0.0, 0.02]),
+        "probe 4.0 %, less than 5 %",
+    ),
+    "one right of 25": (scored("number", [1] + [0] * 24), scored("number", [0] * 25), "probe 4.0 %, less than 5 %"),
+    "one right of 20": (scored("number", [1] + [0] * 19), scored("number", [0] * 20), ""),
+    "a small loss": (scored("loss", [(0.01, 1)]), scored("loss", [(0.02, 1)]), ""),
     "lower loss": (scored("loss", [(1.0, 3), (2.0, 1)]), scored("loss", [(2.0, 3), (1.0, 1)]), ""),
     "higher loss": (scored("loss", [(1.0, 1)]), scored("loss", [(0.5, 1)]), "probe loss 1.000, θ0 loss 0.500"),
 }
@@ -170,7 +178,7 @@ def test_what_is_in_doubt_is_said_first_and_the_task_stays_in_the_tables() -> No
     assert told["retention"]["left_out"] == {"b": "probe 25.0 %, θ0 25.0 %"}
     assert set(told["models"]["final"]["scores"]) == set(rows)
     worst = replace(data, tasks=["b"])
-    assert "No own probe is better" in verdict(worst)[0]
+    assert "No own probe learnt its task" in verdict(worst)[0]
     assert standing(worst, "final") is None
 
 

@@ -21,7 +21,7 @@ from cpift.config import RunConfig
 from cpift.config_loading import load_config
 from cpift.config_paths import PATHS
 from cpift.errors import ConfigError
-from cpift.submit import CONFIG, JobSpec, package
+from cpift.submit import JobSpec, package
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "ray_jobs"
@@ -61,11 +61,11 @@ def test_a_run_goes_with_its_data_and_loads_there(rows: Path, monkeypatch: pytes
     files = sent(spec)
     assert len(files) == 3
     assert shlex.split(spec.entrypoint) == [
-        *("python", "-m", "cpift.cli", "run", "config.yaml", "--output", "/shared/out", "--set", "regions.p=0.1")
+        *("python", "-m", "cpift.cli", "run", "./run.yaml", "--output", "/shared/out", "--set", "regions.p=0.1")
     ]
     monkeypatch.delenv("ROWS")
     monkeypatch.chdir("/")
-    task = load_config(spec.working_dir / CONFIG).tasks[0]
+    task = load_config(spec.working_dir / "run.yaml").tasks[0]
     assert task.train.file is not None
     assert task.train.file.parent == (spec.working_dir / "data").resolve()
     assert task.train.file.read_text() == (rows / "rows" / "train.jsonl").read_text()
@@ -76,8 +76,8 @@ def test_a_sweep_goes_with_its_run_inline(rows: Path) -> None:
     sweep = rows / "sweep.yaml"
     sweep.write_text(yaml.safe_dump({"run": "run.yaml", "space": {"regions.p": [0.1, 0.2]}}))
     spec = package(sweep, [], "/shared/out", rows / "build", wheel=False)
-    assert "cpift.cli sweep config.yaml" in spec.entrypoint
-    shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
+    assert "cpift.cli sweep ./sweep.yaml" in spec.entrypoint, "a sweep is titled by its file's name"
+    shipped = yaml.safe_load((spec.working_dir / "sweep.yaml").read_text())
     assert shipped["run"]["tasks"][0]["train"]["file"].startswith("data/")
 
 
@@ -137,7 +137,7 @@ def test_what_is_the_same_everywhere_is_sent_as_it_is(rows: Path) -> None:
     changes = {"model": {"path": "/models/base"}, "backbone": {"source": "org/name"}, "tasks": tasks}
     changes |= {"resources": {"storage": "s3://bucket/kept"}, "probe": None, "integration": None}
     spec = package(local_run(rows, **changes), [], "/shared/out", rows / "build", wheel=False)
-    shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
+    shipped = yaml.safe_load((spec.working_dir / "run.yaml").read_text())
     assert {name: shipped[name] for name in changes} == changes
 
 
@@ -147,7 +147,7 @@ def test_paths_that_a_sweep_or_an_option_sets_are_prepared_too(rows: Path) -> No
     space = {"tasks.0.test.file": ["rows/test.jsonl", "rows/train.jsonl"]}
     sweep.write_text(yaml.safe_dump(fields | {"space": space}))
     spec = package(sweep, ["tasks.0.train.file=rows/test.jsonl"], "/shared/out", rows / "build", wheel=False)
-    shipped = yaml.safe_load((spec.working_dir / CONFIG).read_text())
+    shipped = yaml.safe_load((spec.working_dir / "sweep.yaml").read_text())
     named = [shipped["fixed"]["tasks.0.train.file"], *shipped["space"]["tasks.0.test.file"]]
     named.append(shlex.split(spec.entrypoint)[-1].partition("=")[2])
     assert all((spec.working_dir / name).is_file() for name in named)
@@ -181,7 +181,12 @@ def test_every_path_of_the_schema_has_its_kind_and_every_kind_what_becomes_of_it
     found = set(path_fields(RunConfig))
     assert {"model.path", "tasks.*.checkpoint.path", "tasks.*.train.file", "output"} <= found
     assert found <= set(PATHS), "a new path: say in config_paths.PATHS what kind it is"
-    texts = {"model.gguf.file", "backbone.source", "resources.storage"}  # not only paths, so plain text
+    texts = {
+        "model.gguf.file",
+        "model.chat_template",
+        "backbone.source",
+        "resources.storage",
+    }  # not only paths, so plain text
     assert set(PATHS) == found | texts
     assert set(PATHS.values()) == set(submit._REMEDIES) | {"rows"}
 
