@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpift.columns import ColumnError, Template, fill
-from cpift.row_kinds import Kind, kind_of
+from cpift.row_kinds import NUMBERS, Kind, kind_of
 from cpift.turns import Message, RowError, check_links, parse_turn
 from cpift.untrusted import ROW, UnreadableError, parse_json, require_limits
 
@@ -169,7 +169,7 @@ def _answer(raw: Any, choices: tuple[str, ...], labels: tuple[str, ...]) -> str 
         return choices[labels.index(raw.strip())]
     if raw is None or isinstance(raw, str):
         return raw
-    if not isinstance(raw, (int, float)):
+    if not isinstance(raw, NUMBERS):
         raise RowError(f"`answer` must be text or a number, not {type(raw).__name__}")
     if isinstance(raw, bool):
         return str(raw)  # as a template of `columns` writes it

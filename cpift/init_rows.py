@@ -108,7 +108,8 @@ def _columns(source: DataSource) -> tuple[dict[str, Template], str]:
 def _called(row: Mapping[str, Any], columns: Mapping[str, Template]) -> str:
     if not columns:
         return kind_of(row).title
-    return f"prompt and completion ({', '.join(str(one) for one in columns.values())})".replace("\n", " ")
+    names = "prompt, choices and answer" if "choices" in columns else "prompt and completion"
+    return f"{names} ({', '.join(str(one) for one in columns.values())})".replace("\n", " ")
 
 
 def _proposals(names: set[str]) -> Iterator[dict[str, Template]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from cpift.turns import RowError
 from cpift.untrusted import ROW, UnreadableError, parse_json
 
 Fields = Mapping[str, Any]
+NUMBERS = (bool, int, float, decimal.Decimal)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ def _prompt(fields: Fields) -> list[Any]:
     completion: Any = fields.get("completion")
     completion = fields.get("answer") if completion is None else completion
     before = prompt if _are_turns(prompt) else [{"role": "user", "content": prompt}]
-    after = completion if _are_turns(completion) else [{"role": "assistant", "content": completion}]
+    after = completion if _are_turns(completion) else [{"role": "assistant", "content": _written(completion)}]
     return [*before, *after]
+
+
+def _written(value: Any) -> Any:
+    """A reply that is a number or true or false as text, as templates of `columns` write it."""
+    return str(value) if isinstance(value, NUMBERS) else value
 
 
 def _are_turns(value: Any) -> bool:
@@ -80,7 +87,11 @@ def _instructed(context: str, reply: str) -> Callable[[Fields], list[Any]]:
     def turns(fields: Fields) -> list[Any]:
         texts = (_text(name, fields[name]) for name in ("instruction", context) if fields.get(name))
         prompt = "\n\n".join(text for text in texts if text.strip())
-        return [*_system(fields), {"role": "user", "content": prompt}, {"role": "assistant", "content": fields[reply]}]
+        return [
+            *_system(fields),
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": _written(fields[reply])},
+        ]
 
     return turns
 

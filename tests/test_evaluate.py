@@ -268,6 +268,18 @@ def test_unusable_rows_are_refused(
         assert word in str(caught.value)
 
 
+def test_plain_text_is_scored_whole_as_transformers_scores_it(model_path: Path, tmp_path: Path) -> None:
+    texts = ["once upon a time", "x"]
+    (tmp_path / "loss.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = TaskConfig(name="loss", test=DataSource(file=tmp_path / "loss.jsonl"))
+    score = evaluate_model(model_path, [config], EvaluationConfig(precision="float32"))["loss"]
+    model, tokenizer = load_model(model_path, torch.float32), load_tokenizer(model_path)
+    for text, row in zip(texts, score.examples, strict=True):
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        assert row["loss"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+        assert row["tokens"] == ids.shape[1] - 1
+
+
 def test_a_shared_prefix_changes_nothing(model_path: Path) -> None:
     """Groups whose members share nothing, everything but the end, or are alone, in one batch."""
     model = load_model(model_path)

@@ -69,13 +69,13 @@ TASKS: dict[str, tuple[Rows, str, str, dict[str, Any]]] = {
              "prompt and completion ({text}, {label})", "choice",
              {"prompt": "{text}", "completion": "{label}", "choices": ("bad", "good", "neither: no")}),
     "mmlu": ([{"question": f"q{i}", "choices": options(i), "answer": i % 4, "subject": "x"} for i in range(40)],
-             "prompt and completion ({question}, {choices}, {answer})", "choice",
+             "prompt, choices and answer ({question}, {choices}, {answer})", "choice",
              {"prompt": "{question}", "choices": "{choices}", "answer": "{answer}"}),
     "arc": ([{"id": i, "question": f"r{i}", "choices": {"text": options(i), "label": list("1234")}, "answerKey": "2"}
-             for i in range(40)], "prompt and completion ({question}, {choices}, {answerKey})", "choice",
+             for i in range(40)], "prompt, choices and answer ({question}, {choices}, {answerKey})", "choice",
             {"prompt": "{question}", "choices": "{choices}", "answer": "{answerKey}"}),
     "letters": ([{"question": f"s{i}", **dict(zip("ABCD", options(i), strict=True)), "answer": "ABCD"[i % 4]}
-                 for i in range(40)], "prompt and completion ({question}, {A} {B} {C} {D}, {answer})", "choice",
+                 for i in range(40)], "prompt, choices and answer ({question}, {A} {B} {C} {D}, {answer})", "choice",
                 {"prompt": "{question}", "choices": "{A}\n{B}\n{C}\n{D}", "answer": "{answer}"}),
     "passages": ([{"context": text, "question": f"q{i}?", "answer": f"a {i} b"} for i, text in enumerate(LONG)],
                  "prompt and completion ({context:?}  {question}, {answer})", "rouge",

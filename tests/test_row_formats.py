@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,8 @@ SHAPES: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({"messages": json.dumps(TALK)}, "messages", TALK),
     ({"messages": None, "prompt": "u", "completion": "r"}, "prompt and completion", TALK),
     ({"prompt": [USER], "completion": "r"}, "prompt and completion", TALK),
+    ({"prompt": "u", "completion": Decimal("3.50")}, "prompt and completion", [USER, REPLY | {"content": "3.50"}]),
+    ({"instruction": "u", "output": 3}, "Alpaca", [USER, REPLY | {"content": "3"}]),
     ({"prompt": "u", "completion": None, "answer": 3}, "prompt and answer", [USER, REPLY | {"content": "3"}]),
     ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "r",
       "weight": None}], "id": "x"}, "ShareGPT", [{"role": "system", "content": "s"}, *TALK]),
