@@ -17,7 +17,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
-from cpift import hub, init_files
+from cpift import hub
 from cpift.cli import app
 from cpift.cli_schema import schema_of
 from cpift.config import ModelConfig, RunConfig
@@ -274,10 +274,17 @@ def test_a_merge_of_checkpoints(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert yaml.safe_load(text)["tasks"][1] == {"name": "b", "checkpoint": {"hub": "org/b", "revision": "c" * 40}}
 
 
-def test_a_hub_data_set_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init_files, "resolve_revision", lambda kind, name, revision: "c" * 40)
-    (found,) = tasks_of(["org/set"])
-    assert (found.name, found.train.hub, found.train.revision) == ("set", "org/set", "c" * 40)
+def test_a_hub_data_set_is_pinned_and_held_out_of(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader is replaced: this checks what is asked for, not the hub."""
+    for module in ("init_files", "row_sources"):
+        monkeypatch.setattr(f"cpift.{module}.resolve_revision", lambda kind, name, revision: "c" * 40)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: TASKS["sums"][0])
+    said = invoke("org/set", "--model", base, "--out", tmp_path / "run.yaml")
+    assert "set: org/set is a hub data set, read as prompt and completion ({question}, {answer}), 40 rows; 8" in said
+    (task,) = config_of(tmp_path / "run.yaml").tasks
+    assert task.train is not None
+    assert (task.train.hub, task.train.revision) == ("org/set", "c" * 40)
+    assert len(load_examples(task.train_data)) == 32
 
 
 def test_examples_lie_where_they_find_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

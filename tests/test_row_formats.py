@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
+import random
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -291,3 +293,17 @@ def test_what_follows_the_last_reply_is_left_out() -> None:
     with pytest.raises(RowError, match="the last message must be the assistant's reply"):
         parse_row({"messages": [*TALK, {"role": "tool", "content": "x"}]}, {})
     assert parse_row({"prompt": "p", "answer": False}, {}).reply == "False"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl.gz", "a.json.zst", "a.parquet", "a.feather"])
+def test_bytes_that_were_changed_give_rows_or_a_message(name: str, tmp_path: Path) -> None:
+    WRITERS[name][1](tmp_path / name)
+    data, chance = (tmp_path / name).read_bytes(), random.Random(0)
+    for _ in range(30):
+        changed = bytearray(data)
+        for _ in range(chance.choice([1, 1, 5])):
+            place = chance.randrange(len(changed))
+            changed[place : place + chance.randrange(4)] = chance.randbytes(chance.randrange(4))
+        (tmp_path / name).write_bytes(changed)
+        with contextlib.suppress(DataError):
+            load_examples(DataSource(file=tmp_path / name))
