@@ -42,12 +42,23 @@ def init(
     say why each value is what it is. Nothing that exists is replaced.
     """
     given = inputs or []
+    _require_meant(given, model, out, example)
     if example is not None:
         _example(example)
     elif given and given[0] in _OTHERS:
         _OTHERS[given[0]](given[1:], out)
     else:
         _run(given, model, out or Path("my-run.yaml"))
+
+
+def _require_meant(given: Sequence[str], model: str | None, out: Path | None, example: str | None) -> None:
+    """Raise ConfigError for what would be ignored."""
+    kind = f"--example {example}" if example is not None else given[0] if given and given[0] in _OTHERS else None
+    beside = {"--model": model, "--out": out if example is not None else None}
+    beside |= {"DATA": ", ".join(given) or None} if example is not None else {}
+    ignored = [name for name, value in beside.items() if value is not None]
+    if kind is not None and ignored:
+        raise ConfigError("init", [Problem(name, f"means nothing beside {kind}", "leave it out") for name in ignored])
 
 
 def _run(data: Sequence[str], model: str | None, out: Path) -> None:
@@ -58,6 +69,7 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
     if model is None:
         problem = Problem("--model", "is not given", "name the model to fine-tune: a folder, a .gguf file or a hub id")
         raise ConfigError("init", [problem])
+    say(f"Looking at {model} and {len(found)} data set{'s' * (len(found) != 1)} ...")
     from cpift.devices import visible_gpus
     from cpift.init_model import base_model
     from cpift.init_run import check, tasks_of, written

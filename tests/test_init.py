@@ -234,6 +234,9 @@ def test_what_cannot_be_used_is_told_and_nothing_is_written(
         (["merge", "a", "b"], "2 given → give BASE and two or more fine-tunes"),
         (["merge", "./a", "./b", "./c"], "is no model folder and no hub id"),
         (["sweep"], "0 given → give the file of one run"),
+        (["--example", "smoke", "--model", "m"], "--model: means nothing beside --example smoke"),
+        (["--example", "smoke", "a.jsonl"], "DATA: means nothing beside --example smoke"),
+        (["sweep", "a.yaml", "--model", "m"], "--model: means nothing beside sweep"),
         (["--example", "nope"], "there is none of this name → one of .*smoke"),
     ],
 )
