@@ -31,7 +31,8 @@ _MOST_REPLY = 256  # tokens generated
 _MOST_SCORED = 4096  # tokens of a row that is held out
 _SEEDS = 5  # tried before shorter rows are
 _STEPS = (20, 300)
-_BATCH = 8
+_BATCH = 8  # rows of a step
+_AT_ONCE = 4096  # tokens that go through the model together in training
 # Up to how many parameters which learning rate, for AdamW on all weights.
 _RATES = ((50_000_000, 1e-3), (2_000_000_000, 1e-4), (math.inf, 2e-5))
 
@@ -249,15 +250,25 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     yield "# That is for a first look: write epochs: 3 in the place of steps once the report looks right."
     yield "probe:"
     yield f"  steps: {steps}"
-    yield f"  batch_size: {_BATCH}"
+    yield from _batch(length)
     yield f"  learning_rate: {_scalar(rate)}  # usual for a model of this size, all weights trained"
     yield f"  max_length: {length}  # tokens; {fits:.0%} of the rows looked at fit, longer ones are cut"
     yield ""
     yield "integration:  # the fused model's last fine-tune, with cores frozen"
     yield f"  steps: {max(_STEPS[0] // 2, steps // 2)}"
-    yield f"  batch_size: {_BATCH}"
+    yield from _batch(length)
     yield f"  learning_rate: {_scalar(rate / 2)}"
     yield f"  max_length: {length}"
     scored = max(task.scored for task in tasks)
+    most_rows = min(16, max(1, 2 * _AT_ONCE // scored))
     yield ""
-    yield f"evaluation: {{max_length: {max(_rounded(scored, 32), 32)}}}  # the longest test row has {scored} tokens"
+    yield f"# The longest test row has {scored} tokens."
+    yield f"evaluation: {{batch_size: {most_rows}, max_length: {max(_rounded(scored, 32), 32)}}}"
+
+
+def _batch(length: int) -> Iterator[str]:
+    """Rows of a step, as many at a time as memory allows."""
+    rows = min(_BATCH, 2 ** int(math.log2(max(1, _AT_ONCE // length))))
+    yield f"  batch_size: {rows}" + (f"  # of {_BATCH} rows a step, for memory" if rows < _BATCH else "")
+    if rows < _BATCH:
+        yield f"  gradient_accumulation: {_BATCH // rows}"
