@@ -106,6 +106,25 @@ def dump_fields(fields: Any) -> str:
     return yaml.safe_dump(redacted_values(fields), sort_keys=False, allow_unicode=True)
 
 
+class _OneLine(yaml.SafeDumper):
+    """Texts of several lines in quotes with escapes, not over several lines."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        lines = len(f"{text}.".splitlines()) > 1
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if lines else None)
+
+
+_OneLine.add_representer(str, _OneLine.represent_str)
+
+
+def one_line_yaml(value: Any) -> str:
+    """A value as it stands in one line of a file."""
+    dumped = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=2**31, sort_keys=False
+    )
+    return dumped.removesuffix("\n").removesuffix("\n...")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's fields. Raises ConfigError where it is no mapping in YAML, within the limits of `untrusted.CONFIG`."""
     try:

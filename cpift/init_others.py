@@ -8,10 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 import cpift
-from cpift.config_loading import load_config, parse_config
+from cpift.config_loading import load_config, one_line_yaml, parse_config
 from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.untrusted_yaml import parse_yaml
 
@@ -59,18 +57,13 @@ def check_merge(text: str, out: Path) -> None:
 def _checkpoint(name: str, folder: Path) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
-        return f"{{path: {_scalar(os.path.relpath(path, folder))}}}"
+        return f"{{path: {one_line_yaml(os.path.relpath(path, folder))}}}"
     if path.exists() or not HUB_ID.fullmatch(name):
         raise ConfigError("init merge", [Problem(name, "is no model folder and no hub id", "give one of these")])
     from cpift.hub import resolve_revision
 
     commit = resolve_revision("model", name, None)
-    return f"{{hub: {_scalar(name)}, revision: {_scalar(commit)}}}"
-
-
-def _scalar(value: str) -> str:
-    dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
-    return dumped.removesuffix("\n").removesuffix("\n...")
+    return f"{{hub: {one_line_yaml(name)}, revision: {one_line_yaml(commit)}}}"
 
 
 def tune_names(models: Sequence[str]) -> list[str]:
@@ -100,7 +93,7 @@ def sweep_file(run: Path, out: Path, schema: str) -> str:
                 f"# yaml-language-server: $schema={schema}",
                 "# By `cpift init sweep`. Probes are trained once; every point has its own masks and fused model.",
                 f"# `cpift sweep {out.name}` tries every combination below.",
-                f"run: {_scalar(os.path.relpath(run.absolute(), out.absolute().parent))}",
+                f"run: {one_line_yaml(os.path.relpath(run.absolute(), out.absolute().parent))}",
                 "",
                 "space:",
                 "  regions.p: [0.01, 0.02, 0.05, 0.1]",

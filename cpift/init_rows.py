@@ -13,6 +13,7 @@ from cpift.columns import Template
 from cpift.config_inputs import DataSource
 from cpift.data import read_examples
 from cpift.errors import DataError, Problem
+from cpift.escaping import one_line
 from cpift.examples import Example, RowError, parse_row
 from cpift.metrics import METRICS, right_answer
 from cpift.row_formats import format_of
@@ -109,7 +110,7 @@ def _called(row: Mapping[str, Any], columns: Mapping[str, Template]) -> str:
     if not columns:
         return kind_of(row).title
     names = "prompt, choices and answer" if "choices" in columns else "prompt and completion"
-    return f"{names} ({', '.join(str(one) for one in columns.values())})".replace("\n", " ")
+    return one_line(f"{names} ({', '.join(str(one) for one in columns.values())})")
 
 
 def _proposals(names: set[str]) -> Iterator[dict[str, Template]]:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cpift.config import RunConfig
 from cpift.config_evaluation import EvaluationConfig, TaskConfig
 from cpift.config_inputs import DataSource, Holdout
-from cpift.config_loading import parse_config
+from cpift.config_loading import one_line_yaml, parse_config
 from cpift.data import count_examples, read_examples
 from cpift.errors import ConfigError, CpiftError, DataError, Problem
 from cpift.init_files import Found
@@ -153,7 +151,7 @@ def written(tasks: Sequence[Task], base: BaseModel, out: Path, schema: str, gpus
     lines = [
         f"# yaml-language-server: $schema={schema}",
         f"# Written by `cpift init`. `cpift plan {out.name}` says what it will take, `cpift run {out.name}` does it.",
-        f"name: {_scalar(name)}",
+        f"name: {one_line_yaml(name)}",
         "seed: 0",
         "",
         *_model(base, out.absolute().parent),
@@ -180,12 +178,6 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _scalar(value: Any) -> str:
-    """A value as YAML has it in a line."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
-    return dumped.removesuffix("\n").removesuffix("\n...")
-
-
 def _relative(path: Path, folder: Path) -> str:
     """A path from the file's folder, where it is below it or a few folders away; else as it is."""
     found = os.path.relpath(path, folder)
@@ -197,12 +189,12 @@ def _model(base: BaseModel, folder: Path) -> Iterator[str]:
     size = f"  # {base.parameters:,} parameters" if base.parameters else ""
     yield "model:"
     if model.path is not None:
-        yield f"  path: {_scalar(_relative(model.path, folder))}{size}"
+        yield f"  path: {one_line_yaml(_relative(model.path, folder))}{size}"
     elif model.gguf is not None:
-        yield f"  gguf: {{file: {_scalar(_relative(Path(model.gguf.file), folder))}}}{size}"
+        yield f"  gguf: {{file: {one_line_yaml(_relative(Path(model.gguf.file), folder))}}}{size}"
     else:
-        yield f"  hub: {_scalar(model.hub)}"
-        yield f"  revision: {_scalar(model.revision)}  # what its main branch is today"
+        yield f"  hub: {one_line_yaml(model.hub)}"
+        yield f"  revision: {one_line_yaml(model.revision)}  # what its main branch is today"
     if base.added:
         why = "plain words" if base.added == "alpaca" else "it has the tokens for it"
         yield f"  chat_template: {base.added}  # the model has none; {why}. Or chatml, llama3, alpaca, a file in jinja"
@@ -211,7 +203,7 @@ def _model(base: BaseModel, folder: Path) -> Iterator[str]:
 
 
 def _task_lines(task: Task, folder: Path) -> Iterator[str]:
-    yield f"  - name: {_scalar(task.name)}  # {task.train.title}, {task.train.rows:,} rows"
+    yield f"  - name: {one_line_yaml(task.name)}  # {task.train.title}, {task.train.rows:,} rows"
     yield f"    metric: {task.guess.metric}  # {task.guess.why}"
     if METRICS[task.guess.metric].generates:
         yield f"    max_new_tokens: {_reply(task.lengths)}  # 95 of 100 replies have at most {task.lengths.reply}"
@@ -219,7 +211,7 @@ def _task_lines(task: Task, folder: Path) -> Iterator[str]:
     if task.test is not None:
         yield f"    test: {_source(_with_choices(task.test, task.guess), folder)}"
     elif task.holdout is not None:
-        fields = _scalar(task.holdout.model_dump(exclude_none=True))
+        fields = one_line_yaml(task.holdout.model_dump(exclude_none=True))
         fits = ", of what fits the model" if task.holdout.max_characters else ""
         yield f"    holdout: {fields}  # of train{fits}; not trained on"
 
@@ -233,7 +225,7 @@ def _source(source: DataSource, folder: Path) -> str:
     if source.split != "train":
         fields["split"] = source.split
     columns = {name: one if isinstance(one, str) else list(one) for name, one in source.columns.items()}
-    return _scalar(fields | ({"columns": columns} if columns else {}))
+    return one_line_yaml(fields | ({"columns": columns} if columns else {}))
 
 
 def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
@@ -251,13 +243,13 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     yield "probe:"
     yield f"  steps: {steps}"
     yield from _batch(length)
-    yield f"  learning_rate: {_scalar(rate)}  # usual for a model of this size, all weights trained"
+    yield f"  learning_rate: {one_line_yaml(rate)}  # usual for a model of this size, all weights trained"
     yield f"  max_length: {length}  # tokens; {fits:.0%} of the rows looked at fit, longer ones are cut"
     yield ""
     yield "integration:  # the fused model's last fine-tune, with cores frozen"
     yield f"  steps: {max(_STEPS[0] // 2, steps // 2)}"
     yield from _batch(length)
-    yield f"  learning_rate: {_scalar(rate / 2)}"
+    yield f"  learning_rate: {one_line_yaml(rate / 2)}"
     yield f"  max_length: {length}"
     scored = max(task.scored for task in tasks)
     most_rows = min(16, max(1, 2 * _AT_ONCE // scored))

@@ -7,11 +7,13 @@ from typing import get_args, get_origin
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cpift.compare_config import load_comparison
 from cpift.config import RunConfig
-from cpift.config_loading import dump_config, load_config
+from cpift.config_loading import dump_config, load_config, one_line_yaml
 from cpift.config_paths import is_path
 from cpift.errors import ConfigError
 from cpift.sweep_config import load_sweep
@@ -227,3 +229,16 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_store_without_keys_is_taken(tmp_path: Path) -> None:
     assert load(tmp_path, minimal() | {"resources": {"storage": "s3://bucket/x?region=a"}}).resources.storage
+
+
+VALUES = st.recursive(
+    st.text() | st.integers() | st.booleans(), lambda part: st.lists(part) | st.dictionaries(st.text(), part)
+)
+
+
+@given(VALUES)
+@settings(max_examples=100)
+def test_a_value_in_one_line_is_read_back(value: object) -> None:
+    written = one_line_yaml(value)
+    assert len(f"{written}.".splitlines()) == 1
+    assert yaml.safe_load(f"- x: {written}  # why") == [{"x": value}]

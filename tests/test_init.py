@@ -78,13 +78,13 @@ TASKS: dict[str, tuple[Rows, str, str, dict[str, Any]]] = {
                  for i in range(40)], "prompt, choices and answer ({question}, {A} {B} {C} {D}, {answer})", "choice",
                 {"prompt": "{question}", "choices": "{A}\n{B}\n{C}\n{D}", "answer": "{answer}"}),
     "passages": ([{"context": text, "question": f"q{i}?", "answer": f"a {i} b"} for i, text in enumerate(LONG)],
-                 "prompt and completion ({context:?}  {question}, {answer})", "rouge",
+                 "prompt and completion ({context:?} {question}, {answer})", "rouge",
                  {"prompt": "{context:?}\n\n{question}", "completion": "{answer}"}),
     "squad": ([{"title": "t", "context": text, "question": f"z{i}?", "answers": {"text": [f"a {i} b"], "start": [1]}}
-               for i, text in enumerate(LONG)], "prompt and completion ({context:?}  {question}, {answers[text][0]})",
+               for i, text in enumerate(LONG)], "prompt and completion ({context:?} {question}, {answers[text][0]})",
               "rouge", {"prompt": "{context:?}\n\n{question}", "completion": "{answers[text][0]}"}),
     "yesno": ([{"question": f"y{i}", "passage": "p", "answer": i % 2 == 0} for i in range(60)],
-              "prompt and completion ({passage:?}  {question}, {answer})", "choice",
+              "prompt and completion ({passage:?} {question}, {answer})", "choice",
               {"prompt": "{passage:?}\n\n{question}", "completion": "{answer}", "choices": ("False", "True")}),
     "plain": ([{"text": text, "url": f"x{i}"} for i, text in enumerate(LONG)], "plain text", "loss", {}),
     "talk": ([{"conversations": [{"from": "human", "value": f"u{i}"}, {"from": "gpt", "value": text}]}
