@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def run(
     from cpift.run_baselines import make_baselines
 
     preflight(loaded, stage="run")
-    with _threads_kept(in_process):
+    with _undisturbed(in_process):
         engine, merging = _engine(loaded, in_process), _merging(loaded)
         pipeline = Pipeline(loaded, engine, _view(progress), merging, baselines=make_baselines)
         with exclusive(pipeline.root), pipeline.session():
@@ -252,15 +253,21 @@ def _merging(config: RunConfig) -> Merging | None:
 
 
 @contextmanager
-def _threads_kept(in_process: bool) -> Iterator[None]:
-    """A fine-tune sets torch's threads; who called has its own number again afterwards."""
+def _undisturbed(in_process: bool) -> Iterator[None]:
+    """Around training in the caller's process: torch's threads are its own again after it, libraries print nothing."""
     if not in_process:
         yield
         return
     import torch
+    from transformers.utils import logging
 
-    before = torch.get_num_threads()
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of arguments that are to be renamed
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()
