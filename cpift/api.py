@@ -80,16 +80,16 @@ def run(
     Interrupted or failed, the same call goes on. Raises ConfigError before anything starts, StageError if one fails.
     """
     loaded = _loaded(config, overrides)
-    from cpift.locks import exclusive
     from cpift.pipeline import Pipeline
     from cpift.preflight import preflight
     from cpift.run_baselines import make_baselines
+    from cpift.run_session import at_work
 
     preflight(loaded, stage="run")
     with _undisturbed(in_process):
         engine, merging = _engine(loaded, in_process), _merging(loaded)
         pipeline = Pipeline(loaded, engine, _view(progress), merging, baselines=make_baselines)
-        with exclusive(pipeline.root), pipeline.session():
+        with at_work(pipeline, "run"):
             report = pipeline.report()
             models = {model.title: model.path for model in pipeline.models()}
             scores = pipeline.evaluate()

@@ -142,7 +142,8 @@ class Artifact:
         remake: the command that makes them again. The manifest says so before the first file goes: after a crash in
         between, the files that are left count as dropped, and the next call deletes them.
         """
-        sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors"))}
+        ours = {self.path / name for name in self.manifest()["outputs"]}  # others may have put theirs beside them
+        sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors")) if path in ours}
         if self.whole:
             dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
             write_manifest(self.path, self.manifest() | {"dropped": dropped})

@@ -13,18 +13,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift import __version__, cli_benchmarks, cli_check, cli_cluster, cli_compare, cli_data, cli_init, cli_schema
+from cpift import (
+    __version__,
+    cli_benchmarks,
+    cli_check,
+    cli_cluster,
+    cli_compare,
+    cli_data,
+    cli_init,
+    cli_plan,
+    cli_runs,
+    cli_schema,
+)
 from cpift.cli_group import Commands
 from cpift.cli_merge import register_merge
 from cpift.errors import CpiftError, told
 from cpift.redaction import redacted
-from cpift.terminal import Terminal, say, standard_streams
-from cpift.units import show_size
+from cpift.terminal import say, standard_streams
 
 if TYPE_CHECKING:
     from cpift.config import RunConfig
     from cpift.pipeline import Pipeline
-    from cpift.planning import Plan
+    from cpift.view import View
 
 
 def _version(asked: bool) -> None:
@@ -88,8 +98,9 @@ def _load(
     return run, preflight(run, stage=stage, download=download)
 
 
-def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Pipeline:
+def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str, view: View) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
+    view.waiting("checking the configuration, the models and the data")
     run, _ = _load(config, overrides, changes, stage)
     from cpift.engine import NoEngine
     from cpift.pipeline import Pipeline
@@ -102,29 +113,38 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
 
         merging = merging_of(run.resources)
     if not trains:
-        return Pipeline(run, NoEngine(), merging=merging, baselines=make_baselines)
+        return Pipeline(run, NoEngine(), view, merging, baselines=make_baselines)
+    view.waiting("loading Ray")
     from cpift.distributed import RayEngine
 
-    return Pipeline(run, RayEngine(run), merging=merging, baselines=make_baselines)
+    return Pipeline(run, RayEngine(run), view, merging, baselines=make_baselines)
+
+
+def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> tuple[Pipeline, Any]:
+    """The pipeline of a config, and what `stage` of it gives: made with all it needs while the run's folder is held.
+
+    What is waited for is shown from the first moment on.
+    """
+    from cpift.view import View
+
+    view = View()
+    with view.screen():
+        pipeline = _open(config, overrides, changes, stage, view)
+        from cpift.run_session import at_work
+
+        with at_work(pipeline, stage):
+            return pipeline, getattr(pipeline, "report" if stage == "run" else stage)()
 
 
 def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Any:
-    """Make one stage and what it needs, holding the run's folder."""
-    from cpift.locks import exclusive
-
-    pipeline = _open(config, overrides, changes, stage)
-    with exclusive(pipeline.root), pipeline.session():
-        return getattr(pipeline, stage)()
+    """What a stage gives."""
+    return _made(config, overrides, changes, stage)[1]
 
 
 @app.command(rich_help_panel="Everything")
 def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Run all stages and show the scores."""
-    from cpift.locks import exclusive
-
-    pipeline = _open(config, overrides, _changes(output), "run")
-    with exclusive(pipeline.root), pipeline.session():
-        report = pipeline.report()
+    pipeline, report = _made(config, overrides, _changes(output), "run")
     from cpift.report import show_result
 
     if not pipeline.worked:
@@ -226,48 +246,23 @@ def report(config: Config, overrides: Overrides = None, output: Output = None) -
     say(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
 
 
-@app.command(rich_help_panel=_LOOK)
-def plan(config: Config, overrides: Overrides = None, output: Output = None) -> None:
-    """Show the stages, what is cached, and what the run needs. Touches nothing."""
-    from cpift.run_baselines import plan_all
-    from cpift.stage_artifacts import StageArtifacts
+@app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
 
-    run, notes = _load(config, overrides, _changes(output), None, download=False)
-    artifacts = StageArtifacts(run)
-    _print_plan(plan_all(artifacts, notes), artifacts.root)
-    if (note := cli_cluster.unused_gpus(run)) is not None:
-        say(note)
-
-
-def _print_plan(made: Plan, root: Path) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("stage", "", "state", "what", title=f"Plan for {root}", title_justify="left")
-    colours = {"cached": "green", "to do": "cyan"}
-    for step in made.steps:
-        table.add_row(step.stage, step.label, Text(step.state, colours.get(step.state, "yellow")), step.detail)
-    console = Terminal()
-    console.print(table)
-    if made.parameters is None:
-        console.print("Parameters: known once the model has been downloaded")
-    else:
-        console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements")
-        disk, free = show_size(made.disk_needed or 0), show_size(made.disk_free)
-        console.print(f"Disk: about {disk} more, {free} free")
-    if made.memory_per_worker is not None:
-        memory = show_size(made.memory_per_worker)
-        console.print(
-            f"Memory of a training worker: about {memory} for weights, gradients and AdamW, and the activations",
-            highlight=False,
-        )
-    for note in made.notes:
-        console.print(note)
+    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
+    """
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_kernels.py"
+    if not script.is_file():
+        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
 cli_cluster.register(app)
 cli_data.register(app, _LOOK)
 cli_check.register(app, _LOOK)
+cli_runs.register(app, _LOOK)
+cli_plan.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
 cli_schema.register(app, _LOOK)
 cli_benchmarks.register(app, _LOOK)

@@ -80,8 +80,9 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     from cpift.sweep_scores import remaking
     from cpift.view import View
 
-    with exclusive(loaded.base.output_dir):
-        data = gather(loaded, run_sweep(loaded, View()), pipeline)
+    view, folder = View(), loaded.base.output_dir
+    with exclusive(folder), view.recorded(folder, "sweep"):
+        data = gather(loaded, run_sweep(loaded, view), pipeline)
         report = write_results(data, loaded.base.output_dir)
     for sentence in data.learning:
         say(f"! {sentence}", "yellow")

@@ -65,8 +65,9 @@ def compare(
     from cpift.locks import exclusive
     from cpift.view import View
 
-    with exclusive(made.base.output_dir), _engine(made, here) as engine:
-        record = run_comparison(made, engine, View())
+    view, folder = View(), made.base.output_dir
+    with exclusive(folder), view.recorded(folder, "compare"), _engine(made, here) as engine:
+        record = run_comparison(made, engine, view)
     report = write_comparison(record, made.base.output_dir)
     for sentence in first_sentences(record):
         say(f"! {sentence}", "yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -110,16 +111,24 @@ class RayEngine:
         self._session = None
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        self._connect()
+        self._connect(on_progress)
         run_fits(specs, self._config.resources, on_progress)
 
     def evaluate(
         self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
     ) -> None:
-        self._connect()
+        self._connect(on_progress)
         config = self._config
         evaluate_models(models, config.tasks, config.evaluation, config.resources, on_result, on_progress)
 
-    def _connect(self) -> None:
+    def _connect(self, on_progress: OnProgress) -> None:
         if self._session is not None:
+            if not ray.is_initialized():
+                on_progress({"waiting": f"starting Ray{self._where}"})
             self._session.enter_context(ray_session(self._config.resources))
+        on_progress({"waiting": "waiting for the first worker to start"})
+
+    @property
+    def _where(self) -> str:
+        address = self._config.resources.address or os.environ.get("RAY_ADDRESS")
+        return " on this machine" if address is None else f": connecting to {address}"

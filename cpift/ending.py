@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -118,6 +120,10 @@ _ending = threading.Lock()
 def _end(number: int) -> None:
     """Say what is kept, end the processes that this one has started, and end it."""
     _ending.acquire()  # whoever comes second waits for the end
+    with contextlib.suppress(BaseException):  # what shows progress may wait for the main thread, and is not waited for
+        leaving = threading.Thread(target=View.leave, daemon=True)
+        leaving.start()
+        leaving.join(1.0)
     with contextlib.suppress(BaseException):
         say(_message(number), "red", err=True)
     with contextlib.suppress(BaseException):
@@ -132,6 +138,7 @@ def _message(number: int) -> str:
     if View.finished or View.running:
         done = f"kept: {', '.join(View.finished)}" if View.finished else "nothing was finished in this call"
         how += f"; {done}; the same command goes on, fine-tunes from their last checkpoint"
+        how += f": {' '.join(['cpift', *map(shlex.quote, sys.argv[1:])])}" if sys.argv[1:] else ""
     return how
 
 

@@ -95,7 +95,7 @@ def fit_all(
             make_folder(spec.logs.parent, spec.logs.parents[1], view.warn)
         read = [folder for spec in chosen for folder in (spec.model, spec.regions) if folder is not None]
         require_sound(read, artifacts[0].root, view.warn)
-        with view.stage(title):
+        with view.stage(title, [spec.title for spec in chosen]):
             changes = noted(file for folder in read for file in model_files(folder))
             try:
                 fit(chosen, view.progress)

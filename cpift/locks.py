@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,32 @@ if TYPE_CHECKING:
     from cpift.artifacts import Artifact
 
 _HOLDER = re.compile(rb"(process \d+)?")
+_LOOKED_AT = 0.5  # seconds; whoever asks `is_held` has the lock for less
+
+
+def is_held(root: Path) -> bool:
+    """Whether a process holds an output folder, as far as its file system knows. Writes nothing."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody else can open what is locked
+        try:
+            (root / ".lock").read_bytes()
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+        return False
+    try:
+        descriptor = os.open(root / ".lock", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager
@@ -62,7 +89,7 @@ def exclusive(root: Path) -> Iterator[None]:
     path = root / ".lock"
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_LOOKED_AT, poll_interval=0.05)
     except Timeout:
         holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
         raise CpiftError(f"{root} is in use by {holder}: wait for it, or give this run another --output") from None

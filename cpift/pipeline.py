@@ -71,10 +71,9 @@ class Pipeline:
         """
         self.config, self.view, self.merging, self.baselines = config, view or View(), merging, baselines
         self.artifacts = StageArtifacts(config, maker)
-        self.engine = engine
+        self.engine, self.root = engine, config.output_dir
         self.worked = False  # whether any stage had to be made
         self.said: set[str] = set()  # what was told of already
-        self.root = config.output_dir
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -216,7 +215,8 @@ class Pipeline:
         from cpift.stages import tell_verdict
 
         tell_verdict(self, data.headline)
-        return write_run(data, self.root)
+        with self.view.stage("report"):
+            return write_run(data, self.root)
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Pipeline:
         self.said.add("evaluation")
         require_sound(todo.values(), self.root, self.view.warn)
         changes = {title: noted(model_files(path)) for title, path in todo.items()}
-        with self.view.stage(f"evaluation of {len(todo)} models"):
+        with self.view.stage("evaluation", list(todo)):
             self.engine.evaluate(todo, keep, self.view.progress)
 
     def _say_cached(self, title: str) -> None:

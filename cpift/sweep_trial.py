@@ -133,6 +133,8 @@ class _BoardView(View):
         self._trial, self._board, self._alive = trial, board, alive
 
     def progress(self, message: dict[str, Any]) -> None:
+        if "waiting" in message:
+            return
         self._alive(message.get("step", 0) < message.get("steps", 0))  # between training steps; an evaluation has none
         doing = ", ".join(str(message[key]) for key in ("title", "task") if key in message)
         self._board.post.remote(message | {"title": self._trial, "task": doing})

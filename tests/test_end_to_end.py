@@ -119,7 +119,7 @@ def kill_in(stage: str, config: Path, output: Path) -> None:
     process = subprocess.Popen(command(config, output), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith(f"▸ {stage}"):
+        if f"▸ {stage}" in line:
             break
     if stage in AT_WORK:
         before = set(output.glob(AT_WORK[stage]))
