@@ -54,6 +54,9 @@ def load_config(config: StrPath, **overrides: Any) -> RunConfig:
     A section's fields are given as a mapping (`regions={"p": 0.02}`) or by dotted name (`**{"regions.p": 0.02}`).
     Relative paths in the file start from its folder, those of overrides from the working directory. Raises ConfigError.
     """
+    if not isinstance(config, (str, os.PathLike)):
+        what = f"is a {type(config).__name__}, not a path"
+        raise ConfigError("config", [Problem("config", what, "give a run's YAML file")])
     return config_loading.load_config(Path(config), changes=_changes(overrides))
 
 
@@ -189,6 +192,9 @@ def _with_cores(fields: dict[str, Any], cores: Cores | None) -> dict[str, Any]:
     """The fields of a merge with those that its cores were selected by. Raises ConfigError where they contradict."""
     if cores is None:
         return fields
+    if not isinstance(cores, Cores):
+        what = f"is a {type(cores).__name__}, not the Cores of several models"
+        raise ConfigError("merge", [Problem("cores", what, "give what cpift.regions returns")])
     selected = cores.origin.fields.model_dump(mode="json")
     problems = [
         Problem(name, f"is {fields[name]!r}, and the cores were selected with {value!r}", "leave it out, or `cores`")

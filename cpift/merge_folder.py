@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _SUBJECT = "merge"
 _DEFAULTS = {"backbone.source": "pretrained"}  # `staged`, a run's own, is trained
+_OWN = re.compile(r"(output|name|tasks|model\.(path|hub|gguf|scratch))(\..*)?|model")
 _KEPT = re.compile(r"\.(failed-checks|damaged)(-\d+)?$")
 
 
@@ -64,8 +65,14 @@ def merge_config(
     fields: by keyword of `merge_fields.OPTIONS`. settings: of a run, by dotted name. Raises ConfigError.
     """
     problems = [_unknown(name) for name in fields if name not in OPTIONS]
-    pretrained = _source("base", os.fspath(base), problems)
-    sources = {task: _source(task, os.fspath(given), problems) for task, given in models.items()}
+    problems += [
+        Problem(name, "is decided by a merge's own arguments", "leave it out") for name in _own(settings or {})
+    ]
+    if not isinstance(models, Mapping):
+        remedy = 'name each: {"maths": "ft-maths"}'
+        raise ConfigError(_SUBJECT, [Problem("models", f"is a {type(models).__name__}, not a mapping", remedy)])
+    pretrained = _source("base", base, problems)
+    sources = {task: _source(task, given, problems) for task, given in models.items()}
     if problems:
         raise ConfigError(_SUBJECT, problems)
     name = (
@@ -113,8 +120,17 @@ def _known() -> str:
     return ", ".join(OPTIONS)
 
 
-def _source(task: str, given: str, problems: list[Problem]) -> dict[str, str]:
+def _own(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that arguments decide: what is merged, and where to."""
+    return [name for name in settings if _OWN.fullmatch(name)]
+
+
+def _source(task: str, where: Any, problems: list[Problem]) -> dict[str, str]:
     """A model's place as a config has it."""
+    if not isinstance(where, (str, os.PathLike)):
+        problems.append(Problem(str(task), f"is a {type(where).__name__}, not a path", "give a folder or a hub id"))
+        return {}
+    given = os.fspath(where)
     path = Path(given).expanduser()
     if path.is_dir():
         return {"path": str(path.absolute())}

@@ -68,6 +68,7 @@ def example(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
+@pytest.mark.slow
 def test_merge_two_checkpoints(example: Callable[..., str], place: Path) -> None:
     told = example("merge_two_checkpoints.py", "base", "ft-maths", "ft-code", "two")
     assert "overlap by chance" in told
@@ -77,6 +78,7 @@ def test_merge_two_checkpoints(example: Callable[..., str], place: Path) -> None
         example("merge_two_checkpoints.py", "base", "ft-maths", "./nowhere", "three")
 
 
+@pytest.mark.slow
 def test_freeze_any_trainer(example: Callable[..., str]) -> None:
     assert re.search(
         r"\d+ elements were frozen, 0 moved", example("freeze_any_trainer.py", "base", "ft-maths", "frozen")

@@ -132,6 +132,7 @@ class _Failing(TrainerCallback):
         raise KeyError
 
 
+@pytest.mark.slow
 def test_what_moves_all_the_same_is_an_error_and_a_failed_training_leaves_no_hooks() -> None:
     masks = masks_of(llama())
     for step in (1, 4):  # after the first step, and at the end

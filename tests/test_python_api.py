@@ -335,6 +335,26 @@ def test_what_is_wrong_is_named_and_nothing_written(
         cpift.merge("base", NAMES, "merged", densty=0.1)  # type: ignore[call-arg]
 
 
+NO_INPUTS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: cpift.merge("base", ["ft-code"], "out"), "models: is a list, not a mapping"),  # type: ignore[arg-type]
+    (lambda: cpift.merge("base", {"a": 3}, "out"), "a: is a int, not a path"),  # type: ignore[dict-item]
+    (lambda: cpift.regions("base", {}), "at least 1 item"),
+    (lambda: cpift.merge("base", NAMES, "out", cores={"a": 1}), "cores: is a dict"),  # type: ignore[arg-type]
+    (lambda: cpift.merge("base", NAMES, "out", settings={"output": "x"}), "output: is decided by"),
+    (lambda: cpift.merge("base", NAMES, "out", settings={"tasks.0.name": "x"}), r"tasks\.0\.name: is decided by"),
+    (lambda: cpift.run(3), "config: is a int, not a path"),  # type: ignore[arg-type]
+    (lambda: cpift.plan("nowhere.yaml"), "No such file"),
+    (lambda: cpift.load_config("base"), "is a folder"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), NO_INPUTS, ids=[words for _, words in NO_INPUTS])
+def test_what_is_no_input_is_said_to_be_none(here: Path, call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(cpift.ConfigError, match=words):
+        call()
+    assert not list(here.glob("*out*"))
+
+
 def test_signatures_say_every_argument() -> None:
     for name in ("regions", "merge", "merge_state_dicts", "run", "plan", "load_config"):
         function = getattr(cpift, name)
