@@ -66,12 +66,12 @@ def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
     Raises ConfigError with everything that would stop the run.
     """
     loaded = _loaded(config, overrides)
-    from cpift.preflight import preflight
+    from cpift.preflight import examined
     from cpift.run_baselines import plan_all
     from cpift.stage_artifacts import StageArtifacts
 
-    notes = preflight(loaded, stage=None, download=False)
-    return plan_all(StageArtifacts(loaded), notes)
+    seen = examined(loaded, stage=None, download=False)
+    return plan_all(StageArtifacts(loaded), seen.notes, seen.rows)
 
 
 def run(

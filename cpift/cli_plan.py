@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +15,8 @@ from cpift.terminal import Terminal, say
 from cpift.units import show_size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from cpift.planning import Plan
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
@@ -29,42 +34,124 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(rich_help_panel=panel)(plan)
 
 
-def plan(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; docs/plan.md has its fields")] = False,
+) -> None:
     """Show the stages, what is cached, and what the run needs. Touches nothing."""
     from cpift.config_loading import load_config
-    from cpift.preflight import preflight
+    from cpift.preflight import examined
     from cpift.run_baselines import plan_all
     from cpift.stage_artifacts import StageArtifacts
 
     run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
-    notes = preflight(run, stage=None, download=False)
+    seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)
-    _print_plan(plan_all(artifacts, notes), artifacts.root)
-    if (note := cli_cluster.unused_gpus(run)) is not None:
-        say(note)
+    made, idle = plan_all(artifacts, seen.notes, seen.rows), cli_cluster.unused_gpus(run)
+    if as_json:
+        say(json.dumps(plan_record(made, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
+        return
+    _print_plan(made, artifacts.root, idle)
 
 
-def _print_plan(made: Plan, root: Path) -> None:
+def plan_record(made: Plan, name: str, root: Path, idle: str | None) -> dict[str, Any]:
+    """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
+    record = asdict(made)
+    return {"format": 1, "name": name, "output": str(root), "unused_gpus": idle, **record}
+
+
+def _print_plan(made: Plan, root: Path, idle: str | None) -> None:
+    console = Terminal()
+    console.print(_stages(made, root))
+    if made.rows:
+        console.print(_rows(made))
+    for label, text in _needs(made, idle):
+        console.print(f"{label}: {text}")
+    shown = tuple(f"tasks.{one['task']}.train at {one['field']} = " for one in made.rows if not _lost(one))
+    for note in made.notes:
+        if not note.startswith(shown):  # the table has it
+            console.print(note)
+
+
+def _lost(one: Mapping[str, Any]) -> bool:
+    return bool(one["cut"] or one["left_out"])
+
+
+def _stages(made: Plan, root: Path) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("stage", "", "state", "what", title=f"Plan for {root}", title_justify="left")
-    colours = {"cached": "green", "to do": "cyan"}
+    table = Table(title=f"Plan for {root}", title_justify="left")
+    for name, right in (("stage", False), ("state", False), ("steps", True), ("tokens", True), ("what", False)):
+        table.add_column(name, justify="right" if right else "left")
+    colours, costs = {"cached": "green", "to do": "cyan"}, {(fit.stage, fit.label): fit for fit in made.fits}
     for step in made.steps:
-        table.add_row(step.stage, step.label, Text(step.state, colours.get(step.state, "yellow")), step.detail)
-    console = Terminal()
-    console.print(table)
+        cost = costs.get((step.stage, step.label))
+        figures = ("", "") if cost is None else (_count(cost.steps), _about(cost.tokens))
+        state = Text(step.state, colours.get(step.state, "yellow"))
+        table.add_row(f"{step.stage} {step.label}".strip(), state, *figures, step.detail)
+    return table
+
+
+def _rows(made: Plan) -> Table:
+    """A line for tasks and fine-tunes whose rows are used alike."""
+    from rich.table import Table
+
+    table = Table("rows of", "for", title="Training rows", title_justify="left")
+    for name in ("rows", "used", "cut", "left out"):
+        table.add_column(name, justify="right")
+    shown: dict[tuple[Any, ...], list[str]] = {}
+    for one in made.rows:
+        looked = "" if one["all"] else f" (of the first {one['rows']:,})"
+        key = (one["task"], one["in_all"], one["used"], one["cut"], one["left_out"], looked)
+        shown.setdefault(key, []).append(str(one["field"]).removesuffix(".max_length"))
+    for (task, rows, used, cut, left_out, looked), fields in shown.items():
+        table.add_row(task, ", ".join(fields), f"{rows:,}", f"{used:,}{looked}", f"{cut:,}", f"{left_out:,}")
+    return table
+
+
+def _needs(made: Plan, idle: str | None) -> Iterator[tuple[str, str]]:
+    """What the run needs of the machine, as far as it is known."""
     if made.parameters is None:
-        console.print("Parameters: known once the model has been downloaded")
+        yield "Parameters", "known once the model has been downloaded"
     else:
-        console.print(f"Parameters: {made.parameters:,}; a core region: {made.core_size:,} elements")
-        disk, free = show_size(made.disk_needed or 0), show_size(made.disk_free)
-        console.print(f"Disk: about {disk} more, {free} free")
+        yield "Parameters", f"{made.parameters:,}; a core region: {made.core_size:,} elements"
+        yield "Disk", f"about {show_size(made.disk_needed or 0)} more, {show_size(made.disk_free)} free"
     if made.memory_per_worker is not None:
         memory = show_size(made.memory_per_worker)
-        console.print(
-            f"Memory of a training worker: about {memory} for weights, gradients and AdamW, and the activations",
-            highlight=False,
-        )
-    for note in made.notes:
-        console.print(note)
+        yield "Memory of a training worker", f"about {memory} for weights, gradients and AdamW, and the activations"
+    if made.fits:
+        yield "Device", made.device + (f". {idle}" if idle else "")
+        yield "Time", _time(made)
+    elif idle:
+        yield "Device", idle
+
+
+def _time(made: Plan) -> str:
+    from cpift.progress_screen import duration
+
+    if made.seconds is not None:
+        return f"about {duration(made.seconds)} of fine-tuning, at the speed of earlier ones on this machine"
+    todo = {(step.stage, step.label) for step in made.steps if step.state not in ("cached", "given")}
+    if not any((fit.stage, fit.label) in todo for fit in made.fits):
+        return "no fine-tune is left to do"
+    known = {f"{fit.stage} {fit.label}".strip(): fit.seconds for fit in made.fits if fit.seconds is not None}
+    first = "unknown until a first run: no fine-tune of this size was timed on this machine"
+    some = ", ".join(f"{name} about {duration(seconds)}" for name, seconds in known.items())
+    return f"{some}; the rest is not known before the tasks are grouped" if known else first
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _about(value: int | None) -> str:
+    """Two digits, with the unit that people use of tokens."""
+    if value is None:
+        return "?"
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if value >= size:
+            return f"{value / size:.2g}{unit}" if value < 100 * size else f"{value / size:.0f}{unit}"
+    return str(value)

@@ -106,8 +106,18 @@ def fit_all(
                     raise ChangedInput(title, problems)
                 for export, artifact in wanted.items():
                     if (export / RESULT).is_file():
+                        _note_speed(chosen, export)
                         with artifact.compared(view.warn):
                             _adopt(artifact, export, finish, view)
+
+
+def _note_speed(specs: Sequence[FitSpec], export: Path) -> None:
+    """For `plan`; of a fine-tune that was trained in this call."""
+    from cpift.plan_costs import keep_speed
+
+    for spec in specs:
+        if spec.export == export:
+            keep_speed(spec, read_json(export / RESULT))
 
 
 def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:

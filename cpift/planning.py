@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig, TrainingConfig
 from cpift.errors import entry
 from cpift.models import source_of
+from cpift.plan_costs import FitCost, Rows, fit_costs, total_seconds
 from cpift.preflight import trainings
 from cpift.stage_artifacts import Model, StageArtifacts
 
@@ -41,12 +43,16 @@ class Plan:
     disk_free: int
     memory_per_worker: int | None
     notes: tuple[str, ...]
+    device: str = ""
+    fits: tuple[FitCost, ...] = ()  # fine-tunes of the run itself
+    rows: tuple[Mapping[str, Any], ...] = ()  # of each task in each fine-tune
+    seconds: float | None = None  # of the fine-tunes that are to do; None where that was never measured here
 
 
-def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = ()) -> Plan:
+def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: Rows = ()) -> Plan:
     """The steps of a run in order, what is cached, and what it costs.
 
-    notes: of `preflight`. beside: the steps of what is made to compare with (`run_baselines.baseline_steps`).
+    notes, rows: of `preflight`. beside: the steps of what is made to compare with (`run_baselines.baseline_steps`).
     """
     from cpift.core_regions import core_size
 
@@ -59,6 +65,7 @@ def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[
     width = entry(KEPT_BYTES, config.model.dtype, "model.dtype") if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
     checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in trainings(config)) else 0
+    fits = fit_costs(artifacts, rows, parameters)
     return Plan(
         steps=steps,
         parameters=parameters,
@@ -67,7 +74,27 @@ def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[
         disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
         memory_per_worker=None if parameters is None or config.merges_only else _training_memory(config, parameters),
         notes=(*_notes(config), *given_notes(config), *notes),
+        device=_device(config),
+        fits=tuple(fits),
+        rows=tuple(rows),
+        seconds=total_seconds(config, [fit for fit in fits if _waits(steps, fit)]),
     )
+
+
+def _waits(steps: Iterable[Step], fit: FitCost) -> bool:
+    """Whether a fine-tune is still to be done."""
+    done = ("cached", "given")
+    return not any(step.state in done for step in steps if (step.stage, step.label) == (fit.stage, fit.label))
+
+
+def _device(config: RunConfig) -> str:
+    asked = config.resources
+    share = (
+        f"{asked.gpus_per_worker:g} GPU"
+        if asked.gpus_per_worker
+        else f"CPU, {asked.threads} thread{'s' * (asked.threads != 1)}"
+    )
+    return f"{share} a worker, {asked.workers} worker{'s' * (asked.workers != 1)} a fine-tune"
 
 
 def _training_memory(config: RunConfig, parameters: int) -> int:
@@ -101,7 +128,13 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
     grouping = artifacts.known_grouping()
     if grouping is None:
         waiting = ["backbone"] * (config.backbone_source == "staged") + ["fuse"] + _later(config)
-        yield from (Step(stage, "", "after group", "its groups decide the stages") for stage in waiting)
+        each = {
+            "backbone": config.backbone_training if "backbone" in waiting else None,
+            "integrate": config.integration,
+        }
+        for stage in waiting:
+            length = f", {_length(training)} each" if (training := each.get(stage)) is not None else ""
+            yield Step(stage, "", "after group", f"its groups decide the stages{length}")
         return
     staged = artifacts.backbone(grouping.groups)
     if staged is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpift.config import RunConfig, TrainingConfig
 from cpift.config_paths import texts
@@ -13,15 +14,27 @@ from cpift.locks import check_lock
 from cpift.needs import NEEDS, missing
 from cpift.top_files import RUN_FILES, SWEEP_FILES, check_top
 
+if TYPE_CHECKING:
+    from cpift.row_checks import RowChecks
+
 
 def preflight(
     config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
 ) -> list[str]:
     """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
 
+    Returns what is worth knowing and no problem; see `examined`.
+    """
+    return examined(config, stage=stage, download=download, writes=writes).notes
+
+
+def examined(
+    config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
+) -> RowChecks:
+    """`preflight`, and what was seen of the rows.
+
     Hub data sets are downloaded to look at their rows, unless `download` is False. `writes`: the files that the command
-    writes at the top of the output folder, if not those of its stage.
-    Returns what is worth knowing and no problem. Raises ConfigError with every problem found.
+    writes at the top of the output folder, if not those of its stage. Raises ConfigError with every problem found.
     """
     from cpift.adapters import check_lora
     from cpift.data import check_task
@@ -53,7 +66,8 @@ def preflight(
     written = RowChecks() if problems else check_written(config, stage, download)
     if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
-    return [*written.notes, *shared.notes()]
+    written.notes = [*written.notes, *shared.notes()]
+    return written
 
 
 def _check_names(config: RunConfig) -> list[Problem]:

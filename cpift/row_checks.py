@@ -42,6 +42,18 @@ class RowChecks:
     day: str = ""  # on which the chat template writes this, where it writes the date
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each task and field, see `_check_train`
+
+
+@dataclass
+class _Sampled(RowUse):
+    """With the tokens of the rows that are used, each up to `max_length`."""
+
+    tokens: int = 0
+
+    def add(self, length: int, learnable: bool) -> None:
+        super().add(length, learnable)
+        self.tokens += min(length, self.max_length) * learnable
 
 
 def check_written(config: RunConfig, stage: str | None, download: bool = True) -> RowChecks:
@@ -214,7 +226,7 @@ def _check_train(
     every: bool = False,
 ) -> None:
     where = f"tasks.{task.name}.train"
-    uses = {name: RowUse(length) for name, length in lengths.items()}
+    uses: dict[str, RowUse] = {name: _Sampled(length) for name, length in lengths.items()}
     if not uses:
         return
     try:
@@ -228,6 +240,9 @@ def _check_train(
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
             found.problems.append(Problem(where, what, f"raise {name}"))
+    total = {"all": whole, "in_all": next(iter(uses.values())).rows if whole else count_examples(source)}
+    seen = {name: total | asdict(use) | {"used": use.used} for name, use in uses.items()}
+    found.rows += [{"task": task.name, "field": name} | one for name, one in seen.items()]
     told = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
     for (_, sentence), name in reversed(told.items()):
         first = "" if whole else "of the first rows, "

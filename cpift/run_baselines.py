@@ -17,6 +17,7 @@ from cpift.engine import NoEngine
 from cpift.errors import entry
 from cpift.fit_spec import FitSpec
 from cpift.pipeline import Pipeline
+from cpift.plan_costs import Rows
 from cpift.planning import Plan, Step, plan, step_of
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.stages import backbone_spec
@@ -34,9 +35,9 @@ def make_baselines(run: Pipeline) -> dict[str, Artifact]:
     return found
 
 
-def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = ()) -> Plan:
-    """The plan of a run with its baselines; `notes`: of `preflight`. No rows are counted."""
-    return plan(artifacts, notes, _steps(artifacts))
+def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: Rows = ()) -> Plan:
+    """The plan of a run with its baselines; `notes`, `rows`: of `preflight`. No rows are counted."""
+    return plan(artifacts, notes, _steps(artifacts), rows)
 
 
 def _steps(artifacts: StageArtifacts) -> Iterator[Step]:

@@ -148,6 +148,7 @@ LAYERS = [
         "engine",
         "pipeline",
         "run_session",
+        "plan_costs",
         "planning",
         "needs",
         "init_files",
