@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from cpift_kernels import pack_mask
 from transformers import (
@@ -199,6 +199,11 @@ def test_what_cannot_be_frozen_is_refused_by_name() -> None:
     masks = masks_of(llama())
     lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    deepspeed, quantised = llama(), llama()
+    deepspeed.lm_head.weight.ds_id = 1  # type: ignore[attr-defined]
+    whole = torch.zeros(VOCABULARY, 16, dtype=torch.int8)
+    quantised.lm_head.weight = torch.nn.Parameter(whole, requires_grad=False)
+    step = torch.optim.SGD(llama().parameters())
     other = {name: torch.ones(3, dtype=torch.bool) for name in masks}
     floats = {name: mask.float() for name, mask in masks.items()}
     for model, chosen, words in (
@@ -210,6 +215,9 @@ def test_what_cannot_be_frozen_is_refused_by_name() -> None:
     ):
         with pytest.raises(cpift.CpiftError, match=words):
             train(model, cpift.FreezeCallback(chosen), save_strategy="no")
+    for model, words in ((deepspeed, "under DeepSpeed"), (quantised, r"quantised \(int8\)")):
+        with pytest.raises(cpift.CpiftError, match=words), cpift.frozen(model, step, masks):
+            pass
     with pytest.raises(cpift.CpiftError, match="no cores are given"):
         cpift.FreezeCallback()
     with pytest.raises(cpift.CpiftError, match="no optimizer of torch's kind"):
@@ -258,7 +266,33 @@ def work(engine: str) -> None:
             print(f"{engine} held, resume {resume}")
 
 
+def work_alone() -> None:
+    """A loop of one's own, sharded by accelerate, with recomputed activations."""
+    shard = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True, **shard)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    model, origin = llama(), llama()
+    masks = masks_of(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    with cpift.frozen(model, optimizer, masks):
+        for _ in range(6):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        trained = llama()
+        trained.load_state_dict({bare(name): values for name, values in state.items()})
+        require_held(trained, origin, masks)
+        print("accelerate held")
+
+
 def work_all() -> None:
+    work_alone()
+    AcceleratorState._reset_state()
     for engine in ENGINES:
         work(engine)
         AcceleratorState._reset_state()  # the next trainer's accelerator is another
@@ -273,6 +307,7 @@ def test_two_processes_and_a_resume() -> None:
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=90)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(done.stdout.count(f"{engine} held") == 2 for engine in ENGINES)
+    assert "accelerate held" in done.stdout
 
 
 @pytest.mark.slow
