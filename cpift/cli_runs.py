@@ -139,18 +139,18 @@ def _sentence(state: RunState) -> str:
     from cpift.progress_screen import duration
 
     progress = state.progress
-    told = {
-        "finished": "finished",
-        "failed": f"failed: {state.why}",
-        "stopped": "was stopped; the same command goes on",
-        "killed": f"is dead: {state.why}",
+    when = ""
+    if progress is not None:
+        during = f" during {progress.step}" if progress.step and state.kind != "finished" else ""
+        when = f"{during} after {duration(progress.updated - progress.started)}"
+    return {
+        "finished": f"finished{when}",
+        "failed": f"failed{when}: {state.why}",
+        "stopped": f"was stopped{when}; the same command goes on",
+        "killed": f"is dead{when}: {state.why}",
         "unknown": "nothing runs, and there is no record of a run (an earlier release, or nothing was started)",
         "damaged": f"nothing can be said of it: {state.why}",
     }[state.kind]
-    if progress is None:
-        return told
-    during = f" during {progress.step}" if progress.step and state.kind != "finished" else ""
-    return f"{told}{during}, after {duration(progress.updated - progress.started)}"
 
 
 def _require_run(folder: Path) -> Path:

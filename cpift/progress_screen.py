@@ -109,8 +109,12 @@ def _bars(progress: Progress, width: int, room: int) -> Iterator[Text]:
     pieces = sorted(progress.pieces.values(), key=lambda piece: (not 0 < piece.done < 1, piece.done == 1))
     shown = pieces if len(pieces) <= room else pieces[: room - 1]
     titles = max((cell_len(one_line(piece.title)) for piece in shown), default=0)
+    titles = min(titles, max(width // 3, 12))
+    told = max((sum(cell_len(part) + 2 for part in _told(piece)) for piece in shown), default=0)
+    free = width - titles - len("    100 %")  # for the bar and what is told
+    length = min(max(free - max(told, 16), _NARROWEST_BAR), _WIDEST_BAR)
     for piece in shown:
-        yield _bar(piece, min(titles, max(width // 3, 12)), width)
+        yield _bar(piece, titles, length, width)
     if rest := pieces[len(shown) :]:
         ended = sum(piece.done == 1 for piece in rest)
         moving = sum(0 < piece.done < 1 for piece in rest)
@@ -119,16 +123,17 @@ def _bars(progress: Progress, width: int, room: int) -> Iterator[Text]:
         )
 
 
-def _bar(piece: Piece, titles: int, width: int) -> Text:
+def _told(piece: Piece) -> list[str]:
+    return [] if piece.done == 1 else details(piece.message) or ["waiting"] * (piece.done == 0)
+
+
+def _bar(piece: Piece, titles: int, length: int, width: int) -> Text:
     title = Text(one_line(piece.title))
     title.truncate(titles, overflow="ellipsis", pad=True)
-    parts = [] if piece.done == 1 else details(piece.message) or ["waiting"] * (piece.done == 0)
-    free = width - titles - len("    100 %")  # for the bar and what is told
-    length = min(max(free - max(sum(cell_len(part) + 2 for part in parts), 16), _NARROWEST_BAR), _WIDEST_BAR)
     filled = int(piece.done * length)
     line = Text("  ").append_text(title).append(" ").append("━" * filled, "green" if piece.done == 1 else "cyan")
     line.append("─" * (length - filled), "dim").append(f" {_percent(piece.done):>5}")
-    for part in parts:  # the most telling first, as many as fit
+    for part in _told(piece):  # the most telling first, as many as fit
         if line.cell_len + 2 + cell_len(part) > width:
             break
         line.append(f"  {part}", "dim")
