@@ -174,6 +174,6 @@ def test_watch_of_what_has_ended(run: Path) -> None:
     with exclusive(run), pytest.raises(KeyboardInterrupt), quiet().recorded(run, "run"):
         raise KeyboardInterrupt
     said = called("watch", run)
-    assert (said.exit_code, "was stopped; the same command goes on" in said.output) == (1, True)
+    assert (said.exit_code, "; the same command goes on" in said.output) == (1, True)
     assert run_state(run).kind == "stopped"
     assert freeable(run)[1] == []
