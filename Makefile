@@ -1,4 +1,4 @@
-# make demo       set up and run CPI-FT on a real model with three tasks, beside what else one could do (six minutes on two cores)
+# make demo       set up and run CPI-FT on a real model with three tasks, beside what else one could do (minutes on two cores)
 # make test       set up, lint, check types, run all tests
 # make test-fast  the tests that take seconds
 # make smoke      the whole method on a tiny model made on the spot

@@ -1,7 +1,7 @@
-"""Choose the demo's learning rates: three trials for every method, on seeds and rows that the demo does not show.
+"""Choose the demo's learning rates: three trials for every method, on a seed and rows that the demo does not show.
 
     python configs/quickstart_tasks.py
-    python benchmarks/demo_rates.py run       # → benchmarks/results/demo_rates.jsonl, about 20 minutes on two cores
+    python benchmarks/demo_rates.py run       # → benchmarks/results/demo_rates.jsonl; ten minutes on two idle cores
     python benchmarks/demo_rates.py choose    # the table, and the value of each field with the best mean
 
 A trial is scored on the dev rows, with mean retention against the probes of its own seed. What is finished is kept in
