@@ -133,7 +133,8 @@ def _time(made: Plan) -> str:
     from cpift.progress_screen import duration
 
     if made.seconds is not None:
-        return f"about {duration(made.seconds)} of fine-tuning, at the speed of earlier ones on this machine"
+        measured = "at the best speed of earlier ones on this machine, their start included"
+        return f"about {duration(made.seconds)} of fine-tuning, {measured}"
     todo = {(step.stage, step.label) for step in made.steps if step.state not in ("cached", "given")}
     if not any((fit.stage, fit.label) in todo for fit in made.fits):
         return "no fine-tune is left to do"
