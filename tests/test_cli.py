@@ -205,7 +205,7 @@ def test_options_are_taken_as_they_are_typed(
         assert ended.value.code == 2
         return capsys.readouterr().err
 
-    monkeypatch.setattr("cpift.preflight.preflight", look)
+    monkeypatch.setattr("cpift.preflight.examined", look)
     monkeypatch.chdir(tmp_path)
     file = smoke_config if command != "sweep" else smoke_config.parents[1] / "sweeps" / "smoke_p_tau.yaml"
     for value in LITERAL:

@@ -231,7 +231,7 @@ def test_logs_and_messages_hold_no_secrets(
     def raises(*args: object, **rest: object) -> None:
         raise StageError(f"judge at {SECRETS[0]} failed")
 
-    monkeypatch.setattr("cpift.preflight.preflight", raises)
+    monkeypatch.setattr("cpift.preflight.examined", raises)
     monkeypatch.setattr(sys, "argv", ["cpift", "plan", str(config(tmp_path))])
     with pytest.raises(SystemExit):
         main()
