@@ -29,6 +29,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other program on the machine starves the workers
 }
 
 

@@ -90,9 +90,10 @@ def test_intervals_cover_what_they_say(seeds: int, between: float, noise: float)
 
 def test_retention_of_scores_and_losses() -> None:
     scores = scores_of({"θ0": [[0.1, -5.0]], "p": [[0.5, -2.0]], "x": [[0.25, -4.0]], "z": [[0.5, -1.0]]})
+    of_losses = References("θ0", "p", {"a": "number", "b": "loss"})
     np.testing.assert_allclose(retention(scores, "x", "p")[0, :, 0], [0.5, 0.5])
-    assert mean_retention(scores, "z", REFERENCES)[0, 0] == 1.5
-    assert worst_retention(scores, "z", REFERENCES)[0, 0] == 1.0
+    assert mean_retention(scores, "z", of_losses)[0, 0] == 1.5
+    assert worst_retention(scores, "z", of_losses)[0, 0] == 1.0
 
 
 def test_retention_has_no_value_where_the_probe_scored_nothing() -> None:
