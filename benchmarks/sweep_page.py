@@ -101,7 +101,7 @@ def _how(head: dict[str, Any], trials: int) -> str:
     return (
         f"{head['points']} points, {trials} trials that differ, seeds {seeds}. Scores in %, losses in nats; ± is half "
         f"of the {head['confidence']:.0%} t interval over the seeds. Written by `python benchmarks/sweep_page.py write "
-        f"{name}` from [the trials' scores](../benchmarks/results/sweep_{name}.jsonl)."
+        f"{name}` from the trials' scores, `benchmarks/results/sweep_{name}.jsonl`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Core regions Ci: where task i moved the model most (METHOD.md, stage 2).
+"""Core regions Ci: where task i moved the model most (docs/method.md, stage 2).
 
 Ci is the set of the ⌊p·D⌋ elements of largest Δi = |θi − θ0| over the parameter space; or, with measure `significance`
 (beyond the paper), of largest Δi·|θ0|, which prefers weights that already carry something. Regions are kept as

@@ -1,4 +1,4 @@
-"""Element-wise freezing under any optimizer: θ_{t+1} = θ_t + Δθ_t ⊙ M_k (METHOD.md, stage 6).
+"""Element-wise freezing under any optimizer: θ_{t+1} = θ_t + Δθ_t ⊙ M_k (docs/method.md, stage 6).
 
 The *update* is masked, not only the gradient: gradients of frozen elements are zeroed as they are accumulated, so they
 enter neither the clipping norm nor the optimizer's moments, and their values are put back bit for bit after each step,

@@ -1,4 +1,4 @@
-"""Fusion: transplant every core into the backbone, SLERP the rest (METHOD.md, stage 5).
+"""Fusion: transplant every core into the backbone, SLERP the rest (docs/method.md, stage 5).
 
 Tensors are streamed in slices: θ_base, θ0 and all θi of one run of elements at a time. Sequential SLERP of N models is
 a linear combination whose coefficients follow from the masked Gram matrix, so a tensor is walked twice: for the Gram

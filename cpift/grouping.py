@@ -1,4 +1,4 @@
-"""Task groups: Jaccard overlap of core regions → connected components → stage order (METHOD.md, stage 3)."""
+"""Task groups: Jaccard overlap of core regions → connected components → stage order (docs/method.md, stage 3)."""
 
 from __future__ import annotations
 
