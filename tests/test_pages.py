@@ -1,0 +1,99 @@
+"""README and the pages of docs/: what they link to is there, and the commands and files that they show are ours."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from cpift.cli import app
+from cpift.config import RunConfig
+from cpift.config_loading import read_yaml
+
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = sorted([README, *DOCS.glob("*.md")])
+LINK, SOURCE = (
+    re.compile(r"\]\(([^)\s]+)\)"),
+    re.compile(r"`((?:benchmarks|configs|cpift|examples|ray_jobs)/[\w./-]+)`"),
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def shown_commands() -> list[tuple[str, list[str]]]:
+    """Every line of a shell block that begins with cpift, as page and words."""
+    found = []
+    for page in PAGES:
+        lines = "\n".join(blocks(page, "bash") + blocks(page, "console")).splitlines()
+        words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+        found += [(page.name, line[1:]) for line in words if line[:1] == ["cpift"]]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_those_of_the_site_stay_in_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in LINK.findall(text):
+        if "://" not in link:
+            target = (page.parent / link.partition("#")[0]).resolve()
+            assert target.exists(), link
+            assert page == README or target.is_relative_to(DOCS), f"{link} leaves docs/: write it as a name in code"
+    assert [name for name in SOURCE.findall(text) if not (ROOT / name).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_command_shown_has_its_options() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    shown = shown_commands()
+    assert len(shown) > 10
+    for page, words in shown:
+        command = commands[words[0]]
+        known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= known, (page, words)
+
+
+def test_every_command_is_in_the_quick_start() -> None:
+    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    names = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert names == set(re.findall(r"^\| `cpift (\w+)", text, re.MULTILINE))
+
+
+def test_runs_that_are_shown_load(tmp_path: Path) -> None:
+    for name in ("quickstart.md", "merging.md"):
+        for block in blocks(DOCS / name, "yaml"):
+            (tmp_path / "run.yaml").write_text(block, encoding="utf-8")
+            RunConfig.model_validate(read_yaml(tmp_path / "run.yaml"))
+
+
+def test_sections_that_are_shown_are_sections(tmp_path: Path) -> None:
+    """Parts of a run's file: each is put into a run that is complete."""
+    whole = blocks(DOCS / "quickstart.md", "yaml")[0]
+    (tmp_path / "run.yaml").write_text(whole, encoding="utf-8")
+    run = read_yaml(tmp_path / "run.yaml")
+    for name in ("data.md", "training.md"):
+        for block in blocks(DOCS / name, "yaml"):
+            (tmp_path / "part.yaml").write_text(block, encoding="utf-8")
+            part = read_yaml(tmp_path / "part.yaml")
+            task = {"name": "shown", "metric": "loss", **part} if "train" in part else None
+            RunConfig.model_validate({**run, "tasks": [task]} if task else {**run, **part})
+
+
+def test_messages_that_are_explained_are_ours() -> None:
+    """Three words in a row of each are in the source; what pydantic or a format adds is not looked for."""
+    sources = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "cpift").glob("*.py")))
+    source = re.sub(r"\"\s+f?\"", "", sources)
+    rows = re.findall(r"^\| `(.+?)` \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 15
+    for message in rows:
+        words = message.split()
+        assert any(" ".join(words[at : at + 3]) in source for at in range(len(words) - 2)), message
