@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from cpift.config import ResourcesConfig, TaskResources
+from cpift.config import ResourcesConfig
+from cpift.config_training import TaskResources
 from cpift.placement import Nodes
 
 
