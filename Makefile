@@ -2,8 +2,9 @@
 # make test       set up, lint, check types, run all tests
 # make test-fast  the tests that take seconds
 # make smoke      the whole method on a tiny model made on the spot
+# make docs       build the site of docs/ into site/, to be opened from disk; strictly, and without the net
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-fast lint format clean
+.PHONY: help setup demo smoke docs test test-fast lint format clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -42,6 +43,16 @@ demo: $(VENV)/.demo-ready
 smoke: $(VENV)/.package
 	$(BIN)/cpift run configs/smoke.yaml
 
+# The site needs nothing of what a run needs: torch is not fetched for it.
+$(VENV)/.docs-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material
+	@touch $@
+
+# Not --quiet: that keeps warnings from --strict.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # A file's tests stay together: they share trained models and Ray sessions.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -61,4 +72,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

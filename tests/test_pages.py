@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from cpift.cli import app
 from cpift.config import RunConfig
@@ -97,3 +98,16 @@ def test_messages_that_are_explained_are_ours() -> None:
     for message in rows:
         words = message.split()
         assert any(" ".join(words[at : at + 3]) in source for at in range(len(words) - 2)), message
+
+
+def test_the_site_has_every_page_once_and_asks_the_net_for_nothing() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    shown = [page for section in site["nav"] for one in next(iter(section.values())) for page in _pages_of(one)]
+    assert sorted(shown) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert site["theme"]["font"] is False
+    assert (DOCS / site["extra"]["polyfills"][0]).is_file()  # in place of the one that `offline` has pages fetch
+    assert not any("```mermaid" in page.read_text(encoding="utf-8") for page in PAGES)  # the theme fetches its program
+
+
+def _pages_of(entry: str | dict[str, str]) -> list[str]:
+    return [entry] if isinstance(entry, str) else list(entry.values())
