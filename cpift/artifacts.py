@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -22,11 +22,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpift.artifact_state import State, make_folder, read_manifest, set_aside, sizes_and_times, state_of, write_manifest
+from filelock import FileLock
+
+from cpift.artifact_state import (
+    State,
+    clear_way,
+    make_folder,
+    read_manifest,
+    set_aside,
+    sizes_and_times,
+    state_of,
+    write_manifest,
+)
 from cpift.errors import ChangedInput, DamagedInput, StageError
 from cpift.files import digest, folder_hashes
 from cpift.input_watch import InputWatch
-from cpift.locks import claimed
 
 CARD = "README.md"  # beside a model; written anew when the model has been scored, so no hash holds it
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
@@ -265,3 +275,23 @@ def source_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")
+
+
+@contextmanager
+def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
+
+    What is damaged is set aside first, which `warn` says.
+
+    Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
+    its process. On shared storage this needs a file system with locks (NFS 4, Lustre and CephFS have them).
+    """
+    with ExitStack() as held:
+        for artifact in sorted(artifacts, key=lambda one: one.path):
+            make_folder(artifact.work_dir.parent, artifact.root, warn)
+            lock = artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")
+            clear_way(lock, Path.is_file, warn)
+            held.enter_context(FileLock(lock))
+            clear_way(artifact.work_dir, Path.is_dir, warn)
+            artifact.set_aside_if_damaged(warn)
+        yield

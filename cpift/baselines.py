@@ -20,9 +20,9 @@ from cpift.data import count_examples
 from cpift.errors import entry
 from cpift.files import read_json
 from cpift.fit_spec import RESULT
+from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.stages import integration_spec
-from cpift.sweep_plan import expected_backbone
 from cpift.sweep_shared import Wanted, titled_backbone
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]

@@ -16,10 +16,10 @@ from cpift.fact_cache import recalled, remembered
 from cpift.files import digest
 from cpift.fit_spec import FitSpec, StageSpec
 from cpift.models import load_tokenizer
+from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.stage_data import stage_data
 from cpift.stages import backbone_spec, integration_spec, probe_specs
-from cpift.sweep_plan import expected_backbone
 from cpift.tokens import count_tokens
 
 Groups = tuple[tuple[str, ...], ...]

@@ -23,9 +23,9 @@ from pydantic import AfterValidator, Field, model_validator
 from cpift.config import Name, RunConfig, Section
 from cpift.config_inputs import Seed
 from cpift.config_loading import read_yaml, validated, with_fields
+from cpift.config_variation import Value, base_run
 from cpift.errors import ConfigError, Problem
 from cpift.escaping import markdown
-from cpift.sweep_config import Value, base_run
 
 Budget = Literal["total", "after_probes"]
 

@@ -7,19 +7,17 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpift.config import DataSource, TaskConfig
+from cpift.config import DataSource
 from cpift.config_inputs import HeldSource
 from cpift.config_training import Mixing
-from cpift.errors import ChangedInput, CpiftError, DataError, Problem, entry
+from cpift.errors import ChangedInput, DataError, Problem, entry
 from cpift.examples import Example, Message, RowError, options_otherwise, parse_row
 from cpift.fact_cache import remembered
 from cpift.files import digest
 from cpift.holdout import held_key, last_held
-from cpift.hub import HubError
 from cpift.input_watch import unchanged
-from cpift.metrics import metric_of
 from cpift.row_formats import is_json_lines
 from cpift.row_problems import RowProblems
 from cpift.row_sources import rows_of
@@ -35,7 +33,6 @@ __all__ = [
     "Example",
     "Message",
     "balanced_sample",
-    "check_task",
     "count_examples",
     "load_examples",
     "mixture",
@@ -162,34 +159,6 @@ def same_rows(sources: Mapping[str, DataSource], expected: Mapping[str, str] | N
         yield found
 
 
-def check_task(
-    task: TaskConfig,
-    *,
-    download: bool = True,
-    splits: Sequence[Literal["train", "test"]] = ("train", "test"),
-    see: Callable[[str, str, Example], None] = lambda task, split, example: None,
-) -> list[Problem]:
-    """What can be found wrong with a task before any training: sources, rows, and the columns that its metric needs.
-
-    With `download=False` hub data sets are not looked at, so nothing is fetched. `see` gets every row that is read.
-    """
-    problems: list[Problem] = []
-    for split in splits:
-        source = task.source(split)
-        if source is None or (source.hub is not None and not download):
-            continue
-        try:
-            if split == "test":
-                examples = load_examples(source)
-                problems += _metric_problems(task, examples)
-            for example in examples if split == "test" else read_examples(source):
-                see(task.name, split, example)
-        except (DataError, HubError) as error:
-            if split == "train" or task.holdout is None:  # else both are the same rows
-                problems += _located(f"tasks.{task.name}.{split}", error)
-    return problems
-
-
 SIZES: dict[str, Callable[[Dataset], int]] = {"rows": len, "tokens": lambda dataset: sum(count_tokens(dataset))}
 
 
@@ -268,17 +237,3 @@ def _as_mapping(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RowError(f"must be a JSON object, not {type(row).__name__}")
     return row
-
-
-def _located(where: str, error: CpiftError) -> list[Problem]:
-    if isinstance(error, DataError):
-        return [Problem(f"{where}, {problem.where}", problem.what, problem.remedy) for problem in error.problems]
-    return [Problem(where, str(error))]
-
-
-def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> list[Problem]:
-    metric, bad = metric_of(task.metric), RowProblems(f"tasks.{task.name}.test, ")
-    for number, example in enumerate(examples, start=1):
-        if (found := metric.doubt(example) or metric.problem(example)) is not None:
-            bad.add(number, *found)
-    return bad.problems(len(examples))

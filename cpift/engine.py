@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpift.artifact_state import make_folder, set_aside
-from cpift.artifacts import Artifact, require_sound
+from cpift.artifacts import Artifact, claimed, require_sound
 from cpift.errors import ChangedInput, CpiftError, Problem
 from cpift.files import is_json, link_or_copy, read_json, write_json
 from cpift.fit_spec import RESULT, FitSpec
 from cpift.given import model_files
 from cpift.input_watch import noted
-from cpift.locks import claimed
 from cpift.row_use import told
 from cpift.view import View
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cpift.errors import CpiftError
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What of a repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _STATUS = re.compile(r"\d{3} (Client|Server) Error")

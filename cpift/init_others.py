@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import cpift
 from cpift.config_loading import load_config, one_line_yaml, parse_config
 from cpift.errors import ConfigError, CpiftError, Problem
+from cpift.hub import HUB_ID
+from cpift.merge_fields import tune_names
 from cpift.untrusted_yaml import parse_yaml
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def merge_file(models: Sequence[str], out: Path, schema: str) -> str:
@@ -64,16 +63,6 @@ def _checkpoint(name: str, folder: Path) -> str:
 
     commit = resolve_revision("model", name, None)
     return f"{{hub: {one_line_yaml(name)}, revision: {one_line_yaml(commit)}}}"
-
-
-def tune_names(models: Sequence[str]) -> list[str]:
-    """A name a fine-tune: its folder's, with a number where two have the same."""
-    found: list[str] = []
-    for model in models:
-        name = re.sub(r"[^\w.-]+", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).strip("-.")[:50]
-        same = sum(one == name or one.startswith(f"{name}-") for one in found)
-        found.append(f"{name or 'tune'}-{same + 1}" if same or not name else name)
-    return found
 
 
 def sweep_file(run: Path, out: Path, schema: str) -> str:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from cpift.artifact_state import clear_way, make_folder
 from cpift.errors import ConfigError, CpiftError, Problem
 
 if TYPE_CHECKING:
-    from cpift.artifacts import Artifact
+    pass
 
 _HOLDER = re.compile(rb"(process \d+)?")
 _LOOKED_AT = 0.5  # seconds; whoever asks `is_held` has the lock for less
@@ -45,26 +44,6 @@ def is_held(root: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-@contextmanager
-def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Iterator[None]:
-    """Hold artifacts while making them: who wants one of them meanwhile waits, and then finds it complete.
-
-    What is damaged is set aside first, which `warn` says.
-
-    Locks are taken in one order everywhere, so that holders of several never wait for each other, and a lock ends with
-    its process. On shared storage this needs a file system with locks (NFS 4, Lustre and CephFS have them).
-    """
-    with ExitStack() as held:
-        for artifact in sorted(artifacts, key=lambda one: one.path):
-            make_folder(artifact.work_dir.parent, artifact.root, warn)
-            lock = artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")
-            clear_way(lock, Path.is_file, warn)
-            held.enter_context(FileLock(lock))
-            clear_way(artifact.work_dir, Path.is_dir, warn)
-            artifact.set_aside_if_damaged(warn)
-        yield
 
 
 def check_lock(root: Path) -> list[Problem]:

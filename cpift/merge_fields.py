@@ -5,8 +5,10 @@ Nothing heavy is imported: `cpift --help` and `import cpift` pass here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 
@@ -103,3 +105,13 @@ class MergeFields(MethodFields, total=False):
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     chat_template: str
     chat_template_kwargs: Mapping[str, Any]
+
+
+def tune_names(models: Sequence[str]) -> list[str]:
+    """A name a fine-tune: its folder's, with a number where two have the same."""
+    found: list[str] = []
+    for model in models:
+        name = re.sub(r"[^\w.-]+", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).strip("-.")[:50]
+        same = sum(one == name or one.startswith(f"{name}-") for one in found)
+        found.append(f"{name or 'tune'}-{same + 1}" if same or not name else name)
+    return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.artifact_state import read_manifest, state_of
-from cpift.artifacts import Artifact
+from cpift.artifacts import Artifact, claimed
 from cpift.config import RunConfig
 from cpift.config_loading import parse_config
 from cpift.engine import NoEngine
@@ -24,9 +24,9 @@ from cpift.errors import ConfigError, Problem, entry
 from cpift.files import read_json
 from cpift.fusion import CONFLICTS
 from cpift.fusion_stage import FUSION_RECORD
-from cpift.init_others import HUB_ID, tune_names
-from cpift.locks import claimed, exclusive
-from cpift.merge_fields import OPTIONS
+from cpift.hub import HUB_ID
+from cpift.locks import exclusive
+from cpift.merge_fields import OPTIONS, tune_names
 from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 from cpift.view import View

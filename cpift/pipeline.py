@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpift.artifact_state import note_times
-from cpift.artifacts import Artifact, require_sound
+from cpift.artifacts import Artifact, claimed, require_sound
 from cpift.config import ModelConfig, RunConfig
 from cpift.engine import Engine, Finish, fit_all, keep_scores
 from cpift.errors import DamagedInput
@@ -22,7 +22,6 @@ from cpift.fit_spec import FitSpec
 from cpift.given import locate, model_files, pinned
 from cpift.grouping import Grouping
 from cpift.input_watch import noted, unchanged
-from cpift.locks import claimed
 from cpift.mapped_reads import guarded_reads
 from cpift.models import materialise
 from cpift.stage_artifacts import Model, StageArtifacts

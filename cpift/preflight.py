@@ -37,11 +37,11 @@ def examined(
     writes at the top of the output folder, if not those of its stage. Raises ConfigError with every problem found.
     """
     from cpift.adapters import check_lora
-    from cpift.data import check_task
     from cpift.merge_planning import check_budget, check_given
     from cpift.models import check_model
     from cpift.row_checks import RowChecks, check_written
     from cpift.shared_rows import SharedRows
+    from cpift.task_checks import check_task
     from cpift.tracking import check_trackers
 
     problems, models = [*missing(config, stage), *_check_names(config)], check_model(config.model)

@@ -16,17 +16,18 @@ from typing import Any, ClassVar
 
 from ray import tune
 
-from cpift.artifacts import Artifact
+from cpift.artifacts import Artifact, claimed
 from cpift.config import ResourcesConfig, RunConfig
+from cpift.config_variation import describe
 from cpift.distributed import RayEngine
 from cpift.distributed_fits import parallel_fits
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.errors import entry
 from cpift.files import digest, write_json
-from cpift.locks import claimed
+from cpift.outcomes import INTEGRATES
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import INTEGRATES, Range, Sweep, describe
+from cpift.sweep_config import Range, Sweep
 from cpift.sweep_fits import OnRay, cpus_for
 from cpift.sweep_keep import Keeper
 from cpift.sweep_learning import require_objectives

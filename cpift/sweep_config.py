@@ -10,7 +10,6 @@ A sweep file in short (sweeps/*.yaml are commented examples):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from cpift.config import Name, RunConfig, Section
 from cpift.config_identity import identity
 from cpift.config_inputs import Seed
-from cpift.config_loading import load_config, parse_config, read_yaml, validated, with_fields
+from cpift.config_loading import read_yaml, validated, with_fields
+from cpift.config_variation import Value, base_run, describe, shown
 from cpift.errors import ConfigError, Problem, entry
 from cpift.metrics import metric_of
-
-Value = str | int | float | bool
-Fields = dict[str, Any]  # a point of the space: dotted field name → value
 
 
 class Range(Section):
@@ -67,7 +64,6 @@ SEARCHES = {
     "optuna": SearchKind(draws=True, as_it_goes=True),
 }
 MODES = {"max": 1, "min": -1}
-INTEGRATES = {"final": True, "fused": False}  # `model` → whether a trial integrates
 
 
 @dataclass(frozen=True)
@@ -218,16 +214,6 @@ class Sweep:
         return with_fields(self.base, {**fields, "seed": seed}, f"sweep {self.name} at {describe(fields)}")
 
 
-def describe(fields: Mapping[str, Any]) -> str:
-    """A point in words, for example `regions.p 0.05, groups.tau 0.1`."""
-    return ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
-
-
-def shown(value: Any) -> str:
-    """A value as a table shows it."""
-    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
 def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
     """Read a sweep file and the run it names. `overrides` (`field.name=value`) change the run for the whole sweep.
 
@@ -243,17 +229,6 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     if problems:
         raise ConfigError(str(path), problems)
     return sweep
-
-
-def base_run(
-    run: str | dict[str, Any], fixed: Fields, folder: Path, subject: str, overrides: Sequence[str]
-) -> RunConfig:
-    """The run that a file names (relative to its folder) or holds, with fields set for all points."""
-    if isinstance(run, str):
-        base = load_config((folder / Path(run).expanduser()).resolve(), overrides)
-    else:
-        base = parse_config(dict(run), folder, subject, overrides)
-    return with_fields(base, fixed, f"{subject} with `fixed`")
 
 
 def _check_space(sweep: Sweep) -> list[Problem]:

@@ -14,12 +14,13 @@ from statistics import mean
 
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
+from cpift.config_variation import Fields
 from cpift.errors import entry
 from cpift.files import digest
+from cpift.outcomes import known_scores, own_models
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import KEEPS, Fields, Sweep
-from cpift.sweep_plan import known_scores, own_models
+from cpift.sweep_config import KEEPS, Sweep
 from cpift.sweep_record import Attempt, sweep_record
 from cpift.sweep_scores import figures, remaking
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpift.errors import StageError
+from cpift.outcomes import scores_of, shared_models
 from cpift.pipeline import Pipeline
 from cpift.retention import judged, learning_of, sentences
 from cpift.sweep_config import Sweep
-from cpift.sweep_plan import scores_of, shared_models
 from cpift.sweep_scores import figures
 
 

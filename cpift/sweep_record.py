@@ -10,10 +10,11 @@ from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_identity import identity_of, recorded
 from cpift.config_loading import with_fields
+from cpift.config_variation import Fields
 from cpift.files import read_json
 from cpift.hub import resolve_revision
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Fields, Sweep
+from cpift.sweep_config import Sweep
 from cpift.sweep_plan import merged
 
 _VERSION = 1  # raised when the same sweep would try other points

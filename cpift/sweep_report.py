@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpift import sweep_plots as plots
+from cpift.config_variation import shown
 from cpift.errors import entry
 from cpift.escaping import html
 from cpift.estimates import Estimate
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
-from cpift.sweep_config import KEEPS, shown
+from cpift.sweep_config import KEEPS
 from cpift.sweep_scores import (
     SweepData,
     TrialRow,

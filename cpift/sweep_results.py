@@ -14,16 +14,17 @@ from rich.text import Text
 from cpift.artifacts import Artifact
 from cpift.config import RunConfig
 from cpift.config_loading import dump_config, dump_fields
+from cpift.config_variation import Fields, describe, shown
 from cpift.estimates import Estimate, estimates
 from cpift.files import json_text
 from cpift.grouping import Grouping
+from cpift.outcomes import backbone_models, own_models, scores_of, shared_models, trial_models
 from cpift.pipeline import Pipeline
 from cpift.report_index import SWEEP, write_page
 from cpift.retention import DEFINITION
 from cpift.stage_artifacts import Model
-from cpift.sweep_config import Fields, Sweep, describe, shown
+from cpift.sweep_config import Sweep
 from cpift.sweep_learning import learning_said
-from cpift.sweep_plan import backbone_models, own_models, scores_of, shared_models, trial_models
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, judged, pareto_front
 from cpift.sweep_verdict import values_of

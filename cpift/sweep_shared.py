@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpift.artifacts import Artifact, require_sound
+from cpift.artifacts import Artifact, claimed, require_sound
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.devices import device_name
 from cpift.engine import Finish, fit_all, keep_scores
@@ -22,12 +22,11 @@ from cpift.files import digest, link_or_copy
 from cpift.fit_spec import FitSpec
 from cpift.given import model_files
 from cpift.input_watch import noted
-from cpift.locks import claimed
 from cpift.merging import Merging
+from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.stage_artifacts import Model
 from cpift.stages import backbone_spec, check_data, loadable, probe_specs, select_core_regions
-from cpift.sweep_plan import expected_backbone
 from cpift.view import View
 
 OnProgress = Callable[[dict[str, Any]], None]

@@ -14,6 +14,7 @@ import torch
 from ray import tune
 
 from cpift.config import ResourcesConfig, RunConfig
+from cpift.config_variation import Fields, describe
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import NAMESPACE, use_assigned_gpus
 from cpift.engine import Engine
@@ -21,10 +22,10 @@ from cpift.errors import CpiftError, StageError, entry
 from cpift.files import digest, write_text
 from cpift.fit_spec import FitSpec
 from cpift.inprocess import InProcessEngine
+from cpift.outcomes import INTEGRATES, known_scores, scored_models
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import INTEGRATES, Fields, Sweep, describe
+from cpift.sweep_config import Sweep
 from cpift.sweep_fits import OnRay
-from cpift.sweep_plan import known_scores, scored_models
 from cpift.sweep_record import sweep_record
 from cpift.sweep_scores import figures
 from cpift.sweep_shared import OnProgress, OnResult

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cpift.config_variation import shown
 from cpift.estimates import Estimate
-from cpift.sweep_config import shown
 from cpift.sweep_scores import SweepData, TrialRow, best_trial, judged
 
 

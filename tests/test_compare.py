@@ -24,12 +24,12 @@ from cpift.engine import NoEngine
 from cpift.errors import ConfigError
 from cpift.files import write_json
 from cpift.inprocess import InProcessEngine, SharedHere
+from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
 from cpift.run_baselines import make_baselines, plan_all
 from cpift.stage_artifacts import StageArtifacts
 from cpift.stages import artifacts_of, integration_spec
-from cpift.sweep_plan import expected_backbone
 from cpift.view import quiet
 from tests.test_sweep import TASKS, run_fields
 

@@ -21,7 +21,6 @@ from cpift.data import (
     Example,
     Message,
     balanced_sample,
-    check_task,
     load_examples,
     mixture,
     source_fingerprint,
@@ -35,6 +34,7 @@ from cpift.row_problems import merged
 from cpift.row_shapes import size_of
 from cpift.scratch import make_scratch_tokenizer
 from cpift.shared_rows import shared_rows
+from cpift.task_checks import check_task
 from cpift.tokens import IGNORED
 
 TOKENIZER = make_scratch_tokenizer(ScratchModel())

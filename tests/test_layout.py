@@ -33,6 +33,7 @@ LAYERS = [
         "config_inputs",
         "config_training",
         "config_loading",
+        "config_variation",
         "config_paths",
         "sweep_config",
         "compare_config",
@@ -86,6 +87,7 @@ LAYERS = [
         "streaming",
         "adapters",
         "data",
+        "task_checks",
         "data_preview",
         "packing",
         "holdout",
@@ -164,6 +166,7 @@ LAYERS = [
     {
         "inprocess",
         "sweep_plan",
+        "outcomes",
         "sweep_shared",
         "sweep_record",
         "sweep_keep",

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from cpift import sweep_trial
 from cpift.config import RunConfig
 from cpift.config_loading import load_config
+from cpift.config_variation import Fields
 from cpift.files import read_json
+from cpift.outcomes import known_scores, own_models
 from cpift.pipeline import Pipeline
-from cpift.sweep_config import Fields, Sweep
+from cpift.sweep_config import Sweep
 from cpift.sweep_keep import Keeper
-from cpift.sweep_plan import Trial, choose_points, known_scores, merged, own_models
+from cpift.sweep_plan import Trial, choose_points, merged
 from cpift.sweep_record import Attempt
 from cpift.sweep_results import all_there, gather, write_results
 from cpift.sweep_scores import best_trial

@@ -20,9 +20,9 @@ from cpift.config_inputs import ScratchModel
 from cpift.distributed_session import ray_session
 from cpift.files import file_sha256, read_json
 from cpift.models import materialise
+from cpift.outcomes import own_models
 from cpift.sweep import pipeline, run_sweep
 from cpift.sweep_config import Sweep, load_sweep
-from cpift.sweep_plan import own_models
 from cpift.sweep_record import Attempt, sweep_record
 from cpift.sweep_results import gather
 from cpift.sweep_scores import SweepData, best_trial

@@ -24,10 +24,12 @@ from cpift import (
     methods,
     metrics,
     models,
+    outcomes,
     planning,
     row_sources,
     stages,
     sweep_config,
+    task_checks,
     tracking,
     verify_definition,
 )
@@ -67,7 +69,7 @@ TABLES: dict[str, Collection[str]] = {
     "ModelConfig.dtype": planning.KEPT_BYTES,
     "Search.method": sweep_config.SEARCHES,
     "Objective.mode": sweep_config.MODES,
-    "SweepConfig.model": sweep_config.INTEGRATES,
+    "SweepConfig.model": outcomes.INTEGRATES,
     "SweepConfig.keep": sweep_config.KEEPS,
     "CompareConfig.budgets": baselines.BUDGETS,
 }
@@ -142,7 +144,7 @@ NEW_TASK = unchecked(TaskConfig(name="t", test=DataSource(procedural="addition",
 CASES: dict[str, Callable[[], Any]] = {
     "fusion.method": lambda: methods.method_named("new"),
     "fusion.conflict": lambda: fusion.Fusion(None, unchecked(FusionConfig(), conflict="new", transplant=False)),  # type: ignore[arg-type]
-    "metric in plan": lambda: data.check_task(NEW_TASK),
+    "metric in plan": lambda: task_checks.check_task(NEW_TASK),
     "metric in scores": lambda: evaluate.metric_of(NEW_TASK.metric),
     "model, fingerprint": lambda: models.model_fingerprint(NEW_MODEL),
     "model, check": lambda: models.check_model(NEW_MODEL),
