@@ -32,7 +32,7 @@ def standard(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task at most")] = None,
     shots: Annotated[int | None, typer.Option("--shots", min=0, help="examples before a question")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put prompts through the model's chat template")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="rows scored at once")] = 8,
     gpu: Annotated[bool, typer.Option("--gpu", help="compute on this machine's first GPU; else on the CPU")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
 ) -> None:

@@ -71,7 +71,7 @@ class CompareConfig(Section):
     forgetting: tuple[tuple[str, str], ...] = Field(
         (), description="pairs of tasks that are learnt one after the other, in both orders"
     )
-    confidence: float = Field(0.95, gt=0, lt=1)
+    confidence: float = Field(0.95, gt=0, lt=1, description="of every interval")
     resamples: int = Field(1000, ge=100, description="bootstrap draws of the test rows")
 
     @model_validator(mode="after")

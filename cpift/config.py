@@ -78,7 +78,12 @@ class GroupsConfig(Section):
     tau_chance: float | None = Field(
         None, **identity("group"), gt=0, description="threshold as a multiple of chance, p/(2−p)"
     )
-    order: Literal["random", "given", "similarity"] = Field("random", **identity("group"))
+    order: Literal["random", "given", "similarity"] = Field(
+        "random",
+        **identity("group"),
+        description="of the groups, and so of the stages: random (paper), by the seed; given: as tasks stand here; "
+        "similarity: the group most like the last is the next",
+    )
 
     @model_validator(mode="after")
     def _one_threshold(self) -> GroupsConfig:
@@ -94,7 +99,9 @@ class BackboneConfig(Section):
         **identity("backbone", "fuse", by="what it names"),
         description="staged (paper) | pretrained | a local directory or hub id",
     )
-    revision: str | None = Field(None, **identity("fuse", by="the commit it means"))
+    revision: str | None = Field(
+        None, **identity("fuse", by="the commit it means"), description="branch, tag or commit of a hub id"
+    )
     training: TrainingConfig | None = Field(
         None,
         **identity("backbone", by="its parts, else probe's"),
@@ -139,8 +146,14 @@ class FusionConfig(Section):
     epsilon: float = Field(
         1e-6, **identity("fuse", "merge"), ge=0, description="radians; LERP where the angle is smaller"
     )
-    granularity: Literal["tensor", "row", "model"] = Field("tensor", **identity("fuse"))
-    space: Literal["weights", "delta"] = Field("weights", **identity("fuse"))
+    granularity: Literal["tensor", "row", "model"] = Field(
+        "tensor", **identity("fuse"), description="what has an angle of its own"
+    )
+    space: Literal["weights", "delta"] = Field(
+        "weights",
+        **identity("fuse"),
+        description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
+    )
     conflict: Literal["magnitude", "last", "mean", "agree"] = Field(
         "magnitude",
         **identity("fuse"),
@@ -172,13 +185,14 @@ class FusionConfig(Section):
 class RunConfig(Section):
     """A whole run of CPI-FT."""
 
-    name: Name = Field(**identity())
+    name: Name = Field(**identity(), description="of the run; its folder and models are called so")
     output: Path | None = Field(
         None, **identity(), description="folder for everything the run makes; default: runs/<name>"
     )
     seed: Seed = Field(
         0,
         **identity("probe", "group", "backbone", "merge", "integrate", by="itself; of merge only dare's"),
+        description="of random weights, the order of rows and of groups, and what dare drops",
     )
     model: ModelConfig = Field(**identity("model", by="its parts"))
     tasks: tuple[TaskConfig, ...] = Field(

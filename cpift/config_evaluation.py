@@ -19,7 +19,8 @@ class TaskConfig(Section):
     """One task Ti: its fine-tune or the data to make it from, and how it is scored."""
 
     name: Name = Field(
-        **identity("regions", "group", "backbone", "fuse", "merge", "integrate", "evaluate", by="names of inputs")
+        **identity("regions", "group", "backbone", "fuse", "merge", "integrate", "evaluate", by="names of inputs"),
+        description="of the task, in tables, folders and fields such as fusion.weights",
     )
     checkpoint: CheckpointConfig | None = Field(
         None, **identity(*GIVEN, by="its parts"), description="θi, used instead of training a probe"
@@ -84,7 +85,7 @@ class JudgeConfig(Section):
     """The model that rates replies of tasks with metric `judge`, behind an OpenAI-compatible endpoint."""
 
     url: str = Field(**identity("evaluate"), description="up to the version, for example http://localhost:8000/v1")
-    model: str = Field(**identity("evaluate"))
+    model: str = Field(**identity("evaluate"), description="the judge's name at that endpoint")
     key_variable: str = Field(
         "OPENAI_API_KEY", **identity(), description="environment variable with the key; may be unset"
     )
@@ -104,7 +105,7 @@ class JudgeConfig(Section):
             )
         return self
 
-    max_tokens: int = Field(300, **identity("evaluate"), ge=1)
+    max_tokens: int = Field(300, **identity("evaluate"), ge=1, description="of one answer")
     parallel: int = Field(4, **identity(), ge=1, description="questions at a time")
     timeout: float = Field(120, **identity(), gt=0, description="seconds for one answer")
     retries: int = Field(
@@ -119,8 +120,13 @@ class JudgeConfig(Section):
 class EvaluationConfig(Section):
     """Scoring of θ0, every θi, the fused and the final model on every task's test rows."""
 
-    batch_size: int = Field(16, **identity("evaluate"), ge=1)
-    max_length: int = Field(1024, **identity("evaluate"), ge=8)
+    batch_size: int = Field(16, **identity("evaluate"), ge=1, description="rows scored at once")
+    max_length: int = Field(
+        1024,
+        **identity("evaluate"),
+        ge=8,
+        description="tokens: a longer reply is cut at the end, a longer option is refused",
+    )
     precision: Precision = Field(
         "auto",
         **identity("evaluate", absent="auto", swept=True),

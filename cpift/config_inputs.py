@@ -123,12 +123,12 @@ class GgufFile(Section):
 class ScratchModel(Section):
     """A small Llama with random weights and a byte-level tokenizer, made on the spot."""
 
-    hidden_size: int = Field(64, **identity("model"), ge=8)
-    intermediate_size: int = Field(128, **identity("model"), ge=8)
-    layers: int = Field(2, **identity("model"), ge=1, le=10_000)
-    heads: int = Field(4, **identity("model"), ge=1)
+    hidden_size: int = Field(64, **identity("model"), ge=8, description="width")
+    intermediate_size: int = Field(128, **identity("model"), ge=8, description="width inside the MLP")
+    layers: int = Field(2, **identity("model"), ge=1, le=10_000, description="how many")
+    heads: int = Field(4, **identity("model"), ge=1, description="of attention")
     max_length: int = Field(256, **identity("model"), ge=16, description="tokens the position encoding is made for")
-    seed: Seed = Field(0, **identity("model"))
+    seed: Seed = Field(0, **identity("model"), description="of the random weights")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ScratchModel:
@@ -237,7 +237,7 @@ class DataSource(Section):
         **identity(*ROWS, by="of hub and procedural"),
         description="of hub, of a generator, and of a save_to_disk folder with several",
     )
-    revision: str | None = Field(None, **identity(*ROWS, by="the commit it means"))
+    revision: str | None = Field(None, **identity(*ROWS, by="the commit it means"), description="branch, tag or commit")
     procedural: str | None = Field(
         None,
         **identity(*ROWS, by="with the generators' version"),

@@ -32,9 +32,9 @@ class Mixing(Section):
 class LoraConfig(Section):
     """LoRA (needs the `peft` extra): W + (alpha / rank)·B·A with A and B trained, merged when the model is kept."""
 
-    rank: int = Field(16, **identity(*FITS), ge=1)
-    alpha: float = Field(32, **identity(*FITS), gt=0)
-    dropout: float = Field(0.0, **identity(*FITS), ge=0, lt=1)
+    rank: int = Field(16, **identity(*FITS), ge=1, description="of A and B")
+    alpha: float = Field(32, **identity(*FITS), gt=0, description="scaling is alpha / rank")
+    dropout: float = Field(0.0, **identity(*FITS), ge=0, lt=1, description="of the adapters' inputs while training")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
         **identity(*FITS),
@@ -45,34 +45,48 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps of a stage."""
 
-    steps: int | None = Field(None, **identity(*FITS), ge=1)
+    steps: int | None = Field(None, **identity(*FITS), ge=1, description="optimizer steps of a stage")
     steps_per: Literal["stage", "task"] = Field(
         "stage",
         **identity(*FITS, absent="stage", swept=True),
         description="what takes `steps`: stage: each stage, however many tasks it trains; task: each of its tasks, so "
         "that the groups do not change how much is trained altogether",
     )
-    epochs: float | None = Field(None, **identity(*FITS), gt=0)
+    epochs: float | None = Field(
+        None, **identity(*FITS), gt=0, description="passes over a stage's rows, in place of `steps`"
+    )
     batch_size: int = Field(8, **identity(*FITS), ge=1, description="examples per worker and forward pass")
-    gradient_accumulation: int = Field(1, **identity(*FITS), ge=1)
-    learning_rate: float = Field(1e-4, **identity(*FITS), gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", **identity(*FITS))
-    warmup_ratio: float = Field(0.05, **identity(*FITS), ge=0, lt=1)
-    weight_decay: float = Field(0.0, **identity(*FITS), ge=0)
-    max_grad_norm: float = Field(1.0, **identity(*FITS), gt=0)
+    gradient_accumulation: int = Field(
+        1, **identity(*FITS), ge=1, description="forward passes a worker sums up before a step"
+    )
+    learning_rate: float = Field(1e-4, **identity(*FITS), gt=0, description="the largest, after warm-up")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", **identity(*FITS), description="of the learning rate after warm-up: down to 0, or constant"
+    )
+    warmup_ratio: float = Field(
+        0.05, **identity(*FITS), ge=0, lt=1, description="share of the steps in which the learning rate rises from 0"
+    )
+    weight_decay: float = Field(
+        0.0, **identity(*FITS), ge=0, description="AdamW's, decoupled; frozen elements have none"
+    )
+    max_grad_norm: float = Field(
+        1.0, **identity(*FITS), gt=0, description="larger gradients are scaled down to this norm"
+    )
     max_length: int = Field(512, **identity(*FITS), ge=8, description="tokens; longer examples are cut at the end")
     packing: bool = Field(
         False,
         **identity(*FITS),
         description="several examples in one row of max_length tokens, none sees another; batch_size counts rows",
     )
-    mixing: Mixing = Field(Mixing(), **identity(*FITS))  # of stages that train several tasks
+    mixing: Mixing = Field(Mixing(), **identity(*FITS), description="of stages that train several tasks")
     lora: LoraConfig | None = Field(
         None,
         **identity(*FITS),
         description="train adapters only; core regions come from the merged weights",
     )
-    gradient_checkpointing: bool = Field(False, **identity(*FITS))
+    gradient_checkpointing: bool = Field(
+        False, **identity(*FITS), description="activations are computed twice: less memory, more time"
+    )
     precision: Precision = Field(
         "auto",
         **identity(*FITS, absent="auto", swept=True),
@@ -85,7 +99,7 @@ class TrainingConfig(Section):
         ge=0,
         description="optimizer steps between checkpoints; 0 = only at stage ends",
     )
-    log_every: int = Field(5, **identity(), ge=1)
+    log_every: int = Field(5, **identity(), ge=1, description="optimizer steps between logged losses")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -138,10 +152,14 @@ class IntegrationConfig(TrainingConfig):
 class TaskResources(Section):
     """What a task's probe takes instead of what `resources` says."""
 
-    workers: int | None = Field(None, **identity("probe", by="resources"), ge=1)
-    cpus_per_worker: float | None = Field(None, **identity("probe", by="threads"), gt=0)
-    gpus_per_worker: float | None = Field(None, **identity(), ge=0)
-    threads_per_worker: int | None = Field(None, **identity("probe", by="threads"), ge=1)
+    workers: int | None = Field(None, **identity("probe", by="resources"), ge=1, description="as resources.workers")
+    cpus_per_worker: float | None = Field(
+        None, **identity("probe", by="threads"), gt=0, description="as resources.cpus_per_worker"
+    )
+    gpus_per_worker: float | None = Field(None, **identity(), ge=0, description="as resources.gpus_per_worker")
+    threads_per_worker: int | None = Field(
+        None, **identity("probe", by="threads"), ge=1, description="as resources.threads_per_worker"
+    )
 
 
 class ResourcesConfig(Section):
@@ -161,8 +179,12 @@ class ResourcesConfig(Section):
         description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
         "fsdp: FSDP2, each holds its share of them",
     )
-    cpus_per_worker: float = Field(1, **identity(*FITS, "evaluate", by="threads"), gt=0)
-    gpus_per_worker: float = Field(0, **identity(), ge=0)
+    cpus_per_worker: float = Field(
+        1, **identity(*FITS, "evaluate", by="threads"), gt=0, description="CPUs that Ray reserves for each worker"
+    )
+    gpus_per_worker: float = Field(
+        0, **identity(), ge=0, description="GPUs for each worker; 0: none is used, even where there are some"
+    )
     threads_per_worker: int | None = Field(
         None,
         **identity(*FITS, "evaluate", by="threads"),

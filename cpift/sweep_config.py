@@ -29,14 +29,14 @@ from cpift.metrics import metric_of
 class Range(Section):
     """A field's values from `low` to `high`, both included."""
 
-    low: float = Field(**identity("sweep"))
-    high: float = Field(**identity("sweep"))
+    low: float = Field(**identity("sweep"), description="the smallest value")
+    high: float = Field(**identity("sweep"), description="the largest")
     log: bool = Field(
         False,
         **identity("sweep"),
         description="equal ratios are equally likely, rather than equal differences",
     )
-    integer: bool = Field(False, **identity("sweep"))
+    integer: bool = Field(False, **identity("sweep"), description="whole numbers only")
 
     @model_validator(mode="after")
     def _in_order(self) -> Range:
