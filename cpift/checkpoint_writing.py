@@ -14,17 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cpift.architecture import tied_names
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
 from cpift.files import digest, file_sha256, read_json, remember_sha256, write_json
-from cpift.safetensors_files import DTYPE_NAMES, FileWriter, TensorInfo
+from cpift.safetensors_files import FileWriter, TensorInfo, dtype_name
 from cpift.tying import untied_config
 from cpift.units import show_size
+
+if TYPE_CHECKING:
+    import torch
 
 _RECORDS = {
     "fusion.json",
@@ -42,7 +43,7 @@ class Shard:
 
     def key(self, made_from: str) -> str:
         """What identifies its content, given the fingerprint of inputs and settings."""
-        layout = [(info.name, list(info.shape), DTYPE_NAMES[info.dtype]) for info in self.tensors]
+        layout = [(info.name, list(info.shape), dtype_name(info.dtype)) for info in self.tensors]
         return digest([made_from, self.name, layout])
 
 
@@ -153,6 +154,8 @@ class WriteBehind:
     """Writes and hashes buffers while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
 
     def __init__(self, nbytes: int, depth: int):
+        import torch
+
         self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
         self._buffers = {
             buffer.data_ptr(): buffer for buffer in (torch.empty(nbytes, dtype=torch.uint8) for _ in range(depth))

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cpift.errors import CheckpointError, Problem
 from cpift.mapped_files import MappedFile, file_version
@@ -22,11 +21,14 @@ from cpift.safetensors_files import DtypeError, FormatError, TensorInfo, read_he
 from cpift.tying import prefix_of, tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
+if TYPE_CHECKING:
+    import torch
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _ONE_MODEL, _SHAPES_LISTED = "use fine-tunes of one model", 3
 _FURTHER = "it has {count} that θ0 lacks ({names})"
-_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+_COMPUTED = ("float32", "float16", "bfloat16")
 _CONVERT = "give the checkpoint in bf16, fp16 or fp32"
 _SCAN = 1 << 22  # elements looked at together
 
@@ -109,6 +111,8 @@ class Checkpoint:
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """float32 [R, length]: the elements from each of starts [R] on; past the end the last one is repeated."""
+        import torch
+
         numel = self.tensors[name].numel
         places = np.minimum(starts[:, None] + np.arange(length), numel - 1)
         return self.slice(name, 0, numel)[torch.from_numpy(places)].float()
@@ -250,7 +254,7 @@ def _not_computed_with(infos: Sequence[TensorInfo]) -> list[Problem]:
     """
     for info in infos:
         kind = str(info.dtype).removeprefix("torch.")
-        if info.floating and info.dtype not in _COMPUTED:
+        if info.floating and kind not in _COMPUTED:
             return [Problem(info.name, f"is {kind}, and fp32, fp16 and bf16 are computed with", _CONVERT)]
         if not info.floating and info.name.endswith(".weight"):
             what = f"has whole numbers where weights are floats ({kind}): it is quantised"

@@ -13,11 +13,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cpift.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Shape = tuple[int, ...]
@@ -97,6 +96,8 @@ class Traced:
     """
 
     def __init__(self, shape: Sequence[int], blocks: Sequence[Block]):
+        import torch
+
         self.shape, self.blocks = torch.Size(shape), tuple(blocks)
 
     @classmethod
@@ -106,9 +107,10 @@ class Traced:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in MOVES:
+        move = MOVES.get(function.__name__)
+        if move is None:
             raise Untraceable(function.__name__)
-        return MOVES[function](*args, **(kwargs or {}))
+        return move(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("__") else Untraceable(name)
@@ -179,12 +181,12 @@ def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
     return Traced([tensor.shape[dim] for dim in order], [block.permuted(order) for block in tensor.blocks])
 
 
-MOVES: dict[Any, Callable[..., Any]] = {
-    torch.stack: _stack,
-    torch.cat: _cat,
-    torch.split: _split,
-    torch.chunk: _chunk,
-    torch.transpose: _transpose,
+MOVES: dict[str, Callable[..., Any]] = {  # by names of torch's functions
+    "stack": _stack,
+    "cat": _cat,
+    "split": _split,
+    "chunk": _chunk,
+    "transpose": _transpose,
 }
 
 

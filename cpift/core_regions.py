@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from cpift_kernels import overlap_counts, overlap_counts_per_tensor, union_mask
-from safetensors.torch import save_file
 
 from cpift.checkpoints import Checkpoint, first_problems, require_same_layout
 from cpift.config import RegionsConfig
@@ -27,17 +25,11 @@ from cpift.files import read_json, write_json
 from cpift.finite import is_finite
 from cpift.mapped_files import MappedFile
 from cpift.safetensors_files import read_tensors_of
-from cpift.streaming import (
-    DEFAULT_BUDGET,
-    MaskFiles,
-    MasksInMemory,
-    ModelTensors,
-    Significances,
-    elements_at_once,
-)
+from cpift.streaming import DEFAULT_BUDGET, MaskFiles, MasksInMemory, ModelTensors, Significances, elements_at_once
 from cpift.untrusted import shown
 
 if TYPE_CHECKING:
+    import torch
     from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
 
 SUMMARY = "regions.json"
@@ -198,7 +190,7 @@ class _OneTensor:
 
 def mark_here(selection: Selection, masks: Masks) -> Mark:
     """Mark with this process's threads, a few ranges at once, while the next ones are read from the disk."""
-
+    import torch
     from cpift_kernels.cpu.compiled import in_threads
 
     def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
@@ -231,6 +223,8 @@ def _regions(
     cores: list[list[list[Core]]],
     masks: Masks,
 ) -> dict[float, dict[str, CoreRegion]]:
+    import torch
+
     found: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
     for i, task in enumerate(tasks):
         for k, p in enumerate(ps):
@@ -257,6 +251,8 @@ def region_overlaps(regions: Sequence[CoreRegion]) -> np.ndarray:
 
 def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
     """One mask file a task, the summaries and the pairwise intersections."""
+    from safetensors.torch import save_file
+
     for task, region in regions.items():
         save_file({name: words.contiguous() for name, words in region.words.items()}, folder / f"{task}.safetensors")
     _write_summary(regions, folder)
@@ -279,7 +275,7 @@ class RegionMasks:
     def __init__(self, folder: Path, tasks: Sequence[str]):
         self._made_of = folder, tuple(tasks)
         self.files = {task: folder / f"{task}.safetensors" for task in tasks}
-        self.infos = {task: read_tensors_of(file, torch.int32) for task, file in self.files.items()}
+        self.infos = {task: read_tensors_of(file, "I32") for task, file in self.files.items()}
         self._maps = {task: MappedFile(file) for task, file in self.files.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -293,24 +289,25 @@ class RegionMasks:
         """The mask words of elements start..stop-1; start is a multiple of 32."""
         first, last = start // 32, (stop + 31) // 32
         info = self.infos[task][name]
-        return self._maps[task].view(info.start + 4 * first, torch.int32, last - first)
+        return self._maps[task].view(info.start + 4 * first, info.dtype, last - first)
 
 
 class NoCores(RegionMasks):
     """The same parameter space without a core."""
 
     def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.zeros_like(super().words(task, name, start, stop))
+        words = super().words(task, name, start, stop)
+        return words.new_zeros(words.shape)
 
 
 def read_mask(folder: Path, task: str, name: str) -> torch.Tensor | None:
     """The packed mask of one parameter, None if it lies outside the parameter space."""
     file = folder / f"{task}.safetensors"
-    info = read_tensors_of(file, torch.int32).get(name)
+    info = read_tensors_of(file, "I32").get(name)
     return None if info is None else MappedFile(file).view(info.start, info.dtype, info.numel).reshape(info.shape)
 
 
-class JointCores(Mapping[str, torch.Tensor]):
+class JointCores(Mapping[str, "torch.Tensor"]):
     """The union of some tasks' cores by parameter name, packed; read from the regions' files when it is asked for."""
 
     def __init__(self, folder: Path, tasks: Sequence[str]):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
-
-import torch
 
 from cpift.config_inputs import Precision
 from cpift.errors import CpiftError, entry
@@ -25,6 +25,8 @@ _assigned: int | None = None  # by Ray; None where this process is no worker of 
 def assign_gpus(count: int) -> None:
     """This process is a worker to which Ray assigned so many GPUs. With none, all are hidden from what it imports too:
     saving random states alone would open every GPU that torch sees."""
+    import torch
+
     global _assigned
     _assigned = count
     if count == 0 and not torch.cuda.is_initialized():
@@ -36,6 +38,8 @@ def compute_device(asked: float) -> Device:
 
     Raises CpiftError where a GPU is due and torch has none.
     """
+    import torch
+
     if not (asked if _assigned is None else _assigned):
         return "cpu"
     if not torch.cuda.is_available():
@@ -48,7 +52,23 @@ def compute_device(asked: float) -> Device:
 
 def visible_gpus() -> int:
     """GPUs of this machine that torch could use."""
+    if not _has_driver():
+        return 0
+    import torch
+
     return torch.cuda.device_count()
+
+
+def _has_driver() -> bool:
+    """Whether a GPU's driver is installed, which torch would find no GPU without: most plans are made where none is,
+    and need not wait for torch."""
+    if sys.platform != "linux" or "torch" in sys.modules or Path("/dev/kfd").exists():  # the last is AMD's
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def resolved(precision: Precision, device: Device) -> Precision:
@@ -58,6 +78,8 @@ def resolved(precision: Precision, device: Device) -> Precision:
 
 def native_bf16(device: Device) -> bool:
     """Whether bf16 matrix products run in hardware: bf16 autocast is faster than float32 then, and far slower else."""
+    import torch
+
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -73,6 +95,8 @@ PRECISIONS: dict[str, Callable[[Device], Precision]] = {
 
 def device_name(device: Device = "cpu") -> str:
     """For manifests: the GPU's name, or the CPU and its capability."""
+    import torch
+
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
@@ -92,6 +116,8 @@ _KEEPS = ((-4, 0), (-1, 2**31 - 1))
 
 def free_memory() -> None:
     """Give back what torch keeps of GPU memory for its next tensors, and the C library of the machine's."""
+    import torch
+
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from cpift.checkpoints import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    import torch
 
 _SCAN = 1 << 22  # elements looked at together
 
@@ -36,4 +38,6 @@ def is_finite(checkpoint: Checkpoint, name: str) -> bool:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether every element is finite: one pass and no memory, unlike `isfinite().all()`; a NaN is both extremes."""
+    import torch
+
     return values.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from cpift_kernels import (
     count_mask,
     fused_apply,
@@ -34,7 +33,10 @@ from cpift.finite import all_finite, require_finite
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
 
-Fill = Callable[[int, int, torch.Tensor], None]  # writes elements start..stop-1 into a buffer [stop - start]
+if TYPE_CHECKING:
+    import torch
+
+Fill = Callable[[int, int, "torch.Tensor"], None]  # writes elements start..stop-1 into a buffer [stop - start]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Fusion:
     def prepare(self) -> list[dict[str, Any]]:
         """What must be known of the whole model before the first tensor, and records of it: with granularity `model`,
         its one angle a fold, which takes a read of everything."""
+        import torch
+
         if not self.vector.model:
             return []
         total: torch.Tensor | float = 0.0
@@ -217,6 +221,8 @@ class Fusion:
 
     def _gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
         """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements."""
+        import torch
+
         by: Literal["row", "tensor"] = "row" if self._by_row(info) else "tensor"
         width, core, grams = (info.numel // info.shape[0] if by == "row" and info.shape[0] else 0), 0, []
         for start, stop in sweep(self.models, info, self.pieces(info)):
@@ -247,6 +253,8 @@ class Fusion:
 
 def _pulled_apart(updates: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Bool [n]: elements that one task whose core they are in moved up, and another one down."""
+    import torch
+
     up, down = torch.zeros(2, len(next(iter(updates.values()))), dtype=torch.bool)
     for task, update in updates.items():
         core = unpack_mask(masks[task], len(update))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from cpift_kernels import pack_mask, unpack_mask
 
 from cpift.architecture import config_text, skeleton, untrainable
@@ -24,6 +23,7 @@ from cpift.fact_cache import remembered
 from cpift.pretrained import loading_info
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -51,6 +51,8 @@ class Layout:
 
     def parameter(self, name: str, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same."""
+        import torch
+
         alone = self.same(name)
         if alone is not None:
             return tensor(alone)
@@ -64,6 +66,8 @@ class Layout:
 
     def tensor(self, name: str, parameter: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A tensor of the file, made of the parameters; the parameter itself where it is the same."""
+        import torch
+
         places = self.places[name]
         if self.same(places[0][0]) == name:
             return parameter(places[0][0])
@@ -137,7 +141,7 @@ def is_buffer(network: PreTrainedModel, tensor: str) -> bool:
 
 def models_table() -> str:
     """The table of docs/supported.md."""
-    moves = ", ".join(f"`{function.__name__}`" for function in MOVES)
+    moves = ", ".join(f"`{name}`" for name in MOVES)
     buffers = ", ".join(f"`{pattern}`" for pattern in _BUFFERS)
     rows = [
         (
@@ -171,6 +175,8 @@ def models_table() -> str:
 def loading_faults(checkpoint: Checkpoint) -> list[str]:
     """Parameters that transformers, loading the model, would not have from its files, or not with the class's shape; or
     why it would not load them at all. Headers are read."""
+    import torch
+
     infos = checkpoint.tensors.values()
     empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
     try:
@@ -230,7 +236,7 @@ def require_whole(layout: Layout, folder: Path) -> None:
         raise CheckpointError(f"checkpoint {folder}", first_problems(problems, 8))
 
 
-class ParameterMasks(Mapping[str, torch.Tensor]):
+class ParameterMasks(Mapping[str, "torch.Tensor"]):
     """Packed masks of a file's tensors as those of the class's parameters; put together when they are asked for."""
 
     def __init__(self, layout: Layout, masks: Mapping[str, torch.Tensor]):
@@ -247,6 +253,8 @@ class ParameterMasks(Mapping[str, torch.Tensor]):
 
     def _bits(self, tensor: str) -> torch.Tensor:
         """Bool, flat; nothing of a tensor outside the parameter space is masked."""
+        import torch
+
         numel = math.prod(self._layout.sizes[tensor])
         return (
             unpack_mask(self._masks[tensor], numel) if tensor in self._masks else torch.zeros(numel, dtype=torch.bool)

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cpift.architecture import has_parameter, stored_transposed
 from cpift.checkpoints import Checkpoint, first_problems
@@ -25,6 +24,9 @@ from cpift.patterns import Patterns
 from cpift.safetensors_files import TensorInfo
 from cpift.untrusted import UnreadableError
 from cpift.vocabulary import token_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 _PATTERN_FORM = r"(.*\.)?({})$"  # PEFT's
 _RUN = 1 << 18  # elements computed together
@@ -93,6 +95,8 @@ class LoraCheckpoint(Checkpoint):
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1: a view of θ0 or of the adapter's file, or computed into memory of its own."""
+        import torch
+
         full = self._full.get(name)
         values = self.base.slice(name, start, stop) if full is None else self._view(full, start, stop)
         if name not in self._updates:
@@ -113,6 +117,8 @@ class LoraCheckpoint(Checkpoint):
         return out
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        import torch
+
         places = np.minimum(starts[:, None] + np.arange(length), self.tensors[name].numel - 1)
         if name in self._full:
             values = self._view(self._full[name], 0, self._full[name].numel)[torch.from_numpy(places)].float()

@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cpift.architecture import tied_names
 from cpift.checkpoints import Checkpoint
@@ -16,6 +14,9 @@ from cpift.errors import CheckpointError, Problem
 from cpift.lora_config import adapter_settings, setting_problems
 from cpift.mapped_files import MappedFile
 from cpift.safetensors_files import FormatError, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    pass
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -97,6 +98,8 @@ def same_change(one: Change | None, other: Change | None) -> bool:
 
 
 def _equal(one: TensorInfo, other: TensorInfo, transposed: bool = False) -> bool:
+    import torch
+
     mine, theirs = (
         MappedFile(info.file).view(info.start, info.dtype, info.numel).reshape(info.shape) for info in (one, other)
     )

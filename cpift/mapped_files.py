@@ -8,10 +8,12 @@ import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cpift.errors import ChangedInput, Problem
+
+if TYPE_CHECKING:
+    import torch
 
 # A private map of a file larger than the memory must not be counted as if every page would be written.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -43,6 +45,8 @@ class MappedFile:
 
     def view(self, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
         """`count` elements from byte `start` on. For reading only."""
+        import torch
+
         if count == 0:
             return torch.empty(0, dtype=dtype)
         if _identity(os.fstat(self._descriptor)) != self._identity:

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from cpift.checkpoint_writing import (
     Shard,
     WriteBehind,
@@ -27,9 +25,10 @@ from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.streaming import DEFAULT_BUDGET, Piece, sweep
 
 if TYPE_CHECKING:
+    import torch
     from cpift_kernels.cpu.phases import Mark, Masks, Selection
 
-Prepared = tuple[dict[str, Any] | None, Callable[[int, int, torch.Tensor], None]]
+Prepared = tuple[dict[str, Any] | None, Callable[[int, int, "torch.Tensor"], None]]
 Progress = Callable[[int, str], None]  # elements written since the last call, and the tensor they belong to
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 

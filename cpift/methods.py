@@ -14,10 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from cpift_kernels import fused_apply, masked_gram, slerp_coefficients, unpack_mask
 
 from cpift.checkpoints import Checkpoint
@@ -28,6 +27,9 @@ from cpift.finite import require_finite
 from cpift.fusion import Fill, Fusion, FusionInputs, copy_of
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
+
+if TYPE_CHECKING:
+    import torch
 
 _RUN = 1 << 18  # elements whose updates are held in fp32 at once, a multiple of 32
 
@@ -65,6 +67,8 @@ class Combination(Baseline):
         """One factor for each of `models`, and a record."""
 
     def merged(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+        import torch
+
         factors, record = self.coefficients(info)
         used = [(model, factor) for model, factor in zip(self.models, factors, strict=True) if factor != 0.0]
         scale = torch.tensor([[factor for _, factor in used]], dtype=torch.float64)
@@ -112,6 +116,8 @@ class Slerp(Combination):
         return list(self.tuned.values())
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+        import torch
+
         size = len(self.tuned)
         gram = torch.zeros(1, size, size, dtype=torch.float64)
         for start, stop in sweep(self.models, info, self.pieces(info)):
@@ -155,6 +161,8 @@ class Ties(Updates):
         self._formulas = merge_utilities()
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
         kept = [
             torch.where(unpack_mask(self.masks.words(task, name, start, stop), stop - start), update, 0.0)
             for task, update in zip(self.tuned, updates, strict=True)
@@ -175,6 +183,8 @@ class Dare(Updates):
         self._formulas = merge_utilities()
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
         density = self.config.density
         kept = [
             torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update / density, 0.0)

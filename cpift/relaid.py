@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cpift.architecture import CONFIG, skeleton
 from cpift.checkpoints import Checkpoint
@@ -21,6 +20,9 @@ from cpift.conversion import RESAVE, Block, Shape, wrapping_prefix
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import Layout, is_buffer, layout_of
 from cpift.safetensors_files import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST_RUNS = 1 << 20  # of one tensor; more than that is a transposition, which no slice of a file gives
 
@@ -111,6 +113,8 @@ class RelaidCheckpoint(Checkpoint):
         return self._inner.unequal_copies()
 
     def _info(self, mine: TensorInfo, runs: _Runs) -> TensorInfo:
+        import torch
+
         parts = [self._inner.tensors[name] for name in runs.tensors]
         if not parts:
             return mine
@@ -122,6 +126,8 @@ class RelaidCheckpoint(Checkpoint):
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A view where the elements lie together in the file, else a copy."""
+        import torch
+
         runs = self._runs[name]
         if not runs.tensors:
             return self._base.slice(name, start, stop)
@@ -135,6 +141,8 @@ class RelaidCheckpoint(Checkpoint):
         return torch.cat([torch.empty(0, dtype=dtype), *(part.to(dtype) for part in parts)])
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        import torch
+
         runs = self._runs[name]
         if not runs.tensors:
             return self._base.gather(name, starts, length)

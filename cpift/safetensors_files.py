@@ -17,28 +17,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cpift.direct_io import DirectStream, write_at
 from cpift.errors import CpiftError, naming
 from cpift.files import file_identity
 from cpift.untrusted import TENSOR_HEADER, UnreadableError, opened, parse_json, shown
 
+if TYPE_CHECKING:
+    import torch
+
+# The format's names of dtypes, and torch's; whoever only reads a config's folders does not wait for torch.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {name: kind for kind, name in DTYPES.items()}
 
 
 _SETTLED = 2 * 10**9  # ns after its last change, from which on a further one shows in a file's times
@@ -112,16 +114,32 @@ def _header(path: Path, identity: tuple[int, ...]) -> tuple[TensorInfo, ...]:
     return tuple(infos)
 
 
-def read_tensors_of(path: Path, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """The tensors by name of a file that cpift wrote, all of one dtype. Raises FormatError naming it, and OSError."""
+def read_tensors_of(path: Path, kind: str) -> dict[str, TensorInfo]:
+    """The tensors by name of a file that cpift wrote, all of one `kind` (`I32`).
+
+    Raises FormatError naming it, and OSError.
+    """
     remedy = "delete its folder, and the same command makes it again"
     try:
         found = {info.name: info for info in read_header(path)}
     except FormatError as error:
         raise FormatError(f"{path}: {error} → {remedy}") from error
-    if other := next((info for info in found.values() if info.dtype is not dtype), None):
-        raise FormatError(f"{path}: {shown(other.name)} is {other.dtype}, not {dtype} → {remedy}")
+    if other := next((info for info in found.values() if dtype_name(info.dtype) != kind), None):
+        raise FormatError(f"{path}: {shown(other.name)} is {other.dtype}, not torch.{DTYPES[kind]} → {remedy}")
     return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As headers have it: `BF16`."""
+    return _NAMES[str(dtype).removeprefix("torch.")]
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, DTYPES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -138,7 +156,7 @@ def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise DtypeError(name, dtype)
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise FormatError(f"{shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}, not whole numbers")
-    info = TensorInfo(name, tuple(shape), DTYPES[dtype], path, data + offsets[0])
+    info = TensorInfo(name, tuple(shape), _dtype(dtype), path, data + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes or math.prod(max(size, 1) for size in shape) >= 1 << 60:
         raise FormatError(
             f"{shown(name)} has {offsets[1] - offsets[0]} bytes, its shape {shown(shape)} needs {info.nbytes}"
@@ -166,7 +184,7 @@ def laid_out(path: Path, infos: Sequence[TensorInfo]) -> tuple[bytes, list[Tenso
     offset = 0
     for info in infos:
         header[info.name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
+            "dtype": dtype_name(info.dtype),
             "shape": list(info.shape),
             "data_offsets": [offset, offset + info.nbytes],
         }
@@ -273,4 +291,6 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def raw_bytes(values: torch.Tensor) -> Any:
     """The bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
     return values.reshape(-1).view(torch.uint8).numpy().data

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from cpift_kernels.cpu.segments import ITEM, SEGMENT
 
 from cpift.checkpoints import Checkpoint
 from cpift.safetensors_files import FileWriter, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_BUDGET = 1 << 30  # bytes
 SLICE = 1 << 22  # elements of one tensor that are merged together; part of what fixes the bits of a sum
@@ -45,6 +47,8 @@ def sweep(models: Sequence[Checkpoint], info: TensorInfo, parts: Sequence[Piece]
 
 def elements_at_once(budget: int, models: int) -> int:
     """Elements of one model that a thread takes at a time: the buffers of all threads stay within the budget."""
+    import torch
+
     held = 4 * models + models  # bytes an element: values of adapters in fp32, masks and candidates with room to spare
     return max(min(ITEM // models, budget // (2 * torch.get_num_threads() * held)), SEGMENT)
 
@@ -121,6 +125,8 @@ class MaskFiles:
     @classmethod
     def create(cls, paths: Sequence[Sequence[Path]], names: Sequence[str], sizes: Sequence[int]) -> MaskFiles:
         """New files for tensors of these names and sizes."""
+        import torch
+
         infos = [TensorInfo(n, ((s + 31) // 32,), torch.int32, Path()) for n, s in zip(names, sizes, strict=True)]
         return cls([[FileWriter(path, infos) for path in task] for task in paths], names)
 
@@ -133,6 +139,8 @@ class MaskFiles:
         return MaskFiles.attach, ([[file.path for file in task] for task in self._files], self._names)
 
     def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        import torch
+
         self._files[task][k].write(self._names[tensor], first, torch.from_numpy(words.view(np.int32)))
 
     def words(self, task: int, k: int, tensor: int) -> np.ndarray:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from cpift_kernels import count_mask, gather_masked, union_mask
 
 from cpift.checkpoints import Checkpoint
@@ -23,6 +22,9 @@ from cpift.safetensors_files import TensorInfo
 from cpift.streaming import pieces, sweep
 from cpift.units import show_size
 from cpift.verify_definition import check_definition
+
+if TYPE_CHECKING:
+    import torch
 
 Check = dict[str, Any]  # name, passed (None where there was nothing to compare), detail
 
@@ -82,6 +84,8 @@ def _cores(fusion: Fusion, written: Checkpoint, progress: Progress) -> Check:
 
 
 def _slice_cores(fusion: Fusion, written: Checkpoint, info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
+    import torch
+
     operands = fusion.operands(info.name, start, stop)
     if count_mask(operands.core) == 0:
         return 0, 0
@@ -108,6 +112,8 @@ def _outside(fusion: Fusion, written: Checkpoint) -> Check:
 
 
 def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    import torch
+
     return all(
         torch.equal(one.slice(name, *piece).view(torch.uint8), other.slice(name, *piece).view(torch.uint8))
         for piece in pieces(one.tensors[name].numel)
@@ -133,6 +139,8 @@ def check_loads(folder: Path, memory: int) -> Check:
 
 
 def _logits(folder: Path) -> torch.Tensor:
+    import torch
+
     from cpift.models import load_model
 
     with torch.inference_mode():

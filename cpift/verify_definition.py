@@ -11,25 +11,27 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from cpift_kernels import unpack_mask
 
 from cpift.checkpoints import Checkpoint
 from cpift.errors import CpiftError
 from cpift.fusion import Fusion, omegas
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
-from cpift.safetensors_files import TensorInfo
+from cpift.safetensors_files import TensorInfo, dtype_name
 from cpift.streaming import Piece
+
+if TYPE_CHECKING:
+    pass
 
 _TENSORS = 4  # tensors that are evaluated anew
 _LARGEST = 1 << 24  # elements of a tensor that is not too large for that, where its angle is its own
 _RUN = 1 << 20  # elements that are held in fp64 at once, a multiple of 32
 _SAMPLE = 1 << 13  # elements of the first and the last slice that are compared, a multiple of 32
 # Half a unit in the last place of the output's dtype; the fp32 sum may add as much again at a rounding boundary.
-_EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+_EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 _ANTIPARALLEL = 1e-2
 
 
@@ -62,7 +64,7 @@ def check_definition(method: Fusion | Baseline, written: Checkpoint) -> dict[str
         definition = _fused(method, info, folds) if isinstance(method, Fusion) else _definition(method, info)
         for start, stop in _windows(method, info):
             found = definition(start, stop)
-            allowed = 2 * _EPSILON[info.dtype] * np.abs(found.values) + 2.0**-20 * found.scale
+            allowed = 2 * _EPSILON[dtype_name(info.dtype)] * np.abs(found.values) + 2.0**-20 * found.scale
             compared += len(found.places)
             wrong += int((np.abs(_at(written, info.name, start, found.places) - found.values) > allowed).sum())
     where = "sampled elements in no core" if isinstance(method, Fusion) else "sampled elements"
@@ -252,6 +254,8 @@ DEFINITIONS: dict[type[Baseline], Callable[[Any, TensorInfo], Definition]] = {
 
 def _at(model: Checkpoint, name: str, start: int, places: np.ndarray) -> np.ndarray:
     """fp64 [P]: the elements of a tensor at places [P], counted from start."""
+    import torch
+
     if len(places) == 0:
         return np.zeros(0)
     return model.slice(name, start, start + int(places[-1]) + 1)[torch.from_numpy(places)].double().numpy()

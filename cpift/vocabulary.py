@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cpift.architecture import embedding_names
 from cpift.checkpoints import Checkpoint
 from cpift.errors import Problem
 from cpift.safetensors_files import TensorInfo
 from cpift.tying import file_name
+
+if TYPE_CHECKING:
+    import torch
 
 
 def token_tensors(base: Checkpoint) -> set[str]:
@@ -63,6 +65,8 @@ class FittedCheckpoint(Checkpoint):
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A view, or a copy where it has rows of both models."""
+        import torch
+
         common = self._common.get(name, stop)
         if stop <= common:
             return self._inner.slice(name, start, stop)
@@ -70,6 +74,8 @@ class FittedCheckpoint(Checkpoint):
         return rest if start >= common else torch.cat([self._inner.slice(name, start, common), rest])
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        import torch
+
         own = self._inner.gather(name, starts, length)
         if name not in self._common:
             return own

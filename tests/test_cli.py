@@ -45,8 +45,21 @@ def test_every_command_has_help(command: str) -> None:
     assert "--set" in done.stdout
 
 
-def test_plan_touches_nothing(tmp_path: Path, smoke_config: Path) -> None:
-    done = cpift("plan", smoke_config, cwd=tmp_path)
+def test_plan_touches_nothing_and_waits_for_nothing_heavy(tmp_path: Path, smoke_config: Path) -> None:
+    """Importing torch alone takes longer than the whole plan of a config with a random model."""
+    code = (
+        "import ctypes, sys; sys.argv = ['cpift', 'plan', sys.argv[1]]\n"
+        "from cpift import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "try: ctypes.CDLL('libcuda.so.1')\n"
+        "except OSError: driver = set()\n"
+        "else: driver = {'torch'}  # whether it finds a GPU, torch alone can tell\n"
+        "heavy = ({'torch', 'ray', 'datasets', 'numba', 'triton', 'matplotlib'} - driver) & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    command = [sys.executable, "-c", code, str(smoke_config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "to do" in done.stdout
     assert "Parameters:" in done.stdout

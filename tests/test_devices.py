@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,3 +165,20 @@ def test_the_plan_says_that_gpus_stay_idle(
     assert (note is None) == (said is None)
     if note is not None and said is not None:
         assert re.search(said, note), note
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_torch_is_asked_for_gpus_unless_no_driver_is_there(monkeypatch: pytest.MonkeyPatch, driver: bool) -> None:
+    def load(name: str) -> None:
+        assert name == "libcuda.so.1"
+        if not driver:
+            raise OSError("cannot open shared object file")
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", load)
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    assert devices.visible_gpus() == 4  # torch is here: nothing is won by not asking
+    monkeypatch.delitem(sys.modules, "torch")
+    assert devices._has_driver() == driver
+    if not driver:
+        assert devices.visible_gpus() == 0
+        assert "torch" not in sys.modules

@@ -1,8 +1,8 @@
 """The element-wise work of CPI-FT: core selection, packed masks, overlap, masked Gram, fused merge, freezing.
 
 Every operation has a plain-torch reference and chooses its backend by
-`backend="auto"|"triton"|"cpu"|"reference"`. Importing this package imports torch alone; Triton and numba
-are imported when their backend first runs.
+`backend="auto"|"triton"|"cpu"|"reference"`. Importing this package imports none of torch, Triton and numba:
+they are imported when an operation first needs them.
 """
 
 from .apply import fused_apply

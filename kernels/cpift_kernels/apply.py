@@ -11,13 +11,15 @@ out of the sum, NaN and Inf included. The combination is what N-way SLERP comes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checks import MAX_SOURCES, check_same_shape, check_values, check_words
 from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _CHUNK = 1 << 20
 
@@ -37,6 +39,8 @@ def fused_apply_reference(
 
 
 def _fuse(dtype: torch.dtype, values: list[Tensor], scale: list[float], bits: list[Tensor | None]) -> Tensor:
+    import torch
+
     combined = torch.zeros_like(values[0], dtype=torch.float64)
     total = torch.zeros_like(values[0], dtype=torch.float32)
     holders = torch.zeros_like(values[0], dtype=torch.float32)
@@ -73,6 +77,8 @@ def fused_apply(
 
 
 def _check(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, masks: Sequence[Tensor | None]) -> None:
+    import torch
+
     check_values("out", out)
     if not 1 <= len(sources) <= MAX_SOURCES or len(masks) != len(sources):
         raise ValueError(f"{len(sources)} sources and {len(masks)} masks; pass 1 to {MAX_SOURCES} of each")

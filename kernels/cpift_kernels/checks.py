@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-FLOATING = (torch.bfloat16, torch.float16, torch.float32)
+
+FLOATING = ("torch.bfloat16", "torch.float16", "torch.float32")
 MAX_TASKS = 16
 MAX_SOURCES = MAX_TASKS + 2
 
@@ -19,7 +21,7 @@ def words_for(numel: int) -> int:
 
 def check_values(name: str, tensor: Tensor) -> None:
     """A contiguous bf16, fp16 or fp32 tensor, or ValueError."""
-    if tensor.dtype not in FLOATING:
+    if str(tensor.dtype) not in FLOATING:
         raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to bfloat16, float16 or float32")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); call .contiguous() first")
@@ -27,6 +29,8 @@ def check_values(name: str, tensor: Tensor) -> None:
 
 def check_words(name: str, words: Tensor, numel: int) -> None:
     """A mask of `numel` elements: contiguous 1-D int32, ceil(numel / 32) words, or ValueError."""
+    import torch
+
     if words.dtype != torch.int32 or words.dim() != 1 or not words.is_contiguous():
         raise ValueError(f"{name} is {words.dtype} of shape {tuple(words.shape)}; make it with pack_mask (int32, 1-D)")
     if words.numel() != words_for(numel):

@@ -10,10 +10,12 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
 Resolved = Literal["triton", "cpu", "reference"]
@@ -50,6 +52,8 @@ def implementation(resolved: Resolved, reference: Operation) -> Operation:
 
 
 def _common_device(tensors: tuple[Tensor, ...]) -> torch.device:
+    import torch
+
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         names = ", ".join(sorted(str(device) for device in devices))

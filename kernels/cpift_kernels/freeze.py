@@ -7,12 +7,14 @@ saves their values in row-major order, `scatter_masked_` puts them back bit for 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checks import check_values, check_words
 from .dispatch import Backend, Resolved, implementation, resolve
 from .masks import count_mask, unpack_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def zero_masked_reference_(values: Tensor, words: Tensor) -> None:
@@ -27,6 +29,8 @@ def gather_masked_reference(values: Tensor, words: Tensor) -> Tensor:
 
 def mask_starts_reference(words: Tensor, numel: int) -> Tensor:
     """`mask_starts` in plain torch: one block."""
+    import torch
+
     return torch.tensor([0, count_mask(words)])
 
 

@@ -15,14 +15,14 @@ that is neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .checks import MAX_TASKS, check_same_shape, check_values, check_words
 from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Granularity = Literal["tensor", "row"]
 FEW = 128  # elements left of a run (a block, a row, or what a GPU program sums) that are summed in fp64
@@ -37,6 +37,8 @@ def masked_gram_reference(
     granularity: Granularity = "tensor",
 ) -> Tensor:
     """`masked_gram` in plain torch: fp32 differences, fp64 products and sums."""
+    import torch
+
     rows = row_count(reference, granularity)
     numel = reference.numel()
     kept = None if excluded is None else ~unpack_mask(excluded, numel)

@@ -7,8 +7,7 @@ another (and under DDP must be zero before the next one is there); putting back 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checks import check_values, check_words
 from .dispatch import Backend, Resolved, implementation, resolve
@@ -18,6 +17,9 @@ from .freeze import (
     scatter_masked_reference_,
     zero_masked_reference_,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HeldElements:

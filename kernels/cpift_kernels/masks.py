@@ -8,15 +8,18 @@ mask of no words. These conversions are plain torch and run on any device of a l
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checks import check_words, words_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into int32 words, row-major."""
+    import torch
+
     if mask.dtype != torch.bool:
         raise ValueError(f"mask has dtype {mask.dtype}; pass a bool tensor")
     numel = mask.numel()
@@ -28,6 +31,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(words: Tensor, numel: int) -> Tensor:
     """The bool tensor [numel] that `words` packs."""
+    import torch
+
     check_words("words", words, numel)
     place = torch.arange(8, dtype=torch.uint8, device=words.device)
     return ((words.view(torch.uint8)[:, None] >> place) & 1).view(-1)[:numel].bool()
@@ -35,6 +40,8 @@ def unpack_mask(words: Tensor, numel: int) -> Tensor:
 
 def count_mask(words: Tensor) -> int:
     """The number of set bits (popcount)."""
+    import torch
+
     bits = words.view(torch.uint8)
     bits = bits - ((bits >> 1) & 0x55)
     bits = (bits & 0x33) + ((bits >> 2) & 0x33)

@@ -9,20 +9,22 @@ Masks are packed (see `masks`). Empty masks give zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .checks import MAX_TASKS, check_same_shape, check_values, check_words
 from .dispatch import Backend, implementation, resolve
 from .masks import count_mask, pack_mask, unpack_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ConflictPolicy = Literal["magnitude", "last", "mean"]
 
 
 def overlap_counts_per_tensor_reference(masks: Sequence[Sequence[Tensor]]) -> Tensor:
     """`overlap_counts_per_tensor` in plain torch, one pair at a time."""
+    import torch
+
     tasks, tensors = len(masks), len(masks[0])
     counts = torch.zeros(tensors, tasks, tasks, dtype=torch.int64)
     for t in range(tensors):
@@ -51,6 +53,8 @@ def resolve_conflicts_reference(
     policy: ConflictPolicy, pretrained: Tensor, tuned: Sequence[Tensor], masks: Sequence[Tensor]
 ) -> list[Tensor]:
     """`resolve_conflicts` in plain torch."""
+    import torch
+
     if policy == "mean":
         return [words.clone() for words in masks]
     members = torch.stack([unpack_mask(words, pretrained.numel()) for words in masks])

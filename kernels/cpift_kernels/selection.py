@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checks import check_models
 from .dispatch import Backend, implementation, resolve
 from .masks import pack_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def select_cores_reference(
     pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], counts: Sequence[int]
 ) -> list[list[CoreMask]]:
     """`select_cores` in plain torch; holds |Δ| of one task in fp32 at a time."""
+    import torch
+
     cores = []
     for task, model in enumerate(tuned):
         magnitudes = [(x.float() - x0.float()).abs().reshape(-1) for x, x0 in zip(model, pretrained, strict=True)]
@@ -56,6 +59,8 @@ def select_cores_reference(
 
 
 def _top(magnitude: Tensor, sizes: list[int], count: int) -> CoreMask:
+    import torch
+
     moved = int((magnitude > 0).sum())
     kept = min(count, moved)
     selected = torch.zeros_like(magnitude, dtype=torch.bool)

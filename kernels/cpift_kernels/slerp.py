@@ -23,10 +23,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Space = Literal["weights", "delta"]
 _ANTIPARALLEL = 1e-2
@@ -54,6 +55,8 @@ def slerp_coefficients(
     vector): start from x1 − r, fold x2 − r .. xN − r with omegas[0..N-2]. Raises ValueError for a wrong
     number of factors, a factor outside [0, 1], a negative epsilon, or NaN/Inf in gram.
     """
+    import torch
+
     _check(gram, omegas, epsilon, space)
     size = gram.shape[-1]
     basis = torch.eye(size, dtype=torch.float64, device=gram.device)
@@ -75,6 +78,8 @@ def slerp_coefficients(
 
 def _angle(gram: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The angle between the combinations a and b of the Gram matrix's vectors, and whether to take LERP."""
+    import torch
+
     d = b - a
     aa, dd, ad = _inner(gram, a, a), _inner(gram, d, d), _inner(gram, a, d)
     bb = _inner(gram, b.expand_as(a), b.expand_as(a))
@@ -88,10 +93,14 @@ def _angle(gram: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, 
 
 
 def _inner(gram: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    import torch
+
     return torch.einsum("...i,...ij,...j->...", a, gram, b)
 
 
 def _weights(angle: Tensor, collinear: Tensor, omega: float) -> tuple[Tensor, Tensor]:
+    import torch
+
     sine = torch.where(collinear, 1.0, angle.sin())
     scale_a = torch.where(collinear, 1.0 - omega, ((1.0 - omega) * angle).sin() / sine)
     scale_b = torch.where(collinear, omega, (omega * angle).sin() / sine)
@@ -99,10 +108,14 @@ def _weights(angle: Tensor, collinear: Tensor, omega: float) -> tuple[Tensor, Te
 
 
 def _stack(columns: list[Tensor], gram: Tensor) -> Tensor:
+    import torch
+
     return torch.stack(columns, -1) if columns else gram.new_zeros((*gram.shape[:-2], 0))
 
 
 def _check(gram: Tensor, omegas: Sequence[float], epsilon: float, space: Space) -> None:
+    import torch
+
     if space not in ("weights", "delta"):
         raise ValueError(f"space={space!r} is unknown; use 'weights' or 'delta'")
     if gram.dtype != torch.float64 or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] < 2:
