@@ -261,7 +261,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\[/?(?:bold|italic|dim)?\]", "", inspect.cleandoc(text))
     text = re.sub(r"[ \n]*\n[ ]*(?!\n)", lambda found: "\n\n" if found[0].count("\n") > 1 else " ", text)
     parts = re.split(r"(`+[^`]+`+)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*<])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else part.replace("*", r"\*").replace("<", "&lt;") for part in parts)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
