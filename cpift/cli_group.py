@@ -12,10 +12,12 @@ _RUN, _MERGE = (
     "`cpift run CONFIG` makes every stage",
     "`cpift merge BASE MODEL... --out FOLDER`; as a file, `cpift init merge` and `cpift fuse`",
 )
+_MERGEKIT = "`cpift plan FILE` answers mergekit's file with the `cpift merge` command that does the same"
 _INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
 _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
-    **dict.fromkeys(("mergekit-yaml", "mergekit-multi", "merge-lora", "mergekit", "export"), _MERGE),
+    **dict.fromkeys(("mergekit-yaml", "mergekit-multi", "mergekit"), _MERGEKIT),
+    **dict.fromkeys(("merge-lora", "export"), _MERGE),
     **dict.fromkeys(("eval", "test", "score"), "`cpift evaluate CONFIG`; on standard benchmarks `cpift standard`"),
     **dict.fromkeys(("preprocess", "preview", "tokenize"), "`cpift data preview CONFIG`"),
     **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),

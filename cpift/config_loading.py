@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from cpift.config import RunConfig
 from cpift.config_paths import expand_paths, is_path, resolve_paths
 from cpift.errors import ConfigError, Problem
+from cpift.other_tools import answered
 from cpift.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted import CONFIG, UnreadableError
 from cpift.untrusted_yaml import parse_yaml, read_yaml_file
@@ -126,7 +127,8 @@ def one_line_yaml(value: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file's fields. Raises ConfigError where it is no mapping in YAML, within the limits of `untrusted.CONFIG`."""
+    """A file's fields. Raises ConfigError where it is no mapping in YAML within the limits of `untrusted.CONFIG`, and
+    with the command to use where it is another tool's."""
     try:
         raw = read_yaml_file(path)
     except OSError as error:
@@ -135,6 +137,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [error.problem("YAML")]) from None
     if not isinstance(raw, dict):
         raise ConfigError(str(path), [Problem("YAML", "is no mapping of fields", "see configs/quickstart.yaml")])
+    if found := answered(raw):
+        raise ConfigError(str(path), found)
     return raw
 
 

@@ -35,6 +35,7 @@ LAYERS = [
         "config_loading",
         "config_variation",
         "config_paths",
+        "other_tools",
         "sweep_config",
         "compare_config",
         "devices",
