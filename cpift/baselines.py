@@ -18,8 +18,6 @@ from cpift.compare_config import Budget, Comparison
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.data import count_examples
 from cpift.errors import entry
-from cpift.files import read_json
-from cpift.fit_spec import RESULT
 from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.stages import integration_spec
@@ -229,13 +227,6 @@ class Trained:
             yield fused
             if entry(JUDGED, self.method.judged, "judged").integration:
                 yield run.artifacts.integrate(self.groups, fused)
-
-
-def tokens_of(artifacts: Sequence[Artifact]) -> int | None:
-    """Input tokens that fine-tunes among these artifacts saw; None where one was made before they were counted."""
-    files = [made.path / RESULT for made in artifacts]
-    found = [read_json(file).get("tokens") for file in files if file.is_file()]
-    return None if None in found else sum(sum(stages) for stages in found)
 
 
 def seconds_of(artifacts: Sequence[Artifact]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.artifacts import Artifact, package_versions, source_commit
-from cpift.baselines import Method, Trained, methods_of, seconds_of, tokens_of
+from cpift.baselines import Method, Trained, methods_of, seconds_of
 from cpift.budgets import Budgets
 from cpift.checkpoints import Checkpoint
 from cpift.compare_config import Comparison
@@ -25,6 +25,7 @@ from cpift.engine import NoEngine
 from cpift.errors import ConfigError, Problem
 from cpift.files import read_json
 from cpift.pipeline import Pipeline
+from cpift.report_facts import tokens_of
 from cpift.retention import chance_of
 from cpift.stage_artifacts import Model
 from cpift.stages import add_card

@@ -34,7 +34,7 @@ def intervals(rows: Sequence[tuple[str, Estimate]], title: str, xlabel: str, our
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     axes.set(xlabel=xlabel, title=title)
-    return standalone(as_svg(figure, axes))
+    return as_svg(figure, axes, title)
 
 
 @rc_context(PLOT_STYLE)
@@ -56,4 +56,4 @@ def curve(
         axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=legend_label(name))
     axes.set_xticks(range(len(points)), [value for value, _, _ in points])
     axes.set(xlabel=field, ylabel="%")
-    return standalone(as_svg(figure, axes, legend=2 + len(references)))
+    return as_svg(figure, axes, f"Retention over {field}", 2 + len(references))

@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cpift.compare_plots import curve, intervals
+from cpift.compare_plots import curve, intervals, standalone
 from cpift.compare_record import BASE, OURS, PROBES, RECOMMENDED, Record, record_text
 from cpift.compare_verdict import FULL, REPLAYED, Findings, Line, number, points, share, signed
 from cpift.escaping import markdown
@@ -81,7 +81,7 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
 
 
 def _picture(plots: dict[str, str], file: str, title: str, svg: str) -> list[str]:
-    plots[file] = svg
+    plots[file] = standalone(svg)
     return [f"![{markdown(title)}]({file})", ""]
 
 

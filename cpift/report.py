@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cpift.files import json_text
 from cpift.metrics import metric_of
+from cpift.report_files import report_md, scores_csv
 from cpift.report_index import RUN, write_page
 from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, standing, summary, usage
 from cpift.retention import learning_of, sentences
@@ -19,14 +20,19 @@ __all__ = ["ReportData", "first_sentences", "scores_table", "show_result", "summ
 
 
 def write_run(data: ReportData, folder: Path) -> Path:
-    """Write a run's config, its figures, and the page that shows them, which is kept in `reports` beside those of other
-    configurations and listed in index.html; returns the page's path.
+    """Write a run's config, its figures (for machines, spreadsheets and readers of Markdown), and the page that shows
+    them, which is kept in `reports` beside those of other configurations and listed in index.html; returns its path.
 
     The page needs no network and no other file. Raises ConfigError where one of the files is somebody's own.
     """
     from cpift.report_page import page
 
-    beside = {"config.yaml": data.config_yaml, "summary.json": json_text(summary(data))}
+    beside = {
+        "config.yaml": data.config_yaml,
+        "summary.json": json_text(summary(data)),
+        "scores.csv": scores_csv(data),
+        "report.md": report_md(data),
+    }
     return write_page(folder, RUN, page(data), beside)
 
 

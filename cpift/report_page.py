@@ -11,10 +11,14 @@ from cpift import report_plots as plots
 from cpift.escaping import html
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
-from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing, usage, verdict
+from cpift.report_picture import lead, picture, replies, tokens
+from cpift.report_scores import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
 from cpift.retention import DEFINITION, Score, probe_of
 
 _SECTIONS = {
+    "retention": "Every model on every task",
+    "tokens": "What each model cost",
+    "replies": "Replies, side by side",
     "scores": "Scores",
     "overlap": "Core overlap and groups",
     "cores": "Where the cores lie",
@@ -29,6 +33,9 @@ _SECTIONS = {
 def page(data: ReportData) -> str:
     """The whole document."""
     body = {
+        "retention": picture(data),
+        "tokens": tokens(data),
+        "replies": replies(data),
         "scores": _scores(data),
         "overlap": _overlap(data),
         "cores": _cores(data),
@@ -38,8 +45,8 @@ def page(data: ReportData) -> str:
         "config": f"<pre><code>{html(data.config_yaml.strip())}</code></pre>",
         "provenance": _provenance(data),
     }
-    sections = {key: (_SECTIONS[key], html) for key, html in body.items()}
-    return document(data.name, "CPI-FT report", _subtitle(data), _verdict(data), sections)
+    sections = {key: (_SECTIONS[key], html) for key, html in body.items() if html}
+    return document(data.name, "CPI-FT report", _subtitle(data), lead(data), sections)
 
 
 def _subtitle(data: ReportData) -> str:
@@ -49,15 +56,6 @@ def _subtitle(data: ReportData) -> str:
     when = f" · begun {html(started[:16].replace('T', ' '))} UTC" if started else ""
     spent = f" · {duration(seconds)} of work in all stages together" if seconds else ""
     return f"Core Parameter Isolation Fine-Tuning · {tasks}{when}{spent}"
-
-
-def _verdict(data: ReportData) -> str:
-    sentences = "".join(f"<p>{html(sentence)}</p>" for sentence in verdict(data))
-    warnings = "".join(f'<p class="warning"><strong>Note.</strong> {html(text)}</p>' for text in data.warnings)
-    failed = [check["name"] for check in data.checks if check["passed"] is False]
-    broken = f'<p class="fail">Failed: {html("; ".join(failed))}</p>' if failed else ""
-    use = f"<pre><code>{html(usage(data, data.model))}</code></pre>" if data.model else ""
-    return f'<div class="verdict">{broken}{sentences}{use}</div>{warnings}'
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -133,8 +131,8 @@ def _overlap(data: ReportData) -> str:
         cells = "".join(_jaccard_cell(data, i, j, max(top, data.chance)) for j in range(len(data.tasks)))
         rows.append(f'<tr><th scope="row">{html(task)}</th>{cells}</tr>')
     caption = (
-        f"Jaccard overlap S of the core regions; two random regions of these sizes: {data.chance:.4f}. "
-        f"In brackets: multiples of that. Outlined: S ≥ τ = {data.tau:.4g}, an edge."
+        f"Jaccard overlap S of the core regions; two random regions of these sizes: {data.chance:.4f}. Cells up to "
+        f"that are pale. In brackets: multiples of it. Outlined: S ≥ τ = {data.tau:.4g}, an edge."
     )
     order = "".join(f"<li>stage {k}: {html(', '.join(group))}</li>" for k, group in enumerate(data.groups, start=1))
     return (
@@ -147,7 +145,8 @@ def _jaccard_cell(data: ReportData, i: int, j: int, top: float) -> str:
     if i == j:
         return '<td class="diagonal">1</td>'
     value = data.jaccard[i][j]
-    shade = 0.55 * value / top if top else 0.0
+    beyond = top - data.chance
+    shade = 0.55 * max(0.0, value - data.chance) / beyond if beyond > 0 else 0.0
     edge = ' class="edge"' if value >= data.tau else ""
     times = f"<br><small>({value / data.chance:.1f}×)</small>" if data.chance else ""
     return f'<td{edge} style="background: rgba(var(--heat), {shade:.3f})">{value:.4f}{times}</td>'

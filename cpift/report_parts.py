@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cpift.escaping import html
 from cpift.report_style import STYLE
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and the table of what it shows, all as text. False where there is nothing to show."""
+
+    svg: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.svg)
 
 
 def document(name: str, kind: str, subtitle: str, lead: str, sections: Mapping[str, tuple[str, str]]) -> str:
@@ -23,17 +36,31 @@ def document(name: str, kind: str, subtitle: str, lead: str, sections: Mapping[s
 
 def table(head: Sequence[str], rows: Iterable[str], caption: str, kind: str = "") -> str:
     columns = "".join(f'<th scope="col"{" class=left" if i == 0 else ""}>{cell}</th>' for i, cell in enumerate(head))
+    told = f"<caption>{caption}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table class="{kind}"><caption>{caption}</caption>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}">{told}'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def figure(svg: str, caption: str) -> str:
-    if not svg:
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
+    """A table of text: the first column names its row."""
+    shown = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{html(cell)}</td>" for cell in others)
+        shown.append(f'<tr><th scope="row">{html(first)}</th>{cells}</tr>')
+    return table(list(map(html, head)), shown, html(caption), kind)
+
+
+def figure(plot: Plot, caption: str) -> str:
+    """A plot, what it shows in words, and the table behind it; empty where there is no plot."""
+    if not plot:
         return ""
-    text = html(caption)
-    return f'<figure><div role="img" aria-label="{text}">{svg}</div><figcaption>{text}</figcaption></figure>'
+    behind = plain_table(plot.head, plot.rows)
+    return (
+        f"<figure>{plot.svg}<figcaption>{html(caption)}</figcaption>"
+        f'<details class="behind"><summary>the figures</summary>{behind}</details></figure>'
+    )
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,16 @@ LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One test row and what models replied to it."""
+
+    task: str
+    prompt: str
+    expected: str
+    replies: dict[str, tuple[str, float | None]]  # model -> reply, and its score from 0 to 1
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything the report shows. Plain values only, gathered from the artifacts of a run."""
 
@@ -51,6 +61,12 @@ class ReportData:
     headline: str = ""  # `verdict.verdict_sentence`
     model: str = ""  # the folder of the last model, from the run's
     prompt: str = "[]"  # turns to try it with, in Python
+    halves: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> task -> half of retention's interval
+    mean_halves: dict[str, float] = field(default_factory=dict)  # model -> the same of its mean retention
+    tokens: dict[str, dict[str, int | None]] = field(
+        default_factory=dict
+    )  # model -> fine-tune that it took -> input tokens, None where nobody counted them
+    samples: list[Sample] = field(default_factory=list)
 
 
 class Scored(Protocol):
@@ -103,6 +119,12 @@ def compare(one: Score, other: Score) -> int:
     return (one["score"] > other["score"]) - (one["score"] < other["score"])
 
 
+def total_tokens(data: ReportData, model: str) -> int | None:
+    """Input tokens of the fine-tunes behind a model; None where one of them was not counted."""
+    counts = list(data.tokens[model].values())
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
 def usage(data: ReportData, folder: str) -> str:
     """Three lines of Python that load the last model, which is in `folder`, and use it."""
     return (
@@ -128,8 +150,10 @@ def summary(data: ReportData) -> dict[str, Any]:
         "models": {
             model: {
                 "mean_retention": found.mean if found else None,
+                "mean_retention_half_interval": data.mean_halves.get(model),
                 "worst_task": found.worst_task if found else None,
                 "worst_retention": found.worst if found else None,
+                "training_tokens": total_tokens(data, model) if model in data.tokens else None,
                 "mean_loss": mean(score["loss"] for score in data.scores[model].values()),
                 "scores": {task: _plain(score) for task, score in data.scores[model].items()},
             }

@@ -32,6 +32,8 @@ nav a { margin-right: .9rem; white-space: nowrap; }
 a { color: var(--good); }
 .verdict { background: var(--soft); border-left: 4px solid var(--s0); padding: .7rem 1rem; margin: 1rem 0; }
 .verdict p { margin: .25rem 0; max-width: none; }
+.headline { font-size: 1.12rem; font-weight: 600; }
+.verdict pre { background: var(--paper); }
 .warning { background: var(--warn); border-left: 4px solid var(--s4); padding: .5rem 1rem; margin: .5rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
@@ -40,12 +42,14 @@ th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; }
 thead th { border-bottom: 2px solid var(--muted); vertical-align: bottom; }
 th[scope="row"], .left { text-align: left; }
-.scores th[scope="row"] { position: sticky; left: 0; background: var(--paper); white-space: nowrap; }
+.scores th[scope="row"], .tokens th[scope="row"] { white-space: nowrap; }
+.scores th[scope="row"] { position: sticky; left: 0; background: var(--paper); }
 .scores td small { display: block; white-space: nowrap; }
 td.own { outline: 1px dashed var(--muted); outline-offset: -3px; }
 tr.final td, .scores tr.final th { background: var(--soft); }
 .best { font-weight: 700; }
 .up { color: var(--good); } .down { color: var(--bad); }
+.heat { min-width: min(28rem, 100%); }
 .heat td { text-align: center; min-width: 4.2rem; }
 .heat td small { color: inherit; }
 .diagonal { color: var(--muted); }
@@ -55,6 +59,20 @@ figure { margin: .8rem 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { font-size: .88rem; }
+.behind { font-size: .85rem; margin: .2rem 0; }
+.behind .scroll { max-height: 22rem; overflow-y: auto; }
+.keys { font-size: .88rem; } .key { margin-right: 1.1rem; display: inline-block; }
+.absent { border: 1px dashed var(--grid); padding: .4rem .8rem; align-self: start; font-size: .9rem; }
+.tokens .bars { min-width: 8rem; width: 30%; vertical-align: middle; }
+.bar { display: block; height: .7rem; background: var(--s0); }
+.tokens .parts { color: var(--muted); }
+.sample { margin: 1rem 0 1.4rem; }
+.sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
+.replies { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 46%), 1fr)); gap: .5rem; }
+.replies > div { border: 1px solid var(--grid); padding: .3rem .6rem; min-width: 0; }
+.replies p { margin: 0; font-size: .88rem; overflow-wrap: anywhere; }
+.replies pre { padding: .3rem .5rem; }
+.replies .last { border: 2px solid var(--s1); } .replies .expected { border-style: dashed; }
 .narrow { max-width: 36rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem 1.2rem; }
 pre {
@@ -66,6 +84,37 @@ summary { cursor: pointer; color: var(--good); }
 .checks th, .provenance th { text-align: left; }
 .pass, .fail { white-space: nowrap; }
 .pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 700; }
-@media (max-width: 40rem) { body { padding: 1.2rem .8rem 3rem; } th, td { padding: .3rem .45rem; } }
-@media print { body { max-width: none; } details > * { display: block; } nav { display: none; } }
+@media (max-width: 40rem) {
+  body { padding: 1.2rem .8rem 3rem; } th, td { padding: .3rem .45rem; }
+  .scores th[scope="row"] { white-space: normal; }
+  .tokens .bars { display: none; } .tokens th:nth-child(3) { display: none; }
+  .verdict pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+}
+@page { size: A4; margin: 14mm; }
+@media print {
+  :root {
+    color-scheme: light;
+    --paper: #ffffff; --ink: #1d2430; --muted: #5b6575; --grid: #d9dee6; --soft: #f4f6f9;
+    --good: #00618f; --bad: #a34700; --warn: #fdf3d8; --heat: 0, 114, 178;
+    --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #b07d00;
+    --s5: #3a9bd1; --s6: #7a5195; --s7: #6b7280;
+  }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav, summary, .behind { display: none; }
+  details::details-content { content-visibility: visible; height: auto; opacity: 1; }
+  details > * { display: block; }
+  details > summary { display: none; }
+  .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  table { font-size: 8pt; max-width: 100%; }
+  th, td { padding: 1.2mm 1.4mm; }
+  th, td, td small, th[scope="row"], .left { white-space: normal !important; overflow-wrap: anywhere; }
+  .scores th[scope="row"] { position: static; }
+  .heat td { min-width: 0; }
+  .panels { grid-template-columns: repeat(2, 1fr); } .pair { grid-template-columns: 1fr; }
+  .pair svg { max-width: 125mm; }
+  .replies { grid-template-columns: repeat(3, 1fr); }
+  tr, figure, .sample, .replies > div, .verdict, .warning, .absent { break-inside: avoid; }
+  h2, h3, caption { break-after: avoid; }
+}
 """

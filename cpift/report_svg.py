@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from cpift.escaping import one_line, terminal
+from cpift.escaping import html, one_line, terminal
 
 # Stand-ins that the SVG is searched for: ink, muted ink, grid, and eight series colours (Okabe and Ito's, told apart
 # by readers with any colour vision; lighter on a dark page).
@@ -62,10 +62,21 @@ def legend_label(name: str) -> str:
     return f"\N{THIN SPACE}{name}" if name.startswith("_") else name
 
 
-def as_svg(figure: Figure, axes: Axes, legend: int = 1) -> str:
-    """The figure as an SVG element that scales with the page, with CSS variables for colours and no stray ids."""
+def as_svg(figure: Figure, axes: Axes, title: str, legend: int = 1, of: str | None = None) -> str:
+    """The figure as an SVG element that scales with the page, with CSS variables for colours and no stray ids.
+
+    `title` is what it is called to those who do not see it; `of` is what the entries of its legend are values of.
+    """
     if legend > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(legend, 4), borderaxespad=0.2)
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=min(legend, 4),
+            borderaxespad=0.2,
+            title=of,
+            title_fontsize=8.5,
+            alignment="left",
+        )
     axes.tick_params(length=0)
     for text in figure.findobj(Text):
         text.set_text(one_line(text.get_text()))
@@ -83,4 +94,5 @@ def as_svg(figure: Figure, axes: Axes, legend: int = 1) -> str:
     svg = svg.replace("xlink:href=", "href=")
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} aria-hidden="true">{terminal(svg)}</svg>'
+    name = f"<title>{html(one_line(title))}</title>"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box.group()} role="img">{name}{terminal(svg)}</svg>'

@@ -183,6 +183,7 @@ def tell_verdict(run: Pipeline, sentence: str) -> None:
 def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> ReportData:
     """Gather what the report shows from the artifacts of a finished run."""
     from cpift.report import ReportData
+    from cpift.report_facts import halves, samples, tokens_by_model
     from cpift.retention import condensed
     from cpift.verdict import verdict_sentence
 
@@ -193,11 +194,13 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
     record = read_json(made["fuse"].path / FUSION_RECORD)
     fits = {title: read_json(artifact.path / RESULT) for title, artifact in _fits(run, made).items()}
     rows = [one for title, fit in fits.items() for one in told(title, fit.get("rows", ()))]
+    tasks, models = [task.name for task in run.config.tasks], run.models()
+    by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
     return ReportData(
         name=run.config.name,
         config_yaml=dump_config(run.config),
         models=list(scores),
-        tasks=[task.name for task in run.config.tasks],
+        tasks=tasks,
         scores=condensed(scores),
         jaccard=grouping.jaccard.tolist(),
         chance=grouping.chance,
@@ -217,9 +220,13 @@ def report_data(run: Pipeline, scores: Mapping[str, Mapping[str, Any]]) -> Repor
         provenance=[artifact.manifest() for artifact in made.values()],
         warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
         rows=[sentence for sentence, _ in rows],
-        headline=verdict_sentence([task.name for task in run.config.tasks], scores),
-        model=str(run.models()[-1].path.relative_to(run.root)),
+        headline=verdict_sentence(tasks, scores),
+        model=str(models[-1].path.relative_to(run.root)),
         prompt=_prompt(run.config.tasks),
+        halves=by_task,
+        mean_halves=means,
+        tokens=tokens_by_model(made, {one.title: one.fingerprint for one in models}, run.artifacts.base.fingerprint),
+        samples=samples(run.config.tasks, scores),
     )
 
 

@@ -9,29 +9,40 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from cpift.estimates import Estimate
+from cpift.report_parts import Plot
 from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.sweep_scores import Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
 
 
 @rc_context(PLOT_STYLE)
-def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> str:
-    """A figure against one field, one line a value of another; bars are intervals over seeds."""
-    drawing, axes = new_figure(f"{figure} {x} {by}", 5.2, 2.9)
+def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> Plot:
+    """A figure against one field, one line a value of another, named by the legend; bars are intervals over seeds."""
+    drawing, axes = new_figure(f"{figure} {x} {by}", 4.6, 2.7)
     groups = data.space[by] if by is not None else [None]
+    table: list[list[str]] = [[_text(value)] for value in data.space[x]]
     spots = _positions(data.space[x])
     for place, group in enumerate(groups):
-        found = [
-            (spot, one)
-            for value, spot in zip(data.space[x], spots, strict=True)
-            if (one := values_at(data, figure, {x: value} | ({by: group} if by is not None else {}))) is not None
-        ]
+        here = {by: group} if by is not None else {}
+        every = [values_at(data, figure, {x: value} | here) for value in data.space[x]]
+        for row, cell in zip(table, every, strict=True):
+            row.append(interval_text(cell))
+        found = [(spot, one) for spot, one in zip(spots, every, strict=True) if one is not None]
         if found:
             shift = (place - (len(groups) - 1) / 2) * 0.04  # so that bars do not hide each other
             label = None if by is None else _text(group)
             _line(axes, [spot + shift for spot, _ in found], [one for _, one in found], place, label)
     axes.set_xticks(spots, [_text(value) for value in data.space[x]])
     axes.set(xlabel=x, ylabel=ylabel)
-    return as_svg(drawing, axes, legend=len(axes.get_legend_handles_labels()[1]))
+    count = len(axes.get_legend_handles_labels()[1])
+    svg = as_svg(drawing, axes, f"{ylabel} against {x}", count, by)
+    return Plot(svg, [x, *([ylabel] if by is None else [f"{by} = {_text(group)}" for group in groups])], table)
+
+
+def interval_text(one: Estimate | None) -> str:
+    """A figure and its interval, to read in a table."""
+    if one is None:
+        return "–"
+    return f"{one.mean:.4g}" + (f" [{one.low:.4g}, {one.high:.4g}]" if one.low is not None else "")
 
 
 def _positions(values: Sequence[Any]) -> list[float]:
@@ -51,7 +62,7 @@ def _line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], place: int,
 
 
 @rc_context(PLOT_STYLE)
-def dendrogram(overlaps: Overlaps) -> str:
+def dendrogram(overlaps: Overlaps) -> Plot:
     """Which τ merges which tasks: single linkage on Jaccard overlap, which is connected components at every τ at once.
 
     Dashed: chance, p/(2−p). Dotted: the τ that the sweep tried.
@@ -83,7 +94,10 @@ def dendrogram(overlaps: Overlaps) -> str:
     axes.grid(False)
     axes.set_title(overlaps.title)
     axes.set_xlabel("Jaccard overlap")
-    return as_svg(drawing, axes)
+    names = overlaps.tasks
+    rows = [[f"{level:.4g}", ", ".join(names[i] for i in sorted(one | other))] for level, one, other in merges]
+    svg = as_svg(drawing, axes, f"Which τ merges which tasks: {overlaps.title}")
+    return Plot(svg, ["up to this τ", "are one group"], rows)
 
 
 def single_linkage(jaccard: Sequence[Sequence[float]]) -> list[tuple[float, frozenset[int], frozenset[int]]]:
@@ -109,10 +123,10 @@ def leaf_order(merges: Sequence[tuple[float, frozenset[int], frozenset[int]]], t
 
 
 @rc_context(PLOT_STYLE)
-def pareto(data: SweepData) -> str:
+def pareto(data: SweepData) -> Plot:
     """Every finished trial in the plane of the first two objectives, and the front."""
     (first, sign), (second, _) = data.objectives[:2]
-    drawing, axes = new_figure("pareto", 5.2, 3.4)
+    drawing, axes = new_figure("pareto", 4.6, 3.2)
     spots = {
         trial.number: (one.mean, other.mean)
         for trial in data.trials
@@ -130,11 +144,15 @@ def pareto(data: SweepData) -> str:
     axes.set(xlabel=first.replace("_", " "), ylabel=second.replace("_", " "))
     axes.grid(True, axis="both")
     axes.margins(0.08)
-    return as_svg(drawing, axes)
+    rows = [
+        [f"{number}{' on the front' * (number in on_front)}", f"{one:.4g}", f"{other:.4g}"]
+        for number, (one, other) in spots.items()
+    ]
+    return Plot(as_svg(drawing, axes, "Trials by the first two objectives"), ["trial", first, second], rows)
 
 
 @rc_context(PLOT_STYLE)
-def parallel_coordinates(data: SweepData) -> str:
+def parallel_coordinates(data: SweepData) -> Plot:
     """Every finished trial as a line through its fields' values to the first objective; the best ones stand out."""
     figure, sign = data.objectives[0]
     found = [(trial, one.mean) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
@@ -155,7 +173,10 @@ def parallel_coordinates(data: SweepData) -> str:
     axes.grid(True, axis="x")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    return as_svg(drawing, axes)
+    rows = [
+        [*(_text(point[name]) for name in names), f"{mean:.4g}"] for trial, mean in ranked for point in trial.points
+    ]
+    return Plot(as_svg(drawing, axes, "Every point and its first objective"), [*names, figure], rows[::-1])
 
 
 def _height(values: Sequence[Any], value: Any) -> float:

@@ -19,7 +19,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.escaping import html
 from cpift.files import write_text
 
-RUN_FILES = ("config.yaml", "summary.json", "index.html", "report.html")
+RUN_FILES = ("config.yaml", "summary.json", "scores.csv", "index.html", "report.html", "report.md")
 SWEEP_FILES = ("best.yaml", "sweep.json", "index.html", "sweep.html")
 REPORTS = "reports"  # the folder beside index.html that keeps a page of every configuration
 _LARGEST = 1 << 28  # bytes; nothing that is written here comes near
@@ -37,11 +37,19 @@ def _as_key(text: str, mark: str) -> str:
     return f'{head}{brace}"written_by": "{mark}",{rest}'
 
 
+def _as_column(text: str, mark: str) -> str:
+    """As a last column, filled in the first row; the others leave it empty."""
+    head, first, *others = text.splitlines()
+    lines = [f"{head},written_by", f'{first},"{mark}"', *(f"{line}," for line in others)]
+    return "".join(f"{line}\n" for line in lines)
+
+
 _PLACES: dict[str, Callable[[str, str], str]] = {
     ".html": _as_comment,
     ".md": _as_comment,
     ".svg": _as_comment,
     ".yaml": lambda text, mark: f"# {mark}\n{text}",
+    ".csv": _as_column,
     ".json": _as_key,
     ".jsonl": _as_key,
 }

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cpift.artifacts import Artifact
-from cpift.baselines import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together, tokens_of
+from cpift.baselines import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
 from cpift.budgets import Budgets
 from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
@@ -27,6 +27,7 @@ from cpift.inprocess import InProcessEngine, SharedHere
 from cpift.outcomes import expected_backbone
 from cpift.pipeline import Pipeline
 from cpift.preflight import preflight
+from cpift.report_facts import tokens_of
 from cpift.run_baselines import make_baselines, plan_all
 from cpift.stage_artifacts import StageArtifacts
 from cpift.stages import artifacts_of, integration_spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -28,7 +29,9 @@ from cpift.escaping import code, html, markdown, one_line, terminal
 from cpift.examples import Example, Message
 from cpift.model_card import model_card
 from cpift.report import scores_table
+from cpift.report_files import report_md, scores_csv
 from cpift.report_page import page as run_page
+from cpift.report_scores import Sample
 from cpift.scratch import make_scratch_tokenizer
 from cpift.sweep_report import sweep_page
 from cpift.sweep_results import results_table
@@ -180,6 +183,11 @@ def run_named(name: str) -> Any:
         checks=[{"name": name, "passed": True, "detail": name}],
         provenance=[data.provenance[0] | dict.fromkeys(("label", "stage", "device", "platform", "commit"), name)],
         warnings=[name],
+        headline=name,
+        model=name,
+        prompt=name,
+        tokens={f"probe {name}": {f"probe {name}": 1}, "final": {f"probe {name}": 1, name: None}},
+        samples=[Sample(name, name, name, {f"probe {name}": (name, 1.0), "final": (name, 0.5)})],
     )
 
 
@@ -203,6 +211,9 @@ def test_pages_have_the_same_elements_whatever_names_they_show(name: str, plain:
     for text, wanted in ((run_page(run), plain[0]), (sweep_page(sweep), plain[1])):
         assert elements(text) == wanted
         assert not CONTROL.search(text)
+    assert parsed(report_md(run))[:2] == parsed(report_md(run_named("plain")))[:2]
+    assert {len(row) for row in csv.reader(scores_csv(run).splitlines())} == {10}
+    assert not CONTROL.search(report_md(run) + scores_csv(run))
     assert not CONTROL.search(printed(scores_table(run), results_table(sweep)))
 
 

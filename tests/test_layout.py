@@ -123,7 +123,10 @@ LAYERS = [
     {"finetune", "stage_data", "evaluate"},
     {
         "report",
+        "report_chart",
+        "report_files",
         "report_index",
+        "report_picture",
         "report_scores",
         "report_plots",
         "report_page",
@@ -146,6 +149,7 @@ LAYERS = [
     },
     {
         "stages",
+        "report_facts",
         "stage_artifacts",
         "fusion_stage",
         "engine",

@@ -275,9 +275,16 @@ def test_plots_are_svg_with_text_and_variables(data: ReportData) -> None:
         data.tasks[1]: report_plots.angles_by_layer(data.slerp, data.tasks),
         "optimizer step": report_plots.training_curve("integration", data.curves["integration"]),
     }
-    for words, svg in plots.items():
-        assert ElementTree.fromstring(svg).tag.endswith("svg")
+    for words, plot in plots.items():
+        svg = plot.svg
+        root = ElementTree.fromstring(svg)
+        assert root.tag.endswith("svg")
+        assert root.get("role") == "img"
+        assert root[0].tag.endswith("title"), "said first by who does not see it"
+        assert root[0].text
+        assert {len(row) for row in plot.rows} == {len(plot.head)}
         assert words in svg
+        assert "mathdefault" not in svg
         assert "var(--ink)" in svg or "var(--muted)" in svg
         assert not re.search(r"#0[1-4]0[0-9a-f]{3}\b", svg), "a stand-in colour was left"
         assert len(svg) < 60_000
@@ -285,8 +292,8 @@ def test_plots_are_svg_with_text_and_variables(data: ReportData) -> None:
 
 def test_sixteen_tasks_fit(data: ReportData) -> None:
     cores = {f"task{i}": data.cores["a"] for i in range(16)}
-    assert "task15" in report_plots.density_by_layer(cores)
-    assert "task15" in report_plots.density_by_kind(cores)
+    assert "task15" in report_plots.density_by_layer(cores).svg
+    assert "task15" in report_plots.density_by_kind(cores).svg
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cpift.top_files import RUN_FILES, check_top, is_ours, write_new, write_top
 
 TEXTS = {
     "a.html": "<!doctype html>\n<p>x</p>\n",
+    "a.csv": "name,n\nx,1\ny,2\n",
     "a.md": "# x\n",
     "a.svg": "<svg>x</svg>\n",
     "a.yaml": "name: x\n",
@@ -43,6 +45,9 @@ def test_marked_files_still_say_what_they_said(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text())["name"] == "x"
     assert [json.loads(line)["name"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["x", "y"]
     assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == {"name": "x"}
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [(row["name"], row["n"]) for row in rows] == [("x", "1"), ("y", "2")]
+    assert [bool(row["written_by"]) for row in rows] == [True, False]
 
 
 def _file(content: bytes) -> Callable[[Path], None]:
