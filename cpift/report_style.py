@@ -73,7 +73,7 @@ figcaption { font-size: .88rem; }
 .replies p { margin: 0; font-size: .88rem; overflow-wrap: anywhere; }
 .replies pre { padding: .3rem .5rem; }
 .replies .last { border: 2px solid var(--s1); } .replies .expected { border-style: dashed; }
-.narrow { max-width: 36rem; }
+.narrow { max-width: 34rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem 1.2rem; }
 pre {
   background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; margin: .5rem 0;

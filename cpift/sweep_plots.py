@@ -8,10 +8,13 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
+from cpift.escaping import one_line
 from cpift.estimates import Estimate
 from cpift.report_parts import Plot
 from cpift.report_svg import INK, MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.sweep_scores import Overlaps, SweepData, TrialRow, judged, pareto_front, values_at
+
+_LONGEST = 34  # letters of a trial's name beside the axis
 
 
 @rc_context(PLOT_STYLE)
@@ -33,6 +36,7 @@ def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> 
             _line(axes, [spot + shift for spot, _ in found], [one for _, one in found], place, label)
     axes.set_xticks(spots, [_text(value) for value in data.space[x]])
     axes.set(xlabel=x, ylabel=ylabel)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no figure is negative
     count = len(axes.get_legend_handles_labels()[1])
     svg = as_svg(drawing, axes, f"{ylabel} against {x}", count, by)
     return Plot(svg, [x, *([ylabel] if by is None else [f"{by} = {_text(group)}" for group in groups])], table)
@@ -43,6 +47,41 @@ def interval_text(one: Estimate | None) -> str:
     if one is None:
         return "–"
     return f"{one.mean:.4g}" + (f" [{one.low:.4g}, {one.high:.4g}]" if one.low is not None else "")
+
+
+@rc_context(PLOT_STYLE)
+def trials(data: SweepData, most: int) -> Plot:
+    """The first objective of the best trials, the best on top, with intervals over seeds. Dotted: θ0."""
+    name, sign = data.objectives[0]
+    found = [(trial, one) for trial in data.trials if (one := judged(data, trial, name)) is not None]
+    ranked = sorted(found, key=lambda pair: -sign * pair[1].mean)[:most]
+    if not ranked:
+        return Plot()
+    drawing, axes = new_figure("trials", 4.4, 0.8 + 0.2 * len(ranked))
+    for place, (_, one) in enumerate(reversed(ranked)):
+        color = SERIES[1] if place == len(ranked) - 1 else SERIES[0]
+        if one.low is not None and one.high is not None:
+            axes.hlines(place, one.low, one.high, color=color, linewidth=1.6)
+        axes.plot([one.mean], [place], "D" if place == len(ranked) - 1 else "o", color=color)
+    base = data.references.get("base", {}).get(name)
+    if base is not None:
+        axes.axvline(base.mean, color=MUTED, linestyle=":", linewidth=1, zorder=0)
+        over = axes.get_xaxis_transform()
+        axes.annotate("θ0", (base.mean, 1.0), (0, 2), over, "offset points", color=MUTED, ha="center", va="bottom")
+    axes.set_yticks(range(len(ranked)), [_named(trial) for trial, _ in reversed(ranked)])
+    axes.set_xlabel(name.replace("_", " "))
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    rows = [[_named(trial), interval_text(one)] for trial, one in ranked]
+    return Plot(as_svg(drawing, axes, f"{name.replace('_', ' ')} of every trial"), ["trial", name], rows)
+
+
+def _named(trial: TrialRow) -> str:
+    """Its number and first point, each field by the last part of its name."""
+    point = ", ".join(f"{name.rpartition('.')[2]} {_text(value)}" for name, value in trial.points[0].items())
+    more = " …" if len(trial.points) > 1 else ""
+    text = one_line(f"{trial.number}: {point}{more}")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _positions(values: Sequence[Any]) -> list[float]:
@@ -88,7 +127,7 @@ def dendrogram(overlaps: Overlaps) -> Plot:
     axes.axvline(overlaps.chance, color=MUTED, linestyle="--", linewidth=1)
     for tau in overlaps.taus:
         axes.axvline(tau, color=SERIES[1], linestyle=":", linewidth=1.1)
-    axes.set_yticks(range(len(order)), [overlaps.tasks[leaf] for leaf in order])
+    axes.set_yticks(range(len(order)), [one_line(overlaps.tasks[leaf]) for leaf in order])
     axes.set_xlim(0, right)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.grid(False)

@@ -13,6 +13,7 @@ from cpift.estimates import Estimate
 from cpift.metrics import metric_of
 from cpift.report_parts import document, duration, figure, table
 from cpift.sweep_config import KEEPS
+from cpift.sweep_picture import last_line, lead, picture
 from cpift.sweep_scores import (
     SweepData,
     TrialRow,
@@ -23,7 +24,7 @@ from cpift.sweep_scores import (
     trial_at,
     values_at,
 )
-from cpift.sweep_verdict import values_of, verdict
+from cpift.sweep_verdict import values_of
 
 _PANELS = 6  # dendrograms shown at once; the others fold away
 
@@ -31,6 +32,7 @@ _PANELS = 6  # dendrograms shown at once; the others fold away
 def sweep_page(data: SweepData) -> str:
     """The whole document."""
     sections = {
+        "picture": ("Every trial", picture(data)),
         "scores": ("Scores over the space", _scores(data)),
         "tasks": ("Every task", _tasks(data)),
         "groups": ("Groups against τ", _groups(data)),
@@ -41,7 +43,7 @@ def sweep_page(data: SweepData) -> str:
         "sweep": ("Sweep", _config(data.sweep_yaml, "")),
     }
     shown_sections = {key: pair for key, pair in sections.items() if pair[1]}
-    return document(data.name, "CPI-FT sweep", _subtitle(data), _lead(data), shown_sections)
+    return document(data.name, "CPI-FT sweep", _subtitle(data), lead(data), shown_sections)
 
 
 def _subtitle(data: SweepData) -> str:
@@ -52,26 +54,6 @@ def _subtitle(data: SweepData) -> str:
         f"CPI-FT sweep, {html(data.method)} · {data.points} points, {len(data.trials)} trials, {seeds}{when}"
         f" · {duration(seconds)} of work in all stages together"
     )
-
-
-def _lead(data: SweepData) -> str:
-    failed = [trial for trial in data.trials if trial.status == "failed"]
-    items = "".join(
-        f"<li>trial {trial.number} ({html(_point(trial.points[0]))}): "
-        f"<code>{html(_last_line(trial.reason))}</code></li>"
-        for trial in failed
-    )
-    count = f"{len(failed)} of {len(data.trials)} trials failed"
-    broken = f'<p class="down"><strong>{count}</strong></p><ul>{items}</ul>' if failed else ""
-    return f'<div class="verdict">{broken}{"".join(f"<p>{html(one)}</p>" for one in verdict(data))}</div>'
-
-
-def _last_line(text: str) -> str:
-    return (text.strip() or "no reason given").splitlines()[-1]
-
-
-def _point(point: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {shown(value)}" for name, value in point.items())
 
 
 def _axes(data: SweepData) -> list[str]:
@@ -230,7 +212,7 @@ def _trial(data: SweepData, trial: TrialRow, best: bool, front: bool) -> str:
     kind = ' class="final"' if best else ""
     head = f'<tr{kind}><th scope="row">{marks}{trial.number}</th>{values}'
     if trial.status != "done":
-        words = "stopped early" if trial.status == "stopped" else f"failed: {html(_last_line(trial.reason))}"
+        words = "stopped early" if trial.status == "stopped" else f"failed: {html(last_line(trial.reason))}"
         style = "muted" if trial.status == "stopped" else "down"
         return (
             f'{head}<td class="left {style}" colspan="{len(data.objectives) + len(data.tasks) + 2}">{words}</td></tr>'

@@ -24,6 +24,7 @@ from cpift.report_index import SWEEP, write_page
 from cpift.retention import DEFINITION
 from cpift.stage_artifacts import Model
 from cpift.sweep_config import Sweep
+from cpift.sweep_files import sweep_md, trials_csv
 from cpift.sweep_learning import learning_said
 from cpift.sweep_record import Attempt
 from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, judged, pareto_front
@@ -190,10 +191,16 @@ def _sweep_yaml(sweep: Sweep) -> str:
 
 
 def write_results(data: SweepData, folder: Path) -> Path:
-    """The report, the figures as JSON, and the best run's config; returns the report's path."""
+    """The report as a page and as Markdown, the figures as JSON and as a table, and the best run's config; returns the
+    page's path."""
     from cpift.sweep_report import sweep_page
 
-    beside = {"best.yaml": data.best_yaml, "sweep.json": json_text(summary(data))}
+    beside = {
+        "best.yaml": data.best_yaml,
+        "sweep.json": json_text(summary(data)),
+        "trials.csv": trials_csv(data) if data.trials else "",
+        "sweep.md": sweep_md(data),
+    }
     return write_page(folder, SWEEP, sweep_page(data), {name: text for name, text in beside.items() if text})
 
 

@@ -10,11 +10,13 @@ from cpift.sweep_scores import SweepData, TrialRow, best_trial, judged
 
 
 def verdict(data: SweepData) -> list[str]:
-    """Sentences: what was tried, what is best, what it beats, and how much that proves."""
+    """What is best, in one piece; then what the probes learnt if that is in doubt, what was tried, what the best beats,
+    and how much that proves."""
     best = best_trial(data)
     if best is None:
         return ["No trial has finished: there is nothing to compare."]
-    return [*data.learning, _what_was_tried(data), *_best(data, best), *_rivals(data, best), *_caveats(data)]
+    headline = " ".join(_best(data, best))
+    return [headline, *data.learning, _what_was_tried(data), *_rivals(data, best), *_caveats(data)]
 
 
 def _what_was_tried(data: SweepData) -> str:

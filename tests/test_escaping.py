@@ -33,6 +33,7 @@ from cpift.report_files import report_md, scores_csv
 from cpift.report_page import page as run_page
 from cpift.report_scores import Sample
 from cpift.scratch import make_scratch_tokenizer
+from cpift.sweep_files import sweep_md, trials_csv
 from cpift.sweep_report import sweep_page
 from cpift.sweep_results import results_table
 from cpift.terminal import Terminal, say
@@ -213,7 +214,9 @@ def test_pages_have_the_same_elements_whatever_names_they_show(name: str, plain:
         assert not CONTROL.search(text)
     assert parsed(report_md(run))[:2] == parsed(report_md(run_named("plain")))[:2]
     assert {len(row) for row in csv.reader(scores_csv(run).splitlines())} == {10}
-    assert not CONTROL.search(report_md(run) + scores_csv(run))
+    assert parsed(sweep_md(sweep))[:2] == parsed(sweep_md(sweep_named("plain")))[:2]
+    assert len({len(row) for row in csv.reader(trials_csv(sweep).splitlines())}) == 1
+    assert not CONTROL.search(report_md(run) + scores_csv(run) + sweep_md(sweep) + trials_csv(sweep))
     assert not CONTROL.search(printed(scores_table(run), results_table(sweep)))
 
 

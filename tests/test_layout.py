@@ -135,6 +135,8 @@ LAYERS = [
         "report_svg",
         "model_card",
         "sweep_scores",
+        "sweep_files",
+        "sweep_picture",
         "sweep_plots",
         "sweep_verdict",
         "sweep_report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from cpift.sweep_report import sweep_page
 from cpift.sweep_results import failures, results_table, summary, write_results
 from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, pareto_front
 from cpift.sweep_verdict import verdict
+from cpift.top_files import REPORTS, SWEEP_FILES
 
 from .test_report import Page
 
@@ -122,6 +124,10 @@ def test_page_stands_alone_and_shows_failures(data: SweepData) -> None:
     assert "script" not in page.seen
     assert len(page.ids) == len(set(page.ids))
     assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
+    order = ["Best by mean retention: trial 2", "cpift run best.yaml", "<svg", "<table", 'id="scores"']
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
+    assert text.count("<svg") == text.count('role="img"><title>') == text.count('class="behind"')
+    assert ">groups.tau<" in text, "the legend names its field"
     assert "1 of 4 trials failed" in text
     assert "probe a: &lt;the loss&gt; is nan" in text
     assert text.count('class="edge"') == 2 + 1, "the best cells of both heat maps"
@@ -153,6 +159,13 @@ def test_results_are_written_for_people_and_machines(data: SweepData, tmp_path: 
     assert written.pop("written_by")
     assert written == json.loads(json.dumps(summary(data)))
     assert (tmp_path / "best.yaml").read_text().splitlines()[1:] == ["name: best"]
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open(encoding="utf-8")))
+    assert [row["trial"] for row in rows] == ["1", "2", "2", "3", "4", "4"], "one line a point"
+    assert (rows[1]["groups.tau"], rows[1]["mean_retention"], rows[4]["mean_retention"]) == ("0.5", "0.95", "")
+    told = (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert told.startswith("# made-up\n\nBest by mean retention: trial 2")
+    assert "| 4 | 0.2 | 0.5 or 0.6 | failed | failed | a → b |" in told
+    assert set(SWEEP_FILES) | {REPORTS} == {file.name for file in tmp_path.iterdir()}
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(results_table(data))
     shown = console.export_text()
