@@ -13,6 +13,7 @@ import yaml
 from cpift.cli import app
 from cpift.config import RunConfig
 from cpift.config_loading import read_yaml
+from cpift.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -87,6 +88,24 @@ def test_sections_that_are_shown_are_sections(tmp_path: Path) -> None:
             part = read_yaml(tmp_path / "part.yaml")
             task = {"name": "shown", "metric": "loss", **part} if "train" in part else None
             RunConfig.model_validate({**run, "tasks": [task]} if task else {**run, **part})
+
+
+def test_the_sweep_that_is_shown_is_one(tmp_path: Path) -> None:
+    (block,) = blocks(DOCS / "sweeps.md", "yaml")
+    (tmp_path / "sweep.yaml").write_text(block, encoding="utf-8")
+    assert SweepConfig.model_validate(read_yaml(tmp_path / "sweep.yaml")).seeds == (0, 1, 2)
+
+
+def test_the_picture_of_the_seesaw_has_the_scores_of_the_demo() -> None:
+    """README's bars are the quick start's table: a block for every ten points."""
+    rows = re.findall(r"^\| \**(?:probe )?([^|*]+?)\** \| (.+?) \|$", (DOCS / "quickstart.md").read_text("utf-8"), re.M)
+    told = {name.split(" (")[0].removeprefix("final: "): line for name, line in rows}
+    picture = re.findall(r"^ (θ0|fine-tune \w+|the one model)((?: +[█·]+ +\d+)+)$", README.read_text("utf-8"), re.M)
+    assert len(picture) == 5
+    for name, bars in picture:
+        scores = [float(one.strip("* ")) for one in told[name.removeprefix("fine-tune ")].split("|")[:3]]
+        wanted = [("█" * round(score / 10) or "·", f"{score:.0f}") for score in scores]
+        assert re.findall(r"([█·]+) +(\d+)", bars) == wanted, name
 
 
 def test_messages_that_are_explained_are_ours() -> None:
