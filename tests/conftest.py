@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -18,6 +19,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()))
 _CACHE = tempfile.TemporaryDirectory(prefix="cpift-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+gc.set_threshold(50_000)  # as `cpift.cli` has it: imports make objects that live to the end
+
+
+def _settle() -> None:
+    """Leave what is there to the end of the process. accelerate collects garbage before each stage of a fine-tune, and
+    looking through all that was imported took half of a small one's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _settle()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        _settle()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries look for leaks at the end
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1) -> Path:

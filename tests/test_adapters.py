@@ -61,6 +61,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [(0, -1), (1, 3)])
 def test_a_resumed_fit_ends_with_the_same_bits(
     base: Path, tmp_path: Path, trained: Path, stop: tuple[int, int]

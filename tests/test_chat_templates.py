@@ -170,6 +170,7 @@ def test_every_output_of_a_run_has_the_template(base: Path, tmp_path: Path) -> N
     assert {(folder / "chat_template.jinja").read_text() for folder in models} == {TEMPLATES["alpaca"]}
 
 
+@pytest.mark.slow
 def test_given_models_are_scored_and_merged_with_the_template(base: Path, tmp_path: Path) -> None:
     """θ0 and its tunes are read where they lie, and get no file."""
     tunes: dict[str, Any] = {}

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -15,10 +17,24 @@ from cpift.errors import CpiftError
 
 from .conftest import random_tensors, save_checkpoint
 
+Run = Callable[..., CompletedProcess[str]]
 
-def cpift(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cpift.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+@pytest.fixture
+def cpift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command in this process: one of its own costs seconds before it does anything."""
+
+    def run(*arguments: str | Path, cwd: Path | None = None) -> CompletedProcess[str]:
+        command = ["cpift", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return CompletedProcess(command, int(ended.value.code or 0), shown.out, shown.err)
+
+    return run
 
 
 def test_help_teaches_and_imports_nothing_heavy() -> None:
@@ -38,7 +54,7 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "probe", "evaluate"])
-def test_every_command_has_help(command: str) -> None:
+def test_every_command_has_help(cpift: Run, command: str) -> None:
     done = cpift(command, "--help")
     assert done.returncode == 0
     assert "CONFIG" in done.stdout
@@ -66,9 +82,26 @@ def test_plan_touches_nothing_and_waits_for_nothing_heavy(tmp_path: Path, smoke_
     assert list(tmp_path.iterdir()) == []
 
 
-def bad(tmp_path: Path, smoke_config: Path, *changes: str) -> subprocess.CompletedProcess[str]:
-    arguments = [part for change in changes for part in ("--set", change)]
-    return cpift("run", smoke_config, *arguments, "--output", tmp_path / "out", cwd=tmp_path)
+@pytest.fixture
+def bad(cpift: Run, tmp_path: Path, smoke_config: Path) -> Run:
+    """A run with changes that it refuses before Ray is started."""
+
+    def run(*changes: str) -> CompletedProcess[str]:
+        arguments = [part for change in changes for part in ("--set", change)]
+        done = cpift("run", smoke_config, *arguments, "--output", tmp_path / "out", cwd=tmp_path)
+        assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+        return done
+
+    return run
+
+
+def test_a_process_ends_with_one_message_and_code_2(tmp_path: Path, smoke_config: Path) -> None:
+    command = [sys.executable, "-m", "cpift.cli", "run", str(smoke_config), "--set", "probe.stepz=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("cpift: ") == 1
+    assert "did you mean 'steps'?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,10 +116,10 @@ def bad(tmp_path: Path, smoke_config: Path, *changes: str) -> subprocess.Complet
     ],
 )
 def test_bad_configs_end_with_one_message_and_code_2(
-    tmp_path: Path, smoke_config: Path, change: str, said: str
+    bad: Run, tmp_path: Path, smoke_config: Path, change: str, said: str
 ) -> None:
     first = yaml.safe_load(smoke_config.read_text())["tasks"][0]["name"]
-    done = bad(tmp_path, smoke_config, change.replace("%FIRST%", first))
+    done = bad(change.replace("%FIRST%", first))
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -117,16 +150,16 @@ def checkpoint_with(folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["missing shard", "other shape"])
-def test_bad_checkpoints_end_with_one_message_and_code_2(tmp_path: Path, smoke_config: Path, how: str) -> None:
+def test_bad_checkpoints_end_with_one_message_and_code_2(bad: Run, tmp_path: Path, how: str) -> None:
     folder = checkpoint_with(tmp_path / "model", how)
-    done = bad(tmp_path, smoke_config, f"model={{path: {folder}}}")
+    done = bad(f"model={{path: {folder}}}")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert str(folder) in done.stderr
     assert not (tmp_path / "out" / "probe").exists()
 
 
-def test_a_real_model_with_nan_is_refused_before_training(tmp_path: Path, smoke_config: Path) -> None:
+def test_a_real_model_with_nan_is_refused_before_training(bad: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from cpift.config import ModelConfig
@@ -138,15 +171,15 @@ def test_a_real_model_with_nan_is_refused_before_training(tmp_path: Path, smoke_
     tensors = load_file(file)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    done = bad(tmp_path, smoke_config, f"model={{path: {tmp_path / 'model'}}}")
+    done = bad(f"model={{path: {tmp_path / 'model'}}}")
     assert done.returncode == 2, done.stderr
     assert "model.norm.weight" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "probe").exists()
 
 
-def test_test_rows_too_long_to_score_are_refused_before_training(tmp_path: Path, smoke_config: Path) -> None:
-    done = bad(tmp_path, smoke_config, "evaluation.max_length=8")
+def test_test_rows_too_long_to_score_are_refused_before_training(bad: Run, tmp_path: Path) -> None:
+    done = bad("evaluation.max_length=8")
     assert done.returncode == 2, done.stderr
     assert "tasks.addition.test 24 of 24 rows, row 1 first" in done.stderr
     assert "raise evaluation.max_length" in done.stderr

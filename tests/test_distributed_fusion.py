@@ -24,6 +24,8 @@ from cpift.safetensors_files import TensorInfo, read_header
 
 from .test_streaming import models, shards_of  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def merging() -> Iterator[RayMerging]:

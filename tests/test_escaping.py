@@ -205,7 +205,15 @@ def plain() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [MARKUP[0], CONTROLS[1], LETTERS[0], TAGS[0], TAGS[3], "$x^{$\"'><img>", "_a_"], ids=ascii
+    "name",
+    [
+        TAGS[0],
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (MARKUP[0], CONTROLS[1], LETTERS[0], TAGS[3], "$x^{$\"'><img>", "_a_")
+        ),
+    ],
+    ids=ascii,
 )
 def test_pages_have_the_same_elements_whatever_names_they_show(name: str, plain: tuple[Any, Any]) -> None:
     run, sweep = run_named(name), sweep_named(name)

@@ -83,7 +83,9 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return fit(spec(base, out, *TWO_STAGES, checkpoint_every=2)), weights(out / "export")
 
 
-@pytest.mark.parametrize("stop", [(0, 2), (0, 4), (0, -1), (1, 4)])
+@pytest.mark.parametrize(
+    "stop", [(0, 2), *(pytest.param(stop, marks=pytest.mark.slow) for stop in ((0, 4), (0, -1), (1, 4)))]
+)
 def test_a_resumed_fit_ends_with_the_same_bits(
     base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str], stop: tuple[int, int]
 ) -> None:
@@ -106,6 +108,7 @@ def test_a_resumed_fit_ends_with_the_same_bits(
     ]
 
 
+@pytest.mark.slow
 def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
     base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str]
 ) -> None:
@@ -163,6 +166,7 @@ def test_frozen_cores_leave_a_staged_fit_as_they_entered(
     assert free > 1000
 
 
+@pytest.mark.slow
 def test_a_penalty_keeps_cores_near_the_first_model(base: Path, tmp_path: Path, regions: Path) -> None:
     """Also in a fit that was stopped in the middle of a stage: it ends with the same bits."""
     stages = stages_of([["rev"], ["add"]], "all")

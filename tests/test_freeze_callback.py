@@ -100,6 +100,7 @@ def test_no_frozen_bit_moves_in_a_trainer(name: str) -> None:
     assert not unwrapped(trainer.optimizer)._optimizer_step_post_hooks, "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_a_resumed_training_holds_the_checkpoint_and_not_what_the_model_drifted_to() -> None:
     model, masks = llama(), masks_of(llama())
     train(model, cpift.FreezeCallback(masks))

@@ -11,6 +11,8 @@ import torch
 
 from .freezing_cells import OPTIONS, Cell, cells, work
 
+pytestmark = pytest.mark.slow
+
 # Two workers sum gradients in another order than one; under autocast their bf16 rounding differs as well.
 FLOAT32, AUTOCAST = 5e-7, 1e-3
 EIGHT_BIT = 3  # times as far: a moment near the edge of an 8-bit step falls to either side of it

@@ -86,6 +86,7 @@ def opened(tmp_path: Path, models: Path, **changes: object) -> RunConfig:
     return load_config(config_file(tmp_path, models, **changes))
 
 
+@pytest.mark.slow
 def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, models: Path) -> None:
     path = config_file(tmp_path, models)
     code = (
@@ -154,6 +155,7 @@ def given_tasks(*checkpoints: Path) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cpift", "linear"])
 def test_given_checkpoints_with_test_rows_alone_are_scored(tmp_path: Path, models: Path, method: str) -> None:
     """θ0, a full tune, an adapter and what they fuse to: no integration, no training rows."""

@@ -23,6 +23,8 @@ from cpift.models import materialise
 
 from .fits import fit_spec, weights
 
+pytestmark = pytest.mark.slow
+
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
 # Two workers sum a batch in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
 TOLERANCE = 1e-4

@@ -65,6 +65,7 @@ def peak(out: Path, rows: int) -> int:
     return found
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_disk, "_BATCH", 20)
     peak(tmp_path, 50)  # what is imported and cached once

@@ -31,6 +31,7 @@ def study() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_document_and_readmes_claims_are_what_the_records_say(study: ModuleType) -> None:
     """Plots are compared by `study.py check`: their bytes depend on matplotlib's version."""
     composed = study.compose()
@@ -54,6 +55,7 @@ def test_a_task_that_is_guessed_is_no_task(study: ModuleType) -> None:
     assert study.not_learnt("tiny", finished(read_record(study.RESULTS / "tiny.jsonl"))) == []
 
 
+@pytest.mark.slow
 def test_a_document_that_was_edited_is_refused(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def swept(tmp_path: Path, **changes: Any) -> tuple[Sweep, list[Trial], Keeper]:
     return sweep, trials, keeper
 
 
+@pytest.mark.slow
 def test_the_best_trials_weights_are_kept_and_never_those_of_more_than_it_and_the_next(tmp_path: Path) -> None:
     sweep, trials, keeper = swept(tmp_path)
     keeper.finish(attempts(trials))
@@ -121,6 +122,7 @@ def test_the_best_trials_weights_are_kept_and_never_those_of_more_than_it_and_th
     assert all(trial.figures["final"] for trial in data.trials), "the report has every score"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "share"), [("all", 1), ("scores", 0)])
 def test_all_or_none(tmp_path: Path, keep: str, share: int) -> None:
     sweep, trials, keeper = swept(tmp_path, keep=keep)
@@ -129,6 +131,7 @@ def test_all_or_none(tmp_path: Path, keep: str, share: int) -> None:
     assert len(weights(sweep, ["probe"])) == 6
 
 
+@pytest.mark.slow
 def test_a_resumed_trial_makes_nothing_again(tmp_path: Path) -> None:
     sweep, trials, _ = swept(tmp_path, keep="scores")
     before = {path: path.stat().st_mtime_ns for path in sweep.base.output_dir.rglob("*.json")}
@@ -178,6 +181,7 @@ def test_what_a_run_or_another_sweep_made_stays(tmp_path: Path) -> None:
     assert weights(sweep) == own(trials[0]) | own(trials[1])
 
 
+@pytest.mark.slow
 def test_runs_find_the_best_weights_and_make_others_again(tmp_path: Path) -> None:
     sweep, trials, keeper = swept(tmp_path)
     before = {str(path): path.read_bytes() for path in sweep.base.output_dir.rglob("scores.json")}

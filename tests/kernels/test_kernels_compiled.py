@@ -29,6 +29,7 @@ def start(cache: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_and_later_ones_load(tmp_path: Path) -> None:
     expected = sum(range(0, 1000, 3))
     together = [start(tmp_path) for _ in range(2)]
@@ -68,6 +69,7 @@ def test_calls_within_calls_and_from_many_threads_end(monkeypatch: pytest.Monkey
     assert found == [[28 * y for y in range(x, x + 9)] for x in range(20)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     run = "import os; compiled.in_threads(work, range(50)); pid = os.fork()\n"

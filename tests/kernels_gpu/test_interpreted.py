@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 
@@ -19,9 +21,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "part", [part if name == "quick" else pytest.param(part, marks=pytest.mark.slow) for name, part in PARTS.items()]
-)
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_under_the_interpreter(part: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part, str(HERE / "test_operations.py")],
