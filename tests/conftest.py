@@ -19,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()))
 _CACHE = tempfile.TemporaryDirectory(prefix="cpift-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# What takes minutes comes first, so that of two workers (`make test`) none ends long before the other.
+LONGEST = ("test_operations", "test_end_to_end", "test_sweep_tune", "test_gates", "test_compare", "test_interpreted")
 gc.set_threshold(50_000)  # as `cpift.cli` has it: imports make objects that live to the end
 
 
@@ -29,10 +31,16 @@ def _settle() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_collection_finish() -> None:
     _settle()
 
 
+@pytest.hookimpl(trylast=True)  # after the file's own fixtures have ended
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is not None and nextitem.path != item.path:
         _settle()
