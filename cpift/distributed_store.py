@@ -20,10 +20,10 @@ import torch
 
 from cpift.checkpoint_writing import Shard, note_of, write_note
 from cpift.checkpoints import INDEX_FILE
-from cpift.core_regions import NoCores, RegionMasks
 from cpift.files import MANIFEST, read_json
 from cpift.merging import Method, merge_shards
 from cpift.object_store import ObjectStore
+from cpift.region_masks import NoCores, RegionMasks
 from cpift.safetensors_files import TensorInfo
 
 _MASKS = "masks"

@@ -28,7 +28,6 @@ from transformers import (
 
 from cpift.adapters import merged, with_adapters
 from cpift.checkpoints import Checkpoint
-from cpift.core_regions import JointCores
 from cpift.data import CompletionCollator
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
 from cpift.errors import StageError
@@ -37,6 +36,7 @@ from cpift.fit_spec import RESULT, FitSpec
 from cpift.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
 from cpift.models import load_model, load_tokenizer
+from cpift.region_masks import JointCores
 from cpift.sharding import (
     ShardedTrainer,
     WholeTrainer,

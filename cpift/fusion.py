@@ -27,9 +27,9 @@ from cpift_kernels.overlap import ConflictPolicy
 
 from cpift.checkpoints import Checkpoint, require_same_layout
 from cpift.config import FusionConfig
-from cpift.core_regions import NoCores, RegionMasks
 from cpift.errors import entry
 from cpift.finite import all_finite, require_finite
+from cpift.region_masks import NoCores, RegionMasks
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
 

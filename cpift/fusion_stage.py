@@ -13,7 +13,7 @@ from typing import Any
 
 from cpift.artifacts import Artifact
 from cpift.config import RegionsConfig, RunConfig
-from cpift.core_regions import SUMMARY, Streaming, write_regions
+from cpift.core_regions import Streaming, write_regions
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
 from cpift.files import file_sha256, is_json, link_or_copy, read_json, write_json
 from cpift.fusion import Fusion, FusionInputs
@@ -21,6 +21,7 @@ from cpift.given import backbone_apart, has_apart, model_files, open_checkpoint,
 from cpift.merging import Merging, Progress, merge
 from cpift.methods import Baseline, Materials, method_named
 from cpift.models import configured_template
+from cpift.region_masks import SUMMARY
 from cpift.stage_artifacts import Model, StageArtifacts
 from cpift.tokenizer_files import TEMPLATE, shared_template
 from cpift.verify import check_loads, failures, verify

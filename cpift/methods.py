@@ -21,10 +21,10 @@ from cpift_kernels import fused_apply, masked_gram, slerp_coefficients, unpack_m
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig
-from cpift.core_regions import RegionMasks
 from cpift.errors import CpiftError, entry
 from cpift.finite import require_finite
 from cpift.fusion import Fill, Fusion, FusionInputs, copy_of
+from cpift.region_masks import RegionMasks
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece, pieces, sweep
 

@@ -15,7 +15,7 @@ from cpift.checkpoint_writing import write_plain
 from cpift.checkpoints import Checkpoint
 from cpift.config import TaskConfig, TrainingConfig
 from cpift.config_loading import dump_config
-from cpift.core_regions import Streaming, read_summary, write_regions
+from cpift.core_regions import Streaming, write_regions
 from cpift.data import read_examples
 from cpift.devices import device_name
 from cpift.errors import entry
@@ -25,6 +25,7 @@ from cpift.fusion_stage import FUSION_RECORD, INPUTS_RECORD, describe_inputs, fu
 from cpift.given import model_files, open_models
 from cpift.grouping import group_tasks
 from cpift.lora_config import ADAPTER_CONFIG
+from cpift.region_masks import read_summary
 from cpift.row_use import told
 from cpift.tokenizer_files import TEMPLATE, chat_template
 

@@ -15,12 +15,13 @@ import torch
 from cpift.checkpoints import Checkpoint
 from cpift.config import RunConfig
 from cpift.config_loading import parse_config
-from cpift.core_regions import Streaming, read_summary, write_regions
+from cpift.core_regions import Streaming, write_regions
 from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem, entry
 from cpift.fusion import CONFLICTS, Fusion, FusionInputs
 from cpift.grouping import group_tasks
 from cpift.merge_fields import OPTIONS
 from cpift.methods import Baseline, Materials, method_named
+from cpift.region_masks import read_summary
 from cpift.safetensors_files import TensorInfo
 from cpift.streaming import sweep
 

@@ -15,11 +15,12 @@ from ray.cluster_utils import Cluster
 
 from cpift import distributed_fusion
 from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
-from cpift.core_regions import Streaming, read_summary, write_regions
+from cpift.core_regions import Streaming, write_regions
 from cpift.distributed_fusion import RayMerging
 from cpift.errors import CheckpointError
 from cpift.fusion import Fill, Fusion, FusionInputs
 from cpift.merging import merge
+from cpift.region_masks import read_summary
 from cpift.safetensors_files import TensorInfo, read_header
 
 from .test_streaming import models, shards_of  # noqa: F401 (a fixture)

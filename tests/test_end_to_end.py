@@ -14,8 +14,8 @@ import torch
 from cpift_kernels import unpack_mask
 
 from cpift.checkpoints import Checkpoint
-from cpift.core_regions import read_mask, read_summary
 from cpift.files import file_sha256, read_json
+from cpift.region_masks import read_mask, read_summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

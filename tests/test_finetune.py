@@ -10,11 +10,12 @@ import torch
 from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
-from cpift.core_regions import read_mask, save_regions, select_regions
+from cpift.core_regions import save_regions, select_regions
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
 from cpift.inprocess import fit_here
 from cpift.models import materialise
+from cpift.region_masks import read_mask
 
 from .fits import fit_spec, procedural, weights
 

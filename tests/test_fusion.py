@@ -10,10 +10,11 @@ from cpift_kernels import unpack_mask
 
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig
-from cpift.core_regions import read_mask, save_regions, select_regions
+from cpift.core_regions import save_regions, select_regions
 from cpift.errors import CheckpointError
 from cpift.fusion import Fusion, FusionInputs, lerp_share, omegas
 from cpift.merging import merge
+from cpift.region_masks import read_mask
 from cpift.verify import failures, verify
 
 from .conftest import random_tensors, save_checkpoint

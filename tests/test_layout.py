@@ -119,7 +119,17 @@ LAYERS = [
         "sharded_state",
         "sharding",
     },
-    {"core_regions", "grouping", "fusion", "merging", "methods", "verify", "verify_definition", "freezing"},
+    {
+        "core_regions",
+        "region_masks",
+        "grouping",
+        "fusion",
+        "merging",
+        "methods",
+        "verify",
+        "verify_definition",
+        "freezing",
+    },
     {"finetune", "stage_data", "evaluate"},
     {
         "report",

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 import cpift.merging
 from cpift.checkpoints import Checkpoint
 from cpift.config_loading import load_config
-from cpift.core_regions import RegionMasks
 from cpift.engine import NoEngine
 from cpift.errors import ChangedInput
 from cpift.mapped_files import MappedFile
 from cpift.mapped_reads import guarded_reads
 from cpift.pipeline import Pipeline
+from cpift.region_masks import RegionMasks
 from cpift.view import quiet
 
 from .conftest import random_tensors, save_checkpoint

@@ -12,14 +12,13 @@ from cpift.config import RegionsConfig
 from cpift.core_regions import (
     core_size,
     parameter_space,
-    read_mask,
-    read_summary,
     region_overlaps,
     save_regions,
     select_regions,
     select_regions_many,
 )
 from cpift.errors import CheckpointError, CpiftError
+from cpift.region_masks import read_mask, read_summary
 
 from .conftest import random_tensors, save_checkpoint
 

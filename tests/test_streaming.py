@@ -16,10 +16,11 @@ from cpift import streaming
 from cpift.checkpoint_writing import plan_shards
 from cpift.checkpoints import Checkpoint
 from cpift.config import FusionConfig, RegionsConfig
-from cpift.core_regions import RegionMasks, Streaming, core_size, read_summary, select_regions_many, write_regions
+from cpift.core_regions import Streaming, core_size, select_regions_many, write_regions
 from cpift.errors import CpiftError, StageError
 from cpift.fusion import Fusion, FusionInputs
 from cpift.merging import merge
+from cpift.region_masks import RegionMasks, read_summary
 from cpift.safetensors_files import FormatError, read_header
 from cpift.streaming import pieces, sweep
 from cpift.verify import failures, verify

@@ -14,11 +14,11 @@ import yaml
 
 from cpift.config import RunConfig
 from cpift.config_loading import load_config
-from cpift.core_regions import read_mask
 from cpift.errors import ConfigError
 from cpift.estimates import estimate, t_quantile
 from cpift.files import read_json
 from cpift.pipeline import Pipeline
+from cpift.region_masks import read_mask
 from cpift.stage_artifacts import StageArtifacts
 from cpift.sweep_config import Sweep, load_sweep
 from cpift.sweep_plan import choose_points, merged
