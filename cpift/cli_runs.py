@@ -80,7 +80,7 @@ def _print_runs(rows: list[tuple[Path, RunState, float, int]]) -> None:
         age = f"{duration(time.time() - changed)} ago"
         table.add_row(str(path), Text(state.kind, _COLOURS.get(state.kind, "")), _step(state), age, show_size(size))
     Terminal().print(table)
-    say(f"{len(rows)} runs, {show_size(sum(size for *_, size in rows))}")
+    say(f"{len(rows)} run{'s' * (len(rows) != 1)}, {show_size(sum(size for *_, size in rows))}")
 
 
 def _step(state: RunState) -> str:

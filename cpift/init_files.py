@@ -70,6 +70,8 @@ def _sources(argument: str) -> Iterator[tuple[str, DataSource, str]]:
     elif path.is_dir() and (splits := splits_of(path)):
         for split in splits:
             yield path.name, DataSource(file=path.absolute(), split=split), split.lower()
+    elif path.suffix in (".yaml", ".yml"):  # axolotl's, for example
+        raise UnreadableError("is a file of fields, not of rows", f"`cpift plan {argument}` says what to do with it")
     else:
         name, split = _split_of(path)
         yield name, DataSource(file=path.absolute()), split

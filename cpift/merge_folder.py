@@ -138,7 +138,10 @@ def _source(task: str, where: Any, problems: list[Problem]) -> dict[str, str]:
     meant = path.parent != Path(".") and path.parent.is_dir()  # a folder beside others that are there
     if path.exists() or meant or not HUB_ID.fullmatch(hub):
         what = f"{given!r} is a file" if path.exists() else f"{given!r} is no model folder and no hub id"
-        problems.append(Problem(task, what, "give a folder with config.json and safetensors, or org/name"))
+        remedy = "give a folder with config.json and safetensors, or org/name"
+        if path.suffix in (".yaml", ".yml"):  # mergekit's, for example
+            remedy = f"`cpift plan {given}` says which command it stands for"
+        problems.append(Problem(task, what, remedy))
     return {"hub": hub, **({"revision": revision} if revision else {})}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import cpift
 from cpift.cli import app
@@ -99,6 +100,16 @@ def test_what_no_command_says_is_named(text: str, told: str, tmp_path: Path) -> 
 def test_files_of_trainers_are_answered_with_init(text: str, command: str, tmp_path: Path) -> None:
     (problem,) = answer(text, tmp_path).problems
     assert problem.remedy.startswith(f"{command}, then")
+
+
+@pytest.mark.parametrize("command", ["init other.yml --model base", "merge other.yml a --out merged"])
+def test_such_a_file_in_the_place_of_data_or_a_model_is_sent_to_plan(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yml").write_text("base_model: a", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"`cpift plan other\.yml` says"):
+        CliRunner().invoke(app, command.split(), catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
