@@ -40,7 +40,7 @@ def compare(
 
     Intervals are over test rows and seeds; with one seed they say nothing about another training run. What a run of
     this config made already is used; the same command again goes on after a crash. Writes comparison.jsonl (every
-    method's score on every test row) and comparison.md.
+    method's score on every test row), comparison.html, comparison.md and comparison.csv.
     """
     from cpift.compare_config import load_comparison
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from matplotlib import rc_context
 
+from cpift.escaping import one_line
 from cpift.estimates import Estimate
+from cpift.report_parts import Plot
 from cpift.report_style import STYLE
 from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure
 
+_LONGEST = 36  # letters of a method's name beside the axis
 _COLOURS = STYLE.partition("* {")[0].strip()  # the page's own names for ink and series, light and dark
 
 
@@ -20,29 +23,44 @@ def standalone(svg: str) -> str:
 
 
 @rc_context(PLOT_STYLE)
-def intervals(rows: Sequence[tuple[str, Estimate]], title: str, xlabel: str, ours: str) -> str:
-    """One line a method: its estimate in percent and the interval; `ours` stands out. Dashed: ours' estimate."""
-    figure, axes = new_figure(title, 6.4, 0.7 + 0.2 * len(rows))
+def intervals(rows: Sequence[tuple[str, Estimate]], ours: str) -> Plot:
+    """One line a method: its mean retention in percent and the interval; `ours` stands out, and its estimate is drawn
+    across, dashed."""
+    figure, axes = new_figure("methods", 5.0, 0.7 + 0.2 * len(rows))
     for place, (name, one) in enumerate(reversed(rows)):
         colour = SERIES[1] if name == ours else SERIES[0]
         if one.low is not None and one.high is not None:
             axes.hlines(place, 100 * one.low, 100 * one.high, color=colour, linewidth=1.6)
-        axes.plot([100 * one.mean], [place], "o", color=colour)
+        axes.plot([100 * one.mean], [place], "D" if name == ours else "o", color=colour)
         if name == ours:
             axes.axvline(100 * one.mean, color=MUTED, linestyle="--", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)])
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    axes.set(xlabel=xlabel, title=title)
-    return as_svg(figure, axes, title)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel("mean retention, % of the own probes")
+    least, most = axes.get_xlim()
+    axes.set_xlim(left=0 if least < most / 2 else least)
+    svg = as_svg(figure, axes, "Mean retention of every method")
+    return Plot(svg, ["method", "mean retention"], [[name, _text(one)] for name, one in rows])
+
+
+def _short(name: str) -> str:
+    name = one_line(name)
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
+
+
+def _text(one: Estimate) -> str:
+    ends = "" if one.low is None or one.high is None else f" [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+    return f"{100 * one.mean:.1f} %{ends}"
 
 
 @rc_context(PLOT_STYLE)
 def curve(
     field: str, points: Sequence[tuple[str, Estimate, Estimate]], references: Sequence[tuple[str, Estimate]]
-) -> str:
+) -> Plot:
     """Mean retention and worst task over a field's values, in percent; `references` are drawn across."""
-    figure, axes = new_figure(field, 5.4, 3.0)
+    figure, axes = new_figure(field, 4.6, 2.9)
     series = {"mean retention": [mean for _, mean, _ in points], "worst task": [worst for _, _, worst in points]}
     for place, (label, found) in enumerate(series.items()):
         spots = [spot + 0.06 * (place - 0.5) for spot in range(len(points))]
@@ -54,6 +72,7 @@ def curve(
                 axes.vlines(spot, 100 * one.low, 100 * one.high, color=SERIES[place], linewidth=0.9, alpha=0.7)
     for place, (name, one) in enumerate(references):
         axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=legend_label(name))
-    axes.set_xticks(range(len(points)), [value for value, _, _ in points])
+    axes.set_xticks(range(len(points)), [one_line(value) for value, _, _ in points])
     axes.set(xlabel=field, ylabel="%")
-    return as_svg(figure, axes, f"Retention over {field}", 2 + len(references))
+    svg = as_svg(figure, axes, f"Retention over {field}", 2 + len(references))
+    return Plot(svg, [field, *series], [[value, _text(mean), _text(worst)] for value, mean, worst in points])

@@ -76,7 +76,7 @@ class Findings:
     """Everything that tables, plots and sentences of one comparison show."""
 
     def __init__(self, record: Record):
-        self.record = record
+        self.record, self._lines = record, dict[str, Line]()
         self.methods = record.of_kind("reference", "probe", "sft", "merge", "cpift", "part", "variant", "curve")
         self.ranked = [name for name in self.methods if self.kind(name) in ("sft", "merge", "cpift")]
 
@@ -109,6 +109,11 @@ class Findings:
         return method in self.methods
 
     def line(self, method: str) -> Line:
+        if method not in self._lines:
+            self._lines[method] = self._line(method)
+        return self._lines[method]
+
+    def _line(self, method: str) -> Line:
         scores, rows = self.scores, self.record.rows_of(method)
         sign = {task: -1 if metric_of(metric).by_loss else 1 for task, metric in self.record.header.tasks.items()}
         return Line(
@@ -168,10 +173,11 @@ class Findings:
     # ---- sentences ---------------------------------------------------------------------------------------------------
 
     def verdict(self) -> list[str]:
-        """What holds and what does not, most important first."""
-        found = sentences(self.learning)
+        """What holds and what does not, most important first; second, what the own probes did not learn."""
+        learnt = sentences(self.learning)
         if not judged(self.learning):
-            return found + self._of_forgetting()
+            return learnt + self._of_forgetting()
+        found: list[str] = []
         rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
         for ours in self.recipes if rivals else []:
             found.append(self.aim(ours, rivals))
@@ -180,7 +186,8 @@ class Findings:
         if self.has(RECOMMENDED):
             controls = [OURS, *(name for name in self.methods if name.startswith("recommended, "))]
             found += [self.sentence(RECOMMENDED, rival) for rival in controls]
-        return found + self._of_imbalance() + self._of_forgetting() + self._of_stages()
+        found += self._of_imbalance() + self._of_forgetting() + self._of_stages()
+        return found[:1] + learnt + found[1:]
 
     @property
     def recipes(self) -> list[str]:

@@ -73,6 +73,7 @@ figcaption { font-size: .88rem; }
 .replies p { margin: 0; font-size: .88rem; overflow-wrap: anywhere; }
 .replies pre { padding: .3rem .5rem; }
 .replies .last { border: 2px solid var(--s1); } .replies .expected { border-style: dashed; }
+tr.kind th { text-align: left; color: var(--muted); font-weight: 400; font-style: italic; }
 .narrow { max-width: 34rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem 1.2rem; }
 pre {
@@ -109,7 +110,11 @@ summary { cursor: pointer; color: var(--good); }
   table { font-size: 8pt; max-width: 100%; }
   th, td { padding: 1.2mm 1.4mm; }
   th, td, td small, th[scope="row"], .left { white-space: normal !important; overflow-wrap: anywhere; }
+  td, td small, .wide th, .widest th { overflow-wrap: break-word; }
+  .wide { font-size: 6.4pt; } .wide th, .wide td { padding: .9mm .7mm; }
+  .widest { font-size: 5pt; } .widest th, .widest td { padding: .7mm .4mm; overflow-wrap: anywhere; }
   .scores th[scope="row"] { position: static; }
+  .narrow { max-width: 115mm; }
   .heat td { min-width: 0; }
   .panels { grid-template-columns: repeat(2, 1fr); } .pair { grid-template-columns: 1fr; }
   .pair svg { max-width: 125mm; }

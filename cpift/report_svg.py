@@ -19,6 +19,8 @@ INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0400{i:02x}" for i in range(8))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"s{i}" for i, color in enumerate(SERIES)}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+_LONGEST = 32  # letters of an entry in a legend
+_LETTERS = 13  # of a legend that fit into an inch
 PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names may hold dollar signs
@@ -58,8 +60,17 @@ def series_style(place: int) -> dict[str, Any]:
 
 
 def legend_label(name: str) -> str:
-    """matplotlib leaves names that begin with `_` out of a legend."""
+    """Cut where it is long; matplotlib leaves names that begin with `_` out of a legend."""
+    name = one_line(name)
+    name = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
     return f"\N{THIN SPACE}{name}" if name.startswith("_") else name
+
+
+def _columns(figure: Figure, axes: Axes) -> int:
+    """How many entries of a legend stand beside each other, so that none leaves the figure."""
+    labels = axes.get_legend_handles_labels()[1]
+    room = _LETTERS * figure.get_figwidth() / (max(map(len, labels), default=0) + 6)  # 6: the sign and the space
+    return max(1, min(len(labels), 4, int(room)))
 
 
 def as_svg(figure: Figure, axes: Axes, title: str, legend: int = 1, of: str | None = None) -> str:
@@ -71,7 +82,7 @@ def as_svg(figure: Figure, axes: Axes, title: str, legend: int = 1, of: str | No
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=min(legend, 4),
+            ncols=_columns(figure, axes),
             borderaxespad=0.2,
             title=of,
             title_fontsize=8.5,

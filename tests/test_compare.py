@@ -16,12 +16,13 @@ from cpift.budgets import Budgets
 from cpift.compare import ComparisonWork, run_comparison
 from cpift.compare_config import Comparison, load_comparison
 from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
-from cpift.compare_report import document, write_comparison
+from cpift.compare_report import document, write_comparison, written_files
 from cpift.compare_verdict import Findings, side
 from cpift.config import RunConfig
 from cpift.config_loading import parse_config, with_fields
 from cpift.engine import NoEngine
 from cpift.errors import ConfigError
+from cpift.escaping import html
 from cpift.files import write_json
 from cpift.inprocess import InProcessEngine, SharedHere
 from cpift.outcomes import expected_backbone
@@ -259,9 +260,12 @@ def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_
 def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Comparison, Record], tmp_path: Path) -> None:
     page = write_comparison(found[1], tmp_path).read_text()
     for method in methods_of(found[0]):
-        shown = method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = ")
+        shown = html(method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = "))
         assert shown in page
     assert "no difference shown" in page
+    assert page.index("CPI-FT is shown above") < page.index("<svg") < page.index("<table")
+    assert page.count("<svg") == page.count('role="img"><title>') == page.count('class="behind"')
+    assert {file.name for file in tmp_path.iterdir()} == set(written_files(found[0].config.curves))
     assert str(tmp_path.parent.parent) not in page
     assert all((tmp_path / file).read_text().startswith("<svg") for file in document(found[1], "comparison")[1])
 

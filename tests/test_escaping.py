@@ -262,20 +262,27 @@ def comparison_named(name: str) -> Record:
     return Record(header, [row(place, *one) for place, one in enumerate(kinds.items())])
 
 
-def comparison_form(name: str, folder: Path) -> tuple[list[str], list[str], list[set[str]]]:
-    """The blocks of a comparison's page, what is inside them, and the kinds of elements of its plots."""
+def comparison_form(name: str, folder: Path) -> tuple[Any, ...]:
+    """Of a comparison's Markdown the blocks and what is inside them, of its plots the kinds of elements, of its page
+    the elements, of its table the columns."""
     record = comparison_named(name)
     page = write_comparison(record, folder)
     assert not CONTROL.search(printed(comparison_table(record)) + "".join(first_sentences(record)))
-    text = page.read_text(encoding="utf-8").rpartition("<!-- ")[0]
+    text = page.with_suffix(".md").read_text(encoding="utf-8").rpartition("<!-- ")[0]
+    shown = page.read_text(encoding="utf-8").rpartition("<!-- ")[0]
+    cells = page.with_suffix(".csv").read_text(encoding="utf-8")
     plots = [(folder / file).read_text(encoding="utf-8") for file in ("comparison-methods.svg",)]
-    assert not CONTROL.search(text + "".join(plots))
-    return *parsed(text)[:2], [{part.tag for part in ElementTree.fromstring(plot).iter()} for plot in plots]
+    assert not CONTROL.search(text + shown + cells + "".join(plots))
+    kinds = [{part.tag for part in ElementTree.fromstring(plot).iter()} for plot in plots]
+    columns = {len(row) for row in csv.reader(cells.splitlines())}
+    return *parsed(text)[:2], kinds, elements(shown), columns
 
 
 @pytest.mark.parametrize("name", [CONTROLS[1], LETTERS[0], *TAGS[:2], *INLINE[:5], MATHS[0]], ids=ascii)
 def test_a_comparisons_page_keeps_its_form(name: str, tmp_path: Path) -> None:
-    assert comparison_form(name, tmp_path / "hostile") == comparison_form("plain", tmp_path / "plain")
+    form = comparison_form(name, tmp_path / "hostile")
+    assert form == comparison_form("plain", tmp_path / "plain")
+    assert len(form[-1]) == 1
 
 
 def card(text: str) -> str:

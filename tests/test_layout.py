@@ -156,7 +156,9 @@ LAYERS = [
         "verdict",
         "compare_record",
         "compare_report",
+        "compare_page",
         "compare_plots",
+        "compare_tables",
         "compare_verdict",
     },
     {
