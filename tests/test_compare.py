@@ -263,7 +263,7 @@ def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Compariso
         shown = html(method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = "))
         assert shown in page
     assert "no difference shown" in page
-    assert page.index("CPI-FT is shown above") < page.index("<svg") < page.index("<table")
+    assert page.index(html(Findings(found[1]).verdict()[0])) < page.index("<svg") < page.index("<table")
     assert page.count("<svg") == page.count('role="img"><title>') == page.count('class="behind"')
     assert {file.name for file in tmp_path.iterdir()} == set(written_files(found[0].config.curves))
     assert str(tmp_path.parent.parent) not in page
