@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import mean, stdev
 
 
@@ -45,6 +46,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float], confidence:
     return Estimate(list(values), middle, middle - half, middle + half)
 
 
+@lru_cache(maxsize=1024)  # a report asks for the same few, hundreds of times
 def t_quantile(q: float, freedom: int) -> float:
     """Quantile q > ½ of Student's t distribution, to about 1e-9: bisection on its distribution function."""
     low, high = 0.0, 1.0

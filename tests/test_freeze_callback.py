@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -292,6 +293,7 @@ def work_alone() -> None:
 
 
 def work_all() -> None:
+    gc.freeze()  # see conftest.py
     work_alone()
     AcceleratorState._reset_state()
     for engine in ENGINES:

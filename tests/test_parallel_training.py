@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -51,6 +52,7 @@ class _Killed(Exception):
 
 def work(rank: int, folder: str, config: RunConfig) -> None:
     """One of two workers: each strategy once undisturbed, once stopped at a checkpoint of stage 1 and resumed."""
+    gc.freeze()  # see conftest.py
     out = Path(folder)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in place.items()})
