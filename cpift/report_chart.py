@@ -12,7 +12,7 @@ from cpift.escaping import one_line
 from cpift.report_parts import Plot
 from cpift.report_svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure
 
-_LONGEST = 24  # letters of a model's name beside the axis
+_LONGEST = 20  # letters of a model's name beside the axis
 _FURTHEST = 170.0  # percent
 _NEAR = 0.16  # of the axis: two labels above it that are nearer would lie on each other
 
@@ -67,8 +67,8 @@ def kept_panel(title: str, found: Mapping[str, Kept], looks: Mapping[str, Look],
     axes.set_xlim(0, right)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    axes.set_title(_short(title, 40), pad=14)
-    axes.set_xlabel("% of the own probe's score")
+    axes.set_title(_short(title, 26), pad=14)
+    axes.set_xlabel("% of the own probe")
     rows = [[model, one.text] for model, one in reversed(list(found.items()))]
     return Plot(as_svg(figure, axes, f"Retention on {title}"), ["model", "retention"], rows)
 

@@ -42,7 +42,7 @@ th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; }
 thead th { border-bottom: 2px solid var(--muted); vertical-align: bottom; }
 th[scope="row"], .left { text-align: left; }
-.scores th[scope="row"], .tokens th[scope="row"] { white-space: nowrap; }
+.scores th[scope="row"], .tokens th[scope="row"] { min-width: 9.5rem; max-width: 18rem; overflow-wrap: break-word; }
 .scores th[scope="row"] { position: sticky; left: 0; background: var(--paper); }
 .scores td small { display: block; white-space: nowrap; }
 td.own { outline: 1px dashed var(--muted); outline-offset: -3px; }
@@ -87,7 +87,7 @@ summary { cursor: pointer; color: var(--good); }
 .pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 700; }
 @media (max-width: 40rem) {
   body { padding: 1.2rem .8rem 3rem; } th, td { padding: .3rem .45rem; }
-  .scores th[scope="row"] { white-space: normal; }
+  .scores th[scope="row"], .tokens th[scope="row"] { min-width: 0; }
   .tokens .bars { display: none; } .tokens th:nth-child(3) { display: none; }
   .verdict pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
@@ -111,9 +111,10 @@ summary { cursor: pointer; color: var(--good); }
   th, td { padding: 1.2mm 1.4mm; }
   th, td, td small, th[scope="row"], .left { white-space: normal !important; overflow-wrap: anywhere; }
   td, td small, .wide th, .widest th { overflow-wrap: break-word; }
+  .tokens th { overflow-wrap: normal; }
   .wide { font-size: 6.4pt; } .wide th, .wide td { padding: .9mm .7mm; }
   .widest { font-size: 5pt; } .widest th, .widest td { padding: .7mm .4mm; overflow-wrap: anywhere; }
-  .scores th[scope="row"] { position: static; }
+  .scores th[scope="row"], .tokens th[scope="row"] { position: static; min-width: 0; }
   .narrow { max-width: 115mm; }
   .heat td { min-width: 0; }
   .panels { grid-template-columns: repeat(2, 1fr); } .pair { grid-template-columns: 1fr; }

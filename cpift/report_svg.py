@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from math import ceil
 from typing import Any
 
 from matplotlib import rc_context
@@ -19,7 +20,8 @@ INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0400{i:02x}" for i in range(8))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {color: f"s{i}" for i, color in enumerate(SERIES)}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-_LONGEST = 32  # letters of an entry in a legend
+_LONGEST = 26  # letters of an entry in a legend
+_LINE = 0.18  # inches of a legend's line
 _LETTERS = 13  # of a legend that fit into an inch
 PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -79,10 +81,12 @@ def as_svg(figure: Figure, axes: Axes, title: str, legend: int = 1, of: str | No
     `title` is what it is called to those who do not see it; `of` is what the entries of its legend are values of.
     """
     if legend > 1:
+        columns = _columns(figure, axes)
+        figure.set_figheight(figure.get_figheight() + _LINE * (ceil(legend / columns) - 1))
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
-            ncols=_columns(figure, axes),
+            ncols=columns,
             borderaxespad=0.2,
             title=of,
             title_fontsize=8.5,
