@@ -21,6 +21,7 @@ from processes import command_line, descendants, used_and_total
 from cpift.files import file_sha256
 
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
+PLACES = ("ray/fit/checkpoint_*", "kept-*")  # of a Ray Train run a fine-tune, and of a group's workers
 DEADLINE = 400.0  # seconds without a new checkpoint
 THRESHOLD = "RAY_memory_usage_threshold"
 HEADROOM = 2**30  # bytes that the machine has left below the monitor's threshold when it starts
@@ -67,7 +68,7 @@ class Probe:
         """Their names, and the step of those that are whole."""
         if self.store is not None:
             return self.store.checkpoints()
-        found = {path.name: path for path in sorted(self.output.glob(".work/*/ray/fit/checkpoint_*"))}
+        found = {path.name: path for place in PLACES for path in sorted(self.output.glob(f".work/*/{place}"))}
         return {name: step_of(path / "trainer_state.json") for name, path in found.items()}
 
     def processes(self, name: str, root: int | None = None) -> list[int]:

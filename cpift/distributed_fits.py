@@ -64,15 +64,21 @@ def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: 
         raise_failures({title: future.exception() for title, future in done.items()}, f"Logs: {todo[0].logs.parent}")
 
 
-def parallel_fits(resources: ResourcesConfig) -> int:
+def parallel_fits(resources: ResourcesConfig, title: str = "a fine-tune") -> int:
     """How many fine-tunes of these resources fit the cluster at once. Raises CpiftError if not even one does."""
     nodes = _nodes()
-    _require_room("a fine-tune", resources, nodes)
+    _require_room(title, resources, nodes)
     count = 0
     while (placement := nodes.place(resources)) is not None:
         nodes.take(placement)
         count += 1
     return min(resources.parallel or count, count)
+
+
+def cpus_for(threads: int, resources: ResourcesConfig) -> float:
+    """CPUs that one worker holds: one for each thread, but no more than some node has."""
+    largest = max(node["Resources"].get("CPU", 0.0) for node in alive_nodes())
+    return max(resources.cpus_per_worker, min(float(threads), largest))
 
 
 def _nodes() -> Nodes:

@@ -26,6 +26,9 @@ class Engine(Protocol):
     def session(self) -> AbstractContextManager[None]:
         """Keep one connection over several stages."""
 
+    def expect(self, fits: int) -> None:
+        """So many fine-tunes follow within this session: what takes its time to start may start now."""
+
     def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
         """Run every FitSpec; each leaves its model in its `export`."""
 
@@ -43,6 +46,9 @@ class NoEngine:
 
     def session(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def expect(self, fits: int) -> None:
+        raise CpiftError("this command trains nothing")
 
     def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
         raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")

@@ -12,11 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpift.config import ResourcesConfig, RunConfig
+from cpift.config import ResourcesConfig, RunConfig, TaskConfig
+from cpift.config_evaluation import EvaluationConfig
 from cpift.errors import CpiftError
 from cpift.files import link_or_copy
 from cpift.fit_spec import RESULT, FitSpec
@@ -36,6 +37,9 @@ class InProcessEngine:
         """Nothing to keep open."""
         yield
 
+    def expect(self, fits: int) -> None:
+        """Nothing to start."""
+
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         for spec in specs:
             if not (spec.export / RESULT).is_file():
@@ -44,34 +48,49 @@ class InProcessEngine:
     def evaluate(
         self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
     ) -> None:
+        config = self._config
         for title, path in models.items():
-            on_result(title, self._evaluate(title, path, on_progress))
+            scoring = Scoring(title, path, config.tasks, config.evaluation, config.resources)
+            on_result(title, score_here(scoring, on_progress))
+            give_back_memory()
 
-    def _evaluate(self, title: str, path: Path, on_progress: OnProgress) -> dict[str, Any]:
-        import torch
 
-        from cpift.data import same_rows
-        from cpift.devices import compute_device, device_name
-        from cpift.evaluate import evaluate_model
-        from cpift.given import model_files
-        from cpift.mapped_reads import guarded_reads
+@dataclass(frozen=True)
+class Scoring:
+    """A model to be scored on every task. `resources`: threads, and whether it computes on a GPU."""
 
-        tasks, settings = self._config.tasks, self._config.evaluation
-        order = [task.name for task in tasks]
+    title: str
+    path: Path
+    tasks: tuple[TaskConfig, ...]
+    settings: EvaluationConfig
+    resources: ResourcesConfig
 
-        def on_rows(task: str, done: int, total: int) -> None:
-            share = (order.index(task) + done / max(total, 1)) / len(order)
-            on_progress({"title": title, "done": share, "task": task})
 
-        torch.set_num_threads(self._config.resources.threads)
-        device = compute_device(self._config.resources.gpus_per_worker)
-        started = time.time()
-        rows = {task.name: task.test_data for task in tasks}
-        with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
-            scores = evaluate_model(path, tasks, settings, device=device, on_progress=on_rows)
-        kept = {task: asdict(score) for task, score in scores.items()}
-        _free_memory()
-        return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
+def score_here(scoring: Scoring, on_progress: OnProgress) -> dict[str, Any]:
+    """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were."""
+    import torch
+
+    from cpift.data import same_rows
+    from cpift.devices import compute_device, device_name
+    from cpift.evaluate import evaluate_model
+    from cpift.given import model_files
+    from cpift.mapped_reads import guarded_reads
+
+    title, path, tasks = scoring.title, scoring.path, scoring.tasks
+    order = [task.name for task in tasks]
+
+    def on_rows(task: str, done: int, total: int) -> None:
+        share = (order.index(task) + done / max(total, 1)) / len(order)
+        on_progress({"title": title, "done": share, "task": task})
+
+    torch.set_num_threads(scoring.resources.threads)
+    device = compute_device(scoring.resources.gpus_per_worker)
+    started = time.time()
+    rows = {task.name: task.test_data for task in tasks}
+    with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
+        scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows)
+    kept = {task: asdict(score) for task, score in scores.items()}
+    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
 
 
 def _require_one_worker(resources: ResourcesConfig) -> None:
@@ -99,7 +118,7 @@ def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
         fit(replace(spec, export=partial), hooks)
     os.replace(partial, spec.export)
     spec.drop_checkpoints()
-    _free_memory()
+    give_back_memory()
 
 
 def _kept(scratch: Path) -> list[Path]:
@@ -118,7 +137,7 @@ def _keep(folder: Path, scratch: Path) -> None:
         shutil.rmtree(path)
 
 
-def _free_memory() -> None:
+def give_back_memory() -> None:
     """A warm worker holds models of earlier trials no longer than it must."""
     from cpift.devices import free_memory
 

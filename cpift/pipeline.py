@@ -91,6 +91,8 @@ class Pipeline:
     @_unless_damaged
     def probe(self) -> dict[str, Model]:
         """Stage 1: one fine-tune a task, all in parallel; tasks that have their checkpoint keep it."""
+        if missing := sum(not artifact.complete for artifact in self.artifacts.probes.values()):
+            self.engine.expect(missing)
         base = self.pretrained()
         if not self.artifacts.probes:
             return self.artifacts.tuned

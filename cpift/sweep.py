@@ -20,7 +20,7 @@ from cpift.artifacts import Artifact, claimed
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.config_variation import describe
 from cpift.distributed import RayEngine
-from cpift.distributed_fits import parallel_fits
+from cpift.distributed_fits import cpus_for, parallel_fits
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import progress_board, ray_session, show_progress
 from cpift.errors import entry
@@ -28,7 +28,7 @@ from cpift.files import digest, write_json
 from cpift.outcomes import INTEGRATES
 from cpift.pipeline import Pipeline
 from cpift.sweep_config import Range, Sweep
-from cpift.sweep_fits import OnRay, cpus_for
+from cpift.sweep_fits import OnRay
 from cpift.sweep_keep import Keeper
 from cpift.sweep_learning import require_objectives
 from cpift.sweep_plan import Trial, choose_points, merged

@@ -15,13 +15,12 @@ import ray
 
 from cpift.config import ResourcesConfig, RunConfig
 from cpift.distributed import evaluate_models
-from cpift.distributed_fits import parallel_fits, run_fits
+from cpift.distributed_fits import cpus_for, parallel_fits, run_fits
 from cpift.distributed_fusion import merging_of
 from cpift.distributed_session import (
     NAMESPACE,
     POLL_SECONDS,
     OnProgress,
-    alive_nodes,
     progress_board,
     raise_failures,
     ray_session,
@@ -95,12 +94,6 @@ def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progr
                 except ray.exceptions.RayError as error:
                     failures[title] = error
     raise_failures(failures)
-
-
-def cpus_for(threads: int, resources: ResourcesConfig) -> float:
-    """CPUs that one worker holds: one for each thread, but no more than some node has."""
-    largest = max(node["Resources"].get("CPU", 0.0) for node in alive_nodes())
-    return max(resources.cpus_per_worker, min(float(threads), largest))
 
 
 def _remote(spec: FitSpec) -> Any:

@@ -11,6 +11,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.config import ModelConfig, RegionsConfig, TrainingConfig
 from cpift.config_inputs import ScratchModel
 from cpift.core_regions import save_regions, select_regions
+from cpift.errors import StageError
 from cpift.finetune import FitHooks, fit
 from cpift.fit_spec import FitSpec, StageSpec, stages_of
 from cpift.inprocess import fit_here
@@ -68,6 +69,17 @@ def test_the_same_fit_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "a" / "export") == weights(tmp_path / "b" / "export")
     fit(replace(spec(base, tmp_path / "c"), seed=4))
     assert weights(tmp_path / "c" / "export") != weights(tmp_path / "a" / "export")
+
+
+def test_a_fit_leaves_nothing_that_changes_the_next_one_in_its_process(base: Path, tmp_path: Path) -> None:
+    """What another has set before: seed, precision, threads, adapters, clipping, a loss that ended it."""
+    fit_here(spec(base, tmp_path / "first"), lambda message: None)
+    other = spec(base, tmp_path / "other", precision="bfloat16", lora={"rank": 2}, max_grad_norm=0.1, packing=True)
+    fit_here(replace(other, seed=9, threads=2), lambda message: None)
+    with pytest.raises(StageError, match="the loss is"):
+        fit_here(spec(base, tmp_path / "broken", learning_rate=1e12, steps=10), lambda message: None)
+    fit_here(spec(base, tmp_path / "again"), lambda message: None)
+    assert weights(tmp_path / "again" / "export") == weights(tmp_path / "first" / "export")
 
 
 class _Killed(Exception):

@@ -1,0 +1,69 @@
+"""Work that is handed out to workers, each piece to one at a time, and to another one where a worker was lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Piece:
+    """title: of what is in a queue at one time all differ. failures: lost or failed workers that it still survives."""
+
+    title: str
+    content: bytes
+    failures: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a piece. failure: why there is no result."""
+
+    result: Any = None
+    failure: str | None = None
+
+
+class WorkQueue:
+    """Pieces that wait, pieces that a worker holds, and outcomes that nobody has fetched."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Piece] = deque()
+        self._held: dict[str, Piece] = {}  # by worker
+        self._outcomes: dict[str, Outcome] = {}  # by title
+
+    def put(self, pieces: Iterable[Piece]) -> None:
+        self._waiting.extend(pieces)
+
+    def take(self, worker: str) -> bytes | None:
+        """The content of the next piece, which this worker holds from now on; None where nothing waits."""
+        if not self._waiting:
+            return None
+        piece = self._held[worker] = self._waiting.popleft()
+        return piece.content
+
+    def finish(self, worker: str, outcome: Outcome) -> None:
+        """A worker has done its piece, or says that it would fail for anybody."""
+        piece = self._held.pop(worker, None)
+        if piece is not None:
+            self._outcomes[piece.title] = outcome
+
+    def lose(self, worker: str, why: str) -> None:
+        """A worker ended, or cannot go on: its piece is the next for another, until it has failed too often."""
+        piece = self._held.pop(worker, None)
+        if piece is None:
+            return
+        if piece.failures > 0:
+            self._waiting.appendleft(replace(piece, failures=piece.failures - 1))
+        else:
+            self._outcomes[piece.title] = Outcome(failure=why)
+
+    @property
+    def holders(self) -> list[str]:
+        return list(self._held)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """By title; each once."""
+        found, self._outcomes = self._outcomes, {}
+        return found
