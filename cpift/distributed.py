@@ -25,6 +25,7 @@ from cpift.distributed_session import (
     OnProgress,
     progress_board,
     raise_failures,
+    ray_answers,
     ray_session,
     show_progress,
     use_assigned_gpus,
@@ -95,6 +96,7 @@ class RayEngine:
             finally:
                 if not stopping():
                     self._started()
+                if ray_answers():
                     self._leave_group()
         self._session = None
         self._over.set()

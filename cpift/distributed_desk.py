@@ -31,9 +31,12 @@ class Desk:
         self._queue.put(pieces)
         self._put.set()
 
-    async def close(self) -> None:
+    async def close(self, now: bool) -> None:
+        """No more work; `now`: whoever is at work ends at once, and the one that takes its place finds this closed."""
         self._closed = True
         self._put.set()
+        for worker in self._queue.holders if now else ():
+            ray.kill(self._workers[worker])
 
     async def take(self, worker: str, actor: Any) -> Any:
         """A piece's content, CLOSED, or after a while None: ask again."""

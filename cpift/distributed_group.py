@@ -83,7 +83,7 @@ class FitGroup:
         self.kind, self.size = kind, size
         self._failures, self._folder, self._finished = resources.max_failures, folder, 0
         self._error: BaseException | None = None
-        self._dismissed = False
+        self._busy = self._dismissed = False
         # Ray's own watch is for workers that do not answer at all; the worker's, for one that does and trains no more.
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, resources.hang_timeout)))
         name = f"desk-{uuid.uuid4().hex[:8]}"
@@ -98,6 +98,7 @@ class FitGroup:
         """Do all of it, as many at once as there are workers; by title what failed. `on_result` gets each result as
         soon as it is there."""
         found: dict[str, BaseException | None] = {}
+        self._busy = True  # and so it stays where the caller is interrupted
         ray.get(self._desk.put.remote(pieces))
         while len(found) < len(pieces):
             require_ray()
@@ -112,6 +113,7 @@ class FitGroup:
             if not self._thread.is_alive():
                 lost = self._error or StageError("the group of workers ended")
                 found |= {piece.title: lost for piece in pieces if piece.title not in found}
+        self._busy = False
         return found
 
     @property
@@ -122,10 +124,10 @@ class FitGroup:
         """Hand out no more work: the workers leave, while the caller goes on."""
         if not self._dismissed:
             self._dismissed = True
-            self._desk.close.remote()
+            self._desk.close.remote(self._busy)
 
     def close(self) -> None:
-        """Let the workers go, and wait until what they held is free."""
+        """Let the workers go, and wait until what they held is free. Of a `run` that was interrupted they are ended."""
         self.dismiss()
         self._thread.join(_CLOSE_SECONDS)
         ray.kill(self._desk)

@@ -55,8 +55,13 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
         raise StageError(f"Ray failed: {str(error).strip().splitlines()[0]} {KEPT}") from error
     finally:
-        if not (stopping() or _lost):
+        if ray_answers():
             ray.shutdown()
+
+
+def ray_answers() -> bool:
+    """Whether Ray can be told to end: not where a signal ends this process, nor where Ray was lost."""
+    return not (stopping() or _lost)
 
 
 def _require_answer(address: str) -> None:
