@@ -84,34 +84,40 @@ class RayEngine:
         self._session: ExitStack | None = None
         self._starting: threading.Event | None = None  # set when Ray and the group are there, or failed to start
         self._failed: BaseException | None = None  # to start
-        self._over = threading.Event()  # the session
+        self._over = threading.Event()  # set when the session has ended
         self._group: FitGroup | None = None
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Within it one Ray connection serves all stages; it is made when the first of them needs it."""
-        with ExitStack() as self._session:
-            try:
-                yield
-            finally:
-                if not stopping():
-                    self._started()
-                if ray_answers():
-                    self._leave_group()
-        self._session = None
-        self._over.set()
+        self._over = threading.Event()
+        try:
+            with ExitStack() as self._session:
+                try:
+                    yield
+                finally:
+                    if not stopping():
+                        self._started()
+                    if ray_answers():
+                        self._leave_group()
+        finally:
+            self._session = None
+            self._over.set()
 
     def expect(self, fits: int) -> None:
         """Ray of this machine and its workers start while the caller prepares their work; on a cluster they would hold
         what others could use."""
         resources, tracking = self._config.resources, self._config.tracking
         kinds = {servable(resources.overridden(task.resources), tracking) for task in self._config.trained}
-        if self._session is None or self._starting is not None or resources.on_cluster or len(kinds) != 1:
+        if self._session is None or self._starting is not None or ray.is_initialized():
+            return
+        if resources.on_cluster or len(kinds) != 1:
             return
         (kind,) = kinds
         if kind is not None:
             self._starting = threading.Event()
-            threading.Thread(target=self._start, args=(kind, fits, self._starting), daemon=True).start()
+            ends = (self._starting, self._over)
+            threading.Thread(target=self._start, args=(kind, fits, *ends), daemon=True).start()
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
@@ -171,7 +177,7 @@ class RayEngine:
             self._group.close()
             self._group = None
 
-    def _start(self, kind: Kind, fits: int, there: threading.Event) -> None:
+    def _start(self, kind: Kind, fits: int, there: threading.Event, over: threading.Event) -> None:
         """Start all, and stay: the system ends Ray's processes with the thread that started them."""
         try:
             assert self._session is not None
@@ -181,7 +187,7 @@ class RayEngine:
         except BaseException as error:  # for the thread that waits for it
             self._failed = error
         there.set()
-        self._over.wait()
+        over.wait()
 
     def _started(self) -> None:
         if self._starting is not None:
@@ -192,9 +198,9 @@ class RayEngine:
             if self._starting is not None or not ray.is_initialized():
                 on_progress({"waiting": f"starting Ray{self._where}"})
             self._started()
-            self._starting = None
-            if self._failed is not None:
-                raise self._failed
+            failed, self._starting, self._failed = self._failed, None, None
+            if failed is not None:
+                raise failed
             self._session.enter_context(ray_session(self._config.resources))
         on_progress({"waiting": "waiting for the first worker to start"})
 
