@@ -61,7 +61,7 @@ class Shape:
             shapes |= {f"{at}mlp.{name}_proj.weight": (i, h) for name in ("gate", "up")}
             shapes |= {f"{at}mlp.down_proj.weight": (h, i)}
             shapes |= {f"{at}{name}.weight": (h,) for name in ("input_layernorm", "post_attention_layernorm")}
-        return [TensorInfo(name, shape, torch.bfloat16, Path()) for name, shape in sorted(shapes.items())]
+        return [TensorInfo(name, shape, "BF16", Path()) for name, shape in sorted(shapes.items())]
 
     def config(self) -> dict[str, Any]:
         return {

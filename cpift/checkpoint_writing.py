@@ -20,7 +20,7 @@ from cpift.architecture import tied_names
 from cpift.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.errors import StageError
 from cpift.files import digest, file_sha256, read_json, remember_sha256, write_json
-from cpift.safetensors_files import FileWriter, TensorInfo, dtype_name
+from cpift.safetensors_files import FileWriter, TensorInfo
 from cpift.tying import untied_config
 from cpift.units import show_size
 
@@ -43,7 +43,7 @@ class Shard:
 
     def key(self, made_from: str) -> str:
         """What identifies its content, given the fingerprint of inputs and settings."""
-        layout = [(info.name, list(info.shape), dtype_name(info.dtype)) for info in self.tensors]
+        layout = [(info.name, list(info.shape), info.kind) for info in self.tensors]
         return digest([made_from, self.name, layout])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from cpift.errors import CheckpointError, Problem
 from cpift.mapped_files import MappedFile, file_version
 from cpift.quantised import dense_remedy, quantised, whole_numbers
-from cpift.safetensors_files import DtypeError, FormatError, TensorInfo, read_header
+from cpift.safetensors_files import DTYPES, DtypeError, FormatError, TensorInfo, read_header
 from cpift.tying import prefix_of, tied_in
 from cpift.untrusted import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -107,7 +107,7 @@ class Checkpoint:
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop-1 of a tensor, row-major, as a view [stop - start] of the mapped file: only to read."""
         info = self.tensors[name]
-        return self._map(info.file).view(info.start + start * info.dtype.itemsize, info.dtype, stop - start)
+        return self._map(info.file).view(info.start + start * info.itemsize, info.dtype, stop - start)
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """float32 [R, length]: the elements from each of starts [R] on; past the end the last one is repeated."""
@@ -120,13 +120,13 @@ class Checkpoint:
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """Have elements start..stop-1 read from the disk in the background."""
         info = self.tensors[name]
-        size = info.dtype.itemsize
+        size = info.itemsize
         self._map(info.file).prefetch(info.start + start * size, info.start + stop * size)
 
     def release(self, name: str, start: int, stop: int) -> None:
         """Give back the memory that elements start..stop-1 took while they were read."""
         info = self.tensors[name]
-        size = info.dtype.itemsize
+        size = info.itemsize
         self._map(info.file).release(info.start + start * size, info.start + stop * size)
 
     def _map(self, file: Path) -> MappedFile:
@@ -240,7 +240,7 @@ class Checkpoint:
         wrong, largest = 0, 0.0
         for start in range(0, copy.numel, _SCAN):
             stop = min(start + _SCAN, copy.numel)
-            values = self._map(copy.file).view(copy.start + start * copy.dtype.itemsize, copy.dtype, stop - start)
+            values = self._map(copy.file).view(copy.start + start * copy.itemsize, copy.dtype, stop - start)
             apart = (values.double() - self.slice(source.name, start, stop).double()).abs()
             wrong, largest = wrong + int((apart != 0).sum()), max(largest, float(apart.max()))
             self.release(source.name, start, stop)
@@ -253,7 +253,7 @@ def _not_computed_with(infos: Sequence[TensorInfo]) -> list[Problem]:
     Buffers may hold them.
     """
     for info in infos:
-        kind = str(info.dtype).removeprefix("torch.")
+        kind = DTYPES[info.kind]
         if info.floating and kind not in _COMPUTED:
             return [Problem(info.name, f"is {kind}, and fp32, fp16 and bf16 are computed with", _CONVERT)]
         if not info.floating and info.name.endswith(".weight"):

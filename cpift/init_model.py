@@ -70,7 +70,7 @@ def _is_float32(model: ModelConfig, folder: Path) -> bool:
 
     if model.path is None:
         return False
-    return all(str(info.dtype) == "torch.float32" for info in Checkpoint(folder).tensors.values() if info.floating)
+    return all(info.kind == "F32" for info in Checkpoint(folder).tensors.values() if info.floating)
 
 
 def _places(folder: Path) -> int | None:

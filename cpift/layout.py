@@ -214,7 +214,7 @@ def _remembered_whole(what: str, checkpoint: Checkpoint, find: Callable[[], Any]
         text = config_text(checkpoint.folder)
     except CheckpointError:
         return find()
-    infos = [[info.name, info.shape, str(info.dtype)] for info in checkpoint.tensors.values()]
+    infos = [[info.name, info.shape, info.kind] for info in checkpoint.tensors.values()]
     return remembered(what, [text, infos], find, holds=lambda found: not found)
 
 

@@ -141,7 +141,7 @@ class LoraCheckpoint(Checkpoint):
         self.base.release(name, start, stop)
 
     def _view(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        values = self._map(info.file).view(info.start + start * info.dtype.itemsize, info.dtype, stop - start)
+        values = self._map(info.file).view(info.start + start * info.itemsize, info.dtype, stop - start)
         return values.to(self.tensors[info.name].dtype)
 
     def _read_factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from cpift.lora_files import require_plain
 from cpift.methods import method_named
 from cpift.model_fields import computing_problems, setting_notes
 from cpift.pretrained import code_problems
+from cpift.safetensors_files import DTYPES
 from cpift.tokenizer_files import other_tokenizer, template_note
 from cpift.units import show_size
 from cpift.vocabulary import FittedCheckpoint, resized
@@ -74,9 +75,7 @@ def check_budget(config: RunConfig) -> list[Problem]:
     largest = 0
     for info in base.tensors.values():
         width = info.numel // info.shape[0] if rows and len(info.shape) > 1 and info.shape[0] else 0
-        largest = max(
-            largest, *((stop - start) * info.dtype.itemsize for start, stop in pieces(info.numel, width)[:1]), 0
-        )
+        largest = max(largest, *((stop - start) * info.itemsize for start, stop in pieces(info.numel, width)[:1]), 0)
     models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
     try:
         buffers_within(config.resources.memory_budget, largest, models)
@@ -98,7 +97,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
         for where, folder in _given(config)
     }
     for where, (folder, model) in given.items():
-        dtypes = {str(info.dtype).removeprefix("torch.") for info in model.tensors.values() if info.floating}
+        dtypes = {DTYPES[info.kind] for info in model.tensors.values() if info.floating}
         rows = ", other vocabulary: θ0's is kept" if isinstance(model, FittedCheckpoint) else ""
         yield f"{where}: {describe(folder)}, {'/'.join(sorted(dtypes))}{rows}, {folder}"
         if base.ties and pretrained.is_apart and has_apart(base, folder):

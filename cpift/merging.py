@@ -94,7 +94,7 @@ def merge_shards(
     if not shards:
         return {}
     infos = [info for shard in shards for info in shard.tensors]
-    largest = max((stop - start) * info.dtype.itemsize for info in infos for start, stop in method.pieces(info)[:1])
+    largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
     depth = buffers_within(budget, largest, len(method.models))
     with WriteBehind(largest, depth) as writing:
 

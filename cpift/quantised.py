@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import Problem
-from cpift.safetensors_files import TensorInfo
+from cpift.safetensors_files import DTYPES, TensorInfo
 
 _AFTER = "after"  # loaded as it is, then `dequantize()`
 # transformers' quantisation methods → how its loader gives dense weights; None where it cannot.
@@ -53,7 +53,7 @@ def whole_numbers(base: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo
     for name, info in base.items():
         theirs = other.get(name)
         if theirs is not None and info.floating and not theirs.floating:
-            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (theirs, info))
+            kinds = " and ".join(DTYPES[one.kind] for one in (theirs, info))
             what = f"has whole numbers where θ0 has floats ({kinds}): it is quantised"
             yield Problem(name, what, "give the unquantised checkpoint that it was made from")
             return

@@ -19,7 +19,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.conversion import RESAVE, Block, Shape, wrapping_prefix
 from cpift.errors import CheckpointError, Problem
 from cpift.layout import Layout, is_buffer, layout_of
-from cpift.safetensors_files import TensorInfo
+from cpift.safetensors_files import TensorInfo, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -113,16 +113,11 @@ class RelaidCheckpoint(Checkpoint):
         return self._inner.unequal_copies()
 
     def _info(self, mine: TensorInfo, runs: _Runs) -> TensorInfo:
-        import torch
-
         parts = [self._inner.tensors[name] for name in runs.tensors]
         if not parts:
             return mine
-        dtype = parts[0].dtype
-        for part in parts[1:]:
-            dtype = torch.promote_types(dtype, part.dtype)
         shape = parts[0].shape if runs.whole else mine.shape
-        return TensorInfo(mine.name, shape, dtype, parts[0].file, parts[0].start)
+        return TensorInfo(mine.name, shape, _promoted(parts), parts[0].file, parts[0].start)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A view where the elements lie together in the file, else a copy."""
@@ -232,3 +227,15 @@ def _lines(size: Shape, here: _Lattice, there: _Lattice) -> tuple[np.ndarray, np
             (first[:, None] + one[1][dim] * steps).reshape(-1) for first, one in zip(starts, (here, there), strict=True)
         ]
     return starts[0], starts[1]
+
+
+def _promoted(parts: Sequence[TensorInfo]) -> str:
+    """The kind that holds the values of all parts."""
+    if len({part.kind for part in parts}) == 1:
+        return parts[0].kind
+    import torch
+
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return dtype_name(dtype)

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,18 @@ DTYPES = {
     "BOOL": "bool",
 }
 _NAMES = {name: kind for kind, name in DTYPES.items()}
+_ITEMSIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}  # bytes
 
 
 _SETTLED = 2 * 10**9  # ns after its last change, from which on a further one shows in a file's times
@@ -65,21 +77,30 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: str  # the format's name of its dtype, a key of DTYPES
     file: Path
     start: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _dtype(self.kind)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return _ITEMSIZE[self.kind]
+
+    @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
     @property
     def floating(self) -> bool:
-        return self.dtype.is_floating_point
+        return "F" in self.kind
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -124,7 +145,7 @@ def read_tensors_of(path: Path, kind: str) -> dict[str, TensorInfo]:
         found = {info.name: info for info in read_header(path)}
     except FormatError as error:
         raise FormatError(f"{path}: {error} → {remedy}") from error
-    if other := next((info for info in found.values() if dtype_name(info.dtype) != kind), None):
+    if other := next((info for info in found.values() if info.kind != kind), None):
         raise FormatError(f"{path}: {shown(other.name)} is {other.dtype}, not torch.{DTYPES[kind]} → {remedy}")
     return found
 
@@ -134,6 +155,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[str(dtype).removeprefix("torch.")]
 
 
+@cache
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -156,7 +178,7 @@ def _info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise DtypeError(name, dtype)
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise FormatError(f"{shown(name)} has shape {shown(shape)} and offsets {shown(offsets)}, not whole numbers")
-    info = TensorInfo(name, tuple(shape), _dtype(dtype), path, data + offsets[0])
+    info = TensorInfo(name, tuple(shape), dtype, path, data + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes or math.prod(max(size, 1) for size in shape) >= 1 << 60:
         raise FormatError(
             f"{shown(name)} has {offsets[1] - offsets[0]} bytes, its shape {shown(shape)} needs {info.nbytes}"
@@ -184,7 +206,7 @@ def laid_out(path: Path, infos: Sequence[TensorInfo]) -> tuple[bytes, list[Tenso
     offset = 0
     for info in infos:
         header[info.name] = {
-            "dtype": dtype_name(info.dtype),
+            "dtype": info.kind,
             "shape": list(info.shape),
             "data_offsets": [offset, offset + info.nbytes],
         }
@@ -192,7 +214,7 @@ def laid_out(path: Path, infos: Sequence[TensorInfo]) -> tuple[bytes, list[Tenso
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start on an 8-byte boundary
     starts = _running(8 + len(encoded), [info.nbytes for info in infos])
-    placed = [TensorInfo(i.name, i.shape, i.dtype, path, start) for i, start in zip(infos, starts, strict=True)]
+    placed = [TensorInfo(i.name, i.shape, i.kind, path, start) for i, start in zip(infos, starts, strict=True)]
     return struct.pack("<Q", len(encoded)) + encoded, placed
 
 
@@ -243,7 +265,7 @@ class FileWriter:
 
     def _place(self, name: str, start: int) -> int:
         info = self.tensors[name]
-        return info.start + start * info.dtype.itemsize
+        return info.start + start * info.itemsize
 
     def _put(self, data: Any, at: int) -> None:
         if self._stream is not None and at != self._stream.position:

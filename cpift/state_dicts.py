@@ -22,7 +22,7 @@ from cpift.grouping import group_tasks
 from cpift.merge_fields import OPTIONS
 from cpift.methods import Baseline, Materials, method_named
 from cpift.region_masks import read_summary
-from cpift.safetensors_files import TensorInfo
+from cpift.safetensors_files import TensorInfo, dtype_name
 from cpift.streaming import sweep
 
 StateDict = Mapping[str, torch.Tensor]
@@ -149,7 +149,7 @@ class TensorsInMemory(Checkpoint):
             raise CheckpointError(f"state dict {label}", problems)
         shapes = {shared.get(name, name): tuple(tensor.shape) for name, tensor in tensors.items()}
         self.tensors = {
-            name: TensorInfo(name, shapes[name], values.dtype, self.folder)
+            name: TensorInfo(name, shapes[name], dtype_name(values.dtype), self.folder)
             for name, values in sorted(self._values.items())
         }
 

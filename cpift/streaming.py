@@ -125,9 +125,7 @@ class MaskFiles:
     @classmethod
     def create(cls, paths: Sequence[Sequence[Path]], names: Sequence[str], sizes: Sequence[int]) -> MaskFiles:
         """New files for tensors of these names and sizes."""
-        import torch
-
-        infos = [TensorInfo(n, ((s + 31) // 32,), torch.int32, Path()) for n, s in zip(names, sizes, strict=True)]
+        infos = [TensorInfo(n, ((s + 31) // 32,), "I32", Path()) for n, s in zip(names, sizes, strict=True)]
         return cls([[FileWriter(path, infos) for path in task] for task in paths], names)
 
     @classmethod

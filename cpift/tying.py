@@ -15,6 +15,7 @@ from typing import Any
 from cpift.architecture import skeleton, tied_names
 from cpift.conversion import wrapping_prefix
 from cpift.errors import CheckpointError
+from cpift.fact_cache import remembered
 from cpift.safetensors_files import TensorInfo
 
 _TIE = "tie_word_embeddings"
@@ -39,11 +40,15 @@ def prefix_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     """What a wrapper left before the names of all tensors (`module.`); "" where there is nothing."""
     if not config or len({name.split(".")[0] for name in tensors}) != 1:
         return ""
-    try:
+    shapes = {name: info.shape for name, info in tensors.items()}
+
+    def find() -> str:
         network = skeleton(folder)
         state = network.state_dict()
-        known = any(name in state for name in tensors)
-        return "" if known else wrapping_prefix(network, {name: info.shape for name, info in tensors.items()})
+        return "" if any(name in state for name in shapes) else wrapping_prefix(network, shapes)
+
+    try:
+        return str(remembered("wrapping prefix", [config, shapes], find))
     except CheckpointError:
         return ""  # who needs the class says what is wrong with it
 

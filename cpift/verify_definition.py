@@ -20,7 +20,7 @@ from cpift.checkpoints import Checkpoint
 from cpift.errors import CpiftError
 from cpift.fusion import Fusion, omegas
 from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
-from cpift.safetensors_files import TensorInfo, dtype_name
+from cpift.safetensors_files import TensorInfo
 from cpift.streaming import Piece
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_definition(method: Fusion | Baseline, written: Checkpoint) -> dict[str
         definition = _fused(method, info, folds) if isinstance(method, Fusion) else _definition(method, info)
         for start, stop in _windows(method, info):
             found = definition(start, stop)
-            allowed = 2 * _EPSILON[dtype_name(info.dtype)] * np.abs(found.values) + 2.0**-20 * found.scale
+            allowed = 2 * _EPSILON[info.kind] * np.abs(found.values) + 2.0**-20 * found.scale
             compared += len(found.places)
             wrong += int((np.abs(_at(written, info.name, start, found.places) - found.values) > allowed).sum())
     where = "sampled elements in no core" if isinstance(method, Fusion) else "sampled elements"

@@ -61,7 +61,7 @@ class FittedCheckpoint(Checkpoint):
 
     def _info(self, info: TensorInfo) -> TensorInfo:
         shape = self._base.tensors[info.name].shape if info.name in self._common else info.shape
-        return TensorInfo(info.name, shape, info.dtype, info.file, info.start)
+        return TensorInfo(info.name, shape, info.kind, info.file, info.start)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A view, or a copy where it has rows of both models."""

@@ -14,7 +14,7 @@ from cpift import direct_io
 from cpift.checkpoint_writing import WriteBehind, plan_shards, write_shard
 from cpift.checkpoints import Checkpoint
 from cpift.files import file_sha256
-from cpift.safetensors_files import FileWriter, TensorInfo
+from cpift.safetensors_files import FileWriter, TensorInfo, dtype_name
 
 BLOCK = direct_io._BLOCK
 
@@ -58,7 +58,7 @@ def test_bytes_arrive(size: int, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("file_system")
 def test_a_shard_is_hashed_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(3, 700_001), "b": torch.randn(5).bfloat16(), "c": torch.zeros(0)}
-    infos = [TensorInfo(name, tuple(t.shape), t.dtype, Path()) for name, t in tensors.items()]
+    infos = [TensorInfo(name, tuple(t.shape), dtype_name(t.dtype), Path()) for name, t in tensors.items()]
     (shard,) = plan_shards(infos, 1 << 30)
 
     def fill(file: FileWriter) -> dict[str, int]:
@@ -82,7 +82,7 @@ def test_a_shard_is_hashed_as_it_is_written(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_file_in_order_takes_nothing_else(tmp_path: Path) -> None:
-    infos = [TensorInfo(name, (4,), torch.float32, Path()) for name in "ab"]
+    infos = [TensorInfo(name, (4,), "F32", Path()) for name in "ab"]
     file = FileWriter(tmp_path / "file", infos, in_order=True)
     with pytest.raises(ValueError, match="not in order"):
         file.write("b", 0, torch.ones(4))
