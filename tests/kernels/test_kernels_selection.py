@@ -186,6 +186,7 @@ def test_concurrent_callers_and_forked_children_agree() -> None:
 
 
 def _words_in_a_child(_: int) -> np.ndarray:
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork: with a parent that used them it would hang
     pretrained, tuned = models("tied", 100_003, BF16, [BF16])
     core = select_cores(pretrained, tuned, [500], backend="cpu")[0][0]
     return np.concatenate([words.numpy() for words in core.words])
