@@ -139,6 +139,9 @@ class Exports:
     def __init__(self, change: Callable[[], object]):
         self.change, self.specs = change, list[FitSpec]()
 
+    def expect(self, fits: int) -> None:
+        """Nothing here takes its time to start."""
+
     def fit(self, specs: Sequence[FitSpec], on_progress: Any) -> None:
         self.specs += specs
         for spec in specs:

@@ -28,6 +28,10 @@ ROOT = Path(__file__).parents[1]
 SIZE = ScratchModel(hidden_size=16, intermediate_size=16, layers=1, heads=2, max_length=64, seed=1)
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "simple_evaluate", "for_model"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+PICKLED = {
+    "cpift/sharded_state.py": {"pickle"},  # torch's index of a sharded checkpoint, by one closed list of classes
+    "cpift/distributed_work.py": {"cloudpickle"},  # a run's own work on its way through Ray, which pickles everything
+}
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:
@@ -45,8 +49,7 @@ def faults(path: Path, tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
-            # One closed list of classes reads torch's index of a sharded checkpoint.
-            allowed = {"pickle"} if path == Path("cpift/sharded_state.py") else set()
+            allowed = PICKLED.get(path.as_posix(), set())
             yield from (f"{path}:{node.lineno} imports {name}" for name in names & PICKLES - allowed)
         if not isinstance(node, ast.Call):
             continue
