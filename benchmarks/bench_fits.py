@@ -8,11 +8,11 @@ one after another, and as Ray Train runs as many at once as fit. `session` is th
 All must leave the same bytes.
 
 What a Ray Train run costs beyond the training is processes: a controller, a worker and their helpers start and import
-for each one. Done against it: fine-tunes are described without torch (`fit_spec.py`), so that only the worker imports
-it; on the cluster that cpift starts itself, health checks are twice a second and the preemption watcher, metrics and
-state reconciliation are off (`distributed_session.py`); several fine-tunes start side by side; and a sweep trains its
-probes as plain Ray tasks in warm workers (`sweep_fits.py`), which pay none of it. What is left, about 15 s a run on two
-cores, is start-up.
+for each one. Done against it: fine-tunes are described without torch (`training/spec.py`), so that only the worker
+imports it; on the cluster that cpift starts itself, health checks are twice a second and the preemption watcher,
+metrics and state reconciliation are off (`cluster/session.py`); several fine-tunes start side by side; and a sweep
+trains its probes as plain Ray tasks in warm workers (`cluster/tasks.py`), which pay none of it. What is left, about 15
+s a run on two cores, is start-up.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from typing import Any
 
 from record import append
 
-from cpift.config import RunConfig
-from cpift.config_loading import load_config
-from cpift.distributed_fits import run_fits
-from cpift.distributed_session import ray_session
-from cpift.files import file_sha256
-from cpift.fit_spec import FitSpec
-from cpift.inprocess import InProcessEngine
-from cpift.pipeline import Pipeline
-from cpift.stages import probe_specs
-from cpift.view import View
+from cpift.cluster.fits import run_fits
+from cpift.cluster.session import ray_session
+from cpift.config.loading import load_config
+from cpift.config.run import RunConfig
+from cpift.console.view import View
+from cpift.disk.files import file_sha256
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import probe_specs
+from cpift.training.spec import FitSpec
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 

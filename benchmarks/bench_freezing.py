@@ -26,7 +26,7 @@ from cpift_kernels import pack_mask
 from record import append
 
 from cpift.devices import native_bf16
-from cpift.freezing import ElementFreezer, count_moved, snapshot
+from cpift.method.freezing import ElementFreezer, count_moved, snapshot
 
 SHAPE = {
     "vocab_size": 49152,

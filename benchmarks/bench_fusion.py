@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mergekit_environment import MERGEKIT, mergekit
 from record import append
 
-from cpift.checkpoint_writing import WriteBehind, plan_shards, write_index, write_shard
-from cpift.safetensors_files import FileWriter, TensorInfo
-from cpift.streaming import pieces
+from cpift.checkpoints.slices import pieces
+from cpift.checkpoints.writing import WriteBehind, plan_shards, write_index, write_shard
+from cpift.formats.safetensors import FileWriter, TensorInfo
 
 POLL_SECONDS = 0.02
 TOOLS = ("mergekit", "cpift", "cpift+verify")

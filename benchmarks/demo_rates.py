@@ -17,20 +17,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from cpift.artifacts import source_commit
-from cpift.baselines import together
-from cpift.budgets import Budgets
-from cpift.config import RunConfig
-from cpift.config_loading import load_config, with_fields
+from cpift.compare.budgets import Budgets
+from cpift.compare.methods import together
+from cpift.config.loading import load_config, with_fields
+from cpift.config.run import RunConfig
+from cpift.console.view import View, quiet
 from cpift.devices import device_name
-from cpift.engine import NoEngine
-from cpift.inprocess import SharedHere
-from cpift.pipeline import Pipeline
-from cpift.retention import condensed, judged, kept, larger_is_better, learning_of, probe_of
-from cpift.stage_artifacts import Model
-from cpift.stages import add_card, integration_spec
-from cpift.sweep_shared import SharedWork, titled_backbone
-from cpift.view import View, quiet
+from cpift.disk.artifacts import source_commit
+from cpift.evaluation.retention import condensed, judged, kept, larger_is_better, learning_of, probe_of
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import Model
+from cpift.pipeline.inprocess import SharedHere
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import SharedWork, titled_backbone
+from cpift.pipeline.stages import add_card, integration_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "demo_rates.jsonl"

@@ -30,7 +30,7 @@ from bench_fusion import SHAPES, make_checkpoint
 from processes import command_line, descendants
 from record import append
 
-from cpift.files import file_sha256
+from cpift.disk.files import file_sha256
 
 TASK = {"regions": "ray::_mark", "fusion": "ray::_merge"}
 STORE = 128 << 20  # bytes of each node's object store, through which only brackets and records pass

@@ -18,7 +18,7 @@ from pathlib import Path
 from object_store import ObjectStore
 from processes import command_line, descendants, used_and_total
 
-from cpift.files import file_sha256
+from cpift.disk.files import file_sha256
 
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"
 PLACES = ("ray/fit/checkpoint_*", "kept-*")  # of a Ray Train run a fine-tune, and of a group's workers

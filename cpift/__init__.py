@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from cpift.api import plan as plan
     from cpift.api import regions as regions
     from cpift.api import run as run
-    from cpift.cores import Core as Core
-    from cpift.cores import Cores as Cores
     from cpift.errors import CheckpointError as CheckpointError
     from cpift.errors import ConfigError as ConfigError
     from cpift.errors import CpiftError as CpiftError
     from cpift.errors import DataError as DataError
     from cpift.errors import StageError as StageError
-    from cpift.freeze_callback import FreezeCallback as FreezeCallback
-    from cpift.freeze_callback import frozen as frozen
     from cpift.merge_folder import MergeResult as MergeResult
+    from cpift.method.cores import Core as Core
+    from cpift.method.cores import Cores as Cores
+    from cpift.method.freeze_callback import FreezeCallback as FreezeCallback
+    from cpift.method.freeze_callback import frozen as frozen
 
     __version__: str
 
 _HOMES = {
     "api": ("RunResult", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
-    "cores": ("Core", "Cores"),
+    "method.cores": ("Core", "Cores"),
     "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
-    "freeze_callback": ("FreezeCallback", "frozen"),
+    "method.freeze_callback": ("FreezeCallback", "frozen"),
     "merge_folder": ("MergeResult",),
 }  # module → the names that are public here
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}

@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift import config_loading
-from cpift.config import RunConfig
-from cpift.config_paths import is_path
-from cpift.cores import Cores, Origin, write_origin
+from cpift.config import loading as config_loading
+from cpift.config.paths import is_path
+from cpift.config.run import RunConfig
+from cpift.console.view import View, quiet
 from cpift.errors import ConfigError, Problem
-from cpift.merge_fields import MergeFields, MethodFields, RegionFields
 from cpift.merge_folder import MergeResult, merge_config, merge_into, place_of, work_of
-from cpift.planning import Plan
-from cpift.view import View, quiet
+from cpift.merging.options import MergeFields, MethodFields, RegionFields
+from cpift.method.cores import Cores, Origin, write_origin
+from cpift.pipeline.plan import Plan
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from cpift.merging import Merging
+    from cpift.merging.engine import Merging
 
 StrPath = str | os.PathLike[str]
 Progress = bool | View  # False: nothing is shown; True: a view on standard error
@@ -66,9 +66,9 @@ def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
     Raises ConfigError with everything that would stop the run.
     """
     loaded = _loaded(config, overrides)
-    from cpift.preflight import examined
-    from cpift.run_baselines import plan_all
-    from cpift.stage_artifacts import StageArtifacts
+    from cpift.compare.run_baselines import plan_all
+    from cpift.pipeline.identity import StageArtifacts
+    from cpift.pipeline.preflight import examined
 
     seen = examined(loaded, stage=None, download=False)
     return plan_all(StageArtifacts(loaded), seen.notes, seen.rows)
@@ -83,10 +83,10 @@ def run(
     Interrupted or failed, the same call goes on. Raises ConfigError before anything starts, StageError if one fails.
     """
     loaded = _loaded(config, overrides)
-    from cpift.pipeline import Pipeline
-    from cpift.preflight import preflight
-    from cpift.run_baselines import make_baselines
-    from cpift.run_session import at_work
+    from cpift.compare.run_baselines import make_baselines
+    from cpift.pipeline.pipeline import Pipeline
+    from cpift.pipeline.preflight import preflight
+    from cpift.pipeline.session import at_work
 
     preflight(loaded, stage="run")
     with _undisturbed(in_process):
@@ -117,11 +117,11 @@ def regions(
         raise ConfigError("regions", [Problem("out", f"{place} exists already", "give a folder that is not there")])
     where = (place or Path(tempfile.gettempdir()) / "cpift").with_suffix(".regions")
     config = merge_config(base, models, where, fields)
-    from cpift.checkpoints import Checkpoint
-    from cpift.core_regions import Streaming, select_regions, write_regions
-    from cpift.given import open_models
-    from cpift.preflight import preflight
-    from cpift.stage_artifacts import StageArtifacts
+    from cpift.checkpoints.checkpoint import Checkpoint
+    from cpift.checkpoints.opening import open_models
+    from cpift.method.regions import Streaming, select_regions, write_regions
+    from cpift.pipeline.identity import StageArtifacts
+    from cpift.pipeline.preflight import preflight
 
     preflight(config, stage="regions")
     artifacts = StageArtifacts(config)
@@ -183,7 +183,7 @@ def merge_state_dicts(
     storage in every model are merged once, and share it again. Computed on the CPU. Raises CheckpointError for models
     that do not fit, ConfigError for fields that do not.
     """
-    from cpift.state_dicts import merge_dicts
+    from cpift.merging.state_dicts import merge_dicts
 
     return merge_dicts(base, models, backbone, fields)
 
@@ -242,10 +242,10 @@ def _view(progress: Progress) -> View:
 
 def _engine(config: RunConfig, in_process: bool) -> Any:
     if in_process:
-        from cpift.inprocess import InProcessEngine
+        from cpift.pipeline.inprocess import InProcessEngine
 
         return InProcessEngine(config)
-    from cpift.distributed import RayEngine
+    from cpift.cluster.engine import RayEngine
 
     return RayEngine(config)
 
@@ -253,7 +253,7 @@ def _engine(config: RunConfig, in_process: bool) -> Any:
 def _merging(config: RunConfig) -> Merging | None:
     if not config.resources.on_cluster:
         return None
-    from cpift.distributed_fusion import merging_of
+    from cpift.cluster.merging import merging_of
 
     return merging_of(config.resources)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from cpift.config_inputs import Precision
+from cpift.config.inputs import Precision
 from cpift.errors import CpiftError, entry
 
 Device = Literal["cpu", "cuda"]

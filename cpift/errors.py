@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cpift.escaping import one_line
-from cpift.redaction import redacted
-from cpift.units import show_size
+from cpift.text.escaping import one_line
+from cpift.text.redaction import redacted
+from cpift.text.units import show_size
 
 Entry = TypeVar("Entry")
 

@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.artifact_state import read_manifest, state_of
-from cpift.artifacts import Artifact, claimed
-from cpift.config import RunConfig
-from cpift.config_loading import parse_config
-from cpift.engine import NoEngine
+from cpift.config.loading import parse_config
+from cpift.config.run import RunConfig
+from cpift.console.view import View
+from cpift.disk.artifact_state import read_manifest, state_of
+from cpift.disk.artifacts import Artifact, claimed
+from cpift.disk.files import read_json
+from cpift.disk.locks import exclusive
 from cpift.errors import ConfigError, Problem, entry
-from cpift.files import read_json
-from cpift.fusion import CONFLICTS
-from cpift.fusion_stage import FUSION_RECORD
 from cpift.hub import HUB_ID
-from cpift.locks import exclusive
-from cpift.merge_fields import OPTIONS, tune_names
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
-from cpift.view import View
+from cpift.merging.fusion import CONFLICTS
+from cpift.merging.options import OPTIONS, tune_names
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.fuse import FUSION_RECORD
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
 
 if TYPE_CHECKING:
-    from cpift.cores import Cores
-    from cpift.merging import Merging
+    from cpift.merging.engine import Merging
+    from cpift.method.cores import Cores
 
 _SUBJECT = "merge"
 _DEFAULTS = {"backbone.source": "pretrained"}  # `staged`, a run's own, is trained

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from cpift.cli import process
+from cpift.cli.main import process
 
 
 def start(command: str, document: str | None) -> None:

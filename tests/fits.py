@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpift.config import DataSource, ResourcesConfig, TaskConfig, TrainingConfig
-from cpift.files import file_sha256
-from cpift.fit_spec import FitSpec, StageSpec
+from cpift.config.run import DataSource, ResourcesConfig, TaskConfig, TrainingConfig
+from cpift.disk.files import file_sha256
+from cpift.training.spec import FitSpec, StageSpec
 
 
 def procedural(name: str, kind: str, size: int = 40) -> TaskConfig:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cpift.freezing import ElementFreezer, count_moved_everywhere, snapshot
+from cpift.method.freezing import ElementFreezer, count_moved_everywhere, snapshot
 
 STEPS, BATCH, LENGTH, VOCABULARY, WIDTH = 4, 8, 5, 23, 6
 Make = Callable[[Any], torch.optim.Optimizer]

@@ -19,20 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpift.compare_record import read_record
-from cpift.config_inputs import DataSource
-from cpift.config_loading import load_config
-from cpift.data import load_examples
+from cpift.checkpoints.lora_config import adapter_settings, setting_problems
+from cpift.compare.record import read_record
+from cpift.config.inputs import DataSource
+from cpift.config.loading import load_config
+from cpift.data.tasks import load_examples
 from cpift.errors import CpiftError
-from cpift.gguf_files import read_gguf
-from cpift.lora_config import adapter_settings, setting_problems
-from cpift.model_card import license_of
-from cpift.model_sizes import folder_problems
-from cpift.patterns import Patterns
-from cpift.safetensors_files import read_header
-from cpift.sweep_config import load_sweep
-from cpift.untrusted import ANSWER, MODEL_CONFIG, parse_json, read_weight_map
-from cpift.untrusted_yaml import parse_yaml
+from cpift.formats.gguf import read_gguf
+from cpift.formats.safetensors import read_header
+from cpift.formats.sizes import folder_problems
+from cpift.report.model_card import license_of
+from cpift.sweep.config import load_sweep
+from cpift.untrusted.json import ANSWER, MODEL_CONFIG, parse_json, read_weight_map
+from cpift.untrusted.patterns import Patterns
+from cpift.untrusted.yaml import parse_yaml
 
 RUN = """name: one
 model: {scratch: {hidden_size: 16, layers: 1, heads: 2}}

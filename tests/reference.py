@@ -16,10 +16,10 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 import cpift
-from cpift.cli import app
-from cpift.compare_config import CompareConfig
-from cpift.config import RunConfig
-from cpift.sweep_config import SweepConfig
+from cpift.cli.main import app
+from cpift.compare.config import CompareConfig
+from cpift.config.run import RunConfig
+from cpift.sweep.config import SweepConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference.md"
 FILES: Mapping[str, tuple[type[BaseModel], str]] = {

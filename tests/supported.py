@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpift import layout, lora_config, model_fields, row_formats, row_kinds, untrusted
-from cpift.examples import parse_row
-from cpift.turns import RowError
+from cpift.checkpoints import layout, lora_config
+from cpift.pretrained import fields as model_fields
+from cpift.rows import formats as row_formats
+from cpift.rows import kinds as row_kinds
+from cpift.rows.examples import parse_row
+from cpift.rows.turns import RowError
+from cpift.untrusted import json as untrusted
 
 DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("supported.md", "security.md")]
 _READ = {

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpift.checkpoints import Checkpoint
-from cpift.config import ModelConfig, TrainingConfig
-from cpift.config_inputs import ScratchModel
-from cpift.config_training import IntegrationConfig, LoraConfig
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import ModelConfig, TrainingConfig
+from cpift.config.training import IntegrationConfig, LoraConfig
 from cpift.errors import CheckpointError
-from cpift.finetune import FitHooks, fit
-from cpift.fit_spec import FitSpec, StageSpec
-from cpift.models import materialise
+from cpift.models.sources import materialise
+from cpift.training.fit import FitHooks, fit
+from cpift.training.spec import FitSpec, StageSpec
 
 from .fits import weights
 from .test_finetune import spec

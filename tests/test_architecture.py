@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cpift.architecture import effective_config, model_class, skeleton, tied_names
 from cpift.errors import CheckpointError
+from cpift.pretrained.architecture import effective_config, model_class, skeleton, tied_names
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cpift.artifacts import Artifact
-from cpift.config_loading import load_config
+from cpift.config.loading import load_config
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import digest, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.disk.locks import exclusive
 from cpift.errors import CpiftError
-from cpift.files import digest, file_sha256, folder_hashes, link_or_copy, write_json
-from cpift.locks import exclusive
-from cpift.stage_artifacts import StageArtifacts
+from cpift.pipeline.identity import StageArtifacts
 
 
 def artifact(root: Path, **fields: object) -> Artifact:
@@ -148,7 +148,7 @@ def test_weights_made_again_are_compared_with_those_that_were_dropped(
 
 def test_a_crash_while_weights_are_made_again_costs_only_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the renames nothing bears the artifact's name: it is made once more."""
-    import cpift.artifacts as module
+    import cpift.disk.artifacts as module
 
     made = model(tmp_path)
     made.drop_weights("x")

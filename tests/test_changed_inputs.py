@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-import cpift.stages
-from cpift.config import DataSource
-from cpift.config_loading import load_config
-from cpift.data import load_examples, same_rows, source_fingerprint
-from cpift.engine import NoEngine
+import cpift.pipeline.stages
+from cpift.config.loading import load_config
+from cpift.config.run import DataSource
+from cpift.console.view import quiet
+from cpift.data.tasks import load_examples, same_rows, source_fingerprint
 from cpift.errors import ChangedInput, StageError
-from cpift.fit_spec import RESULT, FitSpec
-from cpift.pipeline import Pipeline
-from cpift.view import quiet
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.training.spec import RESULT, FitSpec
 
 from .test_merge import config_file, models  # noqa: F401 (a fixture)
 
@@ -76,14 +76,14 @@ def pipeline(config: Path) -> Pipeline:
 
 def during(monkeypatch: pytest.MonkeyPatch, stage: str, change: Callable[[], object]) -> None:
     """Have `change` called in the middle of regions or of fusion."""
-    work = getattr(cpift.stages, stage)
+    work = getattr(cpift.pipeline.stages, stage)
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         result = work(*args, **kwargs)
         change()
         return result
 
-    monkeypatch.setattr(cpift.stages, stage, changed)
+    monkeypatch.setattr(cpift.pipeline.stages, stage, changed)
 
 
 CASES = [(*change, when) for when in ("write_regions", "fuse_models", "between") for change in MODEL_CHANGES]

@@ -12,19 +12,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cpift.chat_templates import TEMPLATES, proposed
-from cpift.config import ModelConfig, RunConfig
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import parse_config
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import parse_config
+from cpift.config.run import ModelConfig, RunConfig
+from cpift.console.view import quiet
+from cpift.data.chat_templates import TEMPLATES, proposed
+from cpift.data.tokenise import IGNORED, tokenise
 from cpift.errors import CheckpointError, ConfigError, DataError
-from cpift.examples import parse_row
-from cpift.inprocess import InProcessEngine
-from cpift.models import load_tokenizer, materialise, model_fingerprint
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
-from cpift.stage_artifacts import StageArtifacts
-from cpift.tokens import IGNORED, tokenise
-from cpift.view import quiet
+from cpift.models.sources import load_tokenizer, materialise, model_fingerprint
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
+from cpift.rows.examples import parse_row
 
 SCRATCH = ScratchModel(hidden_size=16, intermediate_size=16, layers=1, heads=2, max_length=256)
 TALK = [{"role": role, "content": text} for role, text in (("user", "u1"), ("assistant", "r1"), ("user", "u2"))]

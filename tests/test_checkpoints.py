@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpift.checkpoint_writing import write_like
-from cpift.checkpoints import Checkpoint, require_same_layout
+from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
+from cpift.checkpoints.finite import require_finite
+from cpift.checkpoints.writing import write_like
 from cpift.errors import CheckpointError
-from cpift.finite import require_finite
 
 from .conftest import random_tensors, save_checkpoint
 

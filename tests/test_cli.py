@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from cpift.cli import main
-from cpift.config import RunConfig
+from cpift.cli.main import main
+from cpift.config.run import RunConfig
 from cpift.errors import CpiftError
 
 from .conftest import random_tensors, save_checkpoint
@@ -40,8 +40,8 @@ def cpift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_help_teaches_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['cpift', '--help']\n"
-        "from cpift import cli\n"
-        "try: cli.main()\n"
+        "from cpift.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = {'torch', 'transformers', 'ray', 'datasets', 'numba', 'triton', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -65,8 +65,8 @@ def test_plan_touches_nothing_and_waits_for_nothing_heavy(tmp_path: Path, smoke_
     """Importing torch alone takes longer than the whole plan of a config with a random model."""
     code = (
         "import ctypes, sys; sys.argv = ['cpift', 'plan', sys.argv[1]]\n"
-        "from cpift import cli\n"
-        "try: cli.main()\n"
+        "from cpift.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
         "try: ctypes.CDLL('libcuda.so.1')\n"
         "except OSError: driver = set()\n"
@@ -162,9 +162,9 @@ def test_bad_checkpoints_end_with_one_message_and_code_2(bad: Run, tmp_path: Pat
 def test_a_real_model_with_nan_is_refused_before_training(bad: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from cpift.config import ModelConfig
-    from cpift.config_inputs import ScratchModel
-    from cpift.models import materialise
+    from cpift.config.inputs import ScratchModel
+    from cpift.config.run import ModelConfig
+    from cpift.models.sources import materialise
 
     materialise(ModelConfig(scratch=ScratchModel()), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
@@ -251,7 +251,7 @@ def test_options_are_taken_as_they_are_typed(
         assert ended.value.code == 2
         return capsys.readouterr().err
 
-    monkeypatch.setattr("cpift.preflight.examined", look)
+    monkeypatch.setattr("cpift.pipeline.preflight.examined", look)
     monkeypatch.chdir(tmp_path)
     file = smoke_config if command != "sweep" else smoke_config.parents[1] / "sweeps" / "smoke_p_tau.yaml"
     for value in LITERAL:

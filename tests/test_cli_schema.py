@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cpift.cli_schema import SCHEMAS, schema_of
+from cpift.cli.schema import SCHEMAS, schema_of
 
 ROOT = Path(__file__).parents[1]
 FILES = {

@@ -10,29 +10,29 @@ from typing import Any
 import pytest
 import yaml
 
-from cpift.artifacts import Artifact
-from cpift.baselines import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
-from cpift.budgets import Budgets
-from cpift.compare import ComparisonWork, run_comparison
-from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import PROBES, Record, finished, joined, read_record, write_record
-from cpift.compare_report import document, write_comparison, written_files
-from cpift.compare_verdict import Findings, side
-from cpift.config import RunConfig
-from cpift.config_loading import parse_config, with_fields
-from cpift.engine import NoEngine
+from cpift.compare.budgets import Budgets
+from cpift.compare.config import Comparison, load_comparison
+from cpift.compare.files import document, write_comparison, written_files
+from cpift.compare.findings import Findings, side
+from cpift.compare.methods import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
+from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
+from cpift.compare.run_baselines import make_baselines, plan_all
+from cpift.compare.work import ComparisonWork, run_comparison
+from cpift.config.loading import parse_config, with_fields
+from cpift.config.run import RunConfig
+from cpift.console.view import quiet
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import write_json
 from cpift.errors import ConfigError
-from cpift.escaping import html
-from cpift.files import write_json
-from cpift.inprocess import InProcessEngine, SharedHere
-from cpift.outcomes import expected_backbone
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
-from cpift.report_facts import tokens_of
-from cpift.run_baselines import make_baselines, plan_all
-from cpift.stage_artifacts import StageArtifacts
-from cpift.stages import artifacts_of, integration_spec
-from cpift.view import quiet
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.inprocess import InProcessEngine, SharedHere
+from cpift.pipeline.outcomes import expected_backbone
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
+from cpift.pipeline.stages import artifacts_of, integration_spec
+from cpift.report.facts import tokens_of
+from cpift.text.escaping import html
 from tests.test_sweep import TASKS, run_fields
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cpift.compare_config import load_comparison
-from cpift.config import RunConfig
-from cpift.config_loading import dump_config, load_config, one_line_yaml
-from cpift.config_paths import is_path
+from cpift.compare.config import load_comparison
+from cpift.config.loading import dump_config, load_config, one_line_yaml
+from cpift.config.paths import is_path
+from cpift.config.run import RunConfig
 from cpift.errors import ConfigError
-from cpift.sweep_config import load_sweep
+from cpift.sweep.config import load_sweep
 
 
 def minimal() -> dict:

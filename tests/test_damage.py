@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from cpift.cli import main
-from cpift.config_loading import load_config
-from cpift.engine import NoEngine
+from cpift.cli.main import main
+from cpift.config.loading import load_config
+from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CpiftError
-from cpift.files import file_sha256, read_json
-from cpift.pipeline import Pipeline
-from cpift.planning import plan
-from cpift.stage_artifacts import StageArtifacts
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.plan import plan
 
 from .test_merge import config_file, models  # noqa: F401 (a fixture)
 
@@ -216,14 +216,14 @@ def test_a_copy_with_other_times_and_files_of_earlier_versions_stay_cached(run: 
 
 
 def test_a_copy_is_hashed_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpift.artifact_state.SMALL", 0)  # every file is a large one
+    monkeypatch.setattr("cpift.disk.artifact_state.SMALL", 0)  # every file is a large one
     hashed: list[str] = []
 
     def sha256(path: Path) -> str:
         hashed.append(path.name)
         return file_sha256(path)
 
-    monkeypatch.setattr("cpift.artifact_state.file_sha256", sha256)
+    monkeypatch.setattr("cpift.disk.artifact_state.file_sha256", sha256)
     copy = run.with_name("copy")
     shutil.copytree(run, copy, copy_function=shutil.copyfile)
     assert states(copy) == dict.fromkeys(STAGES, "cached")

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cpift import hub, row_sources
-from cpift.config import DataSource, RunConfig, TaskConfig
-from cpift.config_inputs import Holdout, ScratchModel
-from cpift.config_training import Mixing
-from cpift.data import (
+from cpift import hub
+from cpift.config.inputs import Holdout, ScratchModel
+from cpift.config.run import DataSource, RunConfig, TaskConfig
+from cpift.config.training import Mixing
+from cpift.data import sources as row_sources
+from cpift.data.packing import packed
+from cpift.data.shared_rows import shared_rows
+from cpift.data.tasks import (
     CompletionCollator,
     Example,
     Message,
@@ -27,15 +30,13 @@ from cpift.data import (
     tokenise,
     tokenised_dataset,
 )
+from cpift.data.tokenise import IGNORED
 from cpift.errors import DataError, Problem
-from cpift.holdout import held_key, last_held
-from cpift.packing import packed
-from cpift.row_problems import merged
-from cpift.row_shapes import size_of
-from cpift.scratch import make_scratch_tokenizer
-from cpift.shared_rows import shared_rows
-from cpift.task_checks import check_task
-from cpift.tokens import IGNORED
+from cpift.evaluation.checks import check_task
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.rows.holdout import held_key, last_held
+from cpift.rows.problems import merged
+from cpift.rows.shapes import size_of
 
 TOKENIZER = make_scratch_tokenizer(ScratchModel())
 CHATML = (

@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.style import Style
 from typer.testing import CliRunner
 
-from cpift.cli import app
-from cpift.config import TrainingConfig
-from cpift.config_inputs import ScratchModel
-from cpift.data_preview import CUT, TRAINED, coloured, count
-from cpift.examples import Example, Message
-from cpift.scratch import make_scratch_tokenizer
+from cpift.cli.main import app
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import TrainingConfig
+from cpift.data.preview import CUT, TRAINED, coloured, count
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.rows.examples import Example, Message
 
 TOKENIZER = make_scratch_tokenizer(ScratchModel())
 TURNS = Example(

@@ -14,18 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from cpift import cli_cluster, devices, distributed_session
-from cpift.config import ModelConfig, RunConfig
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import load_config, with_fields
+from cpift import devices
+from cpift.cli import many as cli_cluster
+from cpift.cluster import session as distributed_session
+from cpift.cluster.session import use_assigned_gpus
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import load_config, with_fields
+from cpift.config.run import ModelConfig, RunConfig
 from cpift.devices import compute_device, resolved
-from cpift.distributed_session import use_assigned_gpus
 from cpift.errors import CpiftError
-from cpift.evaluate import evaluate_model
-from cpift.finetune import fit
-from cpift.fit_spec import StageSpec
-from cpift.inprocess import InProcessEngine
-from cpift.models import materialise
+from cpift.evaluation.scoring import evaluate_model
+from cpift.models.sources import materialise
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.training.fit import fit
+from cpift.training.spec import StageSpec
 
 from .test_finetune import spec
 
@@ -116,7 +118,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
 ) -> None:
     from transformers import TrainingArguments
 
-    from cpift import finetune
+    from cpift.training import fit as finetune
 
     made: list[SimpleNamespace] = []
 
@@ -136,12 +138,12 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
 
 
 def test_nothing_but_devices_asks_torch_for_gpus() -> None:
-    for path in CPIFT.glob("*.py"):
+    for path in CPIFT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_bf16_supported", "accelerator")
             spelt = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")
             assert path.stem == "devices" or not named, f"{path.name}:{node.lineno}"
-            assert path.stem in ("devices", "finetune") or not spelt, f"{path.name}:{node.lineno}"
+            assert path.stem in ("devices", "fit") or not spelt, f"{path.name}:{node.lineno}"
 
 
 @pytest.mark.parametrize(

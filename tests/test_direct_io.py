@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from cpift import direct_io
-from cpift.checkpoint_writing import WriteBehind, plan_shards, write_shard
-from cpift.checkpoints import Checkpoint
-from cpift.files import file_sha256
-from cpift.safetensors_files import FileWriter, TensorInfo, dtype_name
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.writing import WriteBehind, plan_shards, write_shard
+from cpift.disk import direct_io
+from cpift.disk.files import file_sha256
+from cpift.formats.safetensors import FileWriter, TensorInfo, dtype_name
 
 BLOCK = direct_io._BLOCK
 

@@ -13,15 +13,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cpift import distributed_fusion
-from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
-from cpift.core_regions import Streaming, write_regions
-from cpift.distributed_fusion import RayMerging
+from cpift.cluster import merging as distributed_fusion
+from cpift.cluster.merging import RayMerging
+from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.errors import CheckpointError
-from cpift.fusion import Fill, Fusion, FusionInputs
-from cpift.merging import merge
-from cpift.region_masks import read_summary
-from cpift.safetensors_files import TensorInfo, read_header
+from cpift.formats.safetensors import TensorInfo, read_header
+from cpift.merging.engine import merge
+from cpift.merging.fusion import Fill, Fusion, FusionInputs
+from cpift.method.masks import read_summary
+from cpift.method.regions import Streaming, write_regions
 
 from .test_streaming import models, shards_of  # noqa: F401 (a fixture)
 
@@ -128,7 +128,7 @@ def test_both_passes_give_a_part_of_the_model_to_the_same_node(  # type: ignore[
 def test_an_error_of_a_worker_arrives_as_it_was(tmp_path: Path, models, merging: RayMerging) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     import torch
 
-    from cpift.checkpoints import Checkpoint
+    from cpift.checkpoints.checkpoint import Checkpoint
 
     from .conftest import save_checkpoint
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cpift.config import ResourcesConfig
-from cpift.distributed_storage import RUN, Storage
+from cpift.cluster.storage import RUN, Storage
+from cpift.config.run import ResourcesConfig
 
 from .test_finetune import spec
 

@@ -14,21 +14,21 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from cpift.checkpoint_writing import kept_record, plan_shards
-from cpift.checkpoints import Checkpoint
-from cpift.config import FusionConfig, RegionsConfig, ResourcesConfig
-from cpift.config_loading import load_config
-from cpift.core_regions import write_regions
-from cpift.distributed_fusion import RayMerging
-from cpift.distributed_store import fetch, merge_into, publish, with_stored_masks
-from cpift.engine import NoEngine
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.writing import kept_record, plan_shards
+from cpift.cluster.merging import RayMerging
+from cpift.cluster.stored_merge import fetch, merge_into, publish, with_stored_masks
+from cpift.config.loading import load_config
+from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
+from cpift.disk.files import file_sha256, read_json
+from cpift.disk.object_store import ObjectStore
 from cpift.errors import StageError
-from cpift.files import file_sha256, read_json
-from cpift.fusion import Fill, Fusion, FusionInputs
-from cpift.merging import merge
-from cpift.object_store import ObjectStore
-from cpift.pipeline import Pipeline
-from cpift.safetensors_files import TensorInfo
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.engine import merge
+from cpift.merging.fusion import Fill, Fusion, FusionInputs
+from cpift.method.regions import write_regions
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
 
 from .s3_server import objects, s3_bucket
 from .test_streaming import models, shards_of  # noqa: F401 (a fixture)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from cpift_kernels import unpack_mask
 
-from cpift.checkpoints import Checkpoint
-from cpift.files import file_sha256, read_json
-from cpift.region_masks import read_mask, read_summary
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.disk.files import file_sha256, read_json
+from cpift.method.masks import read_mask, read_summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -14,16 +14,16 @@ from types import SimpleNamespace
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from cpift import distributed_session
-from cpift.distributed_session import alive_nodes, first_ready, require_ray
+from cpift.cluster import session as distributed_session
+from cpift.cluster.session import alive_nodes, first_ready, require_ray
+from cpift.disk.files import write_text
 from cpift.errors import StageError, naming, told
-from cpift.files import write_text
 
 # A command in the middle of a stage, with a process of its own; `how` is what the main thread is busy with.
 COMMAND = """
 import subprocess, sys, threading, time
-from cpift.ending import ended_in_order
-from cpift.view import quiet
+from cpift.console.ending import ended_in_order
+from cpift.console.view import quiet
 how = sys.argv[1]
 with ended_in_order():
     with quiet().stage("model"):

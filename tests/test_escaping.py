@@ -19,25 +19,25 @@ import yaml
 from markdown_it import MarkdownIt
 from rich.table import Table
 
-from cpift.compare_record import BASE, OURS, PROBES, Header, Record, Row
-from cpift.compare_report import comparison_table, first_sentences, write_comparison
-from cpift.compare_verdict import FULL
-from cpift.config import RunConfig
-from cpift.data_preview import coloured
+from cpift.compare.files import comparison_table, first_sentences, write_comparison
+from cpift.compare.findings import FULL
+from cpift.compare.record import BASE, OURS, PROBES, Header, Record, Row
+from cpift.config.run import RunConfig
+from cpift.console.terminal import Terminal, say
+from cpift.console.view import View
+from cpift.data.preview import coloured
 from cpift.errors import CheckpointError, Problem
-from cpift.escaping import code, html, markdown, one_line, terminal
-from cpift.examples import Example, Message
-from cpift.model_card import model_card
-from cpift.report import scores_table
-from cpift.report_files import report_md, scores_csv
-from cpift.report_page import page as run_page
-from cpift.report_scores import Sample
-from cpift.scratch import make_scratch_tokenizer
-from cpift.sweep_files import sweep_md, trials_csv
-from cpift.sweep_report import sweep_page
-from cpift.sweep_results import results_table
-from cpift.terminal import Terminal, say
-from cpift.view import View
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.report.data import Sample
+from cpift.report.files import report_md, scores_csv
+from cpift.report.model_card import model_card
+from cpift.report.page import page as run_page
+from cpift.report.write import scores_table
+from cpift.rows.examples import Example, Message
+from cpift.sweep.files import sweep_md, trials_csv
+from cpift.sweep.page import sweep_page
+from cpift.sweep.results import results_table
+from cpift.text.escaping import code, html, markdown, one_line, terminal
 
 from . import test_report, test_sweep_report
 from .test_pretrained import SIZE
@@ -312,7 +312,7 @@ def test_rows_are_previewed_as_text() -> None:
 
 ASCII = {"PYTHONIOENCODING": "ascii"}
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-SPEAKS = """from cpift.terminal import Terminal, say, standard_streams
+SPEAKS = """from cpift.console.terminal import Terminal, say, standard_streams
 with standard_streams():
     say("\\u2192 \\u03b8 \\u6a21")
     Terminal().print("to do " * 1000)

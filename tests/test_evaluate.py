@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from cpift.config import DataSource, ModelConfig, TaskConfig
-from cpift.config_evaluation import EvaluationConfig
-from cpift.config_inputs import ScratchModel
-from cpift.data import load_examples
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import DataSource, ModelConfig, TaskConfig
+from cpift.config.tasks import EvaluationConfig
+from cpift.data.tasks import load_examples
+from cpift.data.tokenise import IGNORED, Labelled, tokenise
 from cpift.errors import DataError
-from cpift.evaluate import TaskScore, evaluate_model
-from cpift.examples import Example, Message
-from cpift.likelihood import likelihoods
-from cpift.models import load_model, load_tokenizer, materialise
-from cpift.text_metrics import rouge_l, same_final_number
-from cpift.tokens import IGNORED, Labelled, tokenise
+from cpift.evaluation.likelihood import likelihoods
+from cpift.evaluation.scoring import TaskScore, evaluate_model
+from cpift.evaluation.text import rouge_l, same_final_number
+from cpift.models.sources import load_model, load_tokenizer, materialise
+from cpift.rows.examples import Example, Message
 
 from . import test_families as families
 

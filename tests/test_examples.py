@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cpift
-from cpift.config import ModelConfig
-from cpift.config_inputs import ScratchModel
-from cpift.models import materialise
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import ModelConfig
+from cpift.models.sources import materialise
 
 ROOT = Path(cpift.__file__).parents[1]
 RUN = """

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from cpift import architecture, fact_cache, row_checks
-from cpift.config_loading import load_config
+from cpift.config.loading import load_config
+from cpift.disk import facts as fact_cache
+from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError
-from cpift.fact_cache import remembered
+from cpift.pipeline import row_checks
+from cpift.pretrained import architecture
 
 
 class Finder:

@@ -13,22 +13,22 @@ import torch
 from cpift_kernels import unpack_mask
 from safetensors.torch import load_file
 
-from cpift import finetune
-from cpift.architecture import untrainable, vocabulary_size
-from cpift.checkpoints import Checkpoint
-from cpift.config import FusionConfig, RegionsConfig, TrainingConfig
-from cpift.config_inputs import ScratchModel
-from cpift.core_regions import CoreRegion, save_regions, select_regions
-from cpift.data import load_examples
-from cpift.finetune import FitHooks, fit
-from cpift.fit_spec import FitSpec, StageSpec
-from cpift.fusion import Fusion, FusionInputs
-from cpift.merging import merge
-from cpift.models import load_model, load_tokenizer
-from cpift.packing import packed
-from cpift.scratch import make_scratch_tokenizer
-from cpift.tokens import IGNORED, CompletionCollator, tokenised_dataset
-from cpift.verify import check_loads, failures, verify
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import FusionConfig, RegionsConfig, TrainingConfig
+from cpift.data.packing import packed
+from cpift.data.tasks import load_examples
+from cpift.data.tokenise import IGNORED, CompletionCollator, tokenised_dataset
+from cpift.merging.engine import merge
+from cpift.merging.fusion import Fusion, FusionInputs
+from cpift.merging.verify import check_loads, failures, verify
+from cpift.method.regions import CoreRegion, save_regions, select_regions
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.models.sources import load_model, load_tokenizer
+from cpift.pretrained.architecture import untrainable, vocabulary_size
+from cpift.training import fit as finetune
+from cpift.training.fit import FitHooks, fit
+from cpift.training.spec import FitSpec, StageSpec
 
 from .fits import fit_spec, procedural, weights
 

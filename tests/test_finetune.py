@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from cpift.checkpoints import Checkpoint
-from cpift.config import ModelConfig, RegionsConfig, TrainingConfig
-from cpift.config_inputs import ScratchModel
-from cpift.core_regions import save_regions, select_regions
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import ModelConfig, RegionsConfig, TrainingConfig
 from cpift.errors import StageError
-from cpift.finetune import FitHooks, fit
-from cpift.fit_spec import FitSpec, StageSpec, stages_of
-from cpift.inprocess import fit_here
-from cpift.models import materialise
-from cpift.region_masks import read_mask
+from cpift.method.masks import read_mask
+from cpift.method.regions import save_regions, select_regions
+from cpift.models.sources import materialise
+from cpift.pipeline.inprocess import fit_here
+from cpift.training.fit import FitHooks, fit
+from cpift.training.spec import FitSpec, StageSpec, stages_of
 
 from .fits import fit_spec, procedural, weights
 

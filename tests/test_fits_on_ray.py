@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from cpift.config import ModelConfig, ResourcesConfig
-from cpift.config_evaluation import EvaluationConfig
-from cpift.config_inputs import ScratchModel
-from cpift.distributed_fits import parallel_fits, run_fits
-from cpift.distributed_group import FitGroup, servable
-from cpift.distributed_session import ray_session
-from cpift.distributed_work import piece_of
+from cpift.cluster.fits import parallel_fits, run_fits
+from cpift.cluster.group import FitGroup, servable
+from cpift.cluster.session import ray_session
+from cpift.cluster.work import piece_of
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import ModelConfig, ResourcesConfig
+from cpift.config.tasks import EvaluationConfig
 from cpift.errors import CpiftError, StageError
-from cpift.finetune import fit
-from cpift.fit_spec import FitSpec
-from cpift.inprocess import Scoring, score_here
-from cpift.models import materialise
+from cpift.models.sources import materialise
+from cpift.pipeline.inprocess import Scoring, score_here
+from cpift.training.fit import fit
+from cpift.training.spec import FitSpec
 
 from .fits import weights
 from .test_finetune import spec

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 import cpift
-from cpift.core_regions import core_size
-from cpift.freeze_callback import bare, unwrapped
+from cpift.method.freeze_callback import bare, unwrapped
+from cpift.method.regions import core_size
 
 LENGTH, VOCABULARY = 6, 37
 
@@ -319,9 +319,9 @@ def test_the_sft_trainer_of_trl(tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from cpift.config import ModelConfig
-    from cpift.config_inputs import ScratchModel
-    from cpift.models import load_model, load_tokenizer, materialise
+    from cpift.config.inputs import ScratchModel
+    from cpift.config.run import ModelConfig
+    from cpift.models.sources import load_model, load_tokenizer, materialise
 
     materialise(ModelConfig(scratch=ScratchModel(hidden_size=16, intermediate_size=24)), tmp_path / "base")
     model, origin = (load_model(tmp_path / "base", torch.float32) for _ in range(2))

@@ -8,7 +8,7 @@ import torch
 from cpift_kernels import pack_mask
 
 from cpift.errors import CpiftError
-from cpift.freezing import ElementAnchor, ElementFreezer, count_moved, snapshot
+from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved, snapshot
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=False),

@@ -8,14 +8,14 @@ import pytest
 import torch
 from cpift_kernels import unpack_mask
 
-from cpift.checkpoints import Checkpoint
-from cpift.config import FusionConfig, RegionsConfig
-from cpift.core_regions import save_regions, select_regions
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CheckpointError
-from cpift.fusion import Fusion, FusionInputs, lerp_share, omegas
-from cpift.merging import merge
-from cpift.region_masks import read_mask
-from cpift.verify import failures, verify
+from cpift.merging.engine import merge
+from cpift.merging.fusion import Fusion, FusionInputs, lerp_share, omegas
+from cpift.merging.verify import failures, verify
+from cpift.method.masks import read_mask
+from cpift.method.regions import save_regions, select_regions
 
 from .conftest import random_tensors, save_checkpoint
 

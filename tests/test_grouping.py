@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpift.config import GroupsConfig
-from cpift.grouping import chance_level, connected_components, group_tasks, jaccard_matrix
+from cpift.config.run import GroupsConfig
+from cpift.method.groups import chance_level, connected_components, group_tasks, jaccard_matrix
 
 
 def overlaps_of(masks: np.ndarray) -> np.ndarray:

@@ -15,14 +15,14 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, Field, create_model
 
-from cpift.artifacts import Artifact
-from cpift.config import RunConfig, Section
-from cpift.config_identity import FITS, NAMED, identity, identity_of, marks_of, recorded
-from cpift.config_loading import load_config, with_fields
+from cpift.config.identity import FITS, NAMED, identity, identity_of, marks_of, recorded
+from cpift.config.loading import load_config, with_fields
+from cpift.config.run import RunConfig, Section
+from cpift.disk.artifacts import Artifact
 from cpift.errors import ConfigError
-from cpift.stage_artifacts import Model, StageArtifacts
-from cpift.sweep_config import Objective, SweepConfig, load_sweep
-from cpift.sweep_record import sweep_record
+from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.sweep.config import Objective, SweepConfig, load_sweep
+from cpift.sweep.record import sweep_record
 
 ROOT = Path(__file__).parents[1]
 # What was finished by 2026-11-25: the names of artifacts, and the fields that they were named by.
@@ -72,12 +72,12 @@ def by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         """A commit that a commit means again."""
         return revision if revision and "@" in revision else f"{name}@{revision}"
 
-    for module in ("models", "row_sources", "given"):
+    for module in ("models.sources", "data.sources", "checkpoints.opening"):
         monkeypatch.setattr(f"cpift.{module}.resolve_revision", commit)
-    for module in ("models", "row_sources"):
+    for module in ("models.sources", "data.sources"):
         monkeypatch.setattr(f"cpift.{module}.file_sha256", lambda path: sha(path.name))
-    monkeypatch.setattr("cpift.models.gguf_path", lambda gguf: Path(gguf.file))
-    monkeypatch.setattr("cpift.given.quick_fingerprint", lambda folder: sha(folder.name))
+    monkeypatch.setattr("cpift.models.sources.gguf_path", lambda gguf: Path(gguf.file))
+    monkeypatch.setattr("cpift.checkpoints.opening.quick_fingerprint", lambda folder: sha(folder.name))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "runs" / "quickstart-data").mkdir(parents=True)
     for task, split in itertools.product(("sounds", "geography", "sums"), ("train", "test")):

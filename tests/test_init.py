@@ -18,18 +18,18 @@ from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
 from cpift import hub
-from cpift.cli import app
-from cpift.cli_schema import schema_of
-from cpift.config import ModelConfig, RunConfig
-from cpift.config_inputs import DataSource, ScratchModel
-from cpift.config_loading import load_config
-from cpift.data import load_examples
+from cpift.cli.main import app
+from cpift.cli.schema import schema_of
+from cpift.config.inputs import DataSource, ScratchModel
+from cpift.config.loading import load_config
+from cpift.config.run import ModelConfig, RunConfig
+from cpift.data.tasks import load_examples
 from cpift.errors import ConfigError, CpiftError, DataError
-from cpift.init_files import tasks_of
-from cpift.init_others import examples, merge_file
-from cpift.init_rows import guess_metric, held_out, look_at
-from cpift.models import materialise
-from cpift.preflight import preflight
+from cpift.init.files import tasks_of
+from cpift.init.others import examples, merge_file
+from cpift.init.rows import guess_metric, held_out, look_at
+from cpift.models.sources import materialise
+from cpift.pipeline.preflight import preflight
 
 WORDS = ["red", "blue", "green", "tree", "house", "sun", "moon", "river", "stone", "bird"]
 LONG = [" ".join(WORDS[(i * k) % 10] for k in range(40)) + f" {'xyz'[i % 3]}" for i in range(60)]
@@ -279,7 +279,7 @@ def test_a_merge_of_checkpoints(base: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_hub_data_set_is_pinned_and_held_out_of(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader is replaced: this checks what is asked for, not the hub."""
-    for module in ("init_files", "row_sources"):
+    for module in ("init.files", "data.sources"):
         monkeypatch.setattr(f"cpift.{module}.resolve_revision", lambda kind, name, revision: "c" * 40)
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: TASKS["sums"][0])
     said = invoke("org/set", "--model", base, "--out", tmp_path / "run.yaml")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from cpift.config_evaluation import JudgeConfig
+from cpift.config.tasks import JudgeConfig
 from cpift.errors import StageError
-from cpift.examples import Example, Message
-from cpift.judge import judge_replies, question_about, rating_in
+from cpift.evaluation.judge import judge_replies, question_about, rating_in
+from cpift.rows.examples import Example, Message
 
 EXAMPLE = Example((Message("system", "Be brief."), Message("user", "Name a fruit."), Message("assistant", "Apple.")))
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints import Checkpoint
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.lora_config import FIELDS, Neutral
+from cpift.checkpoints.opening import open_checkpoint, open_models
 from cpift.errors import CheckpointError
-from cpift.given import open_checkpoint, open_models
-from cpift.lora_config import FIELDS, Neutral
 
 peft = pytest.importorskip("peft")
 TINY: dict[str, Any] = {

@@ -14,16 +14,16 @@ import torch
 from cpift_kernels.cpu import faults
 from safetensors.torch import save_file
 
-import cpift.merging
-from cpift.checkpoints import Checkpoint
-from cpift.config_loading import load_config
-from cpift.engine import NoEngine
+import cpift.merging.engine
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.loading import load_config
+from cpift.console.view import quiet
+from cpift.disk.guarded import guarded_reads
+from cpift.disk.mapped import MappedFile
 from cpift.errors import ChangedInput
-from cpift.mapped_files import MappedFile
-from cpift.mapped_reads import guarded_reads
-from cpift.pipeline import Pipeline
-from cpift.region_masks import RegionMasks
-from cpift.view import quiet
+from cpift.method.masks import RegionMasks
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
 
 from .conftest import random_tensors, save_checkpoint
 from .test_changed_inputs import flip, merge, replace  # noqa: F401 (a fixture)
@@ -38,7 +38,7 @@ from cpift_kernels import pack_mask
 from safetensors import safe_open
 from safetensors.torch import save_file
 from cpift.errors import ChangedInput
-from cpift.mapped_reads import guarded_reads
+from cpift.disk.guarded import guarded_reads
 
 READS = {
     "torch": lambda x, o: x.sum(),
@@ -137,7 +137,7 @@ def test_a_merge_whose_input_is_cut_short_goes_on_once_it_is_back(
     kept, times = victim.read_bytes(), victim.stat()
     run = Pipeline(load_config(merge), NoEngine(), quiet())
     run.group()
-    view, written = MappedFile.view, cpift.merging.write_shard
+    view, written = MappedFile.view, cpift.merging.engine.write_shard
 
     def cut(self: MappedFile, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
         if late:
@@ -154,7 +154,7 @@ def test_a_merge_whose_input_is_cut_short_goes_on_once_it_is_back(
         return result
 
     monkeypatch.setattr(MappedFile, "view", cut)
-    monkeypatch.setattr(cpift.merging, "write_shard", counted)
+    monkeypatch.setattr(cpift.merging.engine, "write_shard", counted)
     with pytest.raises(ChangedInput, match=r"model.safetensors: was"):
         run.fuse()
     (work,) = (run.root / ".work").glob("fuse-*/shards")

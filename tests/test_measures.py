@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from cpift.estimates import t_quantile
-from cpift.measures import (
+from cpift.evaluation.estimates import t_quantile
+from cpift.evaluation.measures import (
     References,
     Scores,
     TaskItems,
@@ -25,7 +25,7 @@ from cpift.measures import (
     seesaw,
     worst_retention,
 )
-from cpift.retention import judged
+from cpift.evaluation.retention import judged
 
 REFERENCES = References("θ0", "p", dict.fromkeys("abc", "number"))
 

@@ -19,27 +19,27 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints import Checkpoint
-from cpift.cli import main
-from cpift.config import ModelConfig, RunConfig
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import load_config
-from cpift.engine import NoEngine
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.opening import open_models
+from cpift.checkpoints.vocabulary import FittedCheckpoint
+from cpift.cli.main import main
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import load_config
+from cpift.config.run import ModelConfig, RunConfig
+from cpift.console.view import quiet
+from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CheckpointError, ConfigError
-from cpift.evaluate import evaluate_model
-from cpift.files import file_sha256, read_json
-from cpift.given import open_models
-from cpift.inprocess import InProcessEngine
-from cpift.merge_planning import given_notes
-from cpift.models import load_model, materialise
-from cpift.pipeline import Pipeline
-from cpift.planning import plan
-from cpift.preflight import preflight
-from cpift.stage_artifacts import StageArtifacts
-from cpift.sweep_config import load_sweep
-from cpift.sweep_plan import check_points
-from cpift.view import quiet
-from cpift.vocabulary import FittedCheckpoint
+from cpift.evaluation.scoring import evaluate_model
+from cpift.merging.planning import given_notes
+from cpift.models.sources import load_model, materialise
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.plan import plan
+from cpift.pipeline.preflight import preflight
+from cpift.sweep.config import load_sweep
+from cpift.sweep.points import check_points
 
 from .conftest import save_checkpoint
 
@@ -90,7 +90,7 @@ def opened(tmp_path: Path, models: Path, **changes: object) -> RunConfig:
 def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, models: Path) -> None:
     path = config_file(tmp_path, models)
     code = (
-        "import sys; from cpift.cli import main\n"
+        "import sys; from cpift.cli.main import main\n"
         f"sys.argv = ['cpift', 'fuse', {str(path)!r}, '--memory-budget', '256MiB']\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
@@ -514,7 +514,7 @@ def adapter(folder: Path, base: Path, seed: int, **settings: object) -> dict[str
     ],
 )
 def test_an_adapter_is_its_merged_model(tmp_path: Path, models: Path, settings: dict[str, object]) -> None:
-    from cpift.lora import LoraCheckpoint
+    from cpift.checkpoints.lora import LoraCheckpoint
 
     base = Checkpoint(models / "base").apart()  # the adapters change the embedding alone, which is tied
     deltas = adapter(tmp_path / "a", models / "base", 0, **settings)
@@ -574,7 +574,7 @@ def test_fusing_adapters_equals_fusing_what_they_merge_to(tmp_path: Path, models
 def test_adapters_that_cannot_be_streamed_say_why(
     tmp_path: Path, models: Path, change: dict[str, object], said: str
 ) -> None:
-    from cpift.lora import LoraCheckpoint
+    from cpift.checkpoints.lora import LoraCheckpoint
 
     adapter(tmp_path / "a", models / "base", 0)
     path = tmp_path / "a" / "adapter_config.json"
@@ -586,7 +586,7 @@ def test_adapters_that_cannot_be_streamed_say_why(
 
 def test_what_peft_saves_is_what_it_merges(tmp_path: Path, models: Path) -> None:
     peft = pytest.importorskip("peft")
-    from cpift.lora import LoraCheckpoint
+    from cpift.checkpoints.lora import LoraCheckpoint
 
     base = Checkpoint(models / "base")
     network = load_model(models / "base", torch.float32)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from cpift import methods, streaming
-from cpift.checkpoints import Checkpoint
-from cpift.config import FusionConfig, RegionsConfig
-from cpift.core_regions import write_regions
+from cpift.checkpoints import slices as streaming
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CpiftError
-from cpift.merging import merge
-from cpift.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
-from cpift.verify import failures, verify
+from cpift.merging import methods
+from cpift.merging.engine import merge
+from cpift.merging.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
+from cpift.merging.verify import failures, verify
+from cpift.method.regions import write_regions
 
 from .conftest import random_tensors, save_checkpoint
 

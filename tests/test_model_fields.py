@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cpift import model_fields
-from cpift.architecture import model_class, model_config, reads_field
-from cpift.model_fields import FIELDS, computing_problems, setting_notes
+from cpift.pretrained import fields as model_fields
+from cpift.pretrained.architecture import model_class, model_config, reads_field
+from cpift.pretrained.fields import FIELDS, computing_problems, setting_notes
 
 SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 MOE = {"num_key_value_heads": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 2}

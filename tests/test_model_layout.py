@@ -13,21 +13,22 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift import conversion, fusion_stage
-from cpift.architecture import untrainable
-from cpift.checkpoints import Checkpoint, differences
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import load_config
-from cpift.conversion import Traced, Untraceable
-from cpift.engine import NoEngine
+from cpift.checkpoints.checkpoint import Checkpoint, differences
+from cpift.checkpoints.layout import ParameterMasks, checkpoint_layout, unloadable, unwritable
+from cpift.checkpoints.opening import open_checkpoint
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import load_config
+from cpift.disk.files import read_json
 from cpift.errors import StageError
-from cpift.files import read_json
-from cpift.given import open_checkpoint
-from cpift.layout import ParameterMasks, checkpoint_layout, unloadable, unwritable
-from cpift.models import load_model
-from cpift.pipeline import Pipeline
-from cpift.scratch import make_scratch_tokenizer
-from cpift.verify import check_loads, failures
+from cpift.merging.verify import check_loads, failures
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.models.sources import load_model
+from cpift.pipeline import fuse as fusion_stage
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pretrained import conversion
+from cpift.pretrained.architecture import untrainable
+from cpift.pretrained.conversion import Traced, Untraceable
 
 SMALL = {
     "vocab_size": 24,

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift import hub, models
-from cpift.checkpoint_checks import gguf_path
-from cpift.config import ModelConfig
-from cpift.config_inputs import GgufFile, ScratchModel
+from cpift import hub
+from cpift.config.inputs import GgufFile, ScratchModel
+from cpift.config.run import ModelConfig
 from cpift.errors import CheckpointError
-from cpift.models import check_model, load_model, load_tokenizer, materialise, model_fingerprint
-from cpift.scratch import make_scratch_model, make_scratch_tokenizer
+from cpift.models import sources as models
+from cpift.models.checks import gguf_path
+from cpift.models.scratch import make_scratch_model, make_scratch_tokenizer
+from cpift.models.sources import check_model, load_model, load_tokenizer, materialise, model_fingerprint
 
 SCRATCH = ScratchModel(hidden_size=32, intermediate_size=64, layers=2, heads=2, max_length=64)
 TEXTS = ["", "plain", "wörld 漢字 🙂", " two  spaces\n\ttab\x00\x7f", "<x> don't 1,234.5"]

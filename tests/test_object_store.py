@@ -15,15 +15,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cpift.config_loading import load_config
-from cpift.distributed import RayEngine
-from cpift.distributed_session import NAMESPACE
-from cpift.inprocess import InProcessEngine
-from cpift.pipeline import Pipeline
-from cpift.sweep import pipeline, run_sweep
-from cpift.sweep_config import load_sweep
-from cpift.sweep_results import gather, write_results
-from cpift.view import quiet
+from cpift.cluster.engine import RayEngine
+from cpift.cluster.session import NAMESPACE
+from cpift.config.loading import load_config
+from cpift.console.view import quiet
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.sweep.config import load_sweep
+from cpift.sweep.results import gather, write_results
+from cpift.sweep.search import pipeline, run_sweep
 
 from .s3_server import objects, s3_bucket
 from .test_sweep import run_fields, sweep_file
@@ -75,7 +75,7 @@ def fields(storage: str) -> dict[str, Any]:
 
 def hashes(root: Path) -> dict[str, str]:
     """Of every model's weights by artifact, as the manifests have them."""
-    from cpift.files import read_json
+    from cpift.disk.files import read_json
 
     found = {path.parent: read_json(path)["outputs"] for path in root.glob("*/*/manifest.json")}
     return {

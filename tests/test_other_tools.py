@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import cpift
-from cpift.cli import app
-from cpift.config_loading import load_config, read_yaml
+from cpift.cli.main import app
+from cpift.config.loading import load_config, read_yaml
 from cpift.errors import ConfigError
-from cpift.merge_fields import OPTIONS
+from cpift.merging.options import OPTIONS
 
 Tensors = dict[str, torch.Tensor]
 HEAD = "models: [{model: ft/a, parameters: {%s}}, {model: ft/b, parameters: {%s}}]\nbase_model: org/base\n"

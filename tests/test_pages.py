@@ -10,10 +10,10 @@ import pytest
 import typer
 import yaml
 
-from cpift.cli import app
-from cpift.config import RunConfig
-from cpift.config_loading import read_yaml
-from cpift.sweep_config import SweepConfig
+from cpift.cli.main import app
+from cpift.config.loading import read_yaml
+from cpift.config.run import RunConfig
+from cpift.sweep.config import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -110,7 +110,7 @@ def test_the_picture_of_the_seesaw_has_the_scores_of_the_demo() -> None:
 
 def test_messages_that_are_explained_are_ours() -> None:
     """Three words in a row of each are in the source; what pydantic or a format adds is not looked for."""
-    sources = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "cpift").glob("*.py")))
+    sources = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "cpift").rglob("*.py")))
     source = re.sub(r"\"\s+f?\"", "", sources)
     rows = re.findall(r"^\| `(.+?)` \|", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 15

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import load_config
-from cpift.core_regions import core_size
-from cpift.planning import plan
-from cpift.preflight import preflight
-from cpift.scratch import make_scratch_tokenizer
-from cpift.stage_artifacts import StageArtifacts
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import load_config
+from cpift.method.regions import core_size
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.plan import plan
+from cpift.pipeline.preflight import preflight
 
 FOLDER = Path(__file__).parents[1] / "configs" / "paper"
 # Names and shapes of the published models: transformers' own classes at the published sizes, without weights.
@@ -49,8 +49,8 @@ def checkpoint(folder: Path, recorded: dict[str, Any]) -> Path:
 def test_a_plan_from_the_recorded_headers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = HEADERS[name]
     # Neither the hub nor gigabytes of a hole are asked for what they hold.
-    monkeypatch.setattr("cpift.row_sources.resolve_revision", lambda kind, name, revision: f"{name}@{revision}")
-    monkeypatch.setattr("cpift.models.file_sha256", lambda path: hashlib.sha256(path.name.encode()).hexdigest())
+    monkeypatch.setattr("cpift.data.sources.resolve_revision", lambda kind, name, revision: f"{name}@{revision}")
+    monkeypatch.setattr("cpift.models.sources.file_sha256", lambda path: hashlib.sha256(path.name.encode()).hexdigest())
     folder = checkpoint(tmp_path, recorded)
     loaded = load_config(FOLDER / f"{name}.yaml", [f"output={tmp_path / 'out'}"])
     config = loaded.model_copy(update={"model": loaded.model.model_copy(update={"hub": None, "path": folder})})

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from cpift.checkpoints import Checkpoint
-from cpift.config import RegionsConfig, ResourcesConfig, RunConfig
-from cpift.config_loading import load_config
-from cpift.config_training import Strategy
-from cpift.core_regions import save_regions, select_regions
-from cpift.finetune import FitHooks, fit
-from cpift.fit_spec import FitSpec, StageSpec
-from cpift.models import materialise
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.loading import load_config
+from cpift.config.run import RegionsConfig, ResourcesConfig, RunConfig
+from cpift.config.training import Strategy
+from cpift.method.regions import save_regions, select_regions
+from cpift.models.sources import materialise
+from cpift.training.fit import FitHooks, fit
+from cpift.training.spec import FitSpec, StageSpec
 
 from .fits import fit_spec, weights
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from cpift.config import ResourcesConfig
-from cpift.config_training import TaskResources
-from cpift.placement import Nodes
+from cpift.cluster.placement import Nodes
+from cpift.config.run import ResourcesConfig
+from cpift.config.training import TaskResources
 
 
 def need(workers: int, cpus: float = 1, gpus: float = 0) -> ResourcesConfig:

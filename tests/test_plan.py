@@ -11,13 +11,13 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from cpift.api import plan
-from cpift.cli import app
-from cpift.config_loading import load_config
-from cpift.files import read_json
-from cpift.fit_spec import RESULT
-from cpift.inprocess import InProcessEngine
-from cpift.pipeline import Pipeline
-from cpift.view import quiet
+from cpift.cli.main import app
+from cpift.config.loading import load_config
+from cpift.console.view import quiet
+from cpift.disk.files import read_json
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.training.spec import RESULT
 
 
 @pytest.mark.slow

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from cpift.config import RunConfig
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import parse_config
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import parse_config
+from cpift.config.needs import require_extra
+from cpift.config.run import RunConfig
+from cpift.console.view import quiet
+from cpift.data.use import RowUse, told
 from cpift.errors import ConfigError, DataError
-from cpift.finetune import fit
-from cpift.fit_spec import StageSpec
-from cpift.inprocess import InProcessEngine
-from cpift.needs import require_extra
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
-from cpift.row_use import RowUse, told
-from cpift.scratch import make_scratch_tokenizer
-from cpift.view import quiet
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
+from cpift.training.fit import fit
+from cpift.training.spec import StageSpec
 
 from .fits import fit_spec
 from .test_families import VISION_LANGUAGE, make_family

@@ -16,21 +16,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cpift import pretrained
-from cpift.cli import main
-from cpift.config import DataSource, ModelConfig
-from cpift.config_inputs import ScratchModel
-from cpift.data import read_examples
+from cpift.cli.main import main
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import DataSource, ModelConfig
+from cpift.data.tasks import read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError
-from cpift.models import materialise
+from cpift.models.sources import materialise
+from cpift.pretrained import loading as pretrained
 
 ROOT = Path(__file__).parents[1]
 SIZE = ScratchModel(hidden_size=16, intermediate_size=16, layers=1, heads=2, max_length=64, seed=1)
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "simple_evaluate", "for_model"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 PICKLED = {
-    "cpift/sharded_state.py": {"pickle"},  # torch's index of a sharded checkpoint, by one closed list of classes
-    "cpift/distributed_work.py": {"cloudpickle"},  # a run's own work on its way through Ray, which pickles everything
+    "cpift/pretrained/sharded_state.py": {
+        "pickle"
+    },  # torch's index of a sharded checkpoint, by one closed list of classes
+    "cpift/cluster/work.py": {"cloudpickle"},  # a run's own work on its way through Ray, which pickles everything
 }
 
 
@@ -45,7 +47,7 @@ def keyword(call: ast.Call, name: str) -> object:
 
 
 def faults(path: Path, tree: ast.Module) -> Iterator[str]:
-    here = path == Path("cpift/pretrained.py")
+    here = path == Path("cpift/pretrained/loading.py")
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
@@ -59,7 +61,7 @@ def faults(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{node.lineno} unpickles"
         where = f"{path}:{node.lineno} calls {name}"
         # lm-eval loads what `pretrained.lm_eval_arguments` says.
-        if name in LOADERS and not here and path != Path("cpift/standard_benchmarks.py"):
+        if name in LOADERS and not here and path != Path("cpift/evaluation/standard.py"):
             yield where
         if any(one.arg == "trust_remote_code" and ast.unparse(one.value) != "False" for one in node.keywords):
             yield f"{where} and trusts"
@@ -299,7 +301,7 @@ def test_pickles_in_a_sharded_checkpoint_run_nothing(tmp_path: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from cpift.sharded_state import read_state
+    from cpift.pretrained.sharded_state import read_state
 
     mark = tmp_path / "ran"
     state = {"model": {"w": torch.arange(6.0)}, "optimizer": {"lr": 0.5, "betas": (0.9, 0.95), "names": ["w"]}}

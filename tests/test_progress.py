@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from cpift.console.progress import PLACE, Done, Piece, Progress, read_progress, write_progress
+from cpift.console.screen import duration, screen, summary
+from cpift.console.terminal import Terminal
+from cpift.console.view import View, quiet
+from cpift.disk.locks import exclusive, is_held
 from cpift.errors import StageError
-from cpift.locks import exclusive, is_held
-from cpift.progress_record import PLACE, Done, Piece, Progress, read_progress, write_progress
-from cpift.progress_screen import duration, screen, summary
-from cpift.progress_watch import Watch
-from cpift.run_folders import run_state
-from cpift.terminal import Terminal
-from cpift.untrusted import UnreadableError
-from cpift.view import View, quiet
+from cpift.pipeline.run_folders import run_state
+from cpift.pipeline.watch import Watch
+from cpift.untrusted.json import UnreadableError
 
 EVIL = "a\x1b]0;x\x07\x1b[2J\nb\u202e"
 NOW = 1_000_100.0
@@ -130,8 +130,8 @@ def test_the_record_says_how_a_command_ended(tmp_path: Path) -> None:
 WORK = """
 import sys, time
 from pathlib import Path
-from cpift.locks import exclusive
-from cpift.view import quiet
+from cpift.disk.locks import exclusive
+from cpift.console.view import quiet
 root = Path(sys.argv[1])
 with exclusive(root):
     view = quiet()

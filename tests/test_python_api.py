@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
 import cpift
-from cpift import ending, merge_folder
-from cpift.cli import app, main
-from cpift.config import FusionConfig, GroupsConfig, ModelConfig, RegionsConfig, RunConfig
-from cpift.config_inputs import ScratchModel
-from cpift.merge_fields import OPTIONS, MergeFields, MethodFields, RegionFields
-from cpift.models import materialise
-from cpift.state_dicts import KEYWORDS
+from cpift import merge_folder
+from cpift.cli.main import app, main
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import FusionConfig, GroupsConfig, ModelConfig, RegionsConfig, RunConfig
+from cpift.console import ending
+from cpift.merging.options import OPTIONS, MergeFields, MethodFields, RegionFields
+from cpift.merging.state_dicts import KEYWORDS
+from cpift.models.sources import materialise
 
 NAMES = {"maths": "ft-maths", "code": "ft-code"}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints import Checkpoint, differences
+from cpift.checkpoints.checkpoint import Checkpoint, differences
 from cpift.errors import CheckpointError
-from cpift.quantised import METHODS, dense_remedy
+from cpift.formats.quantised import METHODS, dense_remedy
 
 from .conftest import save_checkpoint
 
@@ -73,9 +73,9 @@ def test_whole_numbers_under_the_names_of_floats(tmp_path: Path) -> None:
 def test_the_command_for_fp8_gives_dense_weights(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cpift.config import ModelConfig
-    from cpift.config_inputs import ScratchModel
-    from cpift.models import materialise
+    from cpift.config.inputs import ScratchModel
+    from cpift.config.run import ModelConfig
+    from cpift.models.sources import materialise
 
     materialise(ModelConfig(scratch=ScratchModel()), tmp_path / "f")  # for its tokenizer
     size: dict[str, Any] = {

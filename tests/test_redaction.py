@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cpift.cli import main
-from cpift.config_loading import dump_fields, load_config
+from cpift.cli.main import main
+from cpift.cluster.submit import package
+from cpift.config.loading import dump_fields, load_config
+from cpift.console.terminal import Terminal, say
 from cpift.errors import ConfigError, CpiftError, Problem, StageError
-from cpift.redaction import holds_secret, is_prose, is_secret_variable, is_variable, redacted
-from cpift.submit import package
-from cpift.terminal import Terminal, say
-from cpift.tracking import log_file
+from cpift.text.redaction import holds_secret, is_prose, is_secret_variable, is_variable, redacted
+from cpift.training.tracking import log_file
 
 HUSH = "hu5h"  # part of every secret here
 SECRETS = [
@@ -231,7 +231,7 @@ def test_logs_and_messages_hold_no_secrets(
     def raises(*args: object, **rest: object) -> None:
         raise StageError(f"judge at {SECRETS[0]} failed")
 
-    monkeypatch.setattr("cpift.preflight.examined", raises)
+    monkeypatch.setattr("cpift.pipeline.preflight.examined", raises)
     monkeypatch.setattr(sys, "argv", ["cpift", "plan", str(config(tmp_path))])
     with pytest.raises(SystemExit):
         main()

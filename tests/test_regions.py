@@ -7,9 +7,11 @@ import pytest
 import torch
 from cpift_kernels import unpack_mask
 
-from cpift.checkpoints import Checkpoint
-from cpift.config import RegionsConfig
-from cpift.core_regions import (
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.run import RegionsConfig
+from cpift.errors import CheckpointError, CpiftError
+from cpift.method.masks import read_mask, read_summary
+from cpift.method.regions import (
     core_size,
     parameter_space,
     region_overlaps,
@@ -17,8 +19,6 @@ from cpift.core_regions import (
     select_regions,
     select_regions_many,
 )
-from cpift.errors import CheckpointError, CpiftError
-from cpift.region_masks import read_mask, read_summary
 
 from .conftest import random_tensors, save_checkpoint
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cpift import report_plots
-from cpift.config import RunConfig
-from cpift.model_card import license_of, model_card, write_model_card
-from cpift.report import ReportData, scores_table, summary, write_run
-from cpift.report_scores import compare, retention, standing, verdict
-from cpift.tensor_names import kind_of, layer_of
-from cpift.top_files import REPORTS, RUN_FILES
+from cpift.config.run import RunConfig
+from cpift.disk.top_files import REPORTS, RUN_FILES
+from cpift.report import plots as report_plots
+from cpift.report.data import compare, retention, standing, verdict
+from cpift.report.model_card import license_of, model_card, write_model_card
+from cpift.report.tensor_names import kind_of, layer_of
+from cpift.report.write import ReportData, scores_table, summary, write_run
 
 VOID = {"meta", "br", "path", "rect", "use", "link", "img"}
 

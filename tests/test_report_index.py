@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cpift.disk.top_files import REPORTS, is_ours
 from cpift.errors import ConfigError
-from cpift.report import write_run
-from cpift.report_index import SWEEP, write_page
-from cpift.report_page import page
-from cpift.report_parts import document
-from cpift.top_files import REPORTS, is_ours
+from cpift.report.html import document
+from cpift.report.index import SWEEP, write_page
+from cpift.report.page import page
+from cpift.report.write import write_run
 
 from .test_report import made_up
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from cpift.artifacts import Artifact
-from cpift.config import TaskConfig
-from cpift.files import write_json
-from cpift.report import write_run
-from cpift.report_chart import Kept, right_end
-from cpift.report_facts import halves, samples, tokens_by_model
-from cpift.report_files import csv_text, report_md, scores_csv
-from cpift.report_page import page
-from cpift.report_picture import kept_on, picture, replies, tokens
-from cpift.report_plots import training_curve
-from cpift.report_scores import ReportData, Sample, total_tokens
-from cpift.verdict import share_of
+from cpift.config.run import TaskConfig
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import write_json
+from cpift.evaluation.verdict import share_of
+from cpift.report.chart import Kept, right_end
+from cpift.report.data import ReportData, Sample, total_tokens
+from cpift.report.facts import halves, samples, tokens_by_model
+from cpift.report.files import csv_text, report_md, scores_csv
+from cpift.report.page import page
+from cpift.report.picture import kept_on, picture, replies, tokens
+from cpift.report.plots import training_curve
+from cpift.report.write import write_run
 
 from .test_report import Page, made_up
 from .test_verdict import RUN

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpift.compare_record import BASE, OURS, PROBES, Header, Record, Row, kept_scores
-from cpift.compare_report import document
-from cpift.compare_verdict import Findings
-from cpift.estimates import estimate, weighted_mean
-from cpift.report import first_sentences
-from cpift.report_scores import ReportData, retention, standing, summary, verdict
-from cpift.retention import DEFINITION, Learning, condensed, judged, learning_of, sentences
-from cpift.sweep_scores import figures
+from cpift.compare.files import document
+from cpift.compare.findings import Findings
+from cpift.compare.record import BASE, OURS, PROBES, Header, Record, Row, kept_scores
+from cpift.evaluation.estimates import estimate, weighted_mean
+from cpift.evaluation.retention import DEFINITION, Learning, condensed, judged, learning_of, sentences
+from cpift.report.data import ReportData, retention, standing, summary, verdict
+from cpift.report.write import first_sentences
+from cpift.sweep.scores import figures
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 

@@ -16,18 +16,18 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-from cpift import row_texts
-from cpift.config import DataSource
-from cpift.config_inputs import ScratchModel
-from cpift.data import load_examples, source_fingerprint
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import DataSource
+from cpift.data.sources import rows_of
+from cpift.data.tasks import load_examples, source_fingerprint
+from cpift.data.tokenise import tokenise
 from cpift.errors import DataError
-from cpift.examples import parse_row
-from cpift.row_formats import format_of
-from cpift.row_kinds import KINDS, columns_for, kind_of
-from cpift.row_sources import rows_of
-from cpift.scratch import make_scratch_tokenizer
-from cpift.tokens import tokenise
-from cpift.turns import RowError
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.rows import texts as row_texts
+from cpift.rows.examples import parse_row
+from cpift.rows.formats import format_of
+from cpift.rows.kinds import KINDS, columns_for, kind_of
+from cpift.rows.turns import RowError
 
 # Text that formats get wrong: quotes, separators, line breaks, spaces at the ends, what looks like a number or nothing.
 CELLS = ['say "a", or b;\tc', "two\nlines\r\nthree", "  padded  ", "007", "1e5", "NA", "null", "None", "é𝒜\u2028z", ""]

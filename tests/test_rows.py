@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cpift import templates
-from cpift.config import DataSource
-from cpift.config_inputs import ScratchModel
-from cpift.data import load_examples, source_fingerprint
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import DataSource
+from cpift.data import templates
+from cpift.data.tasks import load_examples, source_fingerprint
+from cpift.data.tokenise import IGNORED, tokenise
 from cpift.errors import DataError
-from cpift.examples import Example, parse_row
 from cpift.hub import HubError, download, resolve_revision
-from cpift.scratch import make_scratch_tokenizer
-from cpift.tokens import IGNORED, tokenise
-from cpift.turns import Message, RowError
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.rows.examples import Example, parse_row
+from cpift.rows.turns import Message, RowError
 
 # As Qwen3's: a thought in the content is taken for one, and the last reply has an empty one where there is none.
 THINKING = (
@@ -154,8 +154,8 @@ def test_results_from_rows_that_were_misread_before_get_a_new_fingerprint_and_no
     ):
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps({"messages": turns, "name": "a row's own column"}))
-        from cpift.artifacts import digest
-        from cpift.files import file_sha256
+        from cpift.disk.artifacts import digest
+        from cpift.disk.files import file_sha256
 
         same = digest(before | {"file": file_sha256(file)})
         assert (source_fingerprint(DataSource(file=file)) != same) == anew, turns

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from cpift.artifacts import Artifact
-from cpift.cli import app
+from cpift.cli.main import app
+from cpift.console.progress import PLACE
+from cpift.console.view import quiet
+from cpift.disk.artifacts import Artifact
+from cpift.disk.locks import exclusive
 from cpift.errors import CpiftError
-from cpift.locks import exclusive
-from cpift.progress_record import PLACE
-from cpift.run_folders import freeable, run_state, size_of
-from cpift.view import quiet
+from cpift.pipeline.run_folders import freeable, run_state, size_of
 
 
 def made(root: Path, stage: str, label: str = "", version: int = 1) -> Artifact:
@@ -117,7 +117,7 @@ def test_clean_leaves_what_is_not_ours(run: Path, tmp_path: Path) -> None:
 
 def test_clean_never_touches_a_run_at_work(run: Path) -> None:
     before = tree(run)
-    code = "import sys, time; from pathlib import Path; from cpift.locks import exclusive\n"
+    code = "import sys, time; from pathlib import Path; from cpift.disk.locks import exclusive\n"
     code += "with exclusive(Path(sys.argv[1])):\n    print(flush=True); time.sleep(100)"
     holder = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
     assert holder.stdout is not None

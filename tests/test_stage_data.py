@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow
 import pytest
 
-from cpift import rows_on_disk as on_disk
-from cpift.config import DataSource, TaskConfig, TrainingConfig
-from cpift.config_inputs import ScratchModel
-from cpift.data import balanced_sample, load_examples, mixture, tokenised_dataset
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import DataSource, TaskConfig, TrainingConfig
+from cpift.data import on_disk
+from cpift.data.packing import packed
+from cpift.data.tasks import balanced_sample, load_examples, mixture, tokenised_dataset
 from cpift.errors import DataError
-from cpift.fit_spec import FitSpec, StageSpec
-from cpift.packing import packed
-from cpift.scratch import make_scratch_tokenizer
-from cpift.stage_data import stage_data
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.training.rows import stage_data
+from cpift.training.spec import FitSpec, StageSpec
 
 from .fits import fit_spec, procedural
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cpift.cli import app
-from cpift.config_inputs import ModelConfig, ScratchModel
+from cpift.cli.main import app
+from cpift.config.inputs import ModelConfig, ScratchModel
 from cpift.errors import CpiftError
-from cpift.models import load_model, load_tokenizer, materialise
-from cpift.synthetic import generate
-from cpift.task_files import task_file_problems
+from cpift.evaluation.task_files import task_file_problems
+from cpift.models.sources import load_model, load_tokenizer, materialise
+from cpift.rows.synthetic import generate
 
 CHOICES = ["noun", "verb", "name"]
 TASK = """task: local_kinds

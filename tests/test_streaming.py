@@ -12,18 +12,18 @@ import pytest
 import torch
 from cpift_kernels import select_cores, unpack_mask
 
-from cpift import streaming
-from cpift.checkpoint_writing import plan_shards
-from cpift.checkpoints import Checkpoint
-from cpift.config import FusionConfig, RegionsConfig
-from cpift.core_regions import Streaming, core_size, select_regions_many, write_regions
+from cpift.checkpoints import slices as streaming
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.slices import pieces, sweep
+from cpift.checkpoints.writing import plan_shards
+from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CpiftError, StageError
-from cpift.fusion import Fusion, FusionInputs
-from cpift.merging import merge
-from cpift.region_masks import RegionMasks, read_summary
-from cpift.safetensors_files import FormatError, read_header
-from cpift.streaming import pieces, sweep
-from cpift.verify import failures, verify
+from cpift.formats.safetensors import FormatError, read_header
+from cpift.merging.engine import merge
+from cpift.merging.fusion import Fusion, FusionInputs
+from cpift.merging.verify import failures, verify
+from cpift.method.masks import RegionMasks, read_summary
+from cpift.method.regions import Streaming, core_size, select_regions_many, write_regions
 
 from .conftest import save_checkpoint
 
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, models, monkeyp
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cpift.safetensors_files.os.pwrite", full)
+    monkeypatch.setattr("cpift.formats.safetensors.os.pwrite", full)
     with pytest.raises(StageError, match="No space left on device → mend that"):
         merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**6)
     assert list(out.iterdir()) == []
@@ -162,7 +162,7 @@ def test_an_input_that_goes_away_is_not_told_as_a_full_disk(tmp_path: Path, mode
 
 def test_a_disk_without_room_is_met_before_the_work(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     fusion = fusion_of(tmp_path, models, FusionConfig())
-    monkeypatch.setattr("cpift.checkpoint_writing.shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    monkeypatch.setattr("cpift.checkpoints.writing.shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(StageError, match=r"10 kB free, the merged model takes 1\.24 MB"):
         merge(fusion, fusion.inputs.backbone, tmp_path, "inputs", shard_size=10**6)
 

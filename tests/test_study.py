@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cpift.baselines import methods_of
-from cpift.compare_config import load_comparison
-from cpift.compare_record import Record, finished, read_record
-from cpift.compare_verdict import Findings
-from cpift.config import ResourcesConfig
+from cpift.compare.config import load_comparison
+from cpift.compare.findings import Findings
+from cpift.compare.methods import methods_of
+from cpift.compare.record import Record, finished, read_record
+from cpift.config.run import ResourcesConfig
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from cpift import submit
-from cpift.config import RunConfig
-from cpift.config_loading import load_config
-from cpift.config_paths import PATHS
+from cpift.cluster import submit
+from cpift.cluster.submit import JobSpec, package
+from cpift.config.loading import load_config
+from cpift.config.paths import PATHS
+from cpift.config.run import RunConfig
 from cpift.errors import ConfigError
-from cpift.submit import JobSpec, package
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "ray_jobs"
@@ -89,7 +89,7 @@ def test_cpift_itself_goes_along_and_nothing_is_installed(rows: Path, monkeypatc
                     archive.write(path, name / path.relative_to(source))
         return folder / "cpift-0.whl"
 
-    monkeypatch.setattr("cpift.submit.build_wheel", build_wheel)
+    monkeypatch.setattr("cpift.cluster.submit.build_wheel", build_wheel)
     spec = package(local_run(rows), [], "/shared/out", rows / "build")
     assert set(spec.runtime_env) == {"working_dir", "env_vars"}, "a wheel in py_modules brings all its dependencies"
     command = [sys.executable, "-c", "import cpift, cpift_kernels; print(cpift.__file__, cpift_kernels.__file__)"]
@@ -211,7 +211,7 @@ def test_an_entry_point_runs_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("job", ["run", "fuse", "sweep"])
 def test_entry_points_hand_their_flags_to_cpift(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("cpift.cli.process", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr("cpift.cli.main.process", lambda: seen.extend(sys.argv))
     monkeypatch.delitem(sys.modules, "entry", raising=False)
     monkeypatch.syspath_prepend(JOBS)
     monkeypatch.setattr(sys, "argv", [job, "--set", "seed=1", "--config", "configs/a.yaml", "--output=/shared/a"])

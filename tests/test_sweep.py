@@ -12,18 +12,18 @@ import pytest
 import torch
 import yaml
 
-from cpift.config import RunConfig
-from cpift.config_loading import load_config
+from cpift.config.loading import load_config
+from cpift.config.run import RunConfig
+from cpift.console.view import quiet
+from cpift.disk.files import read_json
 from cpift.errors import ConfigError
-from cpift.estimates import estimate, t_quantile
-from cpift.files import read_json
-from cpift.pipeline import Pipeline
-from cpift.region_masks import read_mask
-from cpift.stage_artifacts import StageArtifacts
-from cpift.sweep_config import Sweep, load_sweep
-from cpift.sweep_plan import choose_points, merged
-from cpift.sweep_shared import SharedWork
-from cpift.view import quiet
+from cpift.evaluation.estimates import estimate, t_quantile
+from cpift.method.masks import read_mask
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import SharedWork
+from cpift.sweep.config import Sweep, load_sweep
+from cpift.sweep.points import choose_points, merged
 
 TASKS = ("a", "b", "c")
 

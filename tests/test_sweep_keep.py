@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cpift import sweep_trial
-from cpift.config import RunConfig
-from cpift.config_loading import load_config
-from cpift.config_variation import Fields
-from cpift.files import read_json
-from cpift.outcomes import known_scores, own_models
-from cpift.pipeline import Pipeline
-from cpift.sweep_config import Sweep
-from cpift.sweep_keep import Keeper
-from cpift.sweep_plan import Trial, choose_points, merged
-from cpift.sweep_record import Attempt
-from cpift.sweep_results import all_there, gather, write_results
-from cpift.sweep_scores import best_trial
-from cpift.sweep_shared import SharedWork
-from cpift.view import quiet
+from cpift.config.loading import load_config
+from cpift.config.run import RunConfig
+from cpift.config.variation import Fields
+from cpift.console.view import quiet
+from cpift.disk.files import read_json
+from cpift.pipeline.outcomes import known_scores, own_models
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import SharedWork
+from cpift.sweep import trial as sweep_trial
+from cpift.sweep.config import Sweep
+from cpift.sweep.keep import Keeper
+from cpift.sweep.points import Trial, choose_points, merged
+from cpift.sweep.record import Attempt
+from cpift.sweep.results import all_there, gather, write_results
+from cpift.sweep.scores import best_trial
 
 from .test_sweep import Copies, load
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cpift.sweep_results import summary
+from cpift.sweep.results import summary
 
 from .test_sweep_report import made_up
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cpift.estimates import estimate
-from cpift.sweep_plots import leaf_order, single_linkage
-from cpift.sweep_report import sweep_page
-from cpift.sweep_results import failures, results_table, summary, write_results
-from cpift.sweep_scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, pareto_front
-from cpift.sweep_verdict import verdict
-from cpift.top_files import REPORTS, SWEEP_FILES
+from cpift.disk.top_files import REPORTS, SWEEP_FILES
+from cpift.evaluation.estimates import estimate
+from cpift.sweep.page import sweep_page
+from cpift.sweep.plots import leaf_order, single_linkage
+from cpift.sweep.results import failures, results_table, summary, write_results
+from cpift.sweep.scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, pareto_front
+from cpift.sweep.verdict import verdict
 
 from .test_report import Page
 

@@ -14,20 +14,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift.cli import main
-from cpift.config import ModelConfig
-from cpift.config_inputs import ScratchModel
-from cpift.distributed_session import ray_session
-from cpift.files import file_sha256, read_json
-from cpift.models import materialise
-from cpift.outcomes import own_models
-from cpift.sweep import pipeline, run_sweep
-from cpift.sweep_config import Sweep, load_sweep
-from cpift.sweep_record import Attempt, sweep_record
-from cpift.sweep_results import gather
-from cpift.sweep_scores import SweepData, best_trial
-from cpift.sweep_trial import asks_ray
-from cpift.view import quiet
+from cpift.cli.main import main
+from cpift.cluster.session import ray_session
+from cpift.config.inputs import ScratchModel
+from cpift.config.run import ModelConfig
+from cpift.console.view import quiet
+from cpift.disk.files import file_sha256, read_json
+from cpift.models.sources import materialise
+from cpift.pipeline.outcomes import own_models
+from cpift.sweep.config import Sweep, load_sweep
+from cpift.sweep.record import Attempt, sweep_record
+from cpift.sweep.results import gather
+from cpift.sweep.scores import SweepData, best_trial
+from cpift.sweep.search import pipeline, run_sweep
+from cpift.sweep.trial import asks_ray
 
 from .test_sweep import sweep_file
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cpift.errors import DataError
-from cpift.examples import parse_row
-from cpift.synthetic import GENERATORS, generate
+from cpift.rows.examples import parse_row
+from cpift.rows.synthetic import GENERATORS, generate
 
 
 @pytest.mark.parametrize("name", GENERATORS)

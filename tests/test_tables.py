@@ -11,34 +11,30 @@ import torch
 from pydantic import BaseModel
 from transformers.trainer_utils import SchedulerType
 
-from cpift import (
-    baselines,
-    core_regions,
-    data,
-    devices,
-    evaluate,
-    fit_spec,
-    fusion,
-    given,
-    grouping,
-    methods,
-    metrics,
-    models,
-    outcomes,
-    planning,
-    row_sources,
-    stages,
-    sweep_config,
-    task_checks,
-    tracking,
-    verify_definition,
-)
-from cpift.compare_config import CompareConfig
-from cpift.config import RunConfig, TaskConfig
-from cpift.config_inputs import DataSource, ModelConfig, ScratchModel
-from cpift.config_training import SHARDED
+from cpift import devices
+from cpift.checkpoints import opening as given
+from cpift.compare import methods as baselines
+from cpift.compare.config import CompareConfig
+from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
+from cpift.config.run import RunConfig, TaskConfig
+from cpift.config.training import SHARDED
+from cpift.data import sources as row_sources
+from cpift.data import tasks as data
 from cpift.errors import CpiftError, entry
-from cpift.grouping import group_tasks
+from cpift.evaluation import checks as task_checks
+from cpift.evaluation import metrics
+from cpift.evaluation import scoring as evaluate
+from cpift.merging import definition as verify_definition
+from cpift.merging import fusion, methods
+from cpift.method import groups as grouping
+from cpift.method import regions as core_regions
+from cpift.method.groups import group_tasks
+from cpift.models import sources as models
+from cpift.pipeline import outcomes, stages
+from cpift.pipeline import plan as planning
+from cpift.sweep import config as sweep_config
+from cpift.training import spec as fit_spec
+from cpift.training import tracking
 
 from .test_fusion import FusionConfig
 from .test_identity import sections

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpift.text_metrics import last_number, longest_common_subsequence, rouge_l, same_final_number
+from cpift.evaluation.text import last_number, longest_common_subsequence, rouge_l, same_final_number
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from cpift.config_inputs import ScratchModel
-from cpift.scratch import make_scratch_tokenizer
-from cpift.tokenizer_files import chat_template, other_tokenizer, shared_template, template_note
+from cpift.config.inputs import ScratchModel
+from cpift.models.scratch import make_scratch_tokenizer
+from cpift.pretrained.tokenizer_files import chat_template, other_tokenizer, shared_template, template_note
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cpift.disk.locks import check_lock, exclusive
+from cpift.disk.top_files import RUN_FILES, check_top, is_ours, write_new, write_top
 from cpift.errors import ConfigError, CpiftError
-from cpift.locks import check_lock, exclusive
-from cpift.top_files import RUN_FILES, check_top, is_ours, write_new, write_top
 
 TEXTS = {
     "a.html": "<!doctype html>\n<p>x</p>\n",

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from cpift.errors import StageError
-from cpift.finetune import fit
-from cpift.fit_spec import StageSpec
-from cpift.tracking import check_trackers, log_file, tracker_variables
+from cpift.training.fit import fit
+from cpift.training.spec import StageSpec
+from cpift.training.tracking import check_trackers, log_file, tracker_variables
 
 from . import test_finetune
 from .test_finetune import spec
@@ -27,7 +27,7 @@ base = test_finetune.base  # a fixture
 
 def work(log: Path) -> None:
     with log_file(log):
-        logging.getLogger("cpift.finetune").info("step %d", 3)
+        logging.getLogger("cpift.training.fit").info("step %d", 3)
         warnings.warn("careful", stacklevel=1)
         raise ZeroDivisionError
 
@@ -36,9 +36,9 @@ def test_a_workers_log_holds_warnings_and_what_ended_it(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         work(tmp_path / "a" / "worker-0.log")
     text = (tmp_path / "a" / "worker-0.log").read_text()
-    for line in ("INFO cpift.finetune: step 3", "careful", "Traceback", "ZeroDivisionError"):
+    for line in ("INFO cpift.training.fit: step 3", "careful", "Traceback", "ZeroDivisionError"):
         assert line in text
-    logging.getLogger("cpift.finetune").info("afterwards")
+    logging.getLogger("cpift.training.fit").info("afterwards")
     assert (tmp_path / "a" / "worker-0.log").read_text() == text
 
 
@@ -139,7 +139,7 @@ def test_only_the_variables_of_the_trackers_in_use_go_to_workers(monkeypatch: py
 
 STUCK = """
 import sys, time
-from cpift.tracking import ended_if_stuck
+from cpift.training.tracking import ended_if_stuck
 
 def hang():
     time.sleep(60)

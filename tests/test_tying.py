@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints import Checkpoint
-from cpift.config_loading import load_config
-from cpift.engine import NoEngine
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.opening import open_models
+from cpift.config.loading import load_config
 from cpift.errors import CheckpointError, ConfigError
-from cpift.given import open_models
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 NEOX = {"tie_word_embeddings": True}

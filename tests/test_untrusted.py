@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpift.config_inputs import ScratchModel
-from cpift.config_loading import load_config
+from cpift.config.inputs import ScratchModel
+from cpift.config.loading import load_config
 from cpift.errors import ConfigError
-from cpift.model_sizes import folder_problems, memory_problem
-from cpift.patterns import Patterns
-from cpift.scratch import make_scratch_model, make_scratch_tokenizer
-from cpift.untrusted import ADAPTER, MODEL_CONFIG, RECORD, UnreadableError, json_lines, parse_json, read_json
-from cpift.untrusted_yaml import parse_yaml
+from cpift.formats.sizes import folder_problems, memory_problem
+from cpift.models.scratch import make_scratch_model, make_scratch_tokenizer
+from cpift.untrusted.json import ADAPTER, MODEL_CONFIG, RECORD, UnreadableError, json_lines, parse_json, read_json
+from cpift.untrusted.patterns import Patterns
+from cpift.untrusted.yaml import parse_yaml
 from tests.conftest import save_checkpoint
 from tests.hostile import READERS, RUN, broken, outcome, safetensors_seed
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cpift.verdict import Share, share_of, verdict_sentence
+from cpift.evaluation.verdict import Share, share_of, verdict_sentence
 
 from .test_retention import scored
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from cpift.work_queue import Outcome, Piece, WorkQueue
+from cpift.cluster.work_queue import Outcome, Piece, WorkQueue
 
 
 def queue(*failures: int) -> WorkQueue:

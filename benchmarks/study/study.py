@@ -31,24 +31,24 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-from cpift.artifacts import Artifact
-from cpift.baselines import methods_of, together
-from cpift.compare import ComparisonWork
-from cpift.compare_config import Comparison, load_comparison
-from cpift.compare_record import OURS, PROBES, Record, finished, joined, read_record, write_record
-from cpift.compare_report import document
-from cpift.compare_verdict import FULL, Findings
-from cpift.config import ResourcesConfig, RunConfig
-from cpift.config_loading import load_config, read_yaml
-from cpift.engine import NoEngine
+from cpift.compare.config import Comparison, load_comparison
+from cpift.compare.files import document
+from cpift.compare.findings import FULL, Findings
+from cpift.compare.methods import methods_of, together
+from cpift.compare.record import OURS, PROBES, Record, finished, joined, read_record, write_record
+from cpift.compare.work import ComparisonWork
+from cpift.config.loading import load_config, read_yaml
+from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.console.view import View, quiet
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import write_text
 from cpift.errors import CpiftError
-from cpift.files import write_text
-from cpift.fit_spec import FitSpec
-from cpift.inprocess import SharedHere
-from cpift.pipeline import Pipeline
-from cpift.preflight import preflight
-from cpift.sweep_shared import SharedEngine, SharedWork, titled_backbone
-from cpift.view import View, quiet
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.inprocess import SharedHere
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
+from cpift.pipeline.shared import SharedEngine, SharedWork, titled_backbone
+from cpift.training.spec import FitSpec
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "results.md"
@@ -161,7 +161,7 @@ def _engine(options: argparse.Namespace) -> Iterator[SharedEngine]:
     if options.here:
         yield Timed(SharedHere(), options.hours)
         return
-    from cpift.sweep import on_ray
+    from cpift.sweep.search import on_ray
 
     with on_ray(ResourcesConfig()) as engine:
         yield Timed(engine, options.hours)

@@ -1,0 +1,263 @@
+"""Checkpoints written: names, dtypes and shards decided beforehand, small files copied byte for byte.
+
+A shard has a temporary name until it is whole and on the disk; a note beside it says what it was made from, so that an
+interrupted merge goes on with the shards that are missing and never takes one of other inputs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from cpift.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from cpift.disk.files import digest, file_sha256, read_json, remember_sha256, write_json
+from cpift.errors import StageError
+from cpift.formats.safetensors import FileWriter, TensorInfo
+from cpift.pretrained.architecture import tied_names
+from cpift.pretrained.tying import untied_config
+from cpift.text.units import show_size
+
+if TYPE_CHECKING:
+    import torch
+
+_RECORDS = {
+    "fusion.json",
+    "inputs.json",
+    "training.json",
+}  # what a run says of a model, which another is not to inherit
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a checkpoint to be written."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+
+    def key(self, made_from: str) -> str:
+        """What identifies its content, given the fingerprint of inputs and settings."""
+        layout = [(info.name, list(info.shape), info.kind) for info in self.tensors]
+        return digest([made_from, self.name, layout])
+
+
+def plan_shards(tensors: Iterable[TensorInfo], limit: int) -> list[Shard]:
+    """Tensors in name order, packed into files of at most `limit` bytes (more where one tensor alone is larger)."""
+    groups: list[list[TensorInfo]] = []
+    room = 0
+    for info in sorted(tensors, key=lambda info: info.name):
+        if not groups or info.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(info)
+        room -= info.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+    names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
+    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write_index(shards: Sequence[Shard], folder: Path) -> None:
+    """The index that transformers finds tensors by; a checkpoint of one file has none."""
+    if [shard.name for shard in shards] != [SINGLE_FILE]:
+        total = sum(info.nbytes for shard in shards for info in shard.tensors)
+        places = {info.name: shard.name for shard in shards for info in shard.tensors}
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | None:
+    """The record of a shard that was finished before from the same inputs, None if it has to be written."""
+    note, file = note_of(shard, folder), folder / shard.name
+    if not (note.is_file() and file.is_file()):
+        return None
+    try:
+        found = read_json(note)
+        same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
+        record, sha256 = found["record"], found["sha256"]
+        return record if same and isinstance(record, dict) and sha256 in (None, file_sha256(file)) else None
+    except (ValueError, KeyError, TypeError):  # half a note, of a machine that lost power: the shard is made again
+        return None
+
+
+def write_shard(
+    shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], dict[str, Any]]
+) -> dict[str, Any]:
+    """Write one shard into `folder`; `fill` writes every tensor and returns what is to be kept beside it.
+
+    Raises StageError where the disk is full or cannot be written, or an input not be read; nothing half-written stays.
+    """
+    partial = folder / f".{shard.name}.{os.getpid()}.partial"
+    try:
+        record, sha256 = _filled(partial, shard, fill)
+    except OSError as error:
+        ours = error.filename in (None, str(partial))
+        what = f"{folder / shard.name} could not be written" if ours else f"{error.filename} could not be read"
+        remedy = "mend that, then the same command goes on with the files that are missing"
+        raise StageError(f"{what}: {error.strerror or error} → {remedy}") from error
+    os.replace(partial, folder / shard.name)
+    write_note(shard, folder, made_from, sha256, record)
+    return record
+
+
+def write_note(shard: Shard, folder: Path, made_from: str, sha256: str | None, record: dict[str, Any]) -> None:
+    """Say beside a shard, which is whole and in `folder`, what it was made from: `kept_record` then finds it."""
+    file = folder / shard.name
+    found = file.stat()
+    note = {"key": shard.key(made_from), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256}
+    _remember(file, note)
+    write_json(note_of(shard, folder), note | {"record": record})
+
+
+def _remember(file: Path, note: dict[str, Any]) -> None:
+    """A shard is hashed as it is written; its note tells other processes, as long as nobody touched the file."""
+    if note.get("sha256") and note["mtime_ns"] == file.stat().st_mtime_ns:
+        remember_sha256(file, note["sha256"])
+
+
+def _filled(
+    partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, Any]]
+) -> tuple[dict[str, Any], str | None]:
+    writer = FileWriter(partial, shard.tensors, in_order=True)
+    try:
+        record = fill(writer)
+        writer.flush()
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        writer.close()
+    return record, writer.sha256
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raise StageError if the disk has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise StageError(
+            f"{folder}: the disk has {show_size(free)} free, the merged model takes {show_size(nbytes)} → free some, "
+            "or give another folder with --output"
+        )
+
+
+def note_of(shard: Shard, folder: Path) -> Path:
+    """The file that says what a shard was made from."""
+    return folder / f".{shard.name}.json"
+
+
+class WriteBehind:
+    """Writes and hashes buffers while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
+
+    def __init__(self, nbytes: int, depth: int):
+        import torch
+
+        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
+        self._buffers = {
+            buffer.data_ptr(): buffer for buffer in (torch.empty(nbytes, dtype=torch.uint8) for _ in range(depth))
+        }
+        for buffer in self._buffers.values():
+            self._free.put(buffer)
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """An output buffer [numel]; waits until one has been written. Give it to `write`."""
+        self._raise_failed()
+        return self._free.get()[: numel * dtype.itemsize].view(dtype)
+
+    def write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
+        """Write a buffer as elements start.. of a tensor, some time before `drain` returns."""
+        hashed = self._hasher.submit(file.absorb, name, start, values)
+        self._pending.append(self._writer.submit(self._write, file, name, start, values, hashed))
+
+    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor, hashed: Future[None]) -> None:
+        try:
+            file.write(name, start, values)
+        finally:
+            wait([hashed])
+            self._free.put(self._buffers[values.data_ptr()])
+        hashed.result()
+
+    def drain(self) -> None:
+        """Wait until everything has been written; raises what went wrong."""
+        pending, self._pending = self._pending, []
+        wait(pending)
+        for future in pending:
+            future.result()
+
+    def _raise_failed(self) -> None:
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        for future in done:
+            future.result()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+
+
+def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:
+    """Write a checkpoint with the names, shapes, dtypes and shards of `model`, one tensor at a time.
+
+    `produce` gives each tensor; another shape or dtype than announced is an error. Config, tokenizer and all other
+    small files are copied byte for byte. `out` must exist (a stage's partial folder).
+    """
+    for file in model.files:
+        infos = [info for info in model.tensors.values() if info.file == file]
+        writer = FileWriter(out / file.name, infos)
+        for info in infos:
+            tensor = produce(info)
+            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+                raise ValueError(f"{info.name}: got {tensor.dtype} {list(tensor.shape)}, announced {info}")
+            writer.write(info.name, 0, tensor.cpu().contiguous())
+        writer.flush()
+        writer.close()
+    shards = [Shard(f.name, tuple(i for i in model.tensors.values() if i.file == f)) for f in model.files]
+    write_index(shards, out)
+    copy_companions(model, out)
+
+
+def write_plain(model: Checkpoint, like: Checkpoint, out: Path, shard_size: int = 5 * 10**9) -> None:
+    """Write any checkpoint as the folder of a full model, one tensor at a time; small files are those of `like`."""
+    shards = plan_shards(model.tensors.values(), shard_size)
+    for shard in shards:
+        writer = FileWriter(out / shard.name, shard.tensors)
+        for info in shard.tensors:
+            writer.write(info.name, 0, model.tensor(info.name).contiguous())
+        writer.flush()
+        writer.close()
+    write_index(shards, out)
+    copy_companions(like, out)
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """Everything of a model folder that is not weights or their index: config, tokenizer, chat template, licence."""
+    weights = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack)$")
+    skipped = {"manifest.json", "README.md", INDEX_FILE, *_RECORDS}
+    for path in sorted(folder.iterdir()):
+        if (
+            path.is_file()
+            and not weights.match(path.name)
+            and not path.name.startswith(".")
+            and path.name not in skipped
+        ):
+            yield path
+
+
+def copy_companions(model: Checkpoint, out: Path) -> None:
+    """Copy a model's small files; where its tied tensors are apart, the copy's config.json ties them no longer."""
+    for path in companions(model.folder):
+        shutil.copyfile(path, out / path.name)
+    if model.is_apart and model.ties:
+        write_json(out / "config.json", untied_config(model.config))
+        if tied := tied_names(out):
+            names = ", ".join(tied)
+            raise StageError(f"{out / 'config.json'}: its class ties {names} whatever its configuration says")

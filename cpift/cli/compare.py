@@ -1,0 +1,96 @@
+"""`cpift compare`: whether CPI-FT pays, beside everything else that the same tokens could have bought."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpift.console.terminal import Terminal, say
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command."""
+    app.command(rich_help_panel=panel)(compare)
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a run's YAML file, or a comparison's")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="a field of the run, for all methods (repeatable)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="folder for all results [default: the run's]")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0,1,2", help="train every method with each of these")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="total|after_probes", help="tokens that plain SFT may use")
+    ] = None,
+    here: Annotated[bool, typer.Option("--here", help="in this process, one fine-tune after another, no Ray")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="only list the methods; trains nothing")] = False,
+) -> None:
+    """Train and score CPI-FT beside its baselines on the same data, budget and evaluation.
+
+    Baselines: full multi-task SFT, multi-stage SFT (random and heuristic order), sequential SFT, the probes, linear
+    average, SLERP, task arithmetic, TIES, DARE, and CPI-FT without each of its parts. `--budget total` gives plain SFT
+    as many tokens as CPI-FT's probes, backbone and integration together, `after_probes` as many as the last two.
+
+    Intervals are over test rows and seeds; with one seed they say nothing about another training run. What a run of
+    this config made already is used; the same command again goes on after a crash. Writes comparison.jsonl (every
+    method's score on every test row), comparison.html, comparison.md and comparison.csv.
+    """
+    from cpift.compare.config import load_comparison
+
+    changes: dict[str, Any] = {"output": output} if output else {}
+    changes |= {} if seeds is None else {"seeds": _seeds(seeds)}
+    changes |= {} if budget is None else {"budgets": [budget]}
+    made = load_comparison(config, overrides or [], changes)
+    from cpift.compare.files import written_files
+    from cpift.pipeline.preflight import preflight
+
+    preflight(made.base, stage="compare", download=not plan, writes=written_files(made.config.curves))
+    from cpift.compare.methods import methods_of
+
+    if plan:
+        for method in methods_of(made):
+            say(f"{method.kind:12} {method.name}")
+        say(f"Each with seeds {', '.join(map(str, made.seeds))}; results in {made.base.output_dir}")
+        return
+
+    from cpift.compare.files import comparison_table, first_sentences, write_comparison
+    from cpift.compare.work import run_comparison
+    from cpift.console.view import View
+    from cpift.disk.locks import exclusive
+
+    view, folder = View(), made.base.output_dir
+    with exclusive(folder), view.recorded(folder, "compare"), _engine(made, here) as engine:
+        record = run_comparison(made, engine, view)
+    report = write_comparison(record, made.base.output_dir)
+    for sentence in first_sentences(record):
+        say(f"! {sentence}", "yellow")
+    Terminal().print(comparison_table(record))
+    say(f"Report: {report}")
+
+
+def _seeds(text: str) -> list[int]:
+    from cpift.errors import ConfigError, Problem
+
+    if re.fullmatch(r" *[0-9]{1,10} *(, *[0-9]{1,10} *)*", text) is None:
+        raise ConfigError("command line", [Problem("--seeds", repr(text), "write numbers, for example 0,1,2")])
+    return [int(part) for part in text.split(",")]
+
+
+def _engine(made: Any, here: bool) -> Any:
+    """A context that gives the engine: Ray's within its session, or this process."""
+    if here:
+        from contextlib import nullcontext
+
+        from cpift.pipeline.inprocess import SharedHere
+
+        return nullcontext(SharedHere())
+    from cpift.cluster.tasks import on_ray
+
+    return on_ray(made.base.resources)

@@ -1,0 +1,44 @@
+"""How a command is found and how it ends: signals in order, and what other tools call what is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperGroup
+
+from cpift.errors import CpiftError
+
+_RUN, _MERGE = (
+    "`cpift run CONFIG` makes every stage",
+    "`cpift merge BASE MODEL... --out FOLDER`; as a file, `cpift init merge` and `cpift fuse`",
+)
+_MERGEKIT = "`cpift plan FILE` answers mergekit's file with the `cpift merge` command that does the same"
+_INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
+_OTHER_WORDS = {
+    **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
+    **dict.fromkeys(("mergekit-yaml", "mergekit-multi", "mergekit"), _MERGEKIT),
+    **dict.fromkeys(("merge-lora", "export"), _MERGE),
+    **dict.fromkeys(("eval", "test", "score"), "`cpift evaluate CONFIG`; on standard benchmarks `cpift standard`"),
+    **dict.fromkeys(("preprocess", "preview", "tokenize"), "`cpift data preview CONFIG`"),
+    **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),
+    **dict.fromkeys(("verify", "fsck"), "`cpift check RUN` compares an output folder with what was recorded"),
+    **dict.fromkeys(("select", "masks", "cores"), "`cpift regions CONFIG`"),
+    **dict.fromkeys(("new", "create", "start", "setup", "quickstart", "configure"), _INIT),
+    "version": "`cpift --version`",
+}
+
+
+class Commands(TyperGroup):
+    """Every command ends in order; within typer, which would make `Aborted!` of a signal."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from cpift.console.ending import ended_in_order
+
+        with ended_in_order():
+            return super().invoke(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Other tools' words for what is here are told; typer suggests what is spelt alike."""
+        if args and args[0] not in self.commands and (ours := _OTHER_WORDS.get(args[0])) is not None:
+            raise CpiftError(f"there is no command {args[0]!r} → {ours}")
+        return super().resolve_command(ctx, args)

@@ -1,0 +1,151 @@
+"""`cpift merge`: checkpoints into an ordinary model folder, every field an option."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpift.console.terminal import say
+from cpift.errors import ConfigError, Problem
+from cpift.merging.options import OPTIONS, Option
+from cpift.text.units import show_size
+
+if TYPE_CHECKING:
+    from cpift.config.run import RunConfig
+
+_KINDS: Mapping[str, Any] = {
+    "value": str | None,
+    "values": list[str] | None,
+    "pairs": list[str] | None,
+    "switch": bool | None,
+}
+_FIELDS = "Fields of the merge"
+
+
+def register_merge(app: typer.Typer, panel: str) -> None:
+    """Add the command, with an option for each of OPTIONS."""
+
+    def command(**given: Any) -> None:
+        fields = {name: given.pop(name) for name in OPTIONS}
+        merge(**given, fields={name: value for name, value in fields.items() if value not in (None, [])})
+
+    own = [one for one in inspect.signature(merge, eval_str=True).parameters.values() if one.name != "fields"]
+    parameters = [*own, *(_parameter(name, option) for name, option in OPTIONS.items())]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__doc__ = merge.__doc__
+    app.command("merge", rich_help_panel=panel)(command)
+
+
+def _parameter(name: str, option: Option) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    declared = f"{flag}/--no-{flag[2:]}" if option.kind == "switch" else flag
+    metavar = {"pairs": "NAME=VALUE", "values": "PATTERN", "value": "VALUE"}.get(option.kind)
+    info = typer.Option(declared, metavar=metavar, help=option.help, rich_help_panel=_FIELDS, show_default=False)
+    annotation: Any = Annotated.__class_getitem__((_KINDS[option.kind], info))  # type: ignore[attr-defined]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def merge(
+    *,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the model that all were tuned from: folder or hub id")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL... | NAME=MODEL...", help="fine-tunes, whole or LoRA adapters: folders, hub ids"),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="the folder to make")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="any other field of a run (repeatable)")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
+    fields: Mapping[str, Any],
+) -> None:
+    """Merge fine-tunes of one model into a model folder, without a YAML file.
+
+    The folder appears under its name when it is whole and checked; nothing that exists is replaced. Partial work lies
+    beside it in .NAME.merge: after a kill the same command goes on from there.
+    """
+    from cpift.merge_folder import checked, merge_config, merge_into, named_models, place_of, work_of
+
+    place = place_of(out)
+    values = {name: _value(name, value) for name, value in fields.items()}
+    config = merge_config(base, named_models(models), work_of(place), values, _settings(overrides or []))
+    if dry_run:
+        _tell(config, checked(config, place, download=False), place)
+        return
+    from cpift.console.view import View
+
+    merging = None
+    if config.resources.on_cluster:
+        from cpift.cluster.merging import merging_of
+
+        merging = merging_of(config.resources)
+    result = merge_into(config, place, View(), merging)
+    if result.cached:
+        say("It is there already: nothing to do.")
+    say(f"Merged model: {result.path}")
+
+
+def _value(name: str, given: Any) -> Any:
+    """An option's value as a file would have it. Raises ConfigError."""
+    option = OPTIONS[name]
+    if option.kind == "pairs":
+        return dict(_pair(name, one) for one in given)
+    return given if option.kind in ("switch", "values") else _parsed(name, given)
+
+
+def _pair(name: str, given: str) -> tuple[str, Any]:
+    key, equals, value = given.partition("=")
+    if not equals:
+        raise ConfigError("merge", [Problem(f"--{name.replace('_', '-')}", f"{given!r} has no '='", "NAME=VALUE")])
+    return key, _parsed(name, value)
+
+
+def _parsed(name: str, given: str) -> Any:
+    from cpift.untrusted.json import UnreadableError
+    from cpift.untrusted.yaml import parse_yaml
+
+    if OPTIONS[name].field in ("model.chat_template", "backbone.source", "backbone.revision"):
+        return given
+    try:
+        return parse_yaml(given)
+    except UnreadableError as error:
+        raise ConfigError("merge", [error.problem(f"--{name.replace('_', '-')}")]) from None
+
+
+def _settings(overrides: list[str]) -> dict[str, Any]:
+    """Fields by dotted name, of `--set FIELD=VALUE`. Raises ConfigError."""
+    from cpift.untrusted.json import UnreadableError
+    from cpift.untrusted.yaml import parse_yaml
+
+    found: dict[str, Any] = {}
+    for text in overrides:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("merge", [Problem("--set", f"{text!r} has no '='", "write it as field.name=value")])
+        try:
+            found[field.strip()] = parse_yaml(value)
+        except UnreadableError as error:
+            raise ConfigError("merge", [error.problem(f"--set {field}")]) from None
+    return found
+
+
+def _tell(config: RunConfig, notes: list[str], place: Path) -> None:
+    from cpift.merge_folder import work_of
+    from cpift.merging.methods import method_named
+    from cpift.pipeline.identity import StageArtifacts
+    from cpift.pipeline.plan import plan
+
+    made = plan(StageArtifacts(config), notes)
+    say(f"{config.fusion.method}: {method_named(config.fusion.method).told(config.fusion)}")
+    for note in made.notes:
+        say(note)
+    if made.parameters is not None:
+        say(f"Parameters: {made.parameters:,}")
+    say(f"Disk: about {show_size(made.disk_needed or 0)} more, {show_size(made.disk_free)} free")
+    partial = work_of(place)
+    say(f"Goes on from {partial}" if partial.exists() else f"Would write {place}, by way of {partial}")

@@ -1,0 +1,158 @@
+"""`cpift plan`: what a run of a config will do and need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpift.cli import many as cli_cluster
+from cpift.console.terminal import Terminal, say
+from cpift.text.units import show_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cpift.pipeline.plan import Plan
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="override a field, for example --set regions.p=0.05 (repeatable)"
+    ),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the command."""
+    app.command(rich_help_panel=panel)(plan)
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; docs/plan.md has its fields")] = False,
+) -> None:
+    """Show the stages, what is cached, and what the run needs. Touches nothing."""
+    from cpift.compare.run_baselines import plan_all
+    from cpift.config.loading import load_config
+    from cpift.pipeline.identity import StageArtifacts
+    from cpift.pipeline.preflight import examined
+
+    run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
+    seen = examined(run, stage=None, download=False)
+    artifacts = StageArtifacts(run)
+    made, idle = plan_all(artifacts, seen.notes, seen.rows), cli_cluster.unused_gpus(run)
+    if as_json:
+        say(json.dumps(plan_record(made, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
+        return
+    _print_plan(made, artifacts.root, idle)
+
+
+def plan_record(made: Plan, name: str, root: Path, idle: str | None) -> dict[str, Any]:
+    """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
+    record = asdict(made)
+    return {"format": 1, "name": name, "output": str(root), "unused_gpus": idle, **record}
+
+
+def _print_plan(made: Plan, root: Path, idle: str | None) -> None:
+    console = Terminal()
+    console.print(_stages(made, root))
+    if made.rows:
+        console.print(_rows(made))
+    for label, text in _needs(made, idle):
+        console.print(f"{label}: {text}")
+    shown = tuple(f"tasks.{one['task']}.train at {one['field']} = " for one in made.rows if not _lost(one))
+    for note in made.notes:
+        if not note.startswith(shown):  # the table has it
+            console.print(note)
+
+
+def _lost(one: Mapping[str, Any]) -> bool:
+    return bool(one["cut"] or one["left_out"])
+
+
+def _stages(made: Plan, root: Path) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Plan for {root}", title_justify="left")
+    for name, right in (("stage", False), ("state", False), ("steps", True), ("tokens", True), ("what", False)):
+        table.add_column(name, justify="right" if right else "left")
+    colours, costs = {"cached": "green", "to do": "cyan"}, {(fit.stage, fit.label): fit for fit in made.fits}
+    for step in made.steps:
+        cost = costs.get((step.stage, step.label))
+        figures = ("", "") if cost is None else (_count(cost.steps), _about(cost.tokens))
+        state = Text(step.state, colours.get(step.state, "yellow"))
+        table.add_row(f"{step.stage} {step.label}".strip(), state, *figures, step.detail)
+    return table
+
+
+def _rows(made: Plan) -> Table:
+    """A line for tasks and fine-tunes whose rows are used alike."""
+    from rich.table import Table
+
+    table = Table("rows of", "for", title="Training rows", title_justify="left")
+    for name in ("rows", "used", "cut", "left out"):
+        table.add_column(name, justify="right")
+    shown: dict[tuple[Any, ...], list[str]] = {}
+    for one in made.rows:
+        looked = "" if one["all"] else f" (of the first {one['rows']:,})"
+        key = (one["task"], one["in_all"], one["used"], one["cut"], one["left_out"], looked)
+        shown.setdefault(key, []).append(str(one["field"]).removesuffix(".max_length"))
+    for (task, rows, used, cut, left_out, looked), fields in shown.items():
+        table.add_row(task, ", ".join(fields), f"{rows:,}", f"{used:,}{looked}", f"{cut:,}", f"{left_out:,}")
+    return table
+
+
+def _needs(made: Plan, idle: str | None) -> Iterator[tuple[str, str]]:
+    """What the run needs of the machine, as far as it is known."""
+    if made.parameters is None:
+        yield "Parameters", "known once the model has been downloaded"
+    else:
+        yield "Parameters", f"{made.parameters:,}; a core region: {made.core_size:,} elements"
+        yield "Disk", f"about {show_size(made.disk_needed or 0)} more, {show_size(made.disk_free)} free"
+    if made.memory_per_worker is not None:
+        memory = show_size(made.memory_per_worker)
+        yield "Memory of a training worker", f"about {memory} for weights, gradients and AdamW, and the activations"
+    if made.fits:
+        yield "Device", made.device + (f". {idle}" if idle else "")
+        yield "Time", _time(made)
+    elif idle:
+        yield "Device", idle
+
+
+def _time(made: Plan) -> str:
+    from cpift.console.screen import duration
+
+    if made.seconds is not None:
+        measured = "at the best speed of earlier ones on this machine, their start included"
+        return f"about {duration(made.seconds)} of fine-tuning, {measured}"
+    todo = {(step.stage, step.label) for step in made.steps if step.state not in ("cached", "given")}
+    if not any((fit.stage, fit.label) in todo for fit in made.fits):
+        return "no fine-tune is left to do"
+    known = {f"{fit.stage} {fit.label}".strip(): fit.seconds for fit in made.fits if fit.seconds is not None}
+    first = "unknown until a first run: no fine-tune of this size was timed on this machine"
+    some = ", ".join(f"{name} about {duration(seconds)}" for name, seconds in known.items())
+    return f"{some}; the rest is not known before the tasks are grouped" if known else first
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _about(value: int | None) -> str:
+    """Two digits, with the unit that people use of tokens."""
+    if value is None:
+        return "?"
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if value >= size:
+            return f"{value / size:.2g}{unit}" if value < 100 * size else f"{value / size:.0f}{unit}"
+    return str(value)

@@ -1,0 +1,74 @@
+"""`cpift standard`: a run's models on standard benchmarks. `cpift bench`: the kernels on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpift.console.terminal import say
+from cpift.disk.files import SOURCE_TREE
+from cpift.errors import CpiftError
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Add the commands."""
+    app.command(rich_help_panel=panel)(standard)
+    as_they_are = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(rich_help_panel=panel, context_settings=as_they_are)(bench)
+
+
+def standard(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="folders of models, such as `run` prints")],
+    tasks: Annotated[str, typer.Option("--tasks", metavar="gsm8k,logiqa", help="lm-eval's names")],
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="folder with lm-eval YAML files of your own")
+    ] = None,
+    task_code: Annotated[
+        bool, typer.Option("--task-code", help="let Python functions run that those files name (!function)")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task at most")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="examples before a question")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put prompts through the model's chat template")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="rows scored at once")] = 8,
+    gpu: Annotated[bool, typer.Option("--gpu", help="compute on this machine's first GPU; else on the CPU")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="also write everything as JSON to this new file")] = None,
+) -> None:
+    """Score models on standard benchmarks with lm-eval (needs the `eval` extra): its tasks, prompts and metrics."""
+    from cpift.config.needs import require_extra
+    from cpift.disk.files import json_text
+    from cpift.disk.top_files import write_new
+    from cpift.evaluation.standard import Benchmarks, standard_scores
+
+    require_extra("standard", "cpift standard")
+    if out is not None and out.exists():
+        raise CpiftError(f"{out} is there already: give --out another name")
+    for path in models:
+        if not (path / "config.json").is_file():
+            raise CpiftError(f"{path}: no model's folder, for it has no config.json")
+    wanted = Benchmarks(
+        [name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu, task_code
+    )
+    found = standard_scores({str(path): path for path in models}, wanted, lambda title: say(f"scoring {title}"))
+    for title, scores in found.items():
+        for task, figures in scores.items():
+            for name, value in figures.items():
+                if "_stderr," not in name and value is not None:
+                    error = figures.get(name.replace(",", "_stderr,"))
+                    say(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
+    if out is not None:
+        write_new(out, json_text(found))
+
+
+def bench(context: typer.Context) -> None:
+    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
+
+    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
+    """
+    script = SOURCE_TREE / "benchmarks" / "bench_kernels.py"
+    if not script.is_file():
+        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))

@@ -1,0 +1,210 @@
+"""Ray: the pipeline's engine, and evaluations as Ray tasks.
+
+One group of workers takes a run's fine-tunes and evaluations (`group.py`); what it cannot serve is a Ray
+Train run each (`fits.py`), or a task here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cpift.cluster.fits import cpus_for, parallel_fits, run_fits
+from cpift.cluster.group import FitGroup, Kind, servable
+from cpift.cluster.session import (
+    NAMESPACE,
+    POLL_SECONDS,
+    OnProgress,
+    progress_board,
+    raise_failures,
+    ray_answers,
+    ray_session,
+    show_progress,
+    use_assigned_gpus,
+)
+from cpift.cluster.work import piece_of
+from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
+from cpift.config.tasks import EvaluationConfig
+from cpift.console.ending import stopping
+from cpift.pipeline.inprocess import Scoring, score_here
+from cpift.training.spec import RESULT, FitSpec
+
+
+def evaluate_models(
+    models: dict[str, Path],
+    tasks: Sequence[TaskConfig],
+    settings: EvaluationConfig,
+    resources: ResourcesConfig,
+    on_result: Callable[[str, dict[str, Any]], None],
+    on_progress: OnProgress,
+) -> None:
+    """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
+    if not models:
+        return
+    scorings = [Scoring(title, path, tuple(tasks), settings, resources) for title, path in models.items()]
+    with ray_session(resources), progress_board() as (board_name, board):
+        remote = _evaluate_worker.options(
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            max_retries=2,
+            scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
+        )
+        pending = {remote.remote(scoring, board_name): scoring.title for scoring in scorings}
+        failures: dict[str, BaseException | None] = {}
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
+            show_progress(board, on_progress)
+            for reference in ready:
+                title = pending.pop(reference)
+                try:
+                    on_result(title, ray.get(reference))
+                except ray.exceptions.RayError as error:
+                    failures[title] = error
+        raise_failures(failures)
+
+
+@ray.remote
+def _evaluate_worker(scoring: Scoring, board_name: str) -> dict[str, Any]:
+    use_assigned_gpus()
+    board = ray.get_actor(board_name, namespace=NAMESPACE)
+    return score_here(scoring, board.post.remote)
+
+
+class RayEngine:
+    """The pipeline's engine on Ray (see `engine.Engine`)."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._session: ExitStack | None = None
+        self._starting: threading.Event | None = None  # set when Ray and the group are there, or failed to start
+        self._failed: BaseException | None = None  # to start
+        self._over = threading.Event()  # set when the session has ended
+        self._group: FitGroup | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Within it one Ray connection serves all stages; it is made when the first of them needs it."""
+        self._over = threading.Event()
+        try:
+            with ExitStack() as self._session:
+                try:
+                    yield
+                finally:
+                    if not stopping():
+                        self._started()
+                    if ray_answers():
+                        self._leave_group()
+        finally:
+            self._session = None
+            self._over.set()
+
+    def expect(self, fits: int) -> None:
+        """Ray of this machine and its workers start while the caller prepares their work; on a cluster they would hold
+        what others could use."""
+        resources, tracking = self._config.resources, self._config.tracking
+        kinds = {servable(resources.overridden(task.resources), tracking) for task in self._config.trained}
+        if self._session is None or self._starting is not None or ray.is_initialized():
+            return
+        if resources.on_cluster or len(kinds) != 1:
+            return
+        (kind,) = kinds
+        if kind is not None:
+            self._starting = threading.Event()
+            ends = (self._starting, self._over)
+            threading.Thread(target=self._start, args=(kind, fits, *ends), daemon=True).start()
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
+        if not todo:
+            return
+        self._connect(on_progress)
+        kinds = {servable(spec.resources, spec.tracking) for spec in todo}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None or self._session is None:  # outside of a session there is nothing that a group could outlive
+            self._leave_group()
+            run_fits(todo, self._config.resources, on_progress)
+            return
+        group = self._group_of(kind, todo)
+        failed = group.run([piece_of(spec) for spec in todo], lambda title, _: None, on_progress)
+        raise_failures(failed, f"Logs: {todo[0].logs.parent}")
+
+    def evaluate(
+        self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
+    ) -> None:
+        self._connect(on_progress)
+        config = self._config
+        if (group := self._group) is None or not self._scores_well(group, len(models)):
+            self._leave_group()
+            evaluate_models(models, config.tasks, config.evaluation, config.resources, on_result, on_progress)
+            return
+        scorings = [
+            Scoring(title, path, config.tasks, config.evaluation, config.resources) for title, path in models.items()
+        ]
+        failed = group.run([piece_of(scoring) for scoring in scorings], on_result, on_progress)
+        group.dismiss()  # the last stage that needs it; they leave while the report is written
+        raise_failures(failed)
+
+    # ---- the group -------------------------------------------------------------------------------------------------
+
+    def _group_of(self, kind: Kind, specs: Sequence[FitSpec]) -> FitGroup:
+        """A group for these: the one that there is, unless it is too small or would hold a cluster's workers idle."""
+        resources = specs[0].resources.model_copy(update={"parallel": self._config.resources.parallel})
+        size = min(parallel_fits(resources, specs[0].title), len(specs))
+        sizes = [size] if resources.on_cluster else range(size, 10**9)
+        group = self._group
+        if group is not None and group.usable and group.kind == kind and group.size in sizes:
+            return group
+        self._leave_group()
+        self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
+        return self._group
+
+    def _scores_well(self, group: FitGroup, models: int) -> bool:
+        """Whether the group scores as many models at once as tasks of their own with a CPU for each thread would."""
+        resources = self._config.resources
+        if not group.usable or group.kind != servable(resources, self._config.tracking):
+            return False
+        alone = {"cpus_per_worker": cpus_for(resources.threads, resources), "parallel": None}
+        return group.size >= min(models, parallel_fits(resources.model_copy(update=alone), "an evaluation"))
+
+    def _leave_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _start(self, kind: Kind, fits: int, there: threading.Event, over: threading.Event) -> None:
+        """Start all, and stay: the system ends Ray's processes with the thread that started them."""
+        try:
+            assert self._session is not None
+            self._session.enter_context(ray_session(self._config.resources))
+            size = min(parallel_fits(self._config.resources), fits)
+            self._group = FitGroup(kind, size, self._config.resources, self._config.output_dir / ".work")
+        except BaseException as error:  # for the thread that waits for it
+            self._failed = error
+        there.set()
+        over.wait()
+
+    def _started(self) -> None:
+        if self._starting is not None:
+            self._starting.wait()
+
+    def _connect(self, on_progress: OnProgress) -> None:
+        if self._session is not None:
+            if self._starting is not None or not ray.is_initialized():
+                on_progress({"waiting": f"starting Ray{self._where}"})
+            self._started()
+            failed, self._starting, self._failed = self._failed, None, None
+            if failed is not None:
+                raise failed
+            self._session.enter_context(ray_session(self._config.resources))
+        on_progress({"waiting": "waiting for the first worker to start"})
+
+    @property
+    def _where(self) -> str:
+        address = self._config.resources.address or os.environ.get("RAY_ADDRESS")
+        return " on this machine" if address is None else f": connecting to {address}"

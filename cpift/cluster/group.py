@@ -1,0 +1,177 @@
+"""Ray: one Ray Train worker group for a whole run, whose workers take whole fine-tunes and evaluations.
+
+A Ray Train run a fine-tune (`fits.py`) costs a controller, its helpers, and a worker that imports torch and
+transformers anew: five times the training itself where that is short. `servable` says what a group cannot take.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import BackendConfig
+from ray.train.backend import Backend
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cpift.cluster.desk import Desk
+from cpift.cluster.session import POLL_SECONDS, OnProgress, require_ray
+from cpift.cluster.work import serve
+from cpift.cluster.work_queue import Outcome, Piece
+from cpift.config.run import ResourcesConfig
+from cpift.config.training import Tracker
+from cpift.errors import StageError
+from cpift.training.tracking import tracker_variables
+
+_NAME = "workers"  # Ray's name of the group's run, a folder of its storage; nothing is kept there
+_CLOSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all workers of a group have alike: CPUs, GPUs, and what the environment says to trackers."""
+
+    cpus: float
+    gpus: float
+    variables: tuple[tuple[str, str], ...]
+
+
+def servable(resources: ResourcesConfig, tracking: Sequence[Tracker]) -> Kind | None:
+    """The workers that fine-tunes of these resources take; None where each needs a Ray Train run of its own.
+
+    That is where several workers share one fine-tune (DDP, FSDP, elastic or not), and where checkpoints go to a storage
+    of their own.
+    """
+    if resources.by_train:
+        return None
+    variables = tracker_variables(tracking) if resources.on_cluster else {}  # workers of a Ray of ours have them
+    return Kind(resources.cpus_per_worker, resources.gpus_per_worker, tuple(sorted(variables.items())))
+
+
+class _Apart(Backend):
+    """Workers that know nothing of each other: one that ends is replaced, and the others go on."""
+
+    has_replica_groups = True
+
+
+class _ApartConfig(BackendConfig):
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Apart
+
+
+class _GroupTrainer(DataParallelTrainer):
+    """Without what hands out Ray's data sets: rows are read as a fine-tune needs them."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+
+class FitGroup:
+    """`size` workers of a kind, from now until `close`; `folder`: on storage that all nodes see."""
+
+    def __init__(self, kind: Kind, size: int, resources: ResourcesConfig, folder: Path):
+        self.kind, self.size = kind, size
+        self._failures, self._folder, self._finished = resources.max_failures, folder, 0
+        self._error: BaseException | None = None
+        self._busy = self._dismissed = False
+        # Ray's own watch is for workers that do not answer at all; the worker's, for one that does and trains no more.
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, resources.hang_timeout)))
+        name = f"desk-{uuid.uuid4().hex[:8]}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = Desk.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._drive, args=(self._trainer(name),), daemon=True)
+        self._thread.start()
+
+    def run(
+        self, pieces: Sequence[Piece], on_result: Callable[[str, Any], None], on_progress: OnProgress
+    ) -> dict[str, BaseException | None]:
+        """Do all of it, as many at once as there are workers; by title what failed. `on_result` gets each result as
+        soon as it is there."""
+        found: dict[str, BaseException | None] = {}
+        self._busy = True  # and so it stays where the caller is interrupted
+        ray.get(self._desk.put.remote(pieces))
+        while len(found) < len(pieces):
+            require_ray()
+            messages, outcomes = ray.get(self._desk.look.remote(POLL_SECONDS))
+            for message in messages:
+                on_progress(message)
+            for title, outcome in outcomes.items():
+                found[title] = _failure(outcome)
+                self._finished += 1
+                if found[title] is None:
+                    on_result(title, outcome.result)
+            if not self._thread.is_alive():
+                lost = self._error or StageError("the group of workers ended")
+                found |= {piece.title: lost for piece in pieces if piece.title not in found}
+        self._busy = False
+        return found
+
+    @property
+    def usable(self) -> bool:
+        return self._thread.is_alive() and not self._dismissed
+
+    def dismiss(self) -> None:
+        """Hand out no more work: the workers leave, while the caller goes on."""
+        if not self._dismissed:
+            self._dismissed = True
+            self._desk.close.remote(self._busy)
+
+    def close(self) -> None:
+        """Let the workers go, and wait until what they held is free. Of a `run` that was interrupted they are ended."""
+        self.dismiss()
+        self._thread.join(_CLOSE_SECONDS)
+        ray.kill(self._desk)
+        shutil.rmtree(self._folder / _NAME, ignore_errors=True)
+
+    def _trainer(self, desk: str) -> DataParallelTrainer:
+        shutil.rmtree(self._folder / _NAME, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kind = self.kind
+        each = {"CPU": kind.cpus} | ({"GPU": kind.gpus} if kind.gpus else {})
+        told: dict[str, Any] = {"worker_runtime_env": {"env_vars": dict(kind.variables)}} if kind.variables else {}
+        # Of a piece of work the desk counts failures. These are of workers that end before they hold any.
+        limits: dict[str, Any] = {"max_failures": 10 * (self._failures + 1), "controller_failure_limit": self._failures}
+        return _GroupTrainer(
+            serve,
+            train_loop_config={"desk": desk},
+            backend_config=_ApartConfig(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.size, use_gpu=kind.gpus > 0, resources_per_worker=each
+            ),
+            run_config=ray.train.RunConfig(
+                name=_NAME,
+                storage_path=str(self._folder),
+                failure_config=ray.train.FailureConfig(**limits),
+                **told,
+            ),
+        )
+
+    def _drive(self, trainer: DataParallelTrainer) -> None:
+        """Keep the group up, by another controller where one ends, unless nothing is finished in between."""
+        left, finished = self._failures, 0
+        while True:
+            try:
+                trainer.fit()
+                return
+            except (ray.exceptions.RayActorError, ray.train.TrainingFailedError) as error:
+                left, finished = (left - 1 if self._finished == finished else self._failures), self._finished
+                if left < 0:
+                    self._error = error
+                    return
+            except BaseException as error:
+                self._error = error
+                return
+
+
+def _failure(outcome: Outcome) -> BaseException | None:
+    return None if outcome.failure is None else StageError(outcome.failure)

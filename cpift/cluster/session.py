@@ -1,0 +1,180 @@
+"""Ray: a connection for all stages, the progress of what runs on it, and how failures are told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from cpift.config.run import ResourcesConfig
+from cpift.console.ending import handlers_kept, stopping
+from cpift.errors import CpiftError, StageError, told
+
+OnProgress = Callable[[dict[str, Any]], None]
+NAMESPACE = "cpift"
+POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
+KEPT = "what was finished is kept → give the same command again"
+LOST = f"Ray was lost: a process of its own (the raylet, or the last node's) has ended; {KEPT}"
+# Ray Train's defaults are made for hours of training; these shave seconds off short ones on the cluster that we start.
+_LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other program on the machine starves the workers
+}
+
+
+@contextmanager
+def ray_session(resources: ResourcesConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or start Ray here and stop it afterwards. Nested use is free."""
+    if ray.is_initialized():
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    # "local": without an address Ray would join whatever cluster somebody started on this machine.
+    options: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
+    if address is not None:
+        _require_answer(address)
+        options = {"address": address}
+    else:
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    with handlers_kept():
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        yield
+    except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
+        raise StageError(f"Ray failed: {str(error).strip().splitlines()[0]} {KEPT}") from error
+    finally:
+        if ray_answers():
+            ray.shutdown()
+
+
+def ray_answers() -> bool:
+    """Whether Ray can be told to end: not where a signal ends this process, nor where Ray was lost."""
+    return not (stopping() or _lost)
+
+
+def _require_answer(address: str) -> None:
+    """Ray would wait for ever, deaf to signals, for a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # auto, local
+        return
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise CpiftError(
+            f"no Ray cluster answers at {address} ({error}) → give the address of its head in resources.address or "
+            "RAY_ADDRESS, or leave both out to start Ray here"
+        ) from None
+
+
+def require_ray() -> None:
+    """Raise StageError where Ray has lost what it needs: its calls would wait for ever.
+
+    Of a Ray that was started here the processes are looked at, for it takes a minute to notice; a cluster notices.
+    """
+    global _lost
+    node: Any = ray._private.worker._global_node
+    ended = node is not None and node.is_head() and bool(node.dead_processes())
+    if ended or not any(one["Alive"] for one in ray.nodes()):
+        _lost = True
+        raise StageError(LOST)
+
+
+_lost = False
+
+
+def first_ready(tasks: Sequence[Any]) -> Any:
+    """The first of these tasks to end. Raises StageError where Ray is lost."""
+    while True:
+        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=_LOOK_SECONDS)
+        if ready:
+            return ready[0]
+        require_ray()
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of each node that runs. Raises StageError if none does."""
+    require_ray()
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def cluster_gpus(resources: ResourcesConfig) -> float:
+    """GPUs of the cluster that the config or the environment names. Raises CpiftError where none answers."""
+    with ray_session(resources):
+        return sum(node["Resources"].get("GPU", 0.0) for node in alive_nodes())
+
+
+def use_assigned_gpus() -> None:
+    """In a task, an actor or a Train worker: compute on the GPUs that Ray assigned to it, and on no other."""
+    from cpift.devices import assign_gpus
+
+    assign_gpus(len(ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class ProgressBoard:
+    """Collects the latest progress message of every running piece of work."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, dict[str, Any]] = {}
+
+    def post(self, message: dict[str, Any]) -> None:
+        self._latest[message["title"]] = message
+
+    def take(self) -> list[dict[str, Any]]:
+        messages, self._latest = list(self._latest.values()), {}
+        return messages
+
+
+@contextmanager
+def progress_board() -> Iterator[tuple[str, Any]]:
+    """The name of a new board, for workers to find it, and its handle; the board ends with the block."""
+    name = f"progress-{uuid.uuid4().hex[:8]}"
+    board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]
+    try:
+        yield name, board
+    finally:
+        ray.kill(board)
+
+
+def show_progress(board: Any, on_progress: OnProgress) -> None:
+    """Hand on what the workers posted since the last call."""
+    require_ray()
+    try:
+        messages = ray.get(board.take.remote(), timeout=_LOOK_SECONDS)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return  # it died with its node and is being restarted; the work goes on
+    for message in messages:
+        on_progress(message)
+
+
+def raise_failures(failures: dict[str, BaseException | None], hint: str = "") -> None:
+    """Raise StageError that says which failed and why, if any did; `hint` is its last line."""
+    found = {title: error for title, error in failures.items() if error is not None}
+    if not found:
+        return
+    interrupt = next((error for error in found.values() if not isinstance(error, Exception)), None)
+    if interrupt is not None:
+        raise interrupt
+    lines = [f"  - {title}: {_root_cause(error).removeprefix(f'{title}: ')}" for title, error in found.items()]
+    done = len(failures) - len(found)
+    first = f"{len(found)} of {len(failures)} failed, {done} finished and are kept"
+    raise StageError("\n".join([first, *lines, hint]).rstrip())
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last words of the innermost error, for Ray wraps a worker's exception several times."""
+    workers = getattr(error, "worker_failures", None)
+    inner = next(iter(workers.values())) if workers else error
+    return told(inner) or str(getattr(inner, "cause", None) or inner).strip()

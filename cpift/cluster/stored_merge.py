@@ -1,0 +1,94 @@
+"""A merge whose workers share an object store instead of a folder: masks fetched slice by slice, shards uploaded.
+
+    <storage>/fuse-<fingerprint>/masks/<task>.safetensors    uploaded before the first shard
+    <storage>/fuse-<fingerprint>/<shard>                     by the worker that made it; its note after it
+    <storage>/fuse-<fingerprint>/…                           config, tokenizer, index, and the manifest last
+
+A worker writes a shard to its own disk, uploads it and deletes it; the driver downloads it and checks its hash, so the
+run's folder holds the model too. What is in the store from an interrupted run is not made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpift.checkpoints.checkpoint import INDEX_FILE
+from cpift.checkpoints.writing import Shard, note_of, write_note
+from cpift.disk.files import MANIFEST, read_json
+from cpift.disk.object_store import ObjectStore
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.engine import Method, merge_shards
+from cpift.method.masks import NoCores, RegionMasks
+
+_MASKS = "masks"
+
+
+class StoredMasks(RegionMasks):
+    """Masks that were uploaded, read from the store slice by slice."""
+
+    def __init__(self, store: ObjectStore, infos: Mapping[str, Mapping[str, TensorInfo]], empty: bool):
+        """infos: every task's mask tensors by name, as they lie in the files; empty: cores are left out (`NoCores`)."""
+        self.infos = {task: dict(found) for task, found in infos.items()}
+        self._store, self._empty = store, empty
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._store, self.infos, self._empty)
+
+    def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
+        first, last = start // 32, (stop + 31) // 32
+        if self._empty or first == last:
+            return torch.zeros(last - first, dtype=torch.int32)
+        at, nbytes = self.infos[task][name].start + 4 * first, 4 * (last - first)
+        return torch.frombuffer(bytearray(self._store.read(f"{task}.safetensors", at, nbytes)), dtype=torch.int32)
+
+
+def with_stored_masks(method: Method, store: ObjectStore) -> Method:
+    """The method as workers get it: its masks, if it has any, uploaded to the store and read from there."""
+    masks = getattr(method, "masks", None)
+    if masks is None:
+        return method
+    place = store.folder(_MASKS)
+    for file in masks.files.values():
+        if place.size(file.name) != file.stat().st_size:
+            place.put(file, file.name)
+    sent: Any = copy.copy(method)
+    sent.masks = StoredMasks(place, masks.infos, isinstance(masks, NoCores))
+    return sent
+
+
+def merge_into(
+    store: ObjectStore, method: Method, shard: Shard, made_from: str, budget: int
+) -> dict[str, dict[str, Any]]:
+    """`merging.merge_shards` of one shard that goes to the store, unless it is there already; returns its note."""
+    kept = store.read_json(note_of(shard, Path()).name)
+    if kept is not None and kept["key"] == shard.key(made_from) and store.size(shard.name) == kept["bytes"]:
+        return {shard.name: kept}
+    with tempfile.TemporaryDirectory(prefix="cpift-shard-") as scratch:
+        folder = Path(scratch)
+        merge_shards(method, [shard], folder, made_from, budget, lambda elements, name: None)
+        store.put(folder / shard.name, shard.name)
+        store.put(note_of(shard, folder), note_of(shard, folder).name)  # after it: what has a note is whole
+        return {shard.name: read_json(note_of(shard, folder))}
+
+
+def fetch(store: ObjectStore, shard: Shard, out: Path, made_from: str, note: Mapping[str, Any]) -> dict[str, Any]:
+    """Download a shard into `out` and keep its note there; returns its record."""
+    store.get(shard.name, out / shard.name, note["sha256"])
+    write_note(shard, out, made_from, note["sha256"], note["record"])
+    record: dict[str, Any] = note["record"]
+    return record
+
+
+def publish(store: ObjectStore, folder: Path) -> None:
+    """Upload what a finished model has beside its shards: the index last but one, the manifest last."""
+    if store.size(MANIFEST) is not None:
+        return
+    small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    for file in sorted(small, key=lambda file: (file.name == MANIFEST, file.name == INDEX_FILE)):
+        store.put(file, file.name)

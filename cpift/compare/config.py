@@ -1,0 +1,161 @@
+"""One comparison, described: a run, the methods it is compared with, and what counts as the same budget.
+
+A file in short (benchmarks/study/*.yaml are commented examples); a run's own YAML file will do as well:
+
+    run: ../../configs/smoke.yaml
+    seeds: [0, 1, 2]
+    budgets: [total, after_probes]
+    variants: {delta space: {fusion.space: delta}}
+    curves: {regions.p: [0.01, 0.05, 0.2]}
+    forgetting: [[addition, spelling]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cpift.config.inputs import Seed
+from cpift.config.loading import read_yaml, validated, with_fields
+from cpift.config.run import Name, RunConfig, Section
+from cpift.config.variation import Value, base_run
+from cpift.errors import ConfigError, Problem
+from cpift.text.escaping import markdown
+
+Budget = Literal["total", "after_probes"]
+
+
+def _title(name: str) -> str:
+    if not name.strip() or name != markdown(name) or len(name) > 60:
+        raise ValueError("give a name of at most 60 characters on one line, without Markdown in it: pages show it")
+    return name
+
+
+class CompareConfig(Section):
+    """A whole comparison."""
+
+    name: Name | None = Field(None, description="default: the file's name")
+    output: Path | None = Field(None, description="folder for everything it makes; default: runs/<name>")
+    run: str | dict[str, Any] = Field(description="the run's YAML file, relative to this one; or its fields, inline")
+    fixed: dict[str, Any] = Field(default_factory=dict, description="fields of the run set for all methods")
+    seeds: tuple[Seed, ...] = Field((), description="every method is trained with each; default: the run's own seed")
+    budgets: tuple[Budget, ...] = Field(
+        ("total",),
+        min_length=1,
+        description="what plain SFT may use. total: as many tokens as CPI-FT's probes, backbone and integration "
+        "together; after_probes: as many as its backbone and integration",
+    )
+    stages: int = Field(3, ge=2, description="K of multi-stage SFT (paper: 3); at most one a task")
+    heuristic: tuple[tuple[str, ...], ...] = Field(
+        (), description="groups of multi-stage SFT in a chosen order; default: K groups, tasks of most rows first"
+    )
+    methods: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="glob patterns of the methods to compare, beside θ0, the probes and CPI-FT"
+    )
+    recommended: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of a second recipe that is judged as CPI-FT is, in the forgetting protocol too; shown as "
+        "`CPI-FT, recommended`",
+    )
+    variants: dict[Annotated[str, AfterValidator(_title)], dict[str, Any]] = Field(
+        default_factory=dict, description="CPI-FT with other fields, by the name to show"
+    )
+    curves: dict[str, Annotated[tuple[Value, ...], Field(min_length=2)]] = Field(
+        default_factory=dict, description="fields of the run, each with the values to draw a curve over"
+    )
+    forgetting: tuple[tuple[str, str], ...] = Field(
+        (), description="pairs of tasks that are learnt one after the other, in both orders"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="of every interval")
+    resamples: int = Field(1000, ge=100, description="bootstrap draws of the test rows")
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> CompareConfig:
+        for name in ("seeds", "budgets", "forgetting"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} has an entry twice")
+        if "seed" in self.curves:
+            raise ValueError("seed is no field to draw a curve over: list repeats under `seeds`")
+        return self
+
+    def chosen(self, method: str) -> bool:
+        """Whether a method is to be compared."""
+        return any(fnmatchcase(method, pattern) for pattern in self.methods)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked comparison and the run that all methods share."""
+
+    name: str
+    config: CompareConfig
+    base: RunConfig
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.config.seeds or (self.base.seed,)
+
+    def run(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run with a method's fields and a seed. Raises ConfigError where they do not fit."""
+        return with_fields(self.base, {**fields, "seed": seed}, f"comparison {self.name}")
+
+    def pair(self, fields: Mapping[str, Any], seed: int, pair: tuple[str, str]) -> RunConfig:
+        """The run on two tasks alone, each a stage of its own, in this order."""
+        apart = {"groups.tau": 1.0, "groups.order": "given"}
+        run = self.run({**fields, **apart}, seed)
+        return run.model_copy(update={"tasks": tuple(run.task(name) for name in pair)})
+
+
+def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> Comparison:
+    """Read a comparison's file, or a run's. `overrides` change the run, `changes` the comparison's own fields.
+
+    Raises ConfigError with every problem of the file, of the run, and of fields that do not fit it.
+    """
+    raw, folder = read_yaml(path), path.absolute().parent
+    alone = "run" not in raw  # a run's own file: what its stages made is there to be used
+    if alone:
+        raw = {"run": raw, "name": raw.get("name", path.stem)}
+    config = validated(CompareConfig, {**raw, **(changes or {})}, str(path))
+    name = config.name or path.stem
+    base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
+    target = config.output or (base.output_dir if alone else Path("runs") / name)
+    made = Comparison(name, config, base.model_copy(update={"output": target.absolute()}))
+    if problems := [*_check_fields(made), *_check_names(made)]:
+        raise ConfigError(str(path), problems)
+    return made
+
+
+def _check_fields(made: Comparison) -> list[Problem]:
+    """Each value alone, so that a message names the one that does not fit."""
+    points = [("recommended", made.config.recommended)]
+    points += [(f"variants.{name}", fields) for name, fields in made.config.variants.items()]
+    points += [(f"curves.{name}", {name: value}) for name, values in made.config.curves.items() for value in values]
+    problems = []
+    for where, fields in points:
+        try:
+            made.run(fields, made.seeds[0])
+        except ConfigError as error:
+            problems += [Problem(where, str(one)) for one in error.problems]
+    return problems
+
+
+def _check_names(made: Comparison) -> list[Problem]:
+    tasks = [task.name for task in made.base.tasks]
+    known, problems = f"the run has {', '.join(tasks)}", []
+    for pair in made.config.forgetting:
+        problems += [Problem("forgetting", f"there is no task {name!r}", known) for name in pair if name not in tasks]
+        if pair[0] == pair[1]:
+            problems.append(Problem("forgetting", f"{pair[0]} twice", "name two tasks"))
+    grouped = [name for group in made.config.heuristic for name in group]
+    if made.config.heuristic and sorted(grouped) != sorted(tasks):
+        problems.append(Problem("heuristic", f"holds {', '.join(grouped)}", f"name every task once; {known}"))
+    if len(tasks) < 2:
+        problems.append(Problem("run.tasks", "one task", "a comparison needs two or more"))
+    if any(task.checkpoint for task in made.base.tasks):
+        problems.append(Problem("run.tasks", "has a `checkpoint`", "give data: baselines are trained on it"))
+    return problems

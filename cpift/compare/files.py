@@ -1,0 +1,191 @@
+"""A comparison as files and as a table for the terminal. Every number comes from the record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cpift.compare.findings import Findings, points
+from cpift.compare.plots import curve, intervals, standalone
+from cpift.compare.record import OURS, Record, record_text
+from cpift.compare.tables import (
+    FORGETTING,
+    Rows,
+    all_methods,
+    count,
+    curve_points,
+    curve_references,
+    curve_rows,
+    differences,
+    drawn_methods,
+    fields_of_curves,
+    forgets,
+    forgetting,
+    half,
+    listed,
+    one_seed,
+    reading,
+    set_up,
+)
+from cpift.disk.top_files import write_top
+from cpift.evaluation.estimates import Estimate
+from cpift.evaluation.retention import sentences
+from cpift.report.files import csv_text
+from cpift.report.html import Plot
+from cpift.text.escaping import markdown
+
+_NAME = "comparison"
+
+
+def written_files(curves: Iterable[str]) -> tuple[str, ...]:
+    """What `write_comparison` may write where these fields have curves."""
+    fixed = (f"{_NAME}.jsonl", f"{_NAME}.html", f"{_NAME}.md", f"{_NAME}.csv", f"{_NAME}-methods.svg")
+    return (*fixed, *(_curve_file(_NAME, field) for field in curves))
+
+
+def write_comparison(record: Record, folder: Path) -> Path:
+    """The record, a page, the same as Markdown with the plots that it shows, and a table; returns the page's path.
+
+    Raises ConfigError where one of the files is somebody's own.
+    """
+    from cpift.compare.page import comparison_page
+
+    found = Findings(record)
+    text, plots = _document(found, _NAME, 2)
+    page = f"{_NAME}.html"
+    texts = {
+        **plots,
+        f"{_NAME}.jsonl": record_text(record),
+        f"{_NAME}.md": f"# {markdown(record.header.name)}\n\n{text}",
+        f"{_NAME}.csv": methods_csv(found),
+        page: comparison_page(found),
+    }
+    write_top(folder, texts)
+    return folder / page
+
+
+def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str, str]]:
+    """The text, and its plots by file name; `prefix` begins those names, `level` is that of the headings."""
+    return _document(Findings(record), prefix, level)
+
+
+def _document(found: Findings, prefix: str, level: int) -> tuple[str, dict[str, str]]:
+    plots: dict[str, str] = {}
+    heading = "#" * level
+    said = [f"- {_sentence(found, text)}" for text in found.verdict()]
+    lines = [f"{heading} What it shows", "", *said, "", _reading(found), ""]
+    drawn = intervals(drawn_methods(found), OURS)
+    lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", drawn)
+    lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(found.record, markdown)), ""]
+    lines += [f"{heading} All methods", "", *_table(all_methods(found, markdown, _strong)), ""]
+    for ours in found.recipes:
+        name = f"{ours}," if "," in ours else ours
+        lines += [f"{heading} {name} against each method", "", *_listing(differences(found, ours, markdown)), ""]
+    if found.pairs:
+        told = [line for text in forgets(found, markdown) for line in ("", text)]
+        lines += [f"{heading} Forgetting", "", FORGETTING, "", *_listing(forgetting(found, markdown)), *told, ""]
+    for field, values in fields_of_curves(found).items():
+        lines += [f"{heading} Over {markdown(field)}", "", *_curve(found, field, values, plots, prefix), ""]
+    return "\n".join(lines).rstrip() + "\n", plots
+
+
+def _reading(found: Findings) -> str:
+    warning = one_seed(found)
+    return f"{reading(found)} **{warning}**" if warning else reading(found)
+
+
+def _strong(name: str) -> str:
+    return f"**{name}**"
+
+
+def _picture(plots: dict[str, str], file: str, title: str, plot: Plot) -> list[str]:
+    plots[file] = standalone(plot.svg)
+    return [f"![{markdown(title)}]({file})", ""]
+
+
+def _sentence(found: Findings, text: str) -> str:
+    """With the names in it as Markdown shows them; the sentences themselves hold no signs of it."""
+    for name in sorted(found.methods, key=len, reverse=True):
+        text = text.replace(name, markdown(name))
+    return text
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(table: Rows) -> Iterator[str]:
+    """Figures to the right, and a row for each kind of method."""
+    yield _row(table.head)
+    yield _row(["---"] + ["--:"] * (len(table.head) - 1))
+    for place, cells in enumerate(table.rows):
+        if place in table.kinds:
+            yield _row([f"*{table.kinds[place]}*"] + [""] * (len(table.head) - 1))
+        yield _row(cells)
+
+
+def _listing(table: Rows) -> Iterator[str]:
+    yield _row(table.head)
+    yield _row(["---"] * len(table.head))
+    yield from map(_row, table.rows)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, str], prefix: str) -> Iterator[str]:
+    drawn = curve(field, curve_points(found, field, values), curve_references(found))
+    yield from _picture(plots, _curve_file(prefix, field), f"Retention over {field}", drawn)
+    table = curve_rows(found, field, values, markdown)
+    yield _row(table.head)
+    yield _row(["---", "--:", "--:", "---"])
+    yield from map(_row, table.rows)
+
+
+def _curve_file(prefix: str, field: str) -> str:
+    return f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
+
+
+def methods_csv(found: Findings) -> str:
+    """One line a method: its figures, each with its interval. Retentions and scores from 0 to 1, losses in nats."""
+    tasks = list(found.record.header.tasks)
+    names = ["mean retention", "worst task's retention", *tasks]
+    bounds = [f"{name}{part}" for name in names for part in ("", " low", " high")]
+    lines = map(found.line, found.methods)
+    rows = [
+        [line.method, line.kind, *_bounds(line.mean, line.worst, *line.scores.values()), line.tokens, line.seconds]
+        for line in lines
+    ]
+    return csv_text(["method", "kind", *bounds, "tokens", "seconds"], rows)
+
+
+def _bounds(*found: Estimate) -> list[float | None]:
+    return [value for one in found for value in (one.mean, one.low, one.high)]
+
+
+def first_sentences(record: Record) -> list[str]:
+    """What has to be said before the table: of tasks that their own probes did not learn."""
+    return sentences(Findings(record).learning)
+
+
+def comparison_table(record: Record) -> Table:
+    """The comparison for the terminal."""
+    found = Findings(record)
+    table = Table(
+        title=f"{record.header.name}: seeds {listed(record.header.seeds)}", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("method")
+    for column in ("mean retention", "worst task", f"less {OURS}, points", "tokens"):
+        table.add_column(column, justify="right")
+    for name in found.methods:
+        if found.kind(name) != "probe":
+            line = found.line(name)
+            less = "" if name == OURS else points(found.against(name, OURS).mean)
+            style = "bold" if name == OURS else ""
+            table.add_row(name, half(line.mean), half(line.worst), less, count(line.tokens), style=style)
+    return table

@@ -1,0 +1,234 @@
+"""What CPI-FT is compared with, as methods over the run's own stages: no second training loop, no second merge.
+
+Plain SFT of any order is the staged backbone's fine-tune over groups that the baseline chooses, for as many epochs as
+its budget has tokens; merges are `fusion.method`; CPI-FT without one of its parts is the run with a field set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from cpift.compare.budgets import BUDGETS, Budgets, Groups
+from cpift.compare.config import Budget, Comparison
+from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
+from cpift.data.tasks import count_examples
+from cpift.disk.artifacts import Artifact
+from cpift.errors import entry
+from cpift.pipeline.outcomes import expected_backbone
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import Wanted, titled_backbone
+from cpift.pipeline.stages import integration_spec
+
+Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
+
+MERGES: dict[str, dict[str, Any]] = {
+    "linear average": {"fusion.method": "linear"},
+    "SLERP": {"fusion.method": "slerp"},
+    "task arithmetic (λ 0.4)": {"fusion.method": "task_arithmetic", "fusion.weight": 0.4},
+    "TIES (density 0.2)": {"fusion.method": "ties", "fusion.density": 0.2},
+    "DARE (density 0.5, λ 0.4)": {"fusion.method": "dare", "fusion.density": 0.5, "fusion.weight": 0.4},
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "no transplant": {"fusion.transplant": False},
+    "no SLERP": {"fusion.omega": 0.0},
+    "no fusion": {"fusion.transplant": False, "fusion.omega": 0.0},
+    "no freezing": {"integration.freeze": "none"},
+    "no grouping": {"groups.tau": 1.0},
+    "one mixed stage": {"integration.stages": "mixed"},
+    "no fusion, no freezing": {"fusion.transplant": False, "fusion.omega": 0.0, "integration.freeze": "none"},
+}
+_REPLAY = "no fusion, no freezing"
+
+
+@dataclass(frozen=True)
+class OfCpift:
+    """What of CPI-FT's own stages a judged model needs."""
+
+    backbone: bool = False
+    fusion: bool = False
+    integration: bool = False
+
+
+JUDGED: dict[str, OfCpift] = {
+    **dict.fromkeys(("base", "probe", "probes", "sft"), OfCpift()),
+    "backbone": OfCpift(backbone=True),
+    "fused": OfCpift(backbone=True, fusion=True),
+    "final": OfCpift(backbone=True, fusion=True, integration=True),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make one model of all tasks. `judged`: which model of the run with these `fields`.
+
+    order: of plain SFT, the groups by a run (its config and seed); balanced: whether it trains all tasks of a stage
+    equally much, not all rows. pair: the only two tasks, in the order learnt.
+    """
+
+    name: str
+    kind: str
+    judged: Judged
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    order: Callable[[Pipeline], Groups] | None = None
+    budget: Budget | None = None
+    balanced: bool = False
+    task: str | None = None
+    pair: tuple[str, str] | None = None
+
+
+def methods_of(made: Comparison) -> list[Method]:
+    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part."""
+    config, tasks = made.config, [task.name for task in made.base.tasks]
+    found = [Method(BASE, "reference", "base"), Method(PROBES, "reference", "probes")]
+    found += [Method(f"probe {task}", "probe", "probe", task=task) for task in tasks]
+    chosen = [method for budget in config.budgets for method in _plain(made, budget)]
+    chosen += [Method(name, "merge", "fused", fields) for name, fields in MERGES.items()]
+    if made.base.backbone_source == "staged":
+        chosen.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
+    chosen += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
+    chosen += [Method(RECOMMENDED, "cpift", "final", config.recommended)] if config.recommended else []
+    chosen += [Method(name, "part", "final", fields) for name, fields in PARTS.items()]
+    chosen += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
+    chosen += [
+        Method(f"{name} = {value}", "curve", "final", {name: value})
+        for name, values in config.curves.items()
+        for value in values
+    ]
+    for one, other in config.forgetting:
+        chosen += [*_in_sequence((one, other), config.recommended), *_in_sequence((other, one), config.recommended)]
+    return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
+
+
+def _plain(made: Comparison, budget: Budget) -> list[Method]:
+    """Plain SFT in every order, with a budget."""
+    suffix = "" if budget == made.config.budgets[0] else f", {entry(BUDGETS, budget, 'budgets').title}"
+    orders: dict[str, Callable[[Pipeline], Groups]] = {
+        "full SFT": together,
+        "multi-stage SFT, random": lambda run: in_stages(shuffled(run), made.config.stages),
+        "multi-stage SFT, heuristic": lambda run: made.config.heuristic or in_stages(by_rows(run), made.config.stages),
+        "sequential SFT": lambda run: in_stages(shuffled(run), len(run.config.tasks)),
+    }
+    found = [Method(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+    even = Method(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
+    return [found[0], even, *found[1:]]
+
+
+def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[Method]:
+    """The forgetting protocol on A→B: plain SFT on A, then B; the same with CPI-FT's last stage but neither fusion nor
+    freezing, whose replay alone may explain a gain; and CPI-FT."""
+    title, replay, staged = f"{pair[0]} → {pair[1]}", PARTS[_REPLAY], {"backbone.source": "staged"}
+    return [
+        Method(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
+        Method(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
+        Method(f"{OURS}: {title}", "forgetting", "final", pair=pair),
+        *([Method(f"{RECOMMENDED}: {title}", "forgetting", "final", recommended, pair=pair)] if recommended else []),
+    ]
+
+
+# ---- orders of plain SFT ---------------------------------------------------------------------------------------------
+
+
+def together(run: Pipeline) -> Groups:
+    """All tasks in one stage."""
+    return (tuple(task.name for task in run.config.tasks),)
+
+
+def shuffled(run: Pipeline) -> list[str]:
+    """The tasks in an order that the run's seed decides."""
+    names = [task.name for task in run.config.tasks]
+    return random.Random(f"order/{run.config.seed}").sample(names, len(names))
+
+
+def by_rows(run: Pipeline) -> list[str]:
+    """Tasks of most training rows first, so that the small ones are not overwritten by what follows."""
+    tasks = sorted(run.config.tasks, key=lambda task: -count_examples(task.train_data))
+    return [task.name for task in tasks]
+
+
+def in_stages(names: Sequence[str], stages: int) -> Groups:
+    """Cut a sequence into `stages` runs whose lengths differ by at most one; never an empty one."""
+    stages = min(stages, len(names))
+    cuts = [round(stage * len(names) / stages) for stage in range(stages + 1)]
+    return tuple(tuple(names[start:stop]) for start, stop in itertools.pairwise(cuts))
+
+
+# ---- one method with one seed ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """One method with one seed: its run, and of plain SFT the run that trains it and the groups it goes over."""
+
+    method: Method
+    run: Pipeline
+    sft: Pipeline | None = None
+    groups: Groups = ()
+
+    def plan(self, budgets: Budgets) -> None:
+        """Choose the groups of plain SFT and how long it trains; the run's own groups must be there."""
+        if self.method.judged == "sft":
+            assert self.method.order is not None
+            assert self.method.budget is not None
+            self.groups = self.method.order(self.run)
+            self.sft = budgets.sft(self.run, self.groups, self.method.budget, self.method.balanced)
+        elif self.needs_backbone:
+            self.groups = self.run.group().groups
+
+    def fit(self) -> Wanted | None:
+        """What plain SFT trains."""
+        if self.sft is None:
+            return None
+        artifact = self.sft.artifacts.backbone(self.groups)
+        assert artifact is not None
+        return artifact, titled_backbone(self.sft, self.groups, artifact), self.sft
+
+    @property
+    def needs_backbone(self) -> bool:
+        return entry(JUDGED, self.method.judged, "judged").backbone
+
+    @property
+    def needs_fusion(self) -> bool:
+        return entry(JUDGED, self.method.judged, "judged").fusion
+
+    def integration(self) -> Wanted | None:
+        """What CPI-FT's last stage trains."""
+        if not entry(JUDGED, self.method.judged, "judged").integration:
+            return None
+        spec = integration_spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
+        title = f"{self.method.name}, integration"
+        return self.artifacts()[-1], replace(spec, title=title), self.run
+
+    def artifacts(self) -> list[Artifact]:
+        """Everything that was trained or made for the model, in order; the last one is the model."""
+        stages, run = self.run.artifacts, self.run
+        if self.method.judged == "base":
+            return [stages.model]
+        if self.sft is not None:
+            staged = self.sft.artifacts.backbone(self.groups)
+            assert staged is not None
+            return [staged]
+        if self.method.judged == "probe":
+            return [stages.probes[str(self.method.task)]]
+        return list(self._of_cpift(stages.probes, run))
+
+    def _of_cpift(self, probes: Mapping[str, Artifact], run: Pipeline) -> Iterator[Artifact]:
+        yield from probes.values()
+        if self.method.judged == "probes":
+            return
+        own = run.config.fusion.isolates  # other merges know no regions
+        staged = run.artifacts.backbone(self.groups) if own else None
+        yield from [run.artifacts.regions, *([staged] if staged else [])] if own else []
+        if self.needs_fusion:
+            fused = run.artifacts.fuse(self.groups if own else (), expected_backbone(run) if own else run.pretrained())
+            yield fused
+            if entry(JUDGED, self.method.judged, "judged").integration:
+                yield run.artifacts.integrate(self.groups, fused)
+
+
+def seconds_of(artifacts: Sequence[Artifact]) -> float:
+    """Time that making them took, one after the other."""
+    return sum(float(made.manifest()["seconds"]) for made in artifacts)

@@ -1,0 +1,115 @@
+"""A comparison as one HTML page in the design of a run's report: nothing loaded from elsewhere, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cpift.compare.findings import Findings
+from cpift.compare.plots import curve, intervals
+from cpift.compare.record import OURS
+from cpift.compare.tables import (
+    FORGETTING,
+    Rows,
+    all_methods,
+    curve_points,
+    curve_references,
+    curve_rows,
+    differences,
+    drawn_methods,
+    fields_of_curves,
+    forgets,
+    forgetting,
+    listed,
+    one_seed,
+    reading,
+    set_up,
+)
+from cpift.report.html import document, figure, table
+from cpift.text.escaping import html
+
+_SAID = 6  # sentences that are shown at once
+
+
+def comparison_page(found: Findings) -> str:
+    """The whole document."""
+    first, *others = found.verdict() or ["Nothing was compared."]
+    warning = one_seed(found)
+    note = f'<p class="warning"><strong>Note.</strong> {html(warning)}</p>' if warning else ""
+    bars = f"bars are {100 * found.record.header.confidence:g} % intervals"
+    caption = f"Mean retention of every method; {bars}. Dashed: {OURS}."
+    drawn = f'<div class="narrow">{figure(intervals(drawn_methods(found), OURS), caption)}</div>'
+    sections = {
+        "picture": ("Every method", f'{drawn}{note}{_folded(others)}<p class="muted">{html(reading(found))}</p>'),
+        "methods": ("All figures", _methods(found)),
+        "against": ("Against each method", _against(found)),
+        "forgetting": ("Forgetting", _forgetting(found)),
+        "curves": ("Over fields", _curves(found)),
+        "setup": ("Set-up", _list(set_up(found.record, str))),
+    }
+    shown = {key: pair for key, pair in sections.items() if pair[1]}
+    lead = f'<div class="verdict"><p class="headline">{html(first)}</p></div>'
+    return document(found.record.header.name, "CPI-FT comparison", _subtitle(found), lead, shown)
+
+
+def _subtitle(found: Findings) -> str:
+    header = found.record.header
+    seeds = f"seed{'s' * (len(header.seeds) > 1)} {listed(header.seeds)}"
+    tasks = f"{len(header.tasks)} task{'s' * (len(header.tasks) > 1)}"
+    return f"CPI-FT comparison · {len(found.methods)} methods · {tasks} · {seeds}"
+
+
+def _list(sentences: Iterable[str]) -> str:
+    items = "".join(f"<li>{html(text)}</li>" for text in sentences)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def _folded(sentences: Sequence[str]) -> str:
+    """A list whose end folds away: with many methods there are dozens, and tables show the same."""
+    rest = sentences[_SAID:]
+    more = f"<details><summary>{len(rest)} more</summary>{_list(rest)}</details>" if rest else ""
+    return _list(sentences[:_SAID]) + more
+
+
+def _rows(shown: Rows, caption: str, kind: str = "") -> str:
+    """A table whose cells are HTML already."""
+    lines = []
+    for place, (first, *others) in enumerate(shown.rows):
+        if place in shown.kinds:
+            lines.append(
+                f'<tr class="kind"><th scope="colgroup" colspan="{len(shown.head)}">{shown.kinds[place]}</th></tr>'
+            )
+        cells = "".join(f"<td>{cell}</td>" for cell in others)
+        last = ' class="final"' if "<strong>" in first else ""
+        lines.append(f'<tr{last}><th scope="row">{first}</th>{cells}</tr>')
+    return table(shown.head, lines, caption, kind)
+
+
+def _methods(found: Findings) -> str:
+    caption = "Scores in % of the metric, losses in nats per answer token; ± half of the interval."
+    return _rows(all_methods(found, html, lambda name: f"<strong>{html(name)}</strong>"), caption, "scores")
+
+
+def _against(found: Findings) -> str:
+    parts = [
+        f"<h3>{html(ours)}</h3>{_rows(differences(found, ours, html), 'Above zero it is better.')}"
+        for ours in found.recipes
+    ]
+    return "".join(parts)
+
+
+def _forgetting(found: Findings) -> str:
+    if not found.pairs:
+        return ""
+    return f"<p>{html(FORGETTING)}</p>{_rows(forgetting(found, html), '')}{_list(forgets(found, str))}"
+
+
+def _curves(found: Findings) -> str:
+    parts = []
+    for field, values in fields_of_curves(found).items():
+        drawn = curve(field, curve_points(found, field, values), curve_references(found))
+        shown = figure(drawn, f"Mean retention and worst task over {field}. Bars: intervals.")
+        parts.append(
+            f"<h3>{html(field)}</h3>"
+            f'<div class="pair"><div>{shown}</div><div>{_rows(curve_rows(found, field, values, html), "")}</div></div>'
+        )
+    return "".join(parts)

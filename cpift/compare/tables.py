@@ -1,0 +1,243 @@
+"""What a comparison's page says and shows, as sentences and tables for any medium. Every number is from the record.
+
+`show` puts text that somebody else chose (names of methods, tasks, fields, machines) into the medium; all other text is
+ours and holds no sign of Markdown or HTML.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpift.compare.findings import FULL, REPLAYED, Findings, Line, number, points, share, signed
+from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.evaluation.estimates import Estimate
+from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.retention import DEFINITION
+
+Show = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table in a medium's own text. `kinds`: before which row a group of methods of one kind begins, and its name."""
+
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    kinds: dict[int, str] = field(default_factory=dict)
+
+
+_TITLES = {
+    "reference": "references",
+    "probe": "probes alone",
+    "sft": "plain SFT",
+    "merge": "merges of the probes, nothing trained after them",
+    "cpift": "CPI-FT and its stages",
+    "part": "CPI-FT without one part",
+    "variant": "variants of CPI-FT",
+}
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def set_up(record: Record, show: Show) -> Iterator[str]:
+    """What was compared, how long each model was trained, and where."""
+    header, config = record.header, record.header.config
+    tasks = ", ".join(f"{show(task)} ({metric}, {_rows(record, task)})" for task, metric in header.tasks.items())
+    yield f"Model: {_model(config, show)}, {header.parameters:,} parameters. Tasks: {tasks}."
+    lengths = [(name, config.get(name)) for name in ("probe", "integration")]
+    staged = config["backbone"].get("training") or config["probe"]
+    lengths.insert(1, ("backbone", staged if config["backbone"]["source"] == "staged" else None))
+    yield "; ".join(f"{name}: {_length(one)}" for name, one in lengths if one) + "."
+    tau = config["groups"]
+    threshold = f"τ = {tau['tau']:g}" if "tau" in tau else f"τ = {tau['tau_chance']:g} × chance"
+    yield f"p = {config['regions']['p']:g}, {threshold}, order {tau['order']}; seeds {listed(header.seeds)}."
+    yield f"{_overlap(header.overlaps, show)}"
+    versions = ", ".join(
+        show(f"{name} {found}") for name, found in header.versions.items() if name in ("torch", "transformers")
+    )
+    yield f"Made on {show(header.device)}, {versions}, commit {show((header.commit or 'unknown')[:12])}."
+
+
+def _rows(record: Record, task: str) -> str:
+    trained, test = record.header.train_rows.get(task), len(record.rows[0].scores[task]["items"])
+    return f"{trained:,} rows and {test} to test" if trained else f"{test} test rows"
+
+
+def _model(config: dict[str, Any], show: Show) -> str:
+    model = config["model"]
+    known = model.get("hub") or (model.get("gguf") or {}).get("file")
+    return show(str(known)) if known else "a local folder" if "path" in model else "random weights"
+
+
+def _length(training: dict[str, Any]) -> str:
+    much = f"{training['steps']} steps" if training.get("steps") else f"{training['epochs']:g} epochs"
+    each = "a task" if training.get("steps_per") == "task" else "a stage"
+    return f"{much} of {training['batch_size']} rows {each}, learning rate {training['learning_rate']:g}"
+
+
+def _overlap(overlaps: Sequence[dict[str, Any]], show: Show) -> str:
+    apart = [v for one in overlaps for i, row in enumerate(one["jaccard"]) for j, v in enumerate(row) if i < j]
+    grouped = {json.dumps(sorted(sorted(group) for group in one["groups"])) for one in overlaps}
+    several = f"{len(grouped)} different groupings over {len(overlaps)} seeds, with the first seed"
+    example = show(" → ".join(" + ".join(group) for group in overlaps[0]["groups"]))
+    return (
+        f"Jaccard overlap of core regions {min(apart):.3f} to {max(apart):.3f}, chance {overlaps[0]['chance']:.3f}; "
+        f"groups: {'' if len(grouped) == 1 else several + ' '}{example}."
+    )
+
+
+def listed(values: Sequence[Any]) -> str:
+    """With commas."""
+    return ", ".join(map(str, values))
+
+
+def reading(found: Findings) -> str:
+    """How the intervals are to be read."""
+    header = found.record.header
+    return (
+        f"Intervals are {100 * header.confidence:g} % each, over test rows (paired bootstrap, {header.resamples:,} "
+        "draws) and seeds (jackknife), not adjusted for their number. They hold for this θ0 and this training data. "
+        f"{DEFINITION}"
+    )
+
+
+def one_seed(found: Findings) -> str:
+    """What is said where there is one seed; empty with several."""
+    if len(found.record.header.seeds) > 1:
+        return ""
+    return "One seed: intervals are over test rows alone and say nothing about another training run."
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def all_methods(found: Findings, show: Show, strong: Show) -> Rows:
+    """Every method but those of curves; `strong` is how CPI-FT's own names are set off."""
+    tasks = found.record.header.tasks
+    columns = ["method", *(f"{show(task)}, {_unit(metric)}" for task, metric in tasks.items())]
+    columns += ["mean retention, %", "worst task, %"]
+    columns += ["low-resource less others, points"] if found.low else []
+    columns += ["mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
+    table = Rows(columns)
+    kind = ""
+    for line in (found.line(name) for name in found.methods if found.kind(name) != "curve"):
+        if line.kind != kind:
+            kind = line.kind
+            table.kinds[len(table.rows)] = _TITLES[kind]
+        name = strong(line.method) if line.method in (OURS, RECOMMENDED) else show(line.method)
+        table.rows.append([name, *_cells(line, tasks)])
+    return table
+
+
+def _cells(line: Line, tasks: dict[str, str]) -> list[str]:
+    scores = [_score(line.scores[task], metric) for task, metric in tasks.items()]
+    below = f"{line.seesaw.below_base} / {line.seesaw.below_probe} of {line.seesaw.tasks}"
+    rank = half(line.rank, 1, 1) if line.rank else "–"
+    small = [half(line.imbalance)] if line.imbalance else []
+    figures = [half(line.mean), half(line.worst), *small, rank, below if line.method != PROBES else "–"]
+    return [*scores, *figures, count(line.tokens), f"{line.seconds:,.0f}"]
+
+
+def count(value: float | None) -> str:
+    """Of tokens."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _unit(metric: str) -> str:
+    return "nats" if metric_of(metric).by_loss else "%"
+
+
+def _score(one: Estimate, metric: str) -> str:
+    return half(one, 1, 3) if metric_of(metric).by_loss else half(one)
+
+
+def half(one: Estimate, scale: float = 100, digits: int = 1) -> str:
+    """An estimate and half the width of its interval."""
+    text = number(scale * one.mean, digits)
+    return text if one.low is None else f"{text} ±{number(scale * (one.mean - one.low), digits)}"
+
+
+def differences(found: Findings, ours: str, show: Show) -> Rows:
+    """A recipe less each method: above zero the recipe is better."""
+    table = Rows([f"{ours} less …", "mean retention, points", "worst task, points"])
+    for rival in found.methods:
+        if rival != ours and found.kind(rival) not in ("probe", "curve"):
+            one = found.against(ours, rival)
+            table.rows.append([show(rival), points(one.mean), points(one.worst)])
+    return table
+
+
+FORGETTING = (
+    "A is learnt, then B. ΔA: score on A afterwards less that of A's own probe; ΔB: score on B less that of A's "
+    "probe; both in the metric's own units (points; nats of a loss, negated)."
+)
+
+
+def forgetting(found: Findings, show: Show) -> Rows:
+    """What is lost of A when B is learnt."""
+    table, metrics = Rows(["A → B", "method", "ΔA", "ΔB"]), found.record.header.tasks
+    for one in found.sequences:
+        first, second = one.pair
+        cells = [_change(one.change.first, metrics[first]), _change(one.change.second, metrics[second])]
+        table.rows.append([show(f"{first} → {second}"), show(one.method), *cells])
+    return table
+
+
+def forgets(found: Findings, show: Show) -> Iterator[str]:
+    """How much less a recipe forgets over all pairs than what it is measured against."""
+    for ours in found.recipes:
+        cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
+        told = [f"{share(one)} less than {show(rival)}" for rival, one in cuts.items() if one.low is not None]
+        if told:
+            yield f"Over all of these {ours} forgets {', and '.join(told)} (a negative share is more)."
+
+
+def _change(one: Estimate, metric: str) -> str:
+    scale, digits = (1, 3) if metric_of(metric).by_loss else (100, 1)
+    text = signed(scale * one.mean, digits)
+    if one.low is None or one.high is None:
+        return text
+    return f"{text} [{signed(scale * one.low, digits)}, {signed(scale * one.high, digits)}]"
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def drawn_methods(found: Findings) -> list[tuple[str, Estimate]]:
+    """The methods of the picture and their mean retention."""
+    kinds = ("curve", "probe")
+    names = [name for name in found.methods if found.kind(name) not in kinds and name not in (BASE, PROBES)]
+    return [(name, found.line(name).mean) for name in names]
+
+
+def fields_of_curves(found: Findings) -> dict[str, list[Any]]:
+    """By field, the values of it that the record has a method of."""
+    said = found.record.header.comparison.get("curves", {})
+    known = {name: [value for value in values if found.has(f"{name} = {value}")] for name, values in said.items()}
+    return {name: values for name, values in known.items() if values}
+
+
+def curve_points(found: Findings, name: str, values: Sequence[Any]) -> list[tuple[str, Estimate, Estimate]]:
+    """Of each value its text, mean retention and worst task."""
+    lines = [found.line(f"{name} = {value}") for value in values]
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return [(text, one.mean, one.worst) for text, one in zip(texts, lines, strict=True)]
+
+
+def curve_references(found: Findings) -> list[tuple[str, Estimate]]:
+    """What a curve is drawn beside."""
+    return [(f"{FULL}, mean retention", found.line(FULL).mean)] if found.has(FULL) else []
+
+
+def curve_rows(found: Findings, name: str, values: Sequence[Any], show: Show) -> Rows:
+    """Retention and groups over a field's values."""
+    table = Rows([show(name), "mean retention, %", "worst task, %", "groups (first seed)"])
+    for value in values:
+        one = found.line(f"{name} = {value}")
+        groups = " → ".join(" + ".join(group) for group in found.record.rows_of(one.method)[0].groups)
+        table.rows.append([show(str(value)), half(one.mean), half(one.worst), show(groups)])
+    return table

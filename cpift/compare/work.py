@@ -1,0 +1,226 @@
+"""A comparison: every method with every seed, through the stages and artifacts of ordinary runs.
+
+Work is put together across methods and seeds. Probes, regions and groups come first, for budgets follow from them; then
+every fine-tune from θ0 side by side; fusions; integrations; and the scores of every model on the run's test rows. What
+two methods share is one artifact and made once, so the same command after a crash goes on, and a longer list of
+methods costs only what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.compare.budgets import Budgets
+from cpift.compare.config import Comparison
+from cpift.compare.methods import Method, Trained, methods_of, seconds_of
+from cpift.compare.record import Header, Record, Row, kept_scores
+from cpift.console.view import View, quiet
+from cpift.data.tasks import count_examples
+from cpift.devices import device_name
+from cpift.disk.artifacts import Artifact, package_versions, source_commit
+from cpift.disk.files import read_json
+from cpift.errors import ConfigError, Problem
+from cpift.evaluation.retention import chance_of
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import Model
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import SharedEngine, SharedWork, Wanted
+from cpift.pipeline.stages import add_card
+from cpift.report.facts import tokens_of
+
+Scoring = tuple[Artifact, Model, Pipeline]
+
+
+def run_comparison(made: Comparison, engine: SharedEngine, view: View) -> Record:
+    """Make whatever is missing and return what was found. Raises what a fine-tune, a fusion or an evaluation raises."""
+    work = ComparisonWork(made, engine, view)
+    work.make()
+    return work.record()
+
+
+class ComparisonWork:
+    """All methods with all seeds, less those (method, seed) that somebody has a record of already: nothing is made for
+    them alone. Raises ConfigError if that leaves nothing."""
+
+    def __init__(self, made: Comparison, engine: SharedEngine, view: View, known: Collection[tuple[str, int]] = ()):
+        self.made, self.view, self._merging = made, view, engine.merging(made.base.resources)
+        self.entries = [
+            Trained(method, self._pipeline(method, seed))
+            for seed in made.seeds
+            for method in methods_of(made)
+            if (method.name, seed) not in known
+        ]
+        seeds = dict.fromkeys(one.run.config.seed for one in self.entries)
+        if not seeds:
+            raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
+        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet(), self._merging) for seed in seeds}
+        self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
+
+    def _pipeline(self, method: Method, seed: int) -> Pipeline:
+        made, fields = self.made, method.fields
+        config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
+        return Pipeline(config, NoEngine(), quiet(), self._merging)
+
+    def make(self) -> None:
+        """Everything, in order; what is there is not made again."""
+        self.prepare()
+        self.train()
+        self.fuse()
+        self.integrate()
+        self.score()
+
+    def prepare(self) -> None:
+        """Probes, regions and groups of all runs, and then the budgets of plain SFT."""
+        self.shared.prepare()
+        budgets = Budgets()
+        with self.view.stage(f"budgets of {sum(one.method.judged == 'sft' for one in self.entries)} baselines"):
+            for place, one in enumerate(self.entries):
+                one.plan(budgets)
+                self.view.progress(
+                    {"title": "budgets", "done": (place + 1) / len(self.entries), "task": one.method.name}
+                )
+
+    def train(self) -> None:
+        """Everything that starts from θ0: plain SFT of every order, and staged backbones."""
+        wanted = _each_once(fit for one in self.entries if (fit := one.fit()) is not None)
+        runs = [one.run for one in self.entries if one.needs_backbone and one.run.config.backbone_source == "staged"]
+        self.shared.fit("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
+
+    def fuse(self) -> None:
+        """Fusions one after the other, in this process."""
+        entries = [one for one in self.entries if one.needs_fusion]
+        with self.view.stage(f"fusions of {len(entries)} models"):
+            for place, one in enumerate(entries):
+                one.run.fuse()
+                self.view.progress({"title": "fusions", "done": (place + 1) / len(entries), "task": one.method.name})
+
+    def integrate(self) -> None:
+        wanted, owners = [], {}
+        for one in self.entries:
+            if (fit := one.integration()) is not None:
+                wanted.append(fit)
+                owners[fit[0].path] = one
+
+        def finish(artifact: Artifact, out: Path) -> None:
+            owner = owners[artifact.path]
+            add_card(owner.run, "final", owner.groups, artifact, out)
+
+        self.shared.fit("integrations", _each_once(wanted), finish)
+
+    def score(self) -> None:
+        """Every model on every task of the whole run, also where it was trained on two of them."""
+        wanted: dict[Path, Scoring] = {}
+        for one in self.entries:
+            for scoring in self._scorings(one):
+                wanted.setdefault(scoring[0].path, scoring)
+        self.shared.score("models", list(wanted.values()))
+
+    def _scorings(self, one: Trained) -> list[Scoring]:
+        run = self.whole[one.run.config.seed]
+        if one.method.judged == "probes":
+            models = list(run.artifacts.tuned.values())
+        else:
+            title = one.method.name if one.method.judged == "probe" else one.method.judged
+            models = [Model.of(title, one.artifacts()[-1])]
+        return [(run.artifacts.evaluate(model), model, run) for model in models]
+
+    # ---- what was found ----------------------------------------------------------------------------------------------
+
+    def record(self) -> Record:
+        """What is finished: all of it after `make`, less where that was stopped."""
+        done = self.done
+        return Record(self._header([seed for seed in self.whole if self._has(done, seed)]), list(map(self._row, done)))
+
+    @property
+    def done(self) -> list[Trained]:
+        """The entries that have their scores."""
+        return [one for one in self.entries if self._finished(one)]
+
+    def _finished(self, one: Trained) -> bool:
+        if one.method.judged not in ("base", "probe", "probes") and not one.groups:
+            return False  # stopped before there was a plan
+        return all(artifact.complete for artifact, _, _ in self._scorings(one))
+
+    @staticmethod
+    def _has(done: Sequence[Trained], seed: int) -> bool:
+        return any(one.run.config.seed == seed for one in done)
+
+    def _row(self, one: Trained) -> Row:
+        method, artifacts = one.method, one.artifacts()
+        return Row(
+            method=method.name,
+            kind=method.kind,
+            seed=one.run.config.seed,
+            budget=method.budget,
+            pair=method.pair,
+            fields=dict(method.fields),
+            groups=[list(group) for group in one.groups],
+            tokens=tokens_of(artifacts),
+            seconds=round(seconds_of(artifacts), 1),
+            scores=kept_scores(self._scores(one)),
+        )
+
+    def _scores(self, one: Trained) -> dict[str, Any]:
+        """By task; of the probes as one method each task's own."""
+        found = [read_json(artifact.path / "scores.json") for artifact, _, _ in self._scorings(one)]
+        if one.method.judged != "probes":
+            return dict(found[0])
+        return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}
+
+    def _header(self, seeds: Sequence[int]) -> Header:
+        made, first = self.made, next(iter(self.whole.values()))
+        whole = made.config.model_copy(update={"methods": ("*",)})
+        return Header(
+            name=made.name,
+            config=_without_paths(made.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
+            comparison=made.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
+            tasks={task.name: task.metric for task in made.base.tasks},
+            seeds=list(seeds),
+            parameters=Checkpoint(first.artifacts.base.path).numel,
+            versions=package_versions(),
+            device=_device(first),
+            commit=source_commit(),
+            confidence=made.config.confidence,
+            resamples=made.config.resamples,
+            overlaps=[self._overlap(self.whole[seed]) for seed in seeds],
+            methods=[method.name for method in methods_of(replace(made, config=whole))],
+            chance=self._chance(),
+            train_rows={task.name: count_examples(task.train_data) for task in made.base.tasks},
+        )
+
+    def _chance(self) -> dict[str, float]:
+        """What guessing scores, of the tasks where that is known."""
+        scored = next((self._scores(one) for one in self.done), {})
+        return {task: chance for task, score in scored.items() if (chance := chance_of(score)) is not None}
+
+    def _overlap(self, run: Pipeline) -> dict[str, Any]:
+        grouping = run.group()
+        jaccard = [[round(value, 5) for value in row] for row in grouping.jaccard.tolist()]
+        groups = [list(group) for group in grouping.groups]
+        return {"seed": run.config.seed, "jaccard": jaccard, "chance": grouping.chance, "groups": groups}
+
+
+def _device(run: Pipeline) -> str:
+    """What θ0 was scored on."""
+    scored = run.artifacts.evaluate(run.artifacts.base)
+    return str(scored.manifest()["device"]) if scored.complete else device_name()
+
+
+def _each_once(wanted: Iterable[Wanted]) -> list[Wanted]:
+    found: dict[Path, Wanted] = {}
+    for one in wanted:
+        found.setdefault(one[0].path, one)
+    return list(found.values())
+
+
+def _without_paths(node: Any) -> Any:
+    """A config whose absolute paths have become file names: a record is read on other machines."""
+    if isinstance(node, dict):
+        return {key: _without_paths(value) for key, value in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_without_paths(value) for value in node]
+    return Path(node).name if isinstance(node, str) and node.startswith("/") else node

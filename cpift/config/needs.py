@@ -1,0 +1,104 @@
+"""What each command needs of what a config may leave out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cpift.config.run import RunConfig
+from cpift.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a command makes of what a config may leave out. integrates: always, or only where `integration` is there."""
+
+    command: str
+    fuses: bool = False
+    integrates: Literal["always", "if configured", "never"] = "never"
+    scores: bool = False
+
+    def integrates_of(self, config: RunConfig) -> bool:
+        return self.integrates == "always" or (self.integrates == "if configured" and config.integration is not None)
+
+
+# Every command that a config is checked for; one that is not here cannot be asked about.
+NEEDS = {
+    None: Need("plan"),
+    "probe": Need("probe"),
+    "regions": Need("regions"),
+    "group": Need("group"),
+    "fuse": Need("fuse", fuses=True),
+    "integrate": Need("integrate", fuses=True, integrates="always"),
+    "evaluate": Need("evaluate", fuses=True, integrates="if configured", scores=True),
+    "report": Need("report", fuses=True, integrates="always", scores=True),
+    "run": Need("run", fuses=True, integrates="always", scores=True),
+    "compare": Need("compare", fuses=True, integrates="always", scores=True),
+    "sweep fused": Need("sweep", fuses=True, scores=True),
+    "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
+}
+# What of a command's words needs an extra: the modules it imports, and the extra that brings them.
+EXTRAS = {
+    "optuna": (("optuna",), "optuna"),
+    "standard": (("lm_eval",), "eval"),
+    "ties": (("peft",), "peft"),
+    "dare": (("peft",), "peft"),
+}
+_STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
+
+
+def require_extra(word: str, where: str) -> None:
+    """Raise ConfigError, before anything is read, where what `word` needs is not installed."""
+    if problems := absent_extras(word, where):
+        raise ConfigError("extras", problems)
+
+
+def absent_extras(word: str, where: str) -> list[Problem]:
+    """What `word` needs and is not installed."""
+    modules, extra = EXTRAS.get(word, ((), ""))
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    what = f"{word} needs {', '.join(absent)}, which is not installed"
+    return [Problem(where, what, f"pip install 'cpift[{extra}]'")] if absent else []
+
+
+def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """Fields that may be left out, but not for this stage, a key of `NEEDS`."""
+    need = NEEDS[stage]
+    integrates = need.integrates_of(config)
+    if integrates and config.integration is None:
+        yield Problem("integration", f"is not there, and `cpift {need.command}` needs it", _STOPS_BEFORE)
+    if need.fuses or stage is None:
+        yield from absent_extras(config.fusion.method, "fusion.method")
+    staged = config.backbone_source == "staged" and need.fuses
+    if staged and config.probe is None and config.backbone.training is None:
+        remedy = "add it, or set backbone.source: pretrained"
+        yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
+    if config.baselines is not None and (need.scores or stage is None):
+        yield from _of_baselines(config)
+    for task in config.tasks:
+        if task.train is None and (integrates or staged):
+            why = "`integration` trains on it" if integrates else "backbone.source: staged trains on it"
+            remedy = "leave `integration` out" if integrates else "set backbone.source: pretrained"
+            yield Problem(f"tasks.{task.name}.train", f"is not there, and {why}", f"give training rows, or {remedy}")
+        if task.source("test") is None and need.scores:
+            why = f"`cpift {need.command}` scores on it"
+            yield Problem(f"tasks.{task.name}.test", f"is not there, and {why}", "give rows")
+
+
+def _of_baselines(config: RunConfig) -> Iterator[Problem]:
+    """What `baselines` needs: full_sft has as many tokens as the run's fine-tunes, all of which have to be its own."""
+    assert config.baselines is not None
+    if config.baselines.full_sft is not None:
+        remedy = "give it, or leave baselines.full_sft out"
+        if config.integration is None:
+            yield Problem("baselines.full_sft", "trains as many tokens as the run, and has no `integration`", remedy)
+        for task in config.tasks:
+            if task.train is None:
+                yield Problem("baselines.full_sft", f"trains on tasks.{task.name}.train, which is not there", remedy)
+            elif task.checkpoint is not None:
+                what = f"trains as many tokens as the run, and how many tasks.{task.name}.checkpoint saw is not known"
+                yield Problem("baselines.full_sft", what, "leave it out, or give no checkpoint")
+    for name in config.baselines.chosen:
+        yield from absent_extras(name, f"baselines.{name}")

@@ -1,0 +1,308 @@
+"""One run, described. Every field of a run's YAML file, its meaning, unit and default.
+
+Relative paths of inputs are resolved against the folder of the YAML file; `output` against the working directory.
+`${NAME}` in a path is replaced from the environment, and nowhere else (`paths.py`). Loading is in
+`loading.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cpift.config.identity import FITS, identity
+from cpift.config.inputs import (
+    Bytes,
+    CheckpointConfig,
+    DataSource,
+    ModelConfig,
+    Name,
+    Section,
+    Seed,
+    exactly_one,
+    needed,
+)
+from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
+from cpift.config.training import IntegrationConfig, ResourcesConfig, Tracker, TrainingConfig
+
+__all__ = [
+    "BackboneConfig",
+    "CheckpointConfig",
+    "DataSource",
+    "EvaluationConfig",
+    "FusionConfig",
+    "GroupsConfig",
+    "IntegrationConfig",
+    "ModelConfig",
+    "Name",
+    "RegionsConfig",
+    "ResourcesConfig",
+    "RunConfig",
+    "Section",
+    "TaskConfig",
+    "TrainingConfig",
+]
+Pattern = Annotated[str, Field(max_length=1000)]  # the time that a bracket takes to read grows with its square
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class RegionsConfig(Section):
+    """Core regions Ci: the ⌊p·D⌋ elements that moved most."""
+
+    p: Fraction = Field(0.01, **identity("regions"), description="core fraction (a fraction: the paper's 1 % is 0.01)")
+    scope: Literal["global", "tensor"] = Field(
+        "global",
+        **identity("regions"),
+        description="global: the top ⌊p·D⌋ of all parameters at once (paper); tensor: p of each tensor",
+    )
+    measure: Literal["update", "significance"] = Field(
+        "update",
+        **identity("regions", absent="update", swept=True),
+        description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
+        "which takes large updates of large weights",
+    )
+    include: tuple[Pattern, ...] = Field(("*",), **identity("regions"), description="glob patterns of parameter names")
+    exclude: tuple[Pattern, ...] = Field(
+        (), **identity("regions"), description="glob patterns taken out again, for example '*embed*'"
+    )
+
+
+class GroupsConfig(Section):
+    """Task groups: connected components of the graph with an edge where S(i,j) ≥ τ."""
+
+    tau: float | None = Field(
+        None, **identity("group"), ge=0, le=1, description="absolute Jaccard threshold (paper: 0.1)"
+    )
+    tau_chance: float | None = Field(
+        None, **identity("group"), gt=0, description="threshold as a multiple of chance, p/(2−p)"
+    )
+    order: Literal["random", "given", "similarity"] = Field(
+        "random",
+        **identity("group"),
+        description="of the groups, and so of the stages: random (paper), by the seed; given: as tasks stand here; "
+        "similarity: the group most like the last is the next",
+    )
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> GroupsConfig:
+        exactly_one(self, ("tau", "tau_chance"))
+        return self
+
+
+class BackboneConfig(Section):
+    """θ_base, into which cores are transplanted."""
+
+    source: str = Field(
+        "staged",
+        **identity("backbone", "fuse", by="what it names"),
+        description="staged (paper) | pretrained | a local directory or hub id",
+    )
+    revision: str | None = Field(
+        None, **identity("fuse", by="the commit it means"), description="branch, tag or commit of a hub id"
+    )
+    training: TrainingConfig | None = Field(
+        None,
+        **identity("backbone", by="its parts, else probe's"),
+        description="of each stage of `staged`; default: as `probe`",
+    )
+
+
+class FusionConfig(Section):
+    """Transplant and SLERP; or another way to merge, to compare with."""
+
+    method: Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"] = Field(
+        "cpift",
+        **identity("merge"),
+        description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone",
+    )
+    weight: float = Field(
+        1.0,
+        **identity("merge"),
+        description="of every task: linear (normalised), λ of task_arithmetic, ties and dare",
+    )
+    weights: dict[str, float] = Field(
+        **identity("merge"),
+        default_factory=dict,
+        description="by task, where they differ from `weight`",
+    )
+    density: Fraction = Field(0.2, **identity("merge"), description="share of each update that ties and dare keep")
+    trim: Literal["tensor", "global"] = Field(
+        "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
+    )
+    t: float = Field(
+        0.5,
+        **identity("merge"),
+        ge=0,
+        le=1,
+        description="slerp of two tasks: 0 is the first, 1 the second; of more, each weighs the same",
+    )
+    omega: Literal["uniform"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "uniform",
+        **identity("fuse"),
+        description="uniform: ω_i = 1/(i+1), every model weighs the same; a number: the paper's fixed ω",
+    )
+    epsilon: float = Field(
+        1e-6, **identity("fuse", "merge"), ge=0, description="radians; LERP where the angle is smaller"
+    )
+    granularity: Literal["tensor", "row", "model"] = Field(
+        "tensor", **identity("fuse"), description="what has an angle of its own"
+    )
+    space: Literal["weights", "delta"] = Field(
+        "weights",
+        **identity("fuse"),
+        description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
+    )
+    conflict: Literal["magnitude", "last", "mean", "agree"] = Field(
+        "magnitude",
+        **identity("fuse"),
+        description="where an element is core of several tasks: magnitude: the largest update wins; last: the later "
+        "stage; mean: their mean; agree: the largest if all pull one way, else none of them transplants it",
+    )
+    transplant: bool = Field(
+        True,
+        **identity("fuse", absent=True, swept=True),
+        description="false: no cores, SLERP everywhere, to see what the transplant does",
+    )
+    vocabulary: Literal["error", "base"] = Field(
+        "error",
+        **identity("merge"),
+        description="where models have other numbers of tokens, base: those of θ0, with its rows where missing",
+    )
+    shard_size: Bytes = Field(
+        5 * 10**9,
+        **identity("fuse", "merge"),
+        description="most bytes of one file of the fused model, for example 5GB",
+    )
+
+    @property
+    def isolates(self) -> bool:
+        """Whether it transplants core regions into a backbone, as the paper does; else it merges θ1..θN onto θ0."""
+        return self.method == "cpift"
+
+
+class RunConfig(Section):
+    """A whole run of CPI-FT."""
+
+    name: Name = Field(**identity(), description="of the run; its folder and models are called so")
+    output: Path | None = Field(
+        None, **identity(), description="folder for everything the run makes; default: runs/<name>"
+    )
+    seed: Seed = Field(
+        0,
+        **identity("probe", "group", "backbone", "merge", "integrate", by="itself; of merge only dare's"),
+        description="of random weights, the order of rows and of groups, and what dare drops",
+    )
+    model: ModelConfig = Field(**identity("model", by="its parts"))
+    tasks: tuple[TaskConfig, ...] = Field(
+        **identity("probe", "regions", "group", "backbone", "fuse", "merge", "integrate", "evaluate", by="their parts"),
+        min_length=1,
+        max_length=16,
+    )
+    probe: TrainingConfig | None = Field(
+        None,
+        **identity("probe", "backbone", by="its parts"),
+        description="how probes are trained; needed unless all are given",
+    )
+    regions: RegionsConfig = Field(RegionsConfig(), **identity("regions"))
+    groups: GroupsConfig = Field(GroupsConfig(tau=0.1, tau_chance=None), **identity("group"))
+    backbone: BackboneConfig = Field(BackboneConfig(), **identity("backbone", "fuse", by="its parts"))
+    fusion: FusionConfig = Field(FusionConfig(), **identity("fuse", "merge"))
+    integration: IntegrationConfig | None = Field(
+        None, **identity("integrate"), description="needed by `cpift integrate` and `run`"
+    )
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), **identity("evaluate"))
+    baselines: BaselinesConfig | None = Field(
+        None,
+        **identity(absent=None),
+        description="made and scored beside the run's own models, for example {linear: {}, ties: {}, full_sft: {}}",
+    )
+    resources: ResourcesConfig = Field(ResourcesConfig(), **identity(*FITS, "evaluate"))
+    tracking: tuple[Tracker, ...] = Field(
+        ("tensorboard",),
+        **identity(),
+        description="where losses go while training: tensorboard (files in <output>/logs); mlflow and wandb as their "
+        "own environment variables say (MLFLOW_TRACKING_URI, WANDB_PROJECT)",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RunConfig:
+        names = [task.name.lower() for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: {', '.join(repr(n) for n in twice)} is named twice; give every task its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> RunConfig:
+        judged = [task.name for task in self.tasks if task.metric == "judge"]
+        if judged and self.evaluation.judge is None:
+            raise ValueError(f"tasks {', '.join(judged)}: metric judge needs evaluation.judge with `url` and `model`")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_not_sharded(self) -> RunConfig:
+        trainings = (self.probe, self.backbone.training)
+        if self.resources.sharded and any(training and training.lora for training in trainings):
+            raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        return (self.output or Path("runs") / self.name).absolute()
+
+    @model_validator(mode="after")
+    def _weights_name_tasks(self) -> RunConfig:
+        known = {task.name for task in self.tasks}
+        for name in self.fusion.weights:
+            if name not in known:
+                raise ValueError(f"fusion.weights: {name!r} is no task; there are {', '.join(sorted(known))}")
+        weights = [self.fusion.weights.get(task.name, self.fusion.weight) for task in self.tasks]
+        if self.fusion.method == "linear" and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
+            raise ValueError(f"fusion.weights sum to {sum(weights):g}, and linear divides by it: give others")
+        return self
+
+    @model_validator(mode="after")
+    def _probes_can_be_had(self) -> RunConfig:
+        for task in self.trained:
+            if task.train is None:
+                raise ValueError(f"tasks.{task.name}: give `train` to train its probe, or the `checkpoint` to use")
+            if self.probe is None:
+                raise ValueError(f"probe: is required, for tasks.{task.name} has no checkpoint")
+        return self
+
+    @property
+    def trained(self) -> tuple[TaskConfig, ...]:
+        """The tasks whose probes are trained here."""
+        return tuple(task for task in self.tasks if task.checkpoint is None)
+
+    @property
+    def merges_only(self) -> bool:
+        """Whether everything up to the fused model is given: no fine-tune, θ0 and all θi used where they lie."""
+        return not self.trained and self.backbone_source != "staged"
+
+    @property
+    def scores(self) -> bool:
+        """Whether every task has rows to score on."""
+        return all(task.source("test") is not None for task in self.tasks)
+
+    @property
+    def backbone_source(self) -> str:
+        """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0."""
+        return self.backbone.source if self.fusion.isolates else "pretrained"
+
+    @property
+    def probe_training(self) -> TrainingConfig:
+        return needed(self.probe, "probe", "training")
+
+    @property
+    def backbone_training(self) -> TrainingConfig:
+        return self.backbone.training or needed(self.probe, "backbone.training", "the staged backbone")
+
+    @property
+    def integration_training(self) -> IntegrationConfig:
+        return needed(self.integration, "integration", "integrated fine-tuning")
+
+    def task(self, name: str) -> TaskConfig:
+        return next(task for task in self.tasks if task.name == name)

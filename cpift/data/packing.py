@@ -1,0 +1,49 @@
+"""Several examples in one row, so that little of a batch is padding, and no example sees another.
+
+A row's `position_ids` start again at 0 with each example. transformers' models build a block-diagonal causal mask from
+that where they are given no attention mask and no cache, with every attention implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.data.on_disk import rows_on_disk
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_OPEN = 64  # rows that still take examples; more would fill rows better and mix near and far examples more
+_IGNORED = -100
+
+
+def packed(dataset: Iterable[dict[str, Any]], max_length: int, file: Path | None = None) -> Dataset:
+    """Rows of at most `max_length` tokens with columns `input_ids`, `labels` and `position_ids`, kept in `file`.
+
+    Every example of `dataset` (columns `input_ids` and `labels`) is in one row, whole: the first of the open rows that
+    has room for it. The first token of an example is nobody's label, for the token before it is another example's.
+    """
+    from datasets import Dataset
+
+    rows = packed_rows(dataset, max_length)
+    return rows_on_disk(rows, file) if file else Dataset.from_list(list(rows))
+
+
+def packed_rows(examples: Iterable[dict[str, Any]], max_length: int) -> Iterator[dict[str, list[int]]]:
+    """The rows of `packed`, each as soon as it is full."""
+    open_rows: list[dict[str, list[int]]] = []
+    for example in examples:
+        length = len(example["input_ids"])
+        row = next((row for row in open_rows if len(row["input_ids"]) + length <= max_length), None)
+        if row is None:
+            row = {"input_ids": [], "labels": [], "position_ids": []}
+            open_rows.append(row)
+            if len(open_rows) > _OPEN:
+                fullest = max(range(_OPEN), key=lambda at: len(open_rows[at]["input_ids"]))
+                yield open_rows.pop(fullest)
+        row["input_ids"] += example["input_ids"]
+        row["labels"] += [_IGNORED, *example["labels"][1:]]
+        row["position_ids"] += range(length)
+    yield from open_rows

@@ -1,0 +1,296 @@
+"""Conversations as token ids, with labels on what the model must write itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.data.on_disk import rows_on_disk
+from cpift.data.templates import rendered
+from cpift.data.use import RowUse
+from cpift.errors import DataError, Problem
+from cpift.rows.examples import Example, Message
+from cpift.rows.turns import LINKS
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_WRITES = dict.fromkeys(("tools", "tool calls"), "use the template of a model trained on them")
+_THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", "[/THINK]")  # written into a content
+UNCUT = 1 << 30  # a `max_length` of no row
+IGNORED = -100  # the label that cross entropy leaves out
+_MARK = "\ue000reply{}\ue001"  # private-use characters, so that no template treats them specially
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Token ids, and labels of the same length: the id itself where the model is scored on it, −100 elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+    def first_label(self) -> int:
+        """Index of the first scored token."""
+        return next(i for i, label in enumerate(self.labels) if label != IGNORED)
+
+    def last_label(self) -> int:
+        """Index of the last scored token."""
+        return max(i for i, label in enumerate(self.labels) if label != IGNORED)
+
+    def scored(self) -> int:
+        """Number of tokens that are scored. The first token is never: nothing predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    """Token ids of the conversation in the tokenizer's chat template, and labels of equal length.
+
+    Labels are the ids of each assistant turn: its text and the end-of-turn token after it, −100 everywhere else. The
+    text is tokenised once as a whole and spans are found in characters, so ids are what inference sees. Both lists are
+    cut after `max_length` tokens. A plain text is written without the template: as the tokenizer begins a text, and
+    ended by its end-of-sequence token; all of it is learnt.
+
+    Raises:
+        DataError: the chat template changes the assistant's text, or writes no special token after it.
+    """
+    if example.plain:
+        ids = _plain(example.reply, tokenizer)[:max_length]
+        return {"input_ids": ids, "labels": list(ids)}
+    written = _Written(example, tokenizer)
+    text = written.text
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [IGNORED] * len(ids)
+    special = _special_ids(tokenizer)
+    for turn, message in enumerate(example.messages):
+        if message.role == "assistant" and message.trained:
+            span = written.call_span(turn) if message.tool_calls else written.reply_span(turn)
+            first, last = _token_span(example, ids, offsets, span, special)
+            labels[first : last + 1] = ids[first : last + 1]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = int(tokenizer.eos_token_id)
+    return ids if ids and ids[-1] == end else [*ids, end]
+
+
+def tokenised_dataset(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    file: Path | None = None,
+    use: RowUse | None = None,
+) -> Dataset:
+    """A map-style data set with columns `input_ids` and `labels`, in the examples' order.
+
+    `file`: where its rows are kept, 8 bytes a token, so that neither they nor the examples are ever all in memory.
+    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out, and counted in `use`.
+
+    Raises:
+        DataError: no example is left.
+    """
+    from datasets import Dataset
+
+    use = RowUse(max_length) if use is None else use
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        for example in examples:
+            whole = tokenise(example, tokenizer, UNCUT)
+            row = {name: ids[:max_length] for name, ids in whole.items()}
+            use.add(len(whole["input_ids"]), learnable(row))
+            if learnable(row):
+                yield row
+
+    found = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
+    if not use.used:
+        remedy = "raise max_length"
+        raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
+    if use.left_out:
+        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", use.left_out, use.rows, max_length)
+    return found
+
+
+def count_tokens(dataset: Dataset) -> Iterator[int]:
+    """The length of each row, in order; rows are read a thousand at a time."""
+    for batch in dataset.select_columns("input_ids").iter(1000):
+        yield from map(len, batch["input_ids"])
+
+
+def learnable(row: Mapping[str, Sequence[int]]) -> bool:
+    """Whether any label is left. The first never counts: a causal model has nothing to predict it from."""
+    return any(label != IGNORED for label in row["labels"][1:])
+
+
+class CompletionCollator:
+    """Pads a batch on the right to its longest row, rounded up to a multiple of 8 tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.pad_token_id is None:
+            raise DataError("tokenizer", [Problem("pad_token", "is not set", "load it with models.load_tokenizer")])
+        self.pad_token_id = int(tokenizer.pad_token_id)
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, padded length).
+
+        Of packed rows (see `packing.py`) `position_ids` instead of `attention_mask`; each token of padding has position
+        0, so that it is an example of its own.
+        """
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in features)
+        shape = (len(features), -(-longest // 8) * 8)
+        input_ids = torch.full(shape, self.pad_token_id)
+        extra = "position_ids" if "position_ids" in features[0] else "attention_mask"
+        beside = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED)
+        for place, row in enumerate(features):
+            length = len(row["input_ids"])
+            input_ids[place, :length] = torch.tensor(row["input_ids"])
+            beside[place, :length] = torch.tensor(row[extra]) if extra == "position_ids" else 1
+            labels[place, :length] = torch.tensor(row["labels"])
+        return {"input_ids": input_ids, extra: beside, "labels": labels}
+
+
+class _Written:
+    """An example in a tokenizer's chat template: all that is asked of the template for it, in one go.
+
+    Raises, naming the row:
+        DataError: the template fails, or leaves something out that the model would then be expected to know.
+    """
+
+    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
+        self._example, self._ends, self._mark = example, tokenizer.all_special_tokens, _absent_mark(example)
+        asked = {"text": _conversation(example.messages, example.tools)}
+        asked |= {what: _conversation(*left) for what, left in _left_out(example).items()}
+        for turn, message in enumerate(example.messages):
+            if message.role == "assistant" and message.trained:
+                asked |= _of_reply(example, turn, self._mark)
+        self._texts = dict(zip(asked, self._rendered(tokenizer, list(asked.values())), strict=True))
+        self.text = self._texts["text"]
+        for what in _left_out(example):
+            if self._texts[what] == self.text:
+                raise _refused(example, f"it does not write {what}", _WRITES.get(what, "take it out of the rows"))
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, conversations: list[dict[str, Any]]) -> list[str]:
+        try:
+            template = tokenizer.get_chat_template(None, conversations[0]["tools"])
+            return rendered(template, tokenizer.special_tokens_map, conversations)
+        except ValueError as error:  # a TemplateError, or a tokenizer with several templates and no default
+            raise _refused(self._example, f"it {error}", "change the row, or use another template") from None
+
+    def reply_span(self, turn: int) -> tuple[int, int]:
+        """First and one-past-last character of what the model writes in an assistant turn, up to its content's end.
+
+        The content is located by rendering a mark in its place. A template may write something between the generation
+        prompt and the content (an empty thought, say): the model has to write that too.
+        """
+        content = self._example.messages[turn].content
+        before, found, after = self._texts[f"marked {turn}"].partition(self._mark)
+        end = len(self.text) - len(after)
+        unchanged = found and self.text[: len(before)] == before and self.text[end:] == after
+        if not unchanged or self.text[len(before) : end].strip() != content.strip():
+            thought = next((mark for mark in _THOUGHTS if mark in content), None)
+            what = f"the assistant's text of message {turn} does not appear in it as it is"
+            if thought:
+                remedy = f"give the thought as the turn's `reasoning_content`, and the content without {thought}"
+                raise _refused(self._example, f"{what}, for it takes the {thought} part for a thought", remedy)
+            raise _refused(self._example, what, "use one that keeps contents unchanged")
+        prompt = self._texts[f"prompt {turn}"]
+        return (len(prompt) if before.startswith(prompt) else len(before)), end
+
+    def call_span(self, turn: int) -> tuple[int, int]:
+        """`reply_span` of a turn that calls tools: all that the template writes of it after the generation prompt."""
+        prompt, through = self._texts[f"prompt {turn}"], self._texts[f"through {turn}"]
+        if not through.startswith(prompt) or not self.text.startswith(through):
+            what = f"the tool calls of message {turn} are written otherwise when more turns follow"
+            raise _refused(self._example, what, "use one whose turns do not depend on later ones")
+        ends = [through.rfind(token, len(prompt)) for token in self._ends]
+        return len(prompt), max(*ends, len(prompt))
+
+
+def _conversation(messages: Sequence[Message], tools: Sequence[str], *, prompt: bool = False) -> dict[str, Any]:
+    return {
+        "messages": [message.turn for message in messages],
+        "tools": [json.loads(tool) for tool in tools] or None,
+        "add_generation_prompt": prompt,
+    }
+
+
+def _absent_mark(example: Example) -> str:
+    """A text that no message of the example holds."""
+    marks = (_MARK.format(number or "") for number in itertools.count())
+    return next(mark for mark in marks if not any(mark in message.content for message in example.messages))
+
+
+def _of_reply(example: Example, turn: int, mark: str) -> dict[str, dict[str, Any]]:
+    """What shows where an assistant's turn begins and ends."""
+    messages, tools = example.messages, example.tools
+    asked = {f"prompt {turn}": _conversation(messages[:turn], tools, prompt=True)}
+    if messages[turn].tool_calls:
+        return asked | {f"through {turn}": _conversation(messages[: turn + 1], tools)}
+    marked = [*messages[:turn], replace(messages[turn], content=mark), *messages[turn + 1 :]]
+    return asked | {f"marked {turn}": _conversation(marked, tools)}
+
+
+def _left_out(example: Example) -> dict[str, tuple[Sequence[Message], Sequence[str]]]:
+    """The example without each thing that a template may not know; its text must then be another.
+
+    A tool's answer is told by its place among the answers too (`turns.check_links`): its names may be left out.
+    """
+    messages, tools = example.messages, example.tools
+    asked: dict[str, tuple[Sequence[Message], Sequence[str]]] = {"tools": (messages, ())} if tools else {}
+    if any(message.tool_calls for message in messages):
+        asked["tool calls"] = [replace(message, tool_calls="") for message in messages], tools
+    names = {name for message in messages if message.fields for name in message.other if not _linked(message, name)}
+    for name in sorted(names):
+        asked[f"`{name}`"] = [_without(message, name) for message in messages], tools
+    return asked
+
+
+def _linked(message: Message, name: str) -> bool:
+    return message.role == "tool" and name in LINKS
+
+
+def _without(message: Message, name: str) -> Message:
+    kept = {key: value for key, value in message.other.items() if key != name or _linked(message, name)}
+    return replace(message, fields=json.dumps(kept) if kept else "")
+
+
+def _refused(example: Example, what: str, remedy: str) -> DataError:
+    return DataError("chat template", [Problem(example.place or "chat template", f"chat template: {what}", remedy)])
+
+
+def _token_span(
+    example: Example,
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    span: tuple[int, int],
+    special: frozenset[int],
+) -> tuple[int, int]:
+    """First token of the span, and the end-of-turn token: the first special token at or after the span's end."""
+    start, end = span
+    first = next((place for place, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+    after = (place for place in range(first, len(ids)) if offsets[place][0] >= end and ids[place] in special)
+    last = next(after, None)
+    if last is None:
+        what = "it writes no special token after the assistant's text, so a model could not learn to stop"
+        raise _refused(example, what, "end assistant turns with eos_token")
+    return first, last
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    if not tokenizer.is_fast:
+        what = f"{type(tokenizer).__name__} cannot tell where its tokens lie in the text"
+        raise DataError("tokenizer", [Problem("tokenizer", what, "use the model's fast tokenizer (tokenizer.json)")])
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))

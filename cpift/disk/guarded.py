@@ -1,0 +1,36 @@
+"""Reads of mapped files, guarded: a file that is cut short or written to meanwhile is an error with a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cpift.disk.input_watch import noted
+from cpift.errors import ChangedInput, Problem
+
+_REMEDY = "put it back whole; the same command goes on with what it has finished"
+
+
+@contextmanager
+def guarded_reads(title: str, files: Iterable[Path] = ()) -> Iterator[None]:
+    """Around reads for something called `title`, also of files that a library maps.
+
+    Raises ChangedInput where a page of a mapped file could not be read, or one of `files` is no longer what it was.
+    """
+    from cpift_kernels.cpu import faults
+
+    before, changes = faults.count(), noted(files)
+    failure: Exception | None = None
+    with faults.watch():
+        try:
+            yield
+        except Exception as error:  # maybe of zeros that came in place of what was cut off
+            failure = error
+    if faults.count() > before and not isinstance(failure, ChangedInput):
+        cut = changes() or [Problem("a file that was being read", "was cut short", _REMEDY)]
+        raise ChangedInput(title, cut, resumable=True) from failure
+    if failure is not None:
+        raise failure
+    if problems := changes():
+        raise ChangedInput(title, problems)

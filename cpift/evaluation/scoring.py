@@ -1,0 +1,240 @@
+"""Scores of one model on the tasks' test rows: loss per answer token, and each task's own metric.
+
+The loss is always measured. `choice` ranks the options by the likelihood of each as the assistant's whole reply;
+`number`, `rouge` and `judge` read what the model writes under greedy decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cpift.config.run import TaskConfig
+from cpift.config.tasks import EvaluationConfig
+from cpift.data.templates import checked_templates
+from cpift.data.tokenise import IGNORED
+from cpift.devices import Device, resolved
+from cpift.evaluation.generation import Opening, cut_back, greedy
+from cpift.evaluation.judge import judge_replies
+from cpift.evaluation.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
+from cpift.evaluation.metrics import metric_of, right_answer
+from cpift.evaluation.rows import ScoredRow, scored_rows
+from cpift.models.sources import load_model, load_tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One model on one task."""
+
+    metric: str
+    score: float | None  # 0..1, higher is better; None where the metric is the loss itself
+    loss: float  # mean negative log-likelihood per answer token over all rows, in nats
+    tokens: int
+    rows: int
+    examples: list[dict[str, Any]]  # per test row, in the file's order: loss, tokens, and score and prediction
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What every step of one evaluation needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationConfig
+
+
+def evaluate_model(
+    path: Path,
+    tasks: Sequence[TaskConfig],
+    settings: EvaluationConfig,
+    *,
+    device: Device = "cpu",
+    on_progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
+
+    Weights are kept in float32, products computed as `settings.precision` says.
+    `on_progress(task, done, total)` counts rows scored plus, where the metric needs them, rows generated.
+
+    Raises:
+        DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
+    """
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, torch.float32)
+    if (dtype := _products(settings, device)) != torch.float32:
+        _narrow(model, dtype)
+    model.to(device)  # type: ignore[arg-type]
+    # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    room = _Room(model, tokenizer, settings)
+    with torch.no_grad(), _precision(settings, device):
+        return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
+
+
+def _silent(task: str, done: int, total: int) -> None:
+    pass
+
+
+def _products(settings: EvaluationConfig, device: Device) -> torch.dtype:
+    """What products are computed in."""
+    return torch.bfloat16 if resolved(settings.precision, device) == "bfloat16" else torch.float32
+
+
+def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep in `dtype` what autocast would make of the weights of linear layers anyway, and keep beside them; what an
+    embedding shares stays as it is, and so do norms and biases, which are no factor of a product."""
+    embeddings = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:
+            module.weight.data = module.weight.data.to(dtype)
+
+
+def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
+    dtype = _products(settings, device)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
+    with checked_templates():  # see `scored_rows.check_rows`
+        rows = scored_rows(room.tokenizer, room.settings, task)
+    metric = metric_of(task.metric)
+    total = len(rows) * metric.passes
+
+    def on_done(done: int) -> None:
+        on_progress(task.name, done, total)
+
+    if not metric.generates:
+        results = _likelihoods(room, rows, on_done)
+    else:
+        results, texts = _replies(room, rows, task.max_new_tokens, on_done)
+        for text, result, found in zip(texts, results, _judged(room, task, rows, texts, on_progress), strict=True):
+            result |= {"prediction": text, **found}
+    tokens = sum(result["tokens"] for result in results)
+    loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
+    score = None if metric.by_loss else sum(result["score"] for result in results) / len(results)
+    return TaskScore(task.metric, score, loss, tokens, len(results), results)
+
+
+def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of rows, longest first (memory runs out at once or not at all), at most `limit` sequences together."""
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (-rows[i].length, i)):
+        if batch and sum(sizes[i] for i in batch) + sizes[index] > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Loss of each row's reply; with options also the likeliest (of equals the first) and whether it is right."""
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    done = 0
+    for batch in _batches(rows, [max(1, len(row.options)) for row in rows], room.settings.batch_size):
+        groups = [(rows[i].reply, *rows[i].options) for i in batch]
+        for i, (reply, *options) in zip(batch, likelihoods(room.model, groups), strict=True):
+            results[i] = _loss(rows[i], reply)
+            if options:
+                nll = [option.nll for option in options]
+                prediction = rows[i].example.choices[nll.index(min(nll))]
+                right = float(prediction == right_answer(rows[i].example))
+                results[i] |= {"prediction": prediction, "score": right, "option_nll": nll}
+        done += len(batch)
+        on_done(done)
+    return results
+
+
+def _loss(row: ScoredRow, reply: Likelihood) -> dict[str, Any]:
+    tokens = row.reply.scored()
+    return {"loss": reply.nll / tokens, "tokens": tokens}
+
+
+def _judged(
+    room: _Room, task: TaskConfig, rows: Sequence[ScoredRow], texts: Sequence[str], on_progress: Progress
+) -> list[dict[str, Any]]:
+    """The score of each text, and of a judge what it said."""
+    metric, judge = metric_of(task.metric), room.settings.judge
+    if metric.text is not None:
+        return [{"score": metric.text(row.example, text)} for row, text in zip(rows, texts, strict=True)]
+    assert judge is not None  # a config with such a task is refused without
+    done = 2 * len(rows)
+    verdicts = judge_replies(
+        judge, [row.example for row in rows], texts, lambda n: on_progress(task.name, done + n, done + len(rows))
+    )
+    return [{"score": one.score, "judge": one.reply} for one in verdicts]
+
+
+def _replies(
+    room: _Room, rows: Sequence[ScoredRow], limit: int, on_done: Callable[[int], None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Loss of each row's reply, and the greedy reply of at most `limit` tokens to its prompt, without special tokens.
+    `on_done` gets the rows scored plus the rows generated."""
+    ends = _ends(room, rows)
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    written: list[list[int]] = [[] for _ in rows]
+    done = 0
+    for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):
+        found, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
+        for i, reply in zip(batch, found, strict=True):
+            results[i], written[i] = _loss(rows[i], reply), _foreseen(rows[i], reply, limit, ends)
+        done += len(batch)
+        on_done(done)
+        _finish(room, rows, batch, written, begun, limit, ends)
+        done += len(batch)
+        on_done(done)
+    texts = room.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return results, [text.strip() for text in texts]
+
+
+def _foreseen(row: ScoredRow, reply: Likelihood, limit: int, ends: Collection[int]) -> list[int]:
+    """How greedy decoding begins, as the likeliest tokens in the places of the right reply's tell: with these as long
+    as they are right, and with the first that is another, or that ends the reply."""
+    start = len(row.prompt)
+    scored = sum(label != IGNORED for label in row.reply.labels[max(1, start) :])
+    found: list[int] = []
+    for token, right in zip(reply.likeliest[len(reply.likeliest) - scored :], row.reply.ids[start:], strict=False):
+        found.append(token)
+        if token != right or token in ends or len(found) == limit:
+            break
+    return found
+
+
+def _finish(
+    room: _Room,
+    rows: Sequence[ScoredRow],
+    batch: Sequence[int],
+    written: list[list[int]],
+    begun: Begun,
+    limit: int,
+    ends: Collection[int],
+) -> None:
+    """Write what is not foreseen of a batch's replies. `begun`: what their likelihoods left."""
+    places = [
+        place
+        for place, i in enumerate(batch)
+        if len(written[i]) < limit and not (written[i] and written[i][-1] in ends)
+    ]
+    if not places:
+        return
+    todo = [batch[place] for place in places]
+    openings = [Opening(rows[i].prompt, written[i], limit - len(written[i])) for i in todo]
+    surplus = [rows[i].reply.last_label() - len(rows[i].prompt) - len(written[i]) + 1 for i in todo]
+    foreseen = all(written[i] for i in todo)  # not so where a row was cut before its reply
+    kept = cut_back(room.model, begun, places, surplus) if foreseen else None
+    for i, more in zip(todo, greedy(room.model, openings, ends, kept), strict=True):
+        written[i] = written[i] + more
+
+
+def _ends(room: _Room, rows: Sequence[ScoredRow]) -> set[int]:
+    """Every token that ends a turn."""
+    configured = room.model.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured])
+    return (ends | {room.tokenizer.eos_token_id, *(row.end_of_turn for row in rows)}) - {None}

@@ -1,0 +1,180 @@
+"""Merging: a method, applied to every tensor slice by slice, written as shards that survive a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.slices import DEFAULT_BUDGET, Piece, sweep
+from cpift.checkpoints.writing import (
+    Shard,
+    WriteBehind,
+    copy_companions,
+    kept_record,
+    plan_shards,
+    require_room,
+    write_index,
+    write_shard,
+)
+from cpift.disk.guarded import guarded_reads
+from cpift.errors import CpiftError
+from cpift.formats.safetensors import FileWriter, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from cpift_kernels.cpu.phases import Mark, Masks, Selection
+
+Prepared = tuple[dict[str, Any] | None, Callable[[int, int, "torch.Tensor"], None]]
+Progress = Callable[[int, str], None]  # elements written since the last call, and the tensor they belong to
+_DEEPEST = 6  # buffers in flight; more would not make a disk faster
+
+
+class Method(Protocol):
+    """How models become one; see `fusion.Fusion`."""
+
+    @property
+    def models(self) -> list[Checkpoint]:
+        """Every model that is read."""
+
+    def prepare(self) -> list[dict[str, Any]]:
+        """Whole-model statistics, before the first tensor; returns records of them."""
+
+    def pieces(self, info: TensorInfo) -> list[Piece]:
+        """The slices of a tensor."""
+
+    def tensor(self, info: TensorInfo) -> Prepared:
+        """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
+
+        It may run while another tensor is being written."""
+
+
+MergeShards = Callable[[Method, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
+
+
+def merge(
+    method: Method,
+    like: Checkpoint,
+    out: Path,
+    made_from: str,
+    *,
+    shard_size: int,
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress = lambda elements, name: None,
+    shards_by: MergeShards | None = None,
+) -> list[dict[str, Any]]:
+    """Write the merged checkpoint into the folder `out`: names, shapes and dtypes as `like`, its small files copied.
+
+    made_from: the fingerprint of inputs and settings; shards that `out` already has of it are kept. shards_by: what
+    does the work of `merge_shards` where it is not this process. Returns the records
+    of all tensors. Raises CheckpointError for a model that does not fit or is not finite, CpiftError for a budget
+    in which not one slice fits.
+    """
+    shards = plan_shards(like.tensors.values(), shard_size)
+    records = {shard.name: kept_record(shard, out, made_from) for shard in shards}
+    missing = [shard for shard in shards if records[shard.name] is None]
+    require_room(out, sum(info.nbytes for shard in missing for info in shard.tensors))
+    whole = method.prepare() if missing else []
+    for shard in shards:
+        if records[shard.name] is not None:
+            progress(sum(info.numel for info in shard.tensors), shard.name)
+    records |= (shards_by or merge_shards)(method, missing, out, made_from, budget, progress)
+    write_index(shards, out)
+    copy_companions(like, out)
+    return [*whole, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
+
+
+def merge_shards(
+    method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Write some shards; their records by name."""
+    if not shards:
+        return {}
+    infos = [info for shard in shards for info in shard.tensors]
+    largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
+    depth = buffers_within(budget, largest, len(method.models))
+    with WriteBehind(largest, depth) as writing:
+
+        def write(shard: Shard) -> dict[str, Any]:
+            return write_shard(shard, out, made_from, lambda file: _fill(method, shard, file, writing, progress))
+
+        return {shard.name: write(shard) for shard in shards}
+
+
+def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> dict[str, Any]:
+    records = []
+    with guarded_reads(shard.name), drained(writing):
+        for info, (record, fill) in _looked_ahead(method, shard.tensors):
+            records += [] if record is None else [record]
+            for start, stop in sweep(method.models, info, method.pieces(info)):
+                out = writing.buffer(stop - start, info.dtype)
+                fill(start, stop, out)
+                writing.write(file, info.name, start, out)
+                progress(stop - start, info.name)
+        writing.drain()
+        for model in method.models:
+            model.require_unchanged()
+    return {"tensors": records}
+
+
+@contextmanager
+def drained(writing: WriteBehind) -> Iterator[None]:
+    """Also after an error nothing may be written to a file that is being closed."""
+    try:
+        yield
+    finally:
+        writing.drain()
+
+
+def _looked_ahead(method: Method, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Prepared]]:
+    """Every tensor with what `method` says of it: its statistics are made while the tensor before it is written, for
+    writing alone (one hash, one disk) does not keep the processors busy."""
+    with ThreadPoolExecutor(1, thread_name_prefix="cpift-ahead") as ahead:
+        coming = ahead.submit(method.tensor, infos[0])
+        for info, following in zip(infos, (*infos[1:], None), strict=True):
+            prepared = coming.result()
+            if following is not None:
+                coming = ahead.submit(method.tensor, following)
+            yield info, prepared
+
+
+def buffers_within(budget: int, nbytes: int, models: int) -> int:
+    """Output buffers that fit beside what a slice takes otherwise: values of adapters, and masks of every model.
+
+    Raises CpiftError if it is less than two.
+    """
+    beside = 2 * models * nbytes + nbytes
+    depth = (budget - beside) // max(nbytes, 1)
+    if depth < 2:
+        needed = (beside + 2 * nbytes + (1 << 20) - 1) >> 20
+        raise CpiftError(
+            f"resources.memory_budget: {budget >> 20} MiB is too little to merge {models} models slice by slice → "
+            f"give at least {needed} MiB"
+        )
+    return min(depth, _DEEPEST)
+
+
+def _kept(record: dict[str, Any] | None) -> dict[str, Any]:
+    assert record is not None  # every shard has been kept or written
+    return record
+
+
+class Merging(Protocol):
+    """Where selection and merging run; `None` in place of one is this process."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
+
+    def mark(self, selection: Selection, masks: Masks) -> Mark:
+        """What marks ranges of a selection (`cpift_kernels.cpu.phases.Mark`)."""
+
+    def merge_shards(
+        self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """`merge_shards`."""
+
+    def publish(self, folder: Path, fingerprint: str) -> None:
+        """The finished model is in `folder`: what was merged elsewhere can be completed there."""

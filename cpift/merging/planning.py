@@ -1,0 +1,188 @@
+"""Before a merge of given checkpoints: everything that their headers tell. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpift.checkpoints.checkpoint import Checkpoint, differences, first_problems
+from cpift.checkpoints.lora_config import ADAPTER_CONFIG
+from cpift.checkpoints.lora_files import require_plain
+from cpift.checkpoints.opening import at_hand, backbone_apart, describe, has_apart, open_checkpoint
+from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
+from cpift.config.run import RunConfig
+from cpift.errors import CpiftError, Problem, ProblemsError
+from cpift.formats.safetensors import DTYPES
+from cpift.merging.methods import method_named
+from cpift.pretrained.architecture import vocabulary_size
+from cpift.pretrained.fields import computing_problems, setting_notes
+from cpift.pretrained.loading import code_problems
+from cpift.pretrained.tokenizer_files import other_tokenizer, template_note
+from cpift.text.units import show_size
+
+_BYTES_A_SECOND = 1e9  # assumed of the disk
+_BACKBONE = "backbone.source"
+_TIMES = {1: "once", 2: "twice", 3: "three times"}
+_ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_given(config: RunConfig) -> list[Problem]:
+    """Every problem of the given checkpoints that are at hand: files, layout against θ0, architecture.
+
+    Weights are read only where a file holds a tied tensor twice: the two have to be equal.
+    """
+    folder = at_hand(config.model)
+    if folder is None:
+        return [problem for where, folder in _given(config) for problem in _opened(folder, None, where)[1]]
+    base, problems = _opened(folder, None, f"model.{config.model.kind}")
+    if base is None:
+        return problems
+    pretrained = _laid_out(base, config)
+    for where, folder in _given(config):
+        found, more = _opened(folder, pretrained, where, config.fusion.vocabulary)
+        problems += more
+        if found is not None:
+            problems += _misfits(pretrained, found, where)
+    return problems
+
+
+def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
+    """θ0 as a merge reads it: with tied tensors apart where a task's checkpoint has them so."""
+    tasks = [folder for where, folder in _given(config) if where != _BACKBONE]
+    return base.apart() if any(_has_apart(base, folder) for folder in tasks) else base
+
+
+def _has_apart(base: Checkpoint, folder: Path) -> bool:
+    try:
+        return has_apart(base, folder)
+    except (CpiftError, OSError):
+        return False  # `_opened` says what is wrong with it
+
+
+def check_budget(config: RunConfig) -> list[Problem]:
+    """Whether a slice of the largest tensor of every model fits into the memory budget, where θ0 is at hand."""
+    from cpift.checkpoints.slices import pieces
+    from cpift.merging.engine import buffers_within
+
+    folder = at_hand(config.model)
+    if folder is None:
+        return []
+    try:
+        base = Checkpoint(folder)
+    except (CpiftError, OSError):
+        return []  # `check_given` says what is wrong with it
+    rows = config.fusion.granularity == "row" and config.fusion.method == "cpift"
+    largest = 0
+    for info in base.tensors.values():
+        width = info.numel // info.shape[0] if rows and len(info.shape) > 1 and info.shape[0] else 0
+        largest = max(largest, *((stop - start) * info.itemsize for start, stop in pieces(info.numel, width)[:1]), 0)
+    models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
+    try:
+        buffers_within(config.resources.memory_budget, largest, models)
+    except CpiftError as error:
+        where, _, what = str(error).partition(": ")
+        return [Problem(where, *what.split(" → "))]
+    return []
+
+
+def given_notes(config: RunConfig) -> Iterator[str]:
+    """What is worth knowing of the given checkpoints, and is no problem."""
+    folder = at_hand(config.model)
+    if folder is None or not config.merges_only:
+        return
+    base = Checkpoint(folder)
+    pretrained = _laid_out(base, config)
+    given = {
+        where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary))
+        for where, folder in _given(config)
+    }
+    for where, (folder, model) in given.items():
+        dtypes = {DTYPES[info.kind] for info in model.tensors.values() if info.floating}
+        rows = ", other vocabulary: θ0's is kept" if isinstance(model, FittedCheckpoint) else ""
+        yield f"{where}: {describe(folder)}, {'/'.join(sorted(dtypes))}{rows}, {folder}"
+        if base.ties and pretrained.is_apart and has_apart(base, folder):
+            yield f"{where}: its embedding and output layer are two tensors, which θ0 ties: the fused model has two"
+        if not base.ties and model.ties:
+            yield f"{where}: ties its output layer to its embedding, θ0 does not; read as two equal tensors"
+        for note in _told(base.folder, folder):
+            yield f"{where}: {note}"
+        if other_tokenizer(base.folder, folder):
+            yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
+    tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
+    yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
+    yield _costs(config, [pretrained, *(model for _, model in given.values())])
+
+
+def _tokens(base: Checkpoint) -> str:
+    size = vocabulary_size(base.folder) if base.config else None
+    return f"{size:,}" if size is not None else "?"
+
+
+def _told(base: Path, folder: Path) -> Iterator[str]:
+    """Differences in small files that may be meant."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield from setting_notes(base, folder)
+    if note := template_note(base, folder):
+        yield note
+
+
+def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
+    """Reads, buffers and time of a merge."""
+    size = sum(model.nbytes for model in models)
+    reads = method_named(config.fusion.method).reads + 1 + config.resources.verify
+    written = models[0].nbytes * (1 + config.resources.verify)
+    seconds = (reads * size + written) / _BYTES_A_SECOND
+    why = " (the last time to verify)" if config.resources.verify else ""
+    rate, budget = show_size(_BYTES_A_SECOND), show_size(config.resources.memory_budget)
+    return (
+        f"Reads {show_size(size)} {_TIMES[reads]}{why}, about {seconds:.0f} s at {rate}/s; holds at most {budget} "
+        "beside the page cache (resources.memory_budget)"
+    )
+
+
+def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    """Where in the config a checkpoint is named that is at hand, and its folder."""
+    for task in config.tasks:
+        if task.checkpoint is not None and (folder := at_hand(task.checkpoint)) is not None:
+            yield f"tasks.{task.name}.checkpoint", folder
+    backbone = Path(config.backbone.source)
+    if config.backbone.source not in ("staged", "pretrained") and backbone.is_dir():
+        yield _BACKBONE, backbone
+
+
+def _opened(
+    folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error"
+) -> tuple[Checkpoint | None, list[Problem]]:
+    if problems := code_problems(folder, where):
+        return None, problems
+    try:
+        if base is None and (folder / ADAPTER_CONFIG).is_file():
+            require_plain(folder)
+            return None, []
+        model = open_checkpoint(folder, base, vocabulary)
+        unequal = [
+            Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in model.unequal_copies()
+        ]
+        return model, unequal
+    except ProblemsError as error:
+        return None, [Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in error.problems]
+    except (CpiftError, OSError) as error:
+        return None, [Problem(where, str(error), "check the path")]
+
+
+def _misfits(base: Checkpoint, other: Checkpoint, where: str) -> list[Problem]:
+    for field in _ARCHITECTURE:
+        mine, theirs = base.config.get(field), other.config.get(field)
+        if mine is not None and theirs is not None and mine != theirs:
+            return [Problem(f"{where}: config.json, {field}", f"is {theirs!r}, θ0 has {mine!r}", "merge one family")]
+    if base.ties and not base.is_apart and where == _BACKBONE and _has_apart(base, other.folder):
+        return [backbone_apart(f"{where}: config.json, tie_word_embeddings")]
+    if not (other.folder / ADAPTER_CONFIG).is_file() and (found := computing_problems(base.folder, other.folder)):
+        return first_problems([Problem(f"{where}: {p.where}", p.what, p.remedy) for p in found], 8)
+    other_rows = resized(base, other)
+    remedy = "use fine-tunes of one model, or set fusion.vocabulary: base to keep θ0's tokens"
+    found = [
+        Problem(f"{where}: {p.where}", p.what, remedy if p.where in other_rows else p.remedy)
+        for p in differences(base, other)
+    ]
+    return first_problems(found, 8)

@@ -1,0 +1,268 @@
+"""Core regions Ci: where task i moved the model most (docs/method.md, stage 2).
+
+Ci is the set of the ⌊p·D⌋ elements of largest Δi = |θi − θ0| over the parameter space; or, with measure `significance`
+(beyond the paper), of largest Δi·|θ0|, which prefers weights that already carry something. Regions are kept as
+bit-packed masks, one int32 tensor per parameter, in one safetensors file a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cpift_kernels import overlap_counts, overlap_counts_per_tensor
+
+from cpift.checkpoints.checkpoint import Checkpoint, first_problems, require_same_layout
+from cpift.checkpoints.finite import is_finite
+from cpift.checkpoints.slices import (
+    DEFAULT_BUDGET,
+    MaskFiles,
+    MasksInMemory,
+    ModelTensors,
+    Significances,
+    elements_at_once,
+)
+from cpift.config.run import RegionsConfig
+from cpift.disk.files import write_json
+from cpift.errors import CheckpointError, Problem, entry
+from cpift.method.masks import SUMMARY
+from cpift.untrusted.json import shown
+
+if TYPE_CHECKING:
+    import torch
+    from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
+
+
+@dataclass(frozen=True)
+class RegionSummary:
+    """What is known of one region without its mask."""
+
+    task: str
+    p: float
+    space: int  # D, elements of the parameter space
+    requested: int  # ⌊p·D⌋
+    count: int  # |Ci|; less than requested if fewer elements moved at all
+    threshold: float  # smallest selected |Δ|, or with measure `significance` |Δ|·|θ0|
+    cores: dict[str, int]  # parameter name → selected elements
+
+
+@dataclass(frozen=True)
+class CoreRegion:
+    """Ci: packed masks by parameter name (int32, ⌈numel/32⌉ words, bit j%32 of word j//32)."""
+
+    summary: RegionSummary
+    words: Mapping[str, torch.Tensor]
+
+
+def parameter_space(model: Checkpoint, config: RegionsConfig) -> tuple[str, ...]:
+    """Names of the floating-point tensors that regions are chosen from, in name order. Raises as `chosen_names`."""
+    return chosen_names([info.name for info in model.tensors.values() if info.floating], config, str(model.folder))
+
+
+def chosen_names(names: Sequence[str], config: RegionsConfig, where: str) -> tuple[str, ...]:
+    """Those of the names that include and exclude leave. Raises CheckpointError if they leave none."""
+    chosen = tuple(
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in config.include)
+        and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
+    )
+    if not chosen:
+        what = f"include {shown(list(config.include))} and exclude {shown(list(config.exclude))} leave no parameter"
+        remedy = f"change the patterns: names look like {shown(names[0]) if names else 'nothing'}"
+        raise CheckpointError(f"model {where}", [Problem("regions", f"{what} of {len(names)}", remedy)])
+    return chosen
+
+
+def core_size(p: float, elements: int) -> int:
+    """⌊p·D⌋, exact for p as it is written in decimal."""
+    return math.floor(Fraction(str(p)) * elements)
+
+
+def select_regions(
+    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig
+) -> dict[str, CoreRegion]:
+    """Core regions of all tasks, their masks in memory; see `select_regions_many`."""
+    return select_regions_many(pretrained, tuned, config, [config.p])[config.p]
+
+
+def select_regions_many(
+    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig, ps: Sequence[float]
+) -> dict[float, dict[str, CoreRegion]]:
+    """Core regions of all tasks for every p of `ps` (`config.p` is not looked at), from one pass over the checkpoints.
+
+    Ties go to the lower linear index (name order, then row-major). Elements that did not move are never core.
+    Raises CheckpointError for models of other layout and for NaN or Inf, naming task and tensor.
+    """
+    names = _checked_space(pretrained, tuned, config)
+    sizes, chosen = [pretrained.tensors[name].numel for name in names], list(dict.fromkeys(ps))
+    masks = MasksInMemory(len(tuned), len(chosen), sizes)
+    cores = _select(pretrained, tuned, config, names, chosen, masks, Streaming())
+    return _regions(tuned, names, sizes, chosen, cores, masks)
+
+
+def write_regions(
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    folders: Mapping[float, Path],
+    streaming: Streaming | None = None,
+) -> None:
+    """`select_regions_many` for models of any size: masks go straight to files, candidates to a nameless one.
+
+    folders: for every p, an empty folder, filled as by `save_regions`.
+    """
+    names = _checked_space(pretrained, tuned, config)
+    sizes, chosen = [pretrained.tensors[name].numel for name in names], list(folders)
+    paths = [[folders[p] / f"{task}.safetensors" for p in chosen] for task in tuned]
+    streaming = streaming or Streaming()
+    with MaskFiles.create(paths, names, sizes) as masks:
+        spill = next(iter(folders.values()))
+        cores = _select(pretrained, tuned, config, names, chosen, masks, replace(streaming, spill=spill))
+        for p, regions in _regions(tuned, names, sizes, chosen, cores, masks).items():
+            _write_summary(regions, folders[p])
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a selection reads: `budget` in bytes for buffers; `mark` does the marking elsewhere, given the selection of
+    each block; `spill` is a folder for candidates."""
+
+    budget: int = DEFAULT_BUDGET
+    spill: Path | None = None
+    mark: Callable[[Selection, Masks], Mark] | None = None
+
+
+def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig) -> tuple[str, ...]:
+    require_same_layout(pretrained, tuned)
+    return parameter_space(pretrained, config)
+
+
+MEASURES: dict[str, type[ModelTensors]] = {"update": ModelTensors, "significance": Significances}
+SCOPES: dict[str, bool] = {"global": True, "tensor": False}  # whether all tensors are one block to select from
+
+
+def _select(
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    names: Sequence[str],
+    ps: Sequence[float],
+    masks: Masks,
+    streaming: Streaming,
+) -> list[list[list[Core]]]:
+    """[block][task][p]; a block is everything (scope global) or one tensor."""
+    from cpift_kernels.cpu.phases import Selection  # loads a compiler: `plan` does without
+
+    everything = entry(SCOPES, config.scope, "regions.scope")
+    kind = entry(MEASURES, config.measure, "regions.measure")
+    blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
+    found = []
+    for first, last in blocks:
+        models = kind([pretrained, *tuned.values()], names[first:last])
+        selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
+        block: Masks = masks if everything else _OneTensor(masks, first)
+        mark = (streaming.mark or mark_here)(selection, block)
+        ranges = selection.ranges(elements_at_once(streaming.budget, len(models.models)))
+        try:
+            found.append(selection.select(block, ranges, mark, streaming.spill))
+        except ValueError:
+            _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
+            raise
+    return found
+
+
+@dataclass(frozen=True)
+class _OneTensor:
+    """The masks of one tensor, as those of a model that has no other."""
+
+    masks: Masks
+    number: int
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self.masks.store(task, k, self.number, first, words)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self.masks.words(task, k, self.number)
+
+
+def mark_here(selection: Selection, masks: Masks) -> Mark:
+    """Mark with this process's threads, a few ranges at once, while the next ones are read from the disk."""
+    import torch
+    from cpift_kernels.cpu.compiled import in_threads
+
+    def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
+        width = 2 * max(torch.get_num_threads(), 1)
+        for at in range(0, len(ranges), width):
+            for part in ranges[at + width : at + 2 * width]:
+                for piece in selection.pieces(part):
+                    selection.models.prefetch(*piece)
+            yield from in_threads(lambda part: selection.mark(part, brackets, masks), ranges[at : at + width])
+
+    return mark
+
+
+def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:
+    problems = [
+        Problem(f"{label}: {name}", "holds NaN or Inf", "its training diverged: use an earlier checkpoint")
+        for label, model in models.items()
+        for name in names
+        if not is_finite(model, name)
+    ]
+    if problems:
+        raise CheckpointError("models to select core regions from", first_problems(problems, 20))
+
+
+def _regions(
+    tasks: Iterable[str],
+    names: Sequence[str],
+    sizes: Sequence[int],
+    ps: Sequence[float],
+    cores: list[list[list[Core]]],
+    masks: Masks,
+) -> dict[float, dict[str, CoreRegion]]:
+    import torch
+
+    found: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
+    for i, task in enumerate(tasks):
+        for k, p in enumerate(ps):
+            words = {name: torch.from_numpy(masks.words(i, k, t)) for t, name in enumerate(names)}
+            counts = overlap_counts_per_tensor([list(words.values())])[:, 0, 0].tolist()
+            parts = [block[i][k] for block in cores]
+            summary = RegionSummary(
+                task=task,
+                p=p,
+                space=sum(sizes),
+                requested=sum(part.requested for part in parts),
+                count=sum(part.count for part in parts),
+                threshold=min(part.threshold for part in parts),
+                cores=dict(zip(names, counts, strict=True)),
+            )
+            found[p][task] = CoreRegion(summary, words)
+    return found
+
+
+def region_overlaps(regions: Sequence[CoreRegion]) -> np.ndarray:
+    """|Ci∩Cj| as (N, N) int64."""
+    return overlap_counts([list(region.words.values()) for region in regions]).numpy()
+
+
+def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
+    """One mask file a task, the summaries and the pairwise intersections."""
+    from safetensors.torch import save_file
+
+    for task, region in regions.items():
+        save_file({name: words.contiguous() for name, words in region.words.items()}, folder / f"{task}.safetensors")
+    _write_summary(regions, folder)
+
+
+def _write_summary(regions: Mapping[str, CoreRegion], folder: Path) -> None:
+    summaries = {task: asdict(region.summary) for task, region in regions.items()}
+    overlaps = region_overlaps(list(regions.values())).tolist()
+    write_json(folder / SUMMARY, {"tasks": list(regions), "regions": summaries, "overlaps": overlaps})

@@ -1,0 +1,136 @@
+"""Where fine-tunes and evaluations run, and what becomes of what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from cpift.checkpoints.opening import model_files
+from cpift.console.view import View
+from cpift.data.use import told
+from cpift.disk.artifact_state import make_folder, set_aside
+from cpift.disk.artifacts import Artifact, claimed, require_sound
+from cpift.disk.files import is_json, link_or_copy, read_json, write_json
+from cpift.disk.input_watch import noted
+from cpift.errors import ChangedInput, CpiftError, Problem
+from cpift.training.spec import RESULT, FitSpec
+
+Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
+
+
+class Engine(Protocol):
+    """Where fine-tunes and evaluations run."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Keep one connection over several stages."""
+
+    def expect(self, fits: int) -> None:
+        """So many fine-tunes follow within this session: what takes its time to start may start now."""
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+        """Run every FitSpec; each leaves its model in its `export`."""
+
+    def evaluate(
+        self,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
+
+
+class NoEngine:
+    """The engine of runs in which nothing is trained or scored."""
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def expect(self, fits: int) -> None:
+        raise CpiftError("this command trains nothing")
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+        raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
+
+    def evaluate(
+        self,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        raise CpiftError(f"{', '.join(models)}: this command scores nothing")
+
+
+def keep_scores(artifact: Artifact, result: dict[str, Any], changes: Callable[[], Sequence[Problem]]) -> None:
+    """Complete an evaluation with its result: `scores`, `seconds`, `device`, and `data`, what the rows were that it
+    read; `changes` of the model meanwhile. Raises ChangedInput where model or rows are not what it is named by."""
+    with artifact.build(result["device"], result["seconds"]) as out:
+        if problems := changes():
+            raise ChangedInput(artifact.title, problems)
+        for task, value in result.get("data", {}).items():
+            if artifact.inputs[f"data {task}"] != value:
+                what = "the rows that were read are not those that were there when the command began"
+                raise ChangedInput(artifact.title, [Problem(f"tasks.{task}.test", what, "run it again")])
+        write_json(out / "scores.json", result["scores"])
+
+
+def fit_all(
+    fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
+    view: View,
+    title: str,
+    artifacts: Sequence[Artifact],
+    specs: Sequence[FitSpec],
+    finish: Finish = lambda made, out: None,
+) -> None:
+    """Run the fine-tunes that export for these artifacts, and complete each one that ended.
+
+    `fit`: as `Engine.fit`.
+    """
+    with claimed(artifacts, view.warn):
+        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
+        chosen = [spec for spec in specs if spec.export in wanted]
+        for export in wanted:
+            if (export / RESULT).is_file() and not is_json(export / RESULT):
+                warn = f"{export} is damaged ({RESULT}): set aside as {set_aside(export).name}, trained again"
+                view.warn(warn)
+        if not chosen:  # other processes made them while this one waited
+            return
+        for spec in chosen:
+            make_folder(spec.logs.parent, spec.logs.parents[1], view.warn)
+        read = [folder for spec in chosen for folder in (spec.model, spec.regions) if folder is not None]
+        require_sound(read, artifacts[0].root, view.warn)
+        with view.stage(title, [spec.title for spec in chosen]):
+            changes = noted(file for folder in read for file in model_files(folder))
+            try:
+                fit(chosen, view.progress)
+            finally:  # a failed one does not cost the others
+                if problems := changes():
+                    for artifact in wanted.values():
+                        artifact.discard_work()
+                    raise ChangedInput(title, problems)
+                for export, artifact in wanted.items():
+                    if (export / RESULT).is_file():
+                        _note_speed(chosen, export)
+                        with artifact.compared(view.warn):
+                            _adopt(artifact, export, finish, view)
+
+
+def _note_speed(specs: Sequence[FitSpec], export: Path) -> None:
+    """For `plan`; of a fine-tune that was trained in this call."""
+    from cpift.pipeline.costs import keep_speed
+
+    for spec in specs:
+        if spec.export == export:
+            keep_speed(spec, read_json(export / RESULT))
+
+
+def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:
+    """Complete an artifact with the files that a fine-tune exported."""
+    trained = read_json(export / RESULT)
+    for sentence, warns in told(trained.get("title", artifact.title), trained.get("rows", ())):
+        (view.warn if warns else view.note)(sentence)
+    with artifact.build(trained["device"], trained["seconds"]) as out:
+        for path in sorted(export.iterdir()):
+            link_or_copy(path, out / path.name)  # not moved: a crash here must leave the export whole
+        finish(artifact, out)

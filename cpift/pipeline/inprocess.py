@@ -1,0 +1,167 @@
+"""An engine without a cluster: fine-tunes and evaluations in this process, one after another.
+
+A sweep's trials run on it, each in a warm worker of its own, and spare the helper processes and the start-up that a
+Ray Train run costs every time. The same fine-tune ends with the same bits on either engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
+from cpift.config.tasks import EvaluationConfig
+from cpift.disk.files import link_or_copy
+from cpift.errors import CpiftError
+from cpift.training.spec import RESULT, FitSpec
+
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+class InProcessEngine:
+    """The pipeline's engine in one process (see `engine.Engine`); data parallel fine-tunes need Ray's."""
+
+    def __init__(self, config: RunConfig):
+        _require_one_worker(config.resources)
+        self._config = config
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Nothing to keep open."""
+        yield
+
+    def expect(self, fits: int) -> None:
+        """Nothing to start."""
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        for spec in specs:
+            if not (spec.export / RESULT).is_file():
+                fit_here(spec, on_progress)
+
+    def evaluate(
+        self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
+    ) -> None:
+        config = self._config
+        for title, path in models.items():
+            scoring = Scoring(title, path, config.tasks, config.evaluation, config.resources)
+            on_result(title, score_here(scoring, on_progress))
+            give_back_memory()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A model to be scored on every task. `resources`: threads, and whether it computes on a GPU."""
+
+    title: str
+    path: Path
+    tasks: tuple[TaskConfig, ...]
+    settings: EvaluationConfig
+    resources: ResourcesConfig
+
+
+def score_here(scoring: Scoring, on_progress: OnProgress) -> dict[str, Any]:
+    """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were."""
+    import torch
+
+    from cpift.checkpoints.opening import model_files
+    from cpift.data.tasks import same_rows
+    from cpift.devices import compute_device, device_name
+    from cpift.disk.guarded import guarded_reads
+    from cpift.evaluation.scoring import evaluate_model
+
+    title, path, tasks = scoring.title, scoring.path, scoring.tasks
+    order = [task.name for task in tasks]
+
+    def on_rows(task: str, done: int, total: int) -> None:
+        share = (order.index(task) + done / max(total, 1)) / len(order)
+        on_progress({"title": title, "done": share, "task": task})
+
+    torch.set_num_threads(scoring.resources.threads)
+    device = compute_device(scoring.resources.gpus_per_worker)
+    started = time.time()
+    rows = {task.name: task.test_data for task in tasks}
+    with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
+        scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows)
+    kept = {task: asdict(score) for task, score in scores.items()}
+    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
+
+
+def _require_one_worker(resources: ResourcesConfig) -> None:
+    if resources.workers > 1:
+        raise CpiftError(f"resources.workers {resources.workers}: one process is one worker")
+    if resources.storage is not None:
+        raise CpiftError(f"resources.storage {resources.storage}: one process keeps its checkpoints beside the run")
+
+
+def fit_here(spec: FitSpec, on_progress: OnProgress) -> None:
+    """One fine-tune in this process; killed and called again it goes on from its last checkpoint."""
+    from cpift.checkpoints.opening import model_files
+    from cpift.disk.guarded import guarded_reads
+    from cpift.training.fit import FitHooks, fit
+
+    spec.scratch.mkdir(parents=True, exist_ok=True)
+    hooks = FitHooks(
+        on_progress=on_progress,
+        on_checkpoint=lambda folder, _: _keep(folder, spec.scratch),
+        resume_from=max(_kept(spec.scratch), default=None),
+    )
+    partial = spec.export.with_name(f".{spec.export.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with guarded_reads(spec.title, model_files(spec.model)):
+        fit(replace(spec, export=partial), hooks)
+    os.replace(partial, spec.export)
+    spec.drop_checkpoints()
+    give_back_memory()
+
+
+def _kept(scratch: Path) -> list[Path]:
+    return list(scratch.glob("kept-*"))
+
+
+def _keep(folder: Path, scratch: Path) -> None:
+    """Give a checkpoint a second name, which the Trainer's rotation spares, and drop the one before it."""
+    before = _kept(scratch)
+    number = 1 + max((int(path.name.removeprefix("kept-")) for path in before), default=0)
+    partial = scratch / ".kept.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial, copy_function=lambda source, target: link_or_copy(Path(source), Path(target)))
+    os.rename(partial, scratch / f"kept-{number:06}")
+    for path in before:
+        shutil.rmtree(path)
+
+
+def give_back_memory() -> None:
+    """A warm worker holds models of earlier trials no longer than it must."""
+    from cpift.devices import free_memory
+
+    gc.collect()
+    free_memory()
+
+
+class SharedHere:
+    """`sweep_shared.SharedEngine` in this process, one piece of work after another."""
+
+    def merging(self, resources: ResourcesConfig) -> None:
+        """Regions and fusions in this process too."""
+
+    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        for spec in specs:
+            _require_one_worker(spec.resources)
+            if not (spec.export / RESULT).is_file():
+                fit_here(spec, on_progress)
+
+    def evaluate(
+        self,
+        config: RunConfig,
+        models: dict[str, Path],
+        on_result: Callable[[str, dict[str, Any]], None],
+        on_progress: OnProgress,
+    ) -> None:
+        InProcessEngine(config).evaluate(models, on_result, on_progress)

@@ -1,0 +1,227 @@
+"""Before anything runs: what a run of a config will do and cost. Nothing is written here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpift.config.run import RunConfig, TrainingConfig
+from cpift.disk.artifacts import Artifact
+from cpift.errors import entry
+from cpift.models.sources import source_of
+from cpift.pipeline.costs import FitCost, Rows, fit_costs, total_seconds
+from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.pipeline.preflight import trainings
+
+# Training state a parameter: float32 weight, gradient and AdamW's two moments.
+TRAINING_BYTES = 16
+KEPT_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}  # of a parameter, by `model.dtype`
+_CHECKPOINT_BYTES = 12  # weights and moments, float32
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact of the run."""
+
+    stage: str
+    label: str
+    state: str  # "cached", "to do", or what it waits for
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Bytes; None where θ0 has not been seen yet."""
+
+    steps: tuple[Step, ...]
+    parameters: int | None
+    core_size: int | None
+    disk_needed: int | None
+    disk_free: int
+    memory_per_worker: int | None
+    notes: tuple[str, ...]
+    device: str = ""
+    fits: tuple[FitCost, ...] = ()  # fine-tunes of the run itself
+    rows: tuple[Mapping[str, Any], ...] = ()  # of each task in each fine-tune
+    seconds: float | None = None  # of the fine-tunes that are to do; None where that was never measured here
+
+
+def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: Rows = ()) -> Plan:
+    """The steps of a run in order, what is cached, and what it costs.
+
+    notes, rows: of `preflight`. beside: the steps of what is made to compare with (`run_baselines.baseline_steps`).
+    """
+    from cpift.method.regions import core_size
+
+    config = artifacts.config
+    from cpift.merging.planning import given_notes
+
+    parameters = count_parameters(artifacts)
+    steps = (*_steps(artifacts), *beside)
+    todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
+    width = entry(KEPT_BYTES, config.model.dtype, "model.dtype") if config.model.scratch is None else 4
+    parallel = config.resources.parallel or len(config.tasks)
+    checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in trainings(config)) else 0
+    fits = fit_costs(artifacts, rows, parameters)
+    return Plan(
+        steps=steps,
+        parameters=parameters,
+        core_size=None if parameters is None else core_size(config.regions.p, parameters),
+        disk_needed=None if parameters is None else parameters * (todo * width + (checkpoints if todo else 0)),
+        disk_free=shutil.disk_usage(next(p for p in [artifacts.root, *artifacts.root.parents] if p.exists())).free,
+        memory_per_worker=None if parameters is None or config.merges_only else _training_memory(config, parameters),
+        notes=(*_notes(config), *given_notes(config), *notes),
+        device=_device(config),
+        fits=tuple(fits),
+        rows=tuple(rows),
+        seconds=total_seconds(config, [fit for fit in fits if _waits(steps, fit)]),
+    )
+
+
+def _waits(steps: Iterable[Step], fit: FitCost) -> bool:
+    """Whether a fine-tune is still to be done."""
+    done = ("cached", "given")
+    return not any(step.state in done for step in steps if (step.stage, step.label) == (fit.stage, fit.label))
+
+
+def _device(config: RunConfig) -> str:
+    asked = config.resources
+    share = (
+        f"{asked.gpus_per_worker:g} GPU"
+        if asked.gpus_per_worker
+        else f"CPU, {asked.threads} thread{'s' * (asked.threads != 1)}"
+    )
+    return f"{share} a worker, {asked.workers} worker{'s' * (asked.workers != 1)} a fine-tune"
+
+
+def _training_memory(config: RunConfig, parameters: int) -> int:
+    """Bytes a worker; FSDP2 shares them out."""
+    shards = config.resources.workers if config.resources.sharded else 1
+    return parameters * TRAINING_BYTES // shards
+
+
+_MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
+
+
+def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
+    config = artifacts.config
+    if artifacts.in_place:
+        yield Step("model", "", "given", source_of(config.model).told)
+    else:
+        yield step_of(artifacts.model, source_of(config.model).told)
+    for task in config.tasks:
+        if task.checkpoint is None:
+            yield step_of(artifacts.probes[task.name], _length(config.probe_training))
+        else:
+            yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
+    if not config.fusion.isolates:
+        fused = artifacts.fuse((), artifacts.base)
+        yield step_of(fused, f"{config.fusion.method} of {len(config.tasks)} models")
+        if "integrate" not in _later(config):
+            yield from _scored(artifacts, [Model.of("fused", fused)])
+            return
+    yield step_of(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
+    yield step_of(artifacts.group, _threshold(config))
+    grouping = artifacts.known_grouping()
+    if grouping is None:
+        waiting = ["backbone"] * (config.backbone_source == "staged") + ["fuse"] + _later(config)
+        each = {
+            "backbone": config.backbone_training if "backbone" in waiting else None,
+            "integrate": config.integration,
+        }
+        for stage in waiting:
+            length = f", {_length(training)} each" if (training := each.get(stage)) is not None else ""
+            yield Step(stage, "", "after group", f"its groups decide the stages{length}")
+        return
+    staged = artifacts.backbone(grouping.groups)
+    if staged is not None:
+        yield step_of(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
+    elif config.backbone_source != "pretrained":
+        yield Step("backbone", "", "given", config.backbone.source)
+    if staged is None and config.backbone_source != "pretrained":
+        yield Step("fuse", "", "after backbone", _fusion(config))
+        yield from (Step(stage, "", "after fuse", "") for stage in _later(config))
+        return
+    backbone = artifacts.base if staged is None else Model.of("backbone", staged)
+    fused = artifacts.fuse(grouping.groups, backbone)
+    if config.fusion.isolates:
+        yield step_of(fused, _fusion(config))
+    own = [*([backbone] if staged else []), Model.of("fused", fused)]
+    if "integrate" in _later(config):
+        final = artifacts.integrate(grouping.groups, fused)
+        yield step_of(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
+        own.append(Model.of("final", final))
+    yield from _scored(artifacts, own)
+
+
+def _scored(artifacts: StageArtifacts, own: Sequence[Model]) -> Iterator[Step]:
+    """The evaluations of θ0, the probes and these models, if the config has what they need."""
+    if "evaluate" in _later(artifacts.config):
+        for model in [artifacts.base, *artifacts.tuned.values(), *own]:
+            yield step_of(artifacts.evaluate(model), f"{len(artifacts.config.tasks)} tasks")
+
+
+def _later(config: RunConfig) -> list[str]:
+    """The stages after fusion that the config has the fields for."""
+    trains = config.integration is not None and all(task.train is not None for task in config.tasks)
+    scores = config.scores and (trains or config.integration is None)
+    return ["integrate"] * trains + ["evaluate"] * scores
+
+
+def step_of(artifact: Artifact, detail: str) -> Step:
+    """What a plan says of an artifact."""
+    found = artifact.state()
+    detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
+    return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)
+
+
+_STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
+
+
+def _length(training: TrainingConfig) -> str:
+    return f"{training.length} of {training.batch_size * training.gradient_accumulation} examples"
+
+
+def _threshold(config: RunConfig) -> str:
+    groups = config.groups
+    tau = f"τ = {groups.tau:g}" if groups.tau is not None else f"τ = {groups.tau_chance:g} × chance"
+    return f"{tau}, order {groups.order}"
+
+
+def _fusion(config: RunConfig) -> str:
+    fusion = config.fusion
+    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict}"
+
+
+def _notes(config: RunConfig) -> Iterator[str]:
+    from cpift.method.groups import chance_level
+
+    chance, tau = chance_level(config.regions.p), config.groups.tau
+    yield f"chance level of the Jaccard overlap at this p: {chance:.4g}"
+    if tau is not None and tau <= chance:
+        yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
+    if loose := list(dict.fromkeys(_unpinned(config))):
+        yield f"`revision` is no commit hash for {', '.join(loose)}: a later run may get something else; pin it"
+
+
+def _unpinned(config: RunConfig) -> Iterator[str]:
+    """Hub repositories of which whatever is newest would be taken."""
+    from cpift.hub import is_commit
+
+    inputs = [config.model, *(one for task in config.tasks for one in (task.checkpoint, task.train, task.test))]
+    yield from (one.hub for one in inputs if one is not None and one.hub and not is_commit(one.revision))
+    source = config.backbone.source
+    if source not in ("staged", "pretrained") and not Path(source).is_dir() and not is_commit(config.backbone.revision):
+        yield source
+
+
+def count_parameters(artifacts: StageArtifacts) -> int | None:
+    """Number of parameters of θ0, tied tensors once, from headers alone; None if that needs a download."""
+    from cpift.checkpoints.checkpoint import Checkpoint
+
+    if not artifacts.in_place and artifacts.model.complete:
+        return Checkpoint(artifacts.model.path).numel
+    return source_of(artifacts.config.model).parameters()

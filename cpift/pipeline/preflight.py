@@ -1,0 +1,197 @@
+"""Before anything runs: all of a config that can be checked cheaply, in one message. Nothing is written here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpift.config.needs import NEEDS, missing
+from cpift.config.paths import texts
+from cpift.config.run import RunConfig, TrainingConfig
+from cpift.disk.locks import check_lock
+from cpift.disk.top_files import RUN_FILES, SWEEP_FILES, check_top
+from cpift.errors import CheckpointError, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from cpift.pipeline.row_checks import RowChecks
+
+
+def preflight(
+    config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
+) -> list[str]:
+    """Check everything that can be checked cheaply: what `stage` needs, data rows, model files, the output folder.
+
+    Returns what is worth knowing and no problem; see `examined`.
+    """
+    return examined(config, stage=stage, download=download, writes=writes).notes
+
+
+def examined(
+    config: RunConfig, *, stage: str | None = None, download: bool = True, writes: Sequence[str] | None = None
+) -> RowChecks:
+    """`preflight`, and what was seen of the rows.
+
+    Hub data sets are downloaded to look at their rows, unless `download` is False. `writes`: the files that the command
+    writes at the top of the output folder, if not those of its stage. Raises ConfigError with every problem found.
+    """
+    from cpift.data.shared_rows import SharedRows
+    from cpift.evaluation.checks import check_task
+    from cpift.merging.planning import check_budget, check_given
+    from cpift.models.sources import check_model
+    from cpift.pipeline.row_checks import RowChecks, check_written
+    from cpift.training.adapters import check_lora
+    from cpift.training.tracking import check_trackers
+
+    problems, models = [*missing(config, stage), *_check_names(config)], check_model(config.model)
+    if not problems and not models:
+        models += check_given(config)
+    problems += models
+    if not models:  # these open what was looked at
+        problems += check_budget(config) if stage not in _BEFORE_FUSION else []
+        problems += _check_class(config, stage)
+    if not problems:
+        problems += _check_space(config, stage)
+    problems += check_trackers(config.tracking) + check_lora(trainings(config))
+    folder = _check_store(config) or _check_output(config.output_dir)
+    problems += _check_backbone(config) + folder
+    if not folder:
+        problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
+        problems += check_lock(config.output_dir)
+    shared = SharedRows()
+    for split in ("test", "train"):
+        for task in config.tasks:
+            problems += check_task(task, download=download, splits=(split,), see=shared.see)
+    written = RowChecks() if problems else check_written(config, stage, download)
+    if problems := [*problems, *written.problems]:
+        raise ConfigError(f"run {config.name}", problems)
+    written.notes = [*written.notes, *shared.notes()]
+    return written
+
+
+def _check_names(config: RunConfig) -> list[Problem]:
+    """Paths are written into records, which are UTF-8; a name that is none could be read, and not be written down."""
+    fields = {name: str(section[key]) for section, key, name in texts(config.model_dump(mode="json"))}
+    fields["output"] = str(config.output_dir)
+    what = "has a name that is no UTF-8, and records of the run would hold it"
+    remedy = "rename the folder, or set a locale with UTF-8 (LC_ALL=C.UTF-8) if it was typed in UTF-8"
+    return [
+        Problem(field, f"{value!a} {what}", remedy)
+        for field, value in fields.items()
+        if any("\ud800" <= sign <= "\udfff" for sign in value)
+    ]
+
+
+_BEFORE_FUSION = ("probe", "regions", "group")
+_WRITES = {
+    "report": RUN_FILES,
+    "run": RUN_FILES,
+    "sweep fused": SWEEP_FILES,
+    "sweep final": SWEEP_FILES,
+}
+
+
+def _written(config: RunConfig, stage: str | None) -> tuple[str, ...]:
+    """The files that a stage writes at the top of the output folder; of a plan, those of the run it is for."""
+    if stage is None:
+        ends = config.integration is not None and all(task.train and task.source("test") for task in config.tasks)
+        return RUN_FILES if ends else ()
+    return _WRITES.get(stage, ())
+
+
+def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
+    """Whether transformers loads θ0 and can train it; one on the hub once it has been downloaded."""
+    from cpift.checkpoints.checkpoint import Checkpoint
+    from cpift.checkpoints.layout import unloadable, unwritable
+    from cpift.checkpoints.opening import at_hand
+    from cpift.pretrained.architecture import untrainable
+
+    integrates = NEEDS[stage or "evaluate"].integrates_of(config)
+    where, trains = f"model.{config.model.kind}", integrates or not config.merges_only
+    folder = at_hand(config.model)
+    if folder is None or (stage in _BEFORE_FUSION and not trains):
+        return []
+    try:
+        model = Checkpoint(folder)
+    except CheckpointError:
+        return []  # `check_model` and `check_given` say what is wrong with it
+    problems = untrainable(model.folder, where) if trains else []
+    problems = problems or unloadable(model, where)
+    return problems or (unwritable(model, where) if trains else [])
+
+
+def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
+    """Whether the patterns leave any parameter of θ0, where its names are known before it is made."""
+    from cpift.method.regions import chosen_names
+    from cpift.models.sources import source_of
+
+    selects = (
+        stage in ("regions", "group") or config.fusion.isolates or NEEDS[stage or "evaluate"].integrates_of(config)
+    )
+    if stage == "probe" or not selects or (config.regions.include, config.regions.exclude) == (("*",), ()):
+        return []
+    try:
+        if names := _names(config):
+            chosen_names(names, config.regions, source_of(config.model).told)
+    except CheckpointError as error:
+        return list(error.problems)
+    return []
+
+
+def _names(config: RunConfig) -> list[str]:
+    """Of θ0's parameters; none where only a download or a conversion tells."""
+    import torch
+
+    from cpift.checkpoints.checkpoint import Checkpoint
+    from cpift.models.scratch import make_scratch_model
+    from cpift.models.sources import source_of
+
+    if config.model.path is not None:
+        return [info.name for info in Checkpoint(config.model.path).tensors.values() if info.floating]
+    tokenizer = source_of(config.model).tokenizer() if config.model.scratch is not None else None
+    if config.model.scratch is None or tokenizer is None:
+        return []
+    with torch.device("meta"):
+        return [name for name, _ in make_scratch_model(config.model.scratch, tokenizer).named_parameters()]
+
+
+def _check_backbone(config: RunConfig) -> list[Problem]:
+    from cpift.models.checks import check_checkpoint
+
+    source = config.backbone.source
+    if source in ("staged", "pretrained"):
+        return []
+    if Path(source).is_dir():
+        return check_checkpoint(Path(source), "backbone.source")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        remedy = "write staged, pretrained, a model folder, or a hub id such as org/name"
+        return [Problem("backbone.source", f"{source!r} is no folder and no hub id", remedy)]
+    return []
+
+
+def _check_store(config: RunConfig) -> list[Problem]:
+    first = config.output.parts[0] if config.output is not None and config.output.parts else ""
+    if not first.endswith(":"):  # of s3://bucket/x a path keeps s3:/bucket/x
+        return []
+    remedy = "give a folder (that every node sees), and copy the finished run there; resources.storage may be a URI"
+    return [Problem("output", f"{config.output} is no folder, and results are not written to object stores", remedy)]
+
+
+def _check_output(output: Path) -> list[Problem]:
+    try:
+        existing = next(folder for folder in [output, *output.parents] if folder.exists())
+    except (OSError, ValueError) as error:  # a name too long, or with a character that none may have
+        return [Problem("output", f"{str(output)[:80]!r}… is no folder's name ({error})", "give another with --output")]
+    if not existing.is_dir():
+        return [Problem("output", f"{existing} is a file", "give another folder with --output")]
+    if not os.access(existing, os.W_OK):
+        return [Problem("output", f"{existing} cannot be written", "give another folder with --output")]
+    return []
+
+
+def trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
+    """The fine-tunes that a run of this config may do."""
+    staged = config.backbone_source == "staged"
+    found = (config.probe, config.backbone.training or config.probe if staged else None, config.integration)
+    return tuple(training for training in found if training is not None)

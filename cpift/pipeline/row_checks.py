@@ -1,0 +1,328 @@
+"""What θ0's tokenizer and config tell of the tasks' rows: whether they can be written, and how much of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.config.needs import NEEDS
+from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
+from cpift.data.templates import checked_templates, renderer
+from cpift.data.tokenise import UNCUT, learnable, tokenise
+from cpift.data.use import RowUse
+from cpift.disk.facts import remembered
+from cpift.errors import CheckpointError, CpiftError, DataError, Problem
+from cpift.rows.problems import merged
+from cpift.rows.shapes import Shapes, size_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cpift.config.run import DataSource, EvaluationConfig, RunConfig, TaskConfig
+    from cpift.rows.examples import Example
+
+SAMPLE = 128  # rows of a task that `plan` writes in the chat template
+_SHOWN = 5
+_INTEGRATION = "integration.max_length"
+_TODAY = "strftime_now"  # what transformers lets templates ask for the time
+
+
+@dataclass
+class RowChecks:
+    """What a look at the rows brought: problems end the command, notes are worth knowing."""
+
+    longest: int = 0  # tokens of a training row
+    scored: int = 0  # tokens of a test row as it is scored, with what may be generated after it
+    largest: int = 0  # token in it
+    unlearnt: set[str] = field(default_factory=set)  # tasks of whose rows the integration leaves some out
+    day: str = ""  # on which the chat template writes this, where it writes the date
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of each task and field, see `_check_train`
+
+
+@dataclass
+class _Sampled(RowUse):
+    """With the tokens of the rows that are used, each up to `max_length`."""
+
+    tokens: int = 0
+
+    def add(self, length: int, learnable: bool) -> None:
+        super().add(length, learnable)
+        self.tokens += min(length, self.max_length) * learnable
+
+
+def check_written(config: RunConfig, stage: str | None, download: bool = True) -> RowChecks:
+    """The first rows of every task in the chat template of θ0, if its tokenizer is at hand without a download.
+
+    stage: what is to be made, None: all of the run. download: whether rows of hub data sets are fetched to look at.
+    What was found good is kept by all that it depends on, and not looked at again.
+    """
+    scored = NEEDS[stage or "run"].scores and config.scores
+    if not scored and not any(_lengths(config, task, stage) for task in config.tasks):
+        return RowChecks()
+    try:
+        folder = folder_at_hand(config)
+    except CheckpointError as error:
+        return RowChecks(problems=_of_model(error))
+    inputs = _inputs(config, stage, scored, folder)
+    if inputs is None:
+        return _look(config, stage, download, scored, folder)
+    found = remembered("rows", inputs, lambda: _plain(_look(config, stage, download, scored, folder)), holds=_holds)
+    problems = [Problem(**problem) for problem in found["problems"]]
+    return RowChecks(**{**found, "problems": problems, "unlearnt": set(found["unlearnt"])})
+
+
+def _plain(found: RowChecks) -> dict[str, Any]:
+    return asdict(found) | {"unlearnt": sorted(found.unlearnt)}
+
+
+def _of_model(error: CheckpointError) -> list[Problem]:
+    return [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+
+
+def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | None) -> list[Any] | None:
+    """Everything that decides `_look`, as JSON; None where that is not on this machine, or cannot be read."""
+    from cpift.checkpoints.opening import quick_fingerprint
+    from cpift.data.chat_templates import decided_by
+    from cpift.models.sources import source_of
+
+    sources = [one for task in config.tasks for one in (task.source("train"), task.source("test")) if one is not None]
+    if any(source.hub for source in sources) or (folder is None and config.model.hub is not None):
+        return None
+    try:
+        model = list(source_of(config.model).decided_by()) if folder is None else quick_fingerprint(folder)
+        rows = [source_fingerprint(source) for source in sources]
+        template = list(decided_by(config.model))
+    except (CpiftError, OSError):
+        return None  # `_look` and `check_task` say what is wrong
+    fields = config.model_dump(mode="json", exclude={"name", "output"})
+    return [model, str(folder), rows, fields, stage, scored, template]
+
+
+def _holds(found: Mapping[str, Any]) -> bool:
+    return not found["problems"] and found["day"] in ("", date.today().isoformat())
+
+
+def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, folder: Path | None) -> RowChecks:
+    found = RowChecks()
+    renderer().start()  # while the imports go on here
+    try:
+        tokenizer = tokenizer_at_hand(config, folder)
+    except CheckpointError as error:
+        found.problems += _of_model(error)
+        return found
+    if tokenizer is None:
+        found.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
+        return found
+    if _TODAY in str(tokenizer.chat_template):
+        found.day = date.today().isoformat()
+    for task in config.tasks:
+        if task.train is not None and (download or task.train.hub is None):
+            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, stage))
+    here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
+    if found.unlearnt and here and not found.problems:
+        found.problems += _unlearnt_samples(config, tokenizer, found.unlearnt)
+    for task in config.tasks:
+        if scored and (download or task.test_data.hub is None):
+            _check_test(found, task, config.evaluation, tokenizer)
+    if folder is not None:
+        _check_model(found, config, folder, tokenizer, stage)
+    found.problems = merged(found.problems)
+    return found
+
+
+def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As `check_written`, of all training rows and of nothing else. Raises DataError with every problem."""
+    found = RowChecks()
+    for task in config.tasks:
+        if task.train is not None:
+            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
+    if found.problems:
+        raise DataError("training rows", merged(found.problems))
+
+
+def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
+    """`max_length` of the fine-tunes that use a task's rows, by the config's field."""
+    found = {}
+    if task.checkpoint is None and config.probe is not None:
+        found["probe.max_length"] = config.probe.max_length
+    if config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
+        name = "backbone.training" if config.backbone.training else "probe"
+        if training := config.backbone.training or config.probe:
+            found[f"{name}.max_length"] = training.max_length
+    if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
+        found[_INTEGRATION] = config.integration.max_length
+    return found
+
+
+def folder_at_hand(config: RunConfig) -> Path | None:
+    """Where θ0's config.json and tokenizer lie, None where they would have to be downloaded or made."""
+    from cpift.hub import cached_folder
+    from cpift.pipeline.identity import StageArtifacts
+
+    model = config.model
+    if model.path is not None or model.hub is not None:
+        return model.path or cached_folder(str(model.hub), model.revision)
+    made = StageArtifacts(config).model
+    return made.path if made.complete else None
+
+
+def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
+    from cpift.models.sources import load_tokenizer, source_of
+
+    made = folder is not None and config.model.path is None and config.model.hub is None
+    return load_tokenizer(folder) if made and folder is not None else source_of(config.model).tokenizer()
+
+
+def _check_model(
+    found: RowChecks, config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str | None
+) -> None:
+    """Whether the class that config.json names can be made, and has a row for every token and place of the sample."""
+    from cpift.pretrained.architecture import model_config, skeleton
+
+    try:
+        network = skeleton(folder)
+    except CheckpointError as error:
+        found.problems += _of_model(error)
+        return
+    embedding: Any = network.get_input_embeddings()
+    largest = max(found.largest, int(tokenizer.pad_token_id or 0))
+    if largest >= embedding.num_embeddings:
+        what = (
+            f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {embedding.num_embeddings}"
+        )
+        found.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
+    places = int(getattr(model_config(folder), "max_position_embeddings", None) or 0)
+    learnt = places > 0 and any(
+        getattr(module, "num_embeddings", None) in (places, places + 2)  # OPT keeps two more
+        for module in network.modules()
+        if module is not embedding
+    )
+    if learnt:
+        lengths = {name: length for task in config.tasks for name, length in _lengths(config, task, stage).items()}
+        for name, length in lengths.items():
+            if min(length, found.longest) > places:
+                what = f"{length} is more than the {places} places of the model, and there are rows so long"
+                found.problems.append(Problem(name, what, f"give at most {places}"))
+        if found.scored > places:
+            what = f"a row of {found.scored} tokens, generated ones included, exceeds the model's {places} places"
+            remedy = f"give at most {places}, a smaller max_new_tokens to tasks that generate, or leave the row out"
+            found.problems.append(Problem("evaluation.max_length", what, remedy))
+
+
+def _check_train(
+    found: RowChecks,
+    task: TaskConfig,
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Mapping[str, int],
+    *,
+    every: bool = False,
+) -> None:
+    where = f"tasks.{task.name}.train"
+    uses: dict[str, RowUse] = {name: _Sampled(length) for name, length in lengths.items()}
+    if not uses:
+        return
+    try:
+        others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
+        whole = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), found, every)
+    except CpiftError:
+        return  # `check_task` says what is wrong with the rows
+    if any(use.left_out for one in (uses, others) for name, use in one.items() if name == _INTEGRATION):
+        found.unlearnt.add(task.name)
+    for name, use in uses.items():
+        if use.rows and not use.used:
+            what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
+            found.problems.append(Problem(where, what, f"raise {name}"))
+    total = {"all": whole, "in_all": next(iter(uses.values())).rows if whole else count_examples(source)}
+    seen = {name: total | asdict(use) | {"used": use.used} for name, use in uses.items()}
+    found.rows += [{"task": task.name, "field": name} | one for name, one in seen.items()]
+    told = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
+    for (_, sentence), name in reversed(told.items()):
+        first = "" if whole else "of the first rows, "
+        found.notes.append(f"{where} at {name} = {uses[name].max_length}: {first}{sentence}")
+
+
+def _sampled(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    uses: Collection[RowUse],
+    others: Collection[RowUse],
+    found: RowChecks,
+    every: bool,
+) -> bool:
+    """Count the first rows, and more where none of those would be learnt from. Whether these are all.
+
+    Of the others one of each shape is written, for its template may refuse it, and the longest; with `every` all are
+    counted, those of a shape that was written before in this process.
+    """
+    shapes, bad, number, longest = Shapes(tokenizer), 0, 0, None
+    for number, example in enumerate(examples, start=1):
+        counted = every or number <= SAMPLE or not all(use.used for use in uses)
+        if not shapes.add(example) and not counted:
+            longest = example if longest is None or size_of(example) > size_of(longest) else longest
+            continue
+        with checked_templates() if every and number > SAMPLE and not shapes.newest else nullcontext():
+            bad += not _counted(example, tokenizer, uses if counted else others, found)
+        if bad == _SHOWN:
+            return False
+    if longest is not None:
+        _counted(longest, tokenizer, others, found)
+    return all(use.rows == number for use in uses)
+
+
+def _counted(example: Example, tokenizer: PreTrainedTokenizerBase, uses: Iterable[RowUse], found: RowChecks) -> bool:
+    """Whether a row can be written; if it can, it is counted."""
+    try:
+        row = tokenise(example, tokenizer, UNCUT)
+    except DataError as error:
+        found.problems += error.problems
+        return False
+    found.longest = max(found.longest, len(row["input_ids"]))
+    found.largest = max(found.largest, *row["input_ids"])
+    for use in uses:
+        use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
+    return True
+
+
+def _unlearnt_samples(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, tasks: Collection[str]
+) -> Iterator[Problem]:
+    """Tasks whose balanced sample could be of rows alone that are left out, whatever the groups turn out to be."""
+    settings = config.integration
+    if settings is None:
+        return
+    counts = {task.name: count_examples(task.train_data) for task in config.tasks if task.train is not None}
+    for place, task in enumerate(config.tasks):
+        if task.name not in tasks or task.train is None:
+            continue
+        with checked_templates():
+            learnt = [_learnt(example, tokenizer, settings.max_length) for example in read_examples(task.train_data)]
+        sizes = {settings.samples_per_task} if settings.samples_per_task else {*counts.values()}
+        sizes = {min(size, len(learnt)) for size in sizes}
+        samples = (balanced_sample([learnt] * (place + 1), size, config.seed) for size in sizes)
+        if not all(any(rows) for sample in samples for rows in sample):
+            what = f"a sample of {min(sizes)} of {len(learnt)} rows of task {task.name} may have none with a reply "
+            remedy = f"raise {_INTEGRATION}, or samples_per_task"
+            yield Problem("integration.samples_per_task", what + f"within {settings.max_length} tokens", remedy)
+
+
+def _learnt(example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    return learnable(tokenise(example, tokenizer, length))
+
+
+def _check_test(
+    found: RowChecks, task: TaskConfig, settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from cpift.evaluation.rows import check_rows
+
+    try:
+        found.scored = max(found.scored, check_rows(tokenizer, [task], settings, SAMPLE))
+    except DataError as error:
+        found.problems += error.problems[:_SHOWN]

@@ -1,0 +1,142 @@
+"""The report as text beside the page: `report.md` for readers of Markdown, `scores.csv` for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.retention import DEFINITION, learning_of
+from cpift.report.data import ReportData, retention, standing, total_tokens, usage, verdict
+from cpift.text.escaping import code, markdown, one_line
+
+_COLUMNS = (
+    "model",
+    "task",
+    "metric",
+    "score",
+    "loss",
+    "test_rows",
+    "retention",
+    "retention_half_interval",
+    "judged",
+    "training_tokens",
+)
+
+
+# ---- scores.csv ------------------------------------------------------------------------------------------------------
+
+
+def scores_csv(data: ReportData) -> str:
+    """One line a model and task. Scores from 0 to 1, losses in nats a token; empty where there is no figure."""
+    return csv_text(_COLUMNS, _lines(data))
+
+
+def _lines(data: ReportData) -> Iterator[list[Any]]:
+    learning = learning_of(data.tasks, data.scores)
+    for model in data.models:
+        for task in data.tasks:
+            score = data.scores[model][task]
+            counted = task in learning and not learning[task].left_out
+            yield [
+                model,
+                task,
+                score["metric"],
+                score["score"],
+                score["loss"],
+                score["rows"],
+                retention(data, model, task),
+                data.halves.get(model, {}).get(task),
+                "yes" if counted else "no",
+                total_tokens(data, model) if model in data.tokens else None,
+            ]
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table for spreadsheets, one line a row. None leaves a cell empty."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return stream.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+
+
+# ---- report.md -------------------------------------------------------------------------------------------------------
+
+
+def report_md(data: ReportData) -> str:
+    """Verdict, model, retention, scores, tokens and notes."""
+    parts = [f"# {markdown(data.name)}", *([markdown(data.headline)] if data.headline else [])]
+    if data.model:
+        parts.append(f"The model, in the run's folder: {code(data.model)}")
+        parts.append(fenced(usage(data, data.model), "python"))
+    parts += ["## Retention", md_table(*_retention(data)), markdown(DEFINITION)]
+    parts += ["## Scores", md_table(*_scores(data))]
+    parts.append("Scores in %, losses in nats per answer token, in brackets beside a score.")
+    if data.tokens:
+        rows = [[markdown(model), _count(total_tokens(data, model))] for model in data.models if model in data.tokens]
+        parts += ["## Tokens", md_table(["model", "input tokens of the fine-tunes behind it"], rows)]
+    said = [text for text in verdict(data) if text != data.headline]
+    parts += ["## What follows", *(f"- {markdown(text)}" for text in [*said, *data.warnings])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _retention(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for model in data.models:
+        found = standing(data, model)
+        mean = "–" if found is None else share(found.mean, data.mean_halves.get(model))
+        cells = [share(retention(data, model, task), data.halves.get(model, {}).get(task)) for task in data.tasks]
+        rows.append([markdown(model), mean, *cells])
+    return ["model", "mean", *map(markdown, data.tasks)], rows
+
+
+def _scores(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    metrics = {task: data.scores[data.models[0]][task]["metric"] for task in data.tasks}
+    head = ["model", *(f"{markdown(task)}, {markdown(metric_of(metric).title)}" for task, metric in metrics.items())]
+    rows = []
+    for model in data.models:
+        found = [data.scores[model][task] for task in data.tasks]
+        losses = [f"{one['loss']:.3f}" for one in found]
+        cells = [
+            loss if one["score"] is None else f"{100 * one['score']:.1f} ({loss})"
+            for one, loss in zip(found, losses, strict=True)
+        ]
+        rows.append([markdown(model), *cells])
+    return head, rows
+
+
+def share(value: float | None, half: float | None) -> str:
+    """A retention in percent and half of its interval, where they are known."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" + ("" if half is None else f" ±{100 * half:.1f}")
+
+
+def _count(value: int | None) -> str:
+    return "not counted" if value is None else f"{value:,}"
+
+
+def md_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are Markdown already."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code that nothing in it can end."""
+    lines = "\n".join(one_line(line) for line in text.splitlines())
+    fence = "`" * 3
+    while fence in lines:
+        fence += "`"
+    return f"{fence}{language}\n{lines}\n{fence}"

@@ -1,0 +1,259 @@
+"""One sweep, described: the run it varies, the fields it varies, how points are chosen and what is better.
+
+A sweep file in short (sweeps/*.yaml are commented examples):
+
+    run: ../configs/smoke.yaml
+    space: {regions.p: [0.02, 0.05, 0.1], groups.tau_chance: [1.2, 1.5]}
+    seeds: [0, 1, 2]
+    objectives: [mean_retention]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cpift.config.identity import identity
+from cpift.config.inputs import Seed
+from cpift.config.loading import read_yaml, validated, with_fields
+from cpift.config.run import Name, RunConfig, Section
+from cpift.config.variation import Value, base_run, describe, shown
+from cpift.errors import ConfigError, Problem, entry
+from cpift.evaluation.metrics import metric_of
+
+
+class Range(Section):
+    """A field's values from `low` to `high`, both included."""
+
+    low: float = Field(**identity("sweep"), description="the smallest value")
+    high: float = Field(**identity("sweep"), description="the largest")
+    log: bool = Field(
+        False,
+        **identity("sweep"),
+        description="equal ratios are equally likely, rather than equal differences",
+    )
+    integer: bool = Field(False, **identity("sweep"), description="whole numbers only")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range must begin above 0, not at {self.low:g}")
+        return self
+
+
+@dataclass(frozen=True)
+class SearchKind:
+    """What `search.method` may be."""
+
+    grids: bool = False  # without `samples` it tries every combination
+    draws: bool = False  # it takes `samples`
+    stops_early: bool = False
+    as_it_goes: bool = False  # a point follows from the results before it
+
+
+SEARCHES = {
+    "grid": SearchKind(grids=True),
+    "random": SearchKind(draws=True),
+    "asha": SearchKind(grids=True, draws=True, stops_early=True),
+    "optuna": SearchKind(draws=True, as_it_goes=True),
+}
+MODES = {"max": 1, "min": -1}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What `keep` may be: whose weights stay."""
+
+    every: bool = False
+    best: bool = False
+
+
+KEEPS = {"best": Keep(best=True), "all": Keep(every=True, best=True), "scores": Keep()}
+
+
+class Search(Section):
+    """How points of the space are chosen."""
+
+    method: Literal["grid", "random", "asha", "optuna"] = Field(
+        "grid",
+        **identity("sweep"),
+        description="grid: every combination; random: `samples` of them; asha: as random (without `samples` as grid), "
+        "and the worse ones stop early; optuna: each point is chosen in the light of those before (extra `optuna`)",
+    )
+    samples: int | None = Field(
+        None, **identity("sweep"), ge=1, description="points to try; for grid it follows from the space"
+    )
+    seed: Seed = Field(0, **identity("sweep"), description="of the choice of points")
+    reduction: int = Field(
+        2,
+        **identity("sweep"),
+        ge=2,
+        description="asha: of so many trials that reach a rung, one goes on",
+    )
+
+    @property
+    def kind(self) -> SearchKind:
+        return entry(SEARCHES, self.method, "search.method")
+
+    @model_validator(mode="after")
+    def _samples_given(self) -> Search:
+        if not self.kind.draws and self.samples is not None:
+            raise ValueError("a grid tries every combination: leave `samples` out, or use method: random")
+        if not self.kind.grids and self.samples is None:
+            raise ValueError(f"method {self.method} needs `samples`, the number of points to try")
+        return self
+
+
+class Objective(Section):
+    """What a trial is judged by."""
+
+    figure: str = Field(
+        **identity("sweep"),
+        description="mean_retention | worst_retention | mean_loss, or of one task "
+        "task.NAME.score | task.NAME.loss | task.NAME.retention",
+    )
+    mode: Literal["max", "min"] | None = Field(
+        None, **identity("sweep"), description="default: min for losses, max for all others"
+    )
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, −1 where less is."""
+        return entry(MODES, self.mode or ("min" if self.figure.endswith("loss") else "max"), "objectives.mode")
+
+
+def _expanded(key: str, section: type[Section]) -> BeforeValidator:
+    """A bare string stands for a section with that one field."""
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
+    )
+
+
+class SweepConfig(Section):
+    """A whole sweep."""
+
+    name: Name | None = Field(None, **identity(), description="default: the file's name")
+    output: Path | None = Field(
+        None, **identity(), description="folder for everything the sweep makes; default: runs/<name>"
+    )
+    run: str | dict[str, Any] = Field(
+        **identity("sweep", by="the run that it gives"),
+        description="the run's YAML file, relative to this one; or its fields, inline",
+    )
+    fixed: dict[str, Any] = Field(
+        **identity("sweep", by="the run that it gives"),
+        default_factory=dict,
+        description="fields of the run set for the whole sweep",
+    )
+    space: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)] | Range] = Field(
+        **identity("sweep"),
+        min_length=1,
+        description="any fields of the run by dotted name, each with a list of values or a range",
+    )
+    search: Annotated[Search, _expanded("method", Search)] = Field(Search(), **identity("sweep"))
+    objectives: tuple[Annotated[Objective, _expanded("figure", Objective)], ...] = Field(
+        (Objective(figure="mean_retention", mode=None),),
+        **identity("sweep"),
+        min_length=1,
+        max_length=4,
+    )
+    model: Literal["final", "fused"] = Field(
+        "final",
+        **identity("sweep"),
+        description="the model that is judged; with `fused` no integration is trained",
+    )
+    seeds: tuple[Seed, ...] = Field(
+        (), **identity("sweep"), description="every point is run with each; default: the run's own seed"
+    )
+    confidence: float = Field(0.95, **identity(), gt=0, lt=1, description="of the intervals over seeds")
+    keep: Literal["best", "all", "scores"] = Field(
+        "best",
+        **identity(),
+        description="whose fused and final models keep their weights: best: those of the best config, with every seed; "
+        "all: every trial's; scores: none. Scores, manifests and what trials share stay, and `cpift run` on any point "
+        "(`cpift evaluate` where the fused model is judged) makes its models again",
+    )
+    concurrency: int | None = Field(None, **identity(), ge=1, description="trials at once; default: as many as fit")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        ranges = [name for name, values in self.space.items() if isinstance(values, Range)]
+        if ranges and self.search.samples is None:
+            raise ValueError(
+                f"{', '.join(ranges)}: a grid needs lists of values; ranges need random, asha or optuna with `samples`"
+            )
+        if "seed" in self.space:
+            raise ValueError("seed is no field to optimise: list repeats under `seeds`")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} has one twice")
+        if self.search.kind.stops_early and len(self.objectives) > 1:
+            raise ValueError("asha stops trials by one figure: give one objective, or use another method")
+        return self
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep and the run that its points vary."""
+
+    name: str
+    config: SweepConfig
+    base: RunConfig
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.config.seeds or (self.base.seed,)
+
+    def run(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run of one point with one seed. Raises ConfigError where the point's values do not fit."""
+        return with_fields(self.base, {**fields, "seed": seed}, f"sweep {self.name} at {describe(fields)}")
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+    """Read a sweep file and the run it names. `overrides` (`field.name=value`) change the run for the whole sweep.
+
+    Raises ConfigError listing every problem of the sweep file, of the run, and of values in `space` that do not fit it.
+    """
+    raw, folder = read_yaml(path), path.absolute().parent
+    config = validated(SweepConfig, raw, str(path))
+    name = config.name or path.stem
+    base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
+    target = output or config.output or Path("runs") / name
+    sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
+    problems = _check_space(sweep) + [problem for one in config.objectives for problem in _check_objective(one, base)]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return sweep
+
+
+def _check_space(sweep: Sweep) -> list[Problem]:
+    """Each value alone, so that a message names the one that does not fit."""
+    problems = []
+    for name, values in sweep.config.space.items():
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
+            whole = isinstance(values, Range) and values.integer
+            try:
+                sweep.run({name: int(value) if whole else value}, sweep.seeds[0])
+            except ConfigError as error:
+                problems += [Problem(f"space.{name}", f"{shown(value)}: {one}") for one in error.problems]
+    return problems
+
+
+def _check_objective(objective: Objective, base: RunConfig) -> list[Problem]:
+    where, figure = "objectives", objective.figure
+    if figure in ("mean_retention", "worst_retention", "mean_loss"):
+        return []
+    names = {task.name: task.metric for task in base.tasks}
+    task, _, kind = figure.removeprefix("task.").rpartition(".")
+    if not figure.startswith("task.") or kind not in ("score", "loss", "retention"):
+        return [Problem(where, f"{figure!r} is no figure", Objective.model_fields["figure"].description or "")]
+    if task not in names:
+        return [Problem(where, f"{figure!r}: there is no task {task!r}", f"the run has {', '.join(names)}")]
+    if kind == "score" and metric_of(names[task]).by_loss:
+        return [Problem(where, f"{figure!r}: the metric of {task} is its loss", f"write task.{task}.loss")]
+    return []

@@ -1,0 +1,113 @@
+"""Which trials' weights a sweep keeps: of the models that only one trial needs, those of the best config by default.
+
+A model of a trial is dropped once it is scored, no trial that is still to come has it among its own, and none of the
+best so far has. What trials share (θ0, probes, backbones) is never dropped, nor what another sweep or run has made.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from cpift.config.run import RunConfig
+from cpift.config.variation import Fields
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import digest
+from cpift.errors import entry
+from cpift.pipeline.identity import Model
+from cpift.pipeline.outcomes import known_scores, own_models
+from cpift.pipeline.pipeline import Pipeline
+from cpift.sweep.config import KEEPS, Sweep
+from cpift.sweep.record import Attempt, sweep_record
+from cpift.sweep.scores import figures, remaking
+
+Runs = Sequence[Pipeline]
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A trial that has ended. `value`: its first objective, more is better; −inf where it was stopped before."""
+
+    fields: Fields
+    runs: Runs
+    value: float
+
+
+class Keeper:
+    """Told of every trial that ends, it drops the weights that need not be kept."""
+
+    def __init__(self, sweep: Sweep, pipeline: Callable[[RunConfig], Pipeline], to_come: Sequence[Fields] | None):
+        """`to_come`: the points of trials that will run; None where a search chooses them as it goes."""
+        self._sweep, self._pipeline, self._maker = sweep, pipeline, sweep_record(sweep).name
+        self._to_come = None if to_come is None else {digest(fields): self._runs(fields) for fields in to_come}
+        self._ended: dict[str, _Ended] = {}
+        self.freed = 0  # bytes
+
+    def ended(self, fields: Fields) -> None:
+        """A trial ended, by itself or stopped early. Don't tell of one that failed: it will be tried again."""
+        if entry(KEEPS, self._sweep.config.keep, "keep").every:
+            return
+        self._add(fields)
+        if self._to_come is not None:
+            self._to_come.pop(digest(fields), None)
+        # Later trials of a search may integrate the same fused model with other settings.
+        self._drop({"final"} if self._to_come is None else {"fused", "final"}, of_equals=None)
+
+    def finish(self, attempts: Sequence[Attempt]) -> None:
+        """All trials have ended; of equally good ones the first of these is the best."""
+        if entry(KEEPS, self._sweep.config.keep, "keep").every:
+            return
+        self._to_come, self._ended = {}, {}
+        for attempt in attempts:
+            if attempt.status != "failed":
+                self._add(attempt.points[0])
+        self._drop({"fused", "final"}, of_equals=1)
+
+    def _add(self, fields: Fields) -> None:
+        runs = self._runs(fields)
+        self._ended[digest(fields)] = _Ended(fields, runs, self._value(runs))
+
+    def _runs(self, fields: Fields) -> Runs:
+        return [self._pipeline(self._sweep.run(fields, seed)) for seed in self._sweep.seeds]
+
+    def _value(self, runs: Runs) -> float:
+        model, objective = self._sweep.config.model, self._sweep.config.objectives[0]
+        found: list[Mapping[str, float]] = []
+        for run in runs:
+            scores = known_scores(run, model)
+            found += [] if scores is None else [figures(scores, [task.name for task in run.config.tasks], model)]
+        if len(found) < len(runs) or not all(objective.figure in one for one in found):
+            return -math.inf
+        return objective.sign * mean(one[objective.figure] for one in found)
+
+    def _drop(self, titles: set[str], of_equals: int | None) -> None:
+        """`of_equals`: how many of equally good trials keep their weights."""
+        spared = {made.path for runs in (self._to_come or {}).values() for run in runs for _, made in self._own(run)}
+        for one in self._best()[:of_equals]:
+            spared |= {made.path for run in one.runs for _, made in self._own(run)}
+        for one in self._ended.values():
+            for run in one.runs:
+                for title, made in self._own(run):
+                    if title in titles and made.path not in spared and self._may_go(run, title, made):
+                        self.freed += made.drop_weights(self._remake(one.fields, run))
+
+    def _own(self, run: Pipeline) -> Iterable[tuple[str, Artifact]]:
+        return own_models(run, self._sweep.config.model).items()
+
+    def _may_go(self, run: Pipeline, title: str, made: Artifact) -> bool:
+        scored = made.complete and run.artifacts.evaluate(Model.of(title, made)).complete
+        return scored and made.manifest().get("made_for") == self._maker
+
+    def _best(self) -> list[_Ended]:
+        best = max((one.value for one in self._ended.values()), default=-math.inf)
+        none = not entry(KEEPS, self._sweep.config.keep, "keep").best or best == -math.inf
+        return [] if none else [one for one in self._ended.values() if one.value == best]
+
+    def _remake(self, fields: Fields, run: Pipeline) -> str:
+        best = self._sweep.base.output_dir / "best.yaml"
+        values = {**fields, "seed": run.config.seed}
+        command = ["cpift", remaking(self._sweep.config.model), str(best)]
+        return shlex.join([*command, *(f"--set={name}={value}" for name, value in values.items())])

@@ -1,0 +1,157 @@
+"""What a sweep found, as plain data: figures over seeds with their intervals, the best trial, the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from cpift.evaluation.estimates import Estimate
+from cpift.evaluation.retention import Score
+from cpift.report.data import retention, standing
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial: the points of the space that came to it, and how it went."""
+
+    number: int
+    points: list[dict[str, Any]]
+    status: str  # done | stopped (early, by ASHA) | failed
+    reason: str
+    groups: list[list[list[str]]]  # one a seed, in stage order
+    figures: dict[str, dict[str, Estimate]]  # model → figure → over seeds
+    seconds: float  # work done for this trial alone: fusion, integration, their scores
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Jaccard overlaps at one p with one seed: what any τ groups by."""
+
+    title: str
+    tasks: list[str]
+    jaccard: list[list[float]]
+    chance: float
+    taus: list[float]  # absolute thresholds that the sweep tried here
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """One stage: outputs that separate runs would have made, those made, and their work in seconds."""
+
+    stage: str
+    needed: int
+    made: int
+    seconds_needed: float
+    seconds_made: float
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """Everything the sweep's report shows."""
+
+    name: str
+    sweep_yaml: str
+    best_yaml: str
+    keep: str  # whose weights are there: best | all | scores (none)
+    space: dict[str, list[Any]]  # field → values that were tried, ascending where they are numbers
+    method: str
+    seeds: list[int]
+    confidence: float
+    model: str  # the one that is judged
+    objectives: list[tuple[str, int]]  # figure, and 1 where more is better, −1 where less is
+    tasks: list[str]
+    metrics: dict[str, str]
+    trials: list[TrialRow]
+    references: dict[str, dict[str, Estimate]]  # θ0 and probes, as TrialRow.figures
+    overlaps: list[Overlaps]
+    reuse: list[Reuse]
+    points: int
+    started: str
+    learning: list[str] = field(default_factory=list)  # sentences on tasks that their own probe did not learn
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One run's scores, for `retention`."""
+
+    tasks: list[str]
+    scores: dict[str, dict[str, Score]]
+
+
+def remaking(model: str) -> str:
+    """The command that makes a sweep's judged model of a config again."""
+    return {"final": "run", "fused": "evaluate"}[model]
+
+
+def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
+    """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
+    run = _Scores(list(tasks), {title: dict(found) for title, found in scores.items()})
+    own, overall = run.scores[model], standing(run, model)
+    found = {"mean_loss": mean(own[task]["loss"] for task in tasks)}
+    if overall is not None:
+        found |= {"mean_retention": overall.mean, "worst_retention": overall.worst}
+    for task in tasks:
+        kept = retention(run, model, task)
+        found[f"task.{task}.loss"] = own[task]["loss"]
+        found |= {f"task.{task}.score": own[task]["score"]} if own[task]["score"] is not None else {}
+        found |= {f"task.{task}.retention": kept} if kept is not None else {}
+    return found
+
+
+def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:
+    """A figure of a trial's judged model; None where the trial did not come so far."""
+    return trial.figures.get(data.model, {}).get(figure) if trial.status == "done" else None
+
+
+def trials_at(data: SweepData, point: Mapping[str, Any]) -> list[TrialRow]:
+    """Trials with a point that has these values; several where the space has more fields."""
+    return [t for t in data.trials if any(all(one[name] == value for name, value in point.items()) for one in t.points)]
+
+
+def trial_at(data: SweepData, point: Mapping[str, Any], figure: str | None = None) -> TrialRow | None:
+    """The best of `trials_at` by a figure (default: the first objective), else the first of them."""
+    found = trials_at(data, point)
+    name = figure or data.objectives[0][0]
+    scored = [(trial, one) for trial in found if (one := judged(data, trial, name)) is not None]
+    if not scored:
+        return found[0] if found else None
+    return max(scored, key=lambda pair: _sign(data, name) * pair[1].mean)[0]
+
+
+def values_at(data: SweepData, figure: str, point: Mapping[str, Any]) -> Estimate | None:
+    """A figure where the fields have these values; the best over fields that `point` leaves open."""
+    trial = trial_at(data, point, figure)
+    return judged(data, trial, figure) if trial is not None else None
+
+
+def _sign(data: SweepData, figure: str) -> int:
+    return dict(data.objectives).get(figure, -1 if figure.endswith("loss") else 1)
+
+
+def best_trial(data: SweepData) -> TrialRow | None:
+    """The finished trial with the best mean of the first objective; of equals the first."""
+    figure, sign = data.objectives[0]
+    found = [(trial, one) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    return max(found, key=lambda pair: sign * pair[1].mean)[0] if found else None
+
+
+def pareto_front(data: SweepData) -> list[TrialRow]:
+    """Finished trials that no other one beats in one objective without losing in another."""
+    vectors = {}
+    for trial in data.trials:
+        found = [judged(data, trial, figure) for figure, _ in data.objectives]
+        if all(one is not None for one in found):
+            pairs = zip(found, data.objectives, strict=True)
+            vectors[trial.number] = [sign * one.mean for one, (_, sign) in pairs if one is not None]
+    return [
+        trial
+        for trial in data.trials
+        if (own := vectors.get(trial.number)) is not None
+        and not any(_dominates(other, own) for other in vectors.values())
+    ]
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True)) and list(one) != list(other)

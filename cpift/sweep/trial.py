@@ -1,0 +1,144 @@
+"""One trial of a sweep, in its worker: the pipeline from what is shared to the judged model's scores, seed by seed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from cpift.cluster.merging import merging_of
+from cpift.cluster.session import NAMESPACE, use_assigned_gpus
+from cpift.cluster.tasks import OnRay
+from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.config.variation import Fields, describe
+from cpift.console.view import View, quiet
+from cpift.disk.files import digest, write_text
+from cpift.errors import CpiftError, StageError, entry
+from cpift.pipeline.engine import Engine
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import OnProgress, OnResult
+from cpift.sweep.config import Sweep
+from cpift.sweep.record import sweep_record
+from cpift.sweep.scores import figures
+from cpift.training.spec import FitSpec
+from cpift.training.tracking import ended_if_stuck
+
+
+def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path) -> None:
+    """What Tune runs: `config` holds the point, see `point_of`.
+
+    An error that would only come again is kept in `failures`, so that Tune's next try of the trial ends at once.
+    """
+    fields = point_of(config)
+    marker = failure_file(failures, fields)
+    if marker.is_file():
+        raise StageError(marker.read_text(encoding="utf-8"))
+    try:
+        use_assigned_gpus()
+        torch.set_num_threads(sweep.base.resources.most_threads)
+        with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
+            view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
+            for rung, found in enumerate(rungs(sweep, fields, view), start=1):
+                tune.report({"rung": rung} | found)
+    except CpiftError as error:
+        failures.mkdir(parents=True, exist_ok=True)
+        write_text(marker, str(error))
+        raise
+
+
+def point_of(config: dict[str, Any]) -> Fields:
+    """The point of a trial, which Tune gives to it under `fields` or field by field."""
+    found: Fields = config.get("fields", config)
+    return found
+
+
+def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
+    return failures / f"{digest(dict(fields))[:16]}.txt"
+
+
+def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[str, float]]:
+    """The objectives' means after each seed; for ASHA first those of the fused model, before any integration."""
+    found: list[dict[str, float]] = []
+    maker, integrates = sweep_record(sweep).name, entry(INTEGRATES, sweep.config.model, "model")
+    for number, seed in enumerate(sweep.seeds):
+        config = sweep.run(fields, seed)
+        merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources), stored=False)
+        run = Pipeline(config, engine_for(config), view, merging, maker)
+        if number == 0 and sweep.config.search.kind.stops_early and integrates:
+            yield _means(sweep, [_figures(run, "fused")])
+        found.append(_figures(run, sweep.config.model))
+        yield _means(sweep, found)
+
+
+def asks_ray(resources: ResourcesConfig) -> bool:
+    """Whether a trial's fine-tunes, evaluations and fusions each ask Ray for their resources, while it holds none.
+
+    On a cluster all of them must: trials that hold CPUs and wait for tasks that need some would wait for ever.
+    """
+    return resources.by_train or resources.on_cluster
+
+
+def engine_for(config: RunConfig) -> Engine:
+    """This very process, with the CPUs that it holds, where that is enough; else Ray."""
+    return TaskEngine(config) if asks_ray(config.resources) else InProcessEngine(config)
+
+
+class TaskEngine:
+    """The pipeline's engine (see `engine.Engine`) of a trial that holds nothing: everything in tasks of their own."""
+
+    def __init__(self, config: RunConfig):
+        self._config, self._ray = config, OnRay()
+
+    def session(self) -> AbstractContextManager[None]:
+        """A trial runs within one."""
+        return nullcontext()
+
+    def expect(self, fits: int) -> None:
+        """Nothing to start."""
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        self._ray.fit(self._config.resources, specs, on_progress)
+
+    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
+        self._ray.evaluate(self._config, models, on_result, on_progress)
+
+
+def _figures(run: Pipeline, model: str) -> dict[str, float]:
+    """Makes only what has no scores yet: a model that was scored may have lost its weights since."""
+    scores = known_scores(run, model)
+    if scores is None:
+        (run.integrate if entry(INTEGRATES, model, "model") else run.fuse)()
+        scores = run.evaluate(scored_models(run, model))
+    return figures(scores, [task.name for task in run.config.tasks], model)
+
+
+def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
+    names = [objective.figure for objective in sweep.config.objectives]
+    for name in names:
+        if any(name not in one for one in found):
+            raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is exactly 0)")
+    return {name: mean(one[name] for one in found) for name in names}
+
+
+class _BoardView(View):
+    """Posts progress to the sweep's board, under the trial's name, and prints nothing."""
+
+    def __init__(self, trial: str, board: Any, alive: Callable[[bool], None]):
+        super().__init__(quiet().console)
+        self._trial, self._board, self._alive = trial, board, alive
+
+    def progress(self, message: dict[str, Any]) -> None:
+        if "waiting" in message:
+            return
+        self._alive(message.get("step", 0) < message.get("steps", 0))  # between training steps; an evaluation has none
+        doing = ", ".join(str(message[key]) for key in ("title", "task") if key in message)
+        self._board.post.remote(message | {"title": self._trial, "task": doing})

@@ -1,0 +1,91 @@
+"""What can honestly be said of a sweep in a few sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cpift.config.variation import shown
+from cpift.evaluation.estimates import Estimate
+from cpift.sweep.scores import SweepData, TrialRow, best_trial, judged
+
+
+def verdict(data: SweepData) -> list[str]:
+    """What is best, in one piece; then what the probes learnt if that is in doubt, what was tried, what the best beats,
+    and how much that proves."""
+    best = best_trial(data)
+    if best is None:
+        return ["No trial has finished: there is nothing to compare."]
+    headline = " ".join(_best(data, best))
+    return [headline, *data.learning, _what_was_tried(data), *_rivals(data, best), *_caveats(data)]
+
+
+def _what_was_tried(data: SweepData) -> str:
+    fields = " and ".join(
+        [", ".join(list(data.space)[:-1]), list(data.space)[-1]] if len(data.space) > 1 else data.space
+    )
+    merged = data.points - len(data.trials)
+    same = f"; {merged} came to the same groups and models as another and were not computed again" if merged else ""
+    stopped = sum(trial.status == "stopped" for trial in data.trials)
+    early = f" ASHA stopped {stopped} of the trials early." if stopped else ""
+    return f"{data.points} points over {fields} were {len(data.trials)} different trials{same}.{early}"
+
+
+def _best(data: SweepData, best: TrialRow) -> Iterator[str]:
+    figure, sign = data.objectives[0]
+    point = ", ".join(f"{name} = {values_of(best, name)}" for name in data.space)
+    found = judged(data, best, figure)
+    assert found is not None
+    yield f"Best by {figure.replace('_', ' ')}: trial {best.number} ({point}), {_words(found, data)}."
+    others = [
+        (sign * one.mean, trial, one)
+        for trial in data.trials
+        if trial is not best and (one := judged(data, trial, figure)) is not None
+    ]
+    if others:
+        _, second, one = max(others, key=lambda entry: entry[0])
+        yield f"Next: trial {second.number}, {_words(one, data)}.{_overlap(found, one)}"
+
+
+def values_of(trial: TrialRow, name: str) -> str:
+    """A field's values at a trial's points, for example `0.1 or 0.2`."""
+    *firsts, last = dict.fromkeys(shown(point[name]) for point in trial.points)
+    return f"{', '.join(firsts)} or {last}" if firsts else last
+
+
+def _words(one: Estimate, data: SweepData) -> str:
+    if one.low is None or one.high is None:
+        return f"{one.mean:.3f}"
+    return f"{one.mean:.3f} ({data.confidence:.0%} interval {one.low:.3f} to {one.high:.3f}, n = {len(one.values)})"
+
+
+def _overlap(one: Estimate, other: Estimate) -> str:
+    if one.low is None or other.low is None or one.high is None or other.high is None:
+        return ""
+    apart = one.low > other.high or other.low > one.high
+    return "" if apart else " Their intervals overlap: these seeds do not tell the two apart."
+
+
+def _rivals(data: SweepData, best: TrialRow) -> Iterator[str]:
+    """The best trial's model beside the simpler things it was made from."""
+    figure, sign = data.objectives[0]
+    own = judged(data, best, figure)
+    assert own is not None
+    rivals = {"the staged backbone alone": best.figures.get("backbone"), "θ0": data.references.get("base")}
+    if data.model == "final":
+        rivals["the fused model before integration"] = best.figures.get("fused")
+    for name, found in rivals.items():
+        if found is not None and figure in found:
+            gap = sign * (own.mean - found[figure].mean)
+            word = "better than" if gap > 0 else "worse than" if gap < 0 else "equal to"
+            yield f"Its {data.model} model is {word} {name} in the same trial ({found[figure].mean:.3f})."
+
+
+def _caveats(data: SweepData) -> Iterator[str]:
+    done = sum(trial.status == "done" for trial in data.trials)
+    if done > 1:
+        yield (
+            f"The best of {done} was chosen on the test rows that it is scored on, so its score flatters it: confirm "
+            "it on other rows or other seeds."
+        )
+    if len(data.seeds) == 1:
+        yield "One seed: differences between trials have no interval, and small ones mean nothing."

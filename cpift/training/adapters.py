@@ -1,0 +1,63 @@
+"""LoRA fine-tunes: adapters are trained, whole models are kept.
+
+Core regions, fusion and evaluation see the merged weights only: |θi − θ0| of a LoRA probe is the full-rank update that
+its adapters imply, and zero outside their targets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.config.run import TrainingConfig
+from cpift.config.training import LoraConfig
+from cpift.errors import CheckpointError, Problem
+from cpift.pretrained.loading import load_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
+    """What is missing for those that ask for LoRA."""
+    if any(training.lora for training in trainings) and importlib.util.find_spec("peft") is None:
+        return [Problem("lora", "needs peft, which is not installed", "pip install 'cpift[peft]', or leave `lora` out")]
+    return []
+
+
+def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Path | None = None) -> PreTrainedModel:
+    """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `kept`.
+
+    Raises:
+        CheckpointError: no module has a name that ends in one of the targets.
+    """
+    import peft
+    import torch
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    if kept is not None:
+        return load_adapter(model, kept, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            adapted: Any = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise CheckpointError(
+                "model", [Problem("lora.targets", str(error), "name modules of this model")]
+            ) from error
+    return adapted
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """W + (alpha / rank)·B·A in place of W; a model without adapters as it is."""
+    whole: PreTrainedModel = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return whole

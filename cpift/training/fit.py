@@ -1,0 +1,318 @@
+"""One fine-tune, inside one worker: a sequence of stages, each a transformers.Trainer run on the model of the last.
+
+A probe is one stage on one task; the staged backbone trains group after group; integration does so with earlier cores
+frozen. The model is trained in float32, its products computed as `precision` says, and exported in θ0's dtypes.
+Ray is not imported here: `cluster/fits.py` wires the hooks to Ray Train, a test may pass its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
+from cpift.data.tasks import CompletionCollator
+from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
+from cpift.disk.files import read_json, write_json
+from cpift.errors import StageError
+from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
+from cpift.method.masks import JointCores
+from cpift.models.sources import load_model, load_tokenizer
+from cpift.training.adapters import merged, with_adapters
+from cpift.training.fsdp import (
+    ShardedTrainer,
+    WholeTrainer,
+    load_sharded,
+    rank_here,
+    save_whole,
+    workers_here,
+    write_trained,
+)
+from cpift.training.rows import stage_data
+from cpift.training.spec import RESULT, FitSpec
+from cpift.training.tracking import tracked
+
+_log = logging.getLogger(__name__)
+_STAGE_FILE = "cpift_stage.json"
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class FitHooks:
+    """What the surroundings of a fine-tune provide. Called on every worker, in step."""
+
+    on_progress: Callable[[dict[str, Any]], None] = _nothing
+    on_checkpoint: Callable[[Path, dict[str, Any]], None] = _nothing
+    resume_from: Path | None = None
+    is_main: bool = True
+
+
+@dataclass
+class _Progress:
+    """Where the fine-tune stands; kept in each checkpoint so that a resumed one goes on from there."""
+
+    stage: int = 0
+    stage_done: bool = False
+    log: list[dict[str, Any]] = field(default_factory=list)
+    frozen: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
+    seconds: float = 0.0
+    rows: list[dict[str, dict[str, int]]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
+
+
+def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
+    """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
+    hooks = hooks or FitHooks()
+    torch.set_num_threads(spec.threads)
+    if _device(spec) == "cpu":
+        keep_freed_memory()
+    progress = _resume(hooks.resume_from)
+    started = time.time() - progress.seconds
+    origin = Checkpoint(spec.model)
+    layout = checkpoint_layout(origin)
+    require_whole(layout, spec.model)
+    model = _load(spec, hooks.resume_from if progress.stage_done else None)
+    tokenizer = load_tokenizer(spec.model)
+    mid_stage = hooks.resume_from if not progress.stage_done else None
+    first = progress.stage + int(progress.stage_done)
+    for index in range(first, len(spec.stages)):
+        _run_stage(spec, index, model, layout, tokenizer, progress, hooks, mid_stage if index == first else None)
+    progress.seconds = time.time() - started
+    result = {
+        "title": spec.title,
+        "log": progress.log,
+        "frozen": progress.frozen,
+        "tokens": progress.tokens,
+        "rows": progress.rows,
+        "seconds": progress.seconds,
+        "device": device_name(_device(spec)),
+        "precision": resolved(spec.training.precision, _device(spec)),
+    }
+    write_trained(merged(model), layout, origin, spec.export, hooks.is_main)
+    if hooks.is_main:
+        write_json(spec.export / RESULT, result)  # the last file makes the folder complete
+    return result
+
+
+def _sharded(spec: FitSpec) -> bool:
+    """One worker has nothing to shard."""
+    return spec.resources.sharded and workers_here() > 1
+
+
+def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
+    """The model to train, as `kept` at the end of a stage if that is given."""
+    lora = spec.training.lora
+    source = spec.model if kept is None or lora else kept
+    model = load_sharded(source, torch.float32, _device(spec)) if _sharded(spec) else load_model(source, torch.float32)
+    return with_adapters(model, lora, spec.seed, kept) if lora else model
+
+
+def _resume(checkpoint: Path | None) -> _Progress:
+    return _Progress(**read_json(checkpoint / _STAGE_FILE)) if checkpoint else _Progress()
+
+
+def _run_stage(
+    spec: FitSpec,
+    index: int,
+    model: PreTrainedModel,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: _Progress,
+    hooks: FitHooks,
+    checkpoint: Path | None,
+) -> None:
+    stage, progress.stage, progress.stage_done = spec.stages[index], index, False
+    if checkpoint is None and hooks.is_main:
+        # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
+        shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
+    uses: dict[str, dict[str, int]] = {}
+    progress.rows = [*progress.rows[:index], uses]
+    follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
+    with tracked(
+        spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
+    ) as curves:
+        trainer = (ShardedTrainer if _sharded(spec) else WholeTrainer)(
+            model=model,
+            args=_arguments(spec, index),
+            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}", uses),
+            data_collator=CompletionCollator(tokenizer),
+            callbacks=[follower, *curves],
+        )
+        trainer.remove_callback(PrinterCallback)  # progress and log are ours
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    follower.finish(model)
+    progress.tokens.append(int(trainer.state.num_input_tokens_seen))
+    if index + 1 < len(spec.stages):
+        _save_stage_end(spec, index, model, progress, hooks)
+
+
+def _stage_title(spec: FitSpec, index: int) -> str:
+    return spec.title if len(spec.stages) == 1 else f"{spec.title}, stage {index}"
+
+
+def _stage_folder(spec: FitSpec, index: int) -> Path:
+    return spec.scratch / f"stage-{index}"
+
+
+def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    """The packed cores of these tasks together, by the checkpoint's names; empty where nothing is frozen."""
+    if not tasks:
+        return {}
+    if spec.regions is None:
+        raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
+    return JointCores(spec.regions, tasks)
+
+
+def _device(spec: FitSpec) -> Device:
+    return compute_device(spec.resources.gpus_per_worker)
+
+
+def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
+    training, cuda = spec.training, _device(spec) == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(_stage_folder(spec, index)),
+        max_steps=spec.steps(index) or -1,
+        num_train_epochs=training.epochs or 1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=spec.accumulation(workers_here()),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=resolved(training.precision, _device(spec)) == "bfloat16",
+        use_cpu=not cuda,
+        seed=spec.seed + index,
+        data_seed=spec.seed + index,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all" if training.packing else "non_padding",  # packed rows have no mask to count
+        save_strategy="steps" if training.checkpoint_every else "no",
+        save_steps=training.checkpoint_every or 1,
+        save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded
+        dataloader_pin_memory=cuda,
+        disable_tqdm=True,
+        report_to=[],  # see `tracked`
+        run_name=_stage_title(spec, index),
+        remove_unused_columns=False,
+        use_cache=False,  # with a cache, models take packed examples for one
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that it sees, Trainer would make a DataParallel model
+    return arguments
+
+
+class _Follower(TrainerCallback):
+    """Freezes, logs, reports and checkpoints one stage."""
+
+    def __init__(
+        self,
+        spec: FitSpec,
+        index: int,
+        progress: _Progress,
+        hooks: FitHooks,
+        layout: Layout,
+        masks: Mapping[str, torch.Tensor],
+    ):
+        self._spec, self._index, self._progress, self._hooks = spec, index, progress, hooks
+        self._layout, self._masks = layout, masks
+        self._freezer: ElementFreezer | None = None
+        self._before: dict[str, torch.Tensor] = {}
+        self._started = time.time() - progress.seconds
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Freeze only now: a resumed Trainer has just put the checkpoint's weights into the model."""
+        if self._masks:
+            self._freezer = self._held(kw["model"])
+            self._freezer.attach(getattr(kw["optimizer"], "optimizer", kw["optimizer"]))
+        self._report(state)
+
+    def _held(self, model: torch.nn.Module) -> ElementFreezer:
+        """What holds the cores still, or pulls them back to the model that the whole fine-tune began with."""
+        if self._spec.penalty is None:
+            self._before = snapshot(model, self._masks)
+            return ElementFreezer(model, self._masks)
+        origin, layout = Checkpoint(self._spec.model), self._layout
+        return ElementAnchor(model, self._masks, self._spec.penalty, lambda name: layout.parameter(name, origin.tensor))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._report(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kw: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            if not torch.isfinite(torch.tensor(float(logs["loss"]))):
+                raise StageError(
+                    f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
+                    "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
+                )
+            kept: dict[str, Any] = {
+                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+            }
+            self._progress.log.append({"stage": self._index, "step": state.global_step} | kept)
+            _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, kept)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        self._progress.seconds = time.time() - self._started
+        if self._hooks.is_main:
+            write_json(folder / _STAGE_FILE, self._progress.__dict__)
+        self._hooks.on_checkpoint(folder, {"stage": self._index, "step": state.global_step})
+
+    def finish(self, model: torch.nn.Module) -> None:
+        """Stop freezing and account for the frozen elements."""
+        if self._freezer is None:
+            return
+        self._freezer.detach()
+        if self._spec.penalty:  # nothing was promised to stand still
+            return
+        moved = count_moved_everywhere(model, self._before, snapshot(model, self._masks))
+        elements = self._freezer.frozen_elements
+        self._progress.frozen.append({"stage": self._index, "elements": elements, "moved": moved})
+        if moved:
+            raise StageError(f"{self._spec.title}: {moved} of {elements} frozen elements moved in stage {self._index}")
+
+    def _report(self, state: TrainerState) -> None:
+        last = self._progress.log[-1]["loss"] if self._progress.log else None
+        stages = len(self._spec.stages)
+        done = self._index + state.global_step / max(state.max_steps, 1)
+        self._hooks.on_progress(
+            {"title": self._spec.title, "done": done / stages, "stage": self._index, "stages": stages, "loss": last}
+            | {"step": state.global_step, "steps": state.max_steps}
+        )
+
+
+def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _Progress, hooks: FitHooks) -> None:
+    """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
+    folder = _stage_folder(spec, index) / "end"
+    progress.stage_done = True
+    save_whole(model, folder, hooks.is_main)
+    if hooks.is_main:
+        write_json(folder / _STAGE_FILE, progress.__dict__)
+    hooks.on_checkpoint(folder, {"stage": index, "step": -1})
