@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from cpift.sweep.results import summary
-
-from .test_sweep_report import made_up
+from tests.sweep.test_page import made_up
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import sweep_page

@@ -35,9 +35,8 @@ from cpift.pipeline import plan as planning
 from cpift.sweep import config as sweep_config
 from cpift.training import spec as fit_spec
 from cpift.training import tracking
-
-from .test_fusion import FusionConfig
-from .test_identity import sections
+from tests.merging.test_fusion import FusionConfig
+from tests.pipeline.test_identity import sections
 
 # Every field with a list of words, and the table of those words. (`"uniform"` and `"all-linear"` stand beside other
 # types: another word would be no number, and no list.)

@@ -1,0 +1,409 @@
+"""Comparisons: what is refused, orders and budgets of baselines, and a whole one in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cpift.compare.budgets import Budgets
+from cpift.compare.config import Comparison, load_comparison
+from cpift.compare.files import document, write_comparison, written_files
+from cpift.compare.findings import Findings, side
+from cpift.compare.methods import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
+from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
+from cpift.compare.run_baselines import make_baselines, plan_all
+from cpift.compare.work import ComparisonWork, run_comparison
+from cpift.config.loading import parse_config, with_fields
+from cpift.config.run import RunConfig
+from cpift.console.view import quiet
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import write_json
+from cpift.errors import ConfigError
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.inprocess import InProcessEngine, SharedHere
+from cpift.pipeline.outcomes import expected_backbone
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import preflight
+from cpift.pipeline.stages import artifacts_of, integration_spec
+from cpift.report.facts import tokens_of
+from cpift.text.escaping import html
+from tests.sweep.test_sweep import TASKS, run_fields
+
+
+def comparison_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump({"run": run_fields(), "fixed": {"tracking": []}} | changes, sort_keys=False))
+    return path
+
+
+def load(folder: Path, **changes: Any) -> Comparison:
+    return load_comparison(comparison_file(folder, **changes), (), {"output": folder / "out"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budgets": ["all"]}, ["budgets", "'all'"]),
+        ({"seeds": [1, 1]}, ["seeds has an entry twice"]),
+        ({"variants": {"x": {"fusion.spice": 1}}}, ["variants.x", "is not a field"]),
+        ({"recommended": {"fusion.spice": 1}}, ["recommended", "is not a field"]),
+        ({"curves": {"regions.p": [0.1, 2.0]}}, ["curves.regions.p", "less than or equal to 1"]),
+        ({"curves": {"seed": [1, 2]}}, ["list repeats under `seeds`"]),
+        ({"forgetting": [["a", "z"]]}, ["no task 'z'", "a, b, c"]),
+        ({"forgetting": [["a", "a"]]}, ["name two tasks"]),
+        ({"heuristic": [["a"], ["b"]]}, ["name every task once"]),
+        ({"budget": "total"}, ["budget: is not a field", "did you mean 'budgets'?"]),
+    ],
+)
+def test_bad_comparisons_are_refused(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, **changes)
+    assert all(part in str(caught.value) for part in said)
+
+
+def test_a_runs_own_file_is_a_comparison(smoke_config: Path) -> None:
+    made = load_comparison(smoke_config)
+    assert (made.name, made.base.output_dir.name) == ("smoke", "smoke")
+    names = [method.name for method in methods_of(made)]
+    assert names[:2] == ["θ0", "own probes"]
+    assert set(MERGES) | set(PARTS) | {"full SFT", "sequential SFT", "CPI-FT"} <= set(names)
+
+
+def test_methods_are_chosen_by_pattern(tmp_path: Path) -> None:
+    made = load(tmp_path, methods=["*SFT*"], budgets=["after_probes", "total"])
+    kinds = {method.kind for method in methods_of(made)}
+    assert kinds == {"reference", "probe", "sft", "cpift"}
+    assert [m.name for m in methods_of(made) if m.kind == "sft"][::5] == ["full SFT", "full SFT, total"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "stages", "sizes"), [(5, 3, [2, 1, 2]), (3, 3, [1, 1, 1]), (2, 5, [1, 1]), (4, 2, [2, 2])]
+)
+def test_stages_share_the_tasks(tasks: int, stages: int, sizes: list[int]) -> None:
+    names = [f"t{number}" for number in range(tasks)]
+    groups = in_stages(names, stages)
+    assert [len(group) for group in groups] == sizes
+    assert [name for group in groups for name in group] == names
+
+
+def test_orders(tmp_path: Path) -> None:
+    made = load(tmp_path)
+    runs = [Pipeline(made.run({"tasks.1.train.size": 9}, seed), NoEngine(), quiet()) for seed in range(8)]
+    assert together(runs[0]) == (TASKS,)
+    assert by_rows(runs[0]) == ["b", "a", "c"]
+    orders = {tuple(shuffled(run)) for run in runs}
+    assert all(sorted(order) == sorted(TASKS) for order in orders)
+    assert len(orders) > 2
+    assert shuffled(runs[3]) == shuffled(runs[3])
+
+
+def test_fine_tunes_from_before_tokens_were_counted_leave_no_number(tmp_path: Path) -> None:
+    made = [Artifact(tmp_path, "probe", name, {}, {}, 1) for name in ("new", "old", "model")]
+    for artifact, kept in zip(made, ({"tokens": [3, 4]}, {"seconds": 1.0}), strict=False):
+        artifact.path.mkdir(parents=True)
+        write_json(artifact.path / "training.json", kept)
+    assert tokens_of([made[0], made[2]]) == 7
+    assert tokens_of(made) is None
+
+
+class Idle(SharedHere):
+    """Nothing is to be made."""
+
+    def fit(self, *_: Any) -> None:
+        raise AssertionError("trained again")
+
+    def evaluate(self, *_: Any) -> None:
+        raise AssertionError("scored again")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]:
+    folder = tmp_path_factory.mktemp("compare")
+    made = load(
+        folder,
+        fixed={"tracking": [], "groups.tau": 1.0},
+        seeds=[0, 1],
+        methods=["full SFT*", "linear*", "one mixed stage", "*: ? → ?"],
+        budgets=["total", "after_probes"],
+        recommended={"fusion.omega": 0.0, "backbone.training": {**run_fields()["probe"], "steps_per": "task"}},
+        variants={"one mixed stage": PARTS["one mixed stage"]},
+        curves={"regions.p": [0.01, 0.05]},
+        forgetting=[["a", "b"]],
+        resamples=100,
+    )
+    return made, run_comparison(made, SharedHere(), quiet())
+
+
+@pytest.mark.slow
+def test_every_method_is_scored_on_every_row_with_every_seed(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+    names = [method.name for method in methods_of(made)]
+    assert [(row.seed, row.method) for row in record.rows] == [(seed, name) for seed in (0, 1) for name in names]
+    assert all([len(one["items"]) for one in row.scores.values()] == [8, 8, 8] for row in record.rows)
+    own = record.rows_of(PROBES)[0].scores
+    assert own["b"] == record.rows_of("probe b")[0].scores["b"]
+
+
+@pytest.mark.slow
+def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
+    """Plain SFT sees what CPI-FT's fine-tunes saw, up to one batch of 4 rows of some 17 tokens."""
+    record = found[1]
+    tokens = {row.method: row.tokens for row in record.rows if row.seed == 0}
+    assert tokens["full SFT"] == pytest.approx(tokens["CPI-FT"], abs=4 * 20)
+    assert tokens["full SFT, balanced"] == pytest.approx(tokens["CPI-FT"], abs=4 * 20)
+    later = tokens["CPI-FT"] - tokens["own probes"]
+    assert 0 < tokens["full SFT, after probes"] == pytest.approx(later, abs=4 * 20)
+    assert tokens["linear average"] == tokens["own probes"] == sum(tokens[f"probe {task}"] for task in TASKS)
+    assert tokens["sequential SFT and replay: a → b"] == tokens["CPI-FT: a → b"] > tokens["sequential SFT: a → b"]
+
+
+@pytest.mark.slow
+def test_planned_tokens_are_those_that_training_sees(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+    run = Pipeline(made.run({}, 0), NoEngine(), quiet())
+    planned = Budgets().of(run, "total")
+    assert record.rows_of("CPI-FT")[0].tokens == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_mixed_stage_is_one_stage_of_the_same_length(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+    run = Pipeline(made.run(PARTS["one mixed stage"], 0), NoEngine(), quiet())
+    groups = run.group().groups
+    artifact = run.artifacts.integrate(groups, run.artifacts.fuse(groups, expected_backbone(run)))
+    spec = integration_spec(run, run.fuse(), groups, artifact)
+    assert len(groups) == 3
+    assert spec.training.steps == 3 * 2
+    ((tasks, frozen),) = [(stage.tasks, stage.frozen) for stage in spec.stages]
+    assert (sorted(tasks), frozen) == (sorted(TASKS), ())
+    mixed, staged = (record.rows_of(name)[0].tokens for name in ("one mixed stage", "CPI-FT"))
+    assert mixed == pytest.approx(staged, rel=0.05)
+
+
+def test_parts_that_are_on_leave_fingerprints_as_they_were(tmp_path: Path) -> None:
+    """Artifacts made before these fields existed are still found."""
+    stages = Pipeline(load(tmp_path).base, NoEngine(), quiet()).artifacts
+    fused = stages.fuse(((TASKS),), stages.base)
+    assert "transplant" not in fused.fields
+    assert "stages" not in stages.integrate(((TASKS),), fused).fields
+    off = Pipeline(load(tmp_path).run(PARTS["no transplant"], 0), NoEngine(), quiet()).artifacts
+    assert off.fuse(((TASKS),), off.base).fingerprint != fused.fingerprint
+
+
+@pytest.mark.slow
+def test_the_same_comparison_again_makes_nothing(found: tuple[Comparison, Record]) -> None:
+    made, record = found
+
+    assert run_comparison(made, Idle(), quiet()) == record
+
+
+@pytest.mark.slow
+def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Comparison, Record]) -> None:
+    verdict = Findings(found[1]).verdict()
+    for name in ("CPI-FT", "CPI-FT, recommended"):
+        assert any(f"{name} is shown above" in claim for claim in verdict)
+        assert any(claim.startswith(f"{name} − full SFT") for claim in verdict)
+        assert any(claim.startswith(f"{name}, forgetting against sequential SFT:") for claim in verdict)
+    assert any(claim.startswith("CPI-FT, recommended − CPI-FT:") for claim in verdict)
+    assert found[1].rows_of("CPI-FT, recommended: a → b")[0].fields["fusion.omega"] == 0.0
+
+
+@pytest.mark.slow
+def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, Record]) -> None:
+    parts = found[1].of_kind("part")
+    rows = [replace(row, kind="variant") if row.kind == "part" else row for row in found[1].rows]
+    findings = Findings(replace(found[1], rows=rows))
+    best = max(parts, key=lambda name: findings.line(name).mean.mean)
+    (claim,) = (claim for claim in findings.verdict() if claim.startswith(f"Of {len(parts)} variants “{best}”"))
+    assert "picked by these very scores" in claim
+    assert f"{best} is shown above" in claim
+
+
+@pytest.mark.slow
+def test_the_aim_counts_what_is_shown_and_what_each_seed_alone_has(found: tuple[Comparison, Record]) -> None:
+    findings = Findings(found[1])
+    rivals = [name for name in findings.methods if findings.kind(name) in ("sft", "merge")]
+    outcomes = [findings.against("CPI-FT", rival) for rival in rivals]
+    ahead = sum(side(one.mean) > 0 for one in outcomes)
+    larger = sum(all(value > 0 for value in [*one.mean.values, *one.worst.values]) for one in outcomes)
+    claim = findings.aim("CPI-FT", rivals)
+    assert f"of {len(rivals)} baselines in both" in claim
+    assert f"in mean retention alone above {ahead}, and below" in claim
+    assert f"it is above {larger} in both" in claim
+
+
+@pytest.mark.slow
+def test_a_pair_is_learnt_in_both_orders(found: tuple[Comparison, Record]) -> None:
+    """Both have the same probes and regions, so that the second's groups could be taken for the first's."""
+    for name in ("sequential SFT", "CPI-FT", "CPI-FT, recommended"):
+        assert found[1].rows_of(f"{name}: a → b")[0].groups == [["a"], ["b"]]
+        assert found[1].rows_of(f"{name}: b → a")[0].groups == [["b"], ["a"]]
+
+
+@pytest.mark.slow
+def test_a_record_reads_as_it_was_written(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    write_record(found[1], tmp_path / "one.jsonl")
+    again = read_record(tmp_path / "one.jsonl")
+    assert document(again, "x") == document(found[1], "x")
+    (tmp_path / "two.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="cpift compare"):
+        read_record(tmp_path / "two.jsonl")
+
+
+@pytest.mark.slow
+def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    page = write_comparison(found[1], tmp_path).read_text()
+    for method in methods_of(found[0]):
+        shown = html(method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = "))
+        assert shown in page
+    assert "no difference shown" in page
+    assert page.index(html(Findings(found[1]).verdict()[0])) < page.index("<svg") < page.index("<table")
+    assert page.count("<svg") == page.count('role="img"><title>') == page.count('class="behind"')
+    assert {file.name for file in tmp_path.iterdir()} == set(written_files([])), "no method of its curve was chosen"
+    assert str(tmp_path.parent.parent) not in page
+    assert all((tmp_path / file).read_text().startswith("<svg") for file in document(found[1], "comparison")[1])
+
+
+@pytest.mark.slow
+def test_pieces_add_up_to_the_whole(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    """Two seeds recorded on two days, the second of them in two goes, are the comparison of both."""
+    made, record = found
+    first, second = (
+        run_comparison(replace(made, config=made.config.model_copy(update={"seeds": (seed,)})), Idle(), quiet())
+        for seed in (0, 1)
+    )
+    assert joined(first, second).rows == record.rows
+    assert joined(first, second).header.seeds == [0, 1]
+    begun = replace(second, rows=[row for row in second.rows if row.kind == "reference"])
+    piece = joined(first, begun)
+    assert finished(piece).rows == first.rows
+    assert finished(record) == record
+    rest = ComparisonWork(made, Idle(), quiet(), {(row.method, row.seed) for row in piece.rows})
+    rest.make()
+    assert {row.seed for row in rest.record().rows} == {1}
+    assert joined(piece, rest.record()).rows == record.rows
+    late = [[row for row in record.rows if (row.kind == "sft") == trained] for trained in (False, True)]
+    assert joined(*(replace(record, rows=rows) for rows in late)).rows == record.rows  # in the comparison's order
+
+
+@pytest.mark.slow
+def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    config = found[0].config.model_copy(update={"seeds": (0,), "methods": ("linear average",)})
+    made = replace(found[0], base=found[0].base.model_copy(update={"output": tmp_path}), config=config)
+
+    class Stopping(SharedHere):
+        def evaluate(self, config: Any, models: dict[str, Path], *rest: Any) -> None:
+            super().evaluate(config, dict(list(models.items())[:3]), *rest)
+            raise KeyboardInterrupt
+
+    work = ComparisonWork(made, Stopping(), quiet())
+    with pytest.raises(KeyboardInterrupt):
+        work.make()
+    rows = work.record().rows
+    assert 0 < len(rows) < len(work.entries)
+    by_name = {(row.method, row.seed): row.scores for row in found[1].rows}
+    assert all(row.scores == by_name[row.method, row.seed] for row in rows)
+
+
+@pytest.mark.slow
+def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, Record]) -> None:
+    record = found[1]
+    other = replace(record, header=replace(record.header, config=record.header.config | {"regions": {"p": 0.5}}))
+    with pytest.raises(ConfigError, match="run: differs between the pieces"):
+        joined(record, other)
+    newer = record.header.config | {"spice": 1, "regions": record.header.config["regions"] | {"salt": 2}}
+    assert joined(record, replace(record, header=replace(record.header, config=newer))).rows == record.rows
+    renamed = [replace(row, fields={"regions.p": 0.5}) if row.method == "CPI-FT" else row for row in record.rows]
+    with pytest.raises(ConfigError, match="CPI-FT: has other fields"):
+        joined(record, replace(record, rows=renamed))
+
+
+# ---- baselines of a run ----------------------------------------------------------------------------------------------
+
+BESIDE = {"linear": {}, "ties": {"weight": 1.5}, "full_sft": {"learning_rate": 0.004, "balanced": True}}
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A run with baselines, made in this process."""
+    config = run_config(tmp_path_factory.mktemp("beside"), baselines=BESIDE)
+    run = Pipeline(config, InProcessEngine(config), quiet(), baselines=make_baselines)
+    run.report()
+    return run
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    fields = run_fields() | {"output": str(folder / "out"), "tracking": [], "groups": {"tau": 1.0}} | changes
+    return parse_config(fields, folder, "test")
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_scored_and_reported(beside: Pipeline) -> None:
+    data = beside.report_data
+    assert data.models == [
+        "base", "probe a", "probe b", "probe c", "backbone", "average", "TIES", "full SFT", "fused", "final"
+    ]  # fmt: skip
+    assert set(data.curves) > {"full SFT", "integration"}
+    assert {"average", "TIES", "full SFT", "evaluate TIES"} <= set(artifacts_of(beside))
+    page = (beside.root / "report.html").read_text()
+    assert page.index("One model: ") < page.index("from transformers import pipeline") < page.index("<table")
+    assert (beside.root / data.model / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_those_of_a_comparison(beside: Pipeline, tmp_path: Path) -> None:
+    """The same artifacts but for λ and learning rate, which a run may choose; and as many tokens as its fine-tunes."""
+    made = load_comparison(comparison_file(tmp_path, fixed={"groups.tau": 1.0}), (), {"output": beside.root})
+    average = next(method for method in methods_of(made) if method.name == "linear average")
+    own = Pipeline(made.run(average.fields, 0), NoEngine(), quiet())
+    found = make_baselines(beside)
+    assert own.artifacts.fuse((), own.pretrained()).path == found["average"].path
+    assert found["TIES"].fields["weight"] == 1.5
+    fits = [*beside.artifacts.probes.values(), beside.artifacts.backbone(beside.group().groups)]
+    fits.append(artifacts_of(beside)["integrate"])
+    assert tokens_of([found["full SFT"]]) == pytest.approx(tokens_of(fits), abs=4 * 20)
+    assert found["full SFT"].fields["learning_rate"] == 0.004
+
+
+@pytest.mark.slow
+def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
+    def planned(config: RunConfig) -> list[str]:
+        artifacts = StageArtifacts(config)
+        return [step.state for step in plan_all(artifacts).steps]
+
+    again = Pipeline(beside.config, InProcessEngine(beside.config), quiet(), baselines=make_baselines)
+    again.report()  # counts rows anew: each test has a cache of its own
+    assert not again.worked
+    assert set(planned(beside.config)) == {"cached"}
+    other = with_fields(beside.config, {"baselines.ties.density": 0.5}, "test")
+    assert planned(other).count("to do") == 2, "the merge and its scores"
+    uncounted = with_fields(beside.config, {"integration.max_length": 31}, "test")
+    assert planned(uncounted)[-2:] == ["after group"] * 2, "rows are not counted for a plan"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"baselines": {"mean": {}}}, ["baselines.mean", "is not a field"]),
+        ({"baselines": {"linear": {"weight": 2}}}, ["baselines.linear.weight"]),
+        ({"baselines": ["linear"]}, ["baselines"]),
+        ({"baselines": {"full_sft": {}}, "integration": None}, ["baselines.full_sft", "no `integration`"]),
+        ({"baselines": {"ties": {}}, "absent": "peft"}, ["baselines.ties", "pip install 'cpift[peft]'"]),
+        ({"fusion": {"method": "dare"}, "absent": "peft"}, ["fusion.method", "pip install 'cpift[peft]'"]),
+    ],
+)
+def test_baselines_that_cannot_be_made_are_refused(
+    changes: dict[str, Any], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = changes.pop("absent", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == absent else find(name, *more))
+    with pytest.raises(ConfigError) as caught:
+        preflight(run_config(tmp_path, **changes))
+    assert all(part in str(caught.value) for part in said)

@@ -1,0 +1,115 @@
+"""A sweep and a run on two nodes whose fine-tunes keep their checkpoints in an S3-compatible store."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cpift.cluster.engine import RayEngine
+from cpift.cluster.session import NAMESPACE
+from cpift.config.loading import load_config
+from cpift.console.view import quiet
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.sweep.config import load_sweep
+from cpift.sweep.results import gather, write_results
+from cpift.sweep.search import pipeline, run_sweep
+from tests.helpers.s3_server import objects, s3_bucket
+from tests.sweep.test_sweep import run_fields, sweep_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """Its server is there before Ray starts, so that all nodes know of it."""
+    with s3_bucket() as uri, mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"}):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+        yield uri
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextmanager
+def watched(uri: str) -> Iterator[set[str]]:
+    """Keys that were there at some time meanwhile."""
+    seen, over = set[str](), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            seen.update(objects(uri))
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def fields(storage: str) -> dict[str, Any]:
+    run = run_fields()
+    return run | {
+        "tasks": run["tasks"][:2],
+        "probe": run["probe"] | {"checkpoint_every": 2},
+        "integration": run["integration"] | {"steps": 4, "checkpoint_every": 2},
+        "backbone": {"source": "pretrained"},
+        "resources": {"cpus_per_worker": 1, "storage": storage},
+    }
+
+
+def hashes(root: Path) -> dict[str, str]:
+    """Of every model's weights by artifact, as the manifests have them."""
+    from cpift.disk.files import read_json
+
+    found = {path.parent: read_json(path)["outputs"] for path in root.glob("*/*/manifest.json")}
+    return {
+        f"{folder.parent.name}/{folder.name}": outputs["model.safetensors"]
+        for folder, outputs in found.items()
+        if "model.safetensors" in outputs
+    }
+
+
+def test_a_sweep_and_a_run_keep_their_checkpoints_in_an_object_store(tmp_path: Path, bucket: str) -> None:
+    storage = f"{bucket}/fits"
+    file = sweep_file(tmp_path, run=fields(storage), space={"regions.p": [0.05, 0.2]}, model="fused")
+    sweep = load_sweep(file, output=tmp_path / "out")
+    with watched(storage) as seen:
+        attempts = run_sweep(sweep, quiet())
+    assert [attempt.status for attempt in attempts] == ["done", "done"]
+    probes = {key.split("/")[2] for key in seen if key.endswith("model.safetensors")}
+    assert len(probes) == 2, f"each probe's checkpoints have a place of their own: {seen}"
+    assert objects(storage) == {}, "a finished fine-tune leaves none"
+
+    report = write_results(gather(sweep, attempts, pipeline), sweep.base.output_dir)
+    best = load_config(report.with_name("best.yaml"))
+    assert best.resources.storage == storage
+    run = Pipeline(best, RayEngine(best), quiet())
+    with watched(storage) as seen:
+        run.integrate()
+    assert any("checkpoint" in key for key in seen)
+    assert objects(storage) == {}
+
+    here = best.model_copy(
+        update={
+            "output": tmp_path / "here",
+            "resources": best.resources.model_copy(update={"storage": None}),
+        }
+    )
+    Pipeline(here, InProcessEngine(here), quiet()).integrate()
+    ours, theirs = hashes(tmp_path / "here"), hashes(tmp_path / "out")
+    assert {name: theirs[name] for name in ours} == ours, "the same bytes as without the store"
