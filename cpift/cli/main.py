@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ from cpift.cli import standard as cli_benchmarks
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
 from cpift.console.terminal import say, standard_streams
-from cpift.disk.files import SOURCE_TREE
 from cpift.errors import CpiftError, told
 from cpift.text.redaction import redacted
 
@@ -244,18 +242,6 @@ def _figure(score: dict[str, Any]) -> str:
 def report(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """8. Write the report of a run: one HTML page."""
     say(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
-
-
-@app.command(rich_help_panel=_LOOK, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
-
-    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
-    """
-    script = SOURCE_TREE / "benchmarks" / "bench_kernels.py"
-    if not script.is_file():
-        raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
-    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
 cli_cluster.register(app)
