@@ -49,6 +49,20 @@ def test_links_lead_somewhere_and_those_of_the_site_stay_in_it(page: Path) -> No
     assert [name for name in SOURCE.findall(text) if not (ROOT / name).exists()] == []
 
 
+def test_the_tour_names_what_is_there() -> None:
+    """Files of the table of changes by the end of their path, and names that stand in one of the row's files."""
+    table = (DOCS / "tour.md").read_text(encoding="utf-8").partition("## What changes")[2].splitlines()
+    sources = [path for tree in ("cpift", "kernels/cpift_kernels", "tests") for path in (ROOT / tree).rglob("*.py")]
+    for row in (line for line in table if line.startswith(("| a", "| how"))):
+        named = re.findall(r"`([\w/.]+)`", row)
+        ends = {f"/{name}" for name in named if name.endswith(".py")}
+        files = [path for path in sources if any(str(path).endswith(end) for end in ends)]
+        assert {end for end in ends if not any(str(path).endswith(end) for path in files)} == set(), row
+        text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+        words = {name for name in named if re.fullmatch(r"\w+", name)}
+        assert {word for word in words if not re.search(rf"\b{word}\b", text)} == set(), row
+
+
 def test_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) < 120
 
