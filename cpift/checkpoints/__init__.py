@@ -5,5 +5,5 @@
 θ0's names and rows), `lora`, `lora_config`, `lora_files`, `finite`.
 
     base = open_checkpoint(Path("base"))
-    base.tensor("model.norm.weight")  # a view of the file
+    base.mapped("model.norm.weight")  # a view of the file, only to read; `tensor` gives a copy
 """

@@ -1,5 +1,6 @@
 """CPI-FT beside what else the same tokens could have bought.
 
-`config` (a comparison's file), `methods` (the contenders), `budgets`, `work` (all of it, with every seed),
-`record`, `findings`, `page`, `plots`; `run_baselines` (the baselines of an ordinary run).
+`config` is a comparison's file, `methods` are the contenders, `budgets` what each may spend, `work` does all of it with
+every seed. `record` keeps the scores, `findings` says what they show. `tables` and `plots` show it, in a `page` and in
+text `files`. `run_baselines` has the baselines of an ordinary run.
 """

@@ -5,6 +5,6 @@
 no reader meets half-written), `locks`, `facts` (what need not be found out twice), `mapped` and `guarded` (memory
 maps that survive a truncated file), `direct_io`, `object_store`.
 
-    with artifact.build(seconds=...) as folder:
+    with artifact.build() as folder:
         ...  # everything is written here; the folder gets its name when the block ends without an error
 """

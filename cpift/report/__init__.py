@@ -1,4 +1,7 @@
-"""Pages for readers, from plain data: no model, no run is opened here.
+"""Pages for readers, from plain data: no model is opened here.
 
-`write` (all of a run's), `page`, `data`, `plots`, `html`, `style`, `svg`, `index`, `model_card`, `tensor_names`.
+`write` writes all that a run reports: `page` as HTML, `files` as Markdown and CSV. `picture` and `chart` are what a
+page begins with, `plots` its other plots. `data` is what they show, `facts` what of it is looked up in scores and rows.
+`html`, `style` and `svg` are the design. `index` lists the pages of a folder, `model_card` is the README of a model,
+`tensor_names` tells layers and kinds.
 """
