@@ -62,7 +62,7 @@ def merge_config(
 ) -> RunConfig:
     """The run that merges `models` onto `base`; folders, or hub ids with `@revision` where one is meant.
 
-    fields: by keyword of `merge_fields.OPTIONS`. settings: of a run, by dotted name. Raises ConfigError.
+    fields: by keyword of `merging.options.OPTIONS`. settings: of a run, by dotted name. Raises ConfigError.
     """
     problems = [_unknown(name) for name in fields if name not in OPTIONS]
     problems += [

@@ -3,7 +3,7 @@
     python -m tests.hostile --count 200000 [READER ...]
 
 runs that many inputs a reader and prints how many were taken, refused, and the slowest; it stops at the first that
-gets anything else out. `test_untrusted.py` runs a few hundred of the same.
+gets anything else out. `tests/untrusted/test_json.py` runs a few hundred of the same.
 """
 
 from __future__ import annotations

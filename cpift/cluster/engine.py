@@ -77,7 +77,7 @@ def _evaluate_worker(scoring: Scoring, board_name: str) -> dict[str, Any]:
 
 
 class RayEngine:
-    """The pipeline's engine on Ray (see `engine.Engine`)."""
+    """The pipeline's engine on Ray (see `pipeline.engine.Engine`)."""
 
     def __init__(self, config: RunConfig):
         self._config = config

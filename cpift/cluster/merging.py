@@ -50,7 +50,7 @@ def merging_of(resources: ResourcesConfig, own_cpus: bool = True, stored: bool =
 
 
 class RayMerging:
-    """How a pipeline on a cluster selects and merges (`merging.Merging`)."""
+    """How a pipeline on a cluster selects and merges (`merging.engine.Merging`)."""
 
     def __init__(self, resources: ResourcesConfig):
         self._resources = resources
@@ -84,7 +84,7 @@ class RayMerging:
     def merge_shards(
         self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        """`merging.merge_shards` with one task a file."""
+        """`merging.engine.merge_shards` with one task a file."""
         with ray_session(self._resources):
             return self._merge_all(method, shards, out, made_from, budget, progress)
 

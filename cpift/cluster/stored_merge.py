@@ -65,7 +65,7 @@ def with_stored_masks(method: Method, store: ObjectStore) -> Method:
 def merge_into(
     store: ObjectStore, method: Method, shard: Shard, made_from: str, budget: int
 ) -> dict[str, dict[str, Any]]:
-    """`merging.merge_shards` of one shard that goes to the store, unless it is there already; returns its note."""
+    """`merging.engine.merge_shards` of one shard that goes to the store, unless it is there; returns its note."""
     kept = store.read_json(note_of(shard, Path()).name)
     if kept is not None and kept["key"] == shard.key(made_from) and store.size(shard.name) == kept["bytes"]:
         return {shard.name: kept}

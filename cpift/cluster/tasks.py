@@ -1,6 +1,6 @@
 """A sweep's fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
 
-Only for fine-tunes of one worker; data parallel ones are Ray Train's (`distributed_fits.run_fits`).
+Only for fine-tunes of one worker; data parallel ones are Ray Train's (`fits.run_fits`).
 """
 
 from __future__ import annotations

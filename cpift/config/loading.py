@@ -127,8 +127,8 @@ def one_line_yaml(value: Any) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file's fields. Raises ConfigError where it is no mapping in YAML within the limits of `untrusted.CONFIG`, and
-    with the command to use where it is another tool's."""
+    """A file's fields. Raises ConfigError where it is no mapping in YAML within the limits of `untrusted.json.CONFIG`,
+    and with the command to use where it is another tool's."""
     try:
         raw = read_yaml_file(path)
     except OSError as error:

@@ -133,7 +133,7 @@ def _check_file(source: DataSource) -> list[Problem]:
 
 
 def _file_rows(source: DataSource) -> Iterator[Any]:
-    """As `row_formats.rows_in`."""
+    """As `rows.formats.rows_in`."""
     problems = _check_file(source)
     if problems:
         raise DataError(rows_of(source).told, problems)

@@ -102,7 +102,7 @@ def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
 
 
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
-    with checked_templates():  # see `scored_rows.check_rows`
+    with checked_templates():  # see `rows.check_rows`
         rows = scored_rows(room.tokenizer, room.settings, task)
     metric = metric_of(task.metric)
     total = len(rows) * metric.passes

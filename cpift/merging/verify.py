@@ -1,7 +1,7 @@
 """What a merge wrote, read back from the disk and compared with its inputs, by code that did not write it.
 
 The cores are compared with their donors bit for bit, all of them; elsewhere the definition is evaluated for a sample
-(`verify_definition`). At last transformers is asked whether it takes the model.
+(`definition`). At last transformers is asked whether it takes the model.
 """
 
 from __future__ import annotations

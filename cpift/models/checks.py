@@ -69,7 +69,7 @@ def _check_config_json(path: Path, where: str) -> list[Problem]:
     except FileNotFoundError:
         return [Problem(where, f"no config.json in {path}", "give a checkpoint in Hugging Face format")]
     except UnreadableError:
-        return []  # said by `pretrained.code_problems`, with the other files
+        return []  # said by `pretrained.loading.code_problems`, with the other files
     if problem := quantised(path, config):
         return [Problem(where, f"{path} {problem.what}", problem.remedy)]
     return []

@@ -89,7 +89,7 @@ class StageArtifacts:
         source: CheckpointConfig | ModelConfig,
         read: Callable[[str, Path], str] = lambda fingerprint, folder: fingerprint,
     ) -> Model:
-        """A model that is read where it lies. `field` names it in the config; `read`: see `given.as_read`."""
+        """A model that is read where it lies. `field` names it in the config; `read`: see `opening.as_read`."""
         source = pinned(source)
         folder = locate(source)
         value = self.watch.identify(field, lambda: model_files(folder), lambda: read(given_fingerprint(source), folder))

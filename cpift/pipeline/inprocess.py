@@ -146,7 +146,7 @@ def give_back_memory() -> None:
 
 
 class SharedHere:
-    """`sweep_shared.SharedEngine` in this process, one piece of work after another."""
+    """`shared.SharedEngine` in this process, one piece of work after another."""
 
     def merging(self, resources: ResourcesConfig) -> None:
         """Regions and fusions in this process too."""

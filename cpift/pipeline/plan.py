@@ -52,7 +52,7 @@ class Plan:
 def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: Rows = ()) -> Plan:
     """The steps of a run in order, what is cached, and what it costs.
 
-    notes, rows: of `preflight`. beside: the steps of what is made to compare with (`run_baselines.baseline_steps`).
+    notes, rows: of `preflight`. beside: the steps of what is made to compare with (see `compare.run_baselines`).
     """
     from cpift.method.regions import core_size
 

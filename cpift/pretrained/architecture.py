@@ -2,7 +2,7 @@
 folder's own code.
 
 Built on the `meta` device, kept by the text of config.json: fine-tunes of one model share it, so nobody may change it.
-What is asked of it before a run is kept on the disk too (`fact_cache`), so that transformers need not be loaded again.
+What is asked of it before a run is kept on the disk too (`disk.facts`), so that transformers need not be loaded again.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class ReportData:
     provenance: list[dict[str, Any]]  # one manifest an artifact
     warnings: list[str]
     rows: list[str] = field(default_factory=list)  # how much of each task's rows the fine-tunes used
-    headline: str = ""  # `verdict.verdict_sentence`
+    headline: str = ""  # `evaluation.verdict.verdict_sentence`
     model: str = ""  # the folder of the last model, from the run's
     prompt: str = "[]"  # turns to try it with, in Python
     halves: dict[str, dict[str, float]] = field(default_factory=dict)  # model -> task -> half of retention's interval

@@ -43,7 +43,7 @@ def write_model_card(
         groups: the task groups in stage order.
         manifest: the model's own, for fingerprint, versions, device and commit.
         pretrained: θ0's directory, searched for a license statement.
-        verdict: how good it is, once that is known (`verdict.verdict_sentence`).
+        verdict: how good it is, once that is known (`evaluation.verdict.verdict_sentence`).
     """
     write_text(folder / CARD, model_card(kind, config, groups, manifest, license_of(pretrained), verdict))
 

@@ -50,7 +50,7 @@ class Example:
 
 
 def parse_row(row: Mapping[str, Any], columns: Mapping[str, Template], place: str = "") -> Example:
-    """Read a row of one of `row_kinds.KINDS`; `columns` first builds its columns from others.
+    """Read a row of one of `kinds.KINDS`; `columns` first builds its columns from others.
 
     Of `choices` the right option, `answer`, is its text, its position from 0 as an integer, its letter, or what stands
     for it in the choices' own labels. `place`: see `Example`.
@@ -74,7 +74,7 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, Template], place: st
 
 
 def options_otherwise(row: Mapping[str, Any], columns: Mapping[str, Template]) -> bool:
-    """Whether earlier versions read other choices or another answer of a row: see `data.source_fingerprint`."""
+    """Whether earlier versions read other choices or another answer of a row: see `data.tasks.source_fingerprint`."""
     try:
         raw = {
             name: fill(name, columns[name], row) if name in columns else row.get(name) for name in ("choices", "answer")

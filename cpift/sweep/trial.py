@@ -93,7 +93,7 @@ def engine_for(config: RunConfig) -> Engine:
 
 
 class TaskEngine:
-    """The pipeline's engine (see `engine.Engine`) of a trial that holds nothing: everything in tasks of their own."""
+    """The `pipeline.engine.Engine` of a trial that holds nothing: everything in tasks of their own."""
 
     def __init__(self, config: RunConfig):
         self._config, self._ray = config, OnRay()

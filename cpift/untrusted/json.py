@@ -2,7 +2,7 @@
 
 Python's own reader takes what then surprises: a name twice (the last wins), numbers without end, NaN, thousands of
 levels; and `open` takes a pipe that never ends. Here all of that is refused, in time and memory that the limits bound.
-YAML is in `untrusted_yaml`.
+YAML is in `yaml`.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _types(annotation: Any) -> Iterator[Any]:
 def test_every_path_of_the_schema_has_its_kind_and_every_kind_what_becomes_of_it() -> None:
     found = set(path_fields(RunConfig))
     assert {"model.path", "tasks.*.checkpoint.path", "tasks.*.train.file", "output"} <= found
-    assert found <= set(PATHS), "a new path: say in config_paths.PATHS what kind it is"
+    assert found <= set(PATHS), "a new path: say in config.paths.PATHS what kind it is"
     texts = {
         "model.gguf.file",
         "model.chat_template",
