@@ -101,14 +101,15 @@ class RayEngine:
                     if ray_answers():
                         self._leave_group()
         finally:
-            self._session = None
+            self._session = self._starting = self._failed = None
             self._over.set()
 
     def expect(self, fits: int) -> None:
         """Ray of this machine and its workers start while the caller prepares their work; on a cluster they would hold
         what others could use."""
         resources, tracking = self._config.resources, self._config.tracking
-        kinds = {servable(resources.overridden(task.resources), tracking) for task in self._config.trained}
+        each = [resources.overridden(task.resources) for task in self._config.trained]
+        kinds = {servable(one, tracking) for one in each}
         if self._session is None or self._starting is not None or ray.is_initialized():
             return
         if resources.on_cluster or len(kinds) != 1:
@@ -117,7 +118,7 @@ class RayEngine:
         if kind is not None:
             self._starting = threading.Event()
             ends = (self._starting, self._over)
-            threading.Thread(target=self._start, args=(kind, fits, *ends), daemon=True).start()
+            threading.Thread(target=self._start, args=(kind, each[0], fits, *ends), daemon=True).start()
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
@@ -132,6 +133,8 @@ class RayEngine:
             return
         group = self._group_of(kind, todo)
         failed = group.run([piece_of(spec) for spec in todo], lambda title, _: None, on_progress)
+        if self._config.resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
+            group.dismiss()
         raise_failures(failed, f"Logs: {todo[0].logs.parent}")
 
     def evaluate(
@@ -153,12 +156,11 @@ class RayEngine:
     # ---- the group -------------------------------------------------------------------------------------------------
 
     def _group_of(self, kind: Kind, specs: Sequence[FitSpec]) -> FitGroup:
-        """A group for these: the one that there is, unless it is too small or would hold a cluster's workers idle."""
+        """A group for these: the one that there is, unless it has left or is too small."""
         resources = specs[0].resources.model_copy(update={"parallel": self._config.resources.parallel})
         size = min(parallel_fits(resources, specs[0].title), len(specs))
-        sizes = [size] if resources.on_cluster else range(size, 10**9)
         group = self._group
-        if group is not None and group.usable and group.kind == kind and group.size in sizes:
+        if group is not None and group.usable and group.kind == kind and group.size >= size:
             return group
         self._leave_group()
         self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
@@ -177,13 +179,15 @@ class RayEngine:
             self._group.close()
             self._group = None
 
-    def _start(self, kind: Kind, fits: int, there: threading.Event, over: threading.Event) -> None:
+    def _start(
+        self, kind: Kind, resources: ResourcesConfig, fits: int, there: threading.Event, over: threading.Event
+    ) -> None:
         """Start all, and stay: the system ends Ray's processes with the thread that started them."""
         try:
             assert self._session is not None
-            self._session.enter_context(ray_session(self._config.resources))
-            size = min(parallel_fits(self._config.resources), fits)
-            self._group = FitGroup(kind, size, self._config.resources, self._config.output_dir / ".work")
+            self._session.enter_context(ray_session(resources))
+            size = min(parallel_fits(resources), fits)
+            self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
         except BaseException as error:  # for the thread that waits for it
             self._failed = error
         there.set()

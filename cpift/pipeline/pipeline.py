@@ -78,7 +78,7 @@ class Pipeline:
     @contextmanager
     def session(self) -> Iterator[None]:
         """Keep one connection to where things run over several stages."""
-        with self.engine.session(), self.merging.session() if self.merging else nullcontext():
+        with self.merging.session() if self.merging else nullcontext(), self.engine.session():
             yield
 
     # ---- the stages ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpift_kernels import unpack_mask
+from ray.cluster_utils import Cluster
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.disk.files import file_sha256, read_json
@@ -145,3 +146,21 @@ def test_killed_in_every_stage_the_run_ends_with_the_same_models(
         got = {p.name: file_sha256(p / "model.safetensors") for p in (output / folder).iterdir() if p.name[0] != "."}
         assert got == wanted
     assert (output / "summary.json").read_text() == (undisturbed / "summary.json").read_text()
+
+
+def test_on_a_full_cluster_regions_do_not_wait_for_workers_that_are_idle(smoke_config: Path, tmp_path: Path) -> None:
+    """One CPU, which a fine-tune's worker takes, and then each task of regions."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    fields = {"resources.address": cluster.address, "resources.cpus_per_worker": 1, "probe.steps": 2}
+    changes = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+    stage = [sys.executable, "-m", "cpift.cli", "regions", str(smoke_config), "--output", str(tmp_path), *changes]
+    try:
+        done = subprocess.run(stage, capture_output=True, text=True, timeout=400, check=False, env=environment)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert only(tmp_path / "regions")
