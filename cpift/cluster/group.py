@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.cluster.desk import Desk
-from cpift.cluster.session import POLL_SECONDS, OnProgress, require_ray
+from cpift.cluster.placement import Nodes
+from cpift.cluster.session import KEPT, POLL_SECONDS, OnProgress, alive_nodes, first_ready
 from cpift.cluster.work import serve
 from cpift.cluster.work_queue import Outcome, Piece
 from cpift.config.run import ResourcesConfig
@@ -34,6 +36,7 @@ from cpift.training.tracking import tracker_variables
 
 _NAME = "workers"  # Ray's name of the group's run, a folder of its storage; nothing is kept there
 _CLOSE_SECONDS = 30.0
+_ROOM_SECONDS = 180.0  # for nodes that were lost to come back
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,13 @@ class FitGroup:
         soon as it is there."""
         found: dict[str, BaseException | None] = {}
         self._busy = True  # and so it stays where the caller is interrupted
-        ray.get(self._desk.put.remote(pieces))
+        _answer(self._desk.put.remote(pieces))
+        seen = time.monotonic()
         while len(found) < len(pieces):
-            require_ray()
-            messages, outcomes = ray.get(self._desk.look.remote(POLL_SECONDS))
+            seen = time.monotonic() if self._has_room() else seen
+            if time.monotonic() - seen > _ROOM_SECONDS:
+                raise StageError(f"no node had room for a worker for {_ROOM_SECONDS:g} s: were nodes lost? {KEPT}")
+            messages, outcomes = _answer(self._desk.look.remote(POLL_SECONDS))
             for message in messages:
                 on_progress(message)
             for title, outcome in outcomes.items():
@@ -132,6 +138,11 @@ class FitGroup:
         self._thread.join(_CLOSE_SECONDS)
         ray.kill(self._desk)
         shutil.rmtree(self._folder / _NAME, ignore_errors=True)
+
+    def _has_room(self) -> bool:
+        """Whether a worker fits any node that runs: Ray Train would wait for one for ever. Raises StageError if Ray is
+        lost."""
+        return Nodes([node["Resources"] for node in alive_nodes()]).has_room(self.kind.cpus, self.kind.gpus)
 
     def _trainer(self, desk: str) -> DataParallelTrainer:
         shutil.rmtree(self._folder / _NAME, ignore_errors=True)
@@ -171,6 +182,11 @@ class FitGroup:
             except BaseException as error:
                 self._error = error
                 return
+
+
+def _answer(asked: Any) -> Any:
+    """What the desk says. Raises StageError where Ray is lost, for it would say nothing for ever."""
+    return ray.get(first_ready([asked]))
 
 
 def _failure(outcome: Outcome) -> BaseException | None:

@@ -25,13 +25,17 @@ class Nodes:
         free = [dict(node) for node in self._free]
         placement: Placement = []
         for _ in range(need.workers):
-            fitting = [at for at, node in enumerate(free) if all(node[k] + _SLACK >= worker[k] for k in worker)]
+            fitting = [at for at, node in enumerate(free) if _fits(worker, node)]
             if not fitting:
                 return placement if len(placement) >= (need.min_workers or need.workers) else None
             best = min(fitting, key=lambda at: (free[at]["GPU"], free[at]["CPU"]))
             free[best] = {kind: free[best][kind] - worker[kind] for kind in worker}
             placement.append((best, worker))
         return placement
+
+    def has_room(self, cpus: float, gpus: float) -> bool:
+        """Whether some node has room for a worker."""
+        return any(_fits({"CPU": cpus, "GPU": gpus}, node) for node in self._free)
 
     def take(self, placement: Placement) -> None:
         self._add(placement, -1)
@@ -46,3 +50,7 @@ class Nodes:
 
     def __str__(self) -> str:
         return ", ".join(f"a node of {node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in self._free)
+
+
+def _fits(worker: Mapping[str, float], node: Mapping[str, float]) -> bool:
+    return all(node[kind] + _SLACK >= worker[kind] for kind in worker)

@@ -50,6 +50,12 @@ def test_what_no_node_has_is_never_placed(cpus: float, gpus: float) -> None:
     assert Nodes([{"CPU": 2.0}, {"CPU": 2.0}]).place(need(1, cpus, gpus)) is None
 
 
+def test_room_is_what_one_node_has() -> None:
+    nodes = Nodes([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 4.0}])
+    assert [nodes.has_room(*need) for need in ((4, 0), (1, 1), (4, 1), (5, 0))] == [True, True, False, False]
+    assert not Nodes([]).has_room(1, 0)
+
+
 def test_an_elastic_group_takes_what_there_is() -> None:
     nodes = Nodes([{"CPU": 2.0}, {"CPU": 1.0}])
     elastic = ResourcesConfig(workers=4, min_workers=2)
