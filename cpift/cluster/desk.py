@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,13 +44,13 @@ class Desk:
         self._workers[worker] = actor
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
+        until = time.monotonic() + _WAIT_SECONDS
         with contextlib.suppress(asyncio.TimeoutError):
-            async with asyncio.timeout(_WAIT_SECONDS):
-                while not self._closed:
-                    if (content := self._queue.take(worker)) is not None:
-                        return content
-                    self._put.clear()
-                    await self._put.wait()
+            while not self._closed:
+                if (content := self._queue.take(worker)) is not None:
+                    return content
+                self._put.clear()
+                await asyncio.wait_for(self._put.wait(), until - time.monotonic())
         return CLOSED if self._closed else None
 
     async def finish(self, worker: str, outcome: Outcome) -> None:
