@@ -15,6 +15,8 @@ from cpift.cluster.work_queue import Outcome, Piece, WorkQueue
 CLOSED = "closed"  # what a worker takes from a desk that hands out no more
 _WAIT_SECONDS = 10.0  # after which a worker with nothing to do asks again: it may have ended, and would be given work
 _WATCH_SECONDS = 1.0
+# What a call to an actor raises that has ended; the second where Ray ended it for its memory.
+ENDED = (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError)
 
 
 @ray.remote(num_cpus=0)
@@ -80,7 +82,7 @@ class Desk:
             for worker in self._queue.holders:
                 try:
                     await asyncio.wait_for(self._workers[worker].__ray_ready__.remote(), _WATCH_SECONDS)
-                except ray.exceptions.ActorDiedError as error:
+                except ENDED as error:
                     del self._workers[worker]
                     await self.lose(worker, f"its worker ended: {_first_line(error)}")
                 except (ray.exceptions.RayError, asyncio.TimeoutError):

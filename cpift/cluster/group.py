@@ -24,7 +24,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cpift.cluster.desk import Desk
+from cpift.cluster.desk import ENDED, Desk
 from cpift.cluster.placement import Nodes
 from cpift.cluster.session import KEPT, POLL_SECONDS, OnProgress, alive_nodes, first_ready
 from cpift.cluster.work import serve
@@ -174,7 +174,7 @@ class FitGroup:
             try:
                 trainer.fit()
                 return
-            except (ray.exceptions.RayActorError, ray.train.TrainingFailedError) as error:
+            except (*ENDED, ray.exceptions.ActorUnavailableError, ray.train.TrainingFailedError) as error:
                 left, finished = (left - 1 if self._finished == finished else self._failures), self._finished
                 if left < 0:
                     self._error = error
