@@ -25,6 +25,7 @@ from cpift.cli import schema as cli_schema
 from cpift.cli import standard as cli_benchmarks
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
+from cpift.cli.options import Config, Output, Overrides
 from cpift.console.terminal import say, standard_streams
 from cpift.errors import CpiftError, told
 from cpift.text.redaction import redacted
@@ -54,14 +55,6 @@ app = typer.Typer(
     "crash it goes on.",
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="FIELD=VALUE", help="override a field, for example --set regions.p=0.05 (repeatable)"
-    ),
-]
-Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
 Budget = Annotated[
     str | None,
     typer.Option("--memory-budget", metavar="SIZE", help="most memory to hold, page cache apart, for example 512MiB"),

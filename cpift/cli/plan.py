@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpift.cli import many as cli_cluster
+from cpift.cli.options import Config, Output, Overrides
 from cpift.console.terminal import Terminal, say
 from cpift.text.units import show_size
 
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cpift.pipeline.plan import Plan
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="FIELD=VALUE", help="override a field, for example --set regions.p=0.05 (repeatable)"
-    ),
-]
-Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
 
 
 def register(app: typer.Typer, panel: str) -> None:

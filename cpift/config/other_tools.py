@@ -82,7 +82,7 @@ def _mergekit(raw: Raw) -> list[Problem]:
     method = _METHODS.get(name) if isinstance(name, str) else None
     merge = _Merge(raw)
     if method is None:
-        return [Problem("merge_method", f"this is mergekit's file, and cpift has no {name!r}", _STAY), *merge.left]
+        return [Problem("merge_method", f"this is mergekit's file, and cpift has no {name!r}", _STAY)]
     if not _read_models(merge):
         what = "this is mergekit's file, and it puts layers of models together, which cpift does not"
         return [Problem("merge_method", what, _STAY), *merge.left]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
+from cpift.report.files import share
 from cpift.report.html import Plot
 from cpift.report.svg import MUTED, PLOT_STYLE, SERIES, as_svg, new_figure
 from cpift.text.escaping import one_line
@@ -26,7 +27,7 @@ class Kept:
 
     @property
     def text(self) -> str:
-        return f"{100 * self.share:.1f} %" + ("" if self.half is None else f" ±{100 * self.half:.1f}")
+        return share(self.share, self.half)
 
 
 @dataclass(frozen=True)
