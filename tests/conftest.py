@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One mode for a whole process: Ray takes it once, and a test must not depend on which tests came before it.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 # Compiled kernels are shared with the user's runs; nothing else of the user's cache is read or written.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()))
 _CACHE = tempfile.TemporaryDirectory(prefix="cpift-tests-")

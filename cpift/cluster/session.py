@@ -48,8 +48,10 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     else:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+    _require_same_mode()
     with handlers_kept():
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
+    _modes.setdefault(os.getpid(), os.environ.get(_AUTH_MODE))
     try:
         yield
     except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
@@ -78,6 +80,17 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
+def _require_same_mode() -> None:
+    """Ray takes RAY_AUTH_MODE once for a process. What it starts under another mode could not call this process: actors
+    would be cancelled and objects lost, with no word of why."""
+    now, first = os.environ.get(_AUTH_MODE), _modes.get(os.getpid(), os.environ.get(_AUTH_MODE))
+    if now != first:
+        raise CpiftError(
+            f"RAY_AUTH_MODE: {now or 'unset'}, but in this process Ray was first used with {first or 'none'} (where it "
+            "starts by itself, Ray sets `token`) → start a new Python process, with RAY_AUTH_MODE as the cluster has it"
+        )
+
+
 def require_ray() -> None:
     """Raise StageError where Ray has lost what it needs: its calls would wait for ever.
 
@@ -92,6 +105,8 @@ def require_ray() -> None:
 
 
 _lost = False
+_AUTH_MODE = "RAY_AUTH_MODE"
+_modes: dict[int, str | None] = {}  # by process: the mode of its first connection
 
 
 def first_ready(tasks: Sequence[Any]) -> Any:

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def merging() -> Iterator[RayMerging]:
     """Two nodes of one processor each on this machine."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, namespace="cpift", log_to_driver=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +129,7 @@ def test_failures_of_a_store_name_the_object(room: Room, tmp_path: Path) -> None
 @pytest.fixture
 def bucket() -> Iterator[str]:
     """Its server is there before Ray starts, so that all nodes know of it."""
-    with s3_bucket() as uri, mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"}):
+    with s3_bucket() as uri:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, namespace="cpift", log_to_driver=False)

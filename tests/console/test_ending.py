@@ -15,9 +15,10 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from cpift.cluster import session as distributed_session
-from cpift.cluster.session import alive_nodes, first_ready, require_ray
+from cpift.cluster.session import alive_nodes, first_ready, ray_session, require_ray
+from cpift.config.run import ResourcesConfig
 from cpift.disk.files import write_text
-from cpift.errors import StageError, naming, told
+from cpift.errors import CpiftError, StageError, naming, told
 
 # A command in the middle of a stage, with a process of its own; `how` is what the main thread is busy with.
 COMMAND = """
@@ -164,3 +165,12 @@ def test_a_lost_ray_is_told_and_not_waited_for(
     for waits in (require_ray, alive_nodes, lambda: first_ready(["task"])):
         with pytest.raises(StageError, match=r"Ray was lost: .* what was finished is kept"):
             waits()
+
+
+def test_another_way_to_prove_oneself_to_ray_needs_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would take the first for this process and the second for what it starts, and neither would say so."""
+    monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): "token"})
+    monkeypatch.setattr(distributed_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
+    told = r"RAY_AUTH_MODE: disabled, but .* used with token .* a new Python process"
+    with pytest.raises(CpiftError, match=told), ray_session(ResourcesConfig()):
+        pass

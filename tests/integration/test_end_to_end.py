@@ -28,15 +28,18 @@ def command(config: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "cpift.cli", "run", str(config), "--output", str(output)]
 
 
-def run(config: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, output), capture_output=True, text=True, timeout=600, check=False)
+def run(config: Path, output: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        command(config, output), capture_output=True, text=True, timeout=600, check=False, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
 def finished(smoke_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run's folder and what it printed."""
     output = tmp_path_factory.mktemp("run")
-    done = run(smoke_config, output)
+    done = run(smoke_config, output, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)  # as Ray has it on its own
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -150,15 +153,12 @@ def test_killed_in_every_stage_the_run_ends_with_the_same_models(
 
 def test_on_a_full_cluster_regions_do_not_wait_for_workers_that_are_idle(smoke_config: Path, tmp_path: Path) -> None:
     """One CPU, which a fine-tune's worker takes, and then each task of regions."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     fields = {"resources.address": cluster.address, "resources.cpus_per_worker": 1, "probe.steps": 2}
     changes = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
     stage = [sys.executable, "-m", "cpift.cli", "regions", str(smoke_config), "--output", str(tmp_path), *changes]
     try:
-        done = subprocess.run(stage, capture_output=True, text=True, timeout=400, check=False, env=environment)
+        done = subprocess.run(stage, capture_output=True, text=True, timeout=400, check=False)
     finally:
         cluster.shutdown()
     assert done.returncode == 0, done.stderr

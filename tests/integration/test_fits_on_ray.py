@@ -49,10 +49,8 @@ def training_workers() -> list[int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        with ray_session(SMALL):
-            yield
+    with ray_session(SMALL):
+        yield
 
 
 @pytest.fixture(scope="module")

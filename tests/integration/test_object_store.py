@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import ray
@@ -33,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture
 def bucket() -> Iterator[str]:
     """Its server is there before Ray starts, so that all nodes know of it."""
-    with s3_bucket() as uri, mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"}):
+    with s3_bucket() as uri:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
