@@ -21,12 +21,14 @@ import ray.train
 from ray.train import BackendConfig
 from ray.train.backend import Backend
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.cluster.desk import ENDED, Desk
 from cpift.cluster.placement import Nodes
-from cpift.cluster.session import KEPT, POLL_SECONDS, OnProgress, alive_nodes, first_ready
+from cpift.cluster.session import KEPT, POLL_SECONDS, OnProgress, alive_nodes, first_ready, started_here
 from cpift.cluster.work import serve
 from cpift.cluster.work_queue import Outcome, Piece
 from cpift.config.run import ResourcesConfig
@@ -77,6 +79,29 @@ class _GroupTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+
+class _Unscaled(FixedScalingPolicy):
+    """A size that no autoscaler is told of."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray's own starts a process here that speaks with the autoscaler."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nobody is there to ask."""
+
+
+class _OwnRayTrainer(_GroupTrainer):
+    """On a Ray of ours, which nothing scales, and with which all ends that a controller leaves behind: without the two
+    processes that see to that on a cluster, each of which costs as much as a short fine-tune to start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
+        unscaled = _Unscaled(settings.pop("scaling_policy").scaling_config)
+        return super()._initialize_and_run_controller(scaling_policy=unscaled, **settings)
 
 
 class FitGroup:
@@ -152,7 +177,7 @@ class FitGroup:
         told: dict[str, Any] = {"worker_runtime_env": {"env_vars": dict(kind.variables)}} if kind.variables else {}
         # Of a piece of work the desk counts failures. These are of workers that end before they hold any.
         limits: dict[str, Any] = {"max_failures": 10 * (self._failures + 1), "controller_failure_limit": self._failures}
-        return _GroupTrainer(
+        return (_OwnRayTrainer if started_here() else _GroupTrainer)(
             serve,
             train_loop_config={"desk": desk},
             backend_config=_ApartConfig(),

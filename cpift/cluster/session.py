@@ -80,6 +80,12 @@ def _require_answer(address: str) -> None:
         ) from None
 
 
+def started_here() -> bool:
+    """Whether the Ray of this process is one that it started, and that ends with it."""
+    node: Any = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
 def _require_same_mode() -> None:
     """Ray takes RAY_AUTH_MODE once for a process. What it starts under another mode could not call this process: actors
     would be cancelled and objects lost, with no word of why."""
@@ -98,7 +104,7 @@ def require_ray() -> None:
     """
     global _lost
     node: Any = ray._private.worker._global_node
-    ended = node is not None and node.is_head() and bool(node.dead_processes())
+    ended = started_here() and bool(node.dead_processes())
     if ended or not any(one["Alive"] for one in ray.nodes()):
         _lost = True
         raise StageError(LOST)
