@@ -1,17 +1,17 @@
-"""Shared by all tests: tiny checkpoints, and a stop to anything that would reach for a network."""
+"""Shared by all tests: models to merge, and a stop to anything that would reach for a network."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from tests.helpers.checkpoints import Models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,42 +52,26 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # libraries look for leaks at the end
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1) -> Path:
-    """A model folder with these tensors, in one file or in shards with an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "tokenizer.json").write_text("{}")
-    if shards == 1:
-        save_file(dict(tensors), folder / "model.safetensors")
-        return folder
-    names, weight_map = sorted(tensors), {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = names[number::shards]
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def random_tensors(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Parameters of odd shapes, an integer buffer and a scalar among them."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "embed.weight": (31, 7),
-        "layers.0.q.weight": (13, 13),
-        "layers.0.norm": (13,),
-        "bias": (1,),
-        "cube": (2, 3, 5),
-    }
-    tensors = {name: (torch.randn(shape, generator=generator) * scale).to(dtype) for name, shape in shapes.items()}
-    return tensors | {"buffer": torch.arange(4)}
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts that a test has cpift keep are its own: others replace what they follow from."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, `base`, and two fine-tunes of it, `one` and `two` (in two shards)."""
+    from tests.helpers.merges import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def sharded_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """θ0 of four tensors and three fine-tunes, one in another dtype."""
+    from tests.helpers.checkpoints import make_sharded
+
+    return make_sharded(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

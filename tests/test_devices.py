@@ -28,7 +28,7 @@ from cpift.models.sources import materialise
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
-from tests.training.test_fit import spec
+from tests.helpers.fits import spec
 
 CPIFT = Path(devices.__file__).parent
 

@@ -1,8 +1,9 @@
-"""The tree keeps its shape: imports point one way, files stay small, nothing shadows Hugging Face's `kernels`."""
+"""The tree keeps its shape: imports point one way, files stay small, tests share helpers, nothing hides `kernels`."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "cpift").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MODULES = [*FILES, *sorted((ROOT / "kernels" / "cpift_kernels").rglob("*.py"))]
 
 # A package (or a file beside them) imports from the rows before its own, never from its own row.
@@ -63,7 +65,8 @@ def imports_of(path: Path) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level or "kernels" in path.parts, f"{path}: cpift imports by full names"
             module = node.module or ""
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names if module.startswith("cpift")}
+            own = module.startswith(("cpift", "tests"))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names if own}
     return frozenset(found)
 
 
@@ -117,6 +120,13 @@ def test_kernels_import_nothing_of_the_method() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 330
+
+
+def test_what_tests_share_is_a_helper() -> None:
+    """A test module imports neither another one nor a conftest: a helper in tests/helpers/, or a fixture."""
+    for path in TESTS:
+        taken = {name for name in imports_of(path) if name.startswith("tests.")}
+        assert not {name for name in taken if re.search(r"\.(test_\w+|conftest)\b", name)}, path
 
 
 def test_no_package_named_kernels() -> None:

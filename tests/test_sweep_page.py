@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cpift.sweep.results import summary
-from tests.sweep.test_page import made_up
+from tests.helpers.reports import made_up_sweep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import sweep_page
@@ -84,6 +84,6 @@ def test_every_point_has_its_cell(rows: list[dict[str, Any]]) -> None:
 
 def test_a_sweeps_own_summary_has_what_the_page_needs() -> None:
     """As sweep.json holds it; the failed trial is left out of the tables."""
-    rows = sweep_page.rows_of(json.loads(json.dumps(summary(made_up()))))
+    rows = sweep_page.rows_of(json.loads(json.dumps(summary(made_up_sweep()))))
     assert rows[0]["references"]["base"]["mean_retention"] == [0.5, 0.5, 0.5]
     assert [row["status"] for row in rows[1:]] == ["done", "done", "done", "failed"]

@@ -16,7 +16,7 @@ from cpift.checkpoints import opening as given
 from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
-from cpift.config.run import RunConfig, TaskConfig
+from cpift.config.run import FusionConfig, RunConfig, TaskConfig
 from cpift.config.training import SHARDED
 from cpift.data import sources as row_sources
 from cpift.data import tasks as data
@@ -35,8 +35,7 @@ from cpift.pipeline import plan as planning
 from cpift.sweep import config as sweep_config
 from cpift.training import spec as fit_spec
 from cpift.training import tracking
-from tests.merging.test_fusion import FusionConfig
-from tests.pipeline.test_identity import sections
+from tests.helpers.config_sections import sections
 
 # Every field with a list of words, and the table of those words. (`"uniform"` and `"all-linear"` stand beside other
 # types: another word would be no number, and no list.)

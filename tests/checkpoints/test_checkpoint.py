@@ -12,7 +12,7 @@ from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.finite import require_finite
 from cpift.checkpoints.writing import write_like
 from cpift.errors import CheckpointError
-from tests.conftest import random_tensors, save_checkpoint
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
 
 @pytest.mark.parametrize("shards", [1, 3])

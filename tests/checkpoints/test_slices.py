@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,31 +25,12 @@ from cpift.merging.fusion import Fusion, FusionInputs
 from cpift.merging.verify import failures, verify
 from cpift.method.masks import RegionMasks, read_summary
 from cpift.method.regions import Streaming, core_size, select_regions_many, write_regions
-from tests.conftest import save_checkpoint
-
-SHAPES = {"a.weight": (601, 900), "b.norm": (33,), "c.weight": (77, 1000), "empty": (0, 4)}
-
-
-def large(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """θ0 and three fine-tunes, one in another dtype; bf16 steps make ties at every threshold."""
-    root, base = tmp_path_factory.mktemp("models"), large(0)
-    tuned = {}
-    for task, dtype in enumerate((torch.bfloat16, torch.float32, torch.float16)):
-        moved = large(task + 1, torch.float32)
-        changed = {name: (tensor.float() + 0.02 * moved[name]).to(dtype) for name, tensor in base.items()}
-        tuned[f"t{task}"] = Checkpoint(save_checkpoint(root / f"t{task}", changed, shards=1 + task))
-    return Checkpoint(save_checkpoint(root / "base", base)), tuned
+from tests.helpers.checkpoints import Models, large, save_checkpoint, shards_of
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_regions_in_ranges_are_those_of_one_call(tmp_path: Path, models, scope: str) -> None:  # type: ignore[no-untyped-def]
-    base, tuned = models
+def test_regions_in_ranges_are_those_of_one_call(tmp_path: Path, sharded_models: Models, scope: str) -> None:
+    base, tuned = sharded_models
     ps = [0.01, 0.3]
     folders = {p: tmp_path / str(p) for p in ps}
     for folder in folders.values():
@@ -73,7 +55,7 @@ def test_regions_in_ranges_are_those_of_one_call(tmp_path: Path, models, scope: 
                 assert all(torch.equal(a, b) for a, b in zip(mine, core.words, strict=True))
 
 
-def fusion_of(tmp_path: Path, models, config: FusionConfig) -> Fusion:  # type: ignore[no-untyped-def]
+def fusion_of(tmp_path: Path, models: Models, config: FusionConfig) -> Fusion:
     base, tuned = models
     regions = tmp_path / "regions"
     if not regions.is_dir():
@@ -82,14 +64,12 @@ def fusion_of(tmp_path: Path, models, config: FusionConfig) -> Fusion:  # type: 
     return Fusion(FusionInputs(base, base, tuned, regions, list(tuned)), config)
 
 
-def shards_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
 @pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
-def test_the_budget_changes_nothing(tmp_path: Path, models, granularity: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_budget_changes_nothing(
+    tmp_path: Path, sharded_models: Models, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streaming, "SLICE", 1 << 18)  # a tensor has several slices
-    fusion = fusion_of(tmp_path, models, FusionConfig(granularity=granularity))  # type: ignore[arg-type]
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig(granularity=granularity))  # type: ignore[arg-type]
     found = []
     for budget in (1 << 24, 1 << 33):
         out = tmp_path / str(budget)
@@ -101,8 +81,8 @@ def test_the_budget_changes_nothing(tmp_path: Path, models, granularity: str, mo
     assert len(found[0]) == 2
 
 
-def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, models) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, sharded_models: Models) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(CpiftError, match=r"resources\.memory_budget: 1 MiB is too little .* give at least \d+ MiB"):
@@ -110,8 +90,10 @@ def test_too_small_a_budget_says_what_is_needed(tmp_path: Path, models) -> None:
     assert list(out.iterdir()) == []
 
 
-def test_an_interrupted_merge_goes_on_with_what_is_missing(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_an_interrupted_merge_goes_on_with_what_is_missing(
+    tmp_path: Path, sharded_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()
     resumed.mkdir()
@@ -133,8 +115,10 @@ def test_an_interrupted_merge_goes_on_with_what_is_missing(tmp_path: Path, model
     assert all((resumed / name).stat().st_mtime_ns > time for name, time in kept.items())  # a stale shard is not taken
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, sharded_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     out = tmp_path / "out"
     out.mkdir()
 
@@ -147,8 +131,10 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, models, monkeyp
     assert list(out.iterdir()) == []
 
 
-def test_an_input_that_goes_away_is_not_told_as_a_full_disk(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    base, tuned = models
+def test_an_input_that_goes_away_is_not_told_as_a_full_disk(
+    tmp_path: Path, sharded_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = sharded_models
     gone = Checkpoint(save_checkpoint(tmp_path / "gone", large(9)))
     fusion = fusion_of(tmp_path, (base, tuned), FusionConfig())
     fusion = Fusion(replace(fusion.inputs, backbone=gone), fusion.config)
@@ -159,15 +145,17 @@ def test_an_input_that_goes_away_is_not_told_as_a_full_disk(tmp_path: Path, mode
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_disk_without_room_is_met_before_the_work(tmp_path: Path, models, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_a_disk_without_room_is_met_before_the_work(
+    tmp_path: Path, sharded_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     monkeypatch.setattr("cpift.checkpoints.writing.shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(StageError, match=r"10 kB free, the merged model takes 1\.24 MB"):
         merge(fusion, fusion.inputs.backbone, tmp_path, "inputs", shard_size=10**6)
 
 
-def test_shards_hold_every_tensor_once_and_agree_with_the_index(tmp_path: Path, models) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_shards_hold_every_tensor_once_and_agree_with_the_index(tmp_path: Path, sharded_models: Models) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     out = tmp_path / "out"
     out.mkdir()
     merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**6)
@@ -189,8 +177,8 @@ def test_slices_cover_a_tensor_in_order() -> None:
     assert all(start % (32 * 70_001) == 0 for start, _ in rows)
 
 
-def test_what_is_read_ahead_is_each_piece_once(models) -> None:  # type: ignore[no-untyped-def]
-    base, _ = models
+def test_what_is_read_ahead_is_each_piece_once(sharded_models: Models) -> None:
+    base, _ = sharded_models
     info, asked, released = base.tensors["a.weight"], [], []
 
     class Watched:
@@ -213,8 +201,8 @@ def flip(file: Path, place: int, bits: int) -> None:
         opened.write(bytes([byte[0] ^ bits]))
 
 
-def test_verification_finds_a_changed_core_element(tmp_path: Path, models) -> None:  # type: ignore[no-untyped-def]
-    fusion = fusion_of(tmp_path, models, FusionConfig())
+def test_verification_finds_a_changed_core_element(tmp_path: Path, sharded_models: Models) -> None:
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig())
     out = tmp_path / "out"
     out.mkdir()
     merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**9)
@@ -227,10 +215,10 @@ def test_verification_finds_a_changed_core_element(tmp_path: Path, models) -> No
 
 @pytest.mark.parametrize("space", ["weights", "delta"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
-def test_verification_finds_a_changed_element_in_no_core(  # type: ignore[no-untyped-def]
-    tmp_path: Path, models, granularity: str, space: str
+def test_verification_finds_a_changed_element_in_no_core(
+    tmp_path: Path, sharded_models: Models, granularity: str, space: str
 ) -> None:
-    fusion = fusion_of(tmp_path, models, FusionConfig(granularity=granularity, space=space))  # type: ignore[arg-type]
+    fusion = fusion_of(tmp_path, sharded_models, FusionConfig(granularity=granularity, space=space))  # type: ignore[arg-type]
     out = tmp_path / "out"
     out.mkdir()
     merge(fusion, fusion.inputs.backbone, out, "inputs", shard_size=10**9)
@@ -253,8 +241,10 @@ def test_verification_finds_a_changed_element_in_no_core(  # type: ignore[no-unt
         (lambda raw: raw[:8] + b"{" * 40 + raw[48:], "no JSON"),
     ],
 )
-def test_a_damaged_file_is_told_in_words(tmp_path: Path, models, damage, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_told_in_words(
+    tmp_path: Path, sharded_models: Models, damage: Callable[[bytes], bytes], said: str
+) -> None:
     file = tmp_path / "model.safetensors"
-    file.write_bytes(damage((models[0].folder / "model.safetensors").read_bytes()))
+    file.write_bytes(damage((sharded_models[0].folder / "model.safetensors").read_bytes()))
     with pytest.raises(FormatError, match=said):
         read_header(file)

@@ -14,7 +14,7 @@ import yaml
 from cpift.cli.main import main
 from cpift.config.run import RunConfig
 from cpift.errors import CpiftError
-from tests.conftest import random_tensors, save_checkpoint
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
 Run = Callable[..., CompletedProcess[str]]
 

@@ -22,7 +22,7 @@ from cpift.merging.engine import merge
 from cpift.merging.fusion import Fill, Fusion, FusionInputs
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
-from tests.checkpoints.test_slices import models, shards_of  # noqa: F401 (a fixture)
+from tests.helpers.checkpoints import Models, save_checkpoint, shards_of
 
 pytestmark = pytest.mark.slow
 
@@ -51,8 +51,8 @@ class DiesOnce(Fusion):
         return super().tensor(info)
 
 
-def test_bytes_do_not_depend_on_who_works(tmp_path: Path, models, merging: RayMerging) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
-    base, tuned = models
+def test_bytes_do_not_depend_on_who_works(tmp_path: Path, sharded_models: Models, merging: RayMerging) -> None:
+    base, tuned = sharded_models
     folders = {name: tmp_path / name for name in ("here", "there", "whole", "shared", "killed")}
     for folder in folders.values():
         folder.mkdir()
@@ -99,11 +99,11 @@ class NotesPlaces:
 
 def test_both_passes_give_a_part_of_the_model_to_the_same_node(  # type: ignore[no-untyped-def]
     tmp_path: Path,
-    models,  # noqa: F811
+    sharded_models: Models,
     merging: RayMerging,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base, tuned = models
+    base, tuned = sharded_models
     for name in ("masks", "merged", "out"):
         (tmp_path / name).mkdir()
     places = sorted(node["NodeID"] for node in ray.nodes())
@@ -123,13 +123,12 @@ def test_both_passes_give_a_part_of_the_model_to_the_same_node(  # type: ignore[
     assert {merged[info.name] for info in second} == {places[1]}
 
 
-def test_an_error_of_a_worker_arrives_as_it_was(tmp_path: Path, models, merging: RayMerging) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_an_error_of_a_worker_arrives_as_it_was(tmp_path: Path, sharded_models: Models, merging: RayMerging) -> None:
     import torch
 
     from cpift.checkpoints.checkpoint import Checkpoint
-    from tests.conftest import save_checkpoint
 
-    base, tuned = models
+    base, tuned = sharded_models
     spoilt = {name: base.tensor(name) for name in base.names}
     spoilt["c.weight"][5, 5] = torch.nan
     bad = {**tuned, "bad": Checkpoint(save_checkpoint(tmp_path / "bad", spoilt))}

@@ -7,7 +7,7 @@ import pytest
 
 from cpift.cluster.storage import RUN, Storage
 from cpift.config.run import ResourcesConfig
-from tests.training.test_fit import spec
+from tests.helpers.fits import spec
 
 
 @pytest.fixture(params=["", "file://"])

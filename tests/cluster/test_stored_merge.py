@@ -28,7 +28,7 @@ from cpift.merging.fusion import Fill, Fusion, FusionInputs
 from cpift.method.regions import write_regions
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
-from tests.checkpoints.test_slices import models, shards_of  # noqa: F401 (a fixture)
+from tests.helpers.checkpoints import Models, shards_of
 from tests.helpers.s3_server import objects, s3_bucket
 
 BUDGET = 1 << 30
@@ -44,8 +44,8 @@ class Room:
 
 
 @pytest.fixture(params=[True, False], ids=["cores", "no cores"])
-def room(request: pytest.FixtureRequest, tmp_path: Path, models) -> Room:  # type: ignore[no-untyped-def]  # noqa: F811
-    base, tuned = models
+def room(request: pytest.FixtureRequest, tmp_path: Path, sharded_models: Models) -> Room:
+    base, tuned = sharded_models
     for name in ("regions", "whole"):
         (tmp_path / name).mkdir()
     write_regions(base, tuned, RegionsConfig(p=0.05), {0.05: tmp_path / "regions"})
@@ -139,8 +139,8 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_regions_and_fusion_of_two_nodes_through_s3(tmp_path: Path, models, bucket: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
-    base, tuned = models
+def test_regions_and_fusion_of_two_nodes_through_s3(tmp_path: Path, sharded_models: Models, bucket: str) -> None:
+    base, tuned = sharded_models
     made = {}
     for name, storage in (("here", None), ("spread", f"{bucket}/merges")):
         config = {

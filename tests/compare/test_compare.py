@@ -33,7 +33,7 @@ from cpift.pipeline.preflight import preflight
 from cpift.pipeline.stages import artifacts_of, integration_spec
 from cpift.report.facts import tokens_of
 from cpift.text.escaping import html
-from tests.sweep.test_sweep import TASKS, run_fields
+from tests.helpers.sweeps import TASKS, run_fields
 
 
 def comparison_file(folder: Path, **changes: Any) -> Path:

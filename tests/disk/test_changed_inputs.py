@@ -21,31 +21,9 @@ from cpift.errors import ChangedInput, StageError
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.training.spec import RESULT, FitSpec
-from tests.merging.test_merge import config_file, models  # noqa: F401 (a fixture)
+from tests.helpers.files import flip, forge, replace
 
 Change = Callable[[Path], object]
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def replace(path: Path) -> None:
-    """By another file of the same size and time, through a rename."""
-    before, other = path.stat(), path.with_name("other")
-    shutil.copy(path, other)
-    flip(other)
-    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
-    os.replace(other, path)
-
-
-def forge(path: Path) -> None:
-    """In place, and its time set back."""
-    before = path.stat()
-    flip(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 MODEL_CHANGES: list[tuple[str, Change]] = [
@@ -60,13 +38,6 @@ MODEL_CHANGES: list[tuple[str, Change]] = [
     ("base/chat_template.jinja", lambda path: path.write_text("other")),
 ]
 SAME = [("one/model.safetensors", lambda path: path.chmod(0o640)), ("base/config.json", lambda path: os.utime(path))]
-
-
-@pytest.fixture
-def merge(models: Path, tmp_path: Path) -> Path:  # noqa: F811
-    """The file of a merge of its own copies of the models, which lie in `models` beside it."""
-    shutil.copytree(models, tmp_path / "models", copy_function=shutil.copy2)
-    return config_file(tmp_path, tmp_path / "models")
 
 
 def pipeline(config: Path) -> Pipeline:

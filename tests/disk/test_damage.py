@@ -19,13 +19,13 @@ from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.plan import plan
-from tests.merging.test_merge import config_file, models  # noqa: F401 (a fixture)
+from tests.helpers.merges import config_file
 
 STAGES = ("regions", "group", "fuse")
 
 
 @pytest.fixture(scope="module")
-def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `merge.yaml` and the finished run `run`."""
     folder = tmp_path_factory.mktemp("finished")
     Pipeline(load_config(config_file(folder, models)), NoEngine()).fuse()

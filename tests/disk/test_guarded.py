@@ -24,9 +24,8 @@ from cpift.errors import ChangedInput
 from cpift.method.masks import RegionMasks
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
-from tests.conftest import random_tensors, save_checkpoint
-from tests.disk.test_changed_inputs import flip, merge, replace  # noqa: F401 (a fixture)
-from tests.merging.test_merge import models  # noqa: F401 (a fixture)
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
+from tests.helpers.files import flip, replace
 
 CODE = """
 import hashlib, mmap, os, sys
@@ -128,7 +127,7 @@ def test_a_mask_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_merge_whose_input_is_cut_short_goes_on_once_it_is_back(
     late: bool,
-    merge: Path,  # noqa: F811
+    merge: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """late: the file is cut after the check of its size, so that the fault itself is what is noticed."""

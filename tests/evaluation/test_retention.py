@@ -19,24 +19,7 @@ from cpift.evaluation.retention import DEFINITION, Learning, condensed, judged, 
 from cpift.report.data import ReportData, retention, standing, summary, verdict
 from cpift.report.write import first_sentences
 from cpift.sweep.scores import figures
-
-Scores = dict[str, dict[str, dict[str, Any]]]
-
-
-def scored(metric: str, rows: list[Any], options: int = 4) -> dict[str, Any]:
-    """A score as `scores.json` has it: rows of 0..1, of losses (loss, tokens)."""
-    if metric == "loss":
-        examples = [{"loss": loss, "tokens": tokens} for loss, tokens in rows]
-    else:
-        examples = [{"loss": 1.0, "tokens": 2, "score": value} for value in rows]
-    if metric == "choice":
-        examples = [row | {"option_nll": [0.0] * options} for row in examples]
-    tokens = sum(row["tokens"] for row in examples)
-    loss = sum(row["loss"] * row["tokens"] for row in examples) / tokens
-    value = None if metric == "loss" else sum(row["score"] for row in examples) / len(examples)
-    return {
-        "metric": metric, "score": value, "loss": loss, "tokens": tokens, "rows": len(rows), "examples": examples
-    }  # fmt: skip
+from tests.helpers.scores import Scores, scored
 
 
 def drawn(seed: int) -> tuple[dict[str, str], Scores]:

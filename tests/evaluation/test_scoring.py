@@ -22,7 +22,7 @@ from cpift.evaluation.scoring import TaskScore, evaluate_model
 from cpift.evaluation.text import rouge_l, same_final_number
 from cpift.models.sources import load_model, load_tokenizer, materialise
 from cpift.rows.examples import Example, Message
-from tests.pretrained import test_families as families
+from tests.helpers.families import make_family
 
 CHAT = [
     {"messages": [("user", "2+2="), ("assistant", "4")], "answer": "4"},
@@ -161,10 +161,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_cache_equals_the_reference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_cache_equals_the_reference(family: str, tmp_path: Path) -> None:
     """What is shared, padded within a row, or taken out of a batch changes no reply and no likelihood."""
-    monkeypatch.setitem(families.FAMILIES, family, FAMILIES[family])
-    path = families.make_family(family, tmp_path / "model")
+    path = make_family(family, tmp_path / "model", FAMILIES[family])
     tasks = [task(tmp_path, CHAT, "number", max_new_tokens=9), task(tmp_path, CHOICES, "choice")]
     found = evaluate_model(path, tasks, EvaluationConfig(precision="float32"))
     model, tokenizer = load_model(path), load_tokenizer(path)

@@ -8,31 +8,9 @@ import numpy as np
 import pytest
 
 from cpift.evaluation.verdict import Share, share_of, verdict_sentence
-from tests.evaluation.test_retention import scored
+from tests.helpers.scores import RUN, scored
 
 Scores = dict[str, dict[str, dict[str, Any]]]
-
-
-def run_of(**rows: dict[str, list[Any]]) -> Scores:
-    """Scores of the tasks `right`, of rows of 0 or 1, and `loss`, of losses over two tokens each, by model."""
-    return {
-        model.replace("_", " "): {
-            "right": scored("number", one["right"]),
-            "loss": scored("loss", [(value, 2) for value in one["loss"]]),
-        }
-        for model, one in rows.items()
-    }
-
-
-RUN = run_of(
-    base={"right": [0, 0, 0, 0, 1], "loss": [4.0, 3.0, 4.0, 5.0]},
-    probe_right={"right": [1, 1, 1, 1, 0], "loss": [4.0, 4.0, 4.0, 4.0]},
-    probe_loss={"right": [0, 0, 0, 0, 0], "loss": [1.0, 2.0, 1.0, 2.0]},
-    average={"right": [1, 1, 0, 0, 0], "loss": [2.0, 3.0, 3.0, 2.0]},
-    full_SFT={"right": [1, 1, 1, 1, 1], "loss": [1.0, 2.0, 1.0, 2.0]},
-    fused={"right": [1, 0, 0, 0, 0], "loss": [2.0, 2.0, 2.0, 2.0]},
-    final={"right": [1, 1, 1, 0, 0], "loss": [1.5, 2.0, 1.5, 2.0]},
-)
 
 
 def test_figures_are_means_of_retention() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cpift.checkpoints.checkpoint import Checkpoint, differences
 from cpift.errors import CheckpointError
 from cpift.formats.quantised import METHODS, dense_remedy
-from tests.conftest import save_checkpoint
+from tests.helpers.checkpoints import save_checkpoint
 
 
 def test_the_table_has_the_methods_of_transformers_and_what_each_can_do() -> None:

@@ -33,3 +33,12 @@ def fit_spec(
 def weights(folder: Path) -> str:
     """SHA-256 of an exported model."""
     return file_sha256(folder / "model.safetensors")
+
+
+TASKS = (procedural("add", "addition"), procedural("rev", "reverse"))
+
+
+def spec(base: Path, out: Path, *stages: StageSpec, **training: Any) -> FitSpec:
+    settings = {"steps": 6, "learning_rate": 3e-3, "weight_decay": 0.1, "batch_size": 4, "gradient_accumulation": 2}
+    settings |= {"checkpoint_every": 0, "log_every": 2}
+    return fit_spec(base, out, TASKS, stages or (StageSpec(("add",)),), TrainingConfig(**(settings | training)))

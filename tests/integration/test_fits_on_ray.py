@@ -25,8 +25,7 @@ from cpift.models.sources import materialise
 from cpift.pipeline.inprocess import Scoring, score_here
 from cpift.training.fit import fit
 from cpift.training.spec import FitSpec
-from tests.helpers.fits import weights
-from tests.training.test_fit import spec
+from tests.helpers.fits import spec, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SMALL = ResourcesConfig(cpus_per_worker=0.25, threads_per_worker=1)

@@ -23,7 +23,7 @@ from cpift.sweep.config import load_sweep
 from cpift.sweep.results import gather, write_results
 from cpift.sweep.search import pipeline, run_sweep
 from tests.helpers.s3_server import objects, s3_bucket
-from tests.sweep.test_sweep import run_fields, sweep_file
+from tests.helpers.sweeps import run_fields, sweep_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -27,7 +27,7 @@ from cpift.sweep.results import gather
 from cpift.sweep.scores import SweepData, best_trial
 from cpift.sweep.search import pipeline, run_sweep
 from cpift.sweep.trial import asks_ray
-from tests.sweep.test_sweep import sweep_file
+from tests.helpers.sweeps import sweep_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

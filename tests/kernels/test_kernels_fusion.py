@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cpift_kernels import fused_apply, masked_gram, pack_mask, slerp_coefficients, unpack_mask
-from kernel_cases import BF16, FP16, FP32, generator, sequential_slerp
 from torch import Tensor
+
+from tests.helpers.kernel_cases import BF16, FP16, FP32, generator, sequential_slerp
 
 BACKENDS = ["reference", "cpu"]
 SHAPES = [(0,), (1,), (31,), (1009,), (7, 3), (37, 53), (64, 64), (3, 9001), (0, 5)]

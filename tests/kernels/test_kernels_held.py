@@ -6,7 +6,8 @@ import pytest
 import torch
 from cpift_kernels import HeldElements, hold_masked, pack_mask, unpack_mask
 from cpift_kernels.cpu import freeze
-from kernel_cases import BF16, FP16, FP32, generator
+
+from tests.helpers.kernel_cases import BF16, FP16, FP32, generator
 
 BACKENDS = ["reference", "cpu"]
 SIZES = [0, 1, 31, 32, 33, 1009, 131_072, 131_073, 300_001]  # see `small_spans`

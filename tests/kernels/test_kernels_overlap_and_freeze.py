@@ -19,7 +19,8 @@ from cpift_kernels import (
     unpack_mask,
     zero_masked_,
 )
-from kernel_cases import BF16, FP16, FP32, generator
+
+from tests.helpers.kernel_cases import BF16, FP16, FP32, generator
 
 BACKENDS = ["reference", "cpu"]
 SIZES = [0, 1, 31, 32, 1009, 70_001]

@@ -13,8 +13,9 @@ from cpift_kernels.cpu import bracket, candidates, order, segments
 from cpift_kernels.cpu import selection as cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BF16, FP16, FP32, UPDATES, models, sorted_top, split
 from torch import Tensor
+
+from tests.helpers.kernel_cases import BF16, FP16, FP32, UPDATES, models, sorted_top, split
 
 BACKENDS = ["reference", "cpu"]
 DTYPES = [(BF16, [BF16]), (FP32, [FP32]), (FP16, [FP16]), (BF16, [FP32, FP16]), (FP32, [BF16])]

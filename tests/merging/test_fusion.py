@@ -16,7 +16,7 @@ from cpift.merging.fusion import Fusion, FusionInputs, lerp_share, omegas
 from cpift.merging.verify import failures, verify
 from cpift.method.masks import read_mask
 from cpift.method.regions import save_regions, select_regions
-from tests.conftest import random_tensors, save_checkpoint
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
 
 def shifted(base: dict[str, torch.Tensor], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

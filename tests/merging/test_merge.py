@@ -23,15 +23,14 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
 from cpift.checkpoints.vocabulary import FittedCheckpoint
 from cpift.cli.main import main
-from cpift.config.inputs import ScratchModel
 from cpift.config.loading import load_config
-from cpift.config.run import ModelConfig, RunConfig
+from cpift.config.run import RunConfig
 from cpift.console.view import quiet
 from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CheckpointError, ConfigError
 from cpift.evaluation.scoring import evaluate_model
 from cpift.merging.planning import given_notes
-from cpift.models.sources import load_model, materialise
+from cpift.models.sources import load_model
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
@@ -40,45 +39,7 @@ from cpift.pipeline.plan import plan
 from cpift.pipeline.preflight import preflight
 from cpift.sweep.config import load_sweep
 from cpift.sweep.points import check_points
-from tests.conftest import save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama, `base`, and two fine-tunes of it, `one` and `two` (in two shards)."""
-    root = tmp_path_factory.mktemp("models")
-    materialise(ModelConfig(scratch=ScratchModel(), dtype="bfloat16"), root / "base")
-    tensors = load_file(root / "base" / "model.safetensors")
-    for seed, name in enumerate(("one", "two")):
-        generator = torch.Generator().manual_seed(seed)
-        moved = {
-            n: (x.float() + 0.02 * torch.randn(x.shape, generator=generator)).bfloat16() for n, x in tensors.items()
-        }
-        shutil.copytree(root / "base", root / name)
-        if name == "one":
-            save_file(moved, root / name / "model.safetensors", metadata={"format": "pt"})
-        else:
-            (root / name / "model.safetensors").unlink()
-            config = (root / name / "config.json").read_bytes()
-            save_checkpoint(root / name, moved, shards=2)
-            (root / name / "config.json").write_bytes(config)
-            shutil.copy(root / "base" / "tokenizer.json", root / name)
-    return root
-
-
-def config_file(tmp_path: Path, models: Path, **changes: object) -> Path:
-    raw = {
-        "name": "merge",
-        "output": str(tmp_path / "run"),
-        "model": {"path": str(models / "base")},
-        "tasks": [{"name": name, "checkpoint": {"path": str(models / name)}} for name in ("one", "two")],
-        "regions": {"p": 0.1},
-        "backbone": {"source": "pretrained"},
-        "fusion": {"shard_size": "100kB"},
-    }
-    path = tmp_path / "merge.yaml"
-    path.write_text(yaml.safe_dump(raw | changes))
-    return path
+from tests.helpers.merges import config_file
 
 
 def opened(tmp_path: Path, models: Path, **changes: object) -> RunConfig:

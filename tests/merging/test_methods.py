@@ -18,7 +18,7 @@ from cpift.merging.engine import merge
 from cpift.merging.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
 from cpift.merging.verify import failures, verify
 from cpift.method.regions import write_regions
-from tests.conftest import random_tensors, save_checkpoint
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
 
 def saved(folder: Path, values: list[list[float]]) -> tuple[Checkpoint, dict[str, Checkpoint]]:

@@ -19,7 +19,7 @@ from cpift.method.regions import (
     select_regions,
     select_regions_many,
 )
-from tests.conftest import random_tensors, save_checkpoint
+from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
 
 def models(tmp_path: Path, dtype: torch.dtype, tasks: int = 3) -> tuple[Checkpoint, dict[str, Checkpoint]]:

@@ -23,6 +23,7 @@ from cpift.errors import ConfigError
 from cpift.pipeline.identity import Model, StageArtifacts
 from cpift.sweep.config import Objective, SweepConfig, load_sweep
 from cpift.sweep.record import sweep_record
+from tests.helpers.config_sections import sections
 
 ROOT = Path(__file__).parents[2]
 # What was finished by 2026-11-25: the names of artifacts, and the fields that they were named by.
@@ -125,23 +126,6 @@ def test_a_finished_sweep_keeps_its_name() -> None:
 
 
 # ---- every field -----------------------------------------------------------------------------------------------------
-
-
-def sections(root: type[BaseModel]) -> set[type[BaseModel]]:
-    """A section and all inside it."""
-
-    def inside(annotation: Any) -> Iterator[type[BaseModel]]:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield annotation
-        for part in get_args(annotation):
-            yield from inside(part)
-
-    found, open_ones = set(), {root}
-    while open_ones:
-        one = open_ones.pop()
-        found.add(one)
-        open_ones |= {part for field in one.model_fields.values() for part in inside(field.annotation)} - found
-    return found
 
 
 SECTIONS = sorted(sections(RunConfig) | sections(SweepConfig), key=lambda one: one.__name__)

@@ -23,8 +23,8 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
+from tests.helpers.families import VISION_LANGUAGE, make_family
 from tests.helpers.fits import fit_spec
-from tests.pretrained.test_families import VISION_LANGUAGE, make_family
 
 SCRATCH = str(make_scratch_tokenizer(ScratchModel()).chat_template)
 TEMPLATES = {

@@ -23,8 +23,8 @@ from cpift.data.tasks import read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError
 from cpift.models.sources import materialise
 from cpift.pretrained import loading as pretrained
+from tests.helpers.sources import sources
 
-ROOT = Path(__file__).parents[2]
 SIZE = ScratchModel(hidden_size=16, intermediate_size=16, layers=1, heads=2, max_length=64, seed=1)
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "simple_evaluate", "for_model"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -34,12 +34,6 @@ PICKLED = {
     },  # torch's index of a sharded checkpoint, by one closed list of classes
     "cpift/cluster/work.py": {"cloudpickle"},  # a run's own work on its way through Ray, which pickles everything
 }
-
-
-def sources() -> Iterator[tuple[Path, ast.Module]]:
-    for folder in ("cpift", "ray_jobs", "benchmarks", "configs", "kernels"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def keyword(call: ast.Call, name: str) -> object:

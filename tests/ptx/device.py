@@ -15,9 +15,9 @@ from cpift_kernels.gpu import common
 from cpift_kernels.gpu.offline import TARGETS, Launch, compile_launch, describe
 from torch import Tensor
 
-from .machine import Machine
-from .memory import Buffer, Dense, Memory
-from .parser import Program, parse
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Buffer, Dense, Memory
+from tests.ptx.parser import Program, parse
 
 THREADS_AT_ONCE = 1 << 14
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import warp
-from .alu import OPERATIONS, TYPES, Array
-from .memory import Dense, Memory
-from .parser import Instruction, Program, PtxError, vector
+from tests.ptx import warp
+from tests.ptx.alu import OPERATIONS, TYPES, Array
+from tests.ptx.memory import Dense, Memory
+from tests.ptx.parser import Instruction, Program, PtxError, vector
 
 _RAW = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _ACCESS = re.compile(r"^(ld|st)\.(global|shared|shared::cta)(?:\.v([24]))?\.(b8|b16|b32|b64)$")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .alu import Array
-from .parser import Instruction, PtxError, vector
+from tests.ptx.alu import Array
+from tests.ptx.parser import Instruction, PtxError, vector
 
 if TYPE_CHECKING:
-    from .machine import Machine
+    from tests.ptx.machine import Machine
 
 WARP = 32
 Active = NDArray[np.int64] | None

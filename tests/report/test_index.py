@@ -13,13 +13,13 @@ from cpift.report.html import document
 from cpift.report.index import SWEEP, write_page
 from cpift.report.page import page
 from cpift.report.write import write_run
-from tests.report.test_report import made_up
+from tests.helpers.reports import made_up_run
 
 CONFIG = "name: x\nregions:\n  p: {p}\nfusion:\n  omega: {omega}\n"
 
 
 def test_every_configuration_keeps_its_report(tmp_path: Path) -> None:
-    data = made_up()
+    data = made_up_run()
     configs = [CONFIG.format(p=p, omega=omega) for p, omega in ((0.01, "uniform"), (0.05, "uniform"), (0.05, 0.5))]
     for config in configs:
         top = write_run(replace(data, config_yaml=config), tmp_path)
@@ -38,7 +38,7 @@ def test_every_configuration_keeps_its_report(tmp_path: Path) -> None:
 
 
 def test_a_report_from_before_is_kept_when_another_replaces_it(tmp_path: Path) -> None:
-    data = made_up()
+    data = made_up_run()
     old = replace(data, config_yaml=CONFIG.format(p=0.01, omega="uniform"))
     (tmp_path / "report.html").write_text(page(old), encoding="utf-8")  # no mark, no index
     write_run(replace(data, config_yaml=CONFIG.format(p=0.2, omega="uniform")), tmp_path)
@@ -46,7 +46,7 @@ def test_a_report_from_before_is_kept_when_another_replaces_it(tmp_path: Path) -
 
 
 def test_nobodys_own_file_is_replaced(tmp_path: Path) -> None:
-    data = made_up()
+    data = made_up_run()
     write_run(data, tmp_path)
     (kept,) = (tmp_path / REPORTS).iterdir()
     kept.write_text("mine")

@@ -22,8 +22,8 @@ from cpift.report.page import page
 from cpift.report.picture import kept_on, picture, replies, tokens
 from cpift.report.plots import training_curve
 from cpift.report.write import write_run
-from tests.evaluation.test_verdict import RUN
-from tests.report.test_report import Page, made_up
+from tests.helpers.reports import Page, made_up_run
+from tests.helpers.scores import RUN
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def data() -> ReportData:
     parts = {"base": {}, "probe a": {"probe a": 10}, "fused": {"probe a": 10, "probe b": None}}
     parts |= {"final": {"probe a": 10, "probe b": 20, "integration": 5}}
     return replace(
-        made_up(),
+        made_up_run(),
         headline="One model: <9 %>.",
         model="integrate/abc",
         halves={"final": {"a": 0.25}},

@@ -7,7 +7,6 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,69 +19,12 @@ from cpift.report.data import compare, retention, standing, verdict
 from cpift.report.model_card import license_of, model_card, write_model_card
 from cpift.report.tensor_names import kind_of, layer_of
 from cpift.report.write import ReportData, scores_table, summary, write_run
-
-VOID = {"meta", "br", "path", "rect", "use", "link", "img"}
-
-
-def score(metric: str, value: float | None, loss: float, rows: int = 64) -> dict:
-    return {"metric": metric, "score": value, "loss": loss, "tokens": 100, "rows": rows}
-
-
-def made_up() -> ReportData:
-    """Three tasks (accuracy, loss, a probe that scores 0), figures easy to check by hand."""
-    scores = {
-        "base": {"a": score("choice", 0.25, 2.0), "b": score("loss", None, 2.0), "c": score("number", 0.0, 1.0)},
-        "probe a": {"a": score("choice", 0.5, 1.0), "b": score("loss", None, 3.0), "c": score("number", 0.0, 2.0)},
-        "probe b": {"a": score("choice", 0.125, 3.0), "b": score("loss", None, 1.0), "c": score("number", 0.0, 2.0)},
-        "probe c": {"a": score("choice", 0.25, 2.5), "b": score("loss", None, 2.5), "c": score("number", 0.0, 0.5)},
-        "fused": {"a": score("choice", 0.25, 1.5), "b": score("loss", None, 2.0), "c": score("number", 0.0, 1.0)},
-        "final": {"a": score("choice", 0.75, 1.2), "b": score("loss", None, 1.25), "c": score("number", 0.0, 2.0)},
-    }
-    tensors = [
-        f"model.layers.{layer}.{name}.weight"
-        for layer in range(3)
-        for name in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
-    ]
-    cores = [{"tensor": name, "numel": 100, "core": place} for place, name in enumerate(tensors)]
-    angles = [
-        {"tensor": name, "angles": [0.01, 0.02 * (i + 1)], "lerp": [0, 0.5], "core": 1, "numel": 100}
-        for i, name in enumerate(tensors)
-    ]
-    curve = [{"stage": s, "step": 5 * k, "loss": 2.0 / k, "learning_rate": 1e-4} for s in (0, 1) for k in (1, 2, 3)]
-    manifest = {
-        "stage": "probe",
-        "label": "<b>a</b>",
-        "fingerprint": "f" * 64,
-        "started": "2020-01-02T03:04:05+00:00",
-        "seconds": 61.0,
-        "device": "cpu",
-        "commit": None,
-        "versions": {"torch": "9.9"},
-        "platform": "Linux",
-    }
-    return ReportData(
-        name="made-up",
-        config_yaml="name: made-up\nnote: <script>alert(1)</script>\n",
-        models=list(scores),
-        tasks=["a", "b", "c"],
-        scores=scores,
-        jaccard=[[1, 0.3, 0.01], [0.3, 1, 0.02], [0.01, 0.02, 1]],
-        chance=0.01,
-        tau=0.1,
-        groups=[["c"], ["a", "b"]],
-        cores=dict.fromkeys("abc", cores),
-        regions={task: {"requested": 40, "count": 36, "threshold": 1e-3} for task in "abc"},
-        slerp=angles,
-        curves={"probe a": curve[:3], "integration": curve},
-        checks=[{"name": "cores equal their donors", "passed": True, "detail": "36 compared"}],
-        provenance=[manifest],
-        warnings=["a <warning>"],
-    )
+from tests.helpers.reports import Page, made_up_run, score
 
 
 @pytest.fixture
 def data() -> ReportData:
-    return made_up()
+    return made_up_run()
 
 
 def test_retention(data: ReportData) -> None:
@@ -156,35 +98,6 @@ def test_terminal_table_shows_every_figure_in_80_columns(data: ReportData) -> No
     for words in ("base", "probe a", "final", "75.0", "1.250", "115.0%", "25.0%"):
         assert words in text, text
     assert max(map(len, text.splitlines())) <= 80
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order, and keeps what matters here."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.ids: list[str] = []
-        self.seen: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.ids += [value for name, value in attrs if name == "id" and value]
-        self.addresses += [value for name, value in attrs if name in ("href", "src", "xlink:href") and value]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
 
 
 def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cpift.sweep.points import Trial, choose_points, merged
 from cpift.sweep.record import Attempt
 from cpift.sweep.results import all_there, gather, write_results
 from cpift.sweep.scores import best_trial
-from tests.sweep.test_sweep import Copies, load
+from tests.helpers.sweeps import Copies, load
 
 
 class Here:

@@ -12,63 +12,17 @@ import pytest
 from rich.console import Console
 
 from cpift.disk.top_files import REPORTS, SWEEP_FILES
-from cpift.evaluation.estimates import estimate
 from cpift.sweep.page import sweep_page
 from cpift.sweep.plots import leaf_order, single_linkage
 from cpift.sweep.results import failures, results_table, summary, write_results
-from cpift.sweep.scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, pareto_front
+from cpift.sweep.scores import SweepData, best_trial, figures, pareto_front
 from cpift.sweep.verdict import verdict
-from tests.report.test_report import Page
-
-
-def row(number: int, points: list[dict], mean: list[float], worst: list[float], status: str = "done") -> TrialRow:
-    def over(values: list[float]) -> dict:
-        return {"mean_retention": estimate(values, 0.95), "task.a.loss": estimate([2 - v for v in values], 0.95)}
-
-    own = over(mean) | {"worst_retention": estimate(worst, 0.95)}
-    shown = {"backbone": over([0.8] * len(mean)), "fused": over([0.7] * len(mean)), "final": own}
-    reason = "ActorDiedError: gone\nprobe a: <the loss> is nan" if status == "failed" else ""
-    return TrialRow(number, points, status, reason, [[["a"], ["b"]]], shown if status == "done" else {}, 12.5)
-
-
-def point(p: float, tau: float) -> dict:
-    return {"regions.p": p, "groups.tau": tau}
-
-
-def made_up() -> SweepData:
-    """Trial 2 is best by the mean, trial 3 by the worst task, trial 1 by neither; trial 4 failed."""
-    return SweepData(
-        name="made-up",
-        sweep_yaml="run: <script>x</script>\n",
-        best_yaml="name: best\n",
-        keep="best",
-        space={"regions.p": [0.1, 0.2], "groups.tau": [0.1, 0.5, 0.6]},
-        method="grid",
-        seeds=[0, 1, 2],
-        confidence=0.95,
-        model="final",
-        objectives=[("mean_retention", 1), ("worst_retention", 1)],
-        tasks=["a", "b"],
-        metrics={"a": "loss", "b": "choice"},
-        trials=[
-            row(1, [point(0.1, 0.1)], [0.5, 0.6, 0.7], [0.1, 0.2, 0.3]),
-            row(2, [point(0.1, 0.5), point(0.1, 0.6)], [0.9, 0.95, 1.0], [0.2, 0.3, 0.4]),
-            row(3, [point(0.2, 0.1)], [0.85, 0.9, 0.95], [0.5, 0.6, 0.7]),
-            row(4, [point(0.2, 0.5), point(0.2, 0.6)], [0.0], [0.0], "failed"),
-        ],
-        references={"base": {"mean_retention": estimate([0.5, 0.5, 0.5], 0.95)}},
-        overlaps=[
-            Overlaps("p = 0.1, seed 0", ["a", "b", "c"], [[1, 0.3, 0.2], [0.3, 1, 0.4], [0.2, 0.4, 1]], 0.05, [0.1])
-        ],
-        reuse=[Reuse("probe", 36, 6, 360.0, 60.0), Reuse("fuse", 18, 12, 18.0, 12.0)],
-        points=6,
-        started="2020-01-02T03:04:05+00:00",
-    )
+from tests.helpers.reports import Page, made_up_sweep
 
 
 @pytest.fixture
 def data() -> SweepData:
-    return made_up()
+    return made_up_sweep()
 
 
 def test_best_and_pareto_front(data: SweepData) -> None:

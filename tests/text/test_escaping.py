@@ -22,6 +22,7 @@ from rich.table import Table
 from cpift.compare.files import comparison_table, first_sentences, write_comparison
 from cpift.compare.findings import FULL
 from cpift.compare.record import BASE, OURS, PROBES, Header, Record, Row
+from cpift.config.inputs import ScratchModel
 from cpift.config.run import RunConfig
 from cpift.console.terminal import Terminal, say
 from cpift.console.view import View
@@ -38,9 +39,7 @@ from cpift.sweep.files import sweep_md, trials_csv
 from cpift.sweep.page import sweep_page
 from cpift.sweep.results import results_table
 from cpift.text.escaping import code, html, markdown, one_line, terminal
-from tests.pretrained.test_pretrained import SIZE
-from tests.report import test_report
-from tests.sweep import test_page as test_sweep_report
+from tests.helpers.reports import made_up_run, made_up_sweep
 
 MARKUP = (
     "a[/b]c",
@@ -163,7 +162,7 @@ def elements(page: str) -> tuple[list[str], set[str]]:
 
 
 def run_named(name: str) -> Any:
-    data, own = test_report.made_up(), {"a": name}
+    data, own = made_up_run(), {"a": name}
 
     def renamed(found: dict[str, Any]) -> dict[str, Any]:
         return {own.get(key, key): value for key, value in found.items()}
@@ -193,7 +192,7 @@ def run_named(name: str) -> Any:
 
 
 def sweep_named(name: str) -> Any:
-    data = test_sweep_report.made_up()
+    data = made_up_sweep()
     trials = [replace(one, reason=one.reason and name, groups=[[[name], ["b"]]]) for one in data.trials]
     overlaps = [replace(one, tasks=[name, "b", "c"]) for one in data.overlaps]
     return replace(data, name=name, trials=trials, sweep_yaml=name, best_yaml=name, overlaps=overlaps)
@@ -304,7 +303,7 @@ def test_the_model_card_keeps_its_form(name: str) -> None:
 
 
 def test_rows_are_previewed_as_text() -> None:
-    tokenizer = make_scratch_tokenizer(SIZE)
+    tokenizer = make_scratch_tokenizer(ScratchModel())
     for name in (name for name in SHORT if name != "\ud800"):
         example = Example((Message("user", name), Message("assistant", name)))
         assert not CONTROL.search(printed(coloured(example, tokenizer, 4000, marks=True)))

@@ -16,8 +16,7 @@ from cpift.errors import CheckpointError
 from cpift.models.sources import materialise
 from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import FitSpec, StageSpec
-from tests.helpers.fits import weights
-from tests.training.test_fit import spec
+from tests.helpers.fits import spec, weights
 
 pytest.importorskip("peft")
 LORA = LoraConfig(rank=3, alpha=6, targets=("q_proj", "down_proj"))

@@ -8,34 +8,14 @@ import pytest
 import torch
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.config.inputs import ScratchModel
-from cpift.config.run import ModelConfig, RegionsConfig, TrainingConfig
+from cpift.config.run import RegionsConfig
 from cpift.errors import StageError
 from cpift.method.masks import read_mask
 from cpift.method.regions import save_regions, select_regions
-from cpift.models.sources import materialise
 from cpift.pipeline.inprocess import fit_here
 from cpift.training.fit import FitHooks, fit
-from cpift.training.spec import FitSpec, StageSpec, stages_of
-from tests.helpers.fits import fit_spec, procedural, weights
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    materialise(
-        ModelConfig(scratch=ScratchModel(hidden_size=32, intermediate_size=48, heads=2), dtype="bfloat16"), folder
-    )
-    return folder
-
-
-TASKS = (procedural("add", "addition"), procedural("rev", "reverse"))
-
-
-def spec(base: Path, out: Path, *stages: StageSpec, **training: Any) -> FitSpec:
-    settings = {"steps": 6, "learning_rate": 3e-3, "weight_decay": 0.1, "batch_size": 4, "gradient_accumulation": 2}
-    settings |= {"checkpoint_every": 0, "log_every": 2}
-    return fit_spec(base, out, TASKS, stages or (StageSpec(("add",)),), TrainingConfig(**(settings | training)))
+from cpift.training.spec import StageSpec, stages_of
+from tests.helpers.fits import TASKS, spec, weights
 
 
 def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_path: Path) -> None:

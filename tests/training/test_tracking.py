@@ -18,10 +18,7 @@ from cpift.errors import StageError
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
 from cpift.training.tracking import check_trackers, log_file, tracker_variables
-from tests.training import test_fit as test_finetune
-from tests.training.test_fit import spec
-
-base = test_finetune.base  # a fixture
+from tests.helpers.fits import spec
 
 
 def work(log: Path) -> None:

@@ -21,7 +21,7 @@ from cpift.models.scratch import make_scratch_model, make_scratch_tokenizer
 from cpift.untrusted.json import ADAPTER, MODEL_CONFIG, RECORD, UnreadableError, json_lines, parse_json, read_json
 from cpift.untrusted.patterns import Patterns
 from cpift.untrusted.yaml import parse_yaml
-from tests.conftest import save_checkpoint
+from tests.helpers.checkpoints import save_checkpoint
 from tests.hostile import READERS, RUN, broken, outcome, safetensors_seed
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 12))
