@@ -6,7 +6,7 @@
 
 Every row is a chat with a short system message of its own, which also keeps the model's longer default one away. Train,
 test and dev rows never share a word, a country or a problem; dev rows are for choosing learning rates
-(benchmarks/demo_rates.py), the demo does not read them. The same packages give the same files.
+(benchmarks/demo/rates.py), the demo does not read them. The same packages give the same files.
 """
 
 from __future__ import annotations

@@ -129,6 +129,14 @@ def test_what_tests_share_is_a_helper() -> None:
         assert not {name for name in taken if re.search(r"\.(test_\w+|conftest)\b", name)}, path
 
 
+def test_nothing_changes_where_python_looks() -> None:
+    """`python -m benchmarks.…` and the tests start at the clone's root, ray_jobs beside themselves."""
+    folders = ("benchmarks", "configs", "ray_jobs", "sweeps", "tests")
+    for path in (path for name in folders for path in (ROOT / name).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert "sys.path" not in {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}, path
+
+
 def test_no_package_named_kernels() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

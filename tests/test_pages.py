@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -21,6 +22,13 @@ PAGES = sorted([README, *DOCS.glob("*.md")])
 LINK, SOURCE = (
     re.compile(r"\]\(([^)\s]+)\)"),
     re.compile(r"`((?:benchmarks|configs|cpift|examples|ray_jobs)/[\w./-]+)`"),
+)
+TREES = ("benchmarks", "configs", "cpift", "docs", "examples", "kernels", "ray_jobs", "sweeps", "tests")
+NAMED_FILE = re.compile(rf"(?<![\w/.{{<}}-])((?:{'|'.join(TREES)})/[\w./-]+\.(?:py|md|yaml|jsonl))\b")
+NAMED_MODULE = re.compile(r"python -m ((?:benchmarks|cpift|tests)\.[\w.]+)")
+PROSE = sorted(
+    [path for kind in ("*.md", "Makefile", "pyproject.toml") for path in ROOT.glob(kind)]
+    + [path for tree in TREES for kind in ("*.md", "*.py", "*.yaml") for path in (ROOT / tree).rglob(kind)]
 )
 
 
@@ -47,6 +55,20 @@ def test_links_lead_somewhere_and_those_of_the_site_stay_in_it(page: Path) -> No
             assert target.exists(), link
             assert page == README or target.is_relative_to(DOCS), f"{link} leaves docs/: write it as a name in code"
     assert [name for name in SOURCE.findall(text) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_modules_that_are_named_are_there(path: Path) -> None:
+    """In pages, and in code whose comments and docstrings send a reader on. Of tests the first docstring: they invent
+    files."""
+    text = path.read_text(encoding="utf-8")
+    if ROOT / "tests" in path.parents:
+        text = ast.get_docstring(ast.parse(text)) or ""
+    named = {name for name in NAMED_FILE.findall(text) if "NAME" not in name}
+    modules = {name.rstrip(".").replace(".", "/") for name in NAMED_MODULE.findall(text)}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    runnable = ("{}.py", "{}/__main__.py")
+    assert {name for name in modules if not any((ROOT / form.format(name)).exists() for form in runnable)} == set()
 
 
 def test_the_tour_names_what_is_there() -> None:

@@ -1,12 +1,12 @@
 """The study: does CPI-FT pay? One command runs it, one writes docs/results.md from its records, one checks the two.
 
-    python benchmarks/study/study.py run tiny                        # a small model from scratch, ten seeds
-    python benchmarks/study/study.py run smollm2 --data FOLDER       # SmolLM2-135M on five tasks (see smollm2.yaml)
-    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it
-    python benchmarks/study/study.py run smollm2 --data FOLDER --hours 2 --seeds 1     # another machine, another day
-    python benchmarks/study/study.py write                           # docs/results.md, its plots, README's claims
-    python benchmarks/study/study.py check                           # the document follows from the records
-    python benchmarks/study/study.py check --artifacts tiny          # and the record from the models' scores
+    python -m benchmarks.study.study run tiny                        # a small model from scratch, ten seeds
+    python -m benchmarks.study.study run smollm2 --data FOLDER       # SmolLM2-135M on five tasks (see smollm2.yaml)
+    python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it
+    python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 1     # another machine, another day
+    python -m benchmarks.study.study write                           # docs/results.md, its plots, README's claims
+    python -m benchmarks.study.study check                           # the document follows from the records
+    python -m benchmarks.study.study check --artifacts tiny          # and the record from the models' scores
 
 `run` keeps everything as artifacts under runs/study-NAME: killed or out of hours, the same command goes on. Its record
 goes to benchmarks/results/study/NAME.jsonl, every method's score on every test row, from which all else follows. Pieces

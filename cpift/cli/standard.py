@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +67,11 @@ def standard(
 def bench(context: typer.Context) -> None:
     """Time the kernels on this machine beside its read ceiling and plain torch. Needs a source tree.
 
-    Options are those of benchmarks/bench_kernels.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
+    Options are those of benchmarks/kernels/speed.py, for example: cpift bench --sizes 256M --dtypes bf16 fp32
     """
-    script = SOURCE_TREE / "benchmarks" / "bench_kernels.py"
+    script = SOURCE_TREE / "benchmarks" / "kernels" / "speed.py"
     if not script.is_file():
         raise CpiftError(f"{script} is not there: run `cpift bench` from a clone of the repository (pip install -e .)")
-    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+    path = os.pathsep.join(filter(None, [str(SOURCE_TREE), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks.kernels.speed", *context.args]
+    raise typer.Exit(subprocess.call(command, env=os.environ | {"PYTHONPATH": path}))

@@ -256,7 +256,7 @@ def work(rank: int, world: int, folder: str, chosen: list[Cell]) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":  # python -m tests.freezing_cells FOLDER: the table, without pytest
+if __name__ == "__main__":  # python -m tests.helpers.freezing_cells FOLDER: the table, without pytest
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(work, (2, sys.argv[1], list(cells())), nprocs=2)
     for name, found in json.loads((Path(sys.argv[1]) / "results.json").read_text()).items():

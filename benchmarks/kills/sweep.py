@@ -1,7 +1,7 @@
 """Kill a sweep's driver twice, one of its nodes and its head; compare what it ends with to an undisturbed sweep.
 
     cpift sweep sweeps/smoke_p_tau.yaml --output runs/undisturbed
-    python benchmarks/kill_sweep.py --undisturbed runs/undisturbed --output runs/killed
+    python -m benchmarks.kills.sweep --undisturbed runs/undisturbed --output runs/killed
 
 Starts a cluster on this machine (`ray start`, port 7479): a head without CPUs and one node, runs the same sweep on
 it, and kills with SIGKILL the driver among the probes, the driver among the trials, and the node among the trials; a
@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from processes import kill_tree
-from record import append
+from benchmarks.kills.processes import kill_tree
+from benchmarks.record import append
 
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 PORT = 7479

@@ -1,8 +1,8 @@
 """Choose the demo's learning rates: three trials for every method, on a seed and rows that the demo does not show.
 
     python configs/quickstart_tasks.py
-    python benchmarks/demo_rates.py run       # → benchmarks/results/demo_rates.jsonl; ten minutes on two idle cores
-    python benchmarks/demo_rates.py choose    # the table, and the value of each field with the best mean
+    python -m benchmarks.demo.rates run       # → benchmarks/results/demo_rates.jsonl; ten minutes on two idle cores
+    python -m benchmarks.demo.rates choose    # the table, and the value of each field with the best mean
 
 A trial is scored on the dev rows, with mean retention against the probes of its own seed. What is finished is kept in
 runs/demo-rates, so that the same command goes on after an interruption.
@@ -32,7 +32,7 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, titled_backbone
 from cpift.pipeline.stages import add_card, integration_spec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "demo_rates.jsonl"
 SEEDS = (101,)  # the demo's is 0
 

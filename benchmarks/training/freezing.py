@@ -1,7 +1,7 @@
 """What freezing adds to a training step: a Llama of SmolLM2-135M's shape, random weights, real forward and backward.
 
-    python benchmarks/bench_freezing.py                    # 1, 10 and 30 % frozen; about three minutes on two cores
-    python benchmarks/bench_freezing.py --shares 0.1 --steps 20
+    python -m benchmarks.training.freezing                    # 1, 10 and 30 % frozen; about three minutes on two cores
+    python -m benchmarks.training.freezing --shares 0.1 --steps 20
 
 Steps with and without the freezer alternate, on one model and optimizer (AdamW, clipping, bf16 autocast where the
 machine has it, as in cpift's fine-tunes). Rows in results/freezing.jsonl:
@@ -23,8 +23,8 @@ from unittest import mock
 
 import torch
 from cpift_kernels import pack_mask
-from record import append
 
+from benchmarks.record import append
 from cpift.devices import native_bf16
 from cpift.method.freezing import ElementFreezer, count_moved, snapshot
 

@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be there.
 
-    python benchmarks/compile_report.py [--markdown] [--tasks 5] [--kernels mark apply] [--targets sm_90]
+    python -m benchmarks.kernels.compile_report [--markdown] [--tasks 5] [--kernels mark apply] [--targets sm_90]
 
 For each kernel, dtype and target: whether every access of a tensor is 128 bits wide, registers, spills, shared memory,
 estimated occupancy, bytes moved per parameter against the least possible, and the time that a card would take. The time
@@ -11,19 +11,14 @@ compiled PTX on the CPU, NVIDIA only) at its peak issue rate, whichever is longe
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from cpift_kernels.gpu import catalog
+from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code
+from cpift_kernels.gpu.offline import TARGETS, compile_launch
 
-from cpift_kernels.gpu import catalog  # noqa: E402
-from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code  # noqa: E402
-from cpift_kernels.gpu.offline import TARGETS, compile_launch  # noqa: E402
-
-from tests.ptx.device import run_launch  # noqa: E402
+from tests.ptx.device import run_launch
 
 
 @dataclass(frozen=True)

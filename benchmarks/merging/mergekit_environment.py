@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MERGEKIT = "mergekit==0.1.5"
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def mergekit(venv: Path) -> Path:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks.study import study as module
 from cpift.compare.config import load_comparison
 from cpift.compare.findings import Findings
 from cpift.compare.methods import methods_of
 from cpift.compare.record import Record, finished, read_record
 from cpift.config.run import ResourcesConfig
 
-STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module
-    spec.loader.exec_module(module)
-    whole, made = module.document, dict[str, Any]()
+def study() -> Iterator[ModuleType]:
+    """The module, with `document` once a record: they stay as they are here, and what follows takes seconds."""
+    whole, made = module.document, dict[str, tuple[str, dict[str, str]]]()
 
     def once(record: Record, plots: str, level: int) -> tuple[str, dict[str, str]]:
-        """Records stay as they are here, and what follows from one takes seconds to compute."""
         if plots not in made:
             made[plots] = whole(record, plots, level=level)
-        return made[plots]  # type: ignore[no-any-return]
+        return made[plots]
 
-    module.document = once  # type: ignore[attr-defined]
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "document", once)
+        yield module
 
 
 @pytest.mark.slow

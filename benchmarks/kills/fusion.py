@@ -1,7 +1,7 @@
 """Fuse the same checkpoints in one process, by 2 and by 4 Ray workers on as many nodes, and while workers are killed.
 
-    python benchmarks/kill_fusion.py --work FOLDER                     # makes base and t1..t4 of 1.2B (12.4 GB) there
-    python benchmarks/kill_fusion.py --work FOLDER --models FOLDER     # or uses base and t1..t4 of that folder
+    python -m benchmarks.kills.fusion --work FOLDER                     # makes base and t1..t4 of 1.2B (12.4 GB) there
+    python -m benchmarks.kills.fusion --work FOLDER --models FOLDER     # or uses base and t1..t4 of that folder
 
 Every run is `cpift fuse` with regions and fusion. With workers, the cluster is a head without processors and a node (a
 raylet) of one processor for every worker, all on this machine. `killed`: during regions, and again after a shard has
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bench_fusion import SHAPES, make_checkpoint
-from processes import command_line, descendants
-from record import append
 
+from benchmarks.kills.processes import command_line, descendants
+from benchmarks.merging.speed import SHAPES, make_checkpoint
+from benchmarks.record import append
 from cpift.disk.files import file_sha256
 
 TASK = {"regions": "ray::_mark", "fusion": "ray::_merge"}

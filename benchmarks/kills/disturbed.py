@@ -1,4 +1,4 @@
-"""The disturbed run of kill_experiments.py, and what can be done to it."""
+"""The disturbed run of training.py, and what can be done to it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from object_store import ObjectStore
-from processes import command_line, descendants, used_and_total
-
+from benchmarks.kills.object_store import ObjectStore
+from benchmarks.kills.processes import command_line, descendants, used_and_total
 from cpift.disk.files import file_sha256
 
 WORKER, CONTROLLER = "RayTrainWorker", "TrainController"

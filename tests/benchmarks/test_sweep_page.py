@@ -1,19 +1,15 @@
-"""The page that benchmarks/sweep_page.py writes of a sweep's figures."""
+"""The page that benchmarks/demo/sweep_page.py writes of a sweep's figures."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.demo import sweep_page
 from cpift.sweep.results import summary
 from tests.helpers.reports import made_up_sweep
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import sweep_page
 
 
 def values(*numbers: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A sweep's figures as a page: what each field of its space does to every task's score, with intervals.
 
-    cpift sweep sweeps/quickstart_p_tau.yaml                        # ends with runs/quickstart_p_tau/sweep.json
-    python benchmarks/sweep_page.py record runs/quickstart_p_tau    # → benchmarks/results/sweep_quickstart_p_tau.jsonl
-    python benchmarks/sweep_page.py write quickstart_p_tau          # → docs/sweep_quickstart_p_tau.md, from the rows
+    cpift sweep sweeps/quickstart_p_tau.yaml                           # ends with runs/quickstart_p_tau/sweep.json
+    python -m benchmarks.demo.sweep_page record runs/quickstart_p_tau  # → results/sweep_quickstart_p_tau.jsonl
+    python -m benchmarks.demo.sweep_page write quickstart_p_tau        # → docs/sweep_quickstart_p_tau.md, of the rows
 
 `record` replaces the rows: one of θ0, the probes and the space, then one a trial, each figure with its value for every
 seed. Effects are paired by seed: for each seed the mean over the other field's values at one end of a field minus that
@@ -18,13 +18,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from record import RESULTS, environment
-
+from benchmarks.record import RESULTS, environment
 from cpift.config.variation import shown
 from cpift.disk.files import write_text
 from cpift.evaluation.estimates import Estimate, estimate
 
-PAGES, SWEEPS = (Path(__file__).parents[1] / name for name in ("docs", "sweeps"))
+PAGES, SWEEPS = (Path(__file__).parents[2] / name for name in ("docs", "sweeps"))
 MODELS = ("backbone", "fused", "final")
 Rows = list[dict[str, Any]]
 
@@ -100,8 +99,8 @@ def _how(head: dict[str, Any], trials: int) -> str:
     name, seeds = head["name"], ", ".join(map(str, head["seeds"]))
     return (
         f"{head['points']} points, {trials} trials that differ, seeds {seeds}. Scores in %, losses in nats; ± is half "
-        f"of the {head['confidence']:.0%} t interval over the seeds. Written by `python benchmarks/sweep_page.py write "
-        f"{name}` from the trials' scores, `benchmarks/results/sweep_{name}.jsonl`."
+        f"of the {head['confidence']:.0%} t interval over the seeds. Written by `python -m benchmarks.demo.sweep_page "
+        f"write {name}` from the trials' scores, `benchmarks/results/sweep_{name}.jsonl`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Time the kernels beside a read ceiling, the reference and plain torch: python benchmarks/bench_kernels.py --help.
+"""Time the kernels beside a read ceiling, the reference and plain torch: python -m benchmarks.kernels.speed --help.
 
 Every result is checked before it is timed; a wrong one gets no time and ends the run with status 1. The read ceiling is
 the rate at which the same threads (or the GPU) read the same tensors and do nothing else; it is measured again between
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import cpift_kernels as ck
-import record
 import torch
-from kernel_workloads import WORKLOADS, Setting, Workload
 from torch import Tensor
+
+from benchmarks import record
+from benchmarks.kernels.workloads import WORKLOADS, Setting, Workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLOW = 10.0  # seconds after which a rival is not repeated
@@ -134,7 +135,7 @@ def read_ceiling(tensors: list[Tensor], device: str) -> Callable[[], None]:
     """Reads every byte of the tensors, as fast as this device does."""
     if device == "cuda":
         return lambda: [tensor.view(torch.int32).max() for tensor in tensors] and None
-    from read_ceiling import read_all
+    from benchmarks.kernels.read_ceiling import read_all
 
     return lambda: read_all(tensors)
 

@@ -1,7 +1,7 @@
 """Kill parts of a run while it trains, again and again, and compare the model with an undisturbed run's.
 
-    python benchmarks/kill_experiments.py                  # every kind; about twenty minutes on two idle cores
-    python benchmarks/kill_experiments.py worker node      # some kinds
+    python -m benchmarks.kills.training                  # every kind; about twenty minutes on two idle cores
+    python -m benchmarks.kills.training worker node      # some kinds
 
 Each experiment runs `cpift probe` on one task of configs/smoke.yaml, with a checkpoint every 20 steps and a model large
 enough for a step to take tens of milliseconds. After a checkpoint has appeared, and a random delay, it kills:
@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kills import (
+
+from benchmarks.kills.disturbed import (
     CONTROLLER,
     DEADLINE,
     WORKER,
@@ -53,10 +54,10 @@ from kills import (
     stop,
     wait_for_checkpoint,
 )
-from object_store import BUCKET, object_store
-from record import append
+from benchmarks.kills.object_store import BUCKET, object_store
+from benchmarks.record import append
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOINED = "nothing: a node joined"
 
 

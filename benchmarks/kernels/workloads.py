@@ -1,4 +1,4 @@
-"""What bench_kernels.py times: for each operation its inputs, the bytes it must move, a check and its rivals."""
+"""What speed.py times: for each operation its inputs, the bytes it must move, a check and its rivals."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import cpift_kernels as ck
 import torch
-from mergekit_environment import MergekitSlerp
 from torch import Tensor
+
+from benchmarks.merging.mergekit_environment import MergekitSlerp
 
 Run = Callable[[], Any]
 CHUNK = 1 << 22

@@ -1,6 +1,6 @@
 """Merging side by side with mergekit: same checkpoints, same disk, same dtype, same run.
 
-    python benchmarks/bench_fusion.py --work DIR [--venv DIR] [--size 1.2B 5B] [--cases slerp cpift-2 cpift-4]
+    python -m benchmarks.merging.speed --work DIR [--venv DIR] [--size 1.2B 5B] [--cases slerp cpift-2 cpift-4]
 
 It writes Llama-shaped bf16 checkpoints into DIR (2.5 GB each at 1.2B, 5.4 GB at 2.7B, 10 GB at 5B), makes an
 environment for mergekit (not this one) and measures whole commands, imports included: wall and processor time, peak
@@ -28,10 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mergekit_environment import MERGEKIT, mergekit
-from record import append
-
+from benchmarks.merging.mergekit_environment import MERGEKIT, mergekit
+from benchmarks.record import append
 from cpift.checkpoints.slices import pieces
 from cpift.checkpoints.writing import WriteBehind, plan_shards, write_index, write_shard
 from cpift.formats.safetensors import FileWriter, TensorInfo

@@ -1,0 +1,1 @@
+"""Merging: beside mergekit on the same files, and two real adapters against what PEFT makes of them."""

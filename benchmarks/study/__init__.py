@@ -1,0 +1,1 @@
+"""The study: does CPI-FT pay? Its configs, its record and docs/results.md."""

@@ -1,0 +1,1 @@
+"""Training: what Ray Train and what freezing add to a fine-tune."""
