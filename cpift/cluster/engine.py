@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from cpift.cluster.fits import cpus_for, parallel_fits, run_fits
+from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, Kind, servable
 from cpift.cluster.session import (
     NAMESPACE,
@@ -131,7 +131,7 @@ class RayEngine:
             self._leave_group()
             run_fits(todo, self._config.resources, on_progress)
             return
-        group = self._group_of(kind, todo)
+        group = self._group_of(kind, todo, on_progress)
         failed = group.run([piece_of(spec) for spec in todo], lambda title, _: None, on_progress)
         if self._config.resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
             group.dismiss()
@@ -155,7 +155,7 @@ class RayEngine:
 
     # ---- the group -------------------------------------------------------------------------------------------------
 
-    def _group_of(self, kind: Kind, specs: Sequence[FitSpec]) -> FitGroup:
+    def _group_of(self, kind: Kind, specs: Sequence[FitSpec], on_progress: OnProgress) -> FitGroup:
         """A group for these: the one that there is, unless it has left or is too small."""
         resources = specs[0].resources.model_copy(update={"parallel": self._config.resources.parallel})
         size = min(parallel_fits(resources, specs[0].title), len(specs))
@@ -163,6 +163,7 @@ class RayEngine:
         if group is not None and group.usable and group.kind == kind and group.size >= size:
             return group
         self._leave_group()
+        size = min(wait_for_room(resources, specs[0].title, on_progress), size)
         self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
         return self._group
 

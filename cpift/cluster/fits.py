@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from cpift.cluster.session import (
     POLL_SECONDS,
     OnProgress,
     alive_nodes,
+    free_resources,
     progress_board,
     raise_failures,
     ray_session,
@@ -37,6 +39,8 @@ from cpift.disk.files import write_text
 from cpift.errors import CpiftError, StageError, told
 from cpift.training.spec import RESULT, FitSpec
 from cpift.training.tracking import tracker_variables
+
+_NEWS_SECONDS = 3.0  # until a cluster knows that what was given back is free
 
 
 def run_fits(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
@@ -68,11 +72,33 @@ def parallel_fits(resources: ResourcesConfig, title: str = "a fine-tune") -> int
     """How many fine-tunes of these resources fit the cluster at once. Raises CpiftError if not even one does."""
     nodes = _nodes()
     _require_room(title, resources, nodes)
+    count = _count(nodes, resources)
+    return min(resources.parallel or count, count)
+
+
+def _count(nodes: Nodes, resources: ResourcesConfig) -> int:
+    """How many fine-tunes can be placed, one after the other, which takes the room away."""
     count = 0
     while (placement := nodes.place(resources)) is not None:
         nodes.take(placement)
         count += 1
-    return min(resources.parallel or count, count)
+    return count
+
+
+def wait_for_room(resources: ResourcesConfig, title: str, on_progress: OnProgress) -> int:
+    """How many fine-tunes of these resources fit beside the work of others; on a full cluster, as soon as one does.
+
+    Raises CpiftError if not even one would fit an empty cluster, and StageError if Ray is lost.
+    """
+    most, since, said = parallel_fits(resources, title), time.monotonic(), False
+    while not (free := _count(Nodes(free_resources()), resources)):
+        if not said and time.monotonic() - since > _NEWS_SECONDS:
+            need = f"CPUs {resources.cpus_per_worker:g}, GPUs {resources.gpus_per_worker:g}"
+            on_progress({"waiting": f"waiting for a worker's room ({need}): the work of others fills the cluster"})
+            said = True
+        time.sleep(POLL_SECONDS)
+    on_progress({"waiting": "waiting for the first worker to start"})
+    return min(most, free)
 
 
 def cpus_for(threads: int, resources: ResourcesConfig) -> float:

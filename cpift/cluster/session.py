@@ -130,6 +130,12 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def free_resources() -> list[dict[str, float]]:
+    """What each node that runs has left. Raises StageError if none runs."""
+    free = ray._private.state.available_resources_per_node()
+    return [free.get(node["NodeID"], {}) for node in alive_nodes()]
+
+
 def cluster_gpus(resources: ResourcesConfig) -> float:
     """GPUs of the cluster that the config or the environment names. Raises CpiftError where none answers."""
     with ray_session(resources):
