@@ -22,9 +22,9 @@ from cpift.disk.artifact_state import read_manifest, state_of
 from cpift.disk.artifacts import Artifact, claimed
 from cpift.disk.files import read_json
 from cpift.disk.locks import exclusive
-from cpift.errors import ConfigError, Problem, entry
+from cpift.errors import ConfigError, Problem
 from cpift.hub import HUB_ID
-from cpift.merging.fusion import CONFLICTS
+from cpift.merging.conflicts import conflict_named
 from cpift.merging.options import OPTIONS, tune_names
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.fuse import FUSION_RECORD
@@ -240,7 +240,7 @@ def merge_into(
 def _artifact(pipeline: Pipeline) -> Artifact:
     """The fused model's, before it is made; where stages decide conflicts, regions and groups are made for it."""
     fusion = pipeline.config.fusion
-    by_stage = fusion.isolates and entry(CONFLICTS, fusion.conflict, "fusion.conflict").by_stage
+    by_stage = fusion.isolates and conflict_named(fusion.conflict).by_stage
     pipeline.pretrained()
     backbone = pipeline.backbone() if fusion.isolates else pipeline.pretrained()
     return pipeline.artifacts.fuse(pipeline.group().groups if by_stage else (), backbone)

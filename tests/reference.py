@@ -19,6 +19,9 @@ import cpift
 from cpift.cli.main import app
 from cpift.compare.config import CompareConfig
 from cpift.config.run import RunConfig
+from cpift.merging.base import MergeMethod
+from cpift.merging.conflicts import CONFLICTS
+from cpift.merging.registry import METHODS
 from cpift.sweep.config import SweepConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -44,7 +47,8 @@ _EMPTY: tuple[object, ...] = ((), {}, None, "")
 
 def page() -> str:
     """The whole document."""
-    return "\n".join([_HEAD, *(_file(name, *of) for name, of in FILES.items()), _commands(), _python()]).rstrip() + "\n"
+    files = [_file(name, *of) for name, of in FILES.items()]
+    return "\n".join([_HEAD, *files, _methods(), _commands(), _python()]).rstrip() + "\n"
 
 
 # ---- fields of files -------------------------------------------------------------------------------------------------
@@ -168,6 +172,32 @@ def _bounds(marks: Iterable[Any], counted: tuple[str, str] = ("characters", "cha
 def _link(title: str) -> str:
     anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
     return f"[{title.partition(': ')[2]}](#{anchor})"
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _methods() -> str:
+    """What `fusion.method` and `fusion.conflict` may be."""
+    methods = [
+        (f"`{name}`", f"{one.formula} ({one.source})", _said(one), ", ".join(f"`{field}`" for field in one.fields))
+        for name, one in METHODS.items()
+    ]
+    rules = [(f"`{name}`", _plain(rule.formula)) for name, rule in CONFLICTS.items()]
+    return "\n".join(
+        [
+            "## Ways to merge\n\nOf `fusion.method`, with the fields of `fusion` that each reads.\n",
+            _table(("method", "formula", "beside the fine-tunes", "fields"), methods),
+            "\nOf `fusion.conflict`: what becomes of an element that is core of several tasks.\n",
+            f"{_table(('rule', 'its value'), rules)}\n",
+        ]
+    )
+
+
+def _said(method: type[MergeMethod]) -> str:
+    """What else decides the result, and how often everything is read before it is written."""
+    found = ["θ0"] * method.needs_base + ["the seed"] * method.seeded
+    return f"{' and '.join(found) or 'nothing'}; {method.reads + 1} reads"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ CIRCLES = {("pipeline.pipeline", "pipeline.stages")}
 
 
 def module_of(path: Path) -> str:
-    """For example `merging.fusion` of cpift/merging/fusion.py; a package's own name of its `__init__.py`."""
+    """For example `merging.engine` of cpift/merging/engine.py; a package's own name of its `__init__.py`."""
     parts = path.relative_to(ROOT / "cpift").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -15,8 +15,10 @@ from cpift import devices
 from cpift.checkpoints import opening as given
 from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
+from cpift.config import needs
 from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
 from cpift.config.run import FusionConfig, RunConfig, TaskConfig
+from cpift.config.tasks import BASELINES
 from cpift.config.training import SHARDED
 from cpift.data import sources as row_sources
 from cpift.data import tasks as data
@@ -24,8 +26,8 @@ from cpift.errors import CpiftError, entry
 from cpift.evaluation import checks as task_checks
 from cpift.evaluation import metrics
 from cpift.evaluation import scoring as evaluate
-from cpift.merging import definition as verify_definition
-from cpift.merging import fusion, methods
+from cpift.merging import conflicts, registry
+from cpift.merging.methods import cpift as fusion
 from cpift.method import groups as grouping
 from cpift.method import regions as core_regions
 from cpift.method.groups import group_tasks
@@ -44,11 +46,11 @@ TABLES: dict[str, Collection[str]] = {
     "RegionsConfig.scope": core_regions.SCOPES,
     "RegionsConfig.measure": core_regions.MEASURES,
     "GroupsConfig.order": grouping.ORDERS,
-    "FusionConfig.method": methods.METHODS,
+    "FusionConfig.method": registry.METHODS,
     "FusionConfig.trim": core_regions.SCOPES,
     "FusionConfig.granularity": fusion.VECTORS,
     "FusionConfig.space": fusion.SPACES,
-    "FusionConfig.conflict": fusion.CONFLICTS,
+    "FusionConfig.conflict": conflicts.CONFLICTS,
     "FusionConfig.vocabulary": given.VOCABULARIES,
     "Mixing.by": data.SIZES,
     "TrainingConfig.steps_per": fit_spec.STEPS_PER,
@@ -105,14 +107,8 @@ def test_sources_and_judged_models_are_tables_too() -> None:
     others = {"subset", "split", "revision", "size", "seed", "limit", "streaming", "columns", "data_files"}
     assert set(row_sources.ROWS) == set(DataSource.model_fields) - others
     assert set(baselines.JUDGED) == set(get_args(baselines.Judged))
-    baseline = [kind for kind in subclasses(methods.Baseline) if not kind.__abstractmethods__]
-    assert set(verify_definition.DEFINITIONS) == set(baseline), "a method needs its definition, to be verified"
     for dtype in set(planning.KEPT_BYTES) - {"auto"}:
         assert torch.empty(0, dtype=getattr(torch, dtype)).element_size() == planning.KEPT_BYTES[dtype]
-
-
-def subclasses(kind: type[Any]) -> list[type[Any]]:
-    return [one for direct in kind.__subclasses__() for one in (direct, *subclasses(direct))]
 
 
 def unchecked(section: BaseModel, **fields: Any) -> Any:
@@ -136,8 +132,8 @@ NEW_MODEL = NewKind(scratch=ScratchModel())
 NEW_ROWS = NewRows(procedural="addition", size=4)
 NEW_TASK = unchecked(TaskConfig(name="t", test=DataSource(procedural="addition", size=4)), metric="new")
 CASES: dict[str, Callable[[], Any]] = {
-    "fusion.method": lambda: methods.method_named("new"),
-    "fusion.conflict": lambda: fusion.Fusion(None, unchecked(FusionConfig(), conflict="new", transplant=False)),  # type: ignore[arg-type]
+    "fusion.method": lambda: registry.method_named("new"),
+    "fusion.conflict": lambda: conflicts.conflict_named("new"),
     "metric in plan": lambda: task_checks.check_task(NEW_TASK),
     "metric in scores": lambda: evaluate.metric_of(NEW_TASK.metric),
     "model, fingerprint": lambda: models.model_fingerprint(NEW_MODEL),
@@ -165,11 +161,17 @@ def test_what_no_table_holds_is_refused_by_name(name: str) -> None:
         CASES[name]()
 
 
-def test_a_baseline_without_a_definition_is_refused() -> None:
-    class New(methods.Linear):
-        pass
-
-    new = New.__new__(New)
-    with pytest.raises(CpiftError, match="there is no definition of New"):
-        verify_definition._definition(new, None)  # type: ignore[arg-type]
+def test_a_method_says_what_it_is() -> None:
+    """What a plan, a fingerprint, a card and the reference ask a class for is there, and names real fields."""
+    of_fusion = set(FusionConfig.model_fields) - {"method", "vocabulary", "shard_size"}
+    for name, method in registry.METHODS.items():
+        assert not method.__abstractmethods__, f"{name}: {', '.join(method.__abstractmethods__)}"
+        assert method.formula, name
+        assert method.source, name
+        assert set(method.fields) <= of_fusion, name
+        assert not method.extra or method.extra in needs.EXTRAS, name
+        assert method.described(FusionConfig()), name
+    assert {field for method in registry.METHODS.values() for field in method.fields} == of_fusion, "read by none"
+    merged = {name for name, one in BASELINES.items() if not one.trained}
+    assert merged <= registry.METHODS.keys()
     assert entry({"a": 1}, "a", "x") == 1

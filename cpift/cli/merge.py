@@ -136,12 +136,12 @@ def _settings(overrides: list[str]) -> dict[str, Any]:
 
 def _tell(config: RunConfig, notes: list[str], place: Path) -> None:
     from cpift.merge_folder import work_of
-    from cpift.merging.methods import method_named
+    from cpift.merging.registry import method_named
     from cpift.pipeline.identity import StageArtifacts
     from cpift.pipeline.plan import plan
 
     made = plan(StageArtifacts(config), notes)
-    say(f"{config.fusion.method}: {method_named(config.fusion.method).told(config.fusion)}")
+    say(f"{config.fusion.method}: {method_named(config.fusion.method).described(config.fusion)}")
     for note in made.notes:
         say(note)
     if made.parameters is not None:

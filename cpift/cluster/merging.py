@@ -31,7 +31,9 @@ from cpift.config.run import ResourcesConfig
 from cpift.disk.guarded import guarded_reads
 from cpift.disk.object_store import ObjectStore
 from cpift.errors import CpiftError, StageError
-from cpift.merging.engine import Method, Progress, merge_shards
+from cpift.merging.base import MergeMethod
+from cpift.merging.checks import Progress
+from cpift.merging.engine import merge_shards
 
 _RETRIES = 3
 _TASKS_A_CPU = 4  # so many tasks are cut for every processor, to even out their times
@@ -82,7 +84,7 @@ class RayMerging:
         return mark
 
     def merge_shards(
-        self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """`merging.engine.merge_shards` with one task a file."""
         with ray_session(self._resources):
@@ -94,7 +96,7 @@ class RayMerging:
             publish(self._place(self._store, fingerprint), folder)
 
     def _merge_all(
-        self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None
@@ -141,7 +143,7 @@ class RayMerging:
         return task.options(num_cpus=self._cpus, max_retries=_RETRIES, scheduling_strategy=near)
 
 
-def _positions(method: Method) -> dict[str, float]:
+def _positions(method: MergeMethod) -> dict[str, float]:
     """Share of all elements that come before each tensor, in name order."""
     infos = method.models[0].tensors.values()
     ends = list(accumulate(info.numel for info in infos))
@@ -178,7 +180,7 @@ def _mark(
 
 @ray.remote
 def _merge(
-    method: Method, shard: Shard, target: Path | ObjectStore, made_from: str, budget: int, threads: int
+    method: MergeMethod, shard: Shard, target: Path | ObjectStore, made_from: str, budget: int, threads: int
 ) -> dict[str, dict[str, Any]]:
     """The shard's record, written into a folder; its note, uploaded to an object store."""
     import torch

@@ -23,7 +23,8 @@ from cpift.checkpoints.writing import Shard, note_of, write_note
 from cpift.disk.files import MANIFEST, read_json
 from cpift.disk.object_store import ObjectStore
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.engine import Method, merge_shards
+from cpift.merging.base import MergeMethod
+from cpift.merging.engine import merge_shards
 from cpift.method.masks import NoCores, RegionMasks
 
 _MASKS = "masks"
@@ -48,9 +49,9 @@ class StoredMasks(RegionMasks):
         return torch.frombuffer(bytearray(self._store.read(f"{task}.safetensors", at, nbytes)), dtype=torch.int32)
 
 
-def with_stored_masks(method: Method, store: ObjectStore) -> Method:
+def with_stored_masks(method: MergeMethod, store: ObjectStore) -> MergeMethod:
     """The method as workers get it: its masks, if it has any, uploaded to the store and read from there."""
-    masks = getattr(method, "masks", None)
+    masks = method.masks
     if masks is None:
         return method
     place = store.folder(_MASKS)
@@ -63,7 +64,7 @@ def with_stored_masks(method: Method, store: ObjectStore) -> Method:
 
 
 def merge_into(
-    store: ObjectStore, method: Method, shard: Shard, made_from: str, budget: int
+    store: ObjectStore, method: MergeMethod, shard: Shard, made_from: str, budget: int
 ) -> dict[str, dict[str, Any]]:
     """`merging.engine.merge_shards` of one shard that goes to the store, unless it is there; returns its note."""
     kept = store.read_json(note_of(shard, Path()).name)

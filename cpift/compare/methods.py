@@ -18,6 +18,7 @@ from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.data.tasks import count_examples
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
+from cpift.merging.registry import METHODS
 from cpift.pipeline.outcomes import expected_backbone
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import Wanted, titled_backbone
@@ -26,11 +27,9 @@ from cpift.pipeline.stages import integration_spec
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 
 MERGES: dict[str, dict[str, Any]] = {
-    "linear average": {"fusion.method": "linear"},
-    "SLERP": {"fusion.method": "slerp"},
-    "task arithmetic (λ 0.4)": {"fusion.method": "task_arithmetic", "fusion.weight": 0.4},
-    "TIES (density 0.2)": {"fusion.method": "ties", "fusion.density": 0.2},
-    "DARE (density 0.5, λ 0.4)": {"fusion.method": "dare", "fusion.density": 0.5, "fusion.weight": 0.4},
+    one.contender.name: {"fusion.method": name} | {f"fusion.{field}": at for field, at in one.contender.fields.items()}
+    for name, one in METHODS.items()
+    if one.contender is not None
 }
 PARTS: dict[str, dict[str, Any]] = {
     "no transplant": {"fusion.transplant": False},

@@ -39,26 +39,21 @@ NEEDS = {
     "sweep fused": Need("sweep", fuses=True, scores=True),
     "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
 }
-# What of a command's words needs an extra: the modules it imports, and the extra that brings them.
-EXTRAS = {
-    "optuna": (("optuna",), "optuna"),
-    "standard": (("lm_eval",), "eval"),
-    "ties": (("peft",), "peft"),
-    "dare": (("peft",), "peft"),
-}
+# The modules that an extra brings, and which of a command's words need one; what methods need, they say themselves.
+EXTRAS = {"optuna": ("optuna",), "eval": ("lm_eval",), "peft": ("peft",)}
+_NEEDED_BY = {"optuna": "optuna", "standard": "eval"}
 _STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
 
 
 def require_extra(word: str, where: str) -> None:
     """Raise ConfigError, before anything is read, where what `word` needs is not installed."""
-    if problems := absent_extras(word, where):
+    if problems := absent_extra(_NEEDED_BY.get(word, ""), word, where):
         raise ConfigError("extras", problems)
 
 
-def absent_extras(word: str, where: str) -> list[Problem]:
-    """What `word` needs and is not installed."""
-    modules, extra = EXTRAS.get(word, ((), ""))
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+def absent_extra(extra: str, word: str, where: str) -> list[Problem]:
+    """What `word` needs of an extra, "" for none, and is not installed."""
+    absent = [name for name in EXTRAS.get(extra, ()) if importlib.util.find_spec(name) is None]
     what = f"{word} needs {', '.join(absent)}, which is not installed"
     return [Problem(where, what, f"pip install 'cpift[{extra}]'")] if absent else []
 
@@ -69,8 +64,6 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
     integrates = need.integrates_of(config)
     if integrates and config.integration is None:
         yield Problem("integration", f"is not there, and `cpift {need.command}` needs it", _STOPS_BEFORE)
-    if need.fuses or stage is None:
-        yield from absent_extras(config.fusion.method, "fusion.method")
     staged = config.backbone_source == "staged" and need.fuses
     if staged and config.probe is None and config.backbone.training is None:
         remedy = "add it, or set backbone.source: pretrained"
@@ -100,5 +93,3 @@ def _of_baselines(config: RunConfig) -> Iterator[Problem]:
             elif task.checkpoint is not None:
                 what = f"trains as many tokens as the run, and how many tasks.{task.name}.checkpoint saw is not known"
                 yield Problem("baselines.full_sft", what, "leave it out, or give no checkpoint")
-    for name in config.baselines.chosen:
-        yield from absent_extras(name, f"baselines.{name}")

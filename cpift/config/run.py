@@ -26,6 +26,7 @@ from cpift.config.inputs import (
 )
 from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
 from cpift.config.training import IntegrationConfig, ResourcesConfig, Tracker, TrainingConfig
+from cpift.config.words import ConflictName, MeasureName, MergeName, ScopeName
 
 __all__ = [
     "BackboneConfig",
@@ -52,12 +53,12 @@ class RegionsConfig(Section):
     """Core regions Ci: the ⌊p·D⌋ elements that moved most."""
 
     p: Fraction = Field(0.01, **identity("regions"), description="core fraction (a fraction: the paper's 1 % is 0.01)")
-    scope: Literal["global", "tensor"] = Field(
+    scope: ScopeName = Field(
         "global",
         **identity("regions"),
         description="global: the top ⌊p·D⌋ of all parameters at once (paper); tensor: p of each tensor",
     )
-    measure: Literal["update", "significance"] = Field(
+    measure: MeasureName = Field(
         "update",
         **identity("regions", absent="update", swept=True),
         description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
@@ -112,7 +113,7 @@ class BackboneConfig(Section):
 class FusionConfig(Section):
     """Transplant and SLERP; or another way to merge, to compare with."""
 
-    method: Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"] = Field(
+    method: MergeName = Field(
         "cpift",
         **identity("merge"),
         description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone",
@@ -128,7 +129,7 @@ class FusionConfig(Section):
         description="by task, where they differ from `weight`",
     )
     density: Fraction = Field(0.2, **identity("merge"), description="share of each update that ties and dare keep")
-    trim: Literal["tensor", "global"] = Field(
+    trim: ScopeName = Field(
         "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
     )
     t: float = Field(
@@ -154,7 +155,7 @@ class FusionConfig(Section):
         **identity("fuse"),
         description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
     )
-    conflict: Literal["magnitude", "last", "mean", "agree"] = Field(
+    conflict: ConflictName = Field(
         "magnitude",
         **identity("fuse"),
         description="where an element is core of several tasks: magnitude: the largest update wins; last: the later "
@@ -258,9 +259,6 @@ class RunConfig(Section):
         for name in self.fusion.weights:
             if name not in known:
                 raise ValueError(f"fusion.weights: {name!r} is no task; there are {', '.join(sorted(known))}")
-        weights = [self.fusion.weights.get(task.name, self.fusion.weight) for task in self.tasks]
-        if self.fusion.method == "linear" and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
-            raise ValueError(f"fusion.weights sum to {sum(weights):g}, and linear divides by it: give others")
         return self
 
     @model_validator(mode="after")

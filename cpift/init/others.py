@@ -6,9 +6,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import cpift
 from cpift.config.loading import load_config, one_line_yaml, parse_config
+from cpift.config.words import MergeName
 from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.hub import HUB_ID
 from cpift.merging.options import tune_names
@@ -39,7 +41,7 @@ def merge_file(models: Sequence[str], out: Path, schema: str) -> str:
             "regions: {p: 0.01}             # the share of all elements that each keeps; the paper's 1 %",
             "groups: {tau: 0.1}             # tasks whose cores overlap more are one group",
             "backbone: {source: pretrained} # cores go into the first model; or a model trained on everything",
-            "fusion: {method: cpift}        # or linear, task_arithmetic, slerp, ties, dare",
+            f"fusion: {{method: cpift}}        # or {', '.join(get_args(MergeName)[1:])}",
             "resources: {memory_budget: 1GiB}",
         ]
     )

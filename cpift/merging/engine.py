@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.slices import DEFAULT_BUDGET, Piece, sweep
+from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
 from cpift.checkpoints.writing import (
     Shard,
     WriteBehind,
@@ -23,40 +23,20 @@ from cpift.checkpoints.writing import (
 from cpift.disk.guarded import guarded_reads
 from cpift.errors import CpiftError
 from cpift.formats.safetensors import FileWriter, TensorInfo
+from cpift.merging.base import Merged, MergeMethod
+from cpift.merging.checks import Progress
 
 if TYPE_CHECKING:
-    import torch
     from cpift_kernels.cpu.phases import Mark, Masks, Selection
 
-Prepared = tuple[dict[str, Any] | None, Callable[[int, int, "torch.Tensor"], None]]
-Progress = Callable[[int, str], None]  # elements written since the last call, and the tensor they belong to
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
 
-class Method(Protocol):
-    """How models become one; see `fusion.Fusion`."""
-
-    @property
-    def models(self) -> list[Checkpoint]:
-        """Every model that is read."""
-
-    def prepare(self) -> list[dict[str, Any]]:
-        """Whole-model statistics, before the first tensor; returns records of them."""
-
-    def pieces(self, info: TensorInfo) -> list[Piece]:
-        """The slices of a tensor."""
-
-    def tensor(self, info: TensorInfo) -> Prepared:
-        """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
-
-        It may run while another tensor is being written."""
-
-
-MergeShards = Callable[[Method, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
+MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
 
 
 def merge(
-    method: Method,
+    method: MergeMethod,
     like: Checkpoint,
     out: Path,
     made_from: str,
@@ -88,7 +68,7 @@ def merge(
 
 
 def merge_shards(
-    method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+    method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Write some shards; their records by name."""
     if not shards:
@@ -104,7 +84,9 @@ def merge_shards(
         return {shard.name: write(shard) for shard in shards}
 
 
-def _fill(method: Method, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> dict[str, Any]:
+def _fill(
+    method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress
+) -> dict[str, Any]:
     records = []
     with guarded_reads(shard.name), drained(writing):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
@@ -129,7 +111,7 @@ def drained(writing: WriteBehind) -> Iterator[None]:
         writing.drain()
 
 
-def _looked_ahead(method: Method, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Prepared]]:
+def _looked_ahead(method: MergeMethod, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Merged]]:
     """Every tensor with what `method` says of it: its statistics are made while the tensor before it is written, for
     writing alone (one hash, one disk) does not keep the processors busy."""
     with ThreadPoolExecutor(1, thread_name_prefix="cpift-ahead") as ahead:
@@ -172,7 +154,7 @@ class Merging(Protocol):
         """What marks ranges of a selection (`cpift_kernels.cpu.phases.Mark`)."""
 
     def merge_shards(
-        self, method: Method, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """`merge_shards`."""
 

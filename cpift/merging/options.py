@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from cpift.config.words import ConflictName, MeasureName, MergeName, ScopeName, listed
+
 
 @dataclass(frozen=True)
 class Option:
@@ -22,7 +24,7 @@ class Option:
 
 
 OPTIONS: Mapping[str, Option] = {
-    "method": Option("fusion.method", "cpift, linear, task_arithmetic, slerp, ties or dare [default: cpift]"),
+    "method": Option("fusion.method", f"{listed(MergeName)} [default: cpift]"),
     "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties and dare"),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
     "density": Option("fusion.density", "share of each update that ties and dare keep"),
@@ -32,7 +34,7 @@ OPTIONS: Mapping[str, Option] = {
     "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
     "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
     "space": Option("fusion.space", "cpift: SLERP of `weights`, or of their `delta` to BASE"),
-    "conflict": Option("fusion.conflict", "cpift: shared core elements: magnitude, last, mean or agree"),
+    "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
     "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
@@ -59,8 +61,8 @@ class RegionFields(TypedDict, total=False):
     """Keywords that say how core regions are selected (sections `model`, `regions` of a run)."""
 
     p: float
-    scope: Literal["global", "tensor"]
-    measure: Literal["update", "significance"]
+    scope: ScopeName
+    measure: MeasureName
     include: Sequence[str]
     exclude: Sequence[str]
     vocabulary: Literal["error", "base"]
@@ -70,21 +72,21 @@ class RegionFields(TypedDict, total=False):
 class MethodFields(TypedDict, total=False):
     """Keywords that decide the values of a merge (sections `fusion`, `groups`)."""
 
-    method: Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"]
+    method: MergeName
     weight: float
     weights: Mapping[str, float]
     density: float
-    trim: Literal["tensor", "global"]
+    trim: ScopeName
     t: float
     omega: Literal["uniform"] | float
     epsilon: float
     granularity: Literal["tensor", "row", "model"]
     space: Literal["weights", "delta"]
-    conflict: Literal["magnitude", "last", "mean", "agree"]
+    conflict: ConflictName
     transplant: bool
     p: float
-    scope: Literal["global", "tensor"]
-    measure: Literal["update", "significance"]
+    scope: ScopeName
+    measure: MeasureName
     include: Sequence[str]
     exclude: Sequence[str]
     tau: float

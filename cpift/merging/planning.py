@@ -10,10 +10,11 @@ from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.lora_files import require_plain
 from cpift.checkpoints.opening import at_hand, backbone_apart, describe, has_apart, open_checkpoint
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
+from cpift.config.needs import NEEDS, absent_extra
 from cpift.config.run import RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES
-from cpift.merging.methods import method_named
+from cpift.merging.registry import METHODS, method_named
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
 from cpift.pretrained.loading import code_problems
@@ -46,6 +47,20 @@ def check_given(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
+    """What methods that a stage (a key of `NEEDS`) merges by say against the run, or need and is not installed."""
+    need, tasks = NEEDS[stage], [task.name for task in config.tasks]
+    problems = []
+    if need.fuses or stage is None:
+        method = method_named(config.fusion.method)
+        problems += method.problems(config.fusion, tasks)
+        problems += absent_extra(method.extra, config.fusion.method, "fusion.method")
+    if config.baselines is not None and (need.scores or stage is None):
+        for name in (name for name in config.baselines.chosen if name in METHODS):
+            problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")
+    return problems
+
+
 def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
     """θ0 as a merge reads it: with tied tensors apart where a task's checkpoint has them so."""
     tasks = [folder for where, folder in _given(config) if where != _BACKBONE]
@@ -71,11 +86,10 @@ def check_budget(config: RunConfig) -> list[Problem]:
         base = Checkpoint(folder)
     except (CpiftError, OSError):
         return []  # `check_given` says what is wrong with it
-    rows = config.fusion.granularity == "row" and config.fusion.method == "cpift"
-    largest = 0
+    row_width, largest = method_named(config.fusion.method).row_width, 0
     for info in base.tensors.values():
-        width = info.numel // info.shape[0] if rows and len(info.shape) > 1 and info.shape[0] else 0
-        largest = max(largest, *((stop - start) * info.itemsize for start, stop in pieces(info.numel, width)[:1]), 0)
+        parts = pieces(info.numel, row_width(config.fusion, info))
+        largest = max(largest, *((stop - start) * info.itemsize for start, stop in parts[:1]), 0)
     models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
     try:
         buffers_within(config.resources.memory_budget, largest, models)

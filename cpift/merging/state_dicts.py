@@ -16,11 +16,12 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import sweep
 from cpift.config.loading import parse_config
 from cpift.config.run import RunConfig
-from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem, entry
+from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo, dtype_name
-from cpift.merging.fusion import CONFLICTS, Fusion, FusionInputs
-from cpift.merging.methods import Baseline, Materials, method_named
+from cpift.merging.base import FusionInputs, Materials, MergeMethod
+from cpift.merging.conflicts import conflict_named
 from cpift.merging.options import OPTIONS
+from cpift.merging.registry import method_named
 from cpift.method.groups import group_tasks
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
@@ -49,7 +50,7 @@ def merge_dicts(
     return {name: made[shared.get(name, name)].to(tensor.device) for name, tensor in base.items()}
 
 
-def _merged(method: Fusion | Baseline, info: TensorInfo) -> torch.Tensor:
+def _merged(method: MergeMethod, info: TensorInfo) -> torch.Tensor:
     out = torch.empty(info.numel, dtype=info.dtype)
     _, fill = method.tensor(info)
     for start, stop in sweep(method.models, info, method.pieces(info)):
@@ -63,14 +64,14 @@ def _method(
     backbone: Checkpoint,
     tuned: Mapping[str, Checkpoint],
     folder: Path,
-) -> Fusion | Baseline:
+) -> MergeMethod:
     """The method over these models; masks go into `folder`."""
     select = partial(_selected, pretrained, tuned, folder)
     priority: list[str] = []
     regions = folder
     if config.fusion.isolates:
         regions = select(config.regions)
-        if entry(CONFLICTS, config.fusion.conflict, "fusion.conflict").by_stage:
+        if conflict_named(config.fusion.conflict).by_stage:
             overlaps = np.array(read_summary(regions)["overlaps"])
             found = group_tasks(list(tuned), overlaps, config.regions.p, config.groups, config.seed)
             priority = [task for group in found.groups for task in group]

@@ -16,10 +16,11 @@ from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import file_sha256, is_json, link_or_copy, read_json, write_json
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
-from cpift.merging.engine import Merging, Progress, merge
-from cpift.merging.fusion import Fusion, FusionInputs
-from cpift.merging.methods import Baseline, Materials, method_named
-from cpift.merging.verify import check_loads, failures, verify
+from cpift.merging.base import FusionInputs, Materials, MergeMethod
+from cpift.merging.checks import Progress, failures
+from cpift.merging.engine import Merging, merge
+from cpift.merging.registry import method_named
+from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
 from cpift.method.regions import Streaming, write_regions
 from cpift.models.sources import configured_template
@@ -140,7 +141,7 @@ def describe_inputs(artifacts: StageArtifacts, backbone: Model | None, hashed: b
     }
 
 
-def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> Fusion | Baseline:
+def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> MergeMethod:
     """The method that `fusion.method` names, over these models."""
     trimmed = partial(_trimmed, config, inputs, work / "trimmed", merging)
     return method_named(config.fusion.method).make(Materials(inputs, config.fusion, config.seed, trimmed))

@@ -32,9 +32,8 @@ from cpift.data.tasks import source_fingerprint
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json
 from cpift.disk.input_watch import InputWatch
-from cpift.errors import entry
-from cpift.merging.fusion import CONFLICTS
-from cpift.merging.methods import method_named
+from cpift.merging.conflicts import conflict_named
+from cpift.merging.registry import method_named
 from cpift.method.groups import Grouping
 from cpift.models.checks import source_files
 from cpift.models.sources import model_fingerprint
@@ -192,7 +191,7 @@ class StageArtifacts:
             return self._merged()
         inputs = {"model": self.base.fingerprint, "regions": self.regions.fingerprint}
         fields = identity_of(self.config.fusion, "fuse") | self._template_fields
-        if entry(CONFLICTS, self.config.fusion.conflict, "fusion.conflict").by_stage:
+        if conflict_named(self.config.fusion.conflict).by_stage:
             fields["groups"] = [list(group) for group in groups]
         return self.artifact("fuse", "", inputs | self._probe_inputs | {"backbone": backbone.fingerprint}, fields)
 

@@ -38,13 +38,14 @@ def examined(
     """
     from cpift.data.shared_rows import SharedRows
     from cpift.evaluation.checks import check_task
-    from cpift.merging.planning import check_budget, check_given
+    from cpift.merging.planning import check_budget, check_given, check_methods
     from cpift.models.sources import check_model
     from cpift.pipeline.row_checks import RowChecks, check_written
     from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
-    problems, models = [*missing(config, stage), *_check_names(config)], check_model(config.model)
+    problems, models = [*missing(config, stage), *check_methods(config, stage)], check_model(config.model)
+    problems += _check_names(config)
     if not problems and not models:
         models += check_given(config)
     problems += models

@@ -11,7 +11,7 @@ from cpift.data.tasks import rows_of
 from cpift.disk.artifacts import CARD
 from cpift.disk.files import write_text
 from cpift.errors import entry
-from cpift.merging.methods import method_named
+from cpift.merging.registry import method_named
 from cpift.models.sources import source_of
 from cpift.text.escaping import code, markdown
 from cpift.text.redaction import redacted
@@ -166,7 +166,7 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 
 def _fusion(fusion: FusionConfig) -> str:
-    told = markdown(method_named(fusion.method).told(fusion))
+    told = markdown(method_named(fusion.method).described(fusion))
     return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method} onto θ0: {told}."
 
 

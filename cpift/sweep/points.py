@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cpift.config.needs import missing
 from cpift.config.variation import Fields, Value, describe
 from cpift.errors import ConfigError, Problem
+from cpift.merging.planning import check_methods
 from cpift.pipeline.outcomes import outcome
 from cpift.pipeline.pipeline import Pipeline
 from cpift.sweep.config import Range, Sweep, SweepConfig
@@ -45,7 +46,8 @@ def check_points(sweep: Sweep, stage: str) -> None:
         points = choose_points(sweep.config)
     found: dict[Problem, Fields] = {}
     for point in points:
-        for problem in missing(sweep.run(point, sweep.seeds[0]), stage):
+        config = sweep.run(point, sweep.seeds[0])
+        for problem in (*missing(config, stage), *check_methods(config, stage)):
             found.setdefault(problem, point)
     if found:
         problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in found.items()]

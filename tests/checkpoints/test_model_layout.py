@@ -20,7 +20,8 @@ from cpift.config.inputs import ScratchModel
 from cpift.config.loading import load_config
 from cpift.disk.files import read_json
 from cpift.errors import StageError
-from cpift.merging.verify import check_loads, failures
+from cpift.merging.checks import failures
+from cpift.merging.verify import check_loads
 from cpift.models.scratch import make_scratch_tokenizer
 from cpift.models.sources import load_model
 from cpift.pipeline import fuse as fusion_stage

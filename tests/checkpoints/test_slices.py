@@ -20,9 +20,11 @@ from cpift.checkpoints.writing import plan_shards
 from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CpiftError, StageError
 from cpift.formats.safetensors import FormatError, read_header
+from cpift.merging.base import FusionInputs
+from cpift.merging.checks import failures
 from cpift.merging.engine import merge
-from cpift.merging.fusion import Fusion, FusionInputs
-from cpift.merging.verify import failures, verify
+from cpift.merging.methods.cpift import Fusion
+from cpift.merging.verify import verify
 from cpift.method.masks import RegionMasks, read_summary
 from cpift.method.regions import Streaming, core_size, select_regions_many, write_regions
 from tests.helpers.checkpoints import Models, large, save_checkpoint, shards_of

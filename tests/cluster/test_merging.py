@@ -18,8 +18,9 @@ from cpift.cluster.merging import RayMerging
 from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.errors import CheckpointError
 from cpift.formats.safetensors import TensorInfo, read_header
+from cpift.merging.base import Fill, FusionInputs
 from cpift.merging.engine import merge
-from cpift.merging.fusion import Fill, Fusion, FusionInputs
+from cpift.merging.methods.cpift import Fusion
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.checkpoints import Models, save_checkpoint, shards_of

@@ -23,8 +23,9 @@ from cpift.disk.files import file_sha256, read_json
 from cpift.disk.object_store import ObjectStore
 from cpift.errors import StageError
 from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import Fill, FusionInputs
 from cpift.merging.engine import merge
-from cpift.merging.fusion import Fill, Fusion, FusionInputs
+from cpift.merging.methods.cpift import Fusion
 from cpift.method.regions import write_regions
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline

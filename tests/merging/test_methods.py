@@ -13,12 +13,22 @@ from cpift.checkpoints import slices as streaming
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CpiftError
-from cpift.merging import methods
+from cpift.merging import base as merging_base
+from cpift.merging.base import FusionInputs, MergeMethod
+from cpift.merging.checks import failures
 from cpift.merging.engine import merge
-from cpift.merging.methods import Baseline, Dare, Linear, Slerp, TaskArithmetic, Ties, survives
-from cpift.merging.verify import failures, verify
+from cpift.merging.methods.dare import Dare, survives
+from cpift.merging.methods.linear import Linear
+from cpift.merging.methods.slerp import Slerp
+from cpift.merging.methods.task_arithmetic import TaskArithmetic
+from cpift.merging.methods.ties import Ties
+from cpift.merging.verify import verify
 from cpift.method.regions import write_regions
 from tests.helpers.checkpoints import random_tensors, save_checkpoint
+
+
+def inputs_of(base: Checkpoint, tuned: dict[str, Checkpoint]) -> FusionInputs:
+    return FusionInputs(base, base, tuned, Path(), ())
 
 
 def saved(folder: Path, values: list[list[float]]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
@@ -30,7 +40,7 @@ def saved(folder: Path, values: list[list[float]]) -> tuple[Checkpoint, dict[str
     return models[0], {f"t{i}": model for i, model in enumerate(models[1:])}
 
 
-def merged(folder: Path, method: Baseline, like: Checkpoint) -> Checkpoint:
+def merged(folder: Path, method: MergeMethod, like: Checkpoint) -> Checkpoint:
     folder.mkdir()
     merge(method, like, folder, "inputs", shard_size=10**9)
     assert not failures(verify(method, like, folder))
@@ -51,7 +61,7 @@ def test_slerp_has_the_known_figures(
     tmp_path: Path, t: float, one: list[float], two: list[float], wanted: list[float]
 ) -> None:
     base, tuned = saved(tmp_path, [one, one, two])
-    out = merged(tmp_path / "out", Slerp(base, tuned, FusionConfig(method="slerp", t=t)), base)
+    out = merged(tmp_path / "out", Slerp(inputs_of(base, tuned), FusionConfig(method="slerp", t=t)), base)
     torch.testing.assert_close(out.tensor("w"), torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
@@ -59,7 +69,7 @@ def test_slerp_of_three_folds_one_after_another(tmp_path: Path) -> None:
     """On a circle: halfway from 0° to 60°, then a third of the way on to 90°."""
     angles = [math.radians(angle) for angle in (0, 60, 90)]
     base, tuned = saved(tmp_path, [[1.0, 1.0], *([math.cos(angle), math.sin(angle)] for angle in angles)])
-    out = merged(tmp_path / "out", Slerp(base, tuned, FusionConfig(method="slerp")), base)
+    out = merged(tmp_path / "out", Slerp(inputs_of(base, tuned), FusionConfig(method="slerp")), base)
     wanted = math.radians(30 + (90 - 30) / 3)
     expected = torch.tensor([math.cos(wanted), math.sin(wanted)], dtype=torch.float32)
     torch.testing.assert_close(out.tensor("w"), expected, rtol=1e-5, atol=1e-6)
@@ -68,7 +78,7 @@ def test_slerp_of_three_folds_one_after_another(tmp_path: Path) -> None:
 def test_slerp_weighs_two_models_only(tmp_path: Path) -> None:
     base, tuned = saved(tmp_path, [[1.0], [1.0], [2.0], [3.0]])
     with pytest.raises(CpiftError, match="is for two tasks, the config has 3"):
-        Slerp(base, tuned, FusionConfig(method="slerp", t=0.3))
+        Slerp(inputs_of(base, tuned), FusionConfig(method="slerp", t=0.3))
 
 
 def fine_tunes(tmp_path: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, dict[str, Checkpoint]]:
@@ -84,8 +94,8 @@ def fine_tunes(tmp_path: Path, dtype: torch.dtype = torch.float32) -> tuple[Chec
 def test_linear_and_task_arithmetic_are_their_formulas(tmp_path: Path, dtype: torch.dtype) -> None:
     base, tuned = fine_tunes(tmp_path, dtype)
     config = FusionConfig(weight=0.4, weights={"t1": 0.8})
-    mean = merged(tmp_path / "linear", Linear(base, tuned, config), base)
-    sums = merged(tmp_path / "sums", TaskArithmetic(base, tuned, config), base)
+    mean = merged(tmp_path / "linear", Linear(inputs_of(base, tuned), config), base)
+    sums = merged(tmp_path / "sums", TaskArithmetic(inputs_of(base, tuned), config), base)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     for name, info in base.tensors.items():
         if not info.floating:
@@ -104,7 +114,7 @@ def test_ties_is_that_of_peft(tmp_path: Path) -> None:
     (tmp_path / "trimmed").mkdir()
     write_regions(base, tuned, RegionsConfig(p=0.3, scope="tensor"), {0.3: tmp_path / "trimmed"})
     config = FusionConfig(method="ties", density=0.3, weight=0.7)
-    out = merged(tmp_path / "out", Ties(base, tuned, config, tmp_path / "trimmed"), base)
+    out = merged(tmp_path / "out", Ties(inputs_of(base, tuned), config, tmp_path / "trimmed"), base)
     for name in ("embed.weight", "layers.0.q.weight", "cube"):
         origin = base.tensor(name)
         updates = [(model.tensor(name) - origin).flatten() for model in tuned.values()]
@@ -116,12 +126,12 @@ def test_dare_keeps_its_share_whatever_the_slices(tmp_path: Path, monkeypatch: p
     pytest.importorskip("peft.utils.merge_utils")
     base, tuned = fine_tunes(tmp_path)
     config = FusionConfig(method="dare", density=0.25)
-    whole = merged(tmp_path / "whole", Dare(base, tuned, config, 3), base)
+    whole = merged(tmp_path / "whole", Dare(inputs_of(base, tuned), config, 3), base)
     monkeypatch.setattr(streaming, "SLICE", 64)
-    monkeypatch.setattr(methods, "_RUN", 32)
-    sliced = merged(tmp_path / "sliced", Dare(base, tuned, config, 3), base)
+    monkeypatch.setattr(merging_base, "_RUN", 32)
+    sliced = merged(tmp_path / "sliced", Dare(inputs_of(base, tuned), config, 3), base)
     assert all(torch.equal(whole.tensor(name), sliced.tensor(name)) for name in base.names)
-    other = merged(tmp_path / "other", Dare(base, tuned, config, 4), base)
+    other = merged(tmp_path / "other", Dare(inputs_of(base, tuned), config, 4), base)
     assert not torch.equal(whole.tensor("embed.weight"), other.tensor("embed.weight"))
     kept = survives(3, "t0", "w", 0, 1 << 20, 0.25)
     assert abs(kept.mean() - 0.25) < 0.002
@@ -131,7 +141,7 @@ def test_dare_keeps_its_share_whatever_the_slices(tmp_path: Path, monkeypatch: p
 
 def test_what_is_not_finite_fails_a_check(tmp_path: Path) -> None:
     base, tuned = saved(tmp_path, [[1.0, 2.0], [1.0, float("nan")], [2.0, 3.0]])
-    out, method = tmp_path / "out", Linear(base, tuned, FusionConfig(method="linear"))
+    out, method = tmp_path / "out", Linear(inputs_of(base, tuned), FusionConfig(method="linear"))
     out.mkdir()
     merge(method, base, out, "inputs", shard_size=10**9)
     assert "every element of the fused model is finite: 1 tensors, wrong: w" in failures(verify(method, base, out))

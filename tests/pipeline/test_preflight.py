@@ -136,13 +136,25 @@ def test_models_that_have_no_row_or_place_for_a_token(gpt2: Path, tmp_path: Path
         ("resources__memory_budget", 2**63),
         ("model__scratch__layers", 10**6),
         ("name", "𝒜" * 60),
-        ("fusion__weights", {"a": 1.0, "b": -1.0}),
     ],
 )
 def test_numbers_and_names_out_of_range_are_refused_by_the_config(tmp_path: Path, field: str, value: Any) -> None:
     more = {"resources": {}, "fusion": {"method": "linear"}}
     with pytest.raises(ConfigError, match="model.scratch" if "layers" in field else field.split("__")[-1]):
         run_of(tmp_path, ROWS, **more, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fusion", "said"),
+    [
+        ({"method": "linear", "weights": {"a": 1.0, "b": -1.0}}, r"fusion.weights: sum to 0, and linear divides by it"),
+        ({"method": "linear", "weight": 0.0}, r"fusion.weights: sum to 0"),
+    ],
+)
+def test_what_a_method_cannot_do_is_told_first(tmp_path: Path, fusion: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        preflight(run_of(tmp_path, ROWS, fusion=fusion))
+    preflight(run_of(tmp_path, ROWS, fusion=fusion), stage="regions")
 
 
 def test_rows_beyond_the_first_of_which_an_evaluation_or_a_sample_would_fail(gpt2: Path, tmp_path: Path) -> None:

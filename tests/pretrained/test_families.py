@@ -18,9 +18,11 @@ from cpift.config.run import FusionConfig, RegionsConfig, TrainingConfig
 from cpift.data.packing import packed
 from cpift.data.tasks import load_examples
 from cpift.data.tokenise import IGNORED, CompletionCollator, tokenised_dataset
+from cpift.merging.base import FusionInputs
+from cpift.merging.checks import failures
 from cpift.merging.engine import merge
-from cpift.merging.fusion import Fusion, FusionInputs
-from cpift.merging.verify import check_loads, failures, verify
+from cpift.merging.methods.cpift import Fusion
+from cpift.merging.verify import check_loads, verify
 from cpift.method.regions import CoreRegion, save_regions, select_regions
 from cpift.models.sources import load_model, load_tokenizer
 from cpift.pretrained.architecture import untrainable, vocabulary_size

@@ -1,0 +1,20 @@
+"""The words of fields that code outside the config lists too: `cpift --help` reads them, so nothing is imported here.
+
+Each is a key of a table, which `tests/test_tables.py` holds to it: `merging.registry.METHODS`,
+`merging.conflicts.CONFLICTS`, `method.regions.SCOPES` and `MEASURES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+MergeName = Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"]
+ConflictName = Literal["magnitude", "last", "mean", "agree"]
+ScopeName = Literal["global", "tensor"]
+MeasureName = Literal["update", "significance"]
+
+
+def listed(words: Any) -> str:
+    """The words of a Literal as a sentence has them: `a, b or c`."""
+    *first, last = map(str, get_args(words))
+    return f"{', '.join(first)} or {last}" if first else last

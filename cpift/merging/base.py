@@ -1,0 +1,249 @@
+"""What a way to merge is: `MergeMethod`, and the two kinds that most are.
+
+`Combination` is Σ c·θ with the same c for a whole tensor; `Updates` is θ0 and what a formula makes of θi − θ0, element
+by element. One file of `methods/` is one way, and one row of `registry.METHODS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from cpift_kernels import fused_apply
+
+from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
+from cpift.checkpoints.finite import all_finite, require_finite
+from cpift.checkpoints.slices import Piece, pieces
+from cpift.config.run import FusionConfig
+from cpift.errors import CpiftError, Problem, ProblemsError
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.checks import Check, Progress
+from cpift.merging.definition import Definition, Expected, in_fp64
+from cpift.method.masks import RegionMasks
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+Fill = Callable[[int, int, "torch.Tensor"], None]  # writes elements start..stop-1 into a buffer [stop - start]
+Merged = tuple[dict[str, Any] | None, Fill]  # a record of one tensor if there is anything to say, and what writes it
+_RUN = 1 << 18  # elements whose updates are held in fp32 at once, a multiple of 32
+_LARGEST = 1 << 24  # elements of a tensor that is not too large for its definition to be evaluated
+
+
+@dataclass(frozen=True)
+class FusionInputs:
+    """Everything that is merged. `tuned` in the order in which SLERP folds; `priority` in stage order."""
+
+    pretrained: Checkpoint
+    backbone: Checkpoint
+    tuned: Mapping[str, Checkpoint]
+    regions: Path
+    priority: Sequence[str]
+
+    def check(self) -> None:
+        """Raise CheckpointError if a model does not fit the pre-trained one."""
+        require_same_layout(self.pretrained, {"backbone": self.backbone, **self.tuned})
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a method may be made from. `trimmed`: the masks of the largest updates, made when asked for."""
+
+    inputs: FusionInputs
+    config: FusionConfig
+    seed: int
+    trimmed: Callable[[], Path]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as comparisons have it: its name there, and the fields of `fusion` that it is set by."""
+
+    name: str
+    fields: Mapping[str, Any]
+
+
+class MergeMethod(ABC):
+    """One way to make one model out of many.
+
+    What a class says of itself is what a plan, a fingerprint, a model card, the reference and a comparison know of it.
+    Tensors that it does not merge are copied bit for bit.
+    """
+
+    formula: ClassVar[str]
+    source: ClassVar[str]  # the paper
+    fields: ClassVar[tuple[str, ...]]  # of `fusion`, beside `method`, `vocabulary` and `shard_size`
+    seeded: ClassVar[bool] = False  # whether the run's seed decides the result
+    needs_base: ClassVar[bool] = True  # whether θ0's values decide it
+    reads: ClassVar[int] = 0  # times that every model is read before the pass that writes
+    extra: ClassVar[str] = ""  # of cpift, without which it cannot run
+    contender: ClassVar[Contender | None] = None  # how comparisons have it, if they do
+    compared_where: ClassVar[str] = "sampled elements"  # what verification holds against the definition
+
+    masks: RegionMasks | None = None  # of elements that it treats in another way
+
+    def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
+        """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
+        if problems := self.problems(config, list(inputs.tuned)):
+            raise ProblemsError(f"merge by {config.method}", problems)
+        self.pretrained, self.tuned, self.config = inputs.pretrained, dict(inputs.tuned), config
+        self.weights = [config.weights.get(task, config.weight) for task in inputs.tuned]
+        self._seed = seed
+
+    @classmethod
+    def make(cls, materials: Materials) -> Self:
+        """The method over a run's models."""
+        return cls(materials.inputs, materials.config, materials.seed)
+
+    @classmethod
+    def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        """Why it cannot merge these tasks as the config says; asked before any model is opened."""
+        return []
+
+    @classmethod
+    def described(cls, config: FusionConfig) -> str:
+        """By what it is set, for people."""
+        return ", ".join(_SETTINGS[name](config) for name in cls.fields if name in _SETTINGS)
+
+    @classmethod
+    def row_width(cls, config: FusionConfig, info: TensorInfo) -> int:
+        """Elements of a row, where rows of this tensor may not be cut; else 0."""
+        return 0
+
+    @property
+    def seed(self) -> int:
+        if not self.seeded:
+            raise CpiftError(f"{type(self).__name__} reads the seed and does not say `seeded`: it would not be cached")
+        return self._seed
+
+    @property
+    def models(self) -> list[Checkpoint]:
+        """Every model that is read, each once."""
+        return [*([self.pretrained] if self.needs_base else []), *self.tuned.values()]
+
+    def prepare(self) -> list[dict[str, Any]]:
+        """Whole-model statistics, before the first tensor; returns records of them."""
+        return []
+
+    def merges(self, info: TensorInfo) -> bool:
+        """Whether a tensor is merged; else it is `rest`'s."""
+        return info.floating
+
+    @property
+    def rest(self) -> tuple[str, Checkpoint]:
+        """The model that everything else is copied from, with its label."""
+        return "θ0", self.pretrained
+
+    def pieces(self, info: TensorInfo) -> list[Piece]:
+        """The slices of a tensor, cut between rows where these may not be cut."""
+        return pieces(info.numel, self.row_width(self.config, info) if self.merges(info) else 0)
+
+    def tensor(self, info: TensorInfo) -> Merged:
+        """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
+
+        It may run while another tensor is being written."""
+        return self.merged(info) if self.merges(info) else (None, copy_of(*self.rest, info))
+
+    @abstractmethod
+    def merged(self, info: TensorInfo) -> Merged:
+        """`tensor` of one that it merges."""
+
+    @abstractmethod
+    def definition(self, info: TensorInfo) -> Definition:
+        """What the tensor has to be, in fp64, by code that shares nothing with `merged`."""
+
+    def compares(self, info: TensorInfo) -> bool:
+        """Whether a tensor that was written is compared with its definition."""
+        return self.merges(info) and 0 < info.numel <= _LARGEST
+
+    def checks(self, written: Checkpoint, progress: Progress) -> list[Check]:
+        """What else has to hold of the merged model."""
+        return []
+
+
+def copy_of(label: str, model: Checkpoint, info: TensorInfo) -> Fill:
+    """Writes a tensor as it is in a model. Raises CheckpointError where it is not finite."""
+
+    def fill(start: int, stop: int, out: torch.Tensor) -> None:
+        values = model.slice(info.name, start, stop)
+        if info.floating and not all_finite(values):
+            require_finite(label, model, [info.name])
+        out.copy_(values)
+
+    return fill
+
+
+def _weights_said(config: FusionConfig) -> str:
+    own = "".join(f", {task} {weight:g}" for task, weight in config.weights.items())
+    return f"weight {config.weight:g}{own}"
+
+
+# How a field is said; one that is not here goes without saying.
+_SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
+    "weight": _weights_said,
+    "density": lambda config: f"density {config.density:g}",
+    "t": lambda config: f"t = {config.t:g}",
+    "epsilon": lambda config: f"LERP below {config.epsilon:g} rad",
+}
+
+
+class Combination(MergeMethod):
+    """Any merge that is Σ c_m·θ_m with the same c for a whole tensor."""
+
+    @abstractmethod
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+        """One factor for each of `models`, and a record."""
+
+    def merged(self, info: TensorInfo) -> Merged:
+        import torch
+
+        factors, record = self.coefficients(info)
+        used = [(model, factor) for model, factor in zip(self.models, factors, strict=True) if factor != 0.0]
+        scale = torch.tensor([[factor for _, factor in used]], dtype=torch.float64)
+
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            sources = [model.slice(info.name, start, stop) for model, _ in used]
+            fused_apply(out, sources, scale, [None] * len(sources))
+
+        return record, fill
+
+
+class Updates(MergeMethod):
+    """Merges of updates θi − θ0 (fp32) by a formula that needs them element by element."""
+
+    def merged(self, info: TensorInfo) -> Merged:
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            for first, last in _runs(start, stop):
+                origin = self.pretrained.slice(info.name, first, last).float()
+                updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
+                out[first - start : last - start] = origin + self.update(info.name, first, last, updates)
+
+        return None, fill
+
+    @abstractmethod
+    def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        """fp32 [stop - start], what is added to θ0; updates: fp32, one a task."""
+
+    @abstractmethod
+    def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
+        """The same in fp64, [stop - start], as the formula has it; updates: fp64 [N, stop - start]."""
+
+    def definition(self, info: TensorInfo) -> Definition:
+        def values(start: int, stop: int) -> Expected:
+            origin = in_fp64(self.pretrained, info.name, start, stop)
+            tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
+            updates = np.stack([vector - origin for vector in tuned])
+            scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) / self.config.density
+            merged = origin + self.defined_update(info.name, start, stop, updates)
+            return Expected(merged, np.arange(stop - start), scale)
+
+        return values
+
+
+def _runs(start: int, stop: int) -> Iterator[Piece]:
+    return ((first, min(first + _RUN, stop)) for first in range(start, stop, _RUN))

@@ -1,0 +1,280 @@
+"""CPI-FT's fusion: transplant every core into the backbone, SLERP the rest (docs/method.md, stage 5).
+
+Tensors are streamed in slices: θ_base, θ0 and all θi of one run of elements at a time. Sequential SLERP of N models is
+a linear combination whose coefficients follow from the masked Gram matrix, so a tensor is walked twice: for the Gram
+matrix, and to write the result. Slices have one fixed size and are summed in order: the result does not depend on the
+memory, the number of workers or where a shard ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from cpift_kernels import count_mask, fused_apply, masked_gram, slerp_coefficients, union_mask, unpack_mask
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.finite import require_finite
+from cpift.checkpoints.slices import sweep
+from cpift.config.run import FusionConfig
+from cpift.errors import entry
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import FusionInputs, Merged, MergeMethod
+from cpift.merging.checks import Check, Progress, check_copied
+from cpift.merging.conflicts import Claims, conflict_named
+from cpift.merging.core_checks import Operands, check_cores
+from cpift.merging.definition import (
+    Definition,
+    Expected,
+    Fold,
+    Runs,
+    Vectors,
+    combined,
+    elements_at,
+    expected,
+    runs_of,
+    sequential_slerp,
+)
+from cpift.method.masks import NoCores, RegionMasks
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What `fusion.granularity` may be: what has an angle of its own."""
+
+    row: bool = False
+    model: bool = False
+
+
+VECTORS = {"tensor": Vector(), "row": Vector(row=True), "model": Vector(model=True)}
+SPACES: dict[str, bool] = {"weights": False, "delta": True}  # `fusion.space` → whether vectors begin at θ0
+
+
+def omegas(config: FusionConfig, tasks: int) -> list[float]:
+    """Interpolation factors ω_1..ω_N: 1/(i+1), or the fixed number."""
+    if config.omega == "uniform":
+        return [1 / (i + 1) for i in range(1, tasks + 1)]
+    return [float(config.omega)] * tasks
+
+
+class Fusion(MergeMethod):
+    """Core transplant into a backbone, then SLERP of what is core of none, slice by slice."""
+
+    formula = "cores of θ1..θN in θ_base; the rest SLERP(…SLERP(θ_base, θ1, ω_1)…, θN, ω_N)"
+    source = "CPI-FT"
+    fields = ("omega", "epsilon", "granularity", "space", "conflict", "transplant")
+    reads = 1
+    compared_where = "sampled elements in no core"
+    masks: RegionMasks
+
+    def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
+        super().__init__(inputs, config, seed)
+        self.inputs = inputs
+        self._conflict = conflict_named(config.conflict)
+        self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
+        self.from_origin = entry(SPACES, config.space, "fusion.space")
+        self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
+        self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    @classmethod
+    def described(cls, config: FusionConfig) -> str:
+        return (
+            f"core transplant (conflicts: {config.conflict}), then SLERP of {config.space} "
+            f"by {config.granularity}, ω = {config.omega}, LERP below {config.epsilon:g} rad"
+        )
+
+    @classmethod
+    def row_width(cls, config: FusionConfig, info: TensorInfo) -> int:
+        rows = entry(VECTORS, config.granularity, "fusion.granularity").row and len(info.shape) >= 2
+        return info.numel // info.shape[0] if rows and info.shape[0] else 0
+
+    @property
+    def models(self) -> list[Checkpoint]:
+        inputs = self.inputs
+        return list({id(m): m for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())}.values())
+
+    def merges(self, info: TensorInfo) -> bool:
+        return self.masks.has(info.name)
+
+    @property
+    def rest(self) -> tuple[str, Checkpoint]:
+        return "backbone", self.inputs.backbone
+
+    def prepare(self) -> list[dict[str, Any]]:
+        """With granularity `model` its one angle a fold, which takes a read of everything."""
+        import torch
+
+        if not self.vector.model:
+            return []
+        total: torch.Tensor | float = 0.0
+        for name in self.inputs.backbone.names:
+            if self.masks.has(name):
+                total = total + self._gram(self.inputs.backbone.tensors[name])[0]
+        assert isinstance(total, torch.Tensor)  # a parameter space is never empty
+        coefficients, angles, lerp = self._slerp(total, "(model)")
+        record = {"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp}
+        self._model = coefficients, record
+        return [record]
+
+    def merged(self, info: TensorInfo) -> Merged:
+        record: dict[str, Any] = {"tensor": info.name, "numel": info.numel, "core": 0}
+        if self._model is not None:
+            coefficients = self._model[0]
+            record["core"] = self._core_count(info)
+        else:
+            gram, record["core"] = self._gram(info)
+            coefficients, record["angles"], record["lerp"] = self._slerp(gram, info.name)
+        width = info.numel // len(coefficients)
+
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            operands = self.operands(info.name, start, stop)
+            if len(coefficients) == 1:
+                fused_apply(out, operands.sources, coefficients, operands.masks)
+                return
+            rows = slice(start // width, stop // width)
+            sources = [source.view(-1, width) for source in operands.sources]
+            fused_apply(out.view(-1, width), sources, coefficients[rows], operands.masks)
+
+        return record, fill
+
+    # ---- cores -------------------------------------------------------------------------------------------------------
+
+    def sources(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        """Elements of [θ0 (delta space only), θ_base, θ1..θN]."""
+        inputs = self.inputs
+        first = [inputs.pretrained] if self.from_origin else []
+        return [model.slice(name, start, stop) for model in (*first, inputs.backbone, *inputs.tuned.values())]
+
+    def operands(self, name: str, start: int, stop: int) -> Operands:
+        """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
+        tasks, sources = list(self.tuned), self.sources(name, start, stop)
+        claims = self._claims(name, start, stop, dict(zip(tasks, sources[-len(tasks) :], strict=True)))
+        owned = dict(zip(claims.cores, self._conflict.owners(claims), strict=True))
+        return Operands(
+            sources=sources,
+            masks=[*[None] * (len(sources) - len(tasks)), *(owned[task] for task in tasks)],
+            core=union_mask(list(claims.cores.values())),
+        )
+
+    def union(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The packed union of the cores of all tasks; start is a multiple of 32."""
+        return union_mask(list(self._claims(name, start, stop, {}).cores.values()))
+
+    def _claims(self, name: str, start: int, stop: int, known: Mapping[str, torch.Tensor]) -> Claims:
+        """Every task's packed core, in the order of the conflict rule, without what that takes from all cores."""
+        order = list(self.inputs.priority) if self._conflict.by_stage else list(self.tuned)
+        cores = {task: self.masks.words(task, name, start, stop) for task in order}
+        claims = Claims(self.pretrained, self.tuned, name, start, stop, cores, known)
+        excluded = self._conflict.excluded(claims)
+        return claims if excluded is None else claims.without(excluded)
+
+    def _core_count(self, info: TensorInfo) -> int:
+        return sum(count_mask(self.union(info.name, start, stop)) for start, stop in self.pieces(info))
+
+    # ---- angles ------------------------------------------------------------------------------------------------------
+
+    def _gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
+        """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements."""
+        import torch
+
+        by: Literal["row", "tensor"] = "row" if self.vector.row and len(info.shape) >= 2 else "tensor"
+        width, core, grams = self.row_width(self.config, info), 0, []
+        for start, stop in sweep(self.models, info, self.pieces(info)):
+            sources, union = self.sources(info.name, start, stop), self.union(info.name, start, stop)
+            core += count_mask(union)
+            shaped = [source.view(-1, width) for source in sources] if width else sources
+            grams.append(masked_gram(shaped[0], shaped[1:], union, granularity=by))
+        if not grams:
+            size = len(self.inputs.tuned) + (2 if self.from_origin else 1)
+            return torch.zeros(1, size, size, dtype=torch.float64), 0
+        return (torch.cat(grams) if by == "row" else sum(grams[1:], grams[0])), core
+
+    def _slerp(self, gram: torch.Tensor, name: str) -> tuple[torch.Tensor, list[float], list[float]]:
+        """Coefficients (R, sources); per fold the mean angle in radians and the share of vectors that took LERP."""
+        factors = omegas(self.config, len(self.inputs.tuned))
+        try:
+            result = slerp_coefficients(gram, factors, self.config.epsilon, space=self.config.space)
+        except ValueError:
+            names = None if name == "(model)" else [name]
+            for label, model in {"backbone": self.inputs.backbone, **self.inputs.tuned}.items():
+                require_finite(label, model, names)
+            raise
+        return result.coefficients, result.angles.mean(0).tolist(), result.lerp.double().mean(0).tolist()
+
+    # ---- verification ------------------------------------------------------------------------------------------------
+
+    def checks(self, written: Checkpoint, progress: Progress) -> list[Check]:
+        outside = [name for name in written.names if not self.masks.has(name)]
+        return [
+            check_cores(self.models, self.masks.has, self.operands, written, progress),
+            check_copied(self.inputs.backbone, written, outside),
+        ]
+
+    def compares(self, info: TensorInfo) -> bool:
+        """Of a row or the model no tensor is too large: its elements are walked by rows, or for all tensors at once."""
+        return super().compares(info) or (self.merges(info) and info.numel > 0 and self.vector != VECTORS["tensor"])
+
+    def definition(self, info: TensorInfo) -> Definition:
+        vectors, width = self._vectors(info), self.row_width(self.config, info)
+        if width:
+            found = self._defined_by_row(vectors, width)
+        else:
+            folds = self._model_folds if self.vector.model else self._folds(runs_of(vectors, info.numel))
+            found = combined(vectors, folds)
+        return self._from_origin(found, info.name) if self.from_origin else found
+
+    def _vectors(self, info: TensorInfo) -> Vectors:
+        """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
+
+        def vectors(start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
+            sources, core = self.sources(info.name, start, stop), self.union(info.name, start, stop)
+            kept = ~unpack_mask(core, stop - start).numpy()
+            found = [source.double().numpy() for source in sources]
+            found = [vector - found[0] for vector in found[1:]] if self.from_origin else found
+            return [vector * kept for vector in found], np.flatnonzero(kept)
+
+        return vectors
+
+    def _from_origin(self, found: Definition, name: str) -> Definition:
+        def values(start: int, stop: int) -> Expected:
+            moved = found(start, stop)
+            origin = elements_at(self.pretrained, name, start, moved.places)
+            scale = moved.scale + (1 + moved.gain) * np.abs(origin)  # `merged` combines θ, not θ − θ0
+            return replace(moved, values=moved.values + origin, scale=scale)
+
+        return values
+
+    def _defined_by_row(self, vectors: Vectors, width: int) -> Definition:
+        """For elements of whole rows."""
+
+        def values(start: int, stop: int) -> Expected:
+            found, places = vectors(start, stop)
+            rows = []
+            for first in range(0, stop - start, width):
+                row = [vector[first : first + width] for vector in found]
+                rows.append(expected(row, self._folds(_once(row)), places))
+            fields = ([row.values for row in rows], [row.scale for row in rows], [row.gain for row in rows])
+            whole, scale, gain = (np.concatenate(field)[places] for field in fields)
+            return Expected(whole, places, scale, gain)
+
+        return values
+
+    @cached_property
+    def _model_folds(self) -> list[Fold]:
+        """The folds of granularity `model`: a vector is the whole parameter space, read once a fold."""
+        infos = [info for info in self.inputs.backbone.tensors.values() if self.masks.has(info.name)]
+        parts = [runs_of(self._vectors(info), info.numel) for info in infos]
+        return self._folds(lambda: (run for part in parts for run in part()))
+
+    def _folds(self, runs: Runs) -> list[Fold]:
+        return sequential_slerp(runs, omegas(self.config, len(self.inputs.tuned)), self.config.epsilon)
+
+
+def _once(row: list[np.ndarray]) -> Runs:
+    return lambda: iter([row])

@@ -1,0 +1,61 @@
+"""DARE: drop updates at random, rescale the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpift.config.run import FusionConfig
+from cpift.merging.base import Contender, FusionInputs, Updates
+from cpift.merging.peft_formulas import merge_utilities
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dare(Updates):
+    """Drop updates at random, rescale the rest. An element's fate depends on the seed, its task, tensor and index
+    alone, so it is the same in every slice and on every machine."""
+
+    formula = "θ0 + Σ λ_i·(θi − θ0)·b / d, b ~ Bernoulli(d)"
+    source = "arXiv 2311.03099"
+    fields = ("weight", "weights", "density")
+    seeded = True
+    extra = "peft"
+    contender = Contender("DARE (density 0.5, λ 0.4)", {"density": 0.5, "weight": 0.4})
+
+    def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
+        super().__init__(inputs, config, seed)
+        self._formulas = merge_utilities()
+
+    def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        density = self.config.density
+        kept = [
+            torch.where(torch.from_numpy(self._survives(task, name, start, stop)), update / density, 0.0)
+            for task, update in zip(self.tuned, updates, strict=True)
+        ]
+        merged: torch.Tensor = self._formulas.task_arithmetic(kept, torch.tensor(self.weights))
+        return merged
+
+    def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
+        kept = np.stack([self._survives(task, name, start, stop) for task in self.tuned])
+        found: np.ndarray = (updates * kept / self.config.density * np.array(self.weights)[:, None]).sum(0)
+        return found
+
+    def _survives(self, task: str, name: str, start: int, stop: int) -> np.ndarray:
+        return survives(self.seed, task, name, start, stop, self.config.density)
+
+
+def survives(seed: int, task: str, name: str, start: int, stop: int, density: float) -> np.ndarray:
+    """Bool [stop - start]: whether each element is kept, with probability `density`; SplitMix64 of its index."""
+    key = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
+    state = np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state += np.uint64(int.from_bytes(key[:8], "little"))
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(32)) < np.uint64(round(density * 2**32))

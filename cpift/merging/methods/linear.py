@@ -1,0 +1,37 @@
+"""The weighted mean of fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cpift.config.run import FusionConfig
+from cpift.errors import Problem
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import Combination, Contender
+from cpift.merging.definition import Definition, vectors_of, weighted
+
+
+class Linear(Combination):
+    """The weighted mean of the fine-tunes."""
+
+    formula = "Σ w_i·θi / Σ w_i"
+    source = "arXiv 2203.05482"
+    fields = ("weight", "weights")
+    needs_base = False
+    contender = Contender("linear average", {})
+
+    @classmethod
+    def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        weights = [config.weights.get(task, config.weight) for task in tasks]
+        if abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
+            return []
+        return [Problem("fusion.weights", f"sum to {sum(weights):g}, and linear divides by it", "give others")]
+
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+        return [weight / sum(self.weights) for weight in self.weights], None
+
+    def definition(self, info: TensorInfo) -> Definition:
+        return weighted(vectors_of(self.models, info), np.array(self.weights) / sum(self.weights))

@@ -1,0 +1,60 @@
+"""SLERP of fine-tunes, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cpift_kernels import masked_gram, slerp_coefficients
+
+from cpift.checkpoints.finite import require_finite
+from cpift.checkpoints.slices import sweep
+from cpift.config.run import FusionConfig
+from cpift.errors import Problem
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import Combination, Contender
+from cpift.merging.definition import Definition, combined, runs_of, sequential_slerp, vectors_of
+
+
+class Slerp(Combination):
+    """SLERP of fine-tunes one after another, a vector being one tensor; LERP where the angle is below `epsilon`."""
+
+    formula = "SLERP(θ1, θ2, t); of more, one after another by ω_i = 1/(i+1)"
+    source = "Shoemake 1985"
+    fields = ("t", "epsilon")
+    needs_base = False
+    contender = Contender("SLERP", {})
+
+    @classmethod
+    def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        if len(tasks) == 2 or (len(tasks) > 2 and config.t == 0.5):
+            return []
+        remedy = "leave out fusion.t" if len(tasks) > 2 else "add a task"
+        return [Problem(f"fusion.t {config.t:g}", f"is for two tasks, the config has {len(tasks)}", remedy)]
+
+    @property
+    def factors(self) -> list[float]:
+        """The ω of every fold: of two tasks `t`; of more 1/(i+1), by which each weighs the same."""
+        return [self.config.t] if len(self.tuned) == 2 else [1 / (i + 1) for i in range(1, len(self.tuned))]
+
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+        import torch
+
+        size = len(self.tuned)
+        gram = torch.zeros(1, size, size, dtype=torch.float64)
+        for start, stop in sweep(self.models, info, self.pieces(info)):
+            first, *others = (model.slice(info.name, start, stop) for model in self.models)
+            gram += masked_gram(first, others, None)
+        try:
+            result = slerp_coefficients(gram, self.factors, self.config.epsilon)
+        except ValueError:
+            for task, model in self.tuned.items():
+                require_finite(task, model, [info.name])
+            raise
+        record = {"tensor": info.name, "numel": info.numel, "core": 0}
+        record |= {"angles": result.angles[0].tolist(), "lerp": result.lerp[0].double().tolist()}
+        return result.coefficients[0].tolist(), record
+
+    def definition(self, info: TensorInfo) -> Definition:
+        vectors = vectors_of(self.models, info)
+        return combined(vectors, sequential_slerp(runs_of(vectors, info.numel), self.factors, self.config.epsilon))
