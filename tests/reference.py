@@ -22,6 +22,7 @@ from cpift.config.run import RunConfig
 from cpift.merging.base import MergeMethod
 from cpift.merging.conflicts import CONFLICTS
 from cpift.merging.registry import METHODS
+from cpift.method.measures import MEASURES, SCOPES
 from cpift.sweep.config import SweepConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -178,18 +179,24 @@ def _link(title: str) -> str:
 
 
 def _methods() -> str:
-    """What `fusion.method` and `fusion.conflict` may be."""
+    """What `fusion.method`, `fusion.conflict`, `regions.measure` and `regions.scope` may be."""
     methods = [
         (f"`{name}`", f"{one.formula} ({one.source})", _said(one), ", ".join(f"`{field}`" for field in one.fields))
         for name, one in METHODS.items()
     ]
-    rules = [(f"`{name}`", _plain(rule.formula)) for name, rule in CONFLICTS.items()]
+    rules = [(f"`{name}`", rule.formula) for name, rule in CONFLICTS.items()]
+    measures = [(f"`{name}`", measure.formula) for name, measure in MEASURES.items()]
+    scopes = [(f"`{name}`", scope.formula) for name, scope in SCOPES.items()]
     return "\n".join(
         [
             "## Ways to merge\n\nOf `fusion.method`, with the fields of `fusion` that each reads.\n",
             _table(("method", "formula", "beside the fine-tunes", "fields"), methods),
             "\nOf `fusion.conflict`: what becomes of an element that is core of several tasks.\n",
-            f"{_table(('rule', 'its value'), rules)}\n",
+            _table(("rule", "its value"), rules),
+            "\nOf `regions.measure`: what is core of a task is the largest of it.\n",
+            _table(("measure", "of an element"), measures),
+            "\nOf `regions.scope`: among which elements.\n",
+            f"{_table(('scope', 'core'), scopes)}\n",
         ]
     )
 

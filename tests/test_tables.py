@@ -29,7 +29,7 @@ from cpift.evaluation import scoring as evaluate
 from cpift.merging import conflicts, registry
 from cpift.merging.methods import cpift as fusion
 from cpift.method import groups as grouping
-from cpift.method import regions as core_regions
+from cpift.method import measures
 from cpift.method.groups import group_tasks
 from cpift.models import sources as models
 from cpift.pipeline import outcomes, stages
@@ -43,11 +43,11 @@ from tests.helpers.config_sections import sections
 # types: another word would be no number, and no list.)
 TABLES: dict[str, Collection[str]] = {
     "TaskConfig.metric": metrics.METRICS,
-    "RegionsConfig.scope": core_regions.SCOPES,
-    "RegionsConfig.measure": core_regions.MEASURES,
+    "RegionsConfig.scope": measures.SCOPES,
+    "RegionsConfig.measure": measures.MEASURES,
     "GroupsConfig.order": grouping.ORDERS,
     "FusionConfig.method": registry.METHODS,
-    "FusionConfig.trim": core_regions.SCOPES,
+    "FusionConfig.trim": measures.SCOPES,
     "FusionConfig.granularity": fusion.VECTORS,
     "FusionConfig.space": fusion.SPACES,
     "FusionConfig.conflict": conflicts.CONFLICTS,

@@ -1,7 +1,7 @@
 """The words of fields that code outside the config lists too: `cpift --help` reads them, so nothing is imported here.
 
 Each is a key of a table, which `tests/test_tables.py` holds to it: `merging.registry.METHODS`,
-`merging.conflicts.CONFLICTS`, `method.regions.SCOPES` and `MEASURES`.
+`merging.conflicts.CONFLICTS`, `method.measures.SCOPES` and `MEASURES`.
 """
 
 from __future__ import annotations

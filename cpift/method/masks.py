@@ -1,4 +1,4 @@
-"""Core regions as files: masks of elements by tensor, read where they lie, and the summary beside them."""
+"""Core regions as masks by tensor: in files, read where they lie and written while they are selected, or in memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from cpift_kernels import union_mask
 
 from cpift.disk.files import read_json
 from cpift.disk.mapped import MappedFile
-from cpift.formats.safetensors import read_tensors_of
+from cpift.formats.safetensors import FileWriter, TensorInfo, read_tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -77,3 +78,60 @@ class JointCores(Mapping[str, "torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class MasksInMemory:
+    """`cpift_kernels.Masks` as arrays."""
+
+    def __init__(self, tasks: int, ks: int, sizes: Sequence[int]):
+        words = [(size + 31) // 32 for size in sizes]
+        self._words = [[[np.empty(n, np.int32) for n in words] for _ in range(ks)] for _ in range(tasks)]
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self._words[task][k][tensor][first : first + len(words)] = words.view(np.int32)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self._words[task][k][tensor]
+
+
+class MaskFiles:
+    """`cpift_kernels.Masks` in safetensors files, one a task and k: files [task][k]."""
+
+    def __init__(self, files: Sequence[Sequence[FileWriter]], names: Sequence[str]):
+        self._files, self._names = files, names
+        self._maps: dict[tuple[int, int], np.ndarray] = {}
+
+    @classmethod
+    def create(cls, paths: Sequence[Sequence[Path]], names: Sequence[str], sizes: Sequence[int]) -> MaskFiles:
+        """New files for tensors of these names and sizes."""
+        infos = [TensorInfo(n, ((s + 31) // 32,), "I32", Path()) for n, s in zip(names, sizes, strict=True)]
+        return cls([[FileWriter(path, infos) for path in task] for task in paths], names)
+
+    @classmethod
+    def attach(cls, paths: Sequence[Sequence[Path]], names: Sequence[str]) -> MaskFiles:
+        """Files that another process has created."""
+        return cls([[FileWriter.attach(path) for path in task] for task in paths], names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskFiles.attach, ([[file.path for file in task] for task in self._files], self._names)
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        import torch
+
+        self._files[task][k].write(self._names[tensor], first, torch.from_numpy(words.view(np.int32)))
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        file = self._files[task][k]
+        info = file.tensors[self._names[tensor]]
+        if (task, k) not in self._maps:
+            self._maps[task, k] = np.asarray(np.memmap(file.path, np.uint8, "r+"))
+        return self._maps[task, k][info.start : info.start + info.nbytes].view(np.int32)
+
+    def __enter__(self) -> MaskFiles:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._maps.clear()
+        for file in (file for task in self._files for file in task):
+            file.flush()
+            file.close()

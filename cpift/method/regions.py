@@ -20,18 +20,12 @@ from cpift_kernels import overlap_counts, overlap_counts_per_tensor
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems, require_same_layout
 from cpift.checkpoints.finite import is_finite
-from cpift.checkpoints.slices import (
-    DEFAULT_BUDGET,
-    MaskFiles,
-    MasksInMemory,
-    ModelTensors,
-    Significances,
-    elements_at_once,
-)
+from cpift.checkpoints.slices import DEFAULT_BUDGET, elements_at_once
 from cpift.config.run import RegionsConfig
 from cpift.disk.files import write_json
-from cpift.errors import CheckpointError, Problem, entry
-from cpift.method.masks import SUMMARY
+from cpift.errors import CheckpointError, Problem
+from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory
+from cpift.method.measures import measure_named, scope_named
 from cpift.untrusted.json import shown
 
 if TYPE_CHECKING:
@@ -144,10 +138,6 @@ def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], conf
     return parameter_space(pretrained, config)
 
 
-MEASURES: dict[str, type[ModelTensors]] = {"update": ModelTensors, "significance": Significances}
-SCOPES: dict[str, bool] = {"global": True, "tensor": False}  # whether all tensors are one block to select from
-
-
 def _select(
     pretrained: Checkpoint,
     tuned: Mapping[str, Checkpoint],
@@ -157,17 +147,14 @@ def _select(
     masks: Masks,
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
-    """[block][task][p]; a block is everything (scope global) or one tensor."""
+    """[block][task][p]."""
     from cpift_kernels.cpu.phases import Selection  # loads a compiler: `plan` does without
 
-    everything = entry(SCOPES, config.scope, "regions.scope")
-    kind = entry(MEASURES, config.measure, "regions.measure")
-    blocks = [(0, len(names))] if everything else [(t, t + 1) for t in range(len(names))]
-    found = []
-    for first, last in blocks:
-        models = kind([pretrained, *tuned.values()], names[first:last])
+    measure, found = measure_named(config.measure), []
+    for first, last in scope_named(config.scope).blocks(len(names)):
+        models = measure([pretrained, *tuned.values()], names[first:last])
         selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
-        block: Masks = masks if everything else _OneTensor(masks, first)
+        block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
         mark = (streaming.mark or mark_here)(selection, block)
         ranges = selection.ranges(elements_at_once(streaming.budget, len(models.models)))
         try:

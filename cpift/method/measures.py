@@ -1,0 +1,97 @@
+"""What an element is chosen by (`regions.measure`), and among which (`regions.scope`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.errors import entry
+
+if TYPE_CHECKING:
+    import torch
+
+Block = tuple[int, int]  # tensors [first, last) that are selected from together
+
+
+@dataclass(frozen=True)
+class Update:
+    """|θi − θ0|, of some tensors of θ0 and the tuned models (`cpift_kernels.Models`)."""
+
+    formula: ClassVar[str] = "|θi − θ0|"
+
+    models: Sequence[Checkpoint]  # θ0 first
+    names: Sequence[str]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.models[0].tensors[name].numel for name in self.names]
+
+    @property
+    def tasks(self) -> int:
+        return len(self.models) - 1
+
+    def load(self, model: int, tensor: int, start: int, stop: int) -> torch.Tensor:
+        return self.models[model].slice(self.names[tensor], start, stop)
+
+    def gather(self, model: int, tensor: int, starts: np.ndarray, length: int) -> torch.Tensor:
+        return self.models[model].gather(self.names[tensor], starts, length)
+
+    def prefetch(self, tensor: int, start: int, stop: int) -> None:
+        for model in self.models:
+            model.prefetch(self.names[tensor], start, stop)
+
+    def release(self, tensor: int, start: int, stop: int) -> None:
+        for model in self.models:
+            model.release(self.names[tensor], start, stop)
+
+
+@dataclass(frozen=True)
+class Significance(Update):
+    """|θi − θ0|·|θ0|: θ0 reads as 0, θi as (θi − θ0)·θ0 in float32, difference and product each rounded."""
+
+    formula = "|θi − θ0|·|θ0|"
+
+    def load(self, model: int, tensor: int, start: int, stop: int) -> torch.Tensor:
+        origin = super().load(0, tensor, start, stop).float()
+        return _scaled(origin, super().load(model, tensor, start, stop).float() if model else origin)
+
+    def gather(self, model: int, tensor: int, starts: np.ndarray, length: int) -> torch.Tensor:
+        origin = super().gather(0, tensor, starts, length)
+        return _scaled(origin, super().gather(model, tensor, starts, length) if model else origin)
+
+
+def _scaled(origin: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (values - origin).mul_(origin)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Among which elements the top p is taken."""
+
+    formula: str
+    by_tensor: bool = False
+
+    def blocks(self, tensors: int) -> list[Block]:
+        """Of so many tensors those that are selected from together."""
+        return [(t, t + 1) for t in range(tensors)] if self.by_tensor else [(0, tensors)]
+
+
+MEASURES: dict[str, type[Update]] = {"update": Update, "significance": Significance}
+SCOPES: dict[str, Scope] = {
+    "global": Scope("the top ⌊p·D⌋ of all elements at once"),
+    "tensor": Scope("the top ⌊p·n⌋ of the n elements of each tensor", by_tensor=True),
+}
+
+
+def measure_named(name: str) -> type[Update]:
+    """Raises CpiftError for a name that is none of MEASURES."""
+    return entry(MEASURES, name, "regions.measure")
+
+
+def scope_named(name: str) -> Scope:
+    """Raises CpiftError for a name that is none of SCOPES."""
+    return entry(SCOPES, name, "regions.scope")
