@@ -11,12 +11,14 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 if TYPE_CHECKING:
     from cpift.api import RunResult as RunResult
+    from cpift.api import extract_lora as extract_lora
     from cpift.api import load_config as load_config
     from cpift.api import merge as merge
     from cpift.api import merge_state_dicts as merge_state_dicts
     from cpift.api import plan as plan
     from cpift.api import regions as regions
     from cpift.api import run as run
+    from cpift.checkpoints.lora_extraction import Extraction as Extraction
     from cpift.errors import CheckpointError as CheckpointError
     from cpift.errors import ConfigError as ConfigError
     from cpift.errors import CpiftError as CpiftError
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "api": ("RunResult", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
+    "api": ("RunResult", "extract_lora", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
     "method.cores": ("Core", "Cores"),
+    "checkpoints.lora_extraction": ("Extraction",),
     "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
     "method.freeze_callback": ("FreezeCallback", "frozen"),
     "merge_folder": ("MergeResult",),
@@ -46,11 +49,13 @@ __all__ = [
     "Cores",
     "CpiftError",
     "DataError",
+    "Extraction",
     "FreezeCallback",
     "MergeResult",
     "RunResult",
     "StageError",
     "__version__",
+    "extract_lora",
     "frozen",
     "load_config",
     "merge",

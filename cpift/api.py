@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
+    from cpift.checkpoints.lora_extraction import Extraction
     from cpift.merging.engine import Merging
 
 StrPath = str | os.PathLike[str]
@@ -168,6 +169,19 @@ def merge(
     place = place_of(out)
     config = merge_config(base, models, work_of(place), _with_cores(dict(fields), cores), settings)
     return merge_into(config, place, _view(progress), _merging(config), cores)
+
+
+def extract_lora(
+    base: StrPath, tuned: StrPath, out: StrPath, *, rank: int = 32, progress: Progress = False
+) -> Extraction:
+    """What a fine-tune changed as a PEFT adapter of `rank` at `out`; the result says what the rank lost, by module.
+
+    base, tuned: model folders or hub ids. What exists at `out` is never replaced. Raises ConfigError and
+    CheckpointError.
+    """
+    from cpift.adapter_folder import extract_into
+
+    return extract_into(base, tuned, out, rank, _view(progress))
 
 
 def merge_state_dicts(

@@ -71,8 +71,8 @@ def merge_config(
     if not isinstance(models, Mapping):
         remedy = 'name each: {"maths": "ft-maths"}'
         raise ConfigError(_SUBJECT, [Problem("models", f"is a {type(models).__name__}, not a mapping", remedy)])
-    pretrained = _source("base", base, problems)
-    sources = {task: _source(task, given, problems) for task, given in models.items()}
+    pretrained = given_source("base", base, problems)
+    sources = {task: given_source(task, given, problems) for task, given in models.items()}
     if problems:
         raise ConfigError(_SUBJECT, problems)
     name = (
@@ -125,8 +125,8 @@ def _own(settings: Mapping[str, Any]) -> list[str]:
     return [name for name in settings if _OWN.fullmatch(name)]
 
 
-def _source(task: str, where: Any, problems: list[Problem]) -> dict[str, str]:
-    """A model's place as a config has it."""
+def given_source(task: str, where: Any, problems: list[Problem]) -> dict[str, str]:
+    """A model's place as a config has it: `path`, or `hub` and `revision`. What is wrong goes to `problems`."""
     if not isinstance(where, (str, os.PathLike)):
         problems.append(Problem(str(task), f"is a {type(where).__name__}, not a path", "give a folder or a hub id"))
         return {}

@@ -33,7 +33,7 @@ ROWS = [
     {"report"},
     {"pipeline"},
     {"cluster", "merge_folder"},
-    {"compare", "sweep"},
+    {"compare", "sweep", "adapter_folder"},
     {"init", "api"},
     {"cli"},
 ]

@@ -103,7 +103,7 @@ def test_every_command_shown_has_its_options() -> None:
 def test_every_command_is_in_the_quick_start() -> None:
     text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     names = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert names == set(re.findall(r"^\| `cpift (\w+)", text, re.MULTILINE))
+    assert names == set(re.findall(r"^\| `cpift ([\w-]+)", text, re.MULTILINE))
 
 
 def test_runs_that_are_shown_load(tmp_path: Path) -> None:

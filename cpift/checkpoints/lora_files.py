@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+ADAPTER_PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<part>[AB])(\.weight)?")
 _TRAINING_ONLY = (".lora_velora_embed",)  # VeLoRA's, for the backward pass
 
@@ -69,7 +69,7 @@ def changes_in(parts: Mapping[str, TensorInfo]) -> dict[str, Change]:
     for key, info in parts.items():
         if key.endswith(_TRAINING_ONLY) or ".original_module." in key:  # beside its trained copy, which is used
             continue
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(ADAPTER_PREFIX)
         part = _PART.fullmatch(name)
         # PEFT keeps an adapted embedding beside its factors (base_layer); the product is added to that.
         module, _, parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".").rpartition(".")

@@ -18,6 +18,9 @@ _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
     **dict.fromkeys(("mergekit-yaml", "mergekit-multi", "mergekit"), _MERGEKIT),
     **dict.fromkeys(("merge-lora", "export"), _MERGE),
+    **dict.fromkeys(
+        ("mergekit-extract-lora", "extract", "lora"), "`cpift extract-lora BASE TUNED --out FOLDER` makes an adapter"
+    ),
     **dict.fromkeys(("eval", "test", "score"), "`cpift evaluate CONFIG`; on standard benchmarks `cpift standard`"),
     **dict.fromkeys(("preprocess", "preview", "tokenize"), "`cpift data preview CONFIG`"),
     **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),

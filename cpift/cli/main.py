@@ -17,6 +17,7 @@ from cpift import __version__
 from cpift.cli import check as cli_check
 from cpift.cli import compare as cli_compare
 from cpift.cli import data as cli_data
+from cpift.cli import extract as cli_extract
 from cpift.cli import init as cli_init
 from cpift.cli import many as cli_cluster
 from cpift.cli import plan as cli_plan
@@ -76,6 +77,7 @@ def _options(
 
 cli_init.register(app, "Everything")
 register_merge(app, "Everything")
+cli_extract.register(app, "Everything")
 
 
 def _load(

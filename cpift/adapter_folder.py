@@ -1,0 +1,61 @@
+"""A fine-tune's change as a PEFT adapter in a folder of the user's: places and hub ids in, one finished folder out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+
+from cpift.checkpoints.lora_extraction import Extraction, extract_lora
+from cpift.checkpoints.opening import locate, pinned
+from cpift.config.inputs import CheckpointConfig
+from cpift.console.view import View
+from cpift.errors import ConfigError, Problem
+from cpift.merge_folder import given_source, place_of
+
+_SUBJECT = "extract-lora"
+
+
+def extract_into(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: str | os.PathLike[str], rank: int, view: View
+) -> Extraction:
+    """Make the adapter at `out`, which appears when it is whole; nothing that exists is replaced.
+
+    base, tuned: model folders or hub ids (`org/name@revision`). Raises ConfigError for arguments and CheckpointError
+    for models that do not fit each other, both before anything is written under the name asked for.
+    """
+    place, problems = place_of(out), list[Problem]()
+    sources = {name: given_source(name, given, problems) for name, given in (("base", base), ("tuned", tuned))}
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        problems.append(Problem("rank", f"is {rank!r}", "a whole number from 1 on, for example 32"))
+    if place.is_dir() and any(place.iterdir()):
+        problems.append(
+            Problem("out", f"{place} holds files", "give a folder to make: nothing that exists is replaced")
+        )
+    if problems:
+        raise ConfigError(_SUBJECT, problems)
+    title = "LoRA extraction"
+    with view.stage(title, [title]):
+        folders = {name: locate(pinned(CheckpointConfig(**fields))) for name, fields in sources.items()}
+        partial = place.with_name(f".{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            named = _name(sources["base"])
+            made = extract_lora(
+                folders["base"],
+                folders["tuned"],
+                partial,
+                rank,
+                named,
+                lambda done, of: view.progress({"title": title, "done": done / of}),
+            )
+            os.replace(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return made
+
+
+def _name(source: Mapping[str, str]) -> str:
+    """How the adapter's configuration calls its base model."""
+    return source.get("hub") or source["path"]
