@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cpift.errors import CpiftError as CpiftError
     from cpift.errors import DataError as DataError
     from cpift.errors import StageError as StageError
+    from cpift.evaluation.metrics import Metric as Metric
+    from cpift.evaluation.metrics import Reply as Reply
     from cpift.merge_folder import MergeResult as MergeResult
     from cpift.method.cores import Core as Core
     from cpift.method.cores import Cores as Cores
@@ -38,6 +40,7 @@ _HOMES = {
     "checkpoints.lora_extraction": ("Extraction",),
     "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
     "method.freeze_callback": ("FreezeCallback", "frozen"),
+    "evaluation.metrics": ("Metric", "Reply"),
     "merge_folder": ("MergeResult",),
 }  # module → the names that are public here
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
@@ -52,6 +55,8 @@ __all__ = [
     "Extraction",
     "FreezeCallback",
     "MergeResult",
+    "Metric",
+    "Reply",
     "RunResult",
     "StageError",
     "__version__",

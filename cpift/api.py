@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.config import loading as config_loading
+from cpift.config.code import code_lines
 from cpift.config.paths import is_path
 from cpift.config.run import RunConfig
 from cpift.console.view import View, quiet
@@ -89,10 +90,13 @@ def run(
     from cpift.pipeline.preflight import preflight
     from cpift.pipeline.session import at_work
 
+    view = _view(progress)
+    for line in code_lines(loaded):
+        view.note(line)
     preflight(loaded, stage="run")
     with _undisturbed(in_process):
         engine, merging = _engine(loaded, in_process), _merging(loaded)
-        pipeline = Pipeline(loaded, engine, _view(progress), merging, baselines=make_baselines)
+        pipeline = Pipeline(loaded, engine, view, merging, baselines=make_baselines)
         with at_work(pipeline, "run"):
             report = pipeline.report()
             models = {model.title: model.path for model in pipeline.models()}

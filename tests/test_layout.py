@@ -24,6 +24,7 @@ ROWS = [
     {"errors"},
     {"untrusted"},
     {"disk", "console"},
+    {"extensions"},
     {"config", "hub"},
     {"devices", "rows", "formats"},
     {"pretrained"},

@@ -17,15 +17,13 @@ from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config import needs
 from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
-from cpift.config.run import FusionConfig, RunConfig, TaskConfig
+from cpift.config.run import FusionConfig, RunConfig
 from cpift.config.tasks import BASELINES
 from cpift.config.training import SHARDED
 from cpift.data import sources as row_sources
 from cpift.data import tasks as data
 from cpift.errors import CpiftError, entry
-from cpift.evaluation import checks as task_checks
 from cpift.evaluation import metrics
-from cpift.evaluation import scoring as evaluate
 from cpift.merging import conflicts, registry
 from cpift.merging.methods import cpift as fusion
 from cpift.method import groups as grouping
@@ -130,12 +128,9 @@ class NewRows(DataSource):
 
 NEW_MODEL = NewKind(scratch=ScratchModel())
 NEW_ROWS = NewRows(procedural="addition", size=4)
-NEW_TASK = unchecked(TaskConfig(name="t", test=DataSource(procedural="addition", size=4)), metric="new")
 CASES: dict[str, Callable[[], Any]] = {
     "fusion.method": lambda: registry.method_named("new"),
     "fusion.conflict": lambda: conflicts.conflict_named("new"),
-    "metric in plan": lambda: task_checks.check_task(NEW_TASK),
-    "metric in scores": lambda: evaluate.metric_of(NEW_TASK.metric),
     "model, fingerprint": lambda: models.model_fingerprint(NEW_MODEL),
     "model, check": lambda: models.check_model(NEW_MODEL),
     "model, materialise": lambda: models.materialise(NEW_MODEL, Path("nowhere")),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cpift.cli.options import say_code
 from cpift.console.terminal import Terminal, say
 
 
@@ -51,6 +52,7 @@ def compare(
     from cpift.compare.files import written_files
     from cpift.pipeline.preflight import preflight
 
+    say_code(made.base, made.config)
     preflight(made.base, stage="compare", download=not plan, writes=written_files(made.config.curves))
     from cpift.compare.methods import methods_of
 

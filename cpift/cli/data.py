@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpift.cli.options import say_code
 from cpift.console.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def preview(
     from cpift.pipeline.preflight import preflight
 
     run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
+    say_code(run)
     preflight(run)
     tokenizer, console = _tokenizer(run), Terminal()
     marks = not console.is_terminal or console.no_color

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ from cpift.cli import schema as cli_schema
 from cpift.cli import standard as cli_benchmarks
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
-from cpift.cli.options import Config, Output, Overrides
+from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import say, standard_streams
 from cpift.errors import CpiftError, told
 from cpift.text.redaction import redacted
@@ -81,20 +81,22 @@ cli_extract.register(app, "Everything")
 
 
 def _load(
-    config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str | None, download: bool = True
-) -> tuple[RunConfig, list[str]]:
-    """Load a config with fields changed and check it for a stage; with what is worth knowing."""
+    config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str, tell: Callable[[str], None]
+) -> RunConfig:
+    """Load a config with fields changed and check it for a stage. `tell` gets what has to be said before."""
     from cpift.config.loading import load_config
     from cpift.pipeline.preflight import preflight
 
     run = load_config(config, overrides or [], changes)
-    return run, preflight(run, stage=stage, download=download)
+    say_code(run, tell=tell)
+    preflight(run, stage=stage)
+    return run
 
 
 def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str, view: View) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
     view.waiting("checking the configuration, the models and the data")
-    run, _ = _load(config, overrides, changes, stage)
+    run = _load(config, overrides, changes, stage, view.note)
     from cpift.compare.run_baselines import make_baselines
     from cpift.pipeline.engine import NoEngine
     from cpift.pipeline.pipeline import Pipeline

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpift.cli.options import say_code
 from cpift.console.terminal import Terminal, say
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     from cpift.sweep.points import check_points
 
     stage = f"sweep {loaded.config.model}"
+    say_code(loaded.base, loaded.config)
     preflight(loaded.base, stage=stage)
     check_points(loaded, stage)
     from cpift.console.view import View

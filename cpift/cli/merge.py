@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpift.cli.options import say_code
 from cpift.console.terminal import say
 from cpift.errors import ConfigError, Problem
 from cpift.merging.options import OPTIONS, Option
@@ -74,6 +75,7 @@ def merge(
     place = place_of(out)
     values = {name: _value(name, value) for name, value in fields.items()}
     config = merge_config(base, named_models(models), work_of(place), values, _settings(overrides or []))
+    say_code(config)
     if dry_run:
         _tell(config, checked(config, place, download=False), place)
         return

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cpift.console.terminal import say
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
 Overrides = Annotated[
@@ -15,3 +21,11 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="folder for all results [default: runs/<name>]")]
+
+
+def say_code(*configs: BaseModel, tell: Callable[[str], None] = lambda line: say(line, err=True)) -> None:
+    """Whose code a command is about to run, before it does: of configs that name the user's own."""
+    from cpift.config.code import code_lines
+
+    for line in dict.fromkeys(line for config in configs for line in code_lines(config)):
+        tell(line)

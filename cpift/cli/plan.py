@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpift.cli import many as cli_cluster
-from cpift.cli.options import Config, Output, Overrides
+from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import Terminal, say
 from cpift.text.units import show_size
 
@@ -39,6 +39,7 @@ def plan(
     from cpift.pipeline.preflight import examined
 
     run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
+    say_code(run)
     seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)
     made, idle = plan_all(artifacts, seen.notes, seen.rows), cli_cluster.unused_gpus(run)

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from cpift.config.code import word_at
 from cpift.config.loading import check_fields, read_yaml, secret_problems
 from cpift.config.paths import Kind, expanded, is_packaged, path_kind, texts
 from cpift.console.terminal import say
@@ -118,8 +119,11 @@ def _override(overrides: list[str], place: int, field: str, value: str) -> None:
 
 
 def _prepare(values: Iterator[_Value], origin: Path, data: Path) -> Iterator[Problem]:
-    """Rows are copied into the folder `data`, and the copies named; of all else the nodes must see the same path."""
+    """Rows are copied into the folder `data`, and the copies named; code beside the run goes beside the job's config.
+    Of all else the nodes must see the same path."""
     for value in values:
+        if word_at(value.field) is not None:
+            yield from _ship_code(value, origin, data.parent)
         kind = path_kind(value.field)
         if kind == "rows":
             yield from _ship(value, origin, data)
@@ -157,6 +161,18 @@ def _ship(value: _Value, origin: Path, folder: Path) -> Iterator[Problem]:
     if not copy.exists():
         shutil.copyfile(path, copy)
     value.put(f"data/{copy.name}")
+
+
+def _ship_code(value: _Value, origin: Path, folder: Path) -> Iterator[Problem]:
+    """Copy the module that a word names, if it is a file beside the run; else it has to be installed on the nodes."""
+    module, _, attribute = value.text.partition(":")
+    path, copy = origin / f"{module}.py", folder / f"{module}.py"
+    if not attribute or not path.is_file():
+        return
+    if copy.exists() and copy.read_bytes() != path.read_bytes():
+        yield Problem(value.where, f"{path} has the name of another module of the job", "rename one of them")
+        return
+    shutil.copyfile(path, copy)
 
 
 def _check_output(raw: dict[str, Any], run: dict[str, Any], output: str | None, sweep: bool) -> list[Problem]:

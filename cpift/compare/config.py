@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from cpift.config.code import require_words
 from cpift.config.inputs import Seed
 from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
@@ -120,6 +121,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
     alone = "run" not in raw  # a run's own file: what its stages made is there to be used
     if alone:
         raw = {"run": raw, "name": raw.get("name", path.stem)}
+    require_words(raw, folder, str(path))
     config = validated(CompareConfig, {**raw, **(changes or {})}, str(path))
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)

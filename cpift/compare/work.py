@@ -178,7 +178,7 @@ class ComparisonWork:
             name=made.name,
             config=_without_paths(made.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
             comparison=made.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
-            tasks={task.name: task.metric for task in made.base.tasks},
+            tasks={task.name: task.metric_name for task in made.base.tasks},
             seeds=list(seeds),
             parameters=Checkpoint(first.artifacts.base.path).numel,
             versions=package_versions(),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cpift.config.code import place_words, with_short_words
 from cpift.config.other_tools import answered
 from cpift.config.paths import expand_paths, is_path, resolve_paths
 from cpift.config.run import RunConfig
@@ -48,6 +49,7 @@ def parse_config(
     problems += secret_problems(raw)  # as it was written: what is made absolute is another text
     problems += resolve_paths(raw, folder)
     problems += _changed(raw, changes or {})
+    problems += place_words(raw, folder)
     return _validated(raw, subject, problems)
 
 
@@ -99,7 +101,7 @@ def _with_task(where: str, raw: Mapping[str, Any]) -> str:
 
 def dump_config(config: RunConfig) -> str:
     """The whole config as YAML, defaults included: what a run was really made with, but for secrets."""
-    return dump_fields(config.model_dump(mode="json", exclude_none=True))
+    return dump_fields(with_short_words(config.model_dump(mode="json", exclude_none=True)))
 
 
 def dump_fields(fields: Any) -> str:

@@ -1,7 +1,7 @@
 """The words of fields that code outside the config lists too: `cpift --help` reads them, so nothing is imported here.
 
 Each is a key of a table, which `tests/test_tables.py` holds to it: `merging.registry.METHODS`,
-`merging.conflicts.CONFLICTS`, `method.measures.SCOPES` and `MEASURES`.
+`merging.conflicts.CONFLICTS`, `evaluation.metrics.METRICS`, `method.measures.SCOPES` and `MEASURES`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 MergeName = Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
+MetricName = Literal["loss", "choice", "number", "rouge", "judge"]
 ScopeName = Literal["global", "tensor"]
 MeasureName = Literal["update", "significance"]
 

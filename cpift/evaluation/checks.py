@@ -8,7 +8,7 @@ from typing import Literal
 from cpift.config.run import TaskConfig
 from cpift.data.tasks import load_examples, read_examples
 from cpift.errors import CpiftError, DataError, Problem
-from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.metrics import load_metric
 from cpift.hub import HubError
 from cpift.rows.examples import Example
 from cpift.rows.problems import RowProblems
@@ -49,8 +49,8 @@ def _located(where: str, error: CpiftError) -> list[Problem]:
 
 
 def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> list[Problem]:
-    metric, bad = metric_of(task.metric), RowProblems(f"tasks.{task.name}.test, ")
+    metric, bad = load_metric(task.metric), RowProblems(f"tasks.{task.name}.test, ")
     for number, example in enumerate(examples, start=1):
-        if (found := metric.doubt(example) or metric.problem(example)) is not None:
+        if (found := metric.doubtful(example) or metric.wrong_with(example)) is not None:
             bad.add(number, *found)
     return bad.problems(len(examples))

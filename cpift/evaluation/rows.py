@@ -11,7 +11,7 @@ from cpift.config.tasks import EvaluationConfig
 from cpift.data.tasks import load_examples
 from cpift.data.tokenise import IGNORED, UNCUT, Labelled, tokenise
 from cpift.errors import DataError, Problem
-from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.metrics import Metric, load_metric
 from cpift.rows.examples import Example, Message
 from cpift.rows.problems import RowProblems
 from cpift.rows.shapes import size_of
@@ -51,9 +51,10 @@ def check_rows(
     problems: list[Problem] = []
     longest = 0
     for task in tasks:
+        generates = load_metric(task.metric).generates
         try:
             for row in scored_rows(tokenizer, settings, task, first):
-                generated = len(row.prompt) + task.max_new_tokens if metric_of(task.metric).generates else 0
+                generated = len(row.prompt) + task.max_new_tokens if generates else 0
                 longest = max(longest, row.length, generated)
         except DataError as error:
             problems += error.problems
@@ -70,20 +71,21 @@ def scored_rows(
     places = list(range(len(examples)))
     if first is not None and first < len(places):
         places = [*places[:first], max(places[first:], key=lambda place: size_of(examples[place]))]
-    rows = [_tokenised(tokenizer, examples[place], task.metric) for place in places]
+    metric = load_metric(task.metric)
+    rows = [_tokenised(tokenizer, examples[place], metric.by_options) for place in places]
     if not rows:
         problem = Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")
         raise DataError(f"evaluation of {task.name}", [problem])
     bad = RowProblems(f"tasks.{task.name}.test ")
     for place, row in zip(places, rows, strict=True):
-        for found in _row_problems(row, task, settings.max_length):
+        for found in _row_problems(row, metric, settings.max_length):
             bad.add(place + 1, *found)
     if bad:
         raise DataError(f"evaluation of {task.name}", bad.problems(len(rows)))
     return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str) -> ScoredRow:
+def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, by_options: bool) -> ScoredRow:
     def encode(last: Message) -> Labelled:
         encoded = tokenise(
             replace(example, messages=(*example.messages[:-1], last)), tokenizer, UNCUT
@@ -91,7 +93,7 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, metric: str
         return Labelled(encoded["input_ids"], encoded["labels"])
 
     reply = encode(replace(example.messages[-1], trained=True))  # a flag for training does not take the reply away
-    choices = example.choices if metric_of(metric).by_options else ()
+    choices = example.choices if by_options else ()
     options = tuple(_last_turn_only(encode(Message("assistant", choice))) for choice in choices)
     start, end = _last_turn(reply.labels)
     return ScoredRow(example, reply, options, reply.ids[:start], reply.ids[end])
@@ -115,11 +117,11 @@ def _cut(sequence: Labelled, length: int) -> Labelled:
     return Labelled(sequence.ids[:length], sequence.labels[:length])
 
 
-def _row_problems(row: ScoredRow, task: TaskConfig, max_length: int) -> Iterator[tuple[str, str]]:
+def _row_problems(row: ScoredRow, metric: Metric, max_length: int) -> Iterator[tuple[str, str]]:
     example, raise_it = row.example, "raise evaluation.max_length or leave the row out"
     if _cut(row.reply, max_length).scored() == 0:
         yield f"no answer token within evaluation.max_length = {max_length}", raise_it
     elif row.options and row.length > max_length:
         yield f"an option ends after {row.length} tokens, evaluation.max_length is {max_length}", raise_it
-    if (found := metric_of(task.metric).problem(example)) is not None:
+    if (found := metric.wrong_with(example)) is not None:
         yield found

@@ -6,8 +6,8 @@ The loss is always measured. `choice` ranks the options by the likelihood of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cpift.devices import Device, resolved
 from cpift.evaluation.generation import Opening, cut_back, greedy
 from cpift.evaluation.judge import judge_replies
 from cpift.evaluation.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
-from cpift.evaluation.metrics import metric_of, right_answer
+from cpift.evaluation.metrics import Metric, Reply, description, load_metric, right_answer
 from cpift.evaluation.rows import ScoredRow, scored_rows
 from cpift.models.sources import load_model, load_tokenizer
 
@@ -39,6 +39,12 @@ class TaskScore:
     tokens: int
     rows: int
     examples: list[dict[str, Any]]  # per test row, in the file's order: loss, tokens, and score and prediction
+    described: Mapping[str, Any] = field(default_factory=dict)  # of a user's metric what pages need to know
+
+    def record(self) -> dict[str, Any]:
+        """As `scores.json` has it."""
+        found = asdict(self)
+        return found | found.pop("described")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
 def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
     with checked_templates():  # see `rows.check_rows`
         rows = scored_rows(room.tokenizer, room.settings, task)
-    metric = metric_of(task.metric)
+    metric = load_metric(task.metric)
     total = len(rows) * metric.passes
 
     def on_done(done: int) -> None:
@@ -114,12 +120,13 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> Task
         results = _likelihoods(room, rows, on_done)
     else:
         results, texts = _replies(room, rows, task.max_new_tokens, on_done)
-        for text, result, found in zip(texts, results, _judged(room, task, rows, texts, on_progress), strict=True):
+        judged = _judged(room, task, metric, rows, texts, on_progress)
+        for text, result, found in zip(texts, results, judged, strict=True):
             result |= {"prediction": text, **found}
     tokens = sum(result["tokens"] for result in results)
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
     score = None if metric.by_loss else sum(result["score"] for result in results) / len(results)
-    return TaskScore(task.metric, score, loss, tokens, len(results), results)
+    return TaskScore(task.metric_name, score, loss, tokens, len(results), results, description(task.metric))
 
 
 def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -158,12 +165,18 @@ def _loss(row: ScoredRow, reply: Likelihood) -> dict[str, Any]:
 
 
 def _judged(
-    room: _Room, task: TaskConfig, rows: Sequence[ScoredRow], texts: Sequence[str], on_progress: Progress
+    room: _Room,
+    task: TaskConfig,
+    metric: Metric,
+    rows: Sequence[ScoredRow],
+    texts: Sequence[str],
+    on_progress: Progress,
 ) -> list[dict[str, Any]]:
     """The score of each text, and of a judge what it said."""
-    metric, judge = metric_of(task.metric), room.settings.judge
-    if metric.text is not None:
-        return [{"score": metric.text(row.example, text)} for row, text in zip(rows, texts, strict=True)]
+    judge = room.settings.judge
+    if metric.scores is not None:
+        replies = [Reply(row.example, text) for row, text in zip(rows, texts, strict=True)]
+        return [{"score": score} for score in metric.scored(replies, f"tasks.{task.name}.test")]
     assert judge is not None  # a config with such a task is refused without
     done = 2 * len(rows)
     verdicts = judge_replies(

@@ -12,6 +12,7 @@ import cpift
 from cpift.config.loading import load_config, one_line_yaml, parse_config
 from cpift.config.words import MergeName
 from cpift.errors import ConfigError, CpiftError, Problem
+from cpift.evaluation.metrics import metric_of
 from cpift.hub import HUB_ID
 from cpift.merging.options import tune_names
 from cpift.untrusted.yaml import parse_yaml
@@ -76,7 +77,7 @@ def sweep_file(run: Path, out: Path, schema: str) -> str:
     scored = config.scores
     if not scored:
         raise ConfigError("init sweep", [Problem("tasks", "not all have test rows", "give `test`, or `holdout`")])
-    figure = "mean_loss" if any(task.metric == "loss" for task in config.tasks) else "mean_retention"
+    figure = "mean_loss" if any(metric_of(task.metric).by_loss for task in config.tasks) else "mean_retention"
     why = "a task is scored by its loss" if figure == "mean_loss" else "of what each probe reaches on its own task"
     return (
         "\n".join(

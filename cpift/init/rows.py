@@ -56,7 +56,7 @@ class Look:
         self.rows += 1
         self.plain += example.plain
         choice = METRICS["choice"]
-        self.options += not (choice.doubt(example) or choice.problem(example))
+        self.options += not (choice.doubtful(example) or choice.wrong_with(example))
         self.numbers += example.answer is not None and _is_number(example.answer)
         self.ending += right_answer(example).rstrip(" .*$}")[-1:].isdigit()
         self.short += len(words(example.reply)) <= _SHORT
@@ -139,7 +139,7 @@ def _fits(row: Mapping[str, Any], columns: Mapping[str, Template]) -> bool:
     except RowError:
         return False
     choice = METRICS["choice"]
-    return "choices" not in columns or not (choice.doubt(example) or choice.problem(example))
+    return "choices" not in columns or not (choice.doubtful(example) or choice.wrong_with(example))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpift.checkpoints.opening import as_read, given_fingerprint, locate, model_files, pinned
+from cpift.config.code import code_of
 from cpift.config.identity import identity_of
 from cpift.config.run import (
     CheckpointConfig,
@@ -32,6 +33,7 @@ from cpift.data.tasks import source_fingerprint
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json
 from cpift.disk.input_watch import InputWatch
+from cpift.extensions import Extension
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import method_named
 from cpift.method.groups import Grouping
@@ -93,6 +95,18 @@ class StageArtifacts:
         folder = locate(source)
         value = self.watch.identify(field, lambda: model_files(folder), lambda: read(given_fingerprint(source), folder))
         return Model(title, folder, value)
+
+    def _code(self, fields: str) -> dict[str, str]:
+        """The user's code that fields of these names name; of ours nothing."""
+        found = {field: one for field, one in self._extensions.items() if field.startswith(fields)}
+        return {f"code {field}": self._code_at(field, one) for field, one in found.items()}
+
+    def _code_at(self, field: str, one: Extension) -> str:
+        return self.watch.identify(field, lambda: [one.file], lambda: one.fingerprint)
+
+    @cached_property
+    def _extensions(self) -> dict[str, Extension]:
+        return code_of(self.config)
 
     def _data(self, task: str, split: str, source: DataSource) -> str:
         files = rows_of(source).files
@@ -219,9 +233,10 @@ class StageArtifacts:
         inputs = {"model": model.fingerprint} | {
             f"data {task.name}": self._data(task.name, "test", task.test_data) for task in tasks
         }
+        inputs |= self._code("tasks.")
         fields = identity_of(self.config.evaluation, "evaluate") | {"threads": self.config.resources.threads}
         fields |= self._template_fields
-        fields["tasks"] = [[task.name, task.metric, task.max_new_tokens] for task in tasks]
+        fields["tasks"] = [[task.name, task.metric_name, task.max_new_tokens] for task in tasks]
         return self.artifact("evaluate", model.title.replace(" ", "-"), inputs, fields)
 
     def known_grouping(self) -> Grouping | None:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> dict[str, Any]:
     rows = {task.name: task.test_data for task in tasks}
     with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
         scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows)
-    kept = {task: asdict(score) for task, score in scores.items()}
+    kept = {task: score.record() for task, score in scores.items()}
     return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
 
 

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift.config.code import code_of
 from cpift.config.needs import NEEDS
 from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
 from cpift.data.templates import checked_templates, renderer
@@ -101,7 +102,8 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     except (CpiftError, OSError):
         return None  # `_look` and `check_task` say what is wrong
     fields = config.model_dump(mode="json", exclude={"name", "output"})
-    return [model, str(folder), rows, fields, stage, scored, template]
+    code = {field: one.fingerprint for field, one in code_of(config).items()}
+    return [model, str(folder), rows, fields, stage, scored, template, code]
 
 
 def _holds(found: Mapping[str, Any]) -> bool:

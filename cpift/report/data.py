@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import (
     DEFINITION,
     Score,
@@ -213,7 +213,7 @@ def _caveat(data: ReportData, model: str) -> str:
     rows = [data.scores[model][task]["rows"] for task in data.tasks]
     size = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
     text = f"This is one run with one seed on {size} test rows a task: a lead, not a proof."
-    counted = [score["rows"] for score in data.scores[model].values() if metric_of(score["metric"]).counted]
+    counted = [score["rows"] for score in data.scores[model].values() if described(score).counted]
     if counted:
         width = 100 * 1.96 * math.sqrt(0.25 / min(counted))
         text += (

@@ -11,7 +11,7 @@ from cpift.config.run import TaskConfig
 from cpift.data.tasks import read_examples
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json
-from cpift.evaluation.metrics import metric_of, right_answer
+from cpift.evaluation.metrics import described, right_answer
 from cpift.evaluation.retention import Score, judged, learning_of, probe_of
 from cpift.evaluation.verdict import share_of
 from cpift.report.data import Sample
@@ -101,7 +101,7 @@ def samples(tasks: Sequence[TaskConfig], scores: Mapping[str, Mapping[str, Score
                     for model, own in rows.items()
                     if place < len(own) and "prediction" in own[place]
                 }
-                expected = right_answer(example) if metric_of(task.metric).counted else example.reply
+                expected = right_answer(example) if described(scores[shown[0]][task.name]).counted else example.reply
                 found += [Sample(task.name, _prompt(example), expected, said)] if said else []
     return found
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import DEFINITION, learning_of
 from cpift.report.data import ReportData, retention, standing, total_tokens, usage, verdict
 from cpift.text.escaping import code, markdown, one_line
@@ -102,8 +102,8 @@ def _retention(data: ReportData) -> tuple[list[str], list[list[str]]]:
 
 
 def _scores(data: ReportData) -> tuple[list[str], list[list[str]]]:
-    metrics = {task: data.scores[data.models[0]][task]["metric"] for task in data.tasks}
-    head = ["model", *(f"{markdown(task)}, {markdown(metric_of(metric).title)}" for task, metric in metrics.items())]
+    metrics = {task: described(data.scores[data.models[0]][task]) for task in data.tasks}
+    head = ["model", *(f"{markdown(task)}, {markdown(metric.title)}" for task, metric in metrics.items())]
     rows = []
     for model in data.models:
         found = [data.scores[model][task] for task in data.tasks]

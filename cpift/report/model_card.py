@@ -128,7 +128,7 @@ def _license_note(license_name: str | None) -> str:
 
 def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
     rows = [
-        f"| {number} | {markdown(name)} | {task.metric} | {_origin_of(task)} |"
+        f"| {number} | {markdown(name)} | {markdown(task.metric_name)} | {_origin_of(task)} |"
         for number, group in enumerate(groups or [[task.name for task in config.tasks]], start=1)
         for name in group
         for task in [config.task(name)]

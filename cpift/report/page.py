@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import DEFINITION, Score, probe_of
 from cpift.report import plots
 from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
@@ -64,7 +64,7 @@ def _subtitle(data: ReportData) -> str:
 def _scores(data: ReportData) -> str:
     first = data.scores[data.models[0]]
     heads = [
-        f"{html(task)}{left_out_marks(data).get(task, '')}<br><small>{metric_of(first[task]['metric']).title}<br>"
+        f"{html(task)}{left_out_marks(data).get(task, '')}<br><small>{described(first[task]).title}<br>"
         f"{first[task]['rows']} rows</small>"
         for task in data.tasks
     ]

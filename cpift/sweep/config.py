@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cpift.config.code import require_words
 from cpift.config.identity import identity
 from cpift.config.inputs import Seed
 from cpift.config.loading import read_yaml, validated, with_fields
@@ -220,6 +221,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     Raises ConfigError listing every problem of the sweep file, of the run, and of values in `space` that do not fit it.
     """
     raw, folder = read_yaml(path), path.absolute().parent
+    require_words(raw, folder, str(path))
     config = validated(SweepConfig, raw, str(path))
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)

@@ -61,7 +61,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         model=sweep.config.model,
         objectives=[(one.figure, one.sign) for one in sweep.config.objectives],
         tasks=[task.name for task in base.tasks],
-        metrics={task.name: task.metric for task in base.tasks},
+        metrics={task.name: task.metric_name for task in base.tasks},
         trials=rows,
         references=_references(sweep, done[0].runs) if done else {},
         overlaps=_overlaps(done),

@@ -197,7 +197,7 @@ def test_samples_are_the_first_rows(tmp_path: Path) -> None:
     other = task.model_copy(update={"name": "u", "metric": "loss"})
 
     def said(*texts: str) -> dict[str, Any]:
-        return {"examples": [{"prediction": text, "score": float(text == "4")} for text in texts]}
+        return {"metric": "number", "examples": [{"prediction": text, "score": float(text == "4")} for text in texts]}
 
     loss = {"u": {"examples": [{"loss": 1.0}] * 3}}
     scores = {"base": {"t": said("9", "4", "4")} | loss, "probe t": {"t": said("2")} | loss}
