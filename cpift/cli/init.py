@@ -80,7 +80,7 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
         say(task.told)
         say(f"  metric {task.guess.metric}: {task.guess.why}")
     size = f"{base.parameters:,} parameters" if base.parameters else "size known once it is downloaded"
-    template = f"; it has no chat template: {base.added}" if base.added else ""
+    template = f"; it has no chat template, and gets {base.added}'s" if base.added else ""
     say(f"model: {model}, {size}{template}")
     text = written(tasks, base, out, _schema_name("run"), visible_gpus())
     check(text, out)

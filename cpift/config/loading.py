@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,12 +15,15 @@ from pydantic import BaseModel, ValidationError
 from cpift.config.code import place_words, with_short_words
 from cpift.config.other_tools import answered
 from cpift.config.paths import expand_paths, is_path, resolve_paths
+from cpift.config.problems import problems_of
 from cpift.config.run import RunConfig
 from cpift.errors import ConfigError, Problem
 from cpift.text.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted.json import CONFIG, UnreadableError
+from cpift.untrusted.values import kind_of
 from cpift.untrusted.yaml import parse_yaml, read_yaml_file
 
+_EXAMPLE = "`name: value` on each line; `cpift init` writes such a file, `cpift init --example quickstart` copies one"
 _SECRET = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
 # Fields of one section of which exactly one may be given: setting one by name takes the other's place.
 _ALTERNATIVES = {"tau": "tau_chance", "tau_chance": "tau", "steps": "epochs", "epochs": "steps"}
@@ -81,7 +84,7 @@ def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> Ru
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        found = [problem_of(details) for details in error.errors()]
+        found = problems_of(error, RunConfig)
         problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in found]
     if problems:
         secret = {problem.where for problem in problems if problem.what == _SECRET}  # all else would show the value
@@ -134,14 +137,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = read_yaml_file(path)
     except OSError as error:
-        raise ConfigError(str(path), [Problem("file", error.strerror or str(error), "check the path")]) from None
+        raise ConfigError(str(path), [Problem("file", error.strerror or str(error), _path_remedy(path))]) from None
     except UnreadableError as error:
         raise ConfigError(str(path), [error.problem("YAML")]) from None
     if not isinstance(raw, dict):
-        raise ConfigError(str(path), [Problem("YAML", "is no mapping of fields", "see configs/quickstart.yaml")])
+        what = f"holds {kind_of(raw)}, not fields" if raw is not None else "is empty"
+        raise ConfigError(str(path), [Problem("YAML", what, _EXAMPLE)])
     if found := answered(raw):
         raise ConfigError(str(path), found)
     return raw
+
+
+def _path_remedy(path: Path) -> str:
+    """What to do about a file that cannot be read: the one beside it that has nearly its name."""
+    beside = {one.stem: one for one in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+    close = difflib.get_close_matches(path.stem, beside, n=1)
+    return f"did you mean {beside[close[0]]}?" if close and beside[close[0]] != path else "check the path"
 
 
 def _changed(raw: dict[str, Any], fields: Mapping[str, Any]) -> list[Problem]:
@@ -179,8 +190,15 @@ def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Proble
         if value is not None and isinstance(node, dict):
             node.pop(_ALTERNATIVES.get(last), None)
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        return Problem(where, f"cannot be applied ({error})", "name a field of the file")
+        return Problem(where, f"cannot be applied ({error})", _number_of(node, name) or "name a field of the file")
     return None
+
+
+def _number_of(node: Any, name: str) -> str:
+    """The remedy where an element of a list was called by its name."""
+    elements = enumerate(node if isinstance(node, list) else ())
+    called = (f"{one['name']} is element {at}" for at, one in elements if isinstance(one, dict) and "name" in one)
+    return ", ".join(found for found in called if found.split(" is element ")[0] in name.split("."))
 
 
 def _place(part: str) -> int:
@@ -203,50 +221,7 @@ def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Mod
     try:
         made = model.model_validate({**raw, **own})
     except ValidationError as error:
-        problems += [problem_of(details, model) for details in error.errors()]
+        problems += problems_of(error, model)
     if problems:
         raise ConfigError(subject, problems)
     return made
-
-
-def problem_of(details: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> Problem:
-    """One pydantic error in our words: the field's dotted path, the value, the remedy. `model`: what was validated."""
-    # A union adds the tried type's name to the path; such parts are no fields of the file.
-    location = [str(part) for part in details["loc"] if not re.search(r"[\[(]|^(float|int|literal)$", str(part))]
-    location = location or [str(part) for part in details["loc"][-1:]]
-    where = ".".join(location) or "run"
-    if details["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _fields_at(location[:-1], model), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_fields_at(location[:-1], model))}"
-        return Problem(where, "is not a field", hint)
-    if details["type"] == "missing":
-        return Problem(where, "is required", "add it")
-    value = details.get("input")
-    shown = "" if isinstance(value, (dict, list, BaseModel)) or holds_secret(str(value)) else f"{value!r}: "
-    message = details["msg"].removeprefix("Value error, ")
-    return Problem(where, shown + message[0].lower() + message[1:], _percent(details))
-
-
-def _percent(details: Mapping[str, Any]) -> str:
-    """The remedy where a fraction was given as a percentage."""
-    value, at_most = details.get("input"), details.get("ctx", {}).get("le")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or at_most != 1 or not 1 < value <= 100:
-        return ""
-    return f"a fraction: {value:g} % is {value / 100:g}"
-
-
-def _fields_at(location: Sequence[str], root: type[BaseModel]) -> list[str]:
-    """Names of the fields that the config allows at a dotted path."""
-    model: Any = root
-    for part in location:
-        if part.isdigit() or part not in getattr(model, "model_fields", {}):
-            continue
-        model = _section_of(model.model_fields[part].annotation)
-    return list(getattr(model, "model_fields", {}))
-
-
-def _section_of(annotation: Any) -> Any:
-    """The pydantic model inside an annotation such as `tuple[TaskConfig, ...]` or `Section | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg)) is not None), None)

@@ -1,26 +1,16 @@
-"""Files of other tools in the place of a run's file: whose they are, and the command here that does the same.
-
-mergekit's are translated where both compute the same; whatever differs is named. Its meaning of a field was read in its
-source (`merge_methods/`, `plan.py`), defaults included.
-"""
+"""Files of other tools in the place of a run's file: whose they are, and the command here that does the same."""
 
 from __future__ import annotations
 
-import math
-import re
-import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from cpift.config.mergekit import of_experts, of_mergekit
 from cpift.errors import Problem
+from cpift.untrusted.values import Raw, command, is_list, is_word, mapping
 
 _OWN = frozenset({"tasks", "run", "space"})  # a file with one of these is meant to be ours
-_LERP_BELOW = "0.0316"  # radians, where mergekit's slerp takes the straight line: cos > 0.9995
-_TEMPLATES = ("chatml", "llama3", "alpaca")
-_DTYPES = ("bfloat16", "float16", "float32")
-_STAY = "stay with mergekit for it; `cpift merge` has cpift, linear, slerp, task_arithmetic, ties and dare"
-Raw = Mapping[str, Any]
 
 
 def answered(raw: Raw) -> list[Problem]:
@@ -38,229 +28,56 @@ class Tool:
     answer: Callable[[Raw], list[Problem]]
 
 
-# ---- mergekit --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Method:
-    """One of mergekit's `merge_method`s. ours: `--method`; settings: its options, from what was read of the file."""
-
-    ours: str
-    settings: Callable[[_Merge], list[str]]
-    of_updates: bool = True  # merges onto base_model, which is no model to merge
-    differs: str = ""
-
-
-@dataclass
-class _Merge:
-    """What a mergekit file says, read piece by piece; `left` gathers what the command cannot say."""
-
-    raw: Raw
-    entries: list[Raw] = field(default_factory=list)
-    shared: list[Raw] = field(default_factory=list)  # `parameters` for all models, the nearest first
-    base: str = ""
-    models: list[str] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
-
-    def note(self, where: str, what: str, remedy: str = "") -> None:
-        self.left.append(Problem(where, what, remedy))
-
-    def number(self, name: str, default: float, entry: Raw | None = None) -> float:
-        """A parameter of one model, else of all; what is no single number is noted, and the default taken."""
-        places = [*([_mapping(entry.get("parameters"))] if entry else []), *self.shared]
-        value = next((place[name] for place in places if place.get(name) is not None), default)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-        where = f"parameters.{name}"
-        if all(one.where != where for one in self.left):
-            self.note(where, "is no single number", "cpift merges all tensors alike: the command has the default")
-        return default
-
-
-def _mergekit(raw: Raw) -> list[Problem]:
-    name = raw.get("merge_method")
-    method = _METHODS.get(name) if isinstance(name, str) else None
-    merge = _Merge(raw)
-    if method is None:
-        return [Problem("merge_method", f"this is mergekit's file, and cpift has no {name!r}", _STAY)]
-    if not _read_models(merge):
-        what = "this is mergekit's file, and it puts layers of models together, which cpift does not"
-        return [Problem("merge_method", what, _STAY), *merge.left]
-    if method.of_updates:
-        _take_base_out(merge)
-    elif method.ours == "slerp":
-        _base_first(merge)
-    if not merge.models:
-        return [Problem("models", "this is mergekit's file, and it names no model to merge", "name them there")]
-    options = [*method.settings(merge), *_output(merge)]
-    if method.differs:
-        merge.note("merge_method", f"{name}: {method.differs}")
-    models = merge.models if "--weights" not in options else [f"{a}={b}" for a, b in _named(merge.models)]
-    words = ["cpift", "merge", merge.base, *models, "--method", method.ours, *options, "--out", "merged"]
-    same = "does not quite do the same, see below" if merge.left else "does the same"
-    return [
-        Problem("merge_method", f"this is mergekit's file, and here a command {same}", _command(words)),
-        *merge.left,
-    ]
-
-
-def _read_models(merge: _Merge) -> bool:
-    """Fill in models and base; False where layers of models are put together."""
-    slices = _list(merge.raw.get("slices"))
-    if merge.raw.get("modules") or len(slices) > 1:
-        return False
-    merge.entries = [one for one in _list(merge.raw.get("models")) if one]
-    if slices:
-        merge.entries = [one for one in _list(slices[0].get("sources")) if one]
-        merge.shared.append(_mapping(slices[0].get("parameters")))
-        ranges = {str(one.get("layer_range")) for one in merge.entries}
-        merge.note("slices.0.sources.layer_range", " and ".join(sorted(ranges)), "cpift merges all layers")
-        if len(ranges) > 1:
-            return False
-    merge.shared.append(_mapping(merge.raw.get("parameters")))
-    merge.models = [_model(one.get("model"), merge) for one in merge.entries]
-    given = _model(merge.raw.get("base_model"), merge) if merge.raw.get("base_model") else ""
-    merge.base = given or next(iter(merge.models), "")
-    return True
-
-
-def _model(value: Any, merge: _Merge) -> str:
-    """A model as `cpift merge` takes it; of `model+adapter` the adapter, which is put onto BASE."""
-    if isinstance(value, Mapping):
-        inner = _mapping(value.get("model"))
-        commit = f"@{inner['revision']}" if inner.get("revision") else ""
-        lora = _mapping(value.get("lora")).get("path")
-        value = f"{inner.get('path', '')}{commit}" + (f"+{lora}" if lora else "")
-    name, _, adapter = str(value).partition("+")
-    if adapter:
-        merge.note("models", f"{name}+{adapter}: cpift puts an adapter onto BASE", f"the same if BASE is {name}")
-    return adapter or name
-
-
-def _take_base_out(merge: _Merge) -> None:
-    if not merge.raw.get("base_model"):
-        merge.note("base_model", "is not there, and updates are from it", "put it before the models")
-    kept = [(model, one) for model, one in zip(merge.models, merge.entries, strict=True) if model != merge.base]
-    merge.models, merge.entries = [model for model, _ in kept], [one for _, one in kept]
-
-
-def _base_first(merge: _Merge) -> None:
-    merge.models = [merge.base, *(model for model in merge.models if model != merge.base)]
-    if len(merge.models) != 2:
-        merge.note("models", f"slerp of {len(merge.models)} models", "mergekit takes two, base_model one of them")
-
-
-def _weights(merge: _Merge) -> list[float]:
-    return [merge.number("weight", 1.0, entry) for entry in merge.entries]
-
-
-def _said(merge: _Merge, weights: Sequence[float]) -> list[str]:
-    """Options for weights: none where all are cpift's default, one where they are alike."""
-    if len(set(weights)) == 1:
-        return [] if weights[0] == 1 else ["--weight", f"{weights[0]:g}"]
-    named = zip(_named(merge.models), weights, strict=True)
-    return [word for (name, _), weight in named for word in ("--weights", f"{name}={weight:g}")]
-
-
-def _linear(merge: _Merge) -> list[str]:
-    weights = _weights(merge)
-    if not merge.number("normalize", True) and abs(sum(weights) - 1) > 1e-6:
-        merge.note("parameters.normalize", "false: cpift's linear divides by the weights' sum", "use task_arithmetic")
-    return _said(merge, weights)
-
-
-def _slerp(merge: _Merge) -> list[str]:
-    return ["--t", f"{merge.number('t', 0.5):g}", "--epsilon", _LERP_BELOW]
-
-
-def _sum(merge: _Merge) -> list[str]:
-    """θ0 + λ·Σ w·Δ; with `normalize` divided by Σ w."""
-    weights, scale = _weights(merge), merge.number("lambda", 1.0)
-    total = sum(weights)
-    if merge.number("normalize", False) and abs(total) > 1e-8:
-        scale /= total
-    return _said(merge, [scale * weight for weight in weights])
-
-
-def _ties(merge: _Merge) -> list[str]:
-    """The mean of what agrees: divided by its weights in mergekit, by its number in cpift."""
-    weights, scale = _weights(merge), merge.number("lambda", 1.0)
-    if not merge.number("normalize", True):
-        merge.note("parameters.normalize", "false: cpift's TIES is the mean of what agrees, not the sum")
-    if merge.number("rescale", False):
-        merge.note("parameters.rescale", "true: cpift's TIES does not scale what it kept")
-    if len(set(weights)) > 1:
-        merge.note("parameters.weight", "they differ: mergekit elects signs by weight, cpift does not")
-    total = sum(weights)
-    even = [weight * len(weights) / total if total else weight for weight in weights]
-    return [*_density(merge), *_said(merge, [scale * weight for weight in even])]
-
-
-def _dare(merge: _Merge) -> list[str]:
-    merge.note("seed", "other elements are dropped than by mergekit, at the same density", "--seed N for others")
-    return [*_density(merge), *_sum(merge)]
-
-
-def _density(merge: _Merge) -> list[str]:
-    found = [merge.number("density", 1.0, entry) for entry in merge.entries]
-    if len(set(found)) > 1:
-        merge.note("parameters.density", f"differs ({', '.join(f'{one:g}' for one in found)}): cpift has one for all")
-    return ["--density", f"{found[0]:g}"]
-
-
-def _output(merge: _Merge) -> list[str]:
-    """dtype, tokenizer and template of the merged model."""
-    raw, options = merge.raw, []
-    dtype = raw.get("out_dtype") or raw.get("dtype")
-    if dtype in _DTYPES:
-        options += ["--dtype", dtype]
-    elif dtype is not None:
-        merge.note("dtype", f"{dtype!r} is none of {', '.join(_DTYPES)}")
-    if raw.get("tokenizer") or raw.get("tokenizer_source") not in (None, "base"):
-        merge.note("tokenizer", "cpift keeps BASE's", "`--vocabulary base` where models have other numbers of tokens")
-    template = raw.get("chat_template")
-    if template in _TEMPLATES:
-        options += ["--chat-template", template]
-    elif template not in (None, "auto"):
-        merge.note("chat_template", "cpift takes BASE's", f"or one of {', '.join(_TEMPLATES)}, or a file")
-    return options
-
-
-_METHODS = {
-    "linear": _Method("linear", _linear, of_updates=False),
-    "slerp": _Method("slerp", _slerp, of_updates=False),
-    "task_arithmetic": _Method("task_arithmetic", _sum),
-    "ties": _Method("ties", _ties),
-    "dare_linear": _Method("dare", _dare),
-    "dare_ties": _Method("dare", _dare, differs="cpift's dare elects no signs after dropping"),
-}
-
-# ---- axolotl, LLaMA-Factory, TRL -------------------------------------------------------------------------------------
+# ---- axolotl, LLaMA-Factory, TRL: the command that begins with the same model and data -------------------------------
 
 _THEN = "then carry learning rate, length and batch size over into probe and integration of the file that it writes"
+_EACH = "for cpift each data set is a task of its own"
 
 
-def _init(tool: str, where: str, model: Any, data: Sequence[str], why: str) -> list[Problem]:
-    words = ["cpift", "init", *(data or ["DATA..."]), "--model", str(model)]
-    return [Problem(where, f"this is {tool} file; {why}", f"{_command(words)}, {_THEN}")]
+def _init(tool: str, where: str, model: Any, data: Sequence[Any], why: str = _EACH) -> list[Problem]:
+    """What is no text in the file is left to be filled in."""
+    words = [one if is_word(one) else "DATA" for one in data] or ["DATA..."]
+    init = command(["cpift", "init", *words, "--model", model if is_word(model) else "MODEL"])
+    return [Problem(where, f"this is {tool} file; {why}", f"{init}, {_THEN}")]
+
+
+def _not_here(tool: str, where: str, what: str) -> list[Problem]:
+    return [Problem(where, f"this is {tool} file for {what}, which cpift does not do", "stay with it for that")]
 
 
 def _axolotl(raw: Raw) -> list[Problem]:
-    data = []
-    for one in _list(raw.get("datasets")):
-        files = one.get("data_files")
-        data += [str(name) for name in (files if isinstance(files, list) else [files or one.get("path", "DATA")])]
-    return _init("axolotl's", "base_model", raw["base_model"], data, "for cpift each data set is a task of its own")
+    if raw.get("rl"):
+        return _not_here("axolotl's", "rl", f"preferences ({raw['rl']})")
+    data: list[Any] = []
+    found = raw.get("datasets") or raw.get("pretraining_dataset")
+    for one in found if is_list(found) else [found]:
+        files = mapping(one).get("data_files") or (one if is_word(one) else mapping(one).get("path"))
+        data += files if is_list(files) else [files]
+    return _init("axolotl's", "base_model", raw["base_model"], data if found else [])
 
 
 def _llama_factory(raw: Raw) -> list[Problem]:
-    why = f"for cpift each data set is a task of its own: give the files or hub ids that {raw['dataset']} stand for"
-    return _init("LLaMA-Factory's", "model_name_or_path", raw["model_name_or_path"], [], why)
+    tool, model, adapter = "LLaMA-Factory's", raw["model_name_or_path"], raw.get("adapter_name_or_path")
+    if raw.get("stage", "sft") not in ("sft", "pt"):
+        return _not_here(tool, "stage", f"preferences ({raw['stage']})")
+    if raw.get("dataset") is None and raw.get("export_dir") and is_word(adapter) and is_word(model):
+        words = ["cpift", "merge", model, adapter, "--method", "linear", "--out", str(raw["export_dir"])]
+        return [Problem("export_dir", f"this is {tool} file, and here a command puts the adapter in", command(words))]
+    if "dataset" not in raw:
+        return _not_here(tool, "template", "using a model")
+    why = f"{_EACH}: give the files or hub ids that {raw['dataset']} stand for" if raw["dataset"] else _EACH
+    return _init(tool, "model_name_or_path", model, [], why)
 
 
 def _trl(raw: Raw) -> list[Problem]:
-    why = "for cpift each data set is a task of its own"
-    return _init("TRL's", "model_name_or_path", raw["model_name_or_path"], [str(raw["dataset_name"])], why)
+    """Of one data set, or of a mixture of several."""
+    mixed = raw.get("datasets")
+    names = [mapping(one).get("path") for one in mixed] if is_list(mixed) else [raw.get("dataset_name")]
+    where = "model_name_or_path" if "model_name_or_path" in raw else "dataset_name"
+    return _init("TRL's", where, raw.get("model_name_or_path"), names)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _fields(*names: str) -> frozenset[str]:
@@ -268,34 +85,9 @@ def _fields(*names: str) -> frozenset[str]:
 
 
 _TOOLS = (
-    Tool((_fields("merge_method"), _fields("slices"), _fields("base_model", "models")), _mergekit),
-    Tool((_fields("base_model", "datasets"),), _axolotl),
-    Tool((_fields("model_name_or_path", "dataset"),), _llama_factory),
-    Tool((_fields("model_name_or_path", "dataset_name"),), _trl),
+    Tool((_fields("merge_method"), _fields("slices"), _fields("base_model", "models")), of_mergekit),
+    Tool((_fields("base_model", "experts"),), of_experts),
+    Tool((_fields("base_model", "datasets"), _fields("base_model", "pretraining_dataset")), _axolotl),
+    Tool((_fields("model_name_or_path", "dataset"), _fields("model_name_or_path", "template")), _llama_factory),
+    Tool((_fields("dataset_name"), _fields("model_name_or_path", "datasets")), _trl),
 )  # the first that fits
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def _command(words: Sequence[str]) -> str:
-    return " ".join(word if word in ("DATA", "DATA...") else shlex.quote(word) for word in words)
-
-
-def _named(models: Sequence[str]) -> list[tuple[str, str]]:
-    """A task's name for each model: the last part of its path, with a number where two have the same."""
-    found: list[str] = []
-    for model in models:
-        name = re.sub(r"[^\w.-]+", "-", model.partition("@")[0].rstrip("/").rpartition("/")[2], flags=re.ASCII)
-        name = name.strip("-.")[:50] or "tune"
-        found.append(f"{name}-{len(found) + 1}" if name in found else name)
-    return list(zip(found, models, strict=True))
-
-
-def _mapping(value: Any) -> Raw:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: Any) -> list[Raw]:
-    """The mappings in a list; nothing of what is no list."""
-    return [_mapping(one) for one in value] if isinstance(value, list) else []

@@ -43,6 +43,7 @@ def tasks_of(arguments: Iterable[str]) -> list[Found]:
             problems.append(error.problem(argument))
         except OSError as error:
             problems.append(Problem(argument, error.strerror or str(error), "check the path"))
+    problems += _repeated(found)
     tasks = list(_paired(found, problems))
     if not tasks and not problems:
         problems.append(Problem("DATA", "no data", "give files of rows: cpift init data/*.jsonl --model MODEL"))
@@ -53,6 +54,13 @@ def tasks_of(arguments: Iterable[str]) -> list[Found]:
     return tasks
 
 
+def _repeated(found: list[tuple[str, DataSource, str]]) -> list[Problem]:
+    """Files and splits that are given more than once: each would become a second task of the same rows."""
+    same = [(source.file.resolve() if source.file else source.hub, source.split) for _, source, _ in found]
+    twice = [place for at, (place, split) in enumerate(same) if (place, split) in same[:at]]
+    return [Problem(str(place), "is given twice", "give it once") for place in twice]
+
+
 def _sources(argument: str) -> Iterator[tuple[str, DataSource, str]]:
     """Name, source and split ("" where it has none) of what an argument means."""
     path = Path(argument).expanduser()
@@ -61,6 +69,8 @@ def _sources(argument: str) -> Iterator[tuple[str, DataSource, str]]:
             raise UnreadableError("there is no such file or folder", "check the path; hub data sets are org/name")
         commit = resolve_revision("dataset", argument, None)
         yield argument.rsplit("/", 1)[1], DataSource(hub=argument, revision=commit), ""
+    elif (path / "config.json").is_file() and not (path / "state.json").is_file():
+        raise UnreadableError("is a model's folder, not rows", f"give it as --model {argument}")
     elif path.is_dir() and not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         inside = sorted(one for one in path.iterdir() if one.is_file() and _stem(one) != one.name)
         if not inside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from cpift.config.inputs import GgufFile
 from cpift.config.run import ModelConfig
 from cpift.data.chat_templates import proposed
 from cpift.errors import CheckpointError, CpiftError, Problem
-from cpift.hub import cached_folder, fetch_small_files, resolve_revision
+from cpift.hub import HubError, cached_folder, fetch_small_files, resolve_revision
 from cpift.models.checks import check_checkpoint, gguf_path
 from cpift.models.sources import check_model, source_of
 from cpift.models.tokenizer import checked_tokenizer, read_gguf_tokenizer, read_tokenizer
@@ -57,12 +58,34 @@ def _source(name: str) -> tuple[ModelConfig, Path]:
         return ModelConfig(path=path.resolve()), path
     if path.is_file() and path.suffix.lower() == ".gguf":
         return ModelConfig(gguf=GgufFile(file=str(path.resolve()))), path.parent
+    if (path.parent / "config.json").is_file() and path.is_file():
+        remedy = f"give its folder: --model {path.parent}"
+        raise CheckpointError("init", [Problem("--model", f"{name!r} is one file of a model", remedy)])
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         what = f"{name!r} is no model folder, no .gguf file and no hub id"
-        raise CheckpointError("init", [Problem("--model", what, "give one of these, for example org/name")])
-    commit = resolve_revision("model", name, None)
+        raise CheckpointError("init", [Problem("--model", what, _like(path) or "give one of these, such as org/name")])
+    commit = _commit(name)
     folder = cached_folder(name, commit) or fetch_small_files(name, commit)
     return ModelConfig(hub=name, revision=commit), folder
+
+
+def _commit(name: str) -> str:
+    """The hub's newest commit of a model. Raises HubError; CheckpointError where a folder of another name was meant."""
+    try:
+        return resolve_revision("model", name, None)
+    except HubError:
+        if not (meant := _like(Path(name))):
+            raise
+    raise CheckpointError(
+        "init", [Problem("--model", f"there is no folder {name!r}, and no such id on the hub", meant)]
+    )
+
+
+def _like(path: Path) -> str:
+    """The remedy where a model's folder beside a path has nearly its name."""
+    folders = [one.parent.name for one in path.parent.glob("*/config.json")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, folders, n=1)
+    return f"did you mean {path.with_name(close[0])}?" if close else ""
 
 
 def _is_float32(model: ModelConfig, folder: Path) -> bool:

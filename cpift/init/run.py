@@ -79,12 +79,26 @@ def tasks_of(found: Sequence[Found], base: BaseModel) -> list[Task]:
         try:
             tasks.append(_task(one, base))
         except DataError as error:
-            problems += [Problem(f"{one.name}, {each.where}", each.what, each.remedy) for each in error.problems]
+            problems += [Problem(_place(one, each.where), each.what, each.remedy) for each in error.problems]
         except CpiftError as error:
-            problems.append(Problem(one.name, str(error)))
+            problems.append(Problem(_given(one), str(error)))
     if problems:
         raise ConfigError("init", problems)
     return tasks
+
+
+def _place(found: Found, where: str) -> str:
+    """Where a problem is, for who gave the file or data set and knows of no task yet."""
+    given = _given(found)
+    return given if where in ("file", str(found.train.file)) else f"{given}, {where}"
+
+
+def _given(found: Found) -> str:
+    """The file or data set, from the working directory if it is there."""
+    file = found.train.file
+    if file is None:
+        return str(found.train.hub)
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
 def _task(found: Found, base: BaseModel) -> Task:

@@ -22,6 +22,8 @@ from cpift.untrusted.json import UnreadableError, json_lines, opened
 
 _HEAD = 4096  # bytes that tell formats apart
 _MARK = b"\xef\xbb\xbf"  # of UTF-8, as editors on Windows write it
+_NO_TEXT = frozenset((*range(9), 0x1A))  # control characters that no text of rows holds as they are
+_PROSE = (".txt", ".text", ".md", ".rst")  # names of texts that nobody wrote as rows
 TABLES = {".csv": "CSV", ".tsv": "TSV", ".tab": "TSV"}  # by a name's ending; the header tells the separator
 
 
@@ -95,6 +97,8 @@ def format_of(path: Path) -> Format:
 def _text_format(path: Path, head: bytes, packed: str | None) -> Format:
     suffix = next((one for one in (suffix.lower() for suffix in path.suffixes) if one in TABLES), None)
     beside = f" ({packed})" if packed else ""
+    if not _NO_TEXT.isdisjoint(head):
+        raise UnreadableError("is no text, and no known format of rows", _AS_TEXT, str(path))
     if head.startswith(b"["):
         return Format(f"a JSON array{beside}", lambda one: _streamed(one, array))
     if suffix and not head.startswith(b"{"):
@@ -102,6 +106,8 @@ def _text_format(path: Path, head: bytes, packed: str | None) -> Format:
     if head.split(b"\n", 1)[0].rstrip() == b"{":
         remedy = "save its list of rows as a JSON array, or one row a line"
         raise UnreadableError("is one JSON object over several lines, not rows", remedy, str(path))
+    if head and not head.startswith(b"{") and any(one.lower() in _PROSE for one in path.suffixes):
+        raise UnreadableError("is running text, not rows", 'one JSON object a line: {"text": "..."}', str(path))
     return Format(f"JSON lines{beside}", (lambda one: _streamed(one, lines)) if packed else json_lines)
 
 

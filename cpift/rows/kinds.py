@@ -130,9 +130,15 @@ def kind_of(fields: Fields) -> Kind:
     for kind in KINDS:
         if there.issuperset(kind.needs) and there.isdisjoint(kind.without):
             return kind
+    if inside := next((name for name, value in fields.items() if _holds_rows(value)), None):
+        raise RowError(f"is no row: its rows stand under {inside!r}", "save that list as a JSON array")
     known = ", ".join(sorted(map(str, there))) or "nothing"
     what = "needs `messages`, `prompt` and `completion`, or another known shape"
     raise RowError(f"{what}; it has {known}", _remedy(there))
+
+
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _remedy(names: Collection[str]) -> str:

@@ -36,7 +36,7 @@ def parse_yaml(text: str | bytes, limits: Limits = CONFIG) -> Any:
     try:
         value = _loaded(text, limits)
     except yaml.YAMLError as error:
-        raise UnreadableError(f"is no YAML: {' '.join(str(error).split())}", "mend the syntax") from None
+        raise _told(error, text) from None
     require_limits(value, limits)
     return value
 
@@ -55,8 +55,22 @@ def _composed(data: bytes, limits: Limits) -> yaml.Node | None:
         _check_events(text, limits)
         node: yaml.Node | None = yaml.compose(text, Loader=_Base)
     except yaml.YAMLError as error:
-        raise UnreadableError(f"is no YAML: {' '.join(str(error).split())}", "mend the syntax") from None
+        raise _told(error, text) from None
     return node
+
+
+def _told(error: yaml.YAMLError, text: str) -> UnreadableError:
+    """What the parser says, with the line that it stopped at; what people meet most is said in plain words."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return UnreadableError(f"is no YAML: {' '.join(str(error).split())}", "mend the syntax")
+    line = next(iter(text.splitlines()[mark.line :]), "")
+    if "\t" in line[: len(line) - len(line.lstrip())] or line[mark.column : mark.column + 1] == "\t":
+        return UnreadableError(f"is no YAML: has a tab in line {mark.line + 1}", "indent with spaces")
+    if "document" in str(getattr(error, "context", "")) and "another document" in str(error):
+        return UnreadableError(f"holds several documents, the second from line {mark.line + 1} on", "one for each file")
+    what = " ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
+    return UnreadableError(f"is no YAML: {what}{_place_of(mark)}: {shown(line.strip())}", "mend the syntax")
 
 
 def _nodes(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, yaml.Node]]:
@@ -167,4 +181,8 @@ class _Loader(_Base):
 
 
 def _place(at: Any) -> str:
-    return f" (line {at.start_mark.line + 1}, column {at.start_mark.column + 1})"
+    return _place_of(at.start_mark)
+
+
+def _place_of(mark: Any) -> str:
+    return f" (line {mark.line + 1}, column {mark.column + 1})"

@@ -53,7 +53,7 @@ def load(folder: Path, **changes: Any) -> Comparison:
         ({"seeds": [1, 1]}, ["seeds has an entry twice"]),
         ({"variants": {"x": {"fusion.spice": 1}}}, ["variants.x", "is not a field"]),
         ({"recommended": {"fusion.spice": 1}}, ["recommended", "is not a field"]),
-        ({"curves": {"regions.p": [0.1, 2.0]}}, ["curves.regions.p", "less than or equal to 1"]),
+        ({"curves": {"regions.p": [0.1, 2.0]}}, ["curves.regions.p", "at most 1"]),
         ({"curves": {"seed": [1, 2]}}, ["list repeats under `seeds`"]),
         ({"forgetting": [["a", "z"]]}, ["no task 'z'", "a, b, c"]),
         ({"forgetting": [["a", "a"]]}, ["name two tasks"]),

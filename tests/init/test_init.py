@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_everything_that_is_written_passes_plan(base: Path, tmp_path: Path, monk
         WRITERS[ending](tmp_path / "da ta" / f"{name}.{ending}", rows)
     said = invoke("da ta", "--model", base)
     assert "alpaca: alpaca.json is a JSON array, read as Alpaca, 60 rows; 12 held out for testing, seed 0" in said
-    assert "no chat template: alpaca" in said
+    assert "no chat template, and gets alpaca's" in said
     config = config_of(tmp_path / "my-run.yaml")
     assert [task.name for task in config.tasks] == sorted(TASKS)
     assert (config.model.chat_template, config.model.dtype) == ("alpaca", "float32")
@@ -257,9 +258,22 @@ def test_models_that_are_none(base: Path, tmp_path: Path) -> None:
         (tmp_path / "broken", "its tokenizer cannot be read"),
         (tmp_path / "a.jsonl", "no model folder, no .gguf file and no hub id"),
         (tmp_path, "config.json"),
+        (base / "model.safetensors", r"is one file of a model → give its folder"),
+        (tmp_path / "brokn", f"did you mean {re.escape(str(tmp_path / 'broken'))}"),
     ):
         with pytest.raises(CpiftError, match=message):
             invoke(tmp_path / "a.jsonl", "--model", model, "--out", tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"is a model's folder, not rows → give it as --model"):
+        invoke(base, "--model", base, "--out", tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"a\.jsonl: is given twice"):
+        invoke(
+            tmp_path / "a.jsonl",
+            tmp_path / "broken" / ".." / "a.jsonl",
+            "--model",
+            base,
+            "--out",
+            tmp_path / "run.yaml",
+        )
     with pytest.raises(ConfigError, match="--model: is not given"):
         invoke(tmp_path / "a.jsonl", "--out", tmp_path / "run.yaml")
 

@@ -31,7 +31,7 @@ from tests.helpers.sweeps import TASKS, Copies, load, run_fields
     ("changes", "said"),
     [
         ({"space": {"regions.q": [1]}}, ["space.regions.q", "is not a field"]),
-        ({"space": {"regions.p": [0.1, 2.0]}}, ["space.regions.p", "2", "less than or equal to 1"]),
+        ({"space": {"regions.p": [0.1, 2.0]}}, ["space.regions.p", "2", "at most 1"]),
         ({"space": {"regions.p": {"low": 0.1, "high": 0.2}}}, ["regions.p", "a grid needs lists"]),
         ({"space": {"regions.p": []}}, ["space.regions.p", "at least 1"]),
         ({"space": {"seed": [1, 2]}}, ["list repeats under `seeds`"]),

@@ -58,7 +58,8 @@ _MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' 
         ('a: "\\0"', "null character"),
         ("a: \ud800", "surrogate"),
         ("a: [1", "no YAML"),
-        ("--- 1\n--- 2", "single document"),
+        ("a:\n\tb: 1", "has a tab in line 2"),
+        ("--- 1\n--- 2", "several documents, the second from line 2"),
         ("x" * 300_000, "bytes"),
     ],
 )
@@ -148,7 +149,7 @@ def test_true_is_no_number(field: str, tmp_path: Path) -> None:
     name = field.partition(":")[0]
     file = tmp_path / "run.yaml"
     file.write_text(re.sub(rf"^{name}:[^\n]*(\n  [^\n]*)*\n?", "", RUN, flags=re.M) + field + "\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"true and false are no numbers|valid dictionary"):
+    with pytest.raises(ConfigError, match=r"true and false are no numbers|is true or false where fields belong"):
         load_config(file)
 
 

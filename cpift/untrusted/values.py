@@ -1,0 +1,40 @@
+"""Values of a file as it was read, before anything is known of them: what they are called, and as a command's words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+Raw = Mapping[str, Any]
+TO_FILL = ("DATA", "DATA...", "MODEL")  # stand in a command for what a file does not say
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a file is called."""
+    kinds = {dict: "fields", list: "a list", tuple: "a list", str: "a text", bool: "true or false", type(None): "empty"}
+    return next((word for kind, word in kinds.items() if isinstance(value, kind)), "a number")
+
+
+def is_word(value: Any) -> TypeGuard[str]:
+    """Whether a value may stand in a command: a half-written file has nothing, a list or fields in its place."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def mapping(value: Any) -> Raw:
+    """A mapping, or an empty one for what is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def mappings(value: Any) -> list[Raw]:
+    """The mappings in a list; nothing of what is no list."""
+    return [mapping(one) for one in value] if is_list(value) else []
+
+
+def command(words: Sequence[str]) -> str:
+    """Words as a shell takes them."""
+    return " ".join(word if word in TO_FILL else shlex.quote(word) for word in words)
