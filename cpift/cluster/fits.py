@@ -103,7 +103,7 @@ def wait_for_room(resources: ResourcesConfig, title: str, on_progress: OnProgres
 
 def cpus_for(threads: int, resources: ResourcesConfig) -> float:
     """CPUs that one worker holds: one for each thread, but no more than some node has."""
-    largest = max(node["Resources"].get("CPU", 0.0) for node in alive_nodes())
+    largest: float = max(node["Resources"].get("CPU", 0.0) for node in alive_nodes())
     return max(resources.cpus_per_worker, min(float(threads), largest))
 
 

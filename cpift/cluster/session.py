@@ -139,7 +139,8 @@ def free_resources() -> list[dict[str, float]]:
 def cluster_gpus(resources: ResourcesConfig) -> float:
     """GPUs of the cluster that the config or the environment names. Raises CpiftError where none answers."""
     with ray_session(resources):
-        return sum(node["Resources"].get("GPU", 0.0) for node in alive_nodes())
+        gpus: float = sum(node["Resources"].get("GPU", 0.0) for node in alive_nodes())
+    return gpus
 
 
 def use_assigned_gpus() -> None:

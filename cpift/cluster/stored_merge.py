@@ -14,7 +14,7 @@ import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -60,7 +60,7 @@ def with_stored_masks(method: MergeMethod, store: ObjectStore) -> MergeMethod:
             place.put(file, file.name)
     sent: Any = copy.copy(method)
     sent.masks = StoredMasks(place, masks.infos, isinstance(masks, NoCores))
-    return sent
+    return cast(MergeMethod, sent)
 
 
 def merge_into(

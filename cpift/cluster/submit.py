@@ -201,9 +201,10 @@ def build_wheel(folder: Path) -> Path:
 
 def submit(spec: JobSpec, address: str, name: str) -> str:
     """Send a job; returns its submission id."""
-    return _client(address).submit_job(
+    number: str = _client(address).submit_job(
         entrypoint=spec.entrypoint, runtime_env=spec.runtime_env, metadata={"name": name}
     )
+    return number
 
 
 def follow(address: str, job: str) -> None:

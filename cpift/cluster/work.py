@@ -38,8 +38,12 @@ def serve(config: dict[str, Any]) -> None:
     desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
     context = ray.get_runtime_context()
     worker = context.get_actor_id()
-    content: Any
-    while (content := ray.get(desk.take.remote(worker, context.current_actor))) != CLOSED:
+    assert worker is not None, "an actor serves"
+
+    def taken() -> Any:
+        return ray.get(desk.take.remote(worker, context.current_actor))
+
+    while (content := taken()) != CLOSED:
         if content is not None:
             _do(cloudpickle.loads(content), desk, worker)
 

@@ -58,7 +58,7 @@ class Scores:
 
     def of(self, method: str, task: str | None = None) -> np.ndarray:
         """[seeds, tasks, 1 + draws] of a method, or [seeds, 1 + draws] on one task."""
-        found = self.values[self.methods.index(method)]
+        found: np.ndarray = self.values[self.methods.index(method)]
         return found if task is None else found[:, self.tasks.index(task)]
 
     def estimate(self, values: np.ndarray) -> Estimate:
@@ -156,12 +156,14 @@ def _learnt(scores: Scores, references: References) -> dict[str, Learning]:
 
 def mean_retention(scores: Scores, method: str, references: References) -> np.ndarray:
     """[seeds, 1 + draws]: the mean over judged tasks."""
-    return _judged(scores, method, references).mean(axis=1)
+    means: np.ndarray = _judged(scores, method, references).mean(axis=1)
+    return means
 
 
 def worst_retention(scores: Scores, method: str, references: References) -> np.ndarray:
     """[seeds, 1 + draws]: of the judged task that is worst in this very run."""
-    return _judged(scores, method, references).min(axis=1)
+    worst: np.ndarray = _judged(scores, method, references).min(axis=1)
+    return worst
 
 
 def _judged(scores: Scores, method: str, references: References) -> np.ndarray:

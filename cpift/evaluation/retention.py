@@ -34,7 +34,8 @@ Score = dict[str, Any]
 def kept(own: np.ndarray, probe: np.ndarray) -> np.ndarray:
     """Retention, of values where larger is better (losses negated); NaN where what divides is 0."""
     above, below = np.where(probe < 0, probe, own), np.where(probe < 0, own, probe)
-    return np.divide(above, below, out=np.full_like(own, np.nan), where=below != 0)
+    ratios: np.ndarray = np.divide(above, below, out=np.full_like(own, np.nan), where=below != 0)
+    return ratios
 
 
 @dataclass(frozen=True)

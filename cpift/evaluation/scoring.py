@@ -44,7 +44,8 @@ class TaskScore:
     def record(self) -> dict[str, Any]:
         """As `scores.json` has it."""
         found = asdict(self)
-        return found | found.pop("described")
+        described: dict[str, Any] = found.pop("described")
+        return found | described
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def jaccard_matrix(overlaps: np.ndarray) -> np.ndarray:
     """S(i,j) = |Ci∩Cj| / |Ci∪Cj| from the (N, N) int64 intersections; two empty regions have S = 0, S(i,i) = 1."""
     sizes = np.diag(overlaps).astype(np.float64)
     unions = sizes[:, None] + sizes[None, :] - overlaps
-    jaccard = np.divide(overlaps, unions, out=np.zeros_like(unions), where=unions > 0)
+    jaccard: np.ndarray = np.divide(overlaps, unions, out=np.zeros_like(unions), where=unions > 0)
     np.fill_diagonal(jaccard, 1.0)
     return jaccard
 

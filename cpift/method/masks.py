@@ -21,7 +21,8 @@ SUMMARY = "regions.json"
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """What `save_regions` wrote beside the masks: tasks, regions (RegionSummary fields), overlaps."""
-    return read_json(folder / SUMMARY)
+    summary: dict[str, Any] = read_json(folder / SUMMARY)
+    return summary
 
 
 class RegionMasks:

@@ -135,7 +135,8 @@ def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrai
     ]
     if problems:
         raise CheckpointError(f"model {path}", problems)
-    return network.eval()
+    network.eval()
+    return network
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
 from cpift.training.spec import RESULT, STEPS_PER, FitSpec, StageSpec, stages_of
 
 if TYPE_CHECKING:
-    from cpift.pipeline.pipeline import Model, Pipeline
+    from cpift.pipeline.identity import Model
+    from cpift.pipeline.pipeline import Pipeline
     from cpift.report.write import ReportData
 
 

@@ -227,7 +227,8 @@ def _skeleton(source: _Source) -> PreTrainedModel:
     config, network = _config(source), _class(source)
     try:
         with torch.device("meta"):
-            return network(config).eval()
+            skeleton: PreTrainedModel = network(config).eval()
+            return skeleton
     except Exception as error:  # a class may ask for anything of its configuration
         raise _unusable(source, error) from error
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, DataError, Problem
@@ -171,7 +171,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, config: Any) -> PreTraine
         problem = Problem(str(folder), "holds no adapter_model.safetensors", "pickled adapters are never read")
         raise CheckpointError(f"adapter {folder}", [problem])
     adapted: Any = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
-    return adapted
+    return cast("PreTrainedModel", adapted)
 
 
 def lm_eval_arguments(folder: Path) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from cpift.errors import CheckpointError, Problem
 
@@ -37,18 +41,18 @@ class _Layout(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a sharded checkpoint")
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """torch's own, but for how the index is read."""
 
-    def read_metadata(self, *args: Any, **rest: Any) -> dcp.Metadata:
+    def read_metadata(self, *args: Any, **rest: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found: dcp.Metadata = _Layout(file).load()
-        found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
+            found: Metadata = _Layout(file).load()
+        found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
 
 
-class _Planner(dcp.DefaultLoadPlanner):
+class _Planner(DefaultLoadPlanner):
     """torch's own, but for values beside the tensors: numbers, texts and lists alone."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -64,8 +68,8 @@ class _Planner(dcp.DefaultLoadPlanner):
 def read_state(state: dict[str, Any], folder: Path) -> None:
     """Fill `state` from a sharded checkpoint, in place: tensors and plain values. Raises CheckpointError."""
     try:
-        dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
-    except dcp.api.CheckpointException as error:  # of every worker that failed
+        load(state, storage_reader=_Reader(folder), planner=_Planner())
+    except CheckpointException as error:  # of every worker that failed
         causes = dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values())
         problem = Problem(str(folder), "; ".join(causes), "delete this folder: the stage starts again")
         raise CheckpointError("sharded checkpoint", [problem]) from error

@@ -115,8 +115,8 @@ def left_out_marks(data: Scored) -> dict[str, str]:
 def compare(one: Score, other: Score) -> int:
     """1 where `one` is better than `other` on the same task, −1 where worse, 0 where equal: by score, else by loss."""
     if one["score"] is None or other["score"] is None:
-        return (one["loss"] < other["loss"]) - (one["loss"] > other["loss"])
-    return (one["score"] > other["score"]) - (one["score"] < other["score"])
+        return int(one["loss"] < other["loss"]) - int(one["loss"] > other["loss"])
+    return int(one["score"] > other["score"]) - int(one["score"] < other["score"])
 
 
 def total_tokens(data: ReportData, model: str) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.config.run import FusionConfig, ModelConfig, RunConfig, TaskConfig
-from cpift.data.tasks import rows_of
+from cpift.data.sources import rows_of
 from cpift.disk.artifacts import CARD
 from cpift.disk.files import write_text
 from cpift.errors import entry

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cpift.config.run import TrainingConfig
 from cpift.config.training import LoraConfig
@@ -54,7 +54,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
             raise CheckpointError(
                 "model", [Problem("lora.targets", str(error), "name modules of this model")]
             ) from error
-    return adapted
+    return cast("PreTrainedModel", adapted)
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -61,7 +61,7 @@ def load_sharded(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedMo
     fully_shard(model, mesh=mesh)
     read_into(model, Checkpoint(path))
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True  # what Trainer looks for
-    return model.eval()
+    return cast(PreTrainedModel, model.eval())
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ class ShardedTrainer(Trainer):
         Path(output_dir or self.args.output_dir or ".").mkdir(parents=True, exist_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        dcp.save(self._state(), checkpoint_id=Path(output_dir) / _SHARDS)
+        save(self._state(), checkpoint_id=Path(output_dir) / _SHARDS)
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULE)

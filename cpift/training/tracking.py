@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from cpift.config.run import Tracker
+from cpift.config.training import Tracker
 from cpift.errors import Problem, entry
 from cpift.text.redaction import RedactingFormatter, is_secret_variable
 
@@ -55,7 +55,7 @@ def tracker_variables(trackers: Sequence[Tracker]) -> dict[str, str]:
 
 @contextmanager
 def _tensorboard(title: str, folder: Path) -> Iterator[TrainerCallback]:
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     callback = TensorBoardCallback()
     callback.logging_dir = str(folder)
@@ -65,7 +65,7 @@ def _tensorboard(title: str, folder: Path) -> Iterator[TrainerCallback]:
 @contextmanager
 def _mlflow(title: str, folder: Path) -> Iterator[TrainerCallback]:
     import mlflow
-    from transformers.integrations import MLflowCallback
+    from transformers.integrations.integration_utils import MLflowCallback
 
     ours = not mlflow.is_tracking_uri_set()
     if ours:
@@ -84,7 +84,7 @@ def _mlflow(title: str, folder: Path) -> Iterator[TrainerCallback]:
 @contextmanager
 def _wandb(title: str, folder: Path) -> Iterator[TrainerCallback]:
     import wandb
-    from transformers.integrations import WandbCallback
+    from transformers.integrations.integration_utils import WandbCallback
 
     folder.mkdir(parents=True, exist_ok=True)
     where = os.environ.get("WANDB_DIR", str(folder))  # read here: W&B itself reads it once in a process

@@ -134,7 +134,7 @@ def _check_size(root: Any, limits: Limits) -> None:
     size(root, ())
 
 
-class _Loader(_Base):
+class _Loader(_Base):  # type: ignore[misc]  # a type checker cannot know which of the two it is
     """PyYAML's safe loader, less what it takes in silence."""
 
     limits: Limits

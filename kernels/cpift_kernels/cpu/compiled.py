@@ -56,14 +56,16 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile an entry point: cached on disk, without the GIL. Called with ints, floats and int64 arrays only."""
     before, _settings.CACHE_DIR = _settings.CACHE_DIR, str(cache_folder())
     try:
-        return numba.njit(function, cache=True, nogil=True, error_model="numpy")
+        compiled: Callable[..., Any] = numba.njit(function, cache=True, nogil=True, error_model="numpy")
+        return compiled
     finally:
         _settings.CACHE_DIR = before
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function that kernels call; it becomes part of them."""
-    return numba.njit(function, nogil=True, error_model="numpy")
+    compiled: Callable[..., Any] = numba.njit(function, nogil=True, error_model="numpy")
+    return compiled
 
 
 @cache

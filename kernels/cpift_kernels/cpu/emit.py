@@ -13,9 +13,11 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
-# Any: to a type checker an intrinsic has the arguments of its typing function, not those of the kernels that call it
-intrinsic: Any = extending.intrinsic
 Emitted = tuple[Any, Callable[..., ir.Value]]
+# An intrinsic has the arguments of the kernels that call it, not those of its typing function.
+intrinsic: Callable[[Callable[..., Emitted]], Callable[..., Any]] = extending.intrinsic
+# The same, of numbers and types that are known when the kernel is compiled.
+intrinsic_of_literals: Callable[[Callable[..., Emitted]], Callable[..., Any]] = extending.intrinsic(prefer_literal=True)
 
 LANES = 32
 AHEAD = 2048  # bytes

@@ -76,9 +76,10 @@ def _exchange(action: _Action) -> _Action:
 @lru_cache(1)
 def _handler() -> Any:
     """void (int signal, siginfo_t *info, void *context)"""
-    from numba import carray, cfunc, types
+    from numba import cfunc, types
     from numba.core import cgutils
     from numba.extending import intrinsic
+    from numba.np.numpy_support import carray
 
     library, word = ctypes.CDLL(None), ctypes.c_ssize_t
     put_page, reset = library.mmap, library.signal

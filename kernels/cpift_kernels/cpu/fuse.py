@@ -8,12 +8,21 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .emit import FLOAT_LANES, LANES, MASK_LANES, broadcast, intrinsic, load_at, load_register, store_register
+from .emit import (
+    FLOAT_LANES,
+    LANES,
+    MASK_LANES,
+    broadcast,
+    intrinsic_of_literals,
+    load_at,
+    load_register,
+    store_register,
+)
 
 MOST = 9  # sources for which the loop is unrolled; each number of sources takes about a second to compile
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic_of_literals
 def fuse_words(
     typing: Any,
     storage: types.Type,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..gram import FEW, Granularity, row_count
 from .compiled import cpu_features, in_threads, inner, kernel
-from .emit import BF16, FP16, FP32, LANES, intrinsic, load_at, load_register, prefetch
+from .emit import BF16, FP16, FP32, LANES, intrinsic_of_literals, load_at, load_register, prefetch
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
 from .vector import store
@@ -158,7 +158,7 @@ def _sum_few(addresses, kinds, kept, begin, end, scratch, out):  # type: ignore[
                     out[a, b] += np.float64(scratch[a, lane]) * np.float64(scratch[b, lane])
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic_of_literals
 def _sum_words(
     typing: Any,
     storage: types.Type,

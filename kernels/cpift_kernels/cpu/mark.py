@@ -6,6 +6,7 @@ another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from .emit import (
     LANES,
     broadcast,
     constant,
-    intrinsic,
+    intrinsic_of_literals,
     load_at,
     load_register,
     magnitude_key,
@@ -37,7 +38,7 @@ from .words import popcount, write_word
 GROUPS = (4, 2, 1)  # tasks that one call takes; a kernel holds the loop for each
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic_of_literals
 def mark_words(
     typing: Any,
     storage: types.Type,
@@ -97,7 +98,7 @@ def _store_word(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, word:
     builder.store(word, builder.gep(builder.inttoptr(address, I32.as_pointer()), [index]))
 
 
-def _mark_group(number):  # type: ignore[no-untyped-def]
+def _mark_group(number: int) -> Callable[..., Any]:
     """`mark_words` for `number` tasks, the storage type being a number."""
 
     @inner

@@ -6,6 +6,8 @@ faster; the marker MIXED in its place compiles code that looks at the number.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
@@ -69,11 +71,11 @@ def store_some_kind(kind, address, first, values, bits):  # type: ignore[no-unty
         store_some(FP32, address + 4 * first, values, bits)
 
 
-def read(storage, kind, address, first, bits):  # type: ignore[no-untyped-def]
+def read(storage: Any, kind: Any, address: int, first: int, bits: Any) -> Any:
     """32 elements from `first` on, 0 where a bit is clear; storage MIXED looks at the number `kind`."""
 
 
-def write(storage, kind, address, first, values, bits):  # type: ignore[no-untyped-def]
+def write(storage: Any, kind: Any, address: int, first: int, values: Any, bits: Any) -> None:
     """Write the elements whose bit is set; storage MIXED looks at the number `kind`."""
 
 

@@ -44,7 +44,7 @@ class _Lanes(types.Type):
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: _Lanes) -> None:
-        super().__init__(manager, lanes, lanes.llvm)
+        super().__init__(manager, lanes, lanes.llvm)  # type: ignore[no-untyped-call]  # numba declares no types
 
 
 INTS, FLOATS = _Lanes("int32", INT_LANES), _Lanes("float32", FLOAT_LANES)

@@ -1,5 +1,5 @@
 """Fused apply on the GPU: one read of every source, one write of the fused tensor."""
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

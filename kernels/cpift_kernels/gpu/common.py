@@ -5,7 +5,7 @@ that the compiled kernel and Triton's interpreter (which truncates fp32 to bf16)
 the kernels as bytes: one byte covers the eight elements that one thread holds, so no thread needs a neighbour's bits.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext

@@ -3,7 +3,7 @@
 Only the 128-bit groups of `values` that hold a masked element are touched. A saved element's place is its rank in the
 mask: the bits before its block (`mask_starts`), before its byte (a scan) and below it in its byte.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ What a program sums is a run; a run with few elements left is summed again, in f
 are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads its vectors again.
 """
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
 
 from __future__ import annotations
 

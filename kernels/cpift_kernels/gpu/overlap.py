@@ -1,6 +1,6 @@
 """Overlap counts and conflict resolution on the GPU: one read of every mask."""
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ The index half of a cut point acts at block boundaries, so a block compares with
 ties costs nothing.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import math
