@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -119,9 +119,11 @@ def _cell(figure: str, one: Estimate) -> str:
     return f"{scale * one.mean:.{digits}f}{spread}"
 
 
-def _at(trials: Rows, figure: str, model: str, chosen: Callable[[dict[str, Any]], bool]) -> list[list[float]]:
-    """The figure's values, one a seed, at every chosen point."""
-    return [row["figures"][model][figure] for row in trials for point in row["points"] if chosen(point)]
+def _at(trials: Rows, figure: str, model: str, fields: Mapping[str, Any]) -> list[list[float]]:
+    """The figure's values, one a seed, at every point with these values of fields."""
+    return [
+        row["figures"][model][figure] for row in trials for point in row["points"] if fields.items() <= point.items()
+    ]
 
 
 def _effects(head: dict[str, Any], trials: Rows, fields: dict[str, list[Any]], names: dict[str, str]) -> str:
@@ -138,8 +140,7 @@ def _effects(head: dict[str, Any], trials: Rows, fields: dict[str, list[Any]], n
 
 def _difference(head: dict[str, Any], trials: Rows, figure: str, name: str, low: Any, high: Any) -> str:
     above, below = (
-        [mean(values) for values in zip(*_at(trials, figure, "final", lambda p, end=end: p[name] == end), strict=True)]
-        for end in (high, low)
+        [mean(values) for values in zip(*_at(trials, figure, "final", {name: end}), strict=True)] for end in (high, low)
     )
     return _gap(head, figure, above, below)
 
@@ -162,7 +163,7 @@ def _models(head: dict[str, Any], trials: Rows, names: dict[str, str]) -> str:
         for title, found in head["references"].items()
     ]
     means = {
-        model: [[mean(seed) for seed in zip(*_at(trials, f, model, lambda _: True), strict=True)] for f in names]
+        model: [[mean(seed) for seed in zip(*_at(trials, f, model, {}), strict=True)] for f in names]
         for model in MODELS
         if all(model in row["figures"] for row in trials)
     }
@@ -182,7 +183,7 @@ def _grid(head: dict[str, Any], trials: Rows, fields: dict[str, list[Any]], figu
     (rows, down), (columns, across) = fields.items()
     lines = []
     for r in down:
-        found = [_at(trials, figure, "final", lambda p, r=r, c=c: (p[rows], p[columns]) == (r, c)) for c in across]
+        found = [_at(trials, figure, "final", {rows: r, columns: c}) for c in across]
         cells = [_cell(figure, estimate(one[0], head["confidence"])) if one else "–" for one in found]
         lines.append([shown(r), *cells])
     return f"## Final model: {title}\n\n" + _table([f"{rows} ↓, {columns} →", *map(shown, across)], lines)

@@ -85,7 +85,7 @@ def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
     item = 1 / 8 if entry.name == "overlap" else catalog.DTYPES[entry.dtype].itemsize
     tensors = {"overlap": entry.tasks, "zero": 1, "gather": 1, "scatter": 1}.get(entry.name, 1 + min(entry.tasks, 8))
     loops = entry.launch.arguments.get("TILES", 1)
-    return code.loads[128] >= tensors * entry.elements / entry.launch.threads / loops * item / 16
+    return bool(code.loads[128] >= tensors * entry.elements / entry.launch.threads / loops * item / 16)
 
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from cpift_kernels.cpu.compiled import in_threads, kernel
-from cpift_kernels.cpu.emit import I32, intrinsic
+from cpift_kernels.cpu.emit import I32, Emitted, intrinsic
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -43,7 +43,7 @@ def _read(address, lines):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _read_streams(typing: Any, address: types.Type, lines: types.Type) -> Any:
+def _read_streams(typing: Any, address: types.Type, lines: types.Type) -> Emitted:
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         i64, vector = ir.IntType(64), ir.VectorType(I32, LINE // 4)
         totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(STREAMS)]

@@ -104,7 +104,7 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def timings(
-    work: Callable[[], Any], read: Callable[[], None], device: str, repeats: int, limit: float = float("inf")
+    work: Callable[[], Any], read: Callable[[], object], device: str, repeats: int, limit: float = float("inf")
 ) -> tuple[list[float], list[float]]:
     """Seconds of `repeats` runs of the work, and of a read of the same tensors after each; fewer past `limit`."""
     seconds: list[float] = []
@@ -131,10 +131,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def read_ceiling(tensors: list[Tensor], device: str) -> Callable[[], None]:
+def read_ceiling(tensors: list[Tensor], device: str) -> Callable[[], object]:
     """Reads every byte of the tensors, as fast as this device does."""
     if device == "cuda":
-        return lambda: [tensor.view(torch.int32).max() for tensor in tensors] and None
+        return lambda: [tensor.view(torch.int32).max() for tensor in tensors]
     from benchmarks.kernels.read_ceiling import read_all
 
     return lambda: read_all(tensors)

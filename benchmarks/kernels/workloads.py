@@ -158,10 +158,11 @@ def apply(s: Setting) -> Workload:
         out.fill_(float("nan"))
 
     def plain() -> Tensor:
-        total = sum(m.float() * float(scale[0, 0]) for m in models)
+        total: Any = sum(m.float() * float(scale[0, 0]) for m in models)
         for model, mask in zip(models[1:], masks, strict=True):
             total = torch.where(ck.unpack_mask(mask, s.elements), model.float(), total)
-        return total.to(s.dtype)
+        fused: Tensor = total.to(s.dtype)
+        return fused
 
     return Workload(
         bytes=sum(map(_nbytes, models)) + s.tasks * s.elements // 8 + _nbytes(out),

@@ -162,7 +162,8 @@ def main() -> None:
 
 
 def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> dict[str, Any]:
-    started, events = time.time(), {}
+    started = time.time()
+    events: dict[str, bool | int | None] = {}
     store, snapshots = output / "sweep-output", list[dict[str, dict[str, Any]]]()
     cluster = Cluster(output, ray_dir)
     try:

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 
 from benchmarks.record import append
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cpift.checkpoints.lora_config import ADAPTER_CONFIG
+from cpift.checkpoints.lora_files import ADAPTER_WEIGHTS
 from cpift.checkpoints.opening import open_checkpoint
 from cpift.config.inputs import GgufFile
 from cpift.config.run import DataSource, ModelConfig, ResourcesConfig, TaskConfig, TrainingConfig
@@ -99,7 +100,8 @@ def merge_with_peft(work: Path, task: str) -> None:
         return
     adapted = with_adapters(load_model(work / "base", torch.float32), LORA, 0, kept=work / "adapters" / task)
     partial = out.with_suffix(".partial")
-    merged(adapted).to(torch.bfloat16).save_pretrained(partial)
+    model: Any = merged(adapted)
+    model.to(torch.bfloat16).save_pretrained(partial)
     partial.rename(out)
 
 
@@ -190,7 +192,8 @@ def cores(one: Path, other: Path) -> dict[str, dict[str, int]]:
 
 def answers(model_folder: Path, data: Path, count: int) -> Iterator[dict[str, str]]:
     """What a model replies to the first test prompts of every task, decoding greedily."""
-    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    model: Any = load_model(model_folder)
+    tokenizer: Any = load_tokenizer(model_folder)
     for task in TASKS:
         for example in load_examples(DataSource(file=data / f"{task}_test.jsonl"))[:count]:
             turns = [{"role": turn.role, "content": turn.content} for turn in example.prompt]
@@ -218,8 +221,8 @@ def run(work: Path, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "rank": LORA.rank,
-        "read": {task: difference(base, *pair, [rounding[task]]) for task, pair in pairs.items()},
-        "fused": difference(base, *models, list(rounding.values()), regions),
+        "read": {task: difference(base, one, other, [rounding[task]]) for task, (one, other) in pairs.items()},
+        "fused": difference(base, models[0], models[1], list(rounding.values()), regions),
         "cores": cores(*regions),
         "checks": [check["passed"] for check in _checks(models)],
         "answers": list(answers(models[0].folder, work / "data", 2)),

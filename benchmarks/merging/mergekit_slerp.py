@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from mergekit.merge_methods.slerp import slerp
+from mergekit.merge_methods.slerp import slerp  # type: ignore[import-not-found]  # of another environment
 
 
 def main(folder: str, dtype: str, elements: str, t: str, threads: str) -> None:

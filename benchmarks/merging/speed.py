@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def make_checkpoint(folder: Path, shape: Shape, seed: int) -> None:
     shards = plan_shards(shape.tensors(), 5 * 10**9)
     with WriteBehind(2 * BLOCK, 2) as writing:
         for shard in shards:
-            write_shard(shard, folder, "made", lambda file, s=shard: _noise(file, s.tensors, noise, writing))
+            write_shard(shard, folder, "made", partial(_noise, infos=shard.tensors, noise=noise, writing=writing))
     write_index(shards, folder)
     for note in folder.glob(".*.json"):
         note.unlink()

@@ -43,6 +43,7 @@ from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_text
 from cpift.errors import CpiftError
+from cpift.merging.engine import Merging
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.inprocess import SharedHere
 from cpift.pipeline.pipeline import Pipeline
@@ -74,6 +75,9 @@ class Timed:
 
     def __init__(self, engine: SharedEngine, hours: float):
         self._engine, self._end = engine, time.monotonic() + 3600 * hours
+
+    def merging(self, resources: ResourcesConfig) -> Merging | None:
+        return self._engine.merging(resources)
 
     def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: Callable[..., None]) -> None:
         self._in_pieces(list(specs), resources, lambda part: self._engine.fit(resources, part, on_progress))
@@ -161,7 +165,7 @@ def _engine(options: argparse.Namespace) -> Iterator[SharedEngine]:
     if options.here:
         yield Timed(SharedHere(), options.hours)
         return
-    from cpift.sweep.search import on_ray
+    from cpift.cluster.tasks import on_ray
 
     with on_ray(ResourcesConfig()) as engine:
         yield Timed(engine, options.hours)
@@ -300,6 +304,9 @@ def _check_artifacts(record: Record, made: Comparison) -> None:
 
 class _Nothing:
     """An engine for reading alone."""
+
+    def merging(self, resources: ResourcesConfig) -> None:
+        return None
 
     def fit(self, *_: Any) -> None:
         raise CpiftError("not all of the study's models are there: run it first")

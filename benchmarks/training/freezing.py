@@ -28,7 +28,7 @@ from benchmarks.record import append
 from cpift.devices import native_bf16
 from cpift.method.freezing import ElementFreezer, count_moved, snapshot
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
