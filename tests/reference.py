@@ -19,6 +19,7 @@ import cpift
 from cpift.cli.main import app
 from cpift.compare.config import CompareConfig
 from cpift.config.run import RunConfig
+from cpift.evaluation.metrics import METRICS
 from cpift.merging.base import MergeMethod
 from cpift.merging.conflicts import CONFLICTS
 from cpift.merging.registry import METHODS
@@ -49,7 +50,7 @@ _EMPTY: tuple[object, ...] = ((), {}, None, "")
 def page() -> str:
     """The whole document."""
     files = [_file(name, *of) for name, of in FILES.items()]
-    return "\n".join([_HEAD, *files, _methods(), _commands(), _python()]).rstrip() + "\n"
+    return "\n".join([_HEAD, *files, _metrics(), _methods(), _commands(), _python()]).rstrip() + "\n"
 
 
 # ---- fields of files -------------------------------------------------------------------------------------------------
@@ -176,6 +177,15 @@ def _link(title: str) -> str:
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _metrics() -> str:
+    """What `tasks.*.metric` may be."""
+    passes = ("", "the loss", "the loss, replies", "the loss, replies, the judge")
+    rows = [(f"`{name}`", one.title, one.needs, passes[one.passes]) for name, one in METRICS.items()]
+    own = "Of `tasks.*.metric`; or [one of your own](extending/metric.md), which reads replies."
+    table = _table(("metric", "score", "what a row needs beside its prompt", "what is computed"), rows)
+    return f"## Metrics\n\n{own}\n\n{table}\n"
 
 
 def _methods() -> str:

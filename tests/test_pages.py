@@ -18,7 +18,7 @@ from cpift.sweep.config import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-PAGES = sorted([README, *DOCS.glob("*.md")])
+PAGES = sorted([README, *DOCS.rglob("*.md")])
 LINK, SOURCE = (
     re.compile(r"\]\(([^)\s]+)\)"),
     re.compile(r"`((?:benchmarks|configs|cpift|examples|ray_jobs)/[\w./-]+)`"),
@@ -158,7 +158,7 @@ def test_messages_that_are_explained_are_ours() -> None:
 def test_the_site_has_every_page_once_and_asks_the_net_for_nothing() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     shown = [page for section in site["nav"] for one in next(iter(section.values())) for page in _pages_of(one)]
-    assert sorted(shown) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert sorted(shown) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
     assert site["theme"]["font"] is False
     assert (DOCS / site["extra"]["polyfills"][0]).is_file()  # in place of the one that `offline` has pages fetch
     assert not any("```mermaid" in page.read_text(encoding="utf-8") for page in PAGES)  # the theme fetches its program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ class Reply:
         return right_answer(self.example)
 
 
+_ONE_EACH = "give one for each reply, in their order"
 Scores = Callable[[Sequence[Reply]], Sequence[float]]
 
 
@@ -62,6 +63,7 @@ class Metric:
     by_loss: bool = False  # the loss itself, less is better; all others score from 0 to 1
     by_options: bool = False  # which of the row's choices is likeliest
     by_judge: bool = False  # a generated reply is rated by another model
+    needs: str = ""  # what it needs of a row beside the prompt; of ours, for docs/reference.md
 
     def __post_init__(self) -> None:
         """Raises ValueError for what could not be computed, or would mislead."""
@@ -89,7 +91,10 @@ class Metric:
 
     def wrong_with(self, example: Example) -> Found | None:
         """Why a row cannot be scored, and the remedy."""
-        found = None if self.problem is None else self.problem(example)
+        try:
+            found = None if self.problem is None else self.problem(example)
+        except Exception as error:
+            found = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
         return found or (_no_prompt(example) if self.generates else None)
 
     def doubtful(self, example: Example) -> Found | None:
@@ -104,12 +109,17 @@ class Metric:
         assert self.scores is not None
         try:
             found: Any = self.scores(replies)
-            values = list(found)
+            found = list(found) if isinstance(found, Iterator) else found  # else it would fail later
         except Exception as error:
             raise self._refused(subject, *self._failed(replies, error)) from error
+        try:
+            values = list(found)
+        except TypeError:
+            what = f"gives {_shown(found)}, which is no list"
+            raise self._refused(subject, "scores", what, _ONE_EACH) from None
         if len(values) != len(replies):
             what = f"{len(values)} scores for {len(replies)} replies"
-            raise self._refused(subject, "scores", what, "give one for each, in their order")
+            raise self._refused(subject, "scores", what, _ONE_EACH)
         low, high = self.range
         bad = RowProblems(f"{subject}, ")
         for number, value in enumerate(values, start=1):
@@ -129,7 +139,7 @@ class Metric:
         said, remedy = f"{type(error).__name__}: {error}", "mend the metric, or leave such rows out"
         for number, reply in enumerate(replies, start=1):
             try:
-                list(cast(Scores, self.scores)([reply]))
+                cast(Scores, self.scores)([reply])
             except Exception as alone:
                 return f"row {number}", f"reply {_shown(reply.text)}: {type(alone).__name__}: {alone}", remedy
         return "all rows together", said, remedy
@@ -187,16 +197,22 @@ def _no_prompt(example: Example) -> Found | None:
 METRICS: dict[str, Metric] = {
     "loss": Metric("loss only", by_loss=True),
     "choice": Metric(
-        "accuracy by option likelihood, %", by_options=True, counted=True, problem=_choices, doubt=_no_choice
+        "accuracy by option likelihood, %",
+        by_options=True,
+        counted=True,
+        problem=_choices,
+        doubt=_no_choice,
+        needs="`choices`, two or more, and an `answer` that is one of them",
     ),
     "number": Metric(
         "exact match of the final number, %",
         each(lambda reply: same_final_number(reply.text, reply.reference)),
         counted=True,
         problem=_number,
+        needs="an `answer`, or else a reply, that ends in a number",
     ),
     "rouge": Metric("ROUGE-L F1, %", each(lambda reply: rouge_l(reply.text, reply.example.messages[-1].content))),
-    "judge": Metric("judge's rating, % of 10", by_judge=True),
+    "judge": Metric("judge's rating, % of 10", by_judge=True, needs="`evaluation.judge` in the run's file"),
 }
 
 
