@@ -1,10 +1,11 @@
-"""The Hugging Face hub: which commit a branch or tag means today."""
+"""The Hugging Face hub: which commit a branch or tag means today, what is downloaded, what is sent."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cpift.errors import CpiftError
 
@@ -101,6 +102,50 @@ def snapshot(repository: str, revision: str | None) -> Path | None:
         return None
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots" / commit
     return folder if folder.is_dir() else None
+
+
+def upload(repository: str, files: Mapping[str, Path | str], private: bool, ours: str, message: str) -> str:
+    """Send files (paths, or texts) to a model repository as one commit; the commit's address.
+
+    A repository that is not there is made, private or not. One that is there gets the commit if it is empty or holds
+    the file `ours`, and files of that list which are not sent any more leave it.
+
+    Raises:
+        HubError: the hub refuses, the repository holds what others put there, or it is public and `private` is set.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    try:
+        held = _held(api, repository, private)
+        if held and ours not in held:
+            raise HubError(f"hub: {repository!r} holds files that cpift did not put there → give another name")
+        if held is None:
+            api.create_repo(repository, private=private)
+        stale = sorted((held or set()) - {".gitattributes"} - set(files))
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        for name, content in files.items():
+            operations.append(CommitOperationAdd(name, content.encode() if isinstance(content, str) else content))
+        return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+    except HubError:
+        raise
+    except Exception as error:  # whatever the client and the layers of its network raise
+        raise HubError(f"hub: model {repository!r}: {_said(error)}") from error
+
+
+def _held(api: Any, repository: str, private: bool) -> set[str] | None:
+    """The names of the files that a repository holds; None where there is no such repository."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repository)
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise
+        return None
+    if private and not info.private:
+        raise HubError(f"hub: {repository!r} is public → give another name, or --public if it is meant to be")
+    return {one.rfilename for one in info.siblings or ()} - {".gitattributes"}
 
 
 def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:

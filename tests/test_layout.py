@@ -34,7 +34,7 @@ ROWS = [
     {"report"},
     {"pipeline"},
     {"cluster", "merge_folder"},
-    {"compare", "sweep", "adapter_folder"},
+    {"compare", "sweep", "adapter_folder", "publish"},
     {"init", "api"},
     {"cli"},
 ]

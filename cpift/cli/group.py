@@ -27,6 +27,7 @@ _OTHER_WORDS = {
     **dict.fromkeys(("verify", "fsck"), "`cpift check RUN` compares an output folder with what was recorded"),
     **dict.fromkeys(("select", "masks", "cores"), "`cpift regions CONFIG`"),
     **dict.fromkeys(("new", "create", "start", "setup", "quickstart", "configure"), _INIT),
+    **dict.fromkeys(("upload", "publish", "share"), "`cpift push RUN --to ORG/NAME` sends a model to the hub"),
     "version": "`cpift --version`",
 }
 

@@ -21,6 +21,7 @@ from cpift.cli import extract as cli_extract
 from cpift.cli import init as cli_init
 from cpift.cli import many as cli_cluster
 from cpift.cli import plan as cli_plan
+from cpift.cli import push as cli_push
 from cpift.cli import runs as cli_runs
 from cpift.cli import schema as cli_schema
 from cpift.cli import standard as cli_benchmarks
@@ -78,6 +79,7 @@ def _options(
 cli_init.register(app, "Everything")
 register_merge(app, "Everything")
 cli_extract.register(app, "Everything")
+cli_push.register(app, "Everything")
 
 
 def _load(

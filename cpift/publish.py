@@ -1,0 +1,205 @@
+"""A model on the Hugging Face hub: what of a run's output or of a model folder is sent, and the card that says what it
+is. Nothing of the machine goes along: paths in the run's file keep their last part alone."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.config.loading import dump_fields, read_yaml
+from cpift.config.paths import is_path, texts
+from cpift.disk.artifact_state import read_manifest, state_of
+from cpift.disk.artifacts import CARD
+from cpift.disk.files import MANIFEST, file_sha256, json_text, read_json
+from cpift.errors import ConfigError, Problem, StageError
+from cpift.evaluation.estimates import estimate
+from cpift.hub import HUB_ID, HUB_PATTERNS, upload
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+RECORD = "cpift.json"
+_RUN_FILE = "cpift.yaml"
+_TITLES = {"integrate": "final", "fuse": "fused"}  # by the stage of a run's last model
+# Beside a model's own files: records of how it was made, which name files of this machine or are of use only here.
+_LEFT = (MANIFEST, "inputs.json", "fusion.json", "training.json")
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is sent: by name in the repository a file of the disk, or a text that is made for it."""
+
+    repository: str
+    files: Mapping[str, Path | str]
+
+    @property
+    def card(self) -> str:
+        return str(self.files[CARD])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(len(one.encode()) if isinstance(one, str) else one.stat().st_size for one in self.files.values())
+
+
+def publication(source: Path, repository: str) -> Publication:
+    """What `publish` would send of a run's output folder (its last model) or of one model's or adapter's folder.
+
+    Raises ConfigError where the folder or the repository's name is none, and StageError where the model is no longer
+    what the run wrote.
+    """
+    problems = []
+    if not HUB_ID.fullmatch(repository):
+        problems.append(Problem("--to", f"{repository!r} is no name of a repository", "give org/name"))
+    run, folder = (source, _last_model(source)) if (source / "summary.json").is_file() else (None, source)
+    if folder is None or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        remedy = "give the output folder of a finished run, or a folder with config.json and safetensors"
+        problems.append(Problem(str(source), "holds no model", remedy))
+    if problems or folder is None:
+        raise ConfigError("push", problems)
+    _require_sound(folder)
+    files: dict[str, Path | str] = {path.name: path for path in _model_files(folder)}
+    made = {CARD: _card(folder, run, repository), RECORD: _record(folder, files)}
+    if run is not None:
+        made[_RUN_FILE] = _shared(read_yaml(run / "config.yaml"))
+    return Publication(repository, files | made)
+
+
+def publish(found: Publication, private: bool = True) -> str:
+    """Send it as one commit; the commit's address. Raises HubError."""
+    return upload(found.repository, found.files, private, RECORD, "Upload by cpift")
+
+
+def _last_model(run: Path) -> Path | None:
+    name = read_json(run / "summary.json").get("model")
+    return run / name if isinstance(name, str) else None
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in HUB_PATTERNS)
+        if path.is_file() and wanted and path.name not in _LEFT and not path.name.startswith("."):
+            yield path
+
+
+def _require_sound(folder: Path) -> None:
+    """Raise StageError where the bytes are not those that were written."""
+    if not (folder / MANIFEST).exists():
+        return  # somebody else's model, whose hashes nobody kept
+    try:
+        state = state_of(folder, read_manifest(folder)["fingerprint"], thorough=True)
+    except ValueError as error:
+        raise StageError(f"{folder}: {error} → make the model again") from None
+    if state.kind != "whole":
+        raise StageError(f"{folder}: {state.why} → `cpift check` says what is damaged; the run makes it again")
+
+
+def _record(folder: Path, files: Mapping[str, Path | str]) -> str:
+    """What the repository's bytes are: the model's fingerprint, the versions that made it, every file's sha256."""
+    hashes = {name: file_sha256(path) for name, path in files.items() if isinstance(path, Path)}
+    made = {}
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        made = {key: manifest.get(key) for key in ("stage", "fingerprint", "commit", "versions", "device", "started")}
+    return json_text({**made, "sha256": hashes})
+
+
+def _shared(raw: dict[str, Any]) -> str:
+    """A run's file for others: without the output folder, and of every path its last part."""
+    raw.pop("output", None)
+    for section, key, field in list(texts(raw)):
+        if is_path(field) and Path(section[key]).is_absolute():
+            section[key] = Path(section[key]).name
+    return dump_fields(raw)
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+
+def _card(folder: Path, run: Path | None, repository: str) -> str:
+    """The model's own card with what the hub shows: base models, data sets, scores with their intervals."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else _new_card(folder, repository)
+    card = ModelCard(own, ignore_metadata_errors=True)
+    known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]  # the library declares no result
+    if run is not None:
+        raw = read_yaml(run / "config.yaml")
+        bases, sets = _sources(raw)
+        known |= {"base_model": bases} if bases else {}
+        known |= {"datasets": sets} if sets else {}
+        known |= {"model_name": repository.rpartition("/")[2], "eval_results": list(_results(run, folder, raw))}
+    if not known.get("eval_results"):
+        known.pop("eval_results", None)
+    card.data = ModelCardData(**known)
+    return str(card)
+
+
+def _new_card(folder: Path, repository: str) -> str:
+    """For a folder without a card; of an adapter that was extracted, what its rank lost."""
+    lines = ["---", "tags: [cpift]"]
+    about = "A language model."
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+        lines += ["library_name: peft", *([f'base_model: "{base}"'] if HUB_ID.fullmatch(base) else [])]
+        about = "A LoRA adapter."
+    if (folder / "extraction.json").is_file():
+        found = read_json(folder / "extraction.json")
+        lost = f"{found['relative']:.1%} of the change is lost (Frobenius norms of the weights)"
+        about = f"A LoRA adapter of rank {found['rank']} of what a fine-tune changed; {lost}."
+    return "\n".join([*lines, "---", "", f"# {repository.rpartition('/')[2]}", "", about, ""])
+
+
+def _sources(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The hub's models that a run started from, θ0 first, and the hub's data sets that it trained on."""
+    models, sets = [raw.get("model", {}).get("hub")], []
+    for task in raw.get("tasks", ()):
+        models.append((task.get("checkpoint") or {}).get("hub"))
+        sets.append((task.get("train") or {}).get("hub"))
+    return [one for one in dict.fromkeys(models) if one], [one for one in dict.fromkeys(sets) if one]
+
+
+def _results(run: Path, folder: Path, raw: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """Every task's score of the run's last model, with its interval over the test rows."""
+    from huggingface_hub import EvalResult
+
+    fingerprint = read_manifest(folder)["fingerprint"]
+    scores = _scores(run, fingerprint)
+    for task in raw.get("tasks", ()):
+        score = scores.get(task["name"])
+        if score is None:
+            continue
+        test = task.get("test") or {}
+        value, kind = (score["loss"], "loss") if score["score"] is None else (100 * score["score"], score["metric"])
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=test.get("hub") or task["name"],
+            dataset_name=task["name"],
+            dataset_split=test.get("split"),
+            metric_type=kind,
+            metric_name=f"{kind}, {score['rows']} rows{_interval(score)}",
+            metric_value=round(value, 3),
+        )
+
+
+def _scores(run: Path, fingerprint: str) -> dict[str, Any]:
+    """By task, of the model of this fingerprint; empty where it was not scored."""
+    for folder in sorted((run / "evaluate").glob("*")):
+        if (folder / MANIFEST).is_file() and fingerprint in read_manifest(folder)["inputs"].values():
+            found: dict[str, Any] = read_json(folder / "scores.json")
+            return found
+    return {}
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    rows = [row.get("score") for row in score.get("examples", ())]
+    if score["score"] is None or len(rows) < 2 or None in rows:
+        return ""
+    found = estimate([100 * row for row in rows], _CONFIDENCE)
+    if found.high is None or found.high == found.low:
+        return ""
+    return f", ±{found.high - found.mean:.1f} ({_CONFIDENCE:.0%})"

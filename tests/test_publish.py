@@ -1,0 +1,154 @@
+"""`cpift push` against a stand-in for the hub: what is sent, what the card says, what is never replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import write_json
+from cpift.errors import ConfigError, StageError
+from cpift.publish import publication
+from tests.helpers.hub_server import TOKEN, Hub, Repository, hub
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    with hub() as found:
+        yield found
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder as a user has it: a model, its card, and what is not for others."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "inputs.json", "fusion.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    (folder / "notes.py").write_text("secret = 1")
+    (folder / ".hidden.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [cpift]\n---\n\n# My model\n")
+    return folder
+
+
+def push(server: Hub, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.address, "HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "cpift.cli", "push", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **online}
+    )
+
+
+def test_a_folder_becomes_a_private_repository_and_again_the_same(server: Hub, model: Path) -> None:
+    done = push(server, str(model), "--to", "me/first")
+    assert done.returncode == 0, done.stderr
+    assert f"Sent: {server.address}/me/first/commit/1" in done.stdout
+    found = server.repositories["me/first"]
+    assert found.private
+    wanted = {"config.json", "tokenizer.json", "model.safetensors", "README.md", "cpift.json"}
+    assert set(found.files) == wanted
+    assert found.files["model.safetensors"] == bytes(100)
+    card = found.files["README.md"].decode()
+    assert "license: mit" in card
+    assert "# My model" in card
+    assert set(json.loads(found.files["cpift.json"])["sha256"]) == wanted - {"README.md", "cpift.json"}
+
+    (model / "tokenizer.json").unlink()
+    assert push(server, str(model), "--to", "me/first").returncode == 0
+    assert set(found.files) == wanted - {"tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("held", "private", "token", "told"),
+    [
+        ({"pytorch_model.bin": b"theirs"}, True, TOKEN, "holds files that cpift did not put there"),
+        ({}, False, TOKEN, "is public"),
+        ({}, True, "wrong", "401"),
+    ],
+)
+def test_what_is_not_ours_to_replace_stays(
+    held: dict[str, bytes], private: bool, token: str, told: str, server: Hub, model: Path
+) -> None:
+    server.repositories["me/taken"] = Repository(private, dict(held))
+    done = push(server, str(model), "--to", "me/taken", token=token)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert server.repositories["me/taken"].files == held
+
+
+def test_a_dry_run_asks_nobody(server: Hub, model: Path) -> None:
+    done = push(Hub("http://127.0.0.1:9"), str(model), "--to", "me/dry", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "Would be sent to me/dry (private)" in done.stdout
+    assert "# My model" in done.stdout
+
+
+def test_of_a_run_the_last_model_goes_with_scores_and_without_paths(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    made = artifact(run, "integrate", model)
+    rows = [{"score": 1.0}, {"score": 0.0}, {"score": 1.0}, {"score": 1.0}]
+    maths = {"metric": "number", "score": 0.75, "loss": 1.0, "rows": 4, "examples": rows}
+    scores = {"maths": maths, "prose": maths | {"score": None, "loss": 2.5, "examples": []}}
+    with Artifact(run, "evaluate", "final", {"model": made.fingerprint}, {}, 1).build() as out:
+        write_json(out / "scores.json", scores)
+    write_json(run / "summary.json", {"model": str(made.path.relative_to(run))})
+    config = {
+        "name": "x",
+        "output": "/home/somebody/out",
+        "model": {"hub": "org/base"},
+        "tasks": [
+            {"name": "maths", "train": {"hub": "org/rows"}, "test": {"file": "/home/somebody/data/t.jsonl"}},
+            {"name": "prose", "checkpoint": {"hub": "org/prose-tune"}, "test": {"hub": "org/prose", "split": "test"}},
+        ],
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    found = publication(run, "me/model")
+    data = yaml.safe_load(found.card.split("---\n")[1])
+    assert data["base_model"] == ["org/base", "org/prose-tune"]
+    assert data["datasets"] == ["org/rows"]
+    assert data["license"] == "mit"
+    results = data["model-index"][0]["results"]
+    assert [(one["dataset"]["name"], one["metrics"][0]["value"]) for one in results] == [
+        ("maths", 75.0),
+        ("prose", 2.5),
+    ]
+    assert results[0]["metrics"][0]["name"] == "number, 4 rows, ±79.6 (95%)"  # t(3) · 50 ÷ √4
+    assert "somebody" not in str(found.files["cpift.yaml"])
+    assert "t.jsonl" in str(found.files["cpift.yaml"])
+    assert json.loads(str(found.files["cpift.json"]))["fingerprint"] == made.fingerprint
+    assert "manifest.json" not in found.files
+
+
+def artifact(root: Path, stage: str, model: Path) -> Artifact:
+    """The model's folder as a run makes it."""
+    made = Artifact(root, stage, "", {}, {}, 1)
+    with made.build() as out:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(model / name, out / name)
+    shutil.copy(model / "README.md", made.path / "README.md")
+    return made
+
+
+def test_what_was_changed_since_it_was_made_is_not_sent(model: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    artifact(tmp_path / "work", "fuse", model).path.rename(merged)
+    assert "model.safetensors" in publication(merged, "me/model").files
+    (merged / "model.safetensors").write_bytes(bytes(99) + b"x")
+    with pytest.raises(StageError, match=r"model\.safetensors"):
+        publication(merged, "me/model")
+
+
+def test_wrong_arguments_come_back_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        publication(tmp_path, "no-org")
+    assert "'no-org' is no name of a repository" in str(caught.value)
+    assert "holds no model" in str(caught.value)
