@@ -88,6 +88,7 @@ def run(
     from cpift.compare.run_baselines import make_baselines
     from cpift.pipeline.pipeline import Pipeline
     from cpift.pipeline.preflight import preflight
+    from cpift.pipeline.report import report
     from cpift.pipeline.session import at_work
 
     view = _view(progress)
@@ -98,10 +99,10 @@ def run(
         engine, merging = _engine(loaded, in_process), _merging(loaded)
         pipeline = Pipeline(loaded, engine, view, merging, baselines=make_baselines)
         with at_work(pipeline, "run"):
-            report = pipeline.report()
+            page = report(pipeline).page
             models = {model.title: model.path for model in pipeline.models()}
             scores = pipeline.evaluate()
-    return RunResult(scores, models["final"], report, models, pipeline.root, not pipeline.worked)
+    return RunResult(scores, models["final"], page, models, pipeline.root, not pipeline.worked)
 
 
 def regions(

@@ -27,9 +27,9 @@ from cpift.hub import HUB_ID
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.options import OPTIONS, tune_names
 from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.fuse import FUSION_RECORD
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
+from cpift.pipeline.stages.fuse import FUSION_RECORD
 
 if TYPE_CHECKING:
     from cpift.merging.engine import Merging

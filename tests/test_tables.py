@@ -30,8 +30,9 @@ from cpift.method import groups as grouping
 from cpift.method import measures
 from cpift.method.groups import group_tasks
 from cpift.models import sources as models
-from cpift.pipeline import outcomes, stages
+from cpift.pipeline import outcomes
 from cpift.pipeline import plan as planning
+from cpift.pipeline.stages import integrate
 from cpift.sweep import config as sweep_config
 from cpift.training import spec as fit_spec
 from cpift.training import tracking
@@ -57,7 +58,7 @@ TABLES: dict[str, Collection[str]] = {
     "IntegrationConfig.precision": devices.PRECISIONS,
     "EvaluationConfig.precision": devices.PRECISIONS,
     "IntegrationConfig.freeze": fit_spec.FREEZES,
-    "IntegrationConfig.stages": stages.STAGES,
+    "IntegrationConfig.stages": integrate.STAGES,
     "ResourcesConfig.strategy": SHARDED,
     "RunConfig.tracking": tracking.TRACKERS,
     "ModelConfig.dtype": planning.KEPT_BYTES,

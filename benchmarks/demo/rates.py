@@ -26,11 +26,12 @@ from cpift.devices import device_name
 from cpift.disk.artifacts import source_commit
 from cpift.evaluation.retention import condensed, judged, kept, larger_is_better, learning_of, probe_of
 from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.identity import Model
 from cpift.pipeline.inprocess import SharedHere
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, titled_backbone
-from cpift.pipeline.stages import add_card, integration_spec
+from cpift.pipeline.stages import integrate, order
+from cpift.pipeline.stages.fuse import add_card
+from cpift.pipeline.stages.names import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "demo_rates.jsonl"
@@ -100,8 +101,8 @@ def merged(run: Pipeline, fields: Mapping[str, Any]) -> Model:
 def integrated(shared: SharedWork, run: Pipeline, value: float) -> Model:
     own = Pipeline(with_fields(run.config, {CPIFT.field: value}, "demo rates"), NoEngine(), quiet())
     groups, fused = own.group().groups, own.fuse()
-    artifact = own.artifacts.integrate(groups, own.artifacts.fuse(groups, own.backbone()))
-    spec = integration_spec(own, fused, groups, artifact)
+    artifact = order.outputs(own.artifacts, own.known())["integrate"]
+    spec = integrate.spec(own, fused, groups, artifact)
     shared.fit(
         f"integration, {value:g}", [(artifact, spec, own)], lambda made, out: add_card(own, "final", groups, made, out)
     )

@@ -39,7 +39,7 @@ from cpift.config.training import LoraConfig
 from cpift.data.tasks import load_examples
 from cpift.method.masks import read_mask, read_summary
 from cpift.models.sources import load_model, load_tokenizer, materialise
-from cpift.pipeline.fuse import FUSION_RECORD
+from cpift.pipeline.stages.fuse import FUSION_RECORD
 from cpift.training.adapters import merged, with_adapters
 from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import FitSpec, StageSpec

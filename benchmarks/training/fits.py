@@ -34,7 +34,7 @@ from cpift.console.view import View
 from cpift.disk.files import file_sha256
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages import probe_specs
+from cpift.pipeline.stages import probe
 from cpift.training.spec import FitSpec
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -43,7 +43,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 def specs_in(output: Path, changes: list[str]) -> tuple[RunConfig, list[FitSpec]]:
     config = load_config(SMOKE, [f"output={output}", *changes])
     pipeline = Pipeline(config, InProcessEngine(config), View())
-    return config, probe_specs(pipeline, pipeline.pretrained())
+    return config, probe.specs(pipeline, pipeline.pretrained())
 
 
 def timed(work: Callable[[], Any]) -> float:

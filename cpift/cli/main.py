@@ -130,7 +130,11 @@ def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
         from cpift.pipeline.session import at_work
 
         with at_work(pipeline, stage):
-            return pipeline, getattr(pipeline, "report" if stage == "run" else stage)()
+            if stage in ("run", "report"):
+                from cpift.pipeline.report import report
+
+                return pipeline, report(pipeline)
+            return pipeline, getattr(pipeline, stage)()
 
 
 def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Any:
@@ -141,12 +145,12 @@ def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], s
 @app.command(rich_help_panel="Everything")
 def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Run all stages and show the scores."""
-    pipeline, report = _made(config, overrides, _changes(output), "run")
+    pipeline, (data, page) = _made(config, overrides, _changes(output), "run")
     from cpift.report.write import show_result
 
     if not pipeline.worked:
         say("Everything was cached: nothing to do.")
-    show_result(pipeline.report_data, pipeline.root, report)
+    show_result(data, pipeline.root, page)
 
 
 @app.command(rich_help_panel=_METHOD)
@@ -240,7 +244,7 @@ def _figure(score: dict[str, Any]) -> str:
 @app.command(rich_help_panel=_METHOD)
 def report(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """8. Write the report of a run: one HTML page."""
-    say(f"Report: {_stage(config, overrides, _changes(output), 'report')}")
+    say(f"Report: {_stage(config, overrides, _changes(output), 'report').page}")
 
 
 cli_cluster.register(app)

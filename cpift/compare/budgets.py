@@ -16,9 +16,8 @@ from cpift.disk.facts import recalled, remembered
 from cpift.disk.files import digest
 from cpift.errors import entry
 from cpift.models.sources import load_tokenizer
-from cpift.pipeline.outcomes import expected_backbone
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages import backbone_spec, integration_spec, probe_specs
+from cpift.pipeline.stages import backbone, integrate, order, probe
 from cpift.training.rows import stage_data
 from cpift.training.spec import FitSpec, StageSpec
 
@@ -90,11 +89,10 @@ class Budgets:
     def of(self, run: Pipeline, budget: Budget) -> float:
         """What CPI-FT trains in this run, in tokens."""
         base, groups = run.pretrained(), run.group().groups
-        fused = run.artifacts.fuse(groups, expected_backbone(run))
-        specs = [integration_spec(run, base, groups, run.artifacts.integrate(groups, fused))]
-        staged = run.artifacts.backbone(groups)
-        specs += [backbone_spec(run, base, groups, staged)] if staged else []
-        specs += probe_specs(run, base) if entry(BUDGETS, budget, "budgets").with_probes else []
+        made = order.outputs(run.artifacts, run.known())
+        specs = [integrate.spec(run, base, groups, made["integrate"])]
+        specs += [backbone.spec(run, base, groups, made["backbone"])] if "backbone" in made else []
+        specs += probe.specs(run, base) if entry(BUDGETS, budget, "budgets").with_probes else []
         return sum(self.planned(spec) for spec in specs)
 
     def sft(
@@ -109,7 +107,7 @@ class Budgets:
         sized = self._with(own, training.model_dump(mode="json", exclude_none=True))
         artifact = sized.artifacts.backbone(groups)
         assert artifact is not None
-        epoch = self.planned(backbone_spec(sized, run.pretrained(), groups, artifact))
+        epoch = self.planned(backbone.spec(sized, run.pretrained(), groups, artifact))
         return self._with(own, training.model_dump(mode="json", exclude_none=True) | {"epochs": tokens / epoch})
 
     @staticmethod

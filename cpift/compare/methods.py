@@ -19,10 +19,9 @@ from cpift.data.tasks import count_examples
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
 from cpift.merging.registry import METHODS
-from cpift.pipeline.outcomes import expected_backbone
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import Wanted, titled_backbone
-from cpift.pipeline.stages import integration_spec
+from cpift.pipeline.stages import integrate, order
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 
@@ -197,7 +196,7 @@ class Trained:
         """What CPI-FT's last stage trains."""
         if not entry(JUDGED, self.method.judged, "judged").integration:
             return None
-        spec = integration_spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
+        spec = integrate.spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
         title = f"{self.method.name}, integration"
         return self.artifacts()[-1], replace(spec, title=title), self.run
 
@@ -212,20 +211,18 @@ class Trained:
             return [staged]
         if self.method.judged == "probe":
             return [stages.probes[str(self.method.task)]]
-        return list(self._of_cpift(stages.probes, run))
+        return list(order.outputs(run.artifacts, run.known(), *self._stages()).values())
 
-    def _of_cpift(self, probes: Mapping[str, Artifact], run: Pipeline) -> Iterator[Artifact]:
-        yield from probes.values()
-        if self.method.judged == "probes":
-            return
-        own = run.config.fusion.isolates  # other merges know no regions
-        staged = run.artifacts.backbone(self.groups) if own else None
-        yield from [run.artifacts.regions, *([staged] if staged else [])] if own else []
-        if self.needs_fusion:
-            fused = run.artifacts.fuse(self.groups if own else (), expected_backbone(run) if own else run.pretrained())
-            yield fused
-            if entry(JUDGED, self.method.judged, "judged").integration:
-                yield run.artifacts.integrate(self.groups, fused)
+    def _stages(self) -> Iterator[str]:
+        """The stages of CPI-FT that the model comes from."""
+        judged = entry(JUDGED, self.method.judged, "judged")
+        yield "probe"
+        if judged.backbone and self.run.config.fusion.isolates:  # other merges know no regions
+            yield from ("regions", "backbone")
+        if judged.fusion:
+            yield "fuse"
+        if judged.integration:
+            yield "integrate"
 
 
 def seconds_of(artifacts: Sequence[Artifact]) -> float:

@@ -17,10 +17,12 @@ from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
 from cpift.pipeline.costs import Rows
 from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.plan import Plan, Step, plan, step_of
-from cpift.pipeline.stages import backbone_spec
+from cpift.pipeline.plan import Plan, plan
+from cpift.pipeline.stages import backbone
+from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec
 
 _SUBJECT = "baselines"
@@ -100,7 +102,7 @@ def _trained(run: Pipeline, title: str) -> Artifact:
     sized, artifact = _sft(run, Budgets())
 
     def specs() -> list[FitSpec]:
-        spec = backbone_spec(sized, run.pretrained(), together(sized), artifact)
+        spec = backbone.spec(sized, run.pretrained(), together(sized), artifact)
         return [replace(spec, title=title, logs=run.root / "logs" / title.replace(" ", "-"))]
 
     run.train([artifact], title, specs)

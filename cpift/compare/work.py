@@ -26,10 +26,10 @@ from cpift.disk.files import read_json
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.retention import chance_of
 from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.identity import Model
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedEngine, SharedWork, Wanted
-from cpift.pipeline.stages import add_card
+from cpift.pipeline.stages.fuse import add_card
+from cpift.pipeline.stages.names import Model
 from cpift.report.facts import tokens_of
 
 Scoring = tuple[Artifact, Model, Pipeline]

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cpift.config.run import ResourcesConfig, RunConfig, TrainingConfig
-from cpift.disk.facts import kept, recalled
 from cpift.pipeline.identity import StageArtifacts
-from cpift.training.spec import FitSpec
-
-_FACT = "tokens a second"
-_SHAPE = {"batch_size", "max_length", "packing", "precision", "lora", "gradient_checkpointing"}
+from cpift.training.speed import known_speed
 
 Rows = Sequence[Mapping[str, Any]]  # `RowChecks.rows`
 
@@ -51,24 +46,6 @@ def total_seconds(config: RunConfig, costs: Sequence[FitCost]) -> float | None:
     room = int((os.cpu_count() or 1) // max(resources.workers * resources.cpus_per_worker, 1))
     at_once = max(min(resources.parallel or len(probes), len(probes), room), 1)
     return sum(probes) / at_once + sum(cost.seconds or 0.0 for cost in costs if cost.stage != "probe")
-
-
-def keep_speed(spec: FitSpec, trained: Mapping[str, Any]) -> None:
-    """Keep how fast a fine-tune went; `trained`: its training.json. A fine-tune that was resumed counts as it is."""
-    from cpift.checkpoints.checkpoint import Checkpoint
-
-    tokens, seconds = sum(trained.get("tokens", ())), float(trained.get("seconds", 0.0))
-    if tokens and seconds > 0:
-        kind = _kind(Checkpoint(spec.model).numel, spec.training, spec.resources, spec.threads)
-        before = recalled(_FACT, kind)  # the longest fine-tune is the fastest, for its start is part of its time
-        kept(_FACT, kind, max(tokens / seconds, before if isinstance(before, int | float) else 0.0))
-
-
-def _kind(parameters: int, training: TrainingConfig, resources: ResourcesConfig, threads: int) -> list[Any]:
-    """What decides how fast a fine-tune goes, on this machine."""
-    shape = training.model_dump(mode="json", include=_SHAPE)
-    workers = [resources.workers, resources.gpus_per_worker, resources.cpus_per_worker]
-    return [socket.gethostname(), parameters, shape, threads, workers]
 
 
 def _costs(artifacts: StageArtifacts, rows: Rows, parameters: int | None) -> Iterator[FitCost]:
@@ -125,8 +102,8 @@ def _cost(
     tokens = None if counted is None else _sum(_tokens(training, seen, batch) for seen in counted)
     speed = None
     if tokens is not None and parameters is not None:
-        speed = recalled(_FACT, _kind(parameters, training, resources, threads))
-    seconds = None if tokens is None or not isinstance(speed, int | float) or speed <= 0 else tokens / speed
+        speed = known_speed(parameters, training, resources, threads)
+    seconds = None if tokens is None or speed is None else tokens / speed
     number = None if stages is None else len(stages)
     return FitCost(stage, label, number, None if steps is None else int(steps), _whole(tokens), seconds)
 

@@ -16,6 +16,7 @@ from cpift.disk.files import is_json, link_or_copy, read_json, write_json
 from cpift.disk.input_watch import noted
 from cpift.errors import ChangedInput, CpiftError, Problem
 from cpift.training.spec import RESULT, FitSpec
+from cpift.training.speed import keep_speed
 
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
 
@@ -118,8 +119,6 @@ def fit_all(
 
 def _note_speed(specs: Sequence[FitSpec], export: Path) -> None:
     """For `plan`; of a fine-tune that was trained in this call."""
-    from cpift.pipeline.costs import keep_speed
-
     for spec in specs:
         if spec.export == export:
             keep_speed(spec, read_json(export / RESULT))

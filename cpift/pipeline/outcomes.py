@@ -8,10 +8,17 @@ from typing import Any
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json
 from cpift.errors import entry
-from cpift.pipeline.identity import Model
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import order
+from cpift.pipeline.stages.evaluate import SCORES
+from cpift.pipeline.stages.names import NOTHING, Model
 
 INTEGRATES = {"final": True, "fused": False}  # the judged model → whether a run integrates for it
+
+
+def _own(model: str) -> tuple[str, ...]:
+    """The stages that a trial goes through for itself."""
+    return order.LAST if entry(INTEGRATES, model, "model") else order.LAST[:1]
 
 
 def outcome(run: Pipeline, model: str) -> Artifact:
@@ -19,33 +26,21 @@ def outcome(run: Pipeline, model: str) -> Artifact:
     return run.artifacts.evaluate(Model.of(model, own_models(run, model)[model]))
 
 
-def expected_backbone(run: Pipeline) -> Model:
-    """θ_base as it is or will be: a staged one is not trained here."""
-    staged = run.artifacts.backbone(run.group().groups)
-    return run.backbone() if staged is None else Model.of("backbone", staged)
-
-
 def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
     """The models that a trial makes for itself, made or not: fused, and where `model` says so final."""
-    groups = run.group().groups
-    fused = run.artifacts.fuse(groups, expected_backbone(run))
-    integrated = {"final": run.artifacts.integrate(groups, fused)} if entry(INTEGRATES, model, "model") else {}
-    return {"fused": fused} | integrated
+    known = run.known()
+    titles = [one.title for one in order.models(run.artifacts, known, *_own(model))]
+    return dict(zip(titles, order.outputs(run.artifacts, known, *_own(model)).values(), strict=True))
 
 
 def shared_models(run: Pipeline) -> list[Model]:
     """θ0 and the probes."""
-    return [run.artifacts.base, *run.artifacts.tuned.values()]
-
-
-def backbone_models(run: Pipeline) -> list[Model]:
-    """θ_base as it is or will be; empty where θ0 itself is the backbone."""
-    return [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
+    return order.models(run.artifacts, NOTHING, "model", "probe")
 
 
 def trial_models(run: Pipeline, model: str) -> list[Model]:
     """The models that differ from trial to trial: the backbone, the fused and, where `model` says so, the final one."""
-    return backbone_models(run) + [Model.of(title, made) for title, made in own_models(run, model).items()]
+    return order.models(run.artifacts, run.known(), "backbone", *_own(model))
 
 
 def scored_models(run: Pipeline, model: str) -> list[Model]:
@@ -55,12 +50,11 @@ def scored_models(run: Pipeline, model: str) -> list[Model]:
 
 def scores_of(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
     """Scores by model and task, which must be there."""
-    return {model.title: read_json(run.artifacts.evaluate(model).path / "scores.json") for model in models}
+    return {model.title: read_json(run.artifacts.evaluate(model).path / SCORES) for model in models}
 
 
 def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Any]] | None:
     """Scores by model and task of a trial that has made them all, be its models' weights there or dropped."""
-    scored = {one.title: run.artifacts.evaluate(one) for one in scored_models(run, model)}
-    if not all(made.complete for made in (*own_models(run, model).values(), *scored.values())):
-        return None
-    return {title: read_json(made.path / "scores.json") for title, made in scored.items()}
+    models = scored_models(run, model)
+    needed = [*own_models(run, model).values(), *map(run.artifacts.evaluate, models)]
+    return scores_of(run, models) if all(made.complete for made in needed) else None

@@ -8,28 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpift.config.run import RunConfig, TrainingConfig
-from cpift.disk.artifacts import Artifact
+from cpift.config.run import RunConfig
 from cpift.errors import entry
 from cpift.models.sources import source_of
 from cpift.pipeline.costs import FitCost, Rows, fit_costs, total_seconds
-from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.preflight import trainings
+from cpift.pipeline.stages import order
+from cpift.pipeline.stages.step import Step
 
 # Training state a parameter: float32 weight, gradient and AdamW's two moments.
 TRAINING_BYTES = 16
 KEPT_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}  # of a parameter, by `model.dtype`
 _CHECKPOINT_BYTES = 12  # weights and moments, float32
-
-
-@dataclass(frozen=True)
-class Step:
-    """One artifact of the run."""
-
-    stage: str
-    label: str
-    state: str  # "cached", "to do", or what it waits for
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[
     from cpift.merging.planning import given_notes
 
     parameters = count_parameters(artifacts)
-    steps = (*_steps(artifacts), *beside)
+    steps = (*order.plan(artifacts), *beside)
     todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
     width = entry(KEPT_BYTES, config.model.dtype, "model.dtype") if config.model.scratch is None else 4
     parallel = config.resources.parallel or len(config.tasks)
@@ -104,96 +95,6 @@ def _training_memory(config: RunConfig, parameters: int) -> int:
 
 
 _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
-
-
-def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
-    config = artifacts.config
-    if artifacts.in_place:
-        yield Step("model", "", "given", source_of(config.model).told)
-    else:
-        yield step_of(artifacts.model, source_of(config.model).told)
-    for task in config.tasks:
-        if task.checkpoint is None:
-            yield step_of(artifacts.probes[task.name], _length(config.probe_training))
-        else:
-            yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
-    if not config.fusion.isolates:
-        fused = artifacts.fuse((), artifacts.base)
-        yield step_of(fused, f"{config.fusion.method} of {len(config.tasks)} models")
-        if "integrate" not in _later(config):
-            yield from _scored(artifacts, [Model.of("fused", fused)])
-            return
-    yield step_of(artifacts.regions, f"p = {config.regions.p:g}, {config.regions.scope}")
-    yield step_of(artifacts.group, _threshold(config))
-    grouping = artifacts.known_grouping()
-    if grouping is None:
-        waiting = ["backbone"] * (config.backbone_source == "staged") + ["fuse"] + _later(config)
-        each = {
-            "backbone": config.backbone_training if "backbone" in waiting else None,
-            "integrate": config.integration,
-        }
-        for stage in waiting:
-            length = f", {_length(training)} each" if (training := each.get(stage)) is not None else ""
-            yield Step(stage, "", "after group", f"its groups decide the stages{length}")
-        return
-    staged = artifacts.backbone(grouping.groups)
-    if staged is not None:
-        yield step_of(staged, f"{len(grouping.groups)} stages, {_length(config.backbone_training)} each")
-    elif config.backbone_source != "pretrained":
-        yield Step("backbone", "", "given", config.backbone.source)
-    if staged is None and config.backbone_source != "pretrained":
-        yield Step("fuse", "", "after backbone", _fusion(config))
-        yield from (Step(stage, "", "after fuse", "") for stage in _later(config))
-        return
-    backbone = artifacts.base if staged is None else Model.of("backbone", staged)
-    fused = artifacts.fuse(grouping.groups, backbone)
-    if config.fusion.isolates:
-        yield step_of(fused, _fusion(config))
-    own = [*([backbone] if staged else []), Model.of("fused", fused)]
-    if "integrate" in _later(config):
-        final = artifacts.integrate(grouping.groups, fused)
-        yield step_of(final, f"{len(grouping.groups)} stages, {_length(config.integration_training)} each")
-        own.append(Model.of("final", final))
-    yield from _scored(artifacts, own)
-
-
-def _scored(artifacts: StageArtifacts, own: Sequence[Model]) -> Iterator[Step]:
-    """The evaluations of θ0, the probes and these models, if the config has what they need."""
-    if "evaluate" in _later(artifacts.config):
-        for model in [artifacts.base, *artifacts.tuned.values(), *own]:
-            yield step_of(artifacts.evaluate(model), f"{len(artifacts.config.tasks)} tasks")
-
-
-def _later(config: RunConfig) -> list[str]:
-    """The stages after fusion that the config has the fields for."""
-    trains = config.integration is not None and all(task.train is not None for task in config.tasks)
-    scores = config.scores and (trains or config.integration is None)
-    return ["integrate"] * trains + ["evaluate"] * scores
-
-
-def step_of(artifact: Artifact, detail: str) -> Step:
-    """What a plan says of an artifact."""
-    found = artifact.state()
-    detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
-    return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)
-
-
-_STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
-
-
-def _length(training: TrainingConfig) -> str:
-    return f"{training.length} of {training.batch_size * training.gradient_accumulation} examples"
-
-
-def _threshold(config: RunConfig) -> str:
-    groups = config.groups
-    tau = f"τ = {groups.tau:g}" if groups.tau is not None else f"τ = {groups.tau_chance:g} × chance"
-    return f"{tau}, order {groups.order}"
-
-
-def _fusion(config: RunConfig) -> str:
-    fusion = config.fusion
-    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict}"
 
 
 def _notes(config: RunConfig) -> Iterator[str]:

@@ -165,12 +165,12 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
 def folder_at_hand(config: RunConfig) -> Path | None:
     """Where θ0's config.json and tokenizer lie, None where they would have to be downloaded or made."""
     from cpift.hub import cached_folder
-    from cpift.pipeline.identity import StageArtifacts
+    from cpift.pipeline.stages import model, names
 
-    model = config.model
-    if model.path is not None or model.hub is not None:
-        return model.path or cached_folder(str(model.hub), model.revision)
-    made = StageArtifacts(config).model
+    source = config.model
+    if source.path is not None or source.hub is not None:
+        return source.path or cached_folder(str(source.hub), source.revision)
+    made = model.artifact(names.Names(config))
     return made.path if made.complete else None
 
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cpift.disk.locks import exclusive
 from cpift.errors import entry
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import evaluate, order
 
-# Steps of each command up to which it goes, in order: the stage, the title that the pipeline gives the step.
-_TITLES: dict[str, Callable[[Pipeline], str]] = {
-    "model": lambda run: "" if run.artifacts.in_place else "model θ0",
-    "probe": lambda run: "probes" if run.config.trained else "",
-    "regions": lambda run: "core regions" if _isolates(run) else "",
-    "group": lambda run: "task groups" if _isolates(run) else "",
-    "backbone": lambda run: _backbone(run) if _isolates(run) else "",
-    "fuse": lambda run: "fusion",
-    "integrate": lambda run: "integration" if run.config.integration is not None else "",
-    "evaluate": lambda run: "evaluation",
-    "report": lambda run: "report",
-}
+_AFTER = {"evaluate": evaluate.TITLE, "report": "report"}
 # Where a command stops, if not at the stage of its name.
-_UP_TO = {stage: stage for stage in _TITLES} | {"run": "report"}
+_UP_TO = {stage: stage for stage in (*order.ORDER, *_AFTER)} | {"run": "report"}
 
 
 def steps_of(run: Pipeline, command: str) -> list[str]:
     """Titles of the steps of a command, in order."""
-    last = list(_TITLES).index(entry(_UP_TO, command, "command"))
-    titles = [title_of(run) for title_of in list(_TITLES.values())[: last + 1]]
-    return [title for title in titles if title]
+    titles = {name: stage.title(run.artifacts) for name, stage in order.ORDER.items()} | _AFTER
+    last = list(titles).index(entry(_UP_TO, command, "command"))
+    return [title for title in list(titles.values())[: last + 1] if title]
 
 
 @contextmanager
@@ -37,11 +27,3 @@ def at_work(run: Pipeline, command: str) -> Iterator[None]:
     """Hold the run's output folder, with one connection to where things run."""
     with exclusive(run.root), run.view.recorded(run.root, command, steps_of(run, command)), run.session():
         yield
-
-
-def _isolates(run: Pipeline) -> bool:
-    return run.config.fusion.isolates or run.config.integration is not None
-
-
-def _backbone(run: Pipeline) -> str:
-    return {"staged": "staged backbone", "pretrained": ""}.get(run.config.backbone_source, "given backbone")

@@ -23,10 +23,9 @@ from cpift.disk.files import digest, link_or_copy
 from cpift.disk.input_watch import noted
 from cpift.merging.engine import Merging
 from cpift.pipeline.engine import Finish, fit_all, keep_scores
-from cpift.pipeline.identity import Model
-from cpift.pipeline.outcomes import expected_backbone
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages import backbone_spec, check_data, loadable, probe_specs, select_core_regions
+from cpift.pipeline.stages import backbone, evaluate, order, probe, regions
+from cpift.pipeline.stages.names import Groups, Model
 from cpift.training.spec import FitSpec
 
 OnProgress = Callable[[dict[str, Any]], None]
@@ -59,7 +58,7 @@ class SharedWork:
             base = run.pretrained()
             made = run.artifacts.probes.values() or [run.artifacts.evaluate(run.artifacts.base)]
             if not all(artifact.complete for artifact in made):
-                check_data(run, base)
+                probe.check_data(run, base)
         self._probes()
         self._regions()
         for run in self.runs:
@@ -74,7 +73,7 @@ class SharedWork:
         wanted: dict[Path, Wanted] = {}
         for run in _distinct(self.runs, lambda run: [made.fingerprint for made in run.artifacts.probes.values()]):
             base = run.pretrained()
-            for artifact, spec in zip(run.artifacts.probes.values(), probe_specs(run, base), strict=True):
+            for artifact, spec in zip(run.artifacts.probes.values(), probe.specs(run, base), strict=True):
                 wanted.setdefault(artifact.path, (artifact, spec, run))
         self.fit("probes", list(wanted.values()))
 
@@ -125,15 +124,14 @@ class SharedWork:
                 self.view.cached(f"core regions for {len(runs)} p")
                 return
             first = runs[0]
-            read = [first.artifacts.base.path, *(model.path for model in first.artifacts.tuned.values())]
-            require_sound(read, first.root, self.view.warn)
+            require_sound(regions.read(first.artifacts), first.root, self.view.warn)
             with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
                 started = time.time()
                 folders = {p: artifact.work_dir / "regions" for p, artifact in missing.items()}
                 for folder in folders.values():
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir(parents=True)
-                select_core_regions(first, folders)
+                regions.select(first, folders)
                 share = (time.time() - started) / len(missing)
                 for p, artifact in missing.items():
                     with artifact.build(device_name(), share) as out:
@@ -143,8 +141,8 @@ class SharedWork:
     def _scores(self, runs: Sequence[Pipeline]) -> None:
         wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
         for run in runs:
-            staged = [expected_backbone(run)] if run.config.backbone_source != "pretrained" else []
-            for model in [run.pretrained(), *run.artifacts.tuned.values(), *staged]:
+            run.pretrained()
+            for model in order.models(run.artifacts, run.known(), *order.FIRST):
                 artifact = run.artifacts.evaluate(model)
                 wanted.setdefault(artifact.path, (artifact, model, run))
         self.score("shared models", list(wanted.values()))
@@ -172,13 +170,13 @@ class SharedWork:
         if entries:
             require_sound((model.path for _, model, _ in entries), entries[0][0].root, self.view.warn)
             runs = {artifact.path: run for artifact, _, run in entries}
-            paths = {title: loadable(runs[made.path], model, made) for title, (made, model) in titled.items()}
+            paths = {title: evaluate.loadable(runs[made.path], model, made) for title, (made, model) in titled.items()}
             self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)
 
 
-def titled_backbone(run: Pipeline, groups: Sequence[Sequence[str]], artifact: Artifact) -> FitSpec:
+def titled_backbone(run: Pipeline, groups: Groups, artifact: Artifact) -> FitSpec:
     """The fine-tune from θ0 that goes over these groups, named after them: several may run side by side."""
-    spec = backbone_spec(run, run.pretrained(), groups, artifact)
+    spec = backbone.spec(run, run.pretrained(), groups, artifact)
     return replace(spec, title=f"{spec.title} {' | '.join(' '.join(group) for group in groups)}")
 
 

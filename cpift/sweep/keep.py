@@ -17,9 +17,9 @@ from cpift.config.variation import Fields
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import digest
 from cpift.errors import entry
-from cpift.pipeline.identity import Model
 from cpift.pipeline.outcomes import known_scores, own_models
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages.names import Model
 from cpift.sweep.config import KEEPS, Sweep
 from cpift.sweep.record import Attempt, sweep_record
 from cpift.sweep.scores import figures, remaking

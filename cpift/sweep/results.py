@@ -19,9 +19,10 @@ from cpift.disk.files import json_text
 from cpift.evaluation.estimates import Estimate, estimates
 from cpift.evaluation.retention import DEFINITION
 from cpift.method.groups import Grouping
-from cpift.pipeline.identity import Model
-from cpift.pipeline.outcomes import backbone_models, own_models, scores_of, shared_models, trial_models
+from cpift.pipeline.outcomes import own_models, scored_models, scores_of, shared_models, trial_models
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import evaluate, order
+from cpift.pipeline.stages.names import Model
 from cpift.report.index import SWEEP, write_page
 from cpift.sweep.config import Sweep
 from cpift.sweep.files import sweep_md, trials_csv
@@ -109,12 +110,10 @@ def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[Run
 
 def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     """Every artifact of a run that took part in the sweep."""
-    yield from ([] if run.artifacts.in_place else [run.artifacts.model])
-    yield from (*run.artifacts.probes.values(), run.artifacts.regions)
-    staged = run.artifacts.backbone(run.group().groups)
-    yield from ([staged] if staged else [])
-    yield from (run.artifacts.evaluate(model) for model in shared_models(run) + backbone_models(run))
-    yield from own_artifacts(sweep, run)
+    made = order.outputs(run.artifacts, run.known(), *order.FIRST).values()
+    yield from (one for one in made if one.stage in _STAGES)
+    models = scored_models(run, sweep.config.model)
+    yield from (*own_models(run, sweep.config.model).values(), *evaluate.outputs(run.artifacts, models).values())
 
 
 def _figures(

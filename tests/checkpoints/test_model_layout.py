@@ -24,9 +24,9 @@ from cpift.merging.checks import failures
 from cpift.merging.verify import check_loads
 from cpift.models.scratch import make_scratch_tokenizer
 from cpift.models.sources import load_model
-from cpift.pipeline import fuse as fusion_stage
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import fuse as fusion_stage
 from cpift.pretrained import conversion
 from cpift.pretrained.architecture import untrainable
 from cpift.pretrained.conversion import Traced, Untraceable

@@ -27,10 +27,10 @@ from cpift.errors import ConfigError
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine, SharedHere
-from cpift.pipeline.outcomes import expected_backbone
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
-from cpift.pipeline.stages import artifacts_of, integration_spec
+from cpift.pipeline.report import gather, report
+from cpift.pipeline.stages import integrate, order
 from cpift.report.facts import tokens_of
 from cpift.text.escaping import html
 from tests.helpers.sweeps import TASKS, run_fields
@@ -176,8 +176,8 @@ def test_a_mixed_stage_is_one_stage_of_the_same_length(found: tuple[Comparison, 
     made, record = found
     run = Pipeline(made.run(PARTS["one mixed stage"], 0), NoEngine(), quiet())
     groups = run.group().groups
-    artifact = run.artifacts.integrate(groups, run.artifacts.fuse(groups, expected_backbone(run)))
-    spec = integration_spec(run, run.fuse(), groups, artifact)
+    artifact = order.outputs(run.artifacts, run.known())["integrate"]
+    spec = integrate.spec(run, run.fuse(), groups, artifact)
     assert len(groups) == 3
     assert spec.training.steps == 3 * 2
     ((tasks, frozen),) = [(stage.tasks, stage.frozen) for stage in spec.stages]
@@ -334,7 +334,7 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A run with baselines, made in this process."""
     config = run_config(tmp_path_factory.mktemp("beside"), baselines=BESIDE)
     run = Pipeline(config, InProcessEngine(config), quiet(), baselines=make_baselines)
-    run.report()
+    report(run)
     return run
 
 
@@ -345,12 +345,12 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
 
 @pytest.mark.slow
 def test_a_runs_baselines_are_scored_and_reported(beside: Pipeline) -> None:
-    data = beside.report_data
+    data = gather(beside)
     assert data.models == [
         "base", "probe a", "probe b", "probe c", "backbone", "average", "TIES", "full SFT", "fused", "final"
     ]  # fmt: skip
     assert set(data.curves) > {"full SFT", "integration"}
-    assert {"average", "TIES", "full SFT", "evaluate TIES"} <= set(artifacts_of(beside))
+    assert {"average", "TIES", "full SFT", "evaluate TIES"} <= set(beside.outputs())
     page = (beside.root / "report.html").read_text()
     assert page.index("One model: ") < page.index("from transformers import pipeline") < page.index("<table")
     assert (beside.root / data.model / "model.safetensors").is_file()
@@ -366,7 +366,7 @@ def test_a_runs_baselines_are_those_of_a_comparison(beside: Pipeline, tmp_path: 
     assert own.artifacts.fuse((), own.pretrained()).path == found["average"].path
     assert found["TIES"].fields["weight"] == 1.5
     fits = [*beside.artifacts.probes.values(), beside.artifacts.backbone(beside.group().groups)]
-    fits.append(artifacts_of(beside)["integrate"])
+    fits.append(beside.outputs()["integrate"])
     assert tokens_of([found["full SFT"]]) == pytest.approx(tokens_of(fits), abs=4 * 20)
     assert found["full SFT"].fields["learning_rate"] == 0.004
 
@@ -378,7 +378,7 @@ def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
         return [step.state for step in plan_all(artifacts).steps]
 
     again = Pipeline(beside.config, InProcessEngine(beside.config), quiet(), baselines=make_baselines)
-    again.report()  # counts rows anew: each test has a cache of its own
+    report(again)  # counts rows anew: each test has a cache of its own
     assert not again.worked
     assert set(planned(beside.config)) == {"cached"}
     other = with_fields(beside.config, {"baselines.ties.density": 0.5}, "test")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-import cpift.pipeline.stages
 from cpift.config.loading import load_config
 from cpift.config.run import DataSource
 from cpift.console.view import quiet
@@ -20,6 +19,7 @@ from cpift.data.tasks import load_examples, same_rows, source_fingerprint
 from cpift.errors import ChangedInput, StageError
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages import fuse, regions
 from cpift.training.spec import RESULT, FitSpec
 from tests.helpers.files import flip, forge, replace
 
@@ -46,14 +46,15 @@ def pipeline(config: Path) -> Pipeline:
 
 def during(monkeypatch: pytest.MonkeyPatch, stage: str, change: Callable[[], object]) -> None:
     """Have `change` called in the middle of regions or of fusion."""
-    work = getattr(cpift.pipeline.stages, stage)
+    place = {"write_regions": regions, "fuse_models": fuse}[stage]
+    work = getattr(place, stage)
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         result = work(*args, **kwargs)
         change()
         return result
 
-    monkeypatch.setattr(cpift.pipeline.stages, stage, changed)
+    monkeypatch.setattr(place, stage, changed)
 
 
 CASES = [(*change, when) for when in ("write_regions", "fuse_models", "between") for change in MODEL_CHANGES]

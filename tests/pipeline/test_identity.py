@@ -20,7 +20,8 @@ from cpift.config.loading import load_config, with_fields
 from cpift.config.run import RunConfig, Section
 from cpift.disk.artifacts import Artifact
 from cpift.errors import ConfigError
-from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.stages.names import Model
 from cpift.sweep.config import Objective, SweepConfig, load_sweep
 from cpift.sweep.record import sweep_record
 from tests.helpers.config_sections import sections

@@ -1,0 +1,138 @@
+"""The report of a finished run: what it shows, gathered from the run's outputs, and the page written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.loading import dump_config
+from cpift.config.run import TaskConfig
+from cpift.data.shared_rows import shared_rows
+from cpift.data.tasks import read_examples
+from cpift.data.use import told
+from cpift.disk.artifacts import CARD, Artifact
+from cpift.disk.files import read_json
+from cpift.evaluation.retention import condensed
+from cpift.evaluation.verdict import verdict_sentence
+from cpift.method.masks import read_summary
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages.fuse import FUSION_RECORD
+from cpift.report.data import ReportData
+from cpift.report.facts import halves, samples, tokens_by_model
+from cpift.report.model_card import write_model_card
+from cpift.report.write import write_run
+from cpift.training.spec import RESULT
+
+_LONGEST_PROMPT = 240
+
+
+class Report(NamedTuple):
+    """What was found, and the page that a person reads."""
+
+    data: ReportData
+    page: Path
+
+
+def report(run: Pipeline) -> Report:
+    """Everything that a run makes, and its page; written anew each time, for it costs nothing."""
+    data = gather(run)
+    _tell_verdict(run, data.headline)
+    with run.view.stage("report"):
+        return Report(data, write_run(data, run.root))
+
+
+def _tell_verdict(run: Pipeline, sentence: str) -> None:
+    """Put the verdict into the final model's card, but for one that a manifest holds the hash of, as they once did."""
+    artifact = run.outputs()["integrate"]
+    if CARD not in (manifest := artifact.manifest())["outputs"]:
+        groups, base = run.group().groups, run.artifacts.base.path
+        write_model_card(artifact.path, "final", run.config, groups, manifest, base, sentence)
+
+
+def gather(run: Pipeline) -> ReportData:
+    """What the report shows, from the artifacts of a run; made if need be."""
+    scores = run.evaluate()
+    grouping = run.group()
+    regions = read_summary(run.artifacts.regions.path)["regions"]
+    model = Checkpoint(run.artifacts.base.path)
+    made = run.outputs()
+    record = read_json(made["fuse"].path / FUSION_RECORD)
+    fits = {title: read_json(artifact.path / RESULT) for title, artifact in _fits(made).items()}
+    rows = [one for title, fit in fits.items() for one in told(title, fit.get("rows", ()))]
+    tasks, models = [task.name for task in run.config.tasks], run.models()
+    by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
+    return ReportData(
+        name=run.config.name,
+        config_yaml=dump_config(run.config),
+        models=list(scores),
+        tasks=tasks,
+        scores=condensed(scores),
+        jaccard=grouping.jaccard.tolist(),
+        chance=grouping.chance,
+        tau=grouping.tau,
+        groups=[list(group) for group in grouping.groups],
+        cores={
+            task: [
+                {"tensor": name, "numel": model.tensors[name].numel, "core": core}
+                for name, core in one["cores"].items()
+            ]
+            for task, one in regions.items()
+        },
+        regions={task: {key: one[key] for key in ("requested", "count", "threshold")} for task, one in regions.items()},
+        slerp=record["tensors"],
+        curves={title: fit["log"] for title, fit in fits.items()},
+        checks=_checks(record, read_json(made["integrate"].path / RESULT)),
+        provenance=[artifact.manifest() for artifact in made.values()],
+        warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
+        rows=[sentence for sentence, _ in rows],
+        headline=verdict_sentence(tasks, scores),
+        model=str(models[-1].path.relative_to(run.root)),
+        prompt=_prompt(run.config.tasks),
+        halves=by_task,
+        mean_halves=means,
+        tokens=tokens_by_model(made, {one.title: one.fingerprint for one in models}, run.artifacts.base.fingerprint),
+        samples=samples(run.config.tasks, scores),
+    )
+
+
+def _prompt(tasks: Sequence[TaskConfig]) -> str:
+    """The shortest prompt among the tasks' first test rows, as Python writes it; what is long would hide the code."""
+    first = [next(iter(read_examples(task.test_data))) for task in tasks]
+    turns = [[{"role": turn.role, "content": turn.content} for turn in example.prompt] for example in first]
+    shown = min((repr(one) for one in turns), key=len)
+    return shown if len(shown) <= _LONGEST_PROMPT else repr([{"role": "user", "content": "Hello"}])
+
+
+def _fits(made: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    fits = {title: one for title, one in made.items() if one.stage in ("probe", "backbone")}
+    return fits | {"integration": made["integrate"]}
+
+
+def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the run verified of itself, with figures."""
+    checks = list(record["checks"])
+    for held in integration["frozen"]:
+        checks.append(
+            {
+                "name": f"integration stage {held['stage'] + 1}: no frozen element moved",
+                "passed": held["moved"] == 0 if held["elements"] else None,
+                "detail": f"{held['elements']:,} elements compared before and after, {held['moved']:,} moved"
+                if held["elements"]
+                else "nothing to compare: no element is frozen",
+            }
+        )
+    return checks
+
+
+def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Any]) -> list[str]:
+    found = [*grouping, *shared_rows(run.config)]
+    for task, one in regions.items():
+        if one["count"] < one["requested"]:
+            share = one["count"] / one["space"]
+            found.append(
+                f"task {task}: only {share:.3%} of the elements moved at all, fewer than p = {run.config.regions.p:g}; "
+                "its core region holds those. Train the probe longer, or keep checkpoints in float32"
+            )
+    return found

@@ -1,0 +1,102 @@
+"""Stage 4: θ_base, a fine-tune of θ0 that goes over the groups; or θ0 itself, or a model that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from cpift.checkpoints.opening import pinned
+from cpift.config.run import ModelConfig, RunConfig
+from cpift.disk.artifacts import Artifact
+from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.stages import group, model, regions
+from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
+from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.step import Step, step_of
+from cpift.training.spec import FitSpec, stages_of
+
+VERSION = 1
+_TITLES = {"staged": "staged backbone", "pretrained": ""}
+_GIVEN = "given backbone"
+
+
+def artifact(names: Names, groups: Groups) -> Artifact | None:
+    """Named by θ0, the rows of all tasks, the groups, and how it is trained. None where no staged one is trained."""
+    config = names.config
+    if config.backbone_source != "staged":
+        return None
+    inputs = {"model": model.artifact(names).fingerprint} | train_data(names)
+    fields = training_fields(names, "backbone", config.backbone_training, threads_alone(names), config.resources)
+    fields |= {"groups": [list(group) for group in groups]}
+    return names.artifact("backbone", VERSION, inputs, fields)
+
+
+@unless_damaged
+def made(run: Run) -> Model:
+    """θ_base."""
+    if run.config.backbone_source == "pretrained":
+        return model.made(run)
+    groups = group.made(run).groups
+    staged = artifact(run.artifacts, groups)
+    if staged is None:
+        return _given(run)
+    base = model.made(run)
+    run.train([staged], title(run.artifacts), lambda: [spec(run, base, groups, staged)])
+    return Model.of("backbone", staged)
+
+
+def _given(run: Run) -> Model:
+    """A backbone that the user names: a local directory or a hub id."""
+    source, local = run.config.backbone.source, Path(run.config.backbone.source).is_dir()
+    given = ModelConfig(
+        path=Path(source) if local else None,
+        hub=None if local else source,
+        revision=run.config.backbone.revision,
+        dtype=run.config.model.dtype,
+        gguf=None,
+        scratch=None,
+    )
+    if run.config.merges_only and given.dtype == "auto":
+        return run.artifacts.given("backbone", "backbone.source", given)
+    given = pinned(given)
+    copied = model.copy_of(run.artifacts, "backbone.source", "backbone", given)
+    run.make(copied, _GIVEN, lambda out: model.copy(given, out))
+    return Model.of("backbone", copied)
+
+
+def spec(run: Run, base: Model, groups: Groups, staged: Artifact) -> FitSpec:
+    """Multi-stage SFT from θ0, group after group, nothing frozen."""
+    training, stages = run.config.backbone_training, stages_of(groups, None)
+    found = fit_spec(run.artifacts, "backbone", base, training, stages, staged)
+    return replace(found, threads=threads_alone(run.artifacts))
+
+
+def title(names: Names) -> str:
+    return _TITLES.get(names.config.backbone_source, _GIVEN) if regions.wanted(names.config) else ""
+
+
+def plan(names: Names, known: Known) -> Iterator[Step]:
+    source = names.config.backbone_source
+    if source == "pretrained":
+        return
+    if source != "staged":
+        yield Step("backbone", "", "given", source)
+    elif known.groups is None:
+        yield Step("backbone", "", "after group", f"its groups decide the stages, {_length(names.config)}")
+    elif (staged := artifact(names, known.groups)) is not None:
+        yield step_of(staged, f"{len(known.groups)} stages, {_length(names.config)}")
+
+
+def _length(config: RunConfig) -> str:
+    return f"{length(config.backbone_training)} each"
+
+
+def outputs(names: Names, known: Known) -> dict[str, Artifact]:
+    staged = None if known.groups is None else artifact(names, known.groups)
+    return {} if staged is None else {"backbone": staged}
+
+
+def models(names: Names, known: Known) -> list[Model]:
+    own = known.backbone if names.config.backbone_source != "pretrained" else None
+    return [] if own is None else [own]

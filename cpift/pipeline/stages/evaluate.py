@@ -1,0 +1,111 @@
+"""Stage 7: a model's scores on every task."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpift.checkpoints.lora_config import ADAPTER_CONFIG
+from cpift.checkpoints.opening import model_files, open_models
+from cpift.checkpoints.writing import write_plain
+from cpift.config.identity import identity_of
+from cpift.config.run import RunConfig
+from cpift.disk.artifacts import Artifact, claimed, require_sound
+from cpift.disk.files import read_json
+from cpift.disk.input_watch import noted
+from cpift.models.sources import configured_template
+from cpift.pipeline.engine import keep_scores
+from cpift.pipeline.run import Run
+from cpift.pipeline.stages import integrate, probe
+from cpift.pipeline.stages import model as pretrained
+from cpift.pipeline.stages.names import Model, Names
+from cpift.pipeline.stages.step import Step, step_of
+from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
+
+VERSION = 1
+SCORES = "scores.json"
+TITLE = "evaluation"
+
+
+def artifact(names: Names, model: Model) -> Artifact:
+    """Named by the model, the test rows of all tasks, and how they are scored, by code of the user's too."""
+    tasks = names.config.tasks
+    inputs = {"model": model.fingerprint}
+    inputs |= {f"data {task.name}": names.rows(task.name, "test", task.test_data) for task in tasks}
+    inputs |= names.code("tasks.")
+    fields = identity_of(names.config.evaluation, "evaluate") | {"threads": names.config.resources.threads}
+    fields |= names.template_fields
+    fields["tasks"] = [[task.name, task.metric_name, task.max_new_tokens] for task in tasks]
+    return names.artifact("evaluate", VERSION, inputs, fields, model.title.replace(" ", "-"))
+
+
+def check_rows(run: Run) -> None:
+    """Where all probes are given no fine-tune has looked at the data before fusion: do it here."""
+    if not run.config.trained and not artifact(run.artifacts, pretrained.base(run.artifacts)).complete:
+        probe.check_data(run, pretrained.made(run))
+
+
+def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+    """Scores by model and task, of these models."""
+    artifacts = {model.title: artifact(run.artifacts, model) for model in models}
+    if all(one.complete for one in artifacts.values()):
+        run.say_cached(TITLE)
+    else:
+        with claimed((one for one in artifacts.values() if not one.complete), run.view.warn):
+            _score(run, models, artifacts)
+    return {title: read_json(one.path / SCORES) for title, one in artifacts.items()}
+
+
+def _score(run: Run, models: Sequence[Model], artifacts: Mapping[str, Artifact]) -> None:
+    """Score the models whose scores are missing, and keep each one's as soon as it is there."""
+    todo = {
+        model.title: loadable(run, model, artifacts[model.title])
+        for model in models
+        if not artifacts[model.title].complete
+    }
+
+    def keep(title: str, result: dict[str, Any]) -> None:
+        keep_scores(artifacts[title], result, changes[title])
+
+    run.begin(TITLE)
+    require_sound(todo.values(), run.root, run.view.warn)
+    changes = {title: noted(model_files(path)) for title, path in todo.items()}
+    with run.view.stage(TITLE, list(todo)):
+        run.engine.evaluate(todo, keep, run.view.progress)
+
+
+def loadable(run: Run, model: Model, scored: Artifact) -> Path:
+    """The folder that an evaluation loads: the model's own; in the work folder of the scores an adapter as the model it
+    makes of θ0, and a given model with the run's chat template where that is not its own."""
+    template, adapter = configured_template(run.config.model), (model.path / ADAPTER_CONFIG).is_file()
+    other = template is not None and chat_template(model.path) != template
+    if not adapter and not other:
+        return model.path
+    folder = scored.work_dir / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if adapter:
+        base, opened = open_models(pretrained.base(run.artifacts).path, {model.title: model.path})
+        write_plain(opened[model.title], base, folder)
+    else:
+        for file in (file for file in model_files(model.path) if file.name != TEMPLATE):
+            (folder / file.name).symlink_to(file.resolve())
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    return folder
+
+
+def possible(config: RunConfig) -> bool:
+    """Whether the config has the rows for it, and what comes before."""
+    return config.scores and (integrate.trains(config) or config.integration is None)
+
+
+def plan(names: Names, models: Sequence[Model]) -> Iterator[Step]:
+    for model in models:
+        yield step_of(artifact(names, model), f"{len(names.config.tasks)} tasks")
+
+
+def outputs(names: Names, models: Sequence[Model]) -> dict[str, Artifact]:
+    return {f"evaluate {model.title}": artifact(names, model) for model in models}

@@ -1,0 +1,258 @@
+"""Stage 5: cores transplanted into θ_base and the rest SLERPed, or another merge, and what came out checked."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_models
+from cpift.config.identity import identity_of
+from cpift.config.run import RegionsConfig, RunConfig
+from cpift.devices import device_name
+from cpift.disk.artifacts import Artifact, package_versions, source_commit
+from cpift.disk.files import is_json, link_or_copy, read_json, write_json
+from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
+from cpift.merging.base import FusionInputs, Materials, MergeMethod
+from cpift.merging.checks import Progress, failures
+from cpift.merging.conflicts import conflict_named
+from cpift.merging.engine import Merging, merge
+from cpift.merging.registry import method_named
+from cpift.merging.verify import check_loads, verify
+from cpift.method.masks import SUMMARY
+from cpift.method.regions import Streaming, write_regions
+from cpift.models.sources import configured_template
+from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.stages import backbone as backbones
+from cpift.pipeline.stages import group, model, probe, regions
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
+from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.step import Step, step_of
+from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
+
+VERSION = 2
+FUSION_RECORD = "fusion.json"
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+# ---- what names it ---------------------------------------------------------------------------------------------------
+
+
+def artifact(names: Names, groups: Groups, backbone: Model) -> Artifact:
+    """Named by θ0, θ1..θN, their regions, θ_base, and how they are fused; of the groups by those of a conflict rule
+    that asks for stages. Of other methods than cpift, neither groups nor backbone nor regions matter."""
+    config = names.config
+    if not config.fusion.isolates:
+        return _merged(names)
+    inputs = {"model": model.base(names).fingerprint, "regions": regions.artifact(names).fingerprint}
+    inputs |= probe.fingerprints(names) | {"backbone": backbone.fingerprint}
+    fields = identity_of(config.fusion, "fuse") | names.template_fields
+    if conflict_named(config.fusion.conflict).by_stage:
+        fields["groups"] = [list(group) for group in groups]
+    return names.artifact("fuse", VERSION, inputs, fields)
+
+
+def _merged(names: Names) -> Artifact:
+    fields = identity_of(names.config.fusion, "merge") | names.template_fields
+    if method_named(fields["method"]).seeded:
+        fields["seed"] = names.config.seed
+    inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names)
+    return names.artifact("fuse", VERSION, inputs, fields, fields["method"])
+
+
+def known_artifact(names: Names, known: Known) -> Artifact | None:
+    """None where nobody can tell yet what it is named by."""
+    if not names.config.fusion.isolates:
+        return _merged(names)
+    if known.groups is None or known.backbone is None:
+        return None
+    return artifact(names, known.groups, known.backbone)
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+@unless_damaged
+def made(run: Run) -> Model:
+    """The fused model; or another merge of the probes, which needs no regions and no backbone."""
+    tuned = probe.made(run)
+    if run.config.fusion.isolates:
+        groups, backbone = group.made(run).groups, backbones.made(run)
+    else:
+        groups, backbone = (), model.made(run)
+    fused = artifact(run.artifacts, groups, backbone)
+    read = [model.base(run.artifacts).path, backbone.path, *(one.path for one in tuned.values())]
+    run.make(fused, title(run.artifacts), lambda out: build(run, fused, groups, backbone, out), read)
+    if run.merging:
+        run.merging.publish(fused.path, fused.fingerprint)
+    return Model.of("fused", fused)
+
+
+def build(run: Run, fused: Artifact, groups: Groups, backbone: Model, out: Path) -> None:
+    """Fuse, check the result and keep the record beside it."""
+    fuse_models(run, fused, groups, backbone, out)
+    add_card(run, "fused", groups, fused, out)
+
+
+def add_card(run: Run, kind: str, groups: Groups, artifact: Artifact, out: Path) -> None:
+    """Write the model card of a fused or final model beside it."""
+    from cpift.report.model_card import write_model_card
+
+    known = {"fingerprint": artifact.fingerprint, "versions": package_versions(), "commit": source_commit()}
+    write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, model.base(run.artifacts).path)
+
+
+def open_inputs(names: Names, groups: Groups, backbone: Model) -> FusionInputs:
+    """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
+    base, vocabulary = model.base(names), names.config.fusion.vocabulary
+    folders = {task: one.path for task, one in probe.tuned(names).items()}
+    pretrained, tuned = open_models(base.path, folders, vocabulary)
+    if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
+        raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
+    return FusionInputs(
+        pretrained=pretrained,
+        backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained, vocabulary),
+        tuned=tuned,
+        regions=regions.artifact(names).path,
+        priority=[task for group in groups for task in group],
+    )
+
+
+def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: Model, out: Path) -> None:
+    """Write the fused model into `out`, with the record of what happened and of what was checked.
+
+    Shards are made in the artifact's work folder and stay there if this is interrupted. Raises CheckpointError for
+    models that do not fit, StageError if the result is not what it has to be: it is then beside `out`, set aside.
+    """
+    config, names, merging, said = run.config, run.artifacts, run.merging, run.view.progress
+    inputs = open_inputs(names, groups, backbone)
+    inputs.check()
+    method = method_of(config, inputs, fused.work_dir, merging)
+    shards = fused.work_dir / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    records = merge(
+        method,
+        inputs.backbone,
+        shards,
+        fused.fingerprint,
+        shard_size=config.fusion.shard_size,
+        budget=config.resources.memory_budget,
+        progress=_counted(said, "fusion", inputs.backbone.numel),
+        shards_by=merging.merge_shards if merging else None,
+    )
+    for path in sorted(shards.iterdir()):
+        if not path.name.startswith("."):
+            link_or_copy(path, out / path.name)
+    tuned = probe.tuned(names)
+    if template := configured_template(config.model) or shared_template(
+        backbone.path, [one.path for one in tuned.values()]
+    ):
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
+    models = {"pretrained": model.base(names), "backbone": backbone, **tuned}
+    described = describe_inputs(models, hashed=config.resources.verify)
+    _require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, fused)
+    write_json(out / INPUTS_RECORD, described)
+    checks = []
+    if config.resources.verify:
+        checks = verify(method, inputs.backbone, out, _counted(said, "verification", inputs.backbone.numel))
+        checks.append(check_loads(out, config.resources.memory_budget))
+    write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
+    if failed := failures(checks):
+        aside = _set_aside(out, fused)
+        raise StageError(
+            "the fused model is not what it has to be; it is kept as "
+            + "\n  - ".join([f"{aside}, with the checks in {FUSION_RECORD}", *failed])
+        )
+
+
+def _set_aside(out: Path, artifact: Artifact) -> Path:
+    """Move a model that failed a check to a name that says so; one of an earlier attempt keeps its own."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (artifact.path.with_name(f"{artifact.name}.failed-checks{number}") for number in numbers)
+    aside = next(path for path in paths if not path.exists())
+    os.rename(out, aside)
+    return aside
+
+
+def _require_same_bytes(record: Path, described: Mapping[str, Any], artifact: Artifact) -> None:
+    """Raise ChangedInput if core regions were selected from other bytes than those of files of the same name now."""
+    selected = read_json(record) if record.is_file() else {}
+    problems = [
+        Problem(f"{label}: {name}", "is not the file that core regions were selected from", _TOUCH)
+        for label, model in selected.items()
+        for name, now in described.get(label, {"files": {}})["files"].items()
+        if None not in (hashes := {now["sha256"], model["files"].get(name, now)["sha256"]}) and len(hashes) > 1
+    ]
+    if problems:
+        raise ChangedInput(artifact.title, problems)
+
+
+_TOUCH = "it has the size and time of the other: `touch` it, so that regions are selected anew, and run again"
+
+
+def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> MergeMethod:
+    """The method that `fusion.method` names, over these models."""
+    trimmed = partial(_trimmed, config, inputs, work / "trimmed", merging)
+    return method_named(config.fusion.method).make(Materials(inputs, config.fusion, config.seed, trimmed))
+
+
+def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Merging | None) -> Path:
+    """The masks of what TIES keeps: the largest updates, as core regions are found; made if they are not there."""
+    if not is_json(folder / SUMMARY):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        kept = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
+        mark = merging.mark if merging else None
+        streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
+        write_regions(inputs.pretrained, inputs.tuned, kept, {kept.p: folder}, streaming)
+    return folder
+
+
+def _counted(on_progress: OnProgress, title: str, elements: int) -> Progress:
+    """Progress of work that goes over so many elements."""
+    done = 0
+
+    def on_elements(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        on_progress({"title": title, "done": min(done / max(elements, 1), 1.0), "task": name})
+
+    return on_elements
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def title(names: Names) -> str:
+    fusion = names.config.fusion
+    return "fusion" if fusion.isolates else f"merge: {fusion.method}"
+
+
+def plan(names: Names, known: Known) -> Iterator[Step]:
+    fused, config = known_artifact(names, known), names.config
+    if not config.fusion.isolates:
+        yield step_of(_merged(names), f"{config.fusion.method} of {len(config.tasks)} models")
+    elif fused is not None:
+        yield step_of(fused, _settings(config))
+    elif known.groups is None:
+        yield Step("fuse", "", "after group", "its groups decide the stages")
+    else:
+        yield Step("fuse", "", "after backbone", _settings(config))
+
+
+def _settings(config: RunConfig) -> str:
+    fusion = config.fusion
+    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict}"
+
+
+def outputs(names: Names, known: Known) -> dict[str, Artifact]:
+    fused = known_artifact(names, known)
+    return {} if fused is None else {"fuse": fused}
+
+
+def models(names: Names, known: Known) -> list[Model]:
+    return [Model.of("fused", fused) for fused in outputs(names, known).values()]

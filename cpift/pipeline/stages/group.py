@@ -1,0 +1,85 @@
+"""Stage 3: tasks whose cores overlap, in one group; the groups in stage order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from cpift.config.identity import identity_of
+from cpift.config.run import RunConfig
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import read_json, write_json
+from cpift.method.groups import Grouping, group_tasks
+from cpift.method.masks import read_summary
+from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.stages import regions
+from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.step import Step, step_of
+
+VERSION = 1
+
+
+@once
+def artifact(names: Names) -> Artifact:
+    """Named by the regions, the threshold and the order of tasks."""
+    fields = identity_of(names.config.groups, "group") | {"seed": names.config.seed}
+    fields |= {"tasks": [task.name for task in names.config.tasks]}  # stages are ordered by it; regions are not
+    return names.artifact("group", VERSION, {"regions": regions.artifact(names).fingerprint}, fields)
+
+
+def grouping(names: Names) -> Grouping | None:
+    """What came out if it has been made, else None."""
+    if not artifact(names).complete:
+        return None
+    kept = read_json(artifact(names).path / "groups.json")
+    groups = tuple(tuple(group) for group in kept["groups"])
+    jaccard = np.array(kept["jaccard"])
+    return Grouping(tuple(kept["tasks"]), jaccard, kept["chance"], kept["tau"], groups, tuple(kept["warnings"]))
+
+
+@unless_damaged
+def made(run: Run) -> Grouping:
+    """Task groups in stage order; what is to be said of them is said once."""
+    selected = regions.made(run)
+    run.make(artifact(run.artifacts), "task groups", lambda out: build(run, selected, out))
+    found = grouping(run.artifacts)
+    assert found is not None
+    for warning in set(found.warnings) - run.said:
+        run.view.warn(warning)
+    run.said.update(found.warnings)
+    return found
+
+
+def build(run: Run, selected: Artifact, out: Path) -> None:
+    """Group the tasks by their cores' overlaps."""
+    found, tasks = read_summary(selected.path), [task.name for task in run.config.tasks]
+    places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
+    overlaps = np.array(found["overlaps"])[np.ix_(places, places)]
+    grouped = group_tasks(tasks, overlaps, run.config.regions.p, run.config.groups, run.config.seed)
+    write_json(out / "groups.json", asdict(grouped) | {"jaccard": grouped.jaccard.tolist()})
+
+
+def title(names: Names) -> str:
+    return "task groups" if regions.wanted(names.config) else ""
+
+
+def plan(names: Names, known: Known) -> Iterator[Step]:
+    if regions.wanted(names.config):
+        yield step_of(artifact(names), _threshold(names.config))
+
+
+def _threshold(config: RunConfig) -> str:
+    groups = config.groups
+    tau = f"τ = {groups.tau:g}" if groups.tau is not None else f"τ = {groups.tau_chance:g} × chance"
+    return f"{tau}, order {groups.order}"
+
+
+def outputs(names: Names, known: Known) -> dict[str, Artifact]:
+    return {"group": artifact(names)} if regions.wanted(names.config) else {}
+
+
+def models(names: Names, known: Known) -> list[Model]:
+    return []

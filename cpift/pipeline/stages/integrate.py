@@ -1,0 +1,94 @@
+"""Stage 6: the staged fine-tune of the fused model, with the cores of earlier groups frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from cpift.config.run import RunConfig
+from cpift.disk.artifacts import Artifact
+from cpift.errors import entry
+from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.stages import backbone, fuse, group, regions
+from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
+from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.step import Step, step_of
+from cpift.training.spec import STEPS_PER, FitSpec, stages_of
+
+VERSION = 1
+# `integration.stages` → the groups that are trained one after the other
+STAGES: dict[str, Callable[[Groups], Groups]] = {
+    "groups": lambda groups: groups,
+    "mixed": lambda groups: [tuple(task for group in groups for task in group)],
+}
+
+
+def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
+    """Named by the fused model, the regions, the rows of all tasks, the groups, and how it is trained."""
+    config, training = names.config, names.config.integration_training
+    fields = training_fields(names, "integrate", training, threads_alone(names), config.resources)
+    fields |= {"groups": [list(group) for group in groups]}
+    inputs = {"fused": fused.fingerprint, "regions": regions.artifact(names).fingerprint} | train_data(names)
+    return names.artifact("integrate", VERSION, inputs, fields)
+
+
+@unless_damaged
+def made(run: Run) -> Model:
+    """The final model."""
+    groups, fused = group.made(run).groups, fuse.made(run)
+    final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.made(run)))
+    specs = [spec(run, fused, groups, final)]
+    run.train(
+        [final], title(run.artifacts), lambda: specs, lambda made, out: fuse.add_card(run, "final", groups, made, out)
+    )
+    return Model.of("final", final)
+
+
+def spec(run: Run, fused: Model, groups: Groups, final: Artifact) -> FitSpec:
+    """Multi-stage SFT of the fused model on balanced samples, cores frozen; or one stage of the same length."""
+    settings = run.config.integration_training
+    stages = stages_of(entry(STAGES, settings.stages, "integration.stages")(groups), settings.freeze)
+    each = entry(STEPS_PER, settings.steps_per, "steps_per")
+    times = sum(map(each, groups)) // sum(each(stage.tasks) for stage in stages)
+    training = settings.model_copy(update={"steps": settings.steps and settings.steps * times})
+    return replace(
+        fit_spec(run.artifacts, "integration", fused, training, stages, final),
+        threads=threads_alone(run.artifacts),
+        regions=regions.artifact(run.artifacts).path,
+        penalty=settings.penalty,
+        samples_per_task=settings.samples_per_task,
+        balanced=True,
+    )
+
+
+def title(names: Names) -> str:
+    return "integration" if names.config.integration is not None else ""
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether the config has the fields and the rows for it."""
+    return config.integration is not None and all(task.train is not None for task in config.tasks)
+
+
+def plan(names: Names, known: Known) -> Iterator[Step]:
+    if not trains(names.config):
+        return
+    each = f"{length(names.config.integration_training)} each"
+    fused = fuse.known_artifact(names, known)
+    if known.groups is None:
+        yield Step("integrate", "", "after group", f"its groups decide the stages, {each}")
+    elif fused is None:
+        yield Step("integrate", "", "after fuse", "")
+    else:
+        yield step_of(artifact(names, known.groups, fused), f"{len(known.groups)} stages, {each}")
+
+
+def outputs(names: Names, known: Known) -> dict[str, Artifact]:
+    fused = fuse.known_artifact(names, known)
+    if names.config.integration is None or known.groups is None or fused is None:
+        return {}
+    return {"integrate": artifact(names, known.groups, fused)}
+
+
+def models(names: Names, known: Known) -> list[Model]:
+    return [Model.of("final", final) for final in outputs(names, known).values()]

@@ -1,0 +1,122 @@
+"""What the outputs of a run are named with: its config, and what its inputs were when they were looked at.
+
+An output's fingerprint follows from its inputs' fingerprints. Only the groups are taken by content: stages after
+grouping depend on which groups came out, not on the threshold that gave them. Which fields of the config are part of
+it, each says beside itself (`config/identity.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cpift.checkpoints.opening import given_fingerprint, locate, model_files, pinned
+from cpift.config.code import code_of
+from cpift.config.run import CheckpointConfig, DataSource, ModelConfig, RunConfig
+from cpift.data.chat_templates import decided_by
+from cpift.data.sources import rows_of
+from cpift.data.tasks import source_fingerprint
+from cpift.disk.artifacts import Artifact
+from cpift.disk.input_watch import InputWatch
+from cpift.extensions import Extension
+
+Groups = Sequence[Sequence[str]]  # of tasks, in stage order
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the run: its name in the report, its folder, and the fingerprint that stands for its content."""
+
+    title: str
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def of(cls, title: str, artifact: Artifact) -> Model:
+        return cls(title, artifact.path, artifact.fingerprint)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What later outputs are named by and no config says: the groups that came out, and θ_base. None: not known yet."""
+
+    groups: Groups | None
+    backbone: Model | None
+
+
+NOTHING = Known(None, None)
+
+
+class Names:
+    """One run, as far as its outputs' names go. `maker`: see `Artifact.maker`."""
+
+    def __init__(self, config: RunConfig, maker: str = ""):
+        self.config, self.maker = config, maker
+        self.root = config.output_dir
+        self.watch = InputWatch()
+        self.found: dict[Any, Any] = {}  # by what looks for it, see `once`
+
+    def artifact(
+        self, stage: str, version: int, inputs: Mapping[str, str], fields: Mapping[str, Any], label: str = ""
+    ) -> Artifact:
+        return Artifact(self.root, stage, label, inputs, fields, version, self.maker, self.watch)
+
+    def given(
+        self,
+        title: str,
+        field: str,
+        source: CheckpointConfig | ModelConfig,
+        read: Callable[[str, Path], str] = lambda fingerprint, folder: fingerprint,
+    ) -> Model:
+        """A model that is read where it lies. `field` names it in the config; `read`: see `opening.as_read`."""
+        source = pinned(source)
+        folder = locate(source)
+        value = self.watch.identify(field, lambda: model_files(folder), lambda: read(given_fingerprint(source), folder))
+        return Model(title, folder, value)
+
+    def code(self, fields: str) -> dict[str, str]:
+        """The user's code that fields of these names name; of ours nothing."""
+        named = {field: one for field, one in _extensions(self).items() if field.startswith(fields)}
+        return {f"code {field}": self._code_at(field, one) for field, one in named.items()}
+
+    def _code_at(self, field: str, one: Extension) -> str:
+        return self.watch.identify(field, lambda: [one.file], lambda: one.fingerprint)
+
+    def rows(self, task: str, split: str, source: DataSource) -> str:
+        """What identifies the rows of a task: `split` is train or test."""
+        files = rows_of(source).files
+        return self.watch.identify(f"tasks.{task}.{split}", files, lambda: source_fingerprint(source))
+
+    def train_rows(self, task: str) -> str:
+        """What identifies the training rows of a task."""
+        if ("train", task) not in self.found:
+            self.found["train", task] = self.rows(task, "train", self.config.task(task).train_data)
+        return str(self.found["train", task])
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        """The chat template that the config says; θ0's copy has it, models that are read where they lie have not."""
+        lines = list(decided_by(self.config.model))
+        return {"chat template": lines} if lines else {}
+
+
+def once(look: Callable[[Names], Found]) -> Callable[[Names], Found]:
+    """Looked for once for each run: what is named by files keeps the name that they had then."""
+
+    @wraps(look)
+    def found(names: Names) -> Found:
+        if look not in names.found:
+            names.found[look] = look(names)
+        value: Found = names.found[look]
+        return value
+
+    return found
+
+
+@once
+def _extensions(names: Names) -> dict[str, Extension]:
+    return code_of(names.config)

@@ -1,0 +1,111 @@
+"""Stage 1: one fine-tune a task, all in parallel; tasks that have their checkpoint keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from cpift.checkpoints.opening import as_read
+from cpift.config.run import CheckpointConfig, TaskConfig
+from cpift.disk.artifacts import Artifact
+from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.stages import model
+from cpift.pipeline.stages.fits import fit_spec, length, training_fields
+from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.step import Step, step_of
+from cpift.training.spec import FitSpec, StageSpec
+
+VERSION = 1
+
+
+@once
+def artifacts(names: Names) -> dict[str, Artifact]:
+    """By task, the probes that are trained here: named by θ0, the task's rows, and how they are trained."""
+    return {task.name: _artifact(names, task) for task in names.config.trained}
+
+
+def _artifact(names: Names, task: TaskConfig) -> Artifact:
+    inputs = {"model": model.artifact(names).fingerprint, "data": names.train_rows(task.name)}
+    resources = names.config.resources.overridden(task.resources)
+    fields = training_fields(names, "probe", names.config.probe_training, resources.threads, resources)
+    return names.artifact("probe", VERSION, inputs, fields, task.name)
+
+
+@once
+def tuned(names: Names) -> dict[str, Model]:
+    """θ1..θN by task: the probes, trained here or given."""
+    return {
+        task.name: Model.of(f"probe {task.name}", artifacts(names)[task.name])
+        if task.checkpoint is None
+        else _given(names, task.name, task.checkpoint)
+        for task in names.config.tasks
+    }
+
+
+def _given(names: Names, task: str, source: CheckpointConfig) -> Model:
+    there = model.in_place(names) or model.artifact(names).complete
+    read = partial(as_read, base=model.base(names).path if there else None)
+    return names.given(f"probe {task}", f"tasks.{task}.checkpoint", source, read)
+
+
+def fingerprints(names: Names) -> dict[str, str]:
+    """Of θ1..θN, as inputs of what is made of them."""
+    return {f"probe {task}": one.fingerprint for task, one in tuned(names).items()}
+
+
+@unless_damaged
+def made(run: Run) -> dict[str, Model]:
+    """θ1..θN by task."""
+    probes = artifacts(run.artifacts)
+    if missing := sum(not artifact.complete for artifact in probes.values()):
+        run.engine.expect(missing)
+    base = model.made(run)
+    if probes:
+        if missing:
+            check_data(run, base)
+        run.train(probes.values(), title(run.artifacts), lambda: specs(run, base))
+    return tuned(run.artifacts)
+
+
+def check_data(run: Run, base: Model) -> None:
+    """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
+    from cpift.evaluation.rows import check_rows
+    from cpift.models.sources import load_tokenizer, source_of
+    from cpift.pipeline.row_checks import check_train_rows
+
+    at_hand = model.in_place(run.artifacts) and source_of(run.config.model).tokenizer()
+    tokenizer = at_hand or load_tokenizer(base.path)
+    check_train_rows(run.config, tokenizer)
+    check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
+
+
+def specs(run: Run, base: Model) -> list[FitSpec]:
+    """One single-stage fine-tune from θ0 a task."""
+    found = []
+    for task, artifact in artifacts(run.artifacts).items():
+        stages = (StageSpec((task,)),)
+        spec = fit_spec(run.artifacts, f"probe {task}", base, run.config.probe_training, stages, artifact)
+        own = run.config.resources.overridden(run.config.task(task).resources)
+        found.append(replace(spec, resources=own, threads=own.threads))
+    return found
+
+
+def title(names: Names) -> str:
+    return "probes" if names.config.trained else ""
+
+
+def plan(names: Names, known: Known) -> Iterator[Step]:
+    for task in names.config.tasks:
+        if task.checkpoint is None:
+            yield step_of(artifacts(names)[task.name], length(names.config.probe_training))
+        else:
+            yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
+
+
+def outputs(names: Names, known: Known) -> dict[str, Artifact]:
+    return {f"probe {task}": artifact for task, artifact in artifacts(names).items()}
+
+
+def models(names: Names, known: Known) -> list[Model]:
+    return list(tuned(names).values())

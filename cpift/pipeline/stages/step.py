@@ -1,0 +1,26 @@
+"""A line of a plan, as every stage writes its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpift.disk.artifacts import Artifact
+
+_STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact of the run."""
+
+    stage: str
+    label: str
+    state: str  # "cached", "to do", or what it waits for
+    detail: str
+
+
+def step_of(artifact: Artifact, detail: str) -> Step:
+    """What a plan says of an artifact."""
+    found = artifact.state()
+    detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
+    return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)
