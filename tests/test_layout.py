@@ -11,6 +11,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import cpift_kernels
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,17 @@ def test_packages_stay_small(package: Path) -> None:
 def test_kernels_import_nothing_of_the_method() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         assert not {name for name in imports_of(path) if name.split(".")[0] in {"cpift", "ray", "transformers"}}, path
+
+
+def test_only_public_names_of_the_kernels_are_imported() -> None:
+    public = {f"cpift_kernels.{name}" for name in cpift_kernels.__all__}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cpift_kernels":
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert names <= public, f"{module_of(path)} imports {', '.join(sorted(names - public))}"
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "cpift_kernels" for alias in node.names), path
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

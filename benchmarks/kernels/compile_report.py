@@ -14,9 +14,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cpift_kernels.gpu import catalog
-from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code
-from cpift_kernels.gpu.offline import TARGETS, compile_launch
+from cpift_kernels.triton import catalog
+from cpift_kernels.triton.machine_code import MachineCode, read_machine_code
+from cpift_kernels.triton.offline import TARGETS, compile_launch
 
 from tests.ptx.device import run_launch
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cpift_kernels import add_low_rank
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.checkpoints.layout import checkpoint_layout
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 _PATTERN_FORM = r"(.*\.)?({})$"  # PEFT's
-_RUN = 1 << 18  # elements computed together
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,8 @@ class LoraCheckpoint(Checkpoint):
         values = self.base.slice(name, start, stop) if full is None else self._view(full, start, stop)
         if name not in self._updates:
             return values
-        from cpift_kernels.cpu.compiled import in_threads  # loads a compiler: `plan` does without
-        from cpift_kernels.cpu.low_rank import low_rank_elements
-
-        left, right = self._factors(name)
-        scaling, out = self._updates[name].scaling, torch.empty_like(values)
-
-        def compute(first: int) -> None:
-            part = slice(first, min(first + _RUN, len(values)))
-            delta = torch.empty(part.stop - first, dtype=torch.float32)
-            low_rank_elements(left, right, start + first, delta.numpy())
-            out[part] = delta.mul_(scaling).add_(values[part].float()).to(values.dtype)
-
-        in_threads(compute, range(0, len(values), _RUN))
-        return out
+        left, right = map(torch.from_numpy, self._factors(name))
+        return add_low_rank(values, left, right, start, self._updates[name].scaling)
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
         import torch

@@ -1,4 +1,4 @@
-"""Models walked in pieces: slices of one tensor for a merge, runs over all tensors for core selection.
+"""Models walked in pieces: slices of one tensor.
 
 Memory that counts is what this process allocates. Mapped pages of checkpoints are the system's cache: they are read
 ahead, given back after use, and dropped by the system when somebody needs the room.
@@ -7,8 +7,6 @@ ahead, given back after use, and dropped by the system when somebody needs the r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from cpift_kernels.cpu.segments import ITEM, SEGMENT
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.formats.safetensors import TensorInfo
@@ -36,11 +34,3 @@ def sweep(models: Sequence[Checkpoint], info: TensorInfo, parts: Sequence[Piece]
         yield start, stop
         for model in models:
             model.release(info.name, start, stop)
-
-
-def elements_at_once(budget: int, models: int) -> int:
-    """Elements of one model that a thread takes at a time: the buffers of all threads stay within the budget."""
-    import torch
-
-    held = 4 * models + models  # bytes an element: values of adapters in fp32, masks and candidates with room to spare
-    return max(min(ITEM // models, budget // (2 * torch.get_num_threads() * held)), SEGMENT)

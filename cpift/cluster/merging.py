@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.exceptions
-from cpift_kernels.cpu.phases import Mark, Marked, Masks, Range, Selection
+from cpift_kernels import Mark, Marked, Masks, Range, Selection
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.checkpoints.writing import Shard

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cpift_kernels import lost_pages, watch_pages
+
 from cpift.disk.input_watch import noted
 from cpift.errors import ChangedInput, Problem
 
@@ -18,16 +20,14 @@ def guarded_reads(title: str, files: Iterable[Path] = ()) -> Iterator[None]:
 
     Raises ChangedInput where a page of a mapped file could not be read, or one of `files` is no longer what it was.
     """
-    from cpift_kernels.cpu import faults
-
-    before, changes = faults.count(), noted(files)
+    before, changes = lost_pages(), noted(files)
     failure: Exception | None = None
-    with faults.watch():
+    with watch_pages():
         try:
             yield
         except Exception as error:  # maybe of zeros that came in place of what was cut off
             failure = error
-    if faults.count() > before and not isinstance(failure, ChangedInput):
+    if lost_pages() > before and not isinstance(failure, ChangedInput):
         cut = changes() or [Problem("a file that was being read", "was cut short", _REMEDY)]
         raise ChangedInput(title, cut, resumable=True) from failure
     if failure is not None:

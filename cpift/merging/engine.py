@@ -27,7 +27,7 @@ from cpift.merging.base import Merged, MergeMethod
 from cpift.merging.checks import Progress
 
 if TYPE_CHECKING:
-    from cpift_kernels.cpu.phases import Mark, Masks, Selection
+    from cpift_kernels import Mark, Masks, Selection
 
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
@@ -151,7 +151,7 @@ class Merging(Protocol):
         """Keep one connection over several stages."""
 
     def mark(self, selection: Selection, masks: Masks) -> Mark:
-        """What marks ranges of a selection (`cpift_kernels.cpu.phases.Mark`)."""
+        """What marks ranges of a selection (`cpift_kernels.Mark`)."""
 
     def merge_shards(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress

@@ -8,7 +8,7 @@ bit-packed masks, one int32 tensor per parameter, in one safetensors file a task
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from cpift_kernels import overlap_counts, overlap_counts_per_tensor
+from cpift_kernels import overlap_counts, overlap_counts_per_tensor, stream_cores
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems, require_same_layout
 from cpift.checkpoints.finite import is_finite
-from cpift.checkpoints.slices import DEFAULT_BUDGET, elements_at_once
+from cpift.checkpoints.slices import DEFAULT_BUDGET
 from cpift.config.run import RegionsConfig
 from cpift.disk.files import write_json
 from cpift.errors import CheckpointError, Problem
@@ -30,7 +30,7 @@ from cpift.untrusted.json import shown
 
 if TYPE_CHECKING:
     import torch
-    from cpift_kernels.cpu.phases import Core, Mark, Marked, Masks, Range, Selection
+    from cpift_kernels import Core, Mark, Masks, Selection
 
 
 @dataclass(frozen=True)
@@ -148,15 +148,13 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]."""
-    from cpift_kernels.cpu.phases import Selection  # loads a compiler: `plan` does without
-
     measure, found = measure_named(config.measure), []
     for first, last in scope_named(config.scope).blocks(len(names)):
         models = measure([pretrained, *tuned.values()], names[first:last])
-        selection = Selection(models, [core_size(p, sum(models.sizes)) for p in ps])
+        selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps])
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
-        mark = (streaming.mark or mark_here)(selection, block)
-        ranges = selection.ranges(elements_at_once(streaming.budget, len(models.models)))
+        mark = streaming.mark(selection, block) if streaming.mark else None
+        ranges = selection.ranges_within(streaming.budget)
         try:
             found.append(selection.select(block, ranges, mark, streaming.spill))
         except ValueError:
@@ -177,22 +175,6 @@ class _OneTensor:
 
     def words(self, task: int, k: int, tensor: int) -> np.ndarray:
         return self.masks.words(task, k, self.number)
-
-
-def mark_here(selection: Selection, masks: Masks) -> Mark:
-    """Mark with this process's threads, a few ranges at once, while the next ones are read from the disk."""
-    import torch
-    from cpift_kernels.cpu.compiled import in_threads
-
-    def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
-        width = 2 * max(torch.get_num_threads(), 1)
-        for at in range(0, len(ranges), width):
-            for part in ranges[at + width : at + 2 * width]:
-                for piece in selection.pieces(part):
-                    selection.models.prefetch(*piece)
-            yield from in_threads(lambda part: selection.mark(part, brackets, masks), ranges[at : at + width])
-
-    return mark
 
 
 def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:

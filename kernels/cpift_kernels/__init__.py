@@ -7,23 +7,35 @@ they are imported when an operation first needs them.
 
 from .apply import fused_apply
 from .dispatch import Backend, resolve
+from .faults import lost_pages, watch_pages
 from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
 from .gram import masked_gram
 from .held import HeldElements, hold_masked
+from .low_rank import add_low_rank
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
 from .selection import CoreMask, select_cores
 from .slerp import SlerpResult, slerp_coefficients
+from .streaming import Core, Mark, Marked, Masks, Models, Range, Selection, stream_cores
 
 __all__ = [
     "Backend",
+    "Core",
     "CoreMask",
     "HeldElements",
+    "Mark",
+    "Marked",
+    "Masks",
+    "Models",
+    "Range",
+    "Selection",
     "SlerpResult",
+    "add_low_rank",
     "count_mask",
     "fused_apply",
     "gather_masked",
     "hold_masked",
+    "lost_pages",
     "mask_starts",
     "masked_gram",
     "overlap_counts",
@@ -34,7 +46,9 @@ __all__ = [
     "scatter_masked_",
     "select_cores",
     "slerp_coefficients",
+    "stream_cores",
     "union_mask",
     "unpack_mask",
+    "watch_pages",
     "zero_masked_",
 ]

@@ -42,12 +42,17 @@ def resolve(backend: Backend, *tensors: Tensor) -> Resolved:
 
 def implementation(resolved: Resolved, reference: Operation) -> Operation:
     """What a backend runs for an operation, given its reference `<module>.<name>_reference`: that reference, or
-    `<name>` of `cpu/<module>.py` or `gpu/<module>.py`, imported now."""
+    `<name>` of `<backend>/<module>.py`, imported now. Raises ValueError for a backend that has none."""
     if resolved == "reference":
         return reference
-    package = {"triton": "gpu", "cpu": "cpu"}[resolved]
-    module = import_module(f".{package}.{reference.__module__.rpartition('.')[2]}", __package__)
-    operation: Operation = getattr(module, reference.__name__.replace("_reference", ""))
+    name = reference.__name__.replace("_reference", "")
+    place = f"{__package__}.{resolved}.{reference.__module__.rpartition('.')[2]}"
+    try:
+        operation: Operation = getattr(import_module(place), name)
+    except ModuleNotFoundError as error:
+        if error.name != place:
+            raise
+        raise ValueError(f"backend={resolved!r} has no {name}; use backend='cpu' or backend='reference'") from None
     return operation
 
 

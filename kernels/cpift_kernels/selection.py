@@ -54,11 +54,12 @@ def select_cores_reference(
         flat = torch.cat(magnitudes) if magnitudes else torch.zeros(0)
         sizes = [magnitude.numel() for magnitude in magnitudes]
         del magnitudes
-        cores.append([_top(flat, sizes, count) for count in counts])
+        cores.append([top_elements(flat, sizes, count) for count in counts])
     return cores
 
 
-def _top(magnitude: Tensor, sizes: list[int], count: int) -> CoreMask:
+def top_elements(magnitude: Tensor, sizes: list[int], count: int) -> CoreMask:
+    """The `count` largest of magnitude [D], in plain torch, as masks of tensors of these sizes."""
     import torch
 
     moved = int((magnitude > 0).sum())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpift_kernels.cpu import faults
+from cpift_kernels import lost_pages, watch_pages
 from safetensors.torch import save_file
 
 import cpift.merging.engine
@@ -85,12 +85,12 @@ def test_whoever_reads_gets_an_error_and_without_a_guard_the_signal_means_what_i
 
 
 def test_guards_nest_and_end(tmp_path: Path) -> None:
-    before = faults.count()
-    with faults.watch(), faults.watch():
+    before = lost_pages()
+    with watch_pages(), watch_pages():
         pass
     with guarded_reads("a"), guarded_reads("b", [tmp_path / "new"][:0]):
         pass
-    assert faults.count() == before
+    assert lost_pages() == before
     with pytest.raises(ZeroDivisionError), guarded_reads("a"):
         raise ZeroDivisionError
 

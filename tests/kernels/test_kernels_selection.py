@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from cpift_kernels import CoreMask, pack_mask, select_cores, unpack_mask
+from cpift_kernels import CoreMask, pack_mask, select_cores, streaming, unpack_mask
 from cpift_kernels.cpu import bracket, candidates, order, segments
 from cpift_kernels.cpu import selection as cpu
 from hypothesis import given, settings
@@ -76,8 +76,9 @@ def test_no_cut_of_the_work_changes_a_bit(update: str, monkeypatch: pytest.Monke
         (1 << 10, 1 << 12, 1 << 16, 1 << 10, 3),
         (1 << 16, 1 << 17, 1 << 20, 1 << 17, 2),
     ]:
-        monkeypatch.setattr(segments, "CHUNK", chunk)
-        monkeypatch.setattr(segments, "SEGMENT", segment)
+        for module in (streaming, segments):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(streaming, "SEGMENT", segment)
         monkeypatch.setattr(segments, "ITEM", item)
         monkeypatch.setattr(candidates, "ROOM", room)
         torch.set_num_threads(workers)

@@ -11,8 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cpift_kernels.gpu import common
-from cpift_kernels.gpu.offline import TARGETS, Launch, compile_launch, describe
+from cpift_kernels.triton import common
+from cpift_kernels.triton.offline import TARGETS, Launch, compile_launch, describe
 from torch import Tensor
 
 from tests.ptx.machine import Machine

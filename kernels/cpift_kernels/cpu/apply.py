@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..streaming import ITEM
 from .compiled import in_threads, inner, kernel
 from .emit import BF16, FP16, FP32, LANES
 from .fuse import MOST, fuse_words
-from .segments import ITEM, storage_kind
+from .segments import storage_kind
 from .storage import MIXED, WHOLE, read, write
 from .vector import add, divide, fill, fma, select
 from .words import read_word

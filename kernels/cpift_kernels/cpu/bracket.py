@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..streaming import Ints
 from .compiled import in_threads, inner, kernel
 from .emit import LANES
 from .order import kth_largest, point
-from .segments import Ints, Segments
+from .segments import Segments
 from .storage import MIXED, WHOLE, read
 from .vector import magnitude_bits, write_ints
 

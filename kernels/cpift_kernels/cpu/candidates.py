@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..selection import nonfinite_update
+from ..streaming import Ints
 from .compiled import in_threads, inner, kernel
 from .emit import LANES
 from .mark import GROUPS, mark_four, mark_one, mark_some, mark_two
-from .segments import Ints, Segments
+from .segments import Segments
 from .storage import load_one_kind
 from .words import bits_of, lowest_bit, occupied
 

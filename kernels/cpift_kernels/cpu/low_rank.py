@@ -1,25 +1,29 @@
-"""Elements of a low-rank product, any run of them, with bits that do not depend on which run is asked for.
-
-    out[j] = Σ_k left[row(j), k] · right[k, column(j)]      fp32: every product rounded, then added, k ascending
-
-A matrix library chooses its order of summation by the shape; a model that is streamed in slices needs one order.
-"""
+"""A low-rank update added to values, in threads."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from .compiled import kernel
+from .compiled import in_threads, kernel
 
+RUN = 1 << 18  # elements that one thread computes at a time
 TILE = 1 << 11  # columns whose sums stay in the L1 cache while k passes by
 
 
-def low_rank_elements(
-    left: NDArray[np.float32], right: NDArray[np.float32], start: int, out: NDArray[np.float32]
-) -> None:
-    """Write elements start.. of left [R, K] @ right [K, C], row-major, to out [n]."""
-    _elements(left, right, start, out)
+def add_low_rank(values: Tensor, left: Tensor, right: Tensor, start: int, scaling: float) -> Tensor:
+    """See `cpift_kernels.add_low_rank`."""
+    out, factors = torch.empty_like(values), (left.numpy(), right.numpy())
+
+    def compute(first: int) -> None:
+        part = slice(first, min(first + RUN, len(values)))
+        delta = torch.empty(part.stop - first, dtype=torch.float32)
+        _elements(*factors, start + first, delta.numpy())
+        out[part] = delta.mul_(scaling).add_(values[part].float()).to(values.dtype)
+
+    in_threads(compute, range(0, len(values), RUN))
+    return out
 
 
 @kernel

@@ -8,31 +8,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ..streaming import CHUNK, ITEM, Ints, cut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 1 << 16  # elements handled together: the base's chunk stays in the L2 cache while all tasks pass by
-SEGMENT = 1 << 18  # most elements of one tensor that one row of the table describes, a multiple of CHUNK
-ITEM = 1 << 24  # elements of all models together that one call of a kernel reads
-
-Ints = NDArray[np.int64]
 _KIND = {"torch.bfloat16": 0, "torch.float16": 1, "torch.float32": 2}
 
 
 def storage_kind(tensor: Tensor) -> int:
     """The number by which kernels tell storage types apart: 0 bf16, 1 fp16, 2 fp32."""
     return _KIND[str(tensor.dtype)]
-
-
-def cut(sizes: Sequence[int]) -> tuple[Ints, Ints, Ints, Ints]:
-    """(tensor, start, numel, chunk), each [S]: the segments of tensors with so many elements."""
-    rows = [(t, start) for t, size in enumerate(sizes) for start in range(0, size, SEGMENT)]
-    tensor, start = np.array(rows, np.int64).reshape(-1, 2).T.copy()
-    numel = np.minimum(SEGMENT, np.array(sizes, np.int64)[tensor] - start)
-    chunks = (numel + CHUNK - 1) // CHUNK
-    return tensor, start, numel, np.cumsum(chunks) - chunks
 
 
 @dataclass(frozen=True)

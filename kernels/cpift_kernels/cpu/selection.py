@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..checks import words_for
 from ..selection import CoreMask
+from ..streaming import Ints
 from .bracket import ATTEMPTS, draw_brackets, elements_kept
 from .candidates import SKIP, Found, mark_all
 from .compiled import in_threads, kernel
 from .emit import LANES
 from .order import kth_largest
-from .segments import Ints, Segments
+from .segments import Segments
 from .words import read_word, write_word
 
 

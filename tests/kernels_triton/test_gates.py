@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from cpift_kernels.gpu import catalog, offline
-from cpift_kernels.gpu.machine_code import MachineCode, read_machine_code
+from cpift_kernels.triton import catalog, offline
+from cpift_kernels.triton.machine_code import MachineCode, read_machine_code
 
 from tests.ptx.device import run_launch
 
@@ -103,7 +103,7 @@ def test_instructions_and_bytes_a_parameter(name: str, dtype: str, target: str) 
 def test_widths_are_lost_without_alignment() -> None:
     """The width gate sees what it is for: a tensor off its 16-byte boundary."""
     values, words = torch.zeros(4097)[1:], torch.zeros(128, dtype=torch.int32)
-    from cpift_kernels.gpu import freeze
+    from cpift_kernels.triton import freeze
 
     launch = offline.record(lambda: freeze.zero_masked_(values, words))[0]
     code = read_machine_code(offline.compile_launch(launch, offline.TARGETS["sm_90"]), offline.TARGETS["sm_90"])

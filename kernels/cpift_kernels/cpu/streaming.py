@@ -1,4 +1,4 @@
-"""`select_cores` in phases, for models that are streamed from disk or read by several machines.
+"""Selection in phases on the CPU.
 
     draw   brackets around every threshold, from a sample of all models
     mark   any range of segments, in any order, anywhere: the mask before the bracket, and the candidates
@@ -12,95 +12,35 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection
 from .bracket import ATTEMPTS, RUN, brackets_from, elements_kept, sample_places
 from .candidates import SKIP, Found, mark_item, wanted_of
+from .compiled import in_threads
 from .order import kth_largest
-from .segments import CHUNK, Ints, Segments, cut, storage_kind
+from .segments import Segments, storage_kind
 from .selection import set_chosen
 
-Range = tuple[int, int]  # segments [first, last)
-Marked = dict[tuple[int, int], Found]  # by task and k
+
+def stream_cores(models: Models, counts: Sequence[int]) -> Selection:
+    """See `cpift_kernels.stream_cores`."""
+    return BracketSelection(models, counts)
 
 
-class Models(Protocol):
-    """θ0 (number 0) and N tuned models (1..N): T tensors of equal sizes, read in pieces."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """Elements of each tensor."""
-
-    @property
-    def tasks(self) -> int:
-        """N"""
-
-    def load(self, model: int, tensor: int, start: int, stop: int) -> Tensor:
-        """Elements start..stop-1, one-dimensional and contiguous, bf16, fp16 or fp32, on the CPU."""
-
-    def gather(self, model: int, tensor: int, starts: Ints, length: int) -> Tensor:
-        """float32 [R, length], the elements from each of starts [R] on; anything past the tensor's end. Used for the
-        sample only, so rounding may differ from that of `load`."""
-
-    def prefetch(self, tensor: int, start: int, stop: int) -> None:
-        """These elements of all models are wanted soon."""
-
-    def release(self, tensor: int, start: int, stop: int) -> None:
-        """These elements of all models have been used."""
-
-
-class Masks(Protocol):
-    """Where packed masks are kept: one of ⌈size/32⌉ words a task, k and tensor."""
-
-    def store(self, task: int, k: int, tensor: int, first: int, words: NDArray[np.uint32]) -> None:
-        """Keep words first.. of a mask."""
-
-    def words(self, task: int, k: int, tensor: int) -> NDArray[Any]:
-        """All words of a mask, int32, which may be changed in place."""
-
-
-Mark = Callable[[Sequence[Range], Ints], Iterable[Marked]]  # in the order of the ranges
-
-
-@dataclass(frozen=True)
-class Core:
-    """What `CoreMask` says of a region beside its masks."""
-
-    count: int
-    requested: int
-    threshold: float
-
-
-class Selection:
-    """The phases over one set of models. counts: elements to select, for each k."""
-
-    def __init__(self, models: Models, counts: Sequence[int]):
-        self.models, self.counts = models, counts
-        self._tensor, self._start, self._numel, self._chunk = cut(models.sizes)
-
-    def ranges(self, elements: int) -> list[Range]:
-        """The segments cut into ranges of about so many elements of one model."""
-        number = (np.cumsum(self._numel) - self._numel) // max(elements, 1)
-        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(self._numel)]
-        return [(first, last) for first, last in pairwise(edges) if first < last]
-
-    def pieces(self, part: Range) -> Iterator[tuple[int, int, int]]:
-        """(tensor, start, stop) of the elements of a range, in linear order."""
-        first, last = part
-        for tensor in dict.fromkeys(self._tensor[first:last].tolist()):
-            mine = np.flatnonzero(self._tensor[first:last] == tensor) + first
-            yield tensor, int(self._start[mine[0]]), int(self._start[mine[-1]] + self._numel[mine[-1]])
+class BracketSelection(Selection):
+    """By brackets around every threshold, so that one pass over the models is enough, and no |Δ| is kept."""
 
     def draw(self, attempt: int) -> Ints:
         """Brackets [N, K, 4], see `bracket.draw_brackets`."""
@@ -123,8 +63,8 @@ class Selection:
         keys *= np.arange(RUN) < (self._numel[segment] - start)[:, None]
         return self._chunk[segment] + start // CHUNK, keys
 
-    def mark(self, part: Range, brackets: Ints, masks: Masks) -> Marked:
-        """Mark one range: its mask words go to `masks`; the result counts and holds the candidates."""
+    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Found]:
+        """Its mask words go to `masks`; the result counts and holds the candidates."""
         first, last = part
         window, held = self._window(part)
         sizes = (window.numel + 31) // 32
@@ -159,8 +99,23 @@ class Selection:
         )  # fmt: skip
         return window, held
 
-    def select(self, masks: Masks, ranges: Sequence[Range], mark: Mark, spill: Path | None = None) -> list[list[Core]]:
-        """All phases: the regions as [task][k], their masks in `masks`. Candidates lie in folder `spill`, if given."""
+    def marking(self, masks: Masks) -> Mark:
+        """By this process's threads, a few ranges at once."""
+
+        def mark(ranges: Sequence[Range], brackets: Ints) -> Iterator[Marked]:
+            width = 2 * max(torch.get_num_threads(), 1)
+            for at in range(0, len(ranges), width):
+                for part in ranges[at + width : at + 2 * width]:
+                    for piece in self.pieces(part):
+                        self.models.prefetch(*piece)
+                yield from in_threads(lambda part: self.mark(part, brackets, masks), ranges[at : at + width])
+
+        return mark
+
+    def select(
+        self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
+    ) -> list[list[Core]]:
+        mark = mark or self.marking(masks)
         cores: dict[tuple[int, int], Core] = {}
         for attempt in range(ATTEMPTS):
             brackets = self.draw(attempt)

@@ -1,9 +1,9 @@
 """Mapped files that are cut short while they are read: a flag instead of the end of the process (Linux, 64 bit).
 
 A page of a mapped file that lies beyond the file's end cannot be read: the system sends SIGBUS, whose default is to end
-the process. Within `watch` a handler puts a page of zeros there and counts; who reads asks for the count afterwards and
-takes nothing of what came. The handler is compiled: it may run in any thread, also one that holds no Python state.
-Outside of `watch` the signal means what it meant before.
+the process. Within `watch_pages` a handler puts a page of zeros there and counts; who reads asks for the count
+afterwards and takes nothing of what came. The handler is compiled: it may run in any thread, also one that holds no
+Python state. Outside of it the signal means what it meant before.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class _Action(ctypes.Structure):
     )
 
 
-def count() -> int:
+def lost_pages() -> int:
     """Pages of mapped files that could not be read, in this process so far."""
     return int(_state[_COUNT])
 
 
 @contextmanager
-def watch() -> Iterator[None]:
-    """Within it a page that cannot be read is zeros, and `count` rises; on other systems than Linux nothing is."""
+def watch_pages() -> Iterator[None]:
+    """Within it a page that cannot be read is zeros, and `lost_pages` rises; on other systems than Linux nothing is."""
     if not _SUPPORTED:
         yield
         return

@@ -18,10 +18,10 @@ from cpift_kernels import freeze as freeze_module
 from cpift_kernels import gram as gram_module
 from cpift_kernels import held as held_module
 from cpift_kernels import overlap as overlap_module
-from cpift_kernels.gpu import apply, bracket, freeze, gram, held, overlap, selection
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
 from cpift_kernels.slerp import slerp_coefficients
+from cpift_kernels.triton import apply, bracket, freeze, gram, held, overlap, selection
 from torch import Tensor
 
 from tests.ptx.device import interpreted_ptx

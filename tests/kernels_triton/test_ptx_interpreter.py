@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from cpift_kernels import freeze as freeze_module
-from cpift_kernels.gpu import freeze, offline
 from cpift_kernels.masks import pack_mask, unpack_mask
+from cpift_kernels.triton import freeze, offline
 
 from tests.ptx.alu import OPERATIONS, fma32
 from tests.ptx.device import run_launch, run_ptx
