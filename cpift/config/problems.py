@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 
 from cpift.errors import Problem
 from cpift.text.redaction import holds_secret
-from cpift.untrusted.json import shown
 from cpift.untrusted.values import kind_of
 
 Details = Mapping[str, Any]
@@ -51,7 +50,7 @@ def _value(details: Details) -> str:
     """What was given, as it is shown before what is wrong with it; nothing for whole sections."""
     value = details.get("input")
     shows = not isinstance(value, (dict, list, tuple, BaseModel)) and not holds_secret(str(value))
-    return f"{shown(value)}: " if shows else ""
+    return f"{value!r}: " if shows else ""
 
 
 def _plain(message: str) -> str:

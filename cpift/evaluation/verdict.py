@@ -1,14 +1,17 @@
 """A run in one sentence: what the one model keeps of the fine-tunes' own scores, beside what else could be made.
 
 Every figure is a mean of `retention.kept` over the judged tasks. Its interval is over test rows, by linearisation, with
-the probe's rows paired to the model's; differences between two models are paired in the same way. One run has one
-seed, of whose variation no interval here knows: the sentence says so.
+the probe's rows paired to the model's; differences between two models are paired in the same way. Where every row of a
+task says the same (all right, all wrong, or as the probe did), linearisation would call the figure certain. Of n rows
+that agree, up to 1 − 0.05^(1/n) of all rows may yet do otherwise (95 %; about 3 ÷ n): that is the task's part then. One
+run has one seed, of whose variation no interval here knows: the sentence says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 
 import numpy as np
@@ -28,14 +31,21 @@ RIVALS = {
 
 @dataclass(frozen=True)
 class Share:
-    """A model's mean retention. errors: by task, what each test row adds to the figure's error; they sum to 0."""
+    """A model's mean retention. errors: by task, what each test row adds to the figure's error; they sum to 0.
+    unseen: by task whose rows all say the same, half of its part of the interval."""
 
     mean: float
     errors: Mapping[str, np.ndarray]
+    unseen: Mapping[str, float] = field(default_factory=dict)
 
     def minus(self, other: Share) -> Share:
         """The difference of two models on the same rows."""
-        return Share(self.mean - other.mean, {task: self.errors[task] - other.errors[task] for task in self.errors})
+        errors = {task: self.errors[task] - other.errors[task] for task in self.errors}
+        unseen = {
+            task: math.hypot(self.unseen.get(task, 0.0), other.unseen.get(task, 0.0))
+            for task in {*self.unseen, *other.unseen}
+        }
+        return Share(self.mean - other.mean, errors, unseen)
 
     @property
     def half(self) -> float | None:
@@ -44,7 +54,8 @@ class Share:
         if min(rows, default=0) < 2:
             return None
         variance = sum(len(error) / (len(error) - 1) * float((error**2).sum()) for error in self.errors.values())
-        return t_quantile(0.5 + _CONFIDENCE / 2, min(rows) - 1) * float(np.sqrt(variance))
+        half = t_quantile(0.5 + _CONFIDENCE / 2, min(rows) - 1) * math.sqrt(variance)
+        return math.hypot(half, *self.unseen.values())
 
     @property
     def sign(self) -> int:
@@ -72,7 +83,17 @@ def share_of(scores: Mapping[str, Mapping[str, Score]], model: str, tasks: Seque
     """A model's mean retention over these tasks."""
     parts = {task: _kept(scores[model][task], scores[probe_of(task)][task]) for task in tasks}
     errors = {task: error / len(tasks) for task, (_, error) in parts.items()}
-    return Share(mean(value for value, _ in parts.values()), errors)
+    alike = [task for task, error in errors.items() if len(error) and not error.any() and model != probe_of(task)]
+    unseen = {task: _unseen(scores[probe_of(task)][task]) / len(tasks) for task in alike}
+    return Share(mean(value for value, _ in parts.values()), errors, unseen)
+
+
+def _unseen(probe: Score) -> float:
+    """How far retention may be from where all rows put it; 0 for a loss, which is alike only for the same weights."""
+    if probe["score"] is None:
+        return 0.0
+    rows = _of_rows(probe)
+    return float((1 - (1 - _CONFIDENCE) ** (1 / len(rows))) / rows.mean())
 
 
 def _kept(own: Score, probe: Score) -> tuple[float, np.ndarray]:

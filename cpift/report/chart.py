@@ -68,8 +68,9 @@ def kept_panel(title: str, found: Mapping[str, Kept], looks: Mapping[str, Look],
     axes.set_xlim(0, right)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    axes.set_title(_short(title, 26), pad=14)
-    axes.set_xlabel("% of the own probe")
+    figure.suptitle(_short(title, 26), x=0.01, ha="left", fontsize=9.5)  # the axes may be too narrow for either
+    axes.set_xlabel("% of the own probe", loc="right")
+    axes.set_title(" ", fontsize=7)  # room for the names of the lines
     rows = [[model, one.text] for model, one in reversed(list(found.items()))]
     return Plot(as_svg(figure, axes, f"Retention on {title}"), ["model", "retention"], rows)
 

@@ -154,7 +154,7 @@ def summary(data: ReportData) -> dict[str, Any]:
                 "worst_task": found.worst_task if found else None,
                 "worst_retention": found.worst if found else None,
                 "training_tokens": total_tokens(data, model) if model in data.tokens else None,
-                "mean_loss": mean(score["loss"] for score in data.scores[model].values()),
+                "mean_loss": _finite(mean(score["loss"] for score in data.scores[model].values())),
                 "scores": {task: _plain(score) for task, score in data.scores[model].items()},
             }
             for model, found in standings.items()
@@ -168,9 +168,19 @@ def summary(data: ReportData) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _plain(score: Score) -> Score:
     """A score as JSON has it."""
-    return score | ({"gain": asdict(score["gain"])} if "gain" in score else {})
+    shown: Score = _finite(score | ({"gain": asdict(score["gain"])} if "gain" in score else {}))
+    return shown
 
 
 def verdict(data: ReportData) -> list[str]:
@@ -205,7 +215,7 @@ def _outcomes(signs: Mapping[str, int]) -> str:
 
 def _count(tasks: Sequence[str], total: int) -> str:
     if len(tasks) == total:
-        return "the one task" if total == 1 else f"all {total} tasks"
+        return {1: "the one task", 2: "both tasks"}.get(total, f"all {total} tasks")
     return f"{len(tasks)} of {total} ({', '.join(tasks)})"
 
 
@@ -213,7 +223,7 @@ def _caveat(data: ReportData, model: str) -> str:
     rows = [data.scores[model][task]["rows"] for task in data.tasks]
     size = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
     text = f"This is one run with one seed on {size} test rows a task: a lead, not a proof."
-    counted = [score["rows"] for score in data.scores[model].values() if described(score).counted]
+    counted = [score["rows"] for score in data.scores[model].values() if described(score).counted and score["rows"]]
     if counted:
         width = 100 * 1.96 * math.sqrt(0.25 / min(counted))
         text += (

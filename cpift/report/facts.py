@@ -35,8 +35,7 @@ def tokens_of(artifacts: Sequence[Artifact]) -> int | None:
 def halves(tasks: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> tuple[Halves, dict[str, float]]:
     """Half of the intervals of retention over the test rows: by model and judged task, and by model of its mean.
 
-    `scores`: with their rows, as `scores.json` has them. Without those that are 0: of a probe on its own task, and of
-    models that score nothing on every row, of whose error the rows say nothing.
+    `scores`: with their rows, as `scores.json` has them. Without those that are 0: of a probe on its own task.
     """
     learnt = judged(learning_of(tasks, scores))
     by_task: Halves = {}

@@ -12,6 +12,7 @@ from cpift.evaluation.retention import DEFINITION, learning_of
 from cpift.report.data import ReportData, retention, standing, total_tokens, usage, verdict
 from cpift.text.escaping import code, markdown, one_line
 
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: their wide forms, which some spreadsheets take too
 _COLUMNS = (
     "model",
     "task",
@@ -68,7 +69,7 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = one_line(value)
-    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+    return f"'{text}" if text.lstrip()[:1] in _FORMULA else text
 
 
 # ---- report.md -------------------------------------------------------------------------------------------------------

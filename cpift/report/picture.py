@@ -100,8 +100,8 @@ def _legend(data: ReportData) -> str:
         if look in used
     )
     bars = (
-        "Bars: 95 % intervals over the test rows, paired with the probe's; none where the rows say nothing of it. They "
-        "know nothing of another training run. "
+        "Bars: 95 % intervals over the test rows, paired with the probe's; where all rows say the same, what they "
+        "leave open. They know nothing of another training run. "
         if data.halves
         else ""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from math import ceil
 from typing import Any
 
@@ -96,7 +97,10 @@ def as_svg(figure: Figure, axes: Axes, title: str, legend: int = 1, of: str | No
     for text in figure.findobj(Text):
         text.set_text(one_line(text.get_text()))
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": str(figure.get_gid())}):  # ids of clip paths must differ between figures of a page
+    with rc_context({"svg.hashsalt": str(figure.get_gid())}), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of letters that its own font lacks: text is drawn by the reader's
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     box = re.search(r'viewBox="[^"]*"', buffer.getvalue())
     body = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), flags=re.DOTALL)

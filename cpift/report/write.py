@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, ConsoleRenderable
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +21,13 @@ from cpift.report.files import report_md, scores_csv
 from cpift.report.index import RUN, write_page
 
 __all__ = ["ReportData", "first_sentences", "scores_table", "show_result", "summary", "write_run"]
+
+_LEAST = 20  # letters of a model's name in the terminal, however narrow
+_CAPTION = (
+    "Above: metric in %, higher is better. Below: loss per answer token.\n"
+    "Retention: score ÷ the own probe's, of losses the other way round. Bold: best."
+)
+_LEFT_OUT = f"\n{LEFT_OUT} Its own probe did not learn it: in no mean, and not the worst task."
 
 
 def write_run(data: ReportData, folder: Path) -> Path:
@@ -57,30 +68,67 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def scores_table(data: ReportData) -> Table:
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of every model on every task; as many tables below each other as the terminal's width asks for."""
+
+    data: ReportData
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        marks, parts = left_out_marks(self.data), list(_parts(self.data, options.max_width))
+        for place, tasks in enumerate(parts):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            table.title = None if place else f"{self.data.name}: test scores"
+            table.add_column("model", no_wrap=True, max_width=max(_LEAST, options.max_width // 3))
+            for task in tasks:
+                table.add_column(_head(self.data, task, marks.get(task, "")), justify="right", min_width=5)
+            last = place == len(parts) - 1
+            if last:
+                table.add_column("mean\nreten-\ntion", justify="right", min_width=6)
+                table.add_column("worst\ntask", justify="right", min_width=6)
+                table.caption = _CAPTION + (_LEFT_OUT if marks else "")
+            for model in self.data.models:
+                cells = [_cell(self.data, model, task) for task in tasks]
+                table.add_row(model, *cells, *(_standing(self.data, model) if last else ()))
+            yield table
+
+
+def scores_table(data: ReportData) -> ConsoleRenderable:
     """Scores of every model on every task for the terminal; the best of each column is bold."""
-    marks = left_out_marks(data)
-    note = f"\n{LEFT_OUT} Its own probe did not learn it: in no mean, and not the worst task." if marks else ""
-    table = Table(
-        title=f"{data.name}: test scores",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        caption="Above: metric in %, higher is better. Below: loss per answer token.\n"
-        f"Retention: score ÷ the own probe's, of losses the other way round. Bold: best.{note}",
-    )
-    table.add_column("model", no_wrap=True)
-    for task in data.tasks:
-        metric = data.scores[data.models[0]][task]["metric"]
-        below = ("" if metric_of(metric).by_loss else f"\n{metric}") + "\n"
-        table.add_column(Text.assemble(f"{task}{marks.get(task, '')}{below}", ("loss", "dim")), justify="right")
-    table.add_column("mean\nreten-\ntion", justify="right")
-    table.add_column("worst\ntask", justify="right")
-    for model in data.models:
-        found = standing(data, model)
-        mean = f"{found.mean:.1%}" if found else "–"
-        worst = Text.assemble(f"{found.worst:.1%}\n", (found.worst_task, "dim")) if found else "–"
-        table.add_row(model, *(_cell(data, model, task) for task in data.tasks), mean, worst)
-    return table
+    return _Scores(data)
+
+
+def _parts(data: ReportData, width: int) -> Iterator[list[str]]:
+    """Tasks that stand beside each other; of the last part there is room for the mean and the worst task too."""
+    room = width - min(max(map(cell_len, data.models)), max(_LEAST, width // 3)) - 2
+    part: list[str] = []
+    taken, means = 0, 8 + max(_wide(task) for task in data.tasks)
+    for place, task in enumerate(data.tasks):
+        wide = max(_wide(task), len(data.scores[data.models[0]][task]["metric"]) + 2)
+        if part and taken + wide + (means if place == len(data.tasks) - 1 else 0) > room:
+            yield part
+            part, taken = [], 0
+        part.append(task)
+        taken += wide
+    yield part
+
+
+def _wide(task: str) -> int:
+    """Of a task's column, with the space beside it; a longer name is written over several lines."""
+    return min(max(cell_len(task) + 1, 6), 12) + 2
+
+
+def _head(data: ReportData, task: str, mark: str) -> Text:
+    metric = data.scores[data.models[0]][task]["metric"]
+    below = ("" if metric_of(metric).by_loss else f"\n{metric}") + "\n"
+    return Text.assemble(f"{task}{mark}{below}", ("loss", "dim"))
+
+
+def _standing(data: ReportData, model: str) -> tuple[str, str | Text]:
+    found = standing(data, model)
+    if found is None:
+        return "–", "–"
+    return f"{found.mean:.1%}", Text.assemble(f"{found.worst:.1%}\n", (found.worst_task, "dim"))
 
 
 def _cell(data: ReportData, model: str, task: str) -> Text:

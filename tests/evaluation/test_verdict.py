@@ -47,6 +47,18 @@ def test_intervals_are_those_of_a_bootstrap(metric: str) -> None:
     assert one.minus(one).half == 0
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rows_that_all_say_the_same_are_not_certain(value: float) -> None:
+    """Of 30 rows that agree, 9.5 % of all may do otherwise: 1 − 0.05^(1/30). The probe scores ½ of that on average."""
+    probe = scored("number", [1.0, 0.0] * 15) if not value else scored("number", [1.0] * 30)
+    scores = {"probe t": {"t": probe}, "own": {"t": scored("number", [value] * 30)}}
+    own = share_of(scores, "own", ["t"])
+    assert own.mean == value
+    assert own.half == pytest.approx((1 - 0.05 ** (1 / 30)) / (1.0 if value else 0.5))
+    assert share_of(scores, "probe t", ["t"]).half == 0  # 1, whatever the rows
+    assert own.minus(share_of(scores, "probe t", ["t"])).half == pytest.approx(own.half, rel=3)
+
+
 def test_what_rows_tell_apart() -> None:
     many = {
         model: {task: {**one, "examples": one["examples"] * 40} for task, one in tasks.items()}

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cpift.config.run import RunConfig
 from cpift.disk.top_files import REPORTS, RUN_FILES
+from cpift.report import chart as report_chart
 from cpift.report import plots as report_plots
 from cpift.report.data import compare, retention, standing, verdict
 from cpift.report.model_card import license_of, model_card, write_model_card
@@ -319,3 +320,33 @@ def test_license_is_read_from_front_matter_only(tmp_path: Path, readme: str, fou
 def test_license_of_nothing(tmp_path: Path) -> None:
     assert license_of(None) is None
     assert license_of(tmp_path) is None
+
+
+def test_the_terminal_has_as_many_tables_as_its_width_asks_for(data: ReportData) -> None:
+    tasks = [f"task number {place}" for place in range(12)]
+    scores = {model: {task: score("choice", 0.5, 1.0) for task in tasks} for model in data.models}
+    many = replace(data, tasks=tasks, scores=scores)
+    for width in (60, 80):
+        text = rendered(many, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("50.0") == 12 * len(data.models)
+        assert text.count("mean") == 1
+
+
+def test_figures_that_are_no_numbers_leave_json_readable(data: ReportData, tmp_path: Path) -> None:
+    scores = data.scores | {"final": data.scores["final"] | {"b": score("loss", None, float("nan"), rows=0)}}
+    write_run(replace(data, scores=scores), tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert found["models"]["final"]["scores"]["b"]["loss"] is None
+
+
+def test_long_names_leave_a_panel_its_title() -> None:
+    """The title begins at the figure's edge, whatever room the names beside the axis take."""
+    names = {f"probe {'x' * 40}{place}": report_chart.Kept(0.5) for place in range(3)}
+    looks = dict.fromkeys(names, report_chart.MADE)
+    svg = report_chart.kept_panel("a title of twenty letters", names, looks, 150).svg
+    box = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)
+    place = re.search(r'<text[^>]* x="([0-9.]+)"[^>]*>a title of twenty letters', svg)
+    assert box is not None
+    assert place is not None
+    assert float(place[1]) < 0.1 * float(box[1])
