@@ -55,6 +55,16 @@ _FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exce
 _KEPT = "; what was finished is kept, and the same command goes on"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error says; of one that says nothing its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def named_line(error: BaseException) -> str:
+    """Its first line with its class before it: of errors of others, whose text alone may mean little."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def told(error: BaseException) -> str | None:
     """What the system refused, in words, where that is for the user to mend; else None.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cpift.errors import CpiftError
+from cpift.errors import CpiftError, named_line
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What of a repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
@@ -50,7 +50,7 @@ def resolve_revision(kind: Literal["model", "dataset"], repository: str, revisio
         cached = _cached_commit(kind, repository, revision)
         if cached is None:
             raise HubError(
-                f"hub: no answer for {kind} {repository!r} ({_first_line(error)}) and no copy in the local cache → "
+                f"hub: no answer for {kind} {repository!r} ({named_line(error)}) and no copy in the local cache → "
                 "check the connection, or pin `revision` to a full commit hash that was downloaded before"
             ) from error
         return cached
@@ -160,16 +160,11 @@ def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision:
         return None
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
-
-
 def _said(error: BaseException) -> str:
     """What the hub answered, in its own words, and what to do; for an error without an answer its first line."""
     response = getattr(error, "response", None)
     if response is None:
-        return _first_line(error)
+        return named_line(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _STATUS.match(line)]
     own = getattr(error, "server_message", None) or " ".join(lines) or "no details"
     words = " ".join("".join(sign if sign.isprintable() else " " for sign in own).split())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cpift import devices
-from cpift.cli import many as cli_cluster
+from cpift.cli.many import unused_gpus
 from cpift.cluster import session as distributed_session
 from cpift.cluster.session import use_assigned_gpus
 from cpift.config.inputs import ScratchModel
@@ -162,7 +162,7 @@ def test_the_plan_says_that_gpus_stay_idle(
     if address is not None:
         monkeypatch.setattr(distributed_session, "cluster_gpus", lambda resources: address)
     run: RunConfig = with_fields(load_config(smoke_config), fields, "test")
-    note = cli_cluster.unused_gpus(run)
+    note = unused_gpus(run)
     assert (note is None) == (said is None)
     if note is not None and said is not None:
         assert re.search(said, note), note

@@ -17,7 +17,7 @@ from cpift_kernels import pack_mask, unpack_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.disk.facts import remembered
-from cpift.errors import CheckpointError, Problem
+from cpift.errors import CheckpointError, Problem, named_line
 from cpift.pretrained.architecture import config_text, skeleton, untrainable
 from cpift.pretrained.conversion import MOVES, Block, Shape, Traced, converted, not_given
 from cpift.pretrained.loading import loading_info
@@ -184,9 +184,9 @@ def loading_faults(checkpoint: Checkpoint) -> list[str]:
     except Exception as error:  # the class's own code
         try:
             layout = checkpoint_layout(checkpoint)
-            return [problem.where for problem in layout.misfits] or list(layout.missing) or [_first_line(error)]
+            return [problem.where for problem in layout.misfits] or list(layout.missing) or [named_line(error)]
         except CheckpointError as reason:
-            return [_first_line(error), *(problem.where for problem in reason.problems)]
+            return [named_line(error), *(problem.where for problem in reason.problems)]
     return [*sorted(info["missing_keys"]), *sorted(key for key, *_ in info["mismatched_keys"]), *info["error_msgs"]]
 
 
@@ -222,10 +222,6 @@ def require_trainable(folder: Path) -> None:
     """Raise CheckpointError where the model in a folder cannot be trained: `untrainable`, `unwritable`."""
     if problems := untrainable(folder, "model") or unwritable(Checkpoint(folder), "model"):
         raise CheckpointError(f"model {folder}", problems)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def require_whole(layout: Layout, folder: Path) -> None:

@@ -19,12 +19,12 @@ from cpift.cli import compare as cli_compare
 from cpift.cli import data as cli_data
 from cpift.cli import extract as cli_extract
 from cpift.cli import init as cli_init
-from cpift.cli import many as cli_cluster
+from cpift.cli import many as cli_many
 from cpift.cli import plan as cli_plan
 from cpift.cli import push as cli_push
 from cpift.cli import runs as cli_runs
 from cpift.cli import schema as cli_schema
-from cpift.cli import standard as cli_benchmarks
+from cpift.cli import standard as cli_standard
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
 from cpift.cli.options import Config, Output, Overrides, say_code
@@ -247,14 +247,14 @@ def report(config: Config, overrides: Overrides = None, output: Output = None) -
     say(f"Report: {_stage(config, overrides, _changes(output), 'report').page}")
 
 
-cli_cluster.register(app)
+cli_many.register(app)
 cli_data.register(app, _LOOK)
 cli_check.register(app, _LOOK)
 cli_runs.register(app, _LOOK)
 cli_plan.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
 cli_schema.register(app, _LOOK)
-cli_benchmarks.register(app, _LOOK)
+cli_standard.register(app, _LOOK)
 
 
 def require_arguments(arguments: Sequence[str]) -> None:

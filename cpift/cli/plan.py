@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift.cli import many as cli_cluster
+from cpift.cli.many import unused_gpus
 from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import Terminal, say
 from cpift.text.units import show_size
@@ -42,7 +42,7 @@ def plan(
     say_code(run)
     seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)
-    made, idle = plan_all(artifacts, seen.notes, seen.rows), cli_cluster.unused_gpus(run)
+    made, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
     if as_json:
         say(json.dumps(plan_record(made, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
         return

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from cpift.cluster.work_queue import Outcome, Piece, WorkQueue
+from cpift.errors import first_line
 
 CLOSED = "closed"  # what a worker takes from a desk that hands out no more
 _WAIT_SECONDS = 10.0  # after which a worker with nothing to do asks again: it may have ended, and would be given work
@@ -84,10 +85,6 @@ class Desk:
                     await asyncio.wait_for(self._workers[worker].__ray_ready__.remote(), _WATCH_SECONDS)
                 except ENDED as error:
                     del self._workers[worker]
-                    await self.lose(worker, f"its worker ended: {_first_line(error)}")
+                    await self.lose(worker, f"its worker ended: {first_line(error)}")
                 except (ray.exceptions.RayError, asyncio.TimeoutError):
                     continue  # busy, or not to be reached just now
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -30,7 +30,7 @@ from cpift.cluster.stored_merge import fetch, merge_into, publish, with_stored_m
 from cpift.config.run import ResourcesConfig
 from cpift.disk.guarded import guarded_reads
 from cpift.disk.object_store import ObjectStore
-from cpift.errors import CpiftError, StageError
+from cpift.errors import CpiftError, StageError, first_line
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Progress
 from cpift.merging.engine import merge_shards
@@ -202,4 +202,4 @@ def _result(task: Any) -> Any:
             raise StageError(f"a worker found no {error.cause.filename}: {where}") from error
         raise error.cause if isinstance(error.cause, (CpiftError, ValueError, OSError)) else error from None
     except ray.exceptions.RayError as error:
-        raise StageError(f"a worker was lost {_RETRIES + 1} times: {str(error).strip().splitlines()[0]}") from error
+        raise StageError(f"a worker was lost {_RETRIES + 1} times: {first_line(error)}") from error

@@ -14,7 +14,7 @@ import ray
 
 from cpift.config.run import ResourcesConfig
 from cpift.console.ending import handlers_kept, stopping
-from cpift.errors import CpiftError, StageError, told
+from cpift.errors import CpiftError, StageError, first_line, told
 
 OnProgress = Callable[[dict[str, Any]], None]
 NAMESPACE = "cpift"
@@ -55,7 +55,7 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
-        raise StageError(f"Ray failed: {str(error).strip().splitlines()[0]} {KEPT}") from error
+        raise StageError(f"Ray failed: {first_line(error)} {KEPT}") from error
     finally:
         if ray_answers():
             ray.shutdown()

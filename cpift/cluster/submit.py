@@ -28,7 +28,7 @@ from cpift.config.loading import check_fields, read_yaml, secret_problems
 from cpift.config.paths import Kind, expanded, is_packaged, path_kind, texts
 from cpift.console.terminal import say
 from cpift.disk.files import SOURCE_TREE, file_sha256
-from cpift.errors import ConfigError, CpiftError, Problem, StageError
+from cpift.errors import ConfigError, CpiftError, Problem, StageError, first_line
 from cpift.text.escaping import without_colours
 
 _EXTRA = "pip install 'cpift[cluster]'"
@@ -236,6 +236,6 @@ def _client(address: str) -> Any:
         raise CpiftError(f"{address}: {error}") from None
     except (ConnectionError, ValueError) as error:
         raise CpiftError(
-            f"no jobs API at {address} ({str(error).splitlines()[0]}): is the head running with its dashboard "
+            f"no jobs API at {address} ({first_line(error)}): is the head running with its dashboard "
             "(ray[default]), and is this its address, for example http://HEAD:8265?"
         ) from None

@@ -35,7 +35,7 @@ from cpift.compare.tables import (
 from cpift.disk.top_files import write_top
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.retention import sentences
-from cpift.report.files import csv_text
+from cpift.report.files import csv_text, md_table
 from cpift.report.html import Plot
 from cpift.text.escaping import markdown
 
@@ -82,13 +82,13 @@ def _document(found: Findings, prefix: str, level: int) -> tuple[str, dict[str, 
     drawn = intervals(drawn_methods(found), OURS)
     lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", drawn)
     lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(found.record, markdown)), ""]
-    lines += [f"{heading} All methods", "", *_table(all_methods(found, markdown, _strong)), ""]
+    lines += [f"{heading} All methods", "", _table(all_methods(found, markdown, _strong)), ""]
     for ours in found.recipes:
         name = f"{ours}," if "," in ours else ours
-        lines += [f"{heading} {name} against each method", "", *_listing(differences(found, ours, markdown)), ""]
+        lines += [f"{heading} {name} against each method", "", _listing(differences(found, ours, markdown)), ""]
     if found.pairs:
         told = [line for text in forgets(found, markdown) for line in ("", text)]
-        lines += [f"{heading} Forgetting", "", FORGETTING, "", *_listing(forgetting(found, markdown)), *told, ""]
+        lines += [f"{heading} Forgetting", "", FORGETTING, "", _listing(forgetting(found, markdown)), *told, ""]
     for field, values in fields_of_curves(found).items():
         lines += [f"{heading} Over {markdown(field)}", "", *_curve(found, field, values, plots, prefix), ""]
     return "\n".join(lines).rstrip() + "\n", plots
@@ -118,33 +118,25 @@ def _sentence(found: Findings, text: str) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _table(table: Rows) -> Iterator[str]:
+def _table(table: Rows) -> str:
     """Figures to the right, and a row for each kind of method."""
-    yield _row(table.head)
-    yield _row(["---"] + ["--:"] * (len(table.head) - 1))
+    rows: list[Sequence[str]] = []
     for place, cells in enumerate(table.rows):
         if place in table.kinds:
-            yield _row([f"*{table.kinds[place]}*"] + [""] * (len(table.head) - 1))
-        yield _row(cells)
+            rows.append([f"*{table.kinds[place]}*"] + [""] * (len(table.head) - 1))
+        rows.append(cells)
+    return md_table(table.head, rows)
 
 
-def _listing(table: Rows) -> Iterator[str]:
-    yield _row(table.head)
-    yield _row(["---"] * len(table.head))
-    yield from map(_row, table.rows)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _listing(table: Rows) -> str:
+    return md_table(table.head, table.rows, right=())
 
 
 def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, str], prefix: str) -> Iterator[str]:
     drawn = curve(field, curve_points(found, field, values), curve_references(found))
     yield from _picture(plots, _curve_file(prefix, field), f"Retention over {field}", drawn)
     table = curve_rows(found, field, values, markdown)
-    yield _row(table.head)
-    yield _row(["---", "--:", "--:", "---"])
-    yield from map(_row, table.rows)
+    yield md_table(table.head, table.rows, right=(1, 2))
 
 
 def _curve_file(prefix: str, field: str) -> str:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cpift.errors import StageError
+from cpift.errors import StageError, first_line
 from cpift.untrusted.json import RECORD, parse_json
 
 _BLOCK = 1 << 24  # bytes moved at once
@@ -97,7 +97,7 @@ class ObjectStore:
             yield filesystem, f"{path}/{name}"
         except (OSError, ValueError) as error:
             remedy = "check the URI, and that every node has credentials for it (AWS_ENDPOINT_URL for another store)"
-            raise StageError(f"{self._uri(name)}: {str(error).strip().splitlines()[0]} → {remedy}") from error
+            raise StageError(f"{self._uri(name)}: {first_line(error)} → {remedy}") from error
 
 
 @lru_cache(maxsize=8)

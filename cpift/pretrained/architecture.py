@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.disk.facts import remembered
-from cpift.errors import CheckpointError, Problem
+from cpift.errors import CheckpointError, Problem, named_line
 from cpift.formats.sizes import folder_problems
 from cpift.pretrained.loading import class_of, generating_classes, load_config
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object
@@ -54,16 +54,9 @@ def effective_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def model_class(folder: Path) -> type[PreTrainedModel]:
-    """The class of transformers that config.json names; where it names none, the one that generates text.
-
-    Raises CheckpointError.
-    """
-    return _class(_source(folder))
-
-
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of `model_class` on the `meta` device: modules, names and shapes, float32, no values.
+    """The model on the `meta` device: modules, names and shapes, float32, no values. Its class is the one that
+    config.json names; where it names none of transformers, the one that generates text.
 
     Shared by everybody who asks: not to be changed. Raises CheckpointError.
     """
@@ -242,9 +235,6 @@ def _unusable(source: _Source, error: Exception) -> CheckpointError:
     import transformers
 
     kind = json.loads(source.text).get("model_type")
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
-    what = (
-        f"makes no model of type {kind!r} in transformers {transformers.__version__} ({type(error).__name__}: {first})"
-    )
+    what = f"makes no model of type {kind!r} in transformers {transformers.__version__} ({named_line(error)})"
     remedy = "mend it, or upgrade transformers; code that comes with a checkpoint is never run"
     return CheckpointError(f"model {source.folder}", [Problem(CONFIG, what, remedy)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from cpift.evaluation.metrics import described
@@ -128,9 +128,10 @@ def _count(value: int | None) -> str:
     return "not counted" if value is None else f"{value:,}"
 
 
-def md_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are Markdown already."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+def md_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] | None = None) -> str:
+    """Cells are Markdown already. `right`: the columns that stand at the right, all but the first where it is None."""
+    right = range(1, len(head)) if right is None else right
+    lines = [head, ["--:" if column in right else "---" for column in range(len(head))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

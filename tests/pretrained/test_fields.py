@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpift.pretrained import fields as model_fields
-from cpift.pretrained.architecture import model_class, model_config, reads_field
+from cpift.pretrained.architecture import model_config, reads_field, skeleton
 from cpift.pretrained.fields import FIELDS, computing_problems, setting_notes
 
 SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -93,7 +93,7 @@ def folder_of(folder: Path, family: str, **changes: Any) -> Path:
 def test_what_computes_otherwise_is_a_problem(tmp_path: Path, family: str, changes: Any, field: str) -> None:
     base, tune = folder_of(tmp_path / "base", family), folder_of(tmp_path / "tune", family, **changes)
     assert [problem.where for problem in computing_problems(base, tune)] == [f"config.json, {field}"]
-    models = [model_class(folder)(model_config(folder)).eval() for folder in (base, tune)]
+    models = [type(skeleton(folder))(model_config(folder)).eval() for folder in (base, tune)]
     models[1].load_state_dict(models[0].state_dict())
     logits = [model(torch.arange(1, 30)[None]).logits for model in models]
     assert float((logits[0] - logits[1]).abs().max()) > 1e-5
