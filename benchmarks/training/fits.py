@@ -22,6 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cpift.cluster.fits import run_fits
 from cpift.cluster.session import ray_session
 from cpift.config.loading import load_config
 from cpift.config.run import RunConfig
+from cpift.console.progress import Message
 from cpift.console.view import View
 from cpift.disk.files import file_sha256
 from cpift.pipeline.inprocess import InProcessEngine
@@ -52,7 +54,7 @@ def timed(work: Callable[[], Any]) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def nothing(message: dict[str, Any]) -> None:
+def nothing(message: Message) -> None:
     pass
 
 
@@ -71,15 +73,15 @@ def main() -> None:
         for way in ("warm-up", "in process", "ray, one after another", "ray, side by side"):
             config, specs = specs_in(Path(temporary) / way, [f"probe.steps={options.steps}"])
             if way == "ray, one after another":
-                seconds["session"] = timed(lambda config=config: session(config))  # type: ignore[misc]
+                seconds["session"] = timed(partial(session, config))
             if way.startswith("ray"):
                 at_once = 1 if way.endswith("another") else None
                 resources = config.resources.model_copy(update={"parallel": at_once})
-                seconds[way] = timed(lambda s=specs, r=resources: run_fits(s, r, nothing))  # type: ignore[misc]
+                seconds[way] = timed(partial(run_fits, specs, resources, nothing))
             else:  # imports are paid by the first way
                 engine = InProcessEngine(config)
                 chosen = specs[:1] if way == "warm-up" else specs
-                seconds[way] = timed(lambda e=engine, s=chosen: e.fit(s, nothing))  # type: ignore[misc]
+                seconds[way] = timed(partial(engine.fit, chosen, nothing))
             if way != "warm-up":
                 digests.add(tuple(file_sha256(spec.export / "model.safetensors") for spec in specs))
     del seconds["warm-up"]

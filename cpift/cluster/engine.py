@@ -20,7 +20,6 @@ from cpift.cluster.group import FitGroup, Kind, servable
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
-    OnProgress,
     progress_board,
     raise_failures,
     ray_answers,
@@ -32,6 +31,7 @@ from cpift.cluster.work import piece_of
 from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
 from cpift.config.tasks import EvaluationConfig
 from cpift.console.ending import stopping
+from cpift.console.progress import OnProgress
 from cpift.pipeline.inprocess import Scoring, score_here
 from cpift.training.spec import RESULT, FitSpec
 

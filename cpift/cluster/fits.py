@@ -24,7 +24,6 @@ from cpift.cluster.placement import Nodes, Placement
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
-    OnProgress,
     alive_nodes,
     free_resources,
     progress_board,
@@ -35,6 +34,7 @@ from cpift.cluster.session import (
 )
 from cpift.cluster.storage import RUN, Storage
 from cpift.config.run import ResourcesConfig
+from cpift.console.progress import Message, OnProgress
 from cpift.disk.files import write_text
 from cpift.errors import CpiftError, StageError, told
 from cpift.training.spec import RESULT, FitSpec
@@ -228,7 +228,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
         ray.train.report(metrics, checkpoint=kept, checkpoint_upload_mode=mode)
 
-    def on_progress(message: dict[str, Any]) -> None:
+    def on_progress(message: Message) -> None:
         alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
         if main:
             board.post.remote(message)

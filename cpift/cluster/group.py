@@ -28,11 +28,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.cluster.desk import ENDED, Desk
 from cpift.cluster.placement import Nodes
-from cpift.cluster.session import KEPT, POLL_SECONDS, OnProgress, alive_nodes, first_ready, started_here
+from cpift.cluster.session import KEPT, POLL_SECONDS, alive_nodes, first_ready, started_here
 from cpift.cluster.work import serve
 from cpift.cluster.work_queue import Outcome, Piece
 from cpift.config.run import ResourcesConfig
 from cpift.config.training import Tracker
+from cpift.console.progress import OnProgress
 from cpift.errors import StageError
 from cpift.training.tracking import tracker_variables
 

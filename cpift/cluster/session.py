@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ import ray
 
 from cpift.config.run import ResourcesConfig
 from cpift.console.ending import handlers_kept, stopping
+from cpift.console.progress import Message, OnProgress
 from cpift.errors import CpiftError, StageError, first_line, told
 
-OnProgress = Callable[[dict[str, Any]], None]
 NAMESPACE = "cpift"
 POLL_SECONDS = 0.5
 _LOOK_SECONDS = 5.0
@@ -155,12 +155,12 @@ class ProgressBoard:
     """Collects the latest progress message of every running piece of work."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, dict[str, Any]] = {}
+        self._latest: dict[str, Message] = {}
 
-    def post(self, message: dict[str, Any]) -> None:
+    def post(self, message: Message) -> None:
         self._latest[message["title"]] = message
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Message]:
         messages, self._latest = list(self._latest.values()), {}
         return messages
 

@@ -19,7 +19,6 @@ from cpift.cluster.merging import merging_of
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
-    OnProgress,
     progress_board,
     raise_failures,
     ray_session,
@@ -27,6 +26,7 @@ from cpift.cluster.session import (
     use_assigned_gpus,
 )
 from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.console.progress import Message, OnProgress
 from cpift.merging.engine import Merging
 from cpift.pipeline.inprocess import fit_here
 from cpift.pipeline.shared import OnResult
@@ -112,7 +112,7 @@ def _fit_task(spec: FitSpec, board_name: str) -> None:
     board = ray.get_actor(board_name, namespace=NAMESPACE)
     with ended_if_stuck(spec.resources.hang_timeout, sys.stderr) as alive:
 
-        def on_progress(message: dict[str, Any]) -> None:
+        def on_progress(message: Message) -> None:
             alive(message["step"] < message["steps"])
             board.post.remote(message)
 

@@ -15,11 +15,11 @@ from ray import cloudpickle
 from cpift.cluster.desk import CLOSED
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.work_queue import Outcome, Piece
+from cpift.console.progress import Message, OnProgress
 from cpift.errors import CpiftError, told
 from cpift.pipeline.inprocess import Scoring, fit_here, give_back_memory, score_here
 from cpift.training.spec import FitSpec
 
-Post = Callable[[dict[str, Any]], None]
 _SCORING_FAILURES = 2  # workers that end under the evaluation of one model before it has failed
 
 
@@ -63,7 +63,7 @@ def _do(work: Any, desk: Any, worker: str) -> None:
     ray.get(desk.finish.remote(worker, outcome))
 
 
-def _fit(spec: FitSpec, post: Post) -> None:
+def _fit(spec: FitSpec, post: OnProgress) -> None:
     from cpift.training.tracking import ended_if_stuck, log_file
 
     with (
@@ -71,11 +71,11 @@ def _fit(spec: FitSpec, post: Post) -> None:
         ended_if_stuck(spec.resources.hang_timeout, log) as alive,
     ):
 
-        def on_progress(message: dict[str, Any]) -> None:
+        def on_progress(message: Message) -> None:
             alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
             post(message)
 
         fit_here(spec, on_progress)
 
 
-_PERFORM: dict[type, Callable[[Any, Post], Any]] = {FitSpec: _fit, Scoring: score_here}
+_PERFORM: dict[type, Callable[[Any, OnProgress], Any]] = {FitSpec: _fit, Scoring: score_here}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from cpift.untrusted.json import Limits, UnreadableError, read_json
 
@@ -22,6 +22,24 @@ FORMAT = 1
 _LIMITS = Limits(size=1 << 24, values=500_000, constants=("NaN", "Infinity", "-Infinity"))
 # How a command ended; `running` until then, and for ever where it was killed.
 STATES = ("running", "finished", "failed", "stopped")
+
+
+class Message(TypedDict, total=False):
+    """What a worker says of its piece of work: `title` and `done`, and what there is to say of such work. Or `waiting`
+    alone: for what everything waits."""
+
+    title: str
+    done: float  # 0..1
+    task: str  # what is read, scored or merged now
+    stage: int  # of a fine-tune, from 0
+    stages: int
+    step: int  # of the stage
+    steps: int
+    loss: float | None  # nats a token, as last logged
+    waiting: str
+
+
+OnProgress = Callable[[Message], None]
 
 
 @dataclass
@@ -38,7 +56,7 @@ class Piece:
 
     title: str
     done: float = 0.0
-    message: dict[str, Any] = field(default_factory=dict)
+    message: Message = field(default_factory=Message)
 
 
 @dataclass
@@ -111,7 +129,7 @@ def _parsed(found: dict[str, Any]) -> Progress:
         raise ValueError("of another release, or damaged")
     found["done"] = [Done(str(one["title"]), _seconds(one["seconds"])) for one in found["done"]]
     found["pieces"] = {
-        str(name): Piece(str(one["title"]), min(max(float(one["done"]), 0.0), 1.0), dict(one["message"]))
+        str(name): Piece(str(one["title"]), min(max(float(one["done"]), 0.0), 1.0), cast(Message, dict(one["message"])))
         for name, one in found["pieces"].items()
     }
     progress = Progress(**found)

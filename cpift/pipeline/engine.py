@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpift.checkpoints.opening import model_files
+from cpift.console.progress import OnProgress
 from cpift.console.view import View
 from cpift.data.use import told
 from cpift.disk.artifact_state import make_folder, set_aside
@@ -30,14 +31,14 @@ class Engine(Protocol):
     def expect(self, fits: int) -> None:
         """So many fine-tunes follow within this session: what takes its time to start may start now."""
 
-    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         """Run every FitSpec; each leaves its model in its `export`."""
 
     def evaluate(
         self,
         models: dict[str, Path],
         on_result: Callable[[str, dict[str, Any]], None],
-        on_progress: Callable[[dict[str, Any]], None],
+        on_progress: OnProgress,
     ) -> None:
         """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
 
@@ -51,14 +52,14 @@ class NoEngine:
     def expect(self, fits: int) -> None:
         raise CpiftError("this command trains nothing")
 
-    def fit(self, specs: Sequence[FitSpec], on_progress: Callable[[dict[str, Any]], None]) -> None:
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
 
     def evaluate(
         self,
         models: dict[str, Path],
         on_result: Callable[[str, dict[str, Any]], None],
-        on_progress: Callable[[dict[str, Any]], None],
+        on_progress: OnProgress,
     ) -> None:
         raise CpiftError(f"{', '.join(models)}: this command scores nothing")
 
@@ -77,7 +78,7 @@ def keep_scores(artifact: Artifact, result: dict[str, Any], changes: Callable[[]
 
 
 def fit_all(
-    fit: Callable[[Sequence[FitSpec], Callable[[dict[str, Any]], None]], None],
+    fit: Callable[[Sequence[FitSpec], OnProgress], None],
     view: View,
     title: str,
     artifacts: Sequence[Artifact],

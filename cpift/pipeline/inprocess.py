@@ -18,11 +18,10 @@ from typing import Any
 
 from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
 from cpift.config.tasks import EvaluationConfig
+from cpift.console.progress import OnProgress
 from cpift.disk.files import link_or_copy
 from cpift.errors import CpiftError
 from cpift.training.spec import RESULT, FitSpec
-
-OnProgress = Callable[[dict[str, Any]], None]
 
 
 class InProcessEngine:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from cpift.checkpoints.opening import model_files
 from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.console.progress import OnProgress
 from cpift.console.view import View
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, claimed, require_sound
@@ -28,7 +29,6 @@ from cpift.pipeline.stages import backbone, evaluate, order, probe, regions
 from cpift.pipeline.stages.names import Groups, Model
 from cpift.training.spec import FitSpec
 
-OnProgress = Callable[[dict[str, Any]], None]
 Wanted = tuple[Artifact, FitSpec, Pipeline]
 OnResult = Callable[[str, dict[str, Any]], None]
 

@@ -18,6 +18,7 @@ from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.tasks import OnRay
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.config.variation import Fields, describe
+from cpift.console.progress import Message, OnProgress
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
@@ -25,7 +26,7 @@ from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.shared import OnProgress, OnResult
+from cpift.pipeline.shared import OnResult
 from cpift.sweep.config import Sweep
 from cpift.sweep.record import sweep_record
 from cpift.sweep.scores import figures
@@ -136,7 +137,7 @@ class _BoardView(View):
         super().__init__(quiet().console)
         self._trial, self._board, self._alive = trial, board, alive
 
-    def progress(self, message: dict[str, Any]) -> None:
+    def progress(self, message: Message) -> None:
         if "waiting" in message:
             return
         self._alive(message.get("step", 0) < message.get("steps", 0))  # between training steps; an evaluation has none

@@ -28,6 +28,7 @@ from transformers import (
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
+from cpift.console.progress import Message, OnProgress
 from cpift.data.tasks import CompletionCollator
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
@@ -61,7 +62,7 @@ def _nothing(*_: Any) -> None:
 class FitHooks:
     """What the surroundings of a fine-tune provide. Called on every worker, in step."""
 
-    on_progress: Callable[[dict[str, Any]], None] = _nothing
+    on_progress: OnProgress = _nothing
     on_checkpoint: Callable[[Path, dict[str, Any]], None] = _nothing
     resume_from: Path | None = None
     is_main: bool = True
@@ -303,9 +304,11 @@ class _Follower(TrainerCallback):
         stages = len(self._spec.stages)
         done = self._index + state.global_step / max(state.max_steps, 1)
         self._hooks.on_progress(
-            {"title": self._spec.title, "done": done / stages, "stage": self._index, "stages": stages, "loss": last}
-            | {"step": state.global_step, "steps": state.max_steps}
-        )
+            Message(
+                title=self._spec.title, done=done / stages, stage=self._index, stages=stages, loss=last,
+                step=state.global_step, steps=state.max_steps,
+            )
+        )  # fmt: skip
 
 
 def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _Progress, hooks: FitHooks) -> None:

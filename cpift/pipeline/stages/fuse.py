@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_models
 from cpift.config.identity import identity_of
 from cpift.config.run import RegionsConfig, RunConfig
+from cpift.console.progress import OnProgress
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
 from cpift.disk.files import is_json, link_or_copy, read_json, write_json
@@ -36,7 +37,6 @@ from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
 
 VERSION = 2
 FUSION_RECORD = "fusion.json"
-OnProgress = Callable[[dict[str, Any]], None]
 
 
 # ---- what names it ---------------------------------------------------------------------------------------------------
