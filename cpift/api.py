@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,10 @@ Progress = bool | View  # False: nothing is shown; True: a view on standard erro
 class RunResult:
     """What a run made. `scores`: by model and task, each with `loss`, `metric`, `score` and more."""
 
-    scores: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, Mapping[str, Any]] = field(repr=False)
     model: Path  # the final model, a folder that transformers loads
     report: Path  # one HTML page
-    models: Mapping[str, Path]  # θ0, every probe, backbone, fused and final model
+    models: Mapping[str, Path] = field(repr=False)  # θ0, every probe, backbone, fused and final model
     output: Path
     cached: bool  # whether nothing had to be made
 

@@ -26,6 +26,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.hub import HUB_ID
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.options import OPTIONS, tune_names
+from cpift.merging.registry import METHODS
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _SUBJECT = "merge"
 _DEFAULTS = {"backbone.source": "pretrained"}  # `staged`, a run's own, is trained
+_OF_METHODS = ("fusion.", "regions.", "groups.", "backbone.")  # sections that decide the values of a merge
 _OWN = re.compile(r"(output|name|tasks|model\.(path|hub|gguf|scratch))(\..*)?|model")
 _KEPT = re.compile(r"\.(failed-checks|damaged)(-\d+)?$")
 
@@ -65,6 +67,7 @@ def merge_config(
     fields: by keyword of `merging.options.OPTIONS`. settings: of a run, by dotted name. Raises ConfigError.
     """
     problems = [_unknown(name) for name in fields if name not in OPTIONS]
+    problems += [Problem(name, what, "leave it out") for name, what in _unused(fields).items()]
     problems += [
         Problem(name, "is decided by a merge's own arguments", "leave it out") for name in _own(settings or {})
     ]
@@ -109,6 +112,21 @@ def _named(given: str) -> tuple[str | None, str]:
     if not equals or Path(given).expanduser().exists() or "/" in name:
         return None, given
     return name, source
+
+
+def _unused(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Keywords that say nothing to the method that is asked for, and why."""
+    method = str(fields.get("method", "cpift"))
+    if method not in METHODS:
+        return {}
+    known = {f"fusion.{name}" for name in (*METHODS[method].fields, "method", "vocabulary", "shard_size")}
+    isolates = ("regions.", "groups.", "backbone.") if method == "cpift" else ()
+    unused = [
+        name
+        for name, option in OPTIONS.items()
+        if name in fields and option.field.startswith(_OF_METHODS) and not option.field.startswith(isolates)
+    ]
+    return {name: f"is not used by {method}" for name in unused if OPTIONS[name].field not in known}
 
 
 def _unknown(name: str) -> Problem:

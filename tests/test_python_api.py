@@ -315,9 +315,10 @@ WRONG = [
     (["nowhere/x", "ft-code"], "hub: no answer for model 'nowhere/x'"),
     (["base", "./ft-none"], "ft-none: './ft-none' is no model folder"),
     (["base", "a=ft-code", "a=ft-maths"], "is the name of two models"),
-    (["base", "ft-code", "--density", "3"], "a fraction: 3 % is 0.03"),
+    (["base", "ft-code", "--method", "ties", "--density", "3"], "a fraction: 3 % is 0.03"),
     (["base", "ft-code", "--weights", "ft-code"], "has no '='"),
-    (["base", "ft-code", "--weights", "other=1"], "'other' is no task"),
+    (["base", "ft-code", "--method", "ties", "--p", "0.1"], "p: is not used by ties"),
+    (["base", "ft-code", "--method", "linear", "--weights", "other=1"], "'other' is no task"),
     (["base", "ft-code", "--set", "fusion.tt=1"], "did you mean 't'"),
     (["base", "ft-code", "--backbone", "staged"], "has to be trained"),
     (["base", "base/config.json"], "is a file"),
@@ -339,7 +340,7 @@ def test_what_is_wrong_is_named_and_nothing_written(
 NO_INPUTS: list[tuple[Callable[[], Any], str]] = [
     (lambda: cpift.merge("base", ["ft-code"], "out"), "models: is a list, not a mapping"),  # type: ignore[arg-type]
     (lambda: cpift.merge("base", {"a": 3}, "out"), "a: is a int, not a path"),  # type: ignore[dict-item]
-    (lambda: cpift.regions("base", {}), "at least 1 item"),
+    (lambda: cpift.regions("base", {}), "at least 1 element"),
     (lambda: cpift.merge("base", NAMES, "out", cores={"a": 1}), "cores: is a dict"),  # type: ignore[arg-type]
     (lambda: cpift.merge("base", NAMES, "out", settings={"output": "x"}), "output: is decided by"),
     (lambda: cpift.merge("base", NAMES, "out", settings={"tasks.0.name": "x"}), r"tasks\.0\.name: is decided by"),

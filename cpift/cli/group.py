@@ -41,6 +41,14 @@ class Commands(TyperGroup):
         with ended_in_order():
             return super().invoke(ctx)
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """With paragraphs of help as single lines, which the terminal's width breaks, not the source's."""
+        found = super().get_command(ctx, cmd_name)
+        for one in (found, *getattr(found, "commands", {}).values()):
+            if one is not None and one.help:
+                one.help = "\n\n".join(" ".join(part.split()) for part in one.help.split("\n\n"))
+        return found
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Other tools' words for what is here are told; typer suggests what is spelt alike."""
         if args and args[0] not in self.commands and (ours := _OTHER_WORDS.get(args[0])) is not None:

@@ -110,7 +110,8 @@ def _bound(words: str, name: str) -> Callable[[Details, Sequence[str]], tuple[st
 
 def _length(words: str, name: str, unit: str) -> Callable[[Details, Sequence[str]], tuple[str, str]]:
     def say(details: Details, fields: Sequence[str]) -> tuple[str, str]:
-        return f"{words} {details['ctx'][name]} {unit}", ""
+        count = details["ctx"][name]
+        return f"{words} {count} {unit}{'s' * (count != 1)}", ""
 
     return say
 
@@ -129,10 +130,10 @@ _WORDS: Mapping[str, Callable[[Details, Sequence[str]], tuple[str, str]]] = {
     "less_than": _bound("must be below", "lt"),
     "greater_than_equal": _bound("must be at least", "ge"),
     "greater_than": _bound("must be above", "gt"),
-    "too_short": _length("needs at least", "min_length", "elements"),
-    "too_long": _length("may have at most", "max_length", "elements"),
-    "string_too_short": _length("needs at least", "min_length", "characters"),
-    "string_too_long": _length("may have at most", "max_length", "characters"),
+    "too_short": _length("needs at least", "min_length", "element"),
+    "too_long": _length("may have at most", "max_length", "element"),
+    "string_too_short": _length("needs at least", "min_length", "character"),
+    "string_too_long": _length("may have at most", "max_length", "character"),
 }
 
 

@@ -62,7 +62,13 @@ def group_tasks(tasks: Sequence[str], overlaps: np.ndarray, p: float, config: Gr
     components = connected_components(jaccard >= tau)
     ordered = _ordered(components, jaccard, config.order, seed)
     groups = tuple(tuple(tasks[i] for i in members) for members in ordered)
-    return Grouping(tuple(tasks), jaccard, chance, tau, groups, tuple(_warnings(components, len(tasks), tau, chance)))
+    warnings = (*_unmoved(tasks, overlaps), *_warnings(components, len(tasks), tau, chance))
+    return Grouping(tuple(tasks), jaccard, chance, tau, groups, warnings)
+
+
+def _unmoved(tasks: Sequence[str], overlaps: np.ndarray) -> list[str]:
+    empty = [task for task, count in zip(tasks, overlaps.diagonal(), strict=True) if not count]
+    return [f"{task}: no element differs from θ0, so its core is empty: is it θ0 itself?" for task in empty]
 
 
 def _ordered(components: list[list[int]], jaccard: np.ndarray, order: str, seed: int) -> list[list[int]]:

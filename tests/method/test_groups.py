@@ -66,6 +66,12 @@ def test_tau_as_a_multiple_of_chance() -> None:
     assert grouping.tau == pytest.approx(1.5 * 0.2 / 1.8)
 
 
+def test_a_core_without_elements_is_told() -> None:
+    overlaps = np.array([[0, 0], [0, 100]])
+    found = group_tasks(("same", "other"), overlaps, 0.01, GroupsConfig(tau=0.2), seed=0)
+    assert found.warnings[0] == "same: no element differs from θ0, so its core is empty: is it θ0 itself?"
+
+
 def test_tau_at_or_below_chance_warns() -> None:
     grouping = group_tasks(TASKS, OVERLAPS, 0.3, GroupsConfig(tau=0.1), seed=0)
     assert "not above the chance level" in grouping.warnings[0]
