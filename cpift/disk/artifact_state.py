@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 from cpift.disk.files import (
     MANIFEST,
@@ -46,6 +46,40 @@ _FORM: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class Dropped(TypedDict):
+    """Weights that were deleted from a finished artifact."""
+
+    files: dict[str, int]  # size in bytes
+    remake: str  # the command that makes them again
+
+
+class _Later(TypedDict, total=False):
+    """What manifests of earlier releases, or not all of them, have."""
+
+    files: dict[str, list[int]]  # size in bytes and modification time in ns
+    seal: str  # the digest of all the others
+    dropped: Dropped
+    made_for: str
+
+
+class Manifest(_Later):
+    """What an artifact was made from, by and of. Its file is the last one written: with it the artifact is complete."""
+
+    stage: str
+    label: str
+    fingerprint: str  # of stage, stage_version, inputs and fields
+    stage_version: int
+    inputs: dict[str, str]
+    fields: dict[str, Any]
+    outputs: dict[str, str]  # file → sha256
+    started: str  # ISO 8601, UTC
+    seconds: float
+    device: str
+    platform: str
+    versions: dict[str, str]
+    commit: str | None
+
+
 @dataclass(frozen=True)
 class State:
     """kind: `dropped` is complete but for its weights; `why` says what is damaged."""
@@ -54,10 +88,10 @@ class State:
     why: str = ""
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(manifest: Mapping[str, Any]) -> Manifest:
     """A manifest as it is written: with the digest of all its other fields."""
     content = {name: value for name, value in json.loads(json_text(manifest)).items() if name != "seal"}
-    return content | {"seal": digest(content)}
+    return cast(Manifest, content | {"seal": digest(content)})
 
 
 def sizes_and_times(folder: Path, names: Mapping[str, str]) -> dict[str, list[int]]:
@@ -89,7 +123,7 @@ def state_of(folder: Path, fingerprint: str, thorough: bool = False) -> State:
     return State("damaged", why) if why else State("dropped" if "dropped" in manifest else "whole")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact's folder. ValueError that says what is wrong with it."""
     path = folder / MANIFEST
     try:
@@ -102,13 +136,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if error.errno not in _NOT_THERE:
             raise
         raise ValueError(f"{MANIFEST} is not there") from None
-    return dict(_READ[known])
+    return _READ[known].copy()
 
 
-_READ: dict[tuple[int, ...], dict[str, Any]] = {}
+_READ: dict[tuple[int, ...], Manifest] = {}
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> Manifest:
     try:
         found = read_json(path)
     except ValueError as error:
@@ -124,7 +158,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     made_of = [found["stage"], found["stage_version"], found["inputs"], found["fields"]]
     if digest(made_of) != found["fingerprint"]:
         raise ValueError(f"{MANIFEST} does not have the inputs and fields that it is named by")
-    return found
+    return cast(Manifest, found)
 
 
 def _is_entry(name: str, value: Any) -> bool:
@@ -204,7 +238,8 @@ def note_times(folder: Path) -> None:
     manifest = read_manifest(folder)
     written = manifest.get("files", {})
     found = {}
-    for name in written.keys() - manifest.get("dropped", {"files": {}})["files"].keys():
+    gone = manifest["dropped"]["files"] if "dropped" in manifest else {}
+    for name in written.keys() - gone.keys():
         known = file_identity(folder / name)
         if known_sha256(known) == manifest["outputs"].get(name):
             found[name] = [known[2], known[3]]

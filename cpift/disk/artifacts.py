@@ -25,6 +25,8 @@ from typing import Any
 from filelock import FileLock
 
 from cpift.disk.artifact_state import (
+    Dropped,
+    Manifest,
     State,
     clear_way,
     make_folder,
@@ -89,7 +91,7 @@ class Artifact:
         """Where a stage keeps what lets it resume after a crash; removed once the stage is complete."""
         return self.root / ".work" / f"{self.stage}-{self.name}"
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         return read_manifest(self.path)
 
     @contextmanager
@@ -155,7 +157,7 @@ class Artifact:
         ours = {self.path / name for name in self.manifest()["outputs"]}  # others may have put theirs beside them
         sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors")) if path in ours}
         if self.whole:
-            dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
+            dropped: Dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
             write_manifest(self.path, self.manifest() | {"dropped": dropped})
         for path in sizes:
             path.unlink()
@@ -183,15 +185,16 @@ class Artifact:
                 warn(f"{self.title}: {self.path} is damaged ({state.why}): set aside as {aside.name}, made again")
         return state.kind == "damaged"
 
-    def _manifest(self, folder: Path, started: float, device: str) -> dict[str, Any]:
-        return {
+    def _manifest(self, folder: Path, started: float, device: str) -> Manifest:
+        outputs = {name: one for name, one in folder_hashes(folder).items() if name != CARD}
+        made: Manifest = {
             "stage": self.stage,
             "label": self.label,
             "fingerprint": self.fingerprint,
             "stage_version": self.version,
             "inputs": dict(self.inputs),
             "fields": dict(self.fields),
-            "outputs": (outputs := {name: one for name, one in folder_hashes(folder).items() if name != CARD}),
+            "outputs": outputs,
             "files": sizes_and_times(folder, outputs),
             "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 2),
@@ -199,8 +202,10 @@ class Artifact:
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "versions": package_versions(),
             "commit": source_commit(),
-            **({"made_for": self.maker} if self.maker else {}),
         }
+        if self.maker:
+            made["made_for"] = self.maker
+        return made
 
 
 def artifact_at(folder: Path) -> Artifact | None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import pieces
 
-Check = dict[str, Any]  # name, passed (None where there was nothing to compare), detail
+
+class Check(TypedDict):
+    """What was compared after the work, and whether it is as it has to be."""
+
+    name: str
+    passed: bool | None  # None: there was nothing to compare
+    detail: str
+
+
 Progress = Callable[[int, str], None]  # elements since the last call, and the tensor they belong to
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from cpift_kernels import union_mask
@@ -19,9 +19,29 @@ if TYPE_CHECKING:
 SUMMARY = "regions.json"
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What `save_regions` wrote beside the masks: tasks, regions (RegionSummary fields), overlaps."""
-    summary: dict[str, Any] = read_json(folder / SUMMARY)
+class RegionRecord(TypedDict):
+    """As `regions.RegionSummary`, whose fields say more."""
+
+    task: str
+    p: float
+    space: int
+    requested: int
+    count: int
+    threshold: float
+    cores: dict[str, int]  # tensor → elements
+
+
+class RegionsRecord(TypedDict):
+    """What is written beside the masks."""
+
+    tasks: list[str]
+    regions: dict[str, RegionRecord]  # by task
+    overlaps: list[list[int]]  # |Ci ∩ Cj|, in the order of `tasks`
+
+
+def read_summary(folder: Path) -> RegionsRecord:
+    """What `save_regions` wrote beside the masks."""
+    summary: RegionsRecord = read_json(folder / SUMMARY)
     return summary
 
 

@@ -13,10 +13,10 @@ from cpift.console.view import View
 from cpift.data.use import told
 from cpift.disk.artifact_state import make_folder, set_aside
 from cpift.disk.artifacts import Artifact, claimed, require_sound
-from cpift.disk.files import is_json, link_or_copy, read_json, write_json
+from cpift.disk.files import is_json, link_or_copy, write_json
 from cpift.disk.input_watch import noted
 from cpift.errors import ChangedInput, CpiftError, Problem
-from cpift.training.spec import RESULT, FitSpec
+from cpift.training.spec import RESULT, FitSpec, read_training
 from cpift.training.speed import keep_speed
 
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
@@ -122,12 +122,12 @@ def _note_speed(specs: Sequence[FitSpec], export: Path) -> None:
     """For `plan`; of a fine-tune that was trained in this call."""
     for spec in specs:
         if spec.export == export:
-            keep_speed(spec, read_json(export / RESULT))
+            keep_speed(spec, read_training(export))
 
 
 def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
-    trained = read_json(export / RESULT)
+    trained = read_training(export)
     for sentence, warns in told(trained.get("title", artifact.title), trained.get("rows", ())):
         (view.warn if warns else view.note)(sentence)
     with artifact.build(trained["device"], trained["seconds"]) as out:

@@ -16,14 +16,15 @@ from cpift.disk.artifacts import CARD, Artifact
 from cpift.disk.files import read_json
 from cpift.evaluation.retention import condensed
 from cpift.evaluation.verdict import verdict_sentence
-from cpift.method.masks import read_summary
+from cpift.merging.checks import Check
+from cpift.method.masks import RegionRecord, read_summary
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.fuse import FUSION_RECORD
 from cpift.report.data import ReportData
 from cpift.report.facts import halves, samples, tokens_by_model
 from cpift.report.model_card import write_model_card
 from cpift.report.write import write_run
-from cpift.training.spec import RESULT
+from cpift.training.spec import TrainingRecord, read_training
 
 _LONGEST_PROMPT = 240
 
@@ -59,7 +60,7 @@ def gather(run: Pipeline) -> ReportData:
     model = Checkpoint(run.artifacts.base.path)
     made = run.outputs()
     record = read_json(made["fuse"].path / FUSION_RECORD)
-    fits = {title: read_json(artifact.path / RESULT) for title, artifact in _fits(made).items()}
+    fits = {title: read_training(artifact.path) for title, artifact in _fits(made).items()}
     rows = [one for title, fit in fits.items() for one in told(title, fit.get("rows", ()))]
     tasks, models = [task.name for task in run.config.tasks], run.models()
     by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
@@ -80,10 +81,13 @@ def gather(run: Pipeline) -> ReportData:
             ]
             for task, one in regions.items()
         },
-        regions={task: {key: one[key] for key in ("requested", "count", "threshold")} for task, one in regions.items()},
+        regions={
+            task: {"requested": one["requested"], "count": one["count"], "threshold": one["threshold"]}
+            for task, one in regions.items()
+        },
         slerp=record["tensors"],
         curves={title: fit["log"] for title, fit in fits.items()},
-        checks=_checks(record, read_json(made["integrate"].path / RESULT)),
+        checks=_checks(record, fits["integration"]),
         provenance=[artifact.manifest() for artifact in made.values()],
         warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
         rows=[sentence for sentence, _ in rows],
@@ -110,9 +114,9 @@ def _fits(made: Mapping[str, Artifact]) -> dict[str, Artifact]:
     return fits | {"integration": made["integrate"]}
 
 
-def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _checks(record: Mapping[str, Any], integration: TrainingRecord) -> list[Check]:
     """What the run verified of itself, with figures."""
-    checks = list(record["checks"])
+    checks: list[Check] = list(record["checks"])
     for held in integration["frozen"]:
         checks.append(
             {
@@ -126,7 +130,7 @@ def _checks(record: Mapping[str, Any], integration: Mapping[str, Any]) -> list[d
     return checks
 
 
-def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Any]) -> list[str]:
+def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, RegionRecord]) -> list[str]:
     found = [*grouping, *shared_rows(run.config)]
     for task, one in regions.items():
         if one["count"] < one["requested"]:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from cpift.disk.artifact_state import Manifest
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import (
     DEFINITION,
@@ -21,6 +22,8 @@ from cpift.evaluation.retention import (
     probe_of,
     sentences,
 )
+from cpift.merging.checks import Check
+from cpift.training.spec import LogRow
 
 LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
 
@@ -33,6 +36,14 @@ class Sample:
     prompt: str
     expected: str
     replies: dict[str, tuple[str, float | None]]  # model -> reply, and its score from 0 to 1
+
+
+class RegionSize(TypedDict):
+    """Of a core region."""
+
+    requested: int  # ⌊p·D⌋ elements
+    count: int
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,13 @@ class ReportData:
     tau: float
     groups: list[list[str]]  # in stage order
     cores: dict[str, list[dict[str, Any]]]  # task -> per tensor: tensor, numel, core
-    regions: dict[str, dict[str, Any]]  # task -> requested, count, threshold
+    regions: dict[str, RegionSize]  # by task
     slerp: list[
         dict[str, Any]
     ]  # per tensor: tensor, angles (radians, one a fold), lerp (share, one a fold), core, numel
-    curves: dict[str, list[dict[str, Any]]]  # fine-tune -> stage, step, loss, learning_rate
-    checks: list[dict[str, Any]]  # name, passed (None: nothing to compare), detail
-    provenance: list[dict[str, Any]]  # one manifest an artifact
+    curves: dict[str, list[LogRow]]  # by fine-tune
+    checks: list[Check]
+    provenance: list[Manifest]  # one an artifact
     warnings: list[str]
     rows: list[str] = field(default_factory=list)  # how much of each task's rows the fine-tunes used
     headline: str = ""  # `evaluation.verdict.verdict_sentence`

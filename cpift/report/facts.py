@@ -10,13 +10,12 @@ from typing import Any
 from cpift.config.run import TaskConfig
 from cpift.data.tasks import read_examples
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import read_json
 from cpift.evaluation.metrics import described, right_answer
 from cpift.evaluation.retention import Score, judged, learning_of, probe_of
 from cpift.evaluation.verdict import share_of
 from cpift.report.data import Sample
 from cpift.rows.examples import Example
-from cpift.training.spec import RESULT
+from cpift.training.spec import RESULT, read_training
 
 _ROWS = 2  # sample rows a task
 Halves = dict[str, dict[str, float]]
@@ -24,9 +23,8 @@ Halves = dict[str, dict[str, float]]
 
 def tokens_of(artifacts: Sequence[Artifact]) -> int | None:
     """Input tokens that fine-tunes among these artifacts saw; None where one was made before they were counted."""
-    files = [made.path / RESULT for made in artifacts]
-    found = [read_json(file).get("tokens") for file in files if file.is_file()]
-    return None if None in found else sum(sum(stages) for stages in found)
+    found = [read_training(made.path).get("tokens") for made in artifacts if (made.path / RESULT).is_file()]
+    return None if None in found else sum(sum(stages) for stages in found if stages is not None)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import DEFINITION, Score, probe_of
@@ -14,6 +13,7 @@ from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, ret
 from cpift.report.html import document, duration, figure, table
 from cpift.report.picture import lead, picture, replies, tokens
 from cpift.text.escaping import html
+from cpift.training.spec import LogRow
 
 _SECTIONS = {
     "retention": "Every model on every task",
@@ -223,7 +223,7 @@ def _training(data: ReportData) -> str:
     return f'{note}<div class="panels">{panels}</div>' + (f'<ul class="muted">{rows}</ul>' if rows else "")
 
 
-def _ends(log: Sequence[dict[str, Any]]) -> str:
+def _ends(log: Sequence[LogRow]) -> str:
     losses = [row["loss"] for row in log if "loss" in row]
     return f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "was not logged"
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -47,7 +47,7 @@ from cpift.training.fsdp import (
     write_trained,
 )
 from cpift.training.rows import stage_data
-from cpift.training.spec import RESULT, FitSpec
+from cpift.training.spec import RESULT, FitSpec, FrozenRow, LogRow, TrainingRecord
 from cpift.training.tracking import tracked
 
 _log = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ class _Progress:
 
     stage: int = 0
     stage_done: bool = False
-    log: list[dict[str, Any]] = field(default_factory=list)
-    frozen: list[dict[str, Any]] = field(default_factory=list)
+    log: list[LogRow] = field(default_factory=list)
+    frozen: list[FrozenRow] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
     seconds: float = 0.0
     rows: list[dict[str, dict[str, int]]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
 
 
-def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
+def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
     hooks = hooks or FitHooks()
     torch.set_num_threads(spec.threads)
@@ -99,7 +99,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> dict[str, Any]:
     for index in range(first, len(spec.stages)):
         _run_stage(spec, index, model, layout, tokenizer, progress, hooks, mid_stage if index == first else None)
     progress.seconds = time.time() - started
-    result = {
+    result: TrainingRecord = {
         "title": spec.title,
         "log": progress.log,
         "frozen": progress.frozen,
@@ -273,10 +273,8 @@ class _Follower(TrainerCallback):
                     f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
                     "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
                 )
-            kept: dict[str, Any] = {
-                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
-            }
-            self._progress.log.append({"stage": self._index, "step": state.global_step} | kept)
+            kept = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self._progress.log.append(cast(LogRow, {"stage": self._index, "step": state.global_step} | kept))
             _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:

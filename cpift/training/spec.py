@@ -7,12 +7,56 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from cpift.config.run import ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config.training import Freeze, Tracker
+from cpift.disk.files import read_json
 from cpift.errors import entry
 
 RESULT = "training.json"
+
+
+class LogRow(TypedDict, total=False):
+    """What the Trainer logged; `grad_norm` is in some."""
+
+    stage: int
+    step: int
+    loss: float  # nats a token
+    learning_rate: float
+    grad_norm: float
+
+
+class FrozenRow(TypedDict):
+    """What freezing did in a stage."""
+
+    stage: int
+    elements: int  # frozen
+    moved: int  # of them, nevertheless
+
+
+class _Later(TypedDict, total=False):
+    """What records of earlier releases do not have."""
+
+    title: str
+    tokens: list[int]  # input tokens seen, by stage
+    rows: list[dict[str, dict[str, int]]]  # by stage and task, see `data.use.RowUse.record`
+    precision: str
+
+
+class TrainingRecord(_Later):
+    """What a fine-tune writes beside its model; the last file, which makes the folder complete."""
+
+    log: list[LogRow]
+    frozen: list[FrozenRow]
+    seconds: float
+    device: str
+
+
+def read_training(folder: Path) -> TrainingRecord:
+    """The record beside a fine-tuned model."""
+    record: TrainingRecord = read_json(folder / RESULT)
+    return record
 
 
 @dataclass(frozen=True)
