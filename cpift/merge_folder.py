@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift.config.inputs import MODELS
 from cpift.config.loading import parse_config
 from cpift.config.run import RunConfig
 from cpift.console.view import View
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _SUBJECT = "merge"
 _DEFAULTS = {"backbone.source": "pretrained"}  # `staged`, a run's own, is trained
 _OF_METHODS = ("fusion.", "regions.", "groups.", "backbone.")  # sections that decide the values of a merge
-_OWN = re.compile(r"(output|name|tasks|model\.(path|hub|gguf|scratch))(\..*)?|model")
+_OWN = re.compile(rf"(output|name|tasks|model\.({'|'.join(MODELS)}))(\..*)?|model")
 _KEPT = re.compile(r"\.(failed-checks|damaged)(-\d+)?$")
 
 

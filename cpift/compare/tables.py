@@ -13,9 +13,11 @@ from typing import Any
 
 from cpift.compare.findings import FULL, REPLAYED, Findings, Line, number, points, share, signed
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.config.run import ModelConfig
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of
 from cpift.evaluation.retention import DEFINITION
+from cpift.models.sources import source_of
 
 Show = Callable[[str], str]
 
@@ -68,9 +70,7 @@ def _rows(record: Record, task: str) -> str:
 
 
 def _model(config: dict[str, Any], show: Show) -> str:
-    model = config["model"]
-    known = model.get("hub") or (model.get("gguf") or {}).get("file")
-    return show(str(known)) if known else "a local folder" if "path" in model else "random weights"
+    return show(source_of(ModelConfig.model_validate(config["model"])).elsewhere)
 
 
 def _length(training: dict[str, Any]) -> str:

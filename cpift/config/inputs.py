@@ -156,7 +156,7 @@ def _argument(name: str) -> str:
 
 _NO_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 Argument = Annotated[str, AfterValidator(_argument)]
-_MODELS = ("path", "hub", "gguf", "scratch")
+MODELS = ("path", "hub", "gguf", "scratch")
 
 
 class ModelConfig(Section):
@@ -196,13 +196,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        exactly_one(self, _MODELS)
+        exactly_one(self, MODELS)
         return self
 
     @property
     def kind(self) -> str:
         """Which of the four it is."""
-        return given_field(self, _MODELS)
+        return given_field(self, MODELS)
 
 
 _ROWS = ("file", "hub", "procedural")

@@ -12,9 +12,9 @@ from cpift.config.run import ModelConfig
 from cpift.data.chat_templates import proposed
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.hub import HubError, cached_folder, fetch_small_files, resolve_revision
-from cpift.models.checks import check_checkpoint, gguf_path
+from cpift.models.checks import check_checkpoint
 from cpift.models.sources import check_model, source_of
-from cpift.models.tokenizer import checked_tokenizer, read_gguf_tokenizer, read_tokenizer
+from cpift.models.tokenizer import checked_tokenizer
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def base_model(name: str) -> BaseModel:
     model, folder = _source(name)
     if problems := check_model(model):
         raise CheckpointError("model", problems)
-    tokenizer = read_gguf_tokenizer(gguf_path(model.gguf)) if model.gguf else read_tokenizer(folder)
+    tokenizer = source_of(model).raw_tokenizer(folder)
     added = None if tokenizer.chat_template is not None else proposed(tokenizer.get_vocab())
     parameters = source_of(model).parameters()
     wide = parameters is not None and parameters <= _SMALL and not _is_float32(model, folder)

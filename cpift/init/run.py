@@ -21,6 +21,7 @@ from cpift.evaluation.rows import check_rows
 from cpift.init.files import Found
 from cpift.init.model import BaseModel
 from cpift.init.rows import Guess, Lengths, Look, guess_metric, held_out, lengths_of, look_at, share_held
+from cpift.models.sources import source_of
 from cpift.rows.shapes import size_of
 from cpift.untrusted.yaml import parse_yaml
 
@@ -202,12 +203,9 @@ def _model(base: BaseModel, folder: Path) -> Iterator[str]:
     model = base.model
     size = f"  # {base.parameters:,} parameters" if base.parameters else ""
     yield "model:"
-    if model.path is not None:
-        yield f"  path: {one_line_yaml(_relative(model.path, folder))}{size}"
-    elif model.gguf is not None:
-        yield f"  gguf: {{file: {one_line_yaml(_relative(Path(model.gguf.file), folder))}}}{size}"
-    else:
-        yield f"  hub: {one_line_yaml(model.hub)}"
+    stated = source_of(model).stated(lambda path: _relative(path, folder))
+    yield f"  {model.kind}: {one_line_yaml(stated)}{size}"
+    if model.revision is not None:
         yield f"  revision: {one_line_yaml(model.revision)}  # what its main branch is today"
     if base.added:
         why = "plain words" if base.added == "alpaca" else "it has the tokens for it"

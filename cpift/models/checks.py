@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift.config.inputs import GgufFile
-from cpift.config.run import ModelConfig
-from cpift.data.chat_templates import TEMPLATES
 from cpift.errors import CheckpointError, Problem
 from cpift.formats.quantised import quantised
-from cpift.hub import HUB_PATTERNS
 from cpift.pretrained import loading as pretrained
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
@@ -102,20 +99,6 @@ def _check_shard(file: Path, where: str) -> list[Problem]:
             return []
     except SafetensorError as error:
         return [Problem(where, f"{file} is damaged: {error}", "download it again")]
-
-
-def decisive_files(path: Path) -> list[Path]:
-    """Every file of a checkpoint directory that decides its weights, tokens or text, by name."""
-    found = {file for pattern in HUB_PATTERNS for file in path.glob(pattern) if file.is_file()}
-    return sorted(found - {path / "README.txt"}, key=lambda file: file.name)
-
-
-def source_files(model: ModelConfig) -> list[Path]:
-    """The files on this machine that decide θ0; of a model on the hub none, for its commit names it."""
-    template = [Path(model.chat_template)] if model.chat_template and model.chat_template not in TEMPLATES else []
-    if model.path is not None:
-        return [*decisive_files(model.path), *template]
-    return [*([gguf_path(model.gguf)] if model.gguf is not None else []), *template]
 
 
 def check_dense(network: PreTrainedModel) -> None:

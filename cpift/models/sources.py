@@ -6,26 +6,25 @@ no code from a checkpoint is ever run.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.layout import key_mapping, require_trainable
-from cpift.config.inputs import GgufFile
+from cpift.checkpoints.opening import locate, model_files
 from cpift.config.run import ModelConfig
-from cpift.data.chat_templates import check_template
+from cpift.data.chat_templates import TEMPLATES, check_template
 from cpift.data.chat_templates import decided_by as template_decided_by
 from cpift.disk.files import file_sha256
-from cpift.errors import CheckpointError, CpiftError, Problem, entry
+from cpift.errors import CheckpointError, Problem, entry
 from cpift.formats.gguf import read_gguf
 from cpift.formats.sizes import gguf_problems, memory_problem
 from cpift.hub import cached_folder, download, resolve_revision
-from cpift.models.checks import check_checkpoint, check_dense, check_gguf, decisive_files, gguf_path
+from cpift.models.base import Source
+from cpift.models.checks import check_checkpoint, check_dense, check_gguf, gguf_path
+from cpift.models.loading import load_directory, load_gguf, load_model, torch_dtype
 from cpift.models.tokenizer import checked_tokenizer, load_tokenizer, read_gguf_tokenizer
 from cpift.pretrained import loading as pretrained
 from cpift.text.escaping import code
@@ -39,12 +38,12 @@ __all__ = [
     "load_tokenizer",
     "materialise",
     "model_fingerprint",
+    "source_files",
     "source_of",
 ]
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def model_fingerprint(model: ModelConfig) -> str:
@@ -53,6 +52,12 @@ def model_fingerprint(model: ModelConfig) -> str:
     for line in (*source_of(model).decided_by(), *template_decided_by(model)):
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()
+
+
+def source_files(model: ModelConfig) -> list[Path]:
+    """The files on this machine that decide θ0; of a model on the hub none, for its commit names it."""
+    template = [Path(model.chat_template)] if model.chat_template and model.chat_template not in TEMPLATES else []
+    return [*source_of(model).files(), *template]
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
@@ -82,75 +87,6 @@ def materialise(model: ModelConfig, out: Path) -> None:
         tokenizer.save_pretrained(out)
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model in a local safetensors directory, in evaluation mode, in its own dtype unless one is given.
-
-    Raises:
-        CheckpointError: a tensor is missing or of another shape than config.json says.
-    """
-    with pretrained.no_progress_bars(), _checkpoint_errors(path):
-        loaded: Any = pretrained.load_network(
-            path,
-            dtype=dtype or "auto",
-            key_mapping=key_mapping(path),
-            ignore_mismatched_sizes=True,  # so that they are listed; _checked_network refuses them
-            output_loading_info=True,
-        )
-    return _checked_network(loaded, path)
-
-
-def _load_directory(path: Path, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    network = load_model(path, None if model.dtype == "auto" else _torch_dtype(model.dtype, "float32"))
-    require_trainable(path)  # of a hub's repository it shows only now
-    return network, load_tokenizer(path, model)
-
-
-def _load_gguf(gguf: GgufFile, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    file = gguf_path(gguf)
-    with pretrained.no_progress_bars(), _checkpoint_errors(file):
-        loaded, tokenizer = pretrained.load_gguf(file, _torch_dtype(model.dtype, "bfloat16"))
-    network = _checked_network(loaded, file)
-    # The weights are dense now; transformers refuses to save a model that still says it is quantised.
-    for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    return network, checked_tokenizer(tokenizer, str(file), model)
-
-
-def _torch_dtype(name: str, auto: str) -> torch.dtype:
-    import torch
-
-    dtype = getattr(torch, auto if name == "auto" else name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrainedModel:
-    """The model of `from_pretrained(..., output_loading_info=True)`, if every tensor of it came from the file."""
-    network, info = loaded
-    problems = [Problem(str(path), f"tensor {name} is missing", "restore it") for name in sorted(info["missing_keys"])]
-    problems += [
-        Problem(str(path), f"tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}", "restore it")
-        for name, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    if problems:
-        raise CheckpointError(f"model {path}", problems)
-    network.eval()
-    return network
-
-
-@contextlib.contextmanager
-def _checkpoint_errors(path: Path) -> Iterator[None]:
-    """What loads a model reads files of others and raises whatever it meets in them."""
-    try:
-        yield
-    except CpiftError:
-        raise
-    except Exception as error:
-        what = str(error).strip() or type(error).__name__
-        raise CheckpointError(f"model {path}", [Problem(str(path), what, "restore the file")]) from error
-
-
 def configured_template(model: ModelConfig) -> str | None:
     """The chat template of every output where the config says one or sets its variables; None where it says nothing.
 
@@ -162,51 +98,26 @@ def configured_template(model: ModelConfig) -> str | None:
     return None if tokenizer is None else str(tokenizer.chat_template)
 
 
-class Source(ABC):
-    """Everything that differs by which of `model.path`, `hub`, `gguf` and `scratch` is given."""
-
-    def __init__(self, model: ModelConfig):
-        self.model, self.given = model, getattr(model, model.kind)
-
-    @abstractmethod
-    def decided_by(self) -> Iterator[str]:
-        """What decides the weights, as lines."""
-
-    @abstractmethod
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """The network and its tokenizer."""
-
-    @property
-    @abstractmethod
-    def told(self) -> str:
-        """In a word or two."""
-
-    @property
-    @abstractmethod
-    def origin(self) -> str:
-        """A sentence for the model card."""
-
-    def check(self) -> list[Problem]:
-        return []
-
-    def parameters(self) -> int | None:
-        """How many, tied ones once; None where only a download can tell."""
-        return None
-
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, where it is at hand before θ0 is made. Raises CheckpointError where it cannot be used."""
-        return None
-
-
 class _Folder(Source):
+    in_place = True
+
     def decided_by(self) -> Iterator[str]:
-        return (f"file {file.name} {file_sha256(file)}" for file in decisive_files(self.given))
+        return (f"file {file.name} {file_sha256(file)}" for file in self.files())
 
     def check(self) -> list[Problem]:
         return check_checkpoint(self.given, "model.path")
 
+    def files(self) -> list[Path]:
+        return model_files(self.given)
+
+    def folder(self) -> Path:
+        return Path(self.given)
+
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return _load_directory(self.given, self.model)
+        return load_directory(self.given, self.model)
+
+    def names(self) -> list[str]:
+        return [info.name for info in Checkpoint(self.given).tensors.values() if info.floating]
 
     def parameters(self) -> int:
         return Checkpoint(self.given).numel
@@ -214,9 +125,16 @@ class _Folder(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.given, self.model)
 
+    def stated(self, relative: Callable[[Path], str]) -> str:
+        return relative(self.given)
+
     @property
     def told(self) -> str:
         return str(self.given)
+
+    @property
+    def elsewhere(self) -> str:
+        return "a local folder"
 
     @property
     def origin(self) -> str:
@@ -224,18 +142,33 @@ class _Folder(Source):
 
 
 class _Hub(Source):
+    in_place = True
+
+    @property
+    def repository(self) -> str:  # type: ignore[override]
+        return str(self.given)
+
     def decided_by(self) -> Iterator[str]:
         yield f"hub {self.given} {resolve_revision('model', self.given, self.model.revision)}"
+
+    def fetched(self) -> list[Path]:
+        return model_files(locate(self.model))
+
+    def folder(self) -> Path | None:
+        return cached_folder(self.given, self.model.revision)
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
         folder = download(self.given, self.model.revision)
         if problems := check_checkpoint(folder, "model.hub"):
             raise CheckpointError(f"model {self.given}", problems)
-        return _load_directory(folder, self.model)
+        return load_directory(folder, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        folder = cached_folder(self.given, self.model.revision)
+        folder = self.folder()
         return None if folder is None else load_tokenizer(folder, self.model)
+
+    def stated(self, relative: Callable[[Path], str]) -> str:
+        return str(self.given)
 
     @property
     def told(self) -> str:
@@ -247,25 +180,41 @@ class _Hub(Source):
 
 
 class _Gguf(Source):
+    auto = "bfloat16"
+
     def decided_by(self) -> Iterator[str]:
         yield f"gguf {file_sha256(gguf_path(self.given))}"
 
     def check(self) -> list[Problem]:
         return check_gguf(self.given) or gguf_problems(gguf_path(self.given), "model.gguf.file")
 
+    def files(self) -> list[Path]:
+        return [gguf_path(self.given)]
+
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return _load_gguf(self.given, self.model)
+        return load_gguf(gguf_path(self.given), self.model, self.dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         file = gguf_path(self.given)
-        return checked_tokenizer(read_gguf_tokenizer(file), str(file), self.model)
+        return checked_tokenizer(self.raw_tokenizer(file.parent), str(file), self.model)
+
+    def raw_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        return read_gguf_tokenizer(gguf_path(self.given))
 
     def parameters(self) -> int:
         return read_gguf(gguf_path(self.given)).parameters
 
+    def stated(self, relative: Callable[[Path], str]) -> dict[str, str]:
+        package = self.given.package
+        return {"file": self.given.file, "package": package} if package else {"file": relative(Path(self.given.file))}
+
     @property
     def told(self) -> str:
         return f"GGUF {self.given.file}"
+
+    @property
+    def elsewhere(self) -> str:
+        return str(self.given.file)
 
     @property
     def origin(self) -> str:
@@ -274,6 +223,8 @@ class _Gguf(Source):
 
 
 class _Scratch(Source):
+    auto = "float32"
+
     def check(self) -> list[Problem]:
         problem = memory_problem(self.given.parameters, 4, "model.scratch")
         return [problem] if problem else []
@@ -286,7 +237,15 @@ class _Scratch(Source):
 
         tokenizer = self.tokenizer()
         network: Any = make_scratch_model(self.given, tokenizer)
-        return network.to(dtype=_torch_dtype(self.model.dtype, "float32")), tokenizer
+        return network.to(dtype=torch_dtype(self.dtype)), tokenizer
+
+    def names(self) -> list[str]:
+        import torch
+
+        from cpift.models.scratch import make_scratch_model
+
+        with torch.device("meta"):
+            return [name for name, _ in make_scratch_model(self.given, self.tokenizer()).named_parameters()]
 
     def parameters(self) -> int:
         return int(self.given.parameters)
@@ -295,6 +254,9 @@ class _Scratch(Source):
         from cpift.models.scratch import make_scratch_tokenizer
 
         return checked_tokenizer(make_scratch_tokenizer(self.given), "model.scratch", self.model)
+
+    def stated(self, relative: Callable[[Path], str]) -> dict[str, int]:
+        return dict(self.given.model_dump())
 
     @property
     def told(self) -> str:

@@ -133,28 +133,12 @@ def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
     if stage == "probe" or not selects or (config.regions.include, config.regions.exclude) == (("*",), ()):
         return []
     try:
-        if names := _names(config):
-            chosen_names(names, config.regions, source_of(config.model).told)
+        source = source_of(config.model)
+        if names := source.names():
+            chosen_names(names, config.regions, source.told)
     except CheckpointError as error:
         return list(error.problems)
     return []
-
-
-def _names(config: RunConfig) -> list[str]:
-    """Of θ0's parameters; none where only a download or a conversion tells."""
-    import torch
-
-    from cpift.checkpoints.checkpoint import Checkpoint
-    from cpift.models.scratch import make_scratch_model
-    from cpift.models.sources import source_of
-
-    if config.model.path is not None:
-        return [info.name for info in Checkpoint(config.model.path).tensors.values() if info.floating]
-    tokenizer = source_of(config.model).tokenizer() if config.model.scratch is not None else None
-    if config.model.scratch is None or tokenizer is None:
-        return []
-    with torch.device("meta"):
-        return [name for name, _ in make_scratch_model(config.model.scratch, tokenizer).named_parameters()]
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

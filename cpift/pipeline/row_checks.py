@@ -93,7 +93,7 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     from cpift.models.sources import source_of
 
     sources = [one for task in config.tasks for one in (task.source("train"), task.source("test")) if one is not None]
-    if any(source.hub for source in sources) or (folder is None and config.model.hub is not None):
+    if any(source.hub for source in sources) or (folder is None and source_of(config.model).in_place):
         return None
     try:
         model = list(source_of(config.model).decided_by()) if folder is None else quick_fingerprint(folder)
@@ -164,12 +164,12 @@ def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str
 
 def folder_at_hand(config: RunConfig) -> Path | None:
     """Where θ0's config.json and tokenizer lie, None where they would have to be downloaded or made."""
-    from cpift.hub import cached_folder
+    from cpift.models.sources import source_of
     from cpift.pipeline.stages import model, names
 
-    source = config.model
-    if source.path is not None or source.hub is not None:
-        return source.path or cached_folder(str(source.hub), source.revision)
+    source = source_of(config.model)
+    if source.in_place:
+        return source.folder()
     made = model.artifact(names.Names(config))
     return made.path if made.complete else None
 
@@ -178,8 +178,8 @@ def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedToken
     """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
     from cpift.models.sources import load_tokenizer, source_of
 
-    made = folder is not None and config.model.path is None and config.model.hub is None
-    return load_tokenizer(folder) if made and folder is not None else source_of(config.model).tokenizer()
+    source = source_of(config.model)
+    return source.tokenizer() if folder is None or source.in_place else load_tokenizer(folder)
 
 
 def _check_model(

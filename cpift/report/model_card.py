@@ -104,8 +104,8 @@ def license_of(folder: Path | None) -> str | None:
 
 def _front_matter(model: ModelConfig, license_name: str | None) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [cpift, merge]"]
-    if model.hub is not None:
-        lines.append(f"base_model: {_quoted(model.hub)}")
+    if (repository := source_of(model).repository) is not None:
+        lines.append(f"base_model: {_quoted(repository)}")
     if license_name is not None:
         lines.append(f"license: {_quoted(license_name)}")
     return "\n".join(["---", *lines, "---"])

@@ -12,13 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpift import hub
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.inputs import GgufFile, ScratchModel
 from cpift.config.run import ModelConfig
 from cpift.errors import CheckpointError
 from cpift.models import sources as models
 from cpift.models.checks import gguf_path
 from cpift.models.scratch import make_scratch_model, make_scratch_tokenizer
-from cpift.models.sources import check_model, load_model, load_tokenizer, materialise, model_fingerprint
+from cpift.models.sources import (
+    SOURCES,
+    check_model,
+    load_model,
+    load_tokenizer,
+    materialise,
+    model_fingerprint,
+    source_of,
+)
 
 SCRATCH = ScratchModel(hidden_size=32, intermediate_size=64, layers=2, heads=2, max_length=64)
 TEXTS = ["", "plain", "wörld 漢字 🙂", " two  spaces\n\ttab\x00\x7f", "<x> don't 1,234.5"]
@@ -372,3 +381,22 @@ def test_fingerprint_of_scratch_follows_every_field() -> None:
     changes: list[dict[str, int]] = [{}, {"seed": 1}, {"layers": 3}, {"hidden_size": 64}, {"max_length": 128}]
     found = {model_fingerprint(ModelConfig(scratch=SCRATCH.model_copy(update=change))) for change in changes}
     assert len(found) == len(changes)
+
+
+def test_every_source_is_told_here_and_elsewhere(checkpoint: Path) -> None:
+    given = {
+        "path": (checkpoint, "in/path", "a local folder", "auto"),
+        "hub": ("org/name", "org/name", "org/name", "auto"),
+        "gguf": ({"file": "/x/a.gguf"}, {"file": "in/a.gguf"}, "/x/a.gguf", "bfloat16"),
+        "scratch": ({"layers": 3}, ScratchModel(layers=3).model_dump(), "random weights", "float32"),
+    }
+    assert given.keys() == SOURCES.keys()
+    for kind, (value, stated, elsewhere, dtype) in given.items():
+        source = source_of(ModelConfig.model_validate({kind: value}))
+        assert source.stated(lambda path: "in/a.gguf" if path.suffix == ".gguf" else "in/path") == stated
+        assert (source.elsewhere, source.dtype) == (elsewhere, dtype)
+        assert source.repository == ("org/name" if kind == "hub" else None)
+        assert source_of(ModelConfig.model_validate({kind: value, "dtype": "float16"})).dtype == "float16"
+    names = [info.name for info in Checkpoint(checkpoint).tensors.values()]
+    assert source_of(ModelConfig(path=checkpoint)).names() == names
+    assert set(source_of(ModelConfig(scratch=ScratchModel())).names()) >= set(names)

@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel, Field, create_model
 
 from cpift.config.identity import FITS, NAMED, identity, identity_of, marks_of, recorded
+from cpift.config.inputs import GgufFile
 from cpift.config.loading import load_config, with_fields
 from cpift.config.run import RunConfig, Section
 from cpift.disk.artifacts import Artifact
@@ -74,11 +75,16 @@ def by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         """A commit that a commit means again."""
         return revision if revision and "@" in revision else f"{name}@{revision}"
 
+    def gguf(given: GgufFile) -> Path:
+        path = tmp_path / Path(given.file).name
+        path.touch()
+        return path
+
     for module in ("models.sources", "data.sources", "checkpoints.opening"):
         monkeypatch.setattr(f"cpift.{module}.resolve_revision", commit)
     for module in ("models.sources", "data.sources"):
         monkeypatch.setattr(f"cpift.{module}.file_sha256", lambda path: sha(path.name))
-    monkeypatch.setattr("cpift.models.sources.gguf_path", lambda gguf: Path(gguf.file))
+    monkeypatch.setattr("cpift.models.sources.gguf_path", gguf)
     monkeypatch.setattr("cpift.checkpoints.opening.quick_fingerprint", lambda folder: sha(folder.name))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "runs" / "quickstart-data").mkdir(parents=True)

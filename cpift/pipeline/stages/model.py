@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cpift.checkpoints.opening import as_read, locate, model_files, pinned
+from cpift.checkpoints.opening import as_read, pinned
 from cpift.config.run import ModelConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.input_watch import unchanged
-from cpift.models.checks import source_files
-from cpift.models.sources import materialise, model_fingerprint, source_of
+from cpift.models.sources import materialise, model_fingerprint, source_files, source_of
 from cpift.pipeline.run import Run
 from cpift.pipeline.stages.names import Known, Model, Names, once
 from cpift.pipeline.stages.step import Step, step_of
@@ -27,7 +26,7 @@ def source(names: Names) -> ModelConfig:
 def in_place(names: Names) -> bool:
     """Whether θ0 is used where it lies."""
     model = names.config.model
-    return names.config.merges_only and model.dtype == "auto" and (model.path or model.hub) is not None
+    return names.config.merges_only and model.dtype == "auto" and source_of(model).in_place
 
 
 def copy_of(names: Names, field: str, label: str, copied: ModelConfig) -> Artifact:
@@ -59,8 +58,8 @@ def made(run: Run) -> Model:
 
 def copy(copied: ModelConfig, out: Path) -> None:
     """Write a model into `out`. Raises ChangedInput where a hub's files change while they are read."""
-    files = model_files(locate(copied)) if copied.hub is not None else []
-    with unchanged(f"the copy of {copied.hub}", files):
+    origin = source_of(copied)
+    with unchanged(f"the copy of {origin.told}", origin.fetched()):
         materialise(copied, out)
 
 
