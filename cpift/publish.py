@@ -16,6 +16,7 @@ from cpift.disk.artifacts import CARD
 from cpift.disk.files import MANIFEST, file_sha256, json_text, read_json
 from cpift.errors import ConfigError, Problem, StageError
 from cpift.evaluation.estimates import estimate
+from cpift.evaluation.scores import Score, read_scores
 from cpift.hub import HUB_ID, HUB_PATTERNS, upload
 
 if TYPE_CHECKING:
@@ -186,18 +187,18 @@ def _results(run: Path, folder: Path, raw: Mapping[str, Any]) -> Iterator[EvalRe
         )
 
 
-def _scores(run: Path, fingerprint: str) -> dict[str, Any]:
+def _scores(run: Path, fingerprint: str) -> dict[str, Score]:
     """By task, of the model of this fingerprint; empty where it was not scored."""
     for folder in sorted((run / "evaluate").glob("*")):
         if (folder / MANIFEST).is_file() and fingerprint in read_manifest(folder)["inputs"].values():
-            found: dict[str, Any] = read_json(folder / "scores.json")
-            return found
+            return read_scores(folder)
     return {}
 
 
-def _interval(score: Mapping[str, Any]) -> str:
-    rows = [row.get("score") for row in score.get("examples", ())]
-    if score["score"] is None or len(rows) < 2 or None in rows:
+def _interval(score: Score) -> str:
+    examples = score.get("examples", [])
+    rows = [row["score"] for row in examples if "score" in row]
+    if score["score"] is None or len(rows) < max(2, len(examples)):
         return ""
     found = estimate([100 * row for row in rows], _CONFIDENCE)
     if found.high is None or found.high == found.low:

@@ -35,6 +35,7 @@ from cpift.text.redaction import redacted
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
     from cpift.console.view import View
+    from cpift.evaluation.scores import Score
     from cpift.pipeline.pipeline import Pipeline
 
 
@@ -237,7 +238,7 @@ def _warn(sentences: list[str]) -> None:
         say(f"! {sentence}", "yellow")
 
 
-def _figure(score: dict[str, Any]) -> str:
+def _figure(score: Score) -> str:
     return f"loss {score['loss']:.3f}" + ("" if score["score"] is None else f" {score['metric']} {score['score']:.3f}")
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -32,6 +31,7 @@ from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
 from cpift.config.tasks import EvaluationConfig
 from cpift.console.ending import stopping
 from cpift.console.progress import OnProgress
+from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.pipeline.inprocess import Scoring, score_here
 from cpift.training.spec import RESULT, FitSpec
 
@@ -41,7 +41,7 @@ def evaluate_models(
     tasks: Sequence[TaskConfig],
     settings: EvaluationConfig,
     resources: ResourcesConfig,
-    on_result: Callable[[str, dict[str, Any]], None],
+    on_result: OnResult,
     on_progress: OnProgress,
 ) -> None:
     """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
@@ -70,7 +70,7 @@ def evaluate_models(
 
 
 @ray.remote
-def _evaluate_worker(scoring: Scoring, board_name: str) -> dict[str, Any]:
+def _evaluate_worker(scoring: Scoring, board_name: str) -> Evaluation:
     use_assigned_gpus()
     board = ray.get_actor(board_name, namespace=NAMESPACE)
     return score_here(scoring, board.post.remote)
@@ -137,9 +137,7 @@ class RayEngine:
             group.dismiss()
         raise_failures(failed, f"Logs: {todo[0].logs.parent}")
 
-    def evaluate(
-        self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
-    ) -> None:
+    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
         self._connect(on_progress)
         config = self._config
         if (group := self._group) is None or not self._scores_well(group, len(models)):

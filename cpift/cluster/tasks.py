@@ -27,9 +27,9 @@ from cpift.cluster.session import (
 )
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.console.progress import Message, OnProgress
+from cpift.evaluation.scores import OnResult
 from cpift.merging.engine import Merging
 from cpift.pipeline.inprocess import fit_here
-from cpift.pipeline.shared import OnResult
 from cpift.training.spec import RESULT, FitSpec
 from cpift.training.tracking import ended_if_stuck
 

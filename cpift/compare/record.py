@@ -7,7 +7,7 @@ data or the models. `rows_of` and `Header` are all that tables, plots and senten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cpift.disk.files import write_text
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.measures import References, Scores, TaskItems, bootstrap
 from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.scores import Score, ScoredExample
 from cpift.untrusted.json import RECORD, parse_json, read_bytes
 
 BASE, PROBES = "θ0", "own probes"
@@ -177,7 +178,7 @@ def finished(record: Record) -> Record:
     return Record(header, [row for row in record.rows if row.seed in seeds])
 
 
-def kept_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def kept_scores(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     """The scores of one model as `Row.scores` keeps them, from an evaluation's `scores.json`."""
     return {
         task: {
@@ -189,7 +190,7 @@ def kept_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _item(metric: str, example: dict[str, Any]) -> Any:
+def _item(metric: str, example: ScoredExample) -> Any:
     if metric_of(metric).by_loss:
         return [round(example["loss"], _DIGITS), example["tokens"]]
     score = round(example["score"], _DIGITS)

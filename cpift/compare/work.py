@@ -22,9 +22,9 @@ from cpift.console.view import View, quiet
 from cpift.data.tasks import count_examples
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
-from cpift.disk.files import read_json
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.retention import chance_of
+from cpift.evaluation.scores import Score, read_scores
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedEngine, SharedWork, Wanted
@@ -164,9 +164,9 @@ class ComparisonWork:
             scores=kept_scores(self._scores(one)),
         )
 
-    def _scores(self, one: Trained) -> dict[str, Any]:
+    def _scores(self, one: Trained) -> dict[str, Score]:
         """By task; of the probes as one method each task's own."""
-        found = [read_json(artifact.path / "scores.json") for artifact, _, _ in self._scorings(one)]
+        found = [read_scores(artifact.path) for artifact, _, _ in self._scorings(one)]
         if one.method.judged != "probes":
             return dict(found[0])
         return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from cpift.evaluation.estimates import Estimate, weighted_mean
 from cpift.evaluation.metrics import metric_of
+from cpift.evaluation.scores import Score
 
 DEFINITION = (
     "Retention is score ÷ the own probe's score, of a loss the other way round; means and the worst task are over the "
@@ -28,7 +28,6 @@ DEFINITION = (
 )
 LEAST = 0.05  # a probe's score below which its task is not judged; losses have no such bound
 _CONFIDENCE = 0.95
-Score = dict[str, Any]
 
 
 def kept(own: np.ndarray, probe: np.ndarray) -> np.ndarray:
@@ -129,11 +128,14 @@ def condensed(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, 
     for model, tasks in scores.items():
         found[model] = {}
         for task, score in tasks.items():
-            short = {name: value for name, value in score.items() if name != "examples"}
-            chance = chance_of(score)
-            short |= {} if chance is None else {"chance": chance}
+            short = score.copy()
+            short.pop("examples", None)
+            if (chance := chance_of(score)) is not None:
+                short["chance"] = chance
             gain = _gain(score, scores.get("base", {}).get(task)) if model == probe_of(task) else None
-            found[model][task] = short | ({} if gain is None else {"gain": replace(gain, values=[])})
+            if gain is not None:
+                short["gain"] = replace(gain, values=[])
+            found[model][task] = short
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ from cpift.evaluation.judge import judge_replies
 from cpift.evaluation.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
 from cpift.evaluation.metrics import Metric, Reply, description, load_metric, right_answer
 from cpift.evaluation.rows import ScoredRow, scored_rows
+from cpift.evaluation.scores import Score, ScoredExample
 from cpift.models.sources import load_model, load_tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -38,14 +39,13 @@ class TaskScore:
     loss: float  # mean negative log-likelihood per answer token over all rows, in nats
     tokens: int
     rows: int
-    examples: list[dict[str, Any]]  # per test row, in the file's order: loss, tokens, and score and prediction
+    examples: list[ScoredExample]  # per test row, in the file's order: loss, tokens, and score and prediction
     described: Mapping[str, Any] = field(default_factory=dict)  # of a user's metric what pages need to know
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Score:
         """As `scores.json` has it."""
         found = asdict(self)
-        described: dict[str, Any] = found.pop("described")
-        return found | described
+        return cast(Score, found | found.pop("described"))
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Ite
         yield batch
 
 
-def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int], None]) -> list[dict[str, Any]]:
+def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int], None]) -> list[ScoredExample]:
     """Loss of each row's reply; with options also the likeliest (of equals the first) and whether it is right."""
-    results: list[dict[str, Any]] = [{} for _ in rows]
+    results: list[ScoredExample] = [{} for _ in rows]
     done = 0
     for batch in _batches(rows, [max(1, len(row.options)) for row in rows], room.settings.batch_size):
         groups = [(rows[i].reply, *rows[i].options) for i in batch]
@@ -160,7 +160,7 @@ def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int]
     return results
 
 
-def _loss(row: ScoredRow, reply: Likelihood) -> dict[str, Any]:
+def _loss(row: ScoredRow, reply: Likelihood) -> ScoredExample:
     tokens = row.reply.scored()
     return {"loss": reply.nll / tokens, "tokens": tokens}
 
@@ -172,7 +172,7 @@ def _judged(
     rows: Sequence[ScoredRow],
     texts: Sequence[str],
     on_progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[ScoredExample]:
     """The score of each text, and of a judge what it said."""
     judge = room.settings.judge
     if metric.scores is not None:
@@ -188,11 +188,11 @@ def _judged(
 
 def _replies(
     room: _Room, rows: Sequence[ScoredRow], limit: int, on_done: Callable[[int], None]
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[ScoredExample], list[str]]:
     """Loss of each row's reply, and the greedy reply of at most `limit` tokens to its prompt, without special tokens.
     `on_done` gets the rows scored plus the rows generated."""
     ends = _ends(room, rows)
-    results: list[dict[str, Any]] = [{} for _ in rows]
+    results: list[ScoredExample] = [{} for _ in rows]
     written: list[list[int]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):

@@ -18,7 +18,8 @@ import numpy as np
 
 from cpift.config.tasks import BASELINES
 from cpift.evaluation.estimates import t_quantile
-from cpift.evaluation.retention import Score, judged, learning_of, probe_of
+from cpift.evaluation.retention import judged, learning_of, probe_of
+from cpift.evaluation.scores import Score
 
 _CONFIDENCE = 0.95
 # Models that are compared with the last one, and what a sentence calls them.
@@ -96,13 +97,16 @@ def _unseen(probe: Score) -> float:
     return float((1 - (1 - _CONFIDENCE) ** (1 / len(rows))) / rows.mean())
 
 
+def _value(score: Score) -> float:
+    return score["loss"] if score["score"] is None else score["score"]
+
+
 def _kept(own: Score, probe: Score) -> tuple[float, np.ndarray]:
     """Retention on a task as a ratio of sums over rows, and each row's part of its error: (a − r·b) ÷ Σb."""
     above, below = (probe, own) if own["score"] is None else (own, probe)
     a, b = _of_rows(above), _of_rows(below)
     if len(a) != len(b) or not len(a):
-        value = above["loss"] / below["loss"] if own["score"] is None else above["score"] / below["score"]
-        return value, np.zeros(0)
+        return _value(above) / _value(below), np.zeros(0)
     ratio = float(a.sum() / b.sum())
     return ratio, (a - ratio * b) / b.sum()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cpift.checkpoints.opening import model_files
 from cpift.console.progress import OnProgress
@@ -16,6 +16,7 @@ from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.files import is_json, link_or_copy, write_json
 from cpift.disk.input_watch import noted
 from cpift.errors import ChangedInput, CpiftError, Problem
+from cpift.evaluation.scores import SCORES, Evaluation, OnResult
 from cpift.training.spec import RESULT, FitSpec, read_training
 from cpift.training.speed import keep_speed
 
@@ -37,7 +38,7 @@ class Engine(Protocol):
     def evaluate(
         self,
         models: dict[str, Path],
-        on_result: Callable[[str, dict[str, Any]], None],
+        on_result: OnResult,
         on_progress: OnProgress,
     ) -> None:
         """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
@@ -58,13 +59,13 @@ class NoEngine:
     def evaluate(
         self,
         models: dict[str, Path],
-        on_result: Callable[[str, dict[str, Any]], None],
+        on_result: OnResult,
         on_progress: OnProgress,
     ) -> None:
         raise CpiftError(f"{', '.join(models)}: this command scores nothing")
 
 
-def keep_scores(artifact: Artifact, result: dict[str, Any], changes: Callable[[], Sequence[Problem]]) -> None:
+def keep_scores(artifact: Artifact, result: Evaluation, changes: Callable[[], Sequence[Problem]]) -> None:
     """Complete an evaluation with its result: `scores`, `seconds`, `device`, and `data`, what the rows were that it
     read; `changes` of the model meanwhile. Raises ChangedInput where model or rows are not what it is named by."""
     with artifact.build(result["device"], result["seconds"]) as out:
@@ -74,7 +75,7 @@ def keep_scores(artifact: Artifact, result: dict[str, Any], changes: Callable[[]
             if artifact.inputs[f"data {task}"] != value:
                 what = "the rows that were read are not those that were there when the command began"
                 raise ChangedInput(artifact.title, [Problem(f"tasks.{task}.test", what, "run it again")])
-        write_json(out / "scores.json", result["scores"])
+        write_json(out / SCORES, result["scores"])
 
 
 def fit_all(

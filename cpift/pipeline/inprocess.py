@@ -10,17 +10,17 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
 from cpift.config.tasks import EvaluationConfig
 from cpift.console.progress import OnProgress
 from cpift.disk.files import link_or_copy
 from cpift.errors import CpiftError
+from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.training.spec import RESULT, FitSpec
 
 
@@ -44,9 +44,7 @@ class InProcessEngine:
             if not (spec.export / RESULT).is_file():
                 fit_here(spec, on_progress)
 
-    def evaluate(
-        self, models: dict[str, Path], on_result: Callable[[str, dict[str, Any]], None], on_progress: OnProgress
-    ) -> None:
+    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
         config = self._config
         for title, path in models.items():
             scoring = Scoring(title, path, config.tasks, config.evaluation, config.resources)
@@ -65,7 +63,7 @@ class Scoring:
     resources: ResourcesConfig
 
 
-def score_here(scoring: Scoring, on_progress: OnProgress) -> dict[str, Any]:
+def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
     """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were."""
     import torch
 
@@ -160,7 +158,7 @@ class SharedHere:
         self,
         config: RunConfig,
         models: dict[str, Path],
-        on_result: Callable[[str, dict[str, Any]], None],
+        on_result: OnResult,
         on_progress: OnProgress,
     ) -> None:
         InProcessEngine(config).evaluate(models, on_result, on_progress)

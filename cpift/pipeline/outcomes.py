@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import read_json
 from cpift.errors import entry
+from cpift.evaluation.scores import Score, read_scores
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import order
-from cpift.pipeline.stages.evaluate import SCORES
 from cpift.pipeline.stages.names import NOTHING, Model
 
 INTEGRATES = {"final": True, "fused": False}  # the judged model → whether a run integrates for it
@@ -48,12 +46,12 @@ def scored_models(run: Pipeline, model: str) -> list[Model]:
     return shared_models(run) + trial_models(run, model)
 
 
-def scores_of(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+def scores_of(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Score]]:
     """Scores by model and task, which must be there."""
-    return {model.title: read_json(run.artifacts.evaluate(model).path / SCORES) for model in models}
+    return {model.title: read_scores(run.artifacts.evaluate(model).path) for model in models}
 
 
-def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Any]] | None:
+def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Score]] | None:
     """Scores by model and task of a trial that has made them all, be its models' weights there or dropped."""
     models = scored_models(run, model)
     needed = [*own_models(run, model).values(), *map(run.artifacts.evaluate, models)]

@@ -8,11 +8,12 @@ an *engine* that the caller passes in (`cluster/engine.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpift.config.run import RunConfig
 from cpift.console.view import View
 from cpift.disk.artifacts import Artifact
+from cpift.evaluation.scores import Score
 from cpift.method.groups import Grouping
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.identity import StageArtifacts
@@ -75,12 +76,12 @@ class Pipeline(Run):
         """Stage 6: the final model."""
         return integrate.made(self)
 
-    def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Any]]:
+    def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Score]]:
         """Stage 7: scores by model and task, of every model or of the ones given."""
         return self._every_score() if models is None else evaluate.made(self, models)
 
     @unless_damaged
-    def _every_score(self) -> dict[str, dict[str, Any]]:
+    def _every_score(self) -> dict[str, dict[str, Score]]:
         evaluate.check_rows(self)
         return evaluate.made(self, self.models())
 

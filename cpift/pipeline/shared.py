@@ -22,6 +22,7 @@ from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.files import digest, link_or_copy
 from cpift.disk.input_watch import noted
+from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.merging.engine import Merging
 from cpift.pipeline.engine import Finish, fit_all, keep_scores
 from cpift.pipeline.pipeline import Pipeline
@@ -30,7 +31,6 @@ from cpift.pipeline.stages.names import Groups, Model
 from cpift.training.spec import FitSpec
 
 Wanted = tuple[Artifact, FitSpec, Pipeline]
-OnResult = Callable[[str, dict[str, Any]], None]
 
 
 class SharedEngine(Protocol):
@@ -163,7 +163,7 @@ class SharedWork:
     def _score(self, entries: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
         titled = {f"{model.title} [{artifact.fingerprint[:6]}]": (artifact, model) for artifact, model, _ in entries}
 
-        def keep(title: str, result: dict[str, Any]) -> None:
+        def keep(title: str, result: Evaluation) -> None:
             keep_scores(titled[title][0], result, changes[title])
 
         changes = {title: noted(model_files(model.path)) for title, (_, model) in titled.items()}

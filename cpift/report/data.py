@@ -14,7 +14,6 @@ from cpift.disk.artifact_state import Manifest
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import (
     DEFINITION,
-    Score,
     judged,
     kept,
     larger_is_better,
@@ -22,6 +21,7 @@ from cpift.evaluation.retention import (
     probe_of,
     sentences,
 )
+from cpift.evaluation.scores import Score
 from cpift.merging.checks import Check
 from cpift.training.spec import LogRow
 

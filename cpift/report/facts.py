@@ -11,7 +11,8 @@ from cpift.config.run import TaskConfig
 from cpift.data.tasks import read_examples
 from cpift.disk.artifacts import Artifact
 from cpift.evaluation.metrics import described, right_answer
-from cpift.evaluation.retention import Score, judged, learning_of, probe_of
+from cpift.evaluation.retention import judged, learning_of, probe_of
+from cpift.evaluation.scores import Score
 from cpift.evaluation.verdict import share_of
 from cpift.report.data import Sample
 from cpift.rows.examples import Example

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from cpift.evaluation.metrics import described
-from cpift.evaluation.retention import DEFINITION, Score, probe_of
+from cpift.evaluation.retention import DEFINITION, probe_of
+from cpift.evaluation.scores import Score
 from cpift.report import plots
 from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
 from cpift.report.html import document, duration, figure, table

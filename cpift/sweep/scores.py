@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from cpift.evaluation.estimates import Estimate
-from cpift.evaluation.retention import Score
+from cpift.evaluation.scores import Score
 from cpift.report.data import retention, standing
 
 
@@ -95,7 +95,8 @@ def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], mod
     for task in tasks:
         kept = retention(run, model, task)
         found[f"task.{task}.loss"] = own[task]["loss"]
-        found |= {f"task.{task}.score": own[task]["score"]} if own[task]["score"] is not None else {}
+        if (score := own[task]["score"]) is not None:
+            found[f"task.{task}.score"] = score
         found |= {f"task.{task}.retention": kept} if kept is not None else {}
     return found
 

@@ -22,11 +22,11 @@ from cpift.console.progress import Message, OnProgress
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
+from cpift.evaluation.scores import OnResult
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.shared import OnResult
 from cpift.sweep.config import Sweep
 from cpift.sweep.record import sweep_record
 from cpift.sweep.scores import figures

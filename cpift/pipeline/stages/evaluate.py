@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.opening import model_files, open_models
@@ -13,8 +12,8 @@ from cpift.checkpoints.writing import write_plain
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
 from cpift.disk.artifacts import Artifact, claimed, require_sound
-from cpift.disk.files import read_json
 from cpift.disk.input_watch import noted
+from cpift.evaluation.scores import Evaluation, Score, read_scores
 from cpift.models.sources import configured_template
 from cpift.pipeline.engine import keep_scores
 from cpift.pipeline.run import Run
@@ -25,7 +24,6 @@ from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
 
 VERSION = 1
-SCORES = "scores.json"
 TITLE = "evaluation"
 
 
@@ -47,7 +45,7 @@ def check_rows(run: Run) -> None:
         probe.check_data(run, pretrained.made(run))
 
 
-def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Score]]:
     """Scores by model and task, of these models."""
     artifacts = {model.title: artifact(run.artifacts, model) for model in models}
     if all(one.complete for one in artifacts.values()):
@@ -55,7 +53,7 @@ def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Any]]:
     else:
         with claimed((one for one in artifacts.values() if not one.complete), run.view.warn):
             _score(run, models, artifacts)
-    return {title: read_json(one.path / SCORES) for title, one in artifacts.items()}
+    return {title: read_scores(one.path) for title, one in artifacts.items()}
 
 
 def _score(run: Run, models: Sequence[Model], artifacts: Mapping[str, Artifact]) -> None:
@@ -66,7 +64,7 @@ def _score(run: Run, models: Sequence[Model], artifacts: Mapping[str, Artifact])
         if not artifacts[model.title].complete
     }
 
-    def keep(title: str, result: dict[str, Any]) -> None:
+    def keep(title: str, result: Evaluation) -> None:
         keep_scores(artifacts[title], result, changes[title])
 
     run.begin(TITLE)
