@@ -21,6 +21,7 @@ MODULES = [*FILES, *sorted((ROOT / "kernels" / "cpift_kernels").rglob("*.py"))]
 
 # A package (or a file beside them) imports from the rows before its own, never from its own row.
 ROWS = [
+    {"lazy"},
     {"text"},
     {"errors"},
     {"untrusted"},
