@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from cpift.evaluation.metrics import Metric as Metric
     from cpift.evaluation.metrics import Reply as Reply
     from cpift.merge_folder import MergeResult as MergeResult
+    from cpift.merging.base import MergeMethod as MergeMethod
+    from cpift.merging.base import UpdateMerge as UpdateMerge
+    from cpift.merging.base import WeightedMerge as WeightedMerge
+    from cpift.merging.conflicts import Claims as Claims
+    from cpift.merging.conflicts import ConflictRule as ConflictRule
     from cpift.method.cores import Core as Core
     from cpift.method.cores import Cores as Cores
     from cpift.method.freeze_callback import FreezeCallback as FreezeCallback
@@ -42,23 +47,30 @@ _HOMES = {
     "method.freeze_callback": ("FreezeCallback", "frozen"),
     "evaluation.metrics": ("Metric", "Reply"),
     "merge_folder": ("MergeResult",),
+    "merging.base": ("MergeMethod", "UpdateMerge", "WeightedMerge"),
+    "merging.conflicts": ("Claims", "ConflictRule"),
 }  # module → the names that are public here
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CheckpointError",
+    "Claims",
     "ConfigError",
+    "ConflictRule",
     "Core",
     "Cores",
     "CpiftError",
     "DataError",
     "Extraction",
     "FreezeCallback",
+    "MergeMethod",
     "MergeResult",
     "Metric",
     "Reply",
     "RunResult",
     "StageError",
+    "UpdateMerge",
+    "WeightedMerge",
     "__version__",
     "extract_lora",
     "frozen",

@@ -16,13 +16,13 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cpift.disk.files import digest, file_sha256
 from cpift.errors import ConfigError, Problem
@@ -139,11 +139,25 @@ def load(found: Extension, wanted: type[Made]) -> Made:
     Raises ConfigError where its module fails, has no such attribute, or holds something else there: what was not made
     for this is never called, whatever a config names.
     """
+    made: Made = _handed(found, wanted, lambda value: isinstance(value, wanted))
+    return made
+
+
+def load_class(found: Extension, wanted: type[Made]) -> type[Made]:
+    """The same for a class that is derived from `wanted`, and lacks nothing that this leaves to it."""
+    made: type[Made] = _handed(found, wanted, lambda value: isinstance(value, type) and issubclass(value, wanted))
+    if missing := sorted(getattr(made, "__abstractmethods__", ())):
+        what = f"{found.attribute} in {found.file} lacks {', '.join(missing)}"
+        raise _error(found.name, what, _HOW[found.kind])
+    return made
+
+
+def _handed(found: Extension, wanted: type[Any], fits: Callable[[Any], bool]) -> Any:
     module = _imported(found)
     made = getattr(module, found.attribute, None)
-    if isinstance(made, wanted):
+    if fits(made):
         return made
-    fit = sorted(name for name, value in vars(module).items() if isinstance(value, wanted))
+    fit = sorted(name for name, value in vars(module).items() if fits(value) and not _borrowed(value, module))
     close = difflib.get_close_matches(found.attribute, fit, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(fit)}" if fit else _HOW[found.kind]
     what = f"has no {found.attribute}" if made is None else f"{found.attribute} is no {wanted.__name__}"
@@ -152,6 +166,16 @@ def load(found: Extension, wanted: type[Made]) -> Made:
 
 _HOW: Mapping[Kind, str] = {kind: f"docs/extending says how a {title} is written" for kind, title in TITLES.items()}
 _MODULES: dict[tuple[Path, str], ModuleType] = {}  # files beside runs, by what they held
+
+
+def _borrowed(value: Any, module: ModuleType) -> bool:
+    """Whether it is a class that a module imports."""
+    return isinstance(value, type) and value.__module__ != module.__name__
+
+
+def modules_beside() -> list[ModuleType]:
+    """What was imported of files beside runs, whose names mean nothing to another process."""
+    return list(_MODULES.values())
 
 
 def _imported(found: Extension) -> ModuleType:

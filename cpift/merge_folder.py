@@ -25,7 +25,7 @@ from cpift.disk.files import read_json
 from cpift.disk.locks import exclusive
 from cpift.errors import ConfigError, Problem
 from cpift.hub import HUB_ID
-from cpift.merging.conflicts import conflict_named
+from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS, tune_names
 from cpift.merging.registry import METHODS
 from cpift.pipeline.engine import NoEngine
@@ -259,10 +259,10 @@ def merge_into(
 def _artifact(pipeline: Pipeline) -> Artifact:
     """The fused model's, before it is made; where stages decide conflicts, regions and groups are made for it."""
     fusion = pipeline.config.fusion
-    by_stage = fusion.isolates and conflict_named(fusion.conflict).by_stage
+    ordered = fusion.isolates and by_stage(fusion.conflict)
     pipeline.pretrained()
     backbone = pipeline.backbone() if fusion.isolates else pipeline.pretrained()
-    return pipeline.artifacts.fuse(pipeline.group().groups if by_stage else (), backbone)
+    return pipeline.artifacts.fuse(pipeline.group().groups if ordered else (), backbone)
 
 
 def _adopt(cores: Cores, pipeline: Pipeline) -> None:

@@ -199,9 +199,11 @@ def _methods() -> str:
     scopes = [(f"`{name}`", scope.formula) for name, scope in SCOPES.items()]
     return "\n".join(
         [
-            "## Ways to merge\n\nOf `fusion.method`, with the fields of `fusion` that each reads.\n",
+            "## Ways to merge\n\nOf `fusion.method`, with the fields of `fusion` that each reads; or "
+            "[one of your own](extending/merge-method.md).\n",
             _table(("method", "formula", "beside the fine-tunes", "fields"), methods),
-            "\nOf `fusion.conflict`: what becomes of an element that is core of several tasks.\n",
+            "\nOf `fusion.conflict`: what becomes of an element that is core of several tasks; or "
+            "[a rule of your own](extending/conflict-rule.md).\n",
             _table(("rule", "its value"), rules),
             "\nOf `regions.measure`: what is core of a task is the largest of it.\n",
             _table(("measure", "of an element"), measures),

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import cpift
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.loading import load_config
 from cpift.errors import ConfigError
 from cpift.evaluation.checks import check_task
@@ -82,3 +84,40 @@ def test_the_index_names_a_metric_as_a_config_does(run: Path) -> None:
     run.with_name("my_metrics.py").unlink()
     with pytest.raises(ConfigError, match="there is no module my_metrics in"):
         load_config(run)
+
+
+@pytest.fixture
+def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with θ0 and two fine-tunes."""
+    for name in ("base", "one", "two"):
+        (tmp_path / name).symlink_to(models / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_pages_merge_method_is_the_median(here: Path) -> None:
+    (here / "my_methods.py").write_text(block("merge-method.md", "python"))
+    tuned = {"a": "one", "b": "two", "c": "base"}
+    made = cpift.merge("base", tuned, "merged", method="my_methods:Median", weight=0.8)
+    assert [check["name"] for check in made.checks if check["passed"] is False] == []
+    state = {name: load_model_tensors(here / name) for name in ("base", "one", "two")}
+    found = load_model_tensors(made.path)
+    for name, origin in state["base"].items():
+        updates = torch.stack([state[one][name].float() - origin.float() for one in ("one", "two", "base")])
+        wanted = origin.float() + 0.8 * updates.median(0).values
+        torch.testing.assert_close(found[name].float(), wanted, rtol=2**-7, atol=1e-6)
+
+
+def test_the_pages_conflict_rule_gives_the_first_its_core(here: Path) -> None:
+    (here / "my_conflicts.py").write_text(block("conflict-rule.md", "python"))
+    word = yaml.safe_load(block("conflict-rule.md", "yaml"))["fusion"]["conflict"]
+    made = cpift.merge("base", {"a": "one", "b": "two"}, "merged", conflict=word, p=0.3, omega=0.0)
+    cores = cpift.regions("base", {"a": "one", "b": "two"}, p=0.3)
+    first, found = load_model_tensors(here / "one"), load_model_tensors(made.path)
+    for name, mask in cores["a"].items():
+        assert torch.equal(found[name][mask], first[name][mask]), name
+
+
+def load_model_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}

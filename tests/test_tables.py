@@ -130,8 +130,6 @@ class NewRows(DataSource):
 NEW_MODEL = NewKind(scratch=ScratchModel())
 NEW_ROWS = NewRows(procedural="addition", size=4)
 CASES: dict[str, Callable[[], Any]] = {
-    "fusion.method": lambda: registry.method_named("new"),
-    "fusion.conflict": lambda: conflicts.conflict_named("new"),
     "model, fingerprint": lambda: models.model_fingerprint(NEW_MODEL),
     "model, check": lambda: models.check_model(NEW_MODEL),
     "model, materialise": lambda: models.materialise(NEW_MODEL, Path("nowhere")),

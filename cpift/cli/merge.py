@@ -143,7 +143,7 @@ def _tell(config: RunConfig, notes: list[str], place: Path) -> None:
     from cpift.pipeline.plan import plan
 
     made = plan(StageArtifacts(config), notes)
-    say(f"{config.fusion.method}: {method_named(config.fusion.method).described(config.fusion)}")
+    say(f"{config.fusion.method_name}: {method_named(config.fusion.method).described(config.fusion)}")
     for note in made.notes:
         say(note)
     if made.parameters is not None:

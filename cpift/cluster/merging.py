@@ -31,6 +31,7 @@ from cpift.config.run import ResourcesConfig
 from cpift.disk.guarded import guarded_reads
 from cpift.disk.object_store import ObjectStore
 from cpift.errors import CpiftError, StageError, first_line
+from cpift.extensions import modules_beside
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Progress
 from cpift.merging.engine import merge_shards
@@ -100,6 +101,8 @@ class RayMerging:
     ) -> dict[str, dict[str, Any]]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None
+        for module in modules_beside():  # a user's method or conflict rule goes to the workers as it was loaded here
+            ray.cloudpickle.register_pickle_by_value(module)
         held = ray.put(method if store is None else with_stored_masks(method, store))
         pending = {
             self._options(_merge, places, position[shard.tensors[0].name]).remote(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator
 
 from cpift.config.paths import texts
-from cpift.config.words import MetricName
+from cpift.config.words import ConflictName, MergeName, MetricName
 from cpift.errors import ConfigError, Problem
 from cpift.extensions import TITLES, Extension, Kind, find, placed, short_name, wrong_word
 
@@ -25,7 +25,11 @@ class Word:
 
 
 # By the field's dotted name in a run's file; `*` is any number.
-WORDS: Mapping[str, Word] = {"tasks.*.metric": Word("metrics", get_args(MetricName))}
+WORDS: Mapping[str, Word] = {
+    "tasks.*.metric": Word("metrics", get_args(MetricName)),
+    "fusion.method": Word("methods", get_args(MergeName)),
+    "fusion.conflict": Word("conflicts", get_args(ConflictName)),
+}
 
 
 def _checked(name: str) -> BeforeValidator:
@@ -42,6 +46,8 @@ def _checked(name: str) -> BeforeValidator:
 
 
 Metric = Annotated[MetricName | str, _checked("tasks.*.metric")]
+Method = Annotated[MergeName | str, _checked("fusion.method")]
+Conflict = Annotated[ConflictName | str, _checked("fusion.conflict")]
 
 
 def place_words(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cpift.config.code import Conflict, Method
 from cpift.config.identity import FITS, identity
 from cpift.config.inputs import (
     Bytes,
@@ -26,7 +27,8 @@ from cpift.config.inputs import (
 )
 from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
 from cpift.config.training import IntegrationConfig, ResourcesConfig, Tracker, TrainingConfig
-from cpift.config.words import ConflictName, MeasureName, MergeName, ScopeName
+from cpift.config.words import MeasureName, ScopeName
+from cpift.extensions import short_name
 
 __all__ = [
     "BackboneConfig",
@@ -113,10 +115,11 @@ class BackboneConfig(Section):
 class FusionConfig(Section):
     """Transplant and SLERP; or another way to merge, to compare with."""
 
-    method: MergeName = Field(
+    method: Method = Field(
         "cpift",
         **identity("merge"),
-        description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone",
+        description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone; or one of "
+        "your own, `module:attribute` (docs/extending)",
     )
     weight: float = Field(
         1.0,
@@ -155,11 +158,12 @@ class FusionConfig(Section):
         **identity("fuse"),
         description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
     )
-    conflict: ConflictName = Field(
+    conflict: Conflict = Field(
         "magnitude",
         **identity("fuse"),
         description="where an element is core of several tasks: magnitude: the largest update wins; last: the later "
-        "stage; mean: their mean; agree: the largest if all pull one way, else none of them transplants it",
+        "stage; mean: their mean; agree: the largest if all pull one way, else none of them transplants it; or one of "
+        "your own, `module:attribute` (docs/extending)",
     )
     transplant: bool = Field(
         True,
@@ -176,6 +180,16 @@ class FusionConfig(Section):
         **identity("fuse", "merge"),
         description="most bytes of one file of the fused model, for example 5GB",
     )
+
+    @property
+    def method_name(self) -> str:
+        """As people and records have it: of a user's own without the place of its file."""
+        return short_name(self.method)
+
+    @property
+    def conflict_name(self) -> str:
+        """The same of the conflict rule."""
+        return short_name(self.conflict)
 
     @property
     def isolates(self) -> bool:

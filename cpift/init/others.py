@@ -72,7 +72,7 @@ def sweep_file(run: Path, out: Path, schema: str) -> str:
     """The YAML file of a sweep over a run's core fraction and threshold. Raises ConfigError."""
     config = load_config(run)
     if not config.fusion.isolates:
-        problem = Problem("fusion.method", f"{config.fusion.method} has no core regions", "sweep a run of cpift")
+        problem = Problem("fusion.method", f"{config.fusion.method_name} has no core regions", "sweep a run of cpift")
         raise ConfigError("init sweep", [problem])
     scored = config.scores
     if not scored:

@@ -1,16 +1,18 @@
 """What a way to merge is: `MergeMethod`, and the two kinds that most are.
 
-`Combination` is Σ c·θ with the same c for a whole tensor; `Updates` is θ0 and what a formula makes of θi − θ0, element
-by element. One file of `methods/` is one way, and one row of `registry.METHODS`.
+`WeightedMerge` is Σ c·θ with the same c for a whole tensor; `UpdateMerge` is θ0 and what a formula makes of θi − θ0,
+element by element. One file of `methods/` is one way, and one row of `registry.METHODS`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from cpift_kernels import fused_apply
@@ -90,10 +92,10 @@ class MergeMethod(ABC):
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
         if problems := self.problems(config, list(inputs.tuned)):
-            raise ProblemsError(f"merge by {config.method}", problems)
-        self.pretrained, self.tuned, self.config = inputs.pretrained, dict(inputs.tuned), config
+            raise ProblemsError(f"merge by {config.method_name}", problems)
+        self.pretrained, self.tuned, self._seed = inputs.pretrained, dict(inputs.tuned), seed
+        self.config = cast(FusionConfig, Declared(config, self.fields))
         self.weights = [config.weights.get(task, config.weight) for task in inputs.tuned]
-        self._seed = seed
 
     @classmethod
     def make(cls, materials: Materials) -> Self:
@@ -118,7 +120,7 @@ class MergeMethod(ABC):
     @property
     def seed(self) -> int:
         if not self.seeded:
-            raise CpiftError(f"{type(self).__name__} reads the seed and does not say `seeded`: it would not be cached")
+            raise CpiftError(f"merge method {self.config.method_name}: reads the seed → say `seeded = True`")
         return self._seed
 
     @property
@@ -166,6 +168,36 @@ class MergeMethod(ABC):
         return []
 
 
+@contextmanager
+def own_code(method: MergeMethod, where: str) -> Iterator[None]:
+    """What a user's method raises is an error of theirs, with the place; of ours it is what it is."""
+    try:
+        yield
+    except CpiftError:
+        raise
+    except Exception as error:
+        if type(method).__module__.startswith("cpift."):
+            raise
+        what = f"merge method {method.config.method_name}: {where}: {type(error).__name__}: {error}"
+        raise CpiftError(f"{what} → mend the method") from error
+
+
+class Declared:
+    """A config of which a method reads what it declares: by that it is known what a merge depends on."""
+
+    def __init__(self, config: FusionConfig, fields: Sequence[str]):
+        self._config, self._fields = config, (*fields, "method", "method_name")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._config, self._fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FusionConfig.model_fields and name not in self._fields:
+            what = f"merge method {self._config.method_name}: reads fusion.{name} → name it in `fields`"
+            raise CpiftError(what)
+        return getattr(self._config, name)
+
+
 def copy_of(label: str, model: Checkpoint, info: TensorInfo) -> Fill:
     """Writes a tensor as it is in a model. Raises CheckpointError where it is not finite."""
 
@@ -192,7 +224,7 @@ _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
 }
 
 
-class Combination(MergeMethod):
+class WeightedMerge(MergeMethod):
     """Any merge that is Σ c_m·θ_m with the same c for a whole tensor."""
 
     @abstractmethod
@@ -202,7 +234,11 @@ class Combination(MergeMethod):
     def merged(self, info: TensorInfo) -> Merged:
         import torch
 
-        factors, record = self.coefficients(info)
+        with own_code(self, f"coefficients of tensor {info.name}"):
+            factors, record = self.coefficients(info)
+        if len(factors) != len(self.models) or not all(map(math.isfinite, factors)):
+            what = f"merge method {self.config.method_name}: tensor {info.name}: coefficients {factors}"
+            raise CpiftError(f"{what} → give a finite number for each of {len(self.models)} models")
         used = [(model, factor) for model, factor in zip(self.models, factors, strict=True) if factor != 0.0]
         scale = torch.tensor([[factor for _, factor in used]], dtype=torch.float64)
 
@@ -213,7 +249,7 @@ class Combination(MergeMethod):
         return record, fill
 
 
-class Updates(MergeMethod):
+class UpdateMerge(MergeMethod):
     """Merges of updates θi − θ0 (fp32) by a formula that needs them element by element."""
 
     def merged(self, info: TensorInfo) -> Merged:
@@ -221,9 +257,32 @@ class Updates(MergeMethod):
             for first, last in _runs(start, stop):
                 origin = self.pretrained.slice(info.name, first, last).float()
                 updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
-                out[first - start : last - start] = origin + self.update(info.name, first, last, updates)
+                with own_code(self, f"tensor {info.name}, elements {first} to {last - 1}"):
+                    update = self.update(info.name, first, last, updates)
+                self._require_update(update, info.name, first, last)
+                out[first - start : last - start] = origin + update
 
         return None, fill
+
+    def _require_update(self, update: Any, name: str, start: int, stop: int) -> None:
+        """Raise CpiftError for what cannot be added to θ0; CheckpointError where it is a model that is not finite."""
+        import torch
+
+        where = f"merge method {self.config.method_name}: tensor {name}, elements {start} to {stop - 1}"
+        if not isinstance(update, torch.Tensor):
+            raise CpiftError(f"{where}: gives a {type(update).__name__} → give a tensor")
+        if tuple(update.shape) != (stop - start,) or update.dtype != torch.float32:
+            what = f"gives {str(update.dtype).removeprefix('torch.')} {list(update.shape)}"
+            raise CpiftError(f"{where}: {what} → give float32 [{stop - start}], an element each")
+        if not all_finite(update):
+            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
+                require_finite(label, model, [name])
+            raise CpiftError(f"{where}: gives NaN or Inf of finite models → mend its formula")
+
+    @property
+    def magnifies(self) -> float:
+        """By how much an update may be larger than those it is made of; rounding is judged by it."""
+        return 1 / self.config.density if "density" in self.fields else 1.0
 
     @abstractmethod
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -238,7 +297,7 @@ class Updates(MergeMethod):
             origin = in_fp64(self.pretrained, info.name, start, stop)
             tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
             updates = np.stack([vector - origin for vector in tuned])
-            scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) / self.config.density
+            scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) * self.magnifies
             merged = origin + self.defined_update(info.name, start, stop, updates)
             return Expected(merged, np.arange(stop - start), scale)
 

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from cpift_kernels import pack_mask, resolve_conflicts, unpack_mask
+from cpift_kernels import count_mask, pack_mask, resolve_conflicts, union_mask, unpack_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.errors import entry
+from cpift.errors import CpiftError
+from cpift.extensions import find, load_class, short_name
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class Claims:
 class ConflictRule(ABC):
     """Who donates an element that is core of several tasks."""
 
-    formula: ClassVar[str]  # of an element that several tasks claim
+    formula: ClassVar[str] = ""  # of an element that several tasks claim
     by_stage: ClassVar[bool] = False  # claims come in stage order, earliest first; else as the config has the tasks
 
     def excluded(self, claims: Claims) -> torch.Tensor | None:
@@ -109,14 +110,57 @@ class Agreeing(Largest):
         return pack_mask(up & down)
 
 
-CONFLICTS: dict[str, ConflictRule] = {
-    "magnitude": Largest(),
-    "last": Later(),
-    "mean": Mean(),
-    "agree": Agreeing(),
+CONFLICTS: dict[str, type[ConflictRule]] = {
+    "magnitude": Largest,
+    "last": Later,
+    "mean": Mean,
+    "agree": Agreeing,
 }
 
 
-def conflict_named(name: str) -> ConflictRule:
-    """Raises CpiftError for a name that is none of CONFLICTS."""
-    return entry(CONFLICTS, name, "fusion.conflict")
+def conflict_named(word: str) -> type[ConflictRule]:
+    """The rule that a config names: one of CONFLICTS, or the user's, which is imported.
+
+    Raises ConfigError for what is not there, or is no ConflictRule.
+    """
+    if word in CONFLICTS:
+        return CONFLICTS[word]
+    return load_class(find("conflicts", word), ConflictRule)  # type: ignore[type-abstract]
+
+
+def by_stage(word: str) -> bool:
+    """Whether what a rule gives depends on the order of stages: of a user's rule it is taken for granted, for it is not
+    imported to name an output."""
+    return word not in CONFLICTS or CONFLICTS[word].by_stage
+
+
+def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tensor]:
+    """What each task donates. Raises CpiftError for a rule, called `word`, whose masks do not fit the claims."""
+    where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
+    owners, cores = list(rule.owners(claims)), claims.cores
+    if len(owners) != len(cores):
+        raise CpiftError(f"{where}: gives {len(owners)} masks → give one for each of {len(cores)} tasks, in order")
+    for (task, core), mask in zip(cores.items(), owners, strict=True):
+        _require_mask(mask, core, f"{where}: of task {task}")
+        if count_mask(mask & ~core):
+            raise CpiftError(f"{where}: task {task} donates what its core does not hold → keep to `claims.cores`")
+    if count_mask(union_mask(list(cores.values())) & ~union_mask(owners)):
+        raise CpiftError(f"{where}: an element of a core has no owner → give it one, or leave it out by `excluded`")
+    return dict(zip(cores, owners, strict=True))
+
+
+def remaining(rule: ConflictRule, claims: Claims, word: str) -> Claims:
+    """The claims without what a rule takes from all cores. Raises CpiftError for a mask that does not fit."""
+    excluded = rule.excluded(claims)
+    if excluded is None:
+        return claims
+    where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
+    _require_mask(excluded, next(iter(claims.cores.values())), f"{where}: excluded")
+    return claims.without(excluded)
+
+
+def _require_mask(mask: Any, like: torch.Tensor, where: str) -> None:
+    fits = getattr(mask, "dtype", None) == like.dtype and getattr(mask, "shape", None) == like.shape
+    if not fits:
+        found = f"{getattr(mask, 'dtype', type(mask).__name__)} {list(getattr(mask, 'shape', ()))}"
+        raise CpiftError(f"{where}: {found} → give a packed mask, int32 {list(like.shape)}, as `pack_mask` makes it")

@@ -24,7 +24,7 @@ class Option:
 
 
 OPTIONS: Mapping[str, Option] = {
-    "method": Option("fusion.method", f"{listed(MergeName)} [default: cpift]"),
+    "method": Option("fusion.method", f"{listed(MergeName)}, or module:attribute [default: cpift]"),
     "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties and dare"),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
     "density": Option("fusion.density", "share of each update that ties and dare keep"),
@@ -34,7 +34,7 @@ OPTIONS: Mapping[str, Option] = {
     "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
     "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
     "space": Option("fusion.space", "cpift: SLERP of `weights`, or of their `delta` to BASE"),
-    "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}"),
+    "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}, or module:attribute"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
     "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
@@ -72,7 +72,7 @@ class RegionFields(TypedDict, total=False):
 class MethodFields(TypedDict, total=False):
     """Keywords that decide the values of a merge (sections `fusion`, `groups`)."""
 
-    method: MergeName
+    method: MergeName | str
     weight: float
     weights: Mapping[str, float]
     density: float
@@ -82,7 +82,7 @@ class MethodFields(TypedDict, total=False):
     epsilon: float
     granularity: Literal["tensor", "row", "model"]
     space: Literal["weights", "delta"]
-    conflict: ConflictName
+    conflict: ConflictName | str
     transplant: bool
     p: float
     scope: ScopeName

@@ -12,8 +12,9 @@ from cpift.checkpoints.opening import at_hand, backbone_apart, describe, has_apa
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.needs import NEEDS, absent_extra
 from cpift.config.run import RunConfig
-from cpift.errors import CpiftError, Problem, ProblemsError
+from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES
+from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import METHODS, method_named
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
@@ -52,9 +53,14 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
     need, tasks = NEEDS[stage], [task.name for task in config.tasks]
     problems = []
     if need.fuses or stage is None:
-        method = method_named(config.fusion.method)
+        try:
+            method = method_named(config.fusion.method)
+            if config.fusion.isolates:
+                conflict_named(config.fusion.conflict)
+        except ConfigError as error:
+            return list(error.problems)
         problems += method.problems(config.fusion, tasks)
-        problems += absent_extra(method.extra, config.fusion.method, "fusion.method")
+        problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
             problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")

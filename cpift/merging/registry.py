@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from cpift.errors import entry
+from collections.abc import Iterator
+
+from cpift.config.identity import marks_of
+from cpift.config.needs import EXTRAS
+from cpift.config.run import FusionConfig
+from cpift.errors import ConfigError, Problem
+from cpift.extensions import find, load_class, short_name
 from cpift.merging.base import MergeMethod
 from cpift.merging.methods.cpift import Fusion
 from cpift.merging.methods.dare import Dare
@@ -21,6 +27,39 @@ METHODS: dict[str, type[MergeMethod]] = {
 }
 
 
-def method_named(name: str) -> type[MergeMethod]:
-    """Raises CpiftError for a name that is none of METHODS."""
-    return entry(METHODS, name, "fusion.method")
+# What a merge of any method is named by; a method reads of these, and of no other field.
+READABLE = tuple(
+    name
+    for name, mark in marks_of(FusionConfig).items()
+    if "merge" in mark["named"] and name not in ("method", "vocabulary", "shard_size")
+)
+
+
+def method_named(word: str) -> type[MergeMethod]:
+    """The method that a config names: one of METHODS, or the user's, which is imported.
+
+    Raises ConfigError for what is not there, is no MergeMethod, or does not say what it is.
+    """
+    if word in METHODS:
+        return METHODS[word]
+    made = load_class(find("methods", word), MergeMethod)  # type: ignore[type-abstract]
+    if problems := [Problem(short_name(word), *found) for found in _unsaid(made)]:
+        raise ConfigError("extensions", problems)
+    return made
+
+
+def _unsaid(method: type[MergeMethod]) -> Iterator[tuple[str, str]]:
+    """What a class does not say of itself, or says wrongly, and the remedy."""
+    for name, what in {"formula": "a text", "fields": "a tuple of names of `fusion`"}.items():
+        if not isinstance(getattr(method, name, None), tuple if name == "fields" else str):
+            yield f"{method.__name__} has no `{name}`", f"give {what}, for people who read what was merged"
+    for name in getattr(method, "fields", ()):
+        if name not in READABLE:
+            yield f"`fields` has {name!r}", f"one of {', '.join(READABLE)}"
+    if method.extra and method.extra not in EXTRAS:
+        yield f"`extra` is {method.extra!r}", f"one of {', '.join(EXTRAS)}; import what else it needs in its module"
+
+
+def seeded(word: str) -> bool:
+    """Whether a merge is named by the seed too: of a user's method always, for it is not imported to name an output."""
+    return word not in METHODS or METHODS[word].seeded

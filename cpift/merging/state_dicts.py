@@ -19,7 +19,7 @@ from cpift.config.run import RunConfig
 from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo, dtype_name
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
-from cpift.merging.conflicts import conflict_named
+from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS
 from cpift.merging.registry import method_named
 from cpift.method.groups import group_tasks
@@ -71,7 +71,7 @@ def _method(
     regions = folder
     if config.fusion.isolates:
         regions = select(config.regions)
-        if conflict_named(config.fusion.conflict).by_stage:
+        if by_stage(config.fusion.conflict):
             overlaps = np.array(read_summary(regions)["overlaps"])
             found = group_tasks(list(tuned), overlaps, config.regions.p, config.groups, config.seed)
             priority = [task for group in found.groups for task in group]

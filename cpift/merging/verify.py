@@ -18,7 +18,7 @@ from cpift.checkpoints.finite import is_finite
 from cpift.checkpoints.layout import loading_faults
 from cpift.checkpoints.slices import Piece
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import MergeMethod
+from cpift.merging.base import MergeMethod, own_code
 from cpift.merging.checks import Check, Progress, compared
 from cpift.merging.definition import elements_at
 from cpift.text.units import show_size
@@ -47,14 +47,16 @@ def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
     chosen = sorted(fit, key=lambda info: hashlib.sha256(info.name.encode()).digest())[:_TENSORS]
     count = wrong = 0
     for info in chosen:
-        definition = method.definition(info)
+        with own_code(method, f"the definition of tensor {info.name}"):
+            definition = method.definition(info)
         for start, stop in _windows(method, info):
-            found = definition(start, stop)
+            with own_code(method, f"the definition of tensor {info.name}, elements {start} to {stop - 1}"):
+                found = definition(start, stop)
             allowed = 2 * _EPSILON[info.kind] * np.abs(found.values) + 2.0**-20 * found.scale
             got = elements_at(written, info.name, start, found.places)
             count += len(found.places)
-            wrong += int((np.abs(got - found.values) > allowed).sum())
-    name = f"{method.compared_where} equal the definition of {method.config.method} in fp64 within rounding"
+            wrong += int((~(np.abs(got - found.values) <= allowed)).sum())  # NaN is wrong too
+    name = f"{method.compared_where} equal the definition of {method.config.method_name} in fp64 within rounding"
     what = f"{count:,} elements of {len(chosen)} tensors compared, {wrong:,} beyond rounding"
     return compared(name, count, wrong, what if count else "no such element is in the sample")
 

@@ -72,7 +72,7 @@ def model_card(
 
 def _what(kind: str, config: RunConfig) -> str:
     if kind == "fused" and not config.fusion.isolates:
-        return f"A language model merged by {config.fusion.method} from fine-tunes of one model, with cpift."
+        return f"A language model merged by {config.fusion.method_name} from fine-tunes of one model, with cpift."
     made = "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
     return f"A language model {made}: {entry(_KINDS, kind, 'model')}."
 
@@ -167,7 +167,7 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 def _fusion(fusion: FusionConfig) -> str:
     told = markdown(method_named(fusion.method).described(fusion))
-    return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method} onto θ0: {told}."
+    return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method_name} onto θ0: {told}."
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:

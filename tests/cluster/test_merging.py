@@ -21,11 +21,26 @@ from cpift.formats.safetensors import TensorInfo, read_header
 from cpift.merging.base import Fill, FusionInputs
 from cpift.merging.engine import merge
 from cpift.merging.methods.cpift import Fusion
+from cpift.merging.registry import method_named
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.checkpoints import Models, save_checkpoint, shards_of
 
 pytestmark = pytest.mark.slow
+
+
+METHOD = """
+from cpift import UpdateMerge
+
+class Half(UpdateMerge):
+    formula, source, fields = "half the mean", "a test", ()
+
+    def update(self, name, start, stop, updates):
+        return sum(updates) / (2 * len(updates))
+
+    def defined_update(self, name, start, stop, updates):
+        return updates.mean(0) / 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +151,19 @@ def test_an_error_of_a_worker_arrives_as_it_was(tmp_path: Path, sharded_models: 
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"bad: c\.weight: holds NaN or Inf"):
         write_regions(base, bad, RegionsConfig(), {0.01: tmp_path / "out"}, Streaming(budget=1, mark=merging.mark))
+
+
+def test_a_method_of_a_file_beside_the_run_goes_to_workers(
+    tmp_path: Path, sharded_models: Models, merging: RayMerging
+) -> None:
+    """Its module is known to the process that loaded it alone."""
+    base, tuned = sharded_models
+    (tmp_path / "my_methods.py").write_text(METHOD)
+    word = f"{tmp_path / 'my_methods.py'}:Half"
+    config = FusionConfig(method=word)
+    method = method_named(word)(FusionInputs(base, base, tuned, tmp_path, ()), config)
+    folders = [tmp_path / name for name in ("whole", "shared")]
+    for folder, shards_by in zip(folders, (None, merging.merge_shards), strict=True):
+        folder.mkdir()
+        merge(method, base, folder, "inputs", shard_size=10**6, shards_by=shards_by)
+    assert shards_of(folders[0]) == shards_of(folders[1])

@@ -24,7 +24,7 @@ from cpift.errors import entry
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import FusionInputs, Merged, MergeMethod
 from cpift.merging.checks import Check, Progress, check_copied
-from cpift.merging.conflicts import Claims, conflict_named
+from cpift.merging.conflicts import Claims, conflict_named, owned, remaining
 from cpift.merging.core_checks import Operands, check_cores
 from cpift.merging.definition import (
     Definition,
@@ -76,7 +76,7 @@ class Fusion(MergeMethod):
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         super().__init__(inputs, config, seed)
         self.inputs = inputs
-        self._conflict = conflict_named(config.conflict)
+        self._conflict = conflict_named(config.conflict)()
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
         self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
@@ -85,7 +85,7 @@ class Fusion(MergeMethod):
     @classmethod
     def described(cls, config: FusionConfig) -> str:
         return (
-            f"core transplant (conflicts: {config.conflict}), then SLERP of {config.space} "
+            f"core transplant (conflicts: {config.conflict_name}), then SLERP of {config.space} "
             f"by {config.granularity}, ω = {config.omega}, LERP below {config.epsilon:g} rad"
         )
 
@@ -155,10 +155,10 @@ class Fusion(MergeMethod):
         """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
         tasks, sources = list(self.tuned), self.sources(name, start, stop)
         claims = self._claims(name, start, stop, dict(zip(tasks, sources[-len(tasks) :], strict=True)))
-        owned = dict(zip(claims.cores, self._conflict.owners(claims), strict=True))
+        donated = owned(self._conflict, claims, self.config.conflict)
         return Operands(
             sources=sources,
-            masks=[*[None] * (len(sources) - len(tasks)), *(owned[task] for task in tasks)],
+            masks=[*[None] * (len(sources) - len(tasks)), *(donated[task] for task in tasks)],
             core=union_mask(list(claims.cores.values())),
         )
 
@@ -171,8 +171,7 @@ class Fusion(MergeMethod):
         order = list(self.inputs.priority) if self._conflict.by_stage else list(self.tuned)
         cores = {task: self.masks.words(task, name, start, stop) for task in order}
         claims = Claims(self.pretrained, self.tuned, name, start, stop, cores, known)
-        excluded = self._conflict.excluded(claims)
-        return claims if excluded is None else claims.without(excluded)
+        return remaining(self._conflict, claims, self.config.conflict)
 
     def _core_count(self, info: TensorInfo) -> int:
         return sum(count_mask(self.union(info.name, start, stop)) for start, stop in self.pieces(info))

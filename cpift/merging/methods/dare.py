@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.config.run import FusionConfig
-from cpift.merging.base import Contender, FusionInputs, Updates
+from cpift.merging.base import Contender, FusionInputs, UpdateMerge
 from cpift.merging.peft_formulas import merge_utilities
 
 if TYPE_CHECKING:
     import torch
 
 
-class Dare(Updates):
+class Dare(UpdateMerge):
     """Drop updates at random, rescale the rest. An element's fate depends on the seed, its task, tensor and index
     alone, so it is the same in every slice and on every machine."""
 

@@ -10,11 +10,11 @@ import numpy as np
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Combination, Contender
+from cpift.merging.base import Contender, WeightedMerge
 from cpift.merging.definition import Definition, vectors_of, weighted
 
 
-class Linear(Combination):
+class Linear(WeightedMerge):
     """The weighted mean of the fine-tunes."""
 
     formula = "Σ w_i·θi / Σ w_i"

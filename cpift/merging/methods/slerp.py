@@ -12,11 +12,11 @@ from cpift.checkpoints.slices import sweep
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Combination, Contender
+from cpift.merging.base import Contender, WeightedMerge
 from cpift.merging.definition import Definition, combined, runs_of, sequential_slerp, vectors_of
 
 
-class Slerp(Combination):
+class Slerp(WeightedMerge):
     """SLERP of fine-tunes one after another, a vector being one tensor; LERP where the angle is below `epsilon`."""
 
     formula = "SLERP(θ1, θ2, t); of more, one after another by ω_i = 1/(i+1)"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Combination, Contender
+from cpift.merging.base import Contender, WeightedMerge
 from cpift.merging.definition import Definition, vectors_of, weighted
 
 
-class TaskArithmetic(Combination):
+class TaskArithmetic(WeightedMerge):
     """θ0 plus the weighted updates."""
 
     formula = "θ0 + Σ λ_i·(θi − θ0)"

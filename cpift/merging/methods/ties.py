@@ -10,7 +10,7 @@ import numpy as np
 from cpift_kernels import unpack_mask
 
 from cpift.config.run import FusionConfig
-from cpift.merging.base import Contender, FusionInputs, Materials, Updates
+from cpift.merging.base import Contender, FusionInputs, Materials, UpdateMerge
 from cpift.merging.peft_formulas import merge_utilities
 from cpift.method.masks import RegionMasks
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Ties(Updates):
+class Ties(UpdateMerge):
     """Trim, elect a sign, average what agrees. What is kept of each update is its core region for p = `density`."""
 
     formula = "θ0 + λ·mean of the largest updates that agree in sign"

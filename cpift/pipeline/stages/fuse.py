@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -20,9 +21,9 @@ from cpift.disk.files import is_json, link_or_copy, read_json, write_json
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.checks import Progress, failures
-from cpift.merging.conflicts import conflict_named
+from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
-from cpift.merging.registry import method_named
+from cpift.merging.registry import method_named, seeded
 from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
 from cpift.method.regions import Streaming, write_regions
@@ -49,19 +50,20 @@ def artifact(names: Names, groups: Groups, backbone: Model) -> Artifact:
     if not config.fusion.isolates:
         return _merged(names)
     inputs = {"model": model.base(names).fingerprint, "regions": regions.artifact(names).fingerprint}
-    inputs |= probe.fingerprints(names) | {"backbone": backbone.fingerprint}
-    fields = identity_of(config.fusion, "fuse") | names.template_fields
-    if conflict_named(config.fusion.conflict).by_stage:
+    inputs |= probe.fingerprints(names) | {"backbone": backbone.fingerprint} | names.code("fusion.conflict")
+    fields = identity_of(config.fusion, "fuse") | names.template_fields | {"conflict": config.fusion.conflict_name}
+    if by_stage(config.fusion.conflict):
         fields["groups"] = [list(group) for group in groups]
     return names.artifact("fuse", VERSION, inputs, fields)
 
 
 def _merged(names: Names) -> Artifact:
-    fields = identity_of(names.config.fusion, "merge") | names.template_fields
-    if method_named(fields["method"]).seeded:
+    fusion = names.config.fusion
+    fields = identity_of(fusion, "merge") | names.template_fields | {"method": fusion.method_name}
+    if seeded(fusion.method):
         fields["seed"] = names.config.seed
-    inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names)
-    return names.artifact("fuse", VERSION, inputs, fields, fields["method"])
+    inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names) | names.code("fusion.method")
+    return names.artifact("fuse", VERSION, inputs, fields, re.sub(r"[^\w.-]+", "-", fusion.method_name))
 
 
 def known_artifact(names: Names, known: Known) -> Artifact | None:
@@ -229,13 +231,13 @@ def _counted(on_progress: OnProgress, title: str, elements: int) -> Progress:
 
 def title(names: Names) -> str:
     fusion = names.config.fusion
-    return "fusion" if fusion.isolates else f"merge: {fusion.method}"
+    return "fusion" if fusion.isolates else f"merge: {fusion.method_name}"
 
 
 def plan(names: Names, known: Known) -> Iterator[Step]:
     fused, config = known_artifact(names, known), names.config
     if not config.fusion.isolates:
-        yield step_of(_merged(names), f"{config.fusion.method} of {len(config.tasks)} models")
+        yield step_of(_merged(names), f"{config.fusion.method_name} of {len(config.tasks)} models")
     elif fused is not None:
         yield step_of(fused, _settings(config))
     elif known.groups is None:
@@ -246,7 +248,7 @@ def plan(names: Names, known: Known) -> Iterator[Step]:
 
 def _settings(config: RunConfig) -> str:
     fusion = config.fusion
-    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict}"
+    return f"{fusion.space}, a vector is one {fusion.granularity}, ω {fusion.omega}, conflict {fusion.conflict_name}"
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:
