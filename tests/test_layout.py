@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -44,6 +45,41 @@ ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
 # Where Ray is the job; all other files run without it.
 ON_RAY = {"cluster", "sweep.search", "sweep.trial"}
+
+
+# Modules that their own package's tests do not reach, and the tests that do: what starts Ray is in integration/, and
+# some can only be looked at through what uses them.
+TESTED_ELSEWHERE = {
+    "api": "test_python_api.py",
+    "cluster.desk": "integration/test_fits_on_ray.py",
+    "cluster.engine": "integration/test_object_store.py",
+    "cluster.group": "integration/test_fits_on_ray.py",
+    "cluster.tasks": "integration/test_sweep_tune.py",
+    "cluster.work": "integration/test_fits_on_ray.py",
+    "config.needs": "pipeline/test_preflight.py",
+    "config.variation": "sweep/test_sweep.py",
+    "disk.object_store": "cluster/test_stored_merge.py",
+    "evaluation.checks": "data/test_data.py",
+    "formats.gguf": "models/test_sources.py",
+    "formats.sizes": "untrusted/test_json.py",
+    "hub": "rows/test_rows.py",
+    "init.model": "cli/test_main.py",
+    "init.run": "cli/test_main.py",
+    "lazy": "test_python_api.py",
+    "merge_folder": "test_python_api.py",
+    "merging.options": "config/test_other_tools.py",
+    "merging.state_dicts": "test_python_api.py",
+    "pipeline.costs": "cli/test_main.py",
+    "pipeline.outcomes": "sweep/test_keep.py",
+    "pipeline.report": "compare/test_compare.py",
+    "pipeline.shared": "sweep/test_sweep.py",
+    "pipeline.watch": "console/test_progress.py",
+    "rows.holdout": "data/test_data.py",
+    "sweep.search": "integration/test_sweep_tune.py",
+    "text.units": "test_errors.py",
+    "training.speed": "pipeline/test_plan.py",
+    "untrusted.values": "config/test_run.py",
+}
 
 
 def module_of(path: Path) -> str:
@@ -127,6 +163,41 @@ def test_only_public_names_of_the_kernels_are_imported() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 330
+
+
+def reached(tests: Iterable[Path], inside: Callable[[str], bool]) -> set[str]:
+    """The modules of cpift that these tests import, and those that these import in turn."""
+    todo = {name.removeprefix("cpift").removeprefix(".") for path in tests for name in imports_of(path)} & set(NAMES)
+    found: set[str] = set()
+    while todo := {name for name in todo if inside(name)} - found:
+        found |= todo
+        todo = set().union(*(own_imports(NAMES[name]) for name in todo))
+    return found
+
+
+@pytest.mark.parametrize("package", sorted({name.split(".")[0] for name in NAMES if "." in name}))
+def test_a_packages_tests_reach_each_of_its_modules(package: str) -> None:
+    """By themselves or through the package, or a test has the module's name; tests/ has the same folders as cpift/."""
+    folder = ROOT / "tests" / package
+    own = reached(folder.rglob("test_*.py"), lambda name: name.split(".")[0] == package)
+    own |= {name for name in NAMES if (folder / f"test_{name.split('.')[-1]}.py").is_file()}
+    modules = {name for name, path in NAMES.items() if name.split(".")[0] == package and path.name[:2] != "__"}
+    elsewhere = {name for name in TESTED_ELSEWHERE if name.split(".")[0] == package}
+    assert modules - own == elsewhere, "TESTED_ELSEWHERE names these, and no others"
+    for name in elsewhere:
+        assert name in reached([ROOT / "tests" / TESTED_ELSEWHERE[name]], lambda name: True), name
+
+
+def test_tests_have_the_folders_of_the_package() -> None:
+    """And some of their own; a file beside the packages has the test of its name."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    packages = {name.split(".")[0] for name in NAMES if "." in name}
+    assert folders - packages == {"benchmarks", "helpers", "integration", "kernels", "kernels_triton", "ptx"}
+    assert packages <= folders
+    beside = {name for name, path in NAMES.items() if name and path.parent.name == "cpift" and path.name[:2] != "__"}
+    without = {name for name in beside if not (ROOT / "tests" / f"test_{name}.py").is_file()}
+    assert without == {name for name in TESTED_ELSEWHERE if "." not in name}
+    assert all(name in reached([ROOT / "tests" / TESTED_ELSEWHERE[name]], lambda name: True) for name in without)
 
 
 def test_what_tests_share_is_a_helper() -> None:
