@@ -20,6 +20,7 @@ from .dispatch import Backend, implementation, resolve
 from .selection import nonfinite_update, top_elements
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK = 1 << 16  # elements handled together: the base's chunk stays in the L2 cache while all tasks pass by
@@ -122,19 +123,25 @@ class Selection(ABC):
         What is held between phases lies in a nameless file of the folder `spill`, if given."""
 
 
-def stream_cores(models: Models, counts: Sequence[int], *, backend: Backend = "auto") -> Selection:
+def stream_cores(
+    models: Models, counts: Sequence[int], *, device: torch.device | None = None, backend: Backend = "auto"
+) -> Selection:
     """The selection of the exact top-`counts[k]` elements of |θi − θ0| over all tensors of models read in pieces.
 
-    Models come to the CPU, so `auto` is `cpu`. Raises ValueError for a count outside 0..D.
+    device: where pieces are copied to and marked; the CPU if not given, and `auto` follows it as it follows tensors.
+    Masks and thresholds are the same bits everywhere. Raises ValueError for a count outside 0..D.
     """
-    total = sum(models.sizes)
+    import torch
+
+    total, device = sum(models.sizes), device or torch.device("cpu")
     for count in counts:
         if not 0 <= count <= total:
             raise ValueError(f"counts holds {count}; the models have {total} elements, so use 0..{total}")
-    return implementation(resolve(backend), stream_cores_reference)(models, counts)
+    chosen = resolve(backend, torch.empty(0, device=device))
+    return implementation(chosen, stream_cores_reference)(models, counts, device)
 
 
-def stream_cores_reference(models: Models, counts: Sequence[int]) -> Selection:
+def stream_cores_reference(models: Models, counts: Sequence[int], device: torch.device) -> Selection:
     """`stream_cores` in plain torch; holds |Δ| of all tasks in fp32."""
     return _Reference(models, counts)
 

@@ -34,7 +34,7 @@ from .segments import Segments, storage_kind
 from .selection import set_chosen
 
 
-def stream_cores(models: Models, counts: Sequence[int]) -> Selection:
+def stream_cores(models: Models, counts: Sequence[int], device: torch.device) -> Selection:
     """See `cpift_kernels.stream_cores`."""
     return BracketSelection(models, counts)
 

@@ -1,0 +1,91 @@
+"""The pass over streamed models as compiled for a GPU gives the masks, thresholds and errors of the CPU's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cpift_kernels import stream_cores
+from cpift_kernels.triton import streaming
+
+from tests.helpers.streamed import Held
+from tests.ptx.device import interpreted_ptx
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = torch.device("cpu")
+SIZES = [1, 70_000, 33, 300_001]  # several chunks and segments in one tensor, single elements in others
+
+
+@pytest.fixture(autouse=True)
+def launched() -> Iterator[None]:
+    with nullcontext() if INTERPRETED else interpreted_ptx("sm_90"):
+        yield
+
+
+def models_of(dtype: torch.dtype, tasks: int, moved: float = 1.0) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(tasks)
+    base = [torch.randn(size, generator=generator).to(dtype) for size in SIZES]
+    tuned = []
+    for _ in range(tasks):
+        steps = [0.01 * torch.randn(len(x), generator=generator) for x in base]
+        kept = [torch.rand(len(x), generator=generator) < moved for x in base]
+        tuned.append([x + (step * keep).to(dtype) for x, step, keep in zip(base, steps, kept, strict=True)])
+    return [base, *tuned]
+
+
+def both(models: list[list[torch.Tensor]], counts: list[int], spill: Path | None = None) -> tuple[Held, Held]:
+    """What the CPU and the device keep; their cores are compared here."""
+    kept, cores = [], []
+    for make in (
+        lambda held: stream_cores(held, counts, backend="cpu"),
+        lambda held: streaming.stream_cores(held, counts, CPU),
+    ):
+        held = Held(models, len(counts))
+        selection = make(held)
+        cores.append(selection.select(held, selection.ranges(1 << 16), None, spill))
+        kept.append(held)
+    assert cores[0] == cores[1]
+    return kept[0], kept[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tasks", "counts", "moved"),
+    [
+        (torch.float32, 1, [3_700], 1.0),
+        pytest.param(torch.bfloat16, 2, [0, 40, 20_000], 1.0, marks=pytest.mark.slow),  # few values: many ties
+        pytest.param(torch.float16, 3, [3_700, 100_000], 1.0, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 2, [300_000], 0.3, marks=pytest.mark.slow),  # more than moved
+        pytest.param(torch.bfloat16, 9, [500], 1.0, marks=pytest.mark.slow),  # more models than one launch takes
+    ],
+)
+def test_masks_and_thresholds_are_the_cpus(
+    dtype: torch.dtype, tasks: int, counts: list[int], moved: float, tmp_path: Path
+) -> None:
+    here, there = both(models_of(dtype, tasks, moved), counts, tmp_path)
+    for task in range(tasks):
+        for k in range(len(counts)):
+            for mine, its in zip(here.masks[task][k], there.masks[task][k], strict=True):
+                assert np.array_equal(mine, its)
+
+
+def test_equal_updates_go_to_the_lower_index() -> None:
+    base = [torch.zeros(200_001), torch.zeros(70_001)]
+    here, there = both([base, [x + 1.0 for x in base]], [150_003])
+    assert all(np.array_equal(mine, its) for mine, its in zip(here.masks[0][0], there.masks[0][0], strict=True))
+    bits = np.unpackbits(there.masks[0][0][0].view(np.uint8), bitorder="little")[:200_001]
+    assert bits[:150_003].all()
+    assert not bits[150_003:].any()
+
+
+def test_what_is_not_finite_is_named() -> None:
+    models = models_of(torch.float32, 2)
+    models[2][3][270_000] = float("inf")
+    held = Held(models, 1)
+    selection = streaming.stream_cores(held, [10], CPU)
+    with pytest.raises(ValueError, match="task 1, tensor 3"):
+        selection.select(held, selection.ranges(1 << 16))
