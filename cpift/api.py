@@ -271,7 +271,9 @@ def _engine(config: RunConfig, in_process: bool) -> Any:
 
 def _merging(config: RunConfig) -> Merging | None:
     if not config.resources.on_cluster:
-        return None
+        from cpift.merging.on_device import device_merging
+
+        return device_merging(config.resources)
     from cpift.cluster.merging import merging_of
 
     return merging_of(config.resources)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cpift.config.run import RunConfig
     from cpift.console.view import View
     from cpift.evaluation.scores import Score
+    from cpift.merging.engine import Merging
     from cpift.pipeline.pipeline import Pipeline
 
 
@@ -101,11 +102,12 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     view.waiting("checking the configuration, the models and the data")
     run = _load(config, overrides, changes, stage, view.note)
     from cpift.compare.run_baselines import make_baselines
+    from cpift.merging.on_device import device_merging
     from cpift.pipeline.engine import NoEngine
     from cpift.pipeline.pipeline import Pipeline
 
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
-    merging = None
+    merging: Merging | None = device_merging(run.resources)
     if run.resources.on_cluster:
         from cpift.cluster.merging import merging_of
 

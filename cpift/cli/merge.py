@@ -17,6 +17,7 @@ from cpift.text.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
+    from cpift.merging.engine import Merging
 
 _KINDS: Mapping[str, Any] = {
     "value": str | None,
@@ -80,8 +81,9 @@ def merge(
         _tell(config, checked(config, place, download=False), place)
         return
     from cpift.console.view import View
+    from cpift.merging.on_device import device_merging
 
-    merging = None
+    merging: Merging | None = device_merging(config.resources)
     if config.resources.on_cluster:
         from cpift.cluster.merging import merging_of
 

@@ -212,6 +212,12 @@ class ResourcesConfig(Section):
         description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
         "all nodes see, or `storage` a URI",
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        **identity("fuse", "merge", absent="cpu"),
+        description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
+        "GPU (NVIDIA or AMD) and runs the Triton kernels there",
+    )
     verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")
     hang_timeout: float = Field(

@@ -6,13 +6,14 @@ element by element. One file of `methods/` is one way, and one row of `registry.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 from cpift_kernels import fused_apply
@@ -70,6 +71,16 @@ class Contender:
     fields: Mapping[str, Any]
 
 
+class Placement(Protocol):
+    """Where slices of models and masks come to."""
+
+    def model(self, model: Checkpoint) -> Checkpoint:
+        """The same model; slices of it lie there."""
+
+    def masks(self, masks: RegionMasks) -> RegionMasks:
+        """The same masks; their words lie there."""
+
+
 class MergeMethod(ABC):
     """One way to make one model out of many.
 
@@ -85,6 +96,7 @@ class MergeMethod(ABC):
     reads: ClassVar[int] = 0  # times that every model is read before the pass that writes
     extra: ClassVar[str] = ""  # of cpift, without which it cannot run
     contender: ClassVar[Contender | None] = None  # how comparisons have it, if they do
+    on_gpu: ClassVar[bool] = False  # whether slices on a GPU are merged there
     compared_where: ClassVar[str] = "sampled elements"  # what verification holds against the definition
 
     masks: RegionMasks | None = None  # of elements that it treats in another way
@@ -127,6 +139,14 @@ class MergeMethod(ABC):
     def models(self) -> list[Checkpoint]:
         """Every model that is read, each once."""
         return [*([self.pretrained] if self.needs_base else []), *self.tuned.values()]
+
+    def placed(self, at: Placement) -> Self:
+        """A copy of it whose models and masks are read to where `at` has them."""
+        other = copy.copy(self)
+        other.pretrained = at.model(self.pretrained)
+        other.tuned = {task: at.model(model) for task, model in self.tuned.items()}
+        other.masks = None if self.masks is None else at.masks(self.masks)
+        return other
 
     def prepare(self) -> list[dict[str, Any]]:
         """Whole-model statistics, before the first tensor; returns records of them."""
@@ -226,6 +246,8 @@ _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
 
 class WeightedMerge(MergeMethod):
     """Any merge that is Σ c_m·θ_m with the same c for a whole tensor."""
+
+    on_gpu = True
 
     @abstractmethod
     def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:

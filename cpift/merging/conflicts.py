@@ -103,7 +103,8 @@ class Agreeing(Largest):
     def excluded(self, claims: Claims) -> torch.Tensor | None:
         import torch
 
-        up, down = torch.zeros(2, claims.stop - claims.start, dtype=torch.bool)
+        where = claims.pretrained.device
+        up, down = torch.zeros(2, claims.stop - claims.start, dtype=torch.bool, device=where)
         for task, update in claims.updates.items():
             core = unpack_mask(claims.cores[task], len(update))
             up, down = up | core & (update > 0), down | core & (update < 0)

@@ -38,6 +38,7 @@ def examined(
     """
     from cpift.data.shared_rows import SharedRows
     from cpift.evaluation.checks import check_task
+    from cpift.merging.on_device import check_device
     from cpift.merging.planning import check_budget, check_given, check_methods
     from cpift.models.sources import check_model
     from cpift.pipeline.row_checks import RowChecks, check_written
@@ -45,7 +46,7 @@ def examined(
     from cpift.training.tracking import check_trackers
 
     problems, models = [*missing(config, stage), *check_methods(config, stage)], check_model(config.model)
-    problems += _check_names(config)
+    problems += _check_names(config) + check_device(config)
     if not problems and not models:
         models += check_given(config)
     problems += models

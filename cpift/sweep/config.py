@@ -22,7 +22,7 @@ from cpift.config.identity import identity
 from cpift.config.inputs import Seed
 from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
-from cpift.config.variation import Value, base_run, describe, shown
+from cpift.config.variation import Value, base_run, describe, no_device, shown
 from cpift.errors import ConfigError, Problem, entry
 from cpift.evaluation.metrics import metric_of
 
@@ -227,7 +227,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name
     sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
-    problems = _check_space(sweep) + [problem for one in config.objectives for problem in _check_objective(one, base)]
+    problems = (
+        no_device(base)
+        + _check_space(sweep)
+        + [problem for one in config.objectives for problem in _check_objective(one, base)]
+    )
     if problems:
         raise ConfigError(str(path), problems)
     return sweep

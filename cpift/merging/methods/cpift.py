@@ -22,7 +22,7 @@ from cpift.checkpoints.slices import sweep
 from cpift.config.run import FusionConfig
 from cpift.errors import entry
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import FusionInputs, Merged, MergeMethod
+from cpift.merging.base import FusionInputs, Merged, MergeMethod, Placement
 from cpift.merging.checks import Check, Progress, check_copied
 from cpift.merging.conflicts import Claims, conflict_named, owned, remaining
 from cpift.merging.core_checks import Operands, check_cores
@@ -70,6 +70,7 @@ class Fusion(MergeMethod):
     source = "CPI-FT"
     fields = ("omega", "epsilon", "granularity", "space", "conflict", "transplant")
     reads = 1
+    on_gpu = True
     compared_where = "sampled elements in no core"
     masks: RegionMasks
 
@@ -98,6 +99,12 @@ class Fusion(MergeMethod):
     def models(self) -> list[Checkpoint]:
         inputs = self.inputs
         return list({id(m): m for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())}.values())
+
+    def placed(self, at: Placement) -> Fusion:
+        other, inputs = super().placed(at), self.inputs
+        backbone = at.model(inputs.backbone)
+        other.inputs = replace(inputs, pretrained=other.pretrained, backbone=backbone, tuned=other.tuned)
+        return other
 
     def merges(self, info: TensorInfo) -> bool:
         return self.masks.has(info.name)

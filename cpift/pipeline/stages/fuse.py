@@ -52,6 +52,7 @@ def artifact(names: Names, groups: Groups, backbone: Model) -> Artifact:
     inputs = {"model": model.base(names).fingerprint, "regions": regions.artifact(names).fingerprint}
     inputs |= probe.fingerprints(names) | {"backbone": backbone.fingerprint} | names.code("fusion.conflict")
     fields = identity_of(config.fusion, "fuse") | names.template_fields | {"conflict": config.fusion.conflict_name}
+    fields |= identity_of(config.resources, "fuse")
     if by_stage(config.fusion.conflict):
         fields["groups"] = [list(group) for group in groups]
     return names.artifact("fuse", VERSION, inputs, fields)
@@ -60,6 +61,7 @@ def artifact(names: Names, groups: Groups, backbone: Model) -> Artifact:
 def _merged(names: Names) -> Artifact:
     fusion = names.config.fusion
     fields = identity_of(fusion, "merge") | names.template_fields | {"method": fusion.method_name}
+    fields |= identity_of(names.config.resources, "merge")
     if seeded(fusion.method):
         fields["seed"] = names.config.seed
     inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names) | names.code("fusion.method")

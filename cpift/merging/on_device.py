@@ -1,0 +1,172 @@
+"""Regions and fusion in GPU memory: slices are copied there, the kernels run there, masks and results come back.
+
+Core regions have the bits that the CPU selects. A fused model's may differ in the last place where SLERP takes angles:
+the Gram matrix is summed in another order. Such a model has another fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift_kernels import stream_cores
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.slices import Piece
+from cpift.checkpoints.writing import Shard
+from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.devices import visible_gpus
+from cpift.errors import Problem
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import Fill, Merged, MergeMethod
+from cpift.merging.checks import Progress
+from cpift.merging.conflicts import CONFLICTS
+from cpift.merging.engine import merge_shards
+from cpift.merging.registry import METHODS
+from cpift.method.masks import RegionMasks
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from cpift_kernels import Mark, Masks, Selection
+
+
+def check_device(config: RunConfig) -> list[Problem]:
+    """Why regions and fusion cannot run where `resources.device` says; empty for the CPU."""
+    resources, where = config.resources, "resources.device"
+    if resources.device == "cpu":
+        return []
+    problems = []
+    if resources.on_cluster:
+        remedy = "leave it out, or run without resources.distributed, resources.address and RAY_ADDRESS"
+        problems.append(Problem(where, "is `cuda`, and on a cluster regions and fusion are computed on CPUs", remedy))
+    elif not visible_gpus():
+        problems.append(Problem(where, "is `cuda`, and torch sees no GPU here", "use `cpu`, or a torch for this GPU"))
+    able = {"method": [name for name, method in METHODS.items() if method.on_gpu], "conflict": list(CONFLICTS)}
+    for field, words in able.items():  # without what users bring, which was written for the CPU
+        if (word := getattr(config.fusion, field)) not in words:
+            what = f"is `cuda`, and fusion.{field} {word} is computed on CPUs alone"
+            problems.append(Problem(where, what, f"use `cpu`, or one of {', '.join(words)}"))
+    return problems
+
+
+def device_merging(resources: ResourcesConfig) -> DeviceMerging | None:
+    """What `resources.device` asks for; None for the CPU. Loads torch for a GPU alone."""
+    if resources.device == "cpu":
+        return None
+    import torch
+
+    return DeviceMerging(torch.device(resources.device, torch.cuda.current_device()))
+
+
+class DeviceMerging:
+    """How a pipeline selects and merges on one GPU of this process (`merging.engine.Merging`)."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def session(self) -> AbstractContextManager[None]:
+        """Nothing is kept open."""
+        return nullcontext()
+
+    def mark(self, selection: Selection, masks: Masks) -> Mark:
+        """Marks ranges on the device."""
+        return stream_cores(selection.models, selection.counts, device=self._device).marking(masks)
+
+    def merge_shards(
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
+        on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method
+        return merge_shards(on_device, shards, out, made_from, budget, progress)
+
+    def publish(self, folder: Path, fingerprint: str) -> None:
+        """It lies where it was written."""
+
+
+class _OnDevice:
+    """A method as `merge_shards` asks for it: computed on a device, written from the host."""
+
+    def __init__(self, method: MergeMethod, device: torch.device):
+        self._host, self._placed, self._device = method, method.placed(_Placed(device)), device
+        self.models = method.models
+
+    def pieces(self, info: TensorInfo) -> list[Piece]:
+        return self._host.pieces(info)
+
+    def tensor(self, info: TensorInfo) -> Merged:
+        if not self._host.merges(info):
+            return self._host.tensor(info)
+        record, fill = self._placed.tensor(info)
+        return record, self._to_host(fill)
+
+    def _to_host(self, fill: Fill) -> Fill:
+        def filled(start: int, stop: int, out: torch.Tensor) -> None:
+            room = out.new_empty(out.shape, device=self._device)
+            fill(start, stop, room)
+            out.copy_(room)
+
+        return filled
+
+
+class _Placed:
+    """Models and masks as their slices on a device; the same object again for the same one."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._known: dict[int, Checkpoint] = {}
+
+    def model(self, model: Checkpoint) -> Checkpoint:
+        return self._known.setdefault(id(model), DeviceCheckpoint(model, self._device))
+
+    def masks(self, masks: RegionMasks) -> RegionMasks:
+        return DeviceMasks(masks, self._device)
+
+
+class DeviceCheckpoint(Checkpoint):
+    """A model whose slices are copied to a device as they are asked for."""
+
+    def __init__(self, inner: Checkpoint, device: torch.device):
+        self.folder, self.config, self.tensors = inner.folder, inner.config, inner.tensors
+        self.ties, self.is_apart, self._maps = inner.ties, inner.is_apart, {}
+        self._inner, self._device = inner, device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._inner, self._device)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """A copy on the device."""
+        return self._inner.slice(name, start, stop).to(self._device)
+
+    def gather(self, name: str, starts: np.ndarray[Any, Any], length: int) -> torch.Tensor:
+        return self._inner.gather(name, starts, length)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        self._inner.prefetch(name, start, stop)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        self._inner.release(name, start, stop)
+
+    def require_unchanged(self) -> None:
+        self._inner.require_unchanged()
+
+    def unequal_copies(self) -> Iterator[Problem]:
+        return self._inner.unequal_copies()
+
+
+class DeviceMasks(RegionMasks):
+    """Masks whose words are copied to a device as they are asked for."""
+
+    def __init__(self, inner: RegionMasks, device: torch.device):
+        self._inner, self._device = inner, device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._inner, self._device)
+
+    def has(self, name: str) -> bool:
+        return self._inner.has(name)
+
+    def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._inner.words(task, name, start, stop).to(self._device)

@@ -1,0 +1,143 @@
+"""Regions and fusion with slices on a device: the kernels of a GPU, interpreted, beside the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.loading import parse_config
+from cpift.config.run import FusionConfig, RegionsConfig
+from cpift.merging import on_device
+from cpift.merging.base import FusionInputs, Materials
+from cpift.merging.engine import merge
+from cpift.merging.on_device import DeviceMerging, check_device
+from cpift.merging.registry import METHODS, method_named
+from cpift.method.regions import Streaming, write_regions
+from tests.helpers.as_gpu import as_gpu
+from tests.helpers.checkpoints import save_checkpoint
+
+Models = tuple[Checkpoint, dict[str, Checkpoint]]  # θ0, and fine-tunes by task
+SHAPES = {"a.weight": (70, 130), "b.norm": (33,), "c.weight": (7, 1001), "one": (1,), "empty": (0, 4)}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """θ0 and three fine-tunes, whose largest updates overlap."""
+    root, generator = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    shared = {name: torch.randn(shape, generator=generator).abs() ** 4 for name, shape in SHAPES.items()}
+    found = {}
+    for task in ("x", "y", "z"):
+        moved = {n: v + 0.02 * shared[n] * torch.randn(v.shape, generator=generator) for n, v in base.items()}
+        tensors = {name: value.to(torch.bfloat16) for name, value in moved.items()} | {"step": torch.arange(3)}
+        found[task] = Checkpoint(save_checkpoint(root / task, tensors))
+    kept = {name: value.to(torch.bfloat16) for name, value in base.items()} | {
+        "step": torch.zeros(3, dtype=torch.int64)
+    }
+    return Checkpoint(save_checkpoint(root / "base", kept)), found
+
+
+@pytest.fixture(scope="module")
+def regions(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("regions")
+    write_regions(*models, RegionsConfig(p=0.05), {0.05: out})
+    return out
+
+
+def test_regions_have_the_bytes_of_the_cpu(models: Models, regions: Path, tmp_path: Path) -> None:
+    with as_gpu() as launches:
+        streaming = Streaming(mark=DeviceMerging(CPU).mark)
+        write_regions(*models, RegionsConfig(p=0.05), {0.05: tmp_path}, streaming)
+    assert launches["mark_kernel"] >= len(SHAPES) - 1
+    assert launches["collect_kernel"] > 0
+    for path in sorted(regions.iterdir()):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def fused(
+    models: Models,
+    regions: Path,
+    out: Path,
+    fields: Mapping[str, Any],
+    shards_by: Any,
+) -> dict[str, torch.Tensor]:
+    base, tuned = models
+    inputs, config = FusionInputs(base, base, tuned, regions, list(tuned)), FusionConfig(**fields)
+    method = method_named(config.method).make(Materials(inputs, config, 0, lambda: regions))
+    out.mkdir()
+    merge(method, base, out, "inputs", shard_size=10**9, shards_by=shards_by)
+    written = Checkpoint(out)
+    return {name: written.tensor(name) for name in written.names}
+
+
+EXACT: list[dict[str, Any]] = [{"method": "linear"}, {"method": "task_arithmetic", "weight": 0.3}]
+ANGLES: list[dict[str, Any]] = [
+    {"conflict": "magnitude"},
+    {"conflict": "agree", "space": "delta"},
+    {"conflict": "mean", "granularity": "row"},
+    {"conflict": "last", "granularity": "model"},
+    {"transplant": False},
+]
+MOST = [pytest.param(fields, marks=pytest.mark.slow) for fields in [*EXACT[1:], *ANGLES[1:]]]
+
+
+@pytest.mark.parametrize("fields", [EXACT[0], ANGLES[0], *MOST], ids=str)
+def test_a_merge_is_the_cpus_but_for_the_rounding_of_angles(
+    fields: dict[str, Any], models: Models, regions: Path, tmp_path: Path
+) -> None:
+    wanted = fused(models, regions, tmp_path / "cpu", fields, None)
+    with as_gpu() as launches:
+        found = fused(models, regions, tmp_path / "gpu", fields, DeviceMerging(CPU).merge_shards)
+    assert launches["apply_kernel"] > 0
+    if fields in ANGLES:
+        assert launches["gram_kernel"] > 0
+    if fields.get("conflict") in ("magnitude", "agree", "last"):
+        assert launches["conflict_kernel"] > 0
+    for name, values in wanted.items():
+        if fields in EXACT or not values.is_floating_point():
+            assert torch.equal(found[name], values), name
+        else:
+            step = 2.0**-7 * values.float().abs()  # one unit in bf16's last place
+            assert ((found[name].float() - values.float()).abs() <= step).all(), name
+
+
+def test_only_methods_that_say_so_leave_the_host(models: Models, regions: Path, tmp_path: Path) -> None:
+    """A baseline beside a run on a GPU is what it is without one."""
+    fields = {"method": "dare", "density": 0.5}
+    wanted = fused(models, regions, tmp_path / "cpu", fields, None)
+    found = fused(models, regions, tmp_path / "gpu", fields, DeviceMerging(torch.device("meta")).merge_shards)
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+    assert {name for name, method in METHODS.items() if method.on_gpu} >= {"cpift", "linear", "slerp"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus", "told"),
+    [
+        ({}, 0, "torch sees no GPU here"),
+        ({}, 1, None),
+        (
+            {"fusion": {"method": "dare"}},
+            1,
+            "fusion.method dare is computed on CPUs alone → use `cpu`, or one of cpift",
+        ),
+        ({"resources": {"distributed": True}}, 1, "on a cluster regions and fusion are computed on CPUs"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_before_anything_runs(
+    fields: dict[str, Any], gpus: int, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    tasks = [{"name": name, "checkpoint": {"path": str(tmp_path)}} for name in ("x", "y")]
+    raw = {"name": "r", "model": {"path": str(tmp_path)}, "tasks": tasks, **fields}
+    raw["resources"] = {"device": "cuda", **raw.get("resources", {})}
+    config = parse_config(raw, tmp_path, "run")
+    with mock.patch.object(on_device, "visible_gpus", return_value=gpus):
+        found = check_device(config)
+    assert [told in str(problem) for problem in found] == ([True] if told else [])
