@@ -100,7 +100,7 @@ def naming(path: Path, nbytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         error.filename = str(path)
-        error.needed = nbytes  # type: ignore[attr-defined]
+        error.needed = nbytes  # type: ignore[attr-defined]  # OSError has no such field
         raise
 
 

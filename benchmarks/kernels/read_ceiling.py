@@ -37,7 +37,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 @kernel
-def _read(address, lines):  # type: ignore[no-untyped-def]
+def _read(address, lines):  # type: ignore[no-untyped-def]  # compiled by numba, by what it is called with
     """The OR of STREAMS runs of `lines` lines each, one after another in memory."""
     return _read_streams(address, lines)
 

@@ -37,7 +37,7 @@ def register_merge(app: typer.Typer, panel: str) -> None:
 
     own = [one for one in inspect.signature(merge, eval_str=True).parameters.values() if one.name != "fields"]
     parameters = [*own, *(_parameter(name, option) for name, option in OPTIONS.items())]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     command.__doc__ = merge.__doc__
     app.command("merge", rich_help_panel=panel)(command)
@@ -48,7 +48,7 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
     declared = f"{flag}/--no-{flag[2:]}" if option.kind == "switch" else flag
     metavar = {"pairs": "NAME=VALUE", "values": "PATTERN", "value": "VALUE"}.get(option.kind)
     info = typer.Option(declared, metavar=metavar, help=option.help, rich_help_panel=_FIELDS, show_default=False)
-    annotation: Any = Annotated.__class_getitem__((_KINDS[option.kind], info))  # type: ignore[attr-defined]
+    annotation: Any = Annotated.__class_getitem__((_KINDS[option.kind], info))  # type: ignore[attr-defined]  # a type made at run time
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

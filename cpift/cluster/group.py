@@ -117,7 +117,7 @@ class FitGroup:
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(min(600.0, resources.hang_timeout)))
         name = f"desk-{uuid.uuid4().hex[:8]}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = Desk.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._desk = Desk.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # ray.remote makes it
         self._thread = threading.Thread(target=self._drive, args=(self._trainer(name),), daemon=True)
         self._thread.start()
 

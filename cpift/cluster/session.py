@@ -169,7 +169,7 @@ class ProgressBoard:
 def progress_board() -> Iterator[tuple[str, Any]]:
     """The name of a new board, for workers to find it, and its handle; the board ends with the block."""
     name = f"progress-{uuid.uuid4().hex[:8]}"
-    board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]
+    board = ProgressBoard.options(name=name).remote()  # type: ignore[attr-defined]  # ray.remote makes it
     try:
         yield name, board
     finally:

@@ -143,7 +143,7 @@ def _message(number: int) -> str:
 
 
 def _kill_descendants() -> None:
-    import psutil  # type: ignore[import-untyped]
+    import psutil  # type: ignore[import-untyped]  # it has no stubs
 
     found: list[Any] = psutil.Process().children(recursive=True)
     for process in found:

@@ -82,7 +82,7 @@ class _Tolerant:
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         self.failure: OSError | None = None
         with suppress(AttributeError, OSError, ValueError):  # some stand-ins for a stream have no such thing
-            self._stream.reconfigure(errors=PLAIN_SIGNS)  # type: ignore[attr-defined]
+            self._stream.reconfigure(errors=PLAIN_SIGNS)  # type: ignore[attr-defined]  # of TextIOWrapper
 
     def write(self, text: str) -> int:
         try:

@@ -54,7 +54,7 @@ def cut_back(model: PreTrainedModel, begun: Begun, places: Sequence[int], surplu
     if begun.cache is None or not bears_gaps(model):
         return None
     kept = torch.tensor(places, dtype=torch.int64, device=model.device)
-    begun.cache.reorder_cache(kept)  # type: ignore[arg-type]
+    begun.cache.reorder_cache(kept)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
     mask = begun.mask[kept]
     for row, count in enumerate(surplus):
         mask[row, mask.shape[1] - count :] = 0
@@ -84,7 +84,7 @@ def _decoded(
         ]
         if len(stay) < len(open_rows):
             kept = torch.tensor(stay, dtype=torch.int64, device=model.device)
-            cache.reorder_cache(kept)  # type: ignore[arg-type]
+            cache.reorder_cache(kept)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
             mask = mask[kept]
         open_rows = [open_rows[place] for place in stay]
         ids = torch.tensor([[likeliest[place]] for place in stay], device=model.device)
@@ -118,7 +118,7 @@ def _by_transformers(model: PreTrainedModel, rows: Sequence[Opening], ends: Coll
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
     )
-    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]  # a mixin's, unknown to PreTrainedModel
     return [_ended(one, row, ends) for one, row in zip(whole[:, ids.shape[1] :].tolist(), rows, strict=True)]
 
 

@@ -75,7 +75,7 @@ def _scored(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) -> tup
 
 def has_cache(model: PreTrainedModel) -> bool:
     """Whether what a model keeps of what it has read is one cache of which rows can be taken out."""
-    return not model._is_stateful and bool(model._supports_default_dynamic_cache())  # type: ignore[operator]
+    return not model._is_stateful and bool(model._supports_default_dynamic_cache())  # type: ignore[operator]  # torch: any attribute is a Tensor or a Module
 
 
 def shares_beginnings(model: PreTrainedModel) -> bool:

@@ -77,7 +77,7 @@ def evaluate_model(
     model = load_model(path, torch.float32)
     if (dtype := _products(settings, device)) != torch.float32:
         _narrow(model, dtype)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's `to`
     # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     room = _Room(model, tokenizer, settings)

@@ -126,7 +126,7 @@ def conflict_named(word: str) -> type[ConflictRule]:
     """
     if word in CONFLICTS:
         return CONFLICTS[word]
-    return load_class(find("conflicts", word), ConflictRule)  # type: ignore[type-abstract]
+    return load_class(find("conflicts", word), ConflictRule)  # type: ignore[type-abstract]  # an abstract class, not to be made
 
 
 def by_stage(word: str) -> bool:

@@ -42,7 +42,7 @@ def method_named(word: str) -> type[MergeMethod]:
     """
     if word in METHODS:
         return METHODS[word]
-    made = load_class(find("methods", word), MergeMethod)  # type: ignore[type-abstract]
+    made = load_class(find("methods", word), MergeMethod)  # type: ignore[type-abstract]  # an abstract class, not to be made
     if problems := [Problem(short_name(word), *found) for found in _unsaid(made)]:
         raise ConfigError("extensions", problems)
     return made

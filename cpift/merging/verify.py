@@ -108,6 +108,6 @@ def _logits(folder: Path) -> torch.Tensor:
     with torch.inference_mode():
         model = load_model(folder)
         rows = model.get_input_embeddings().num_embeddings
-        tokens = torch.arange(1, 9)[None] % int(rows)  # type: ignore[arg-type]
+        tokens = torch.arange(1, 9)[None] % int(rows)  # type: ignore[arg-type]  # torch: any attribute is a Tensor or a Module
         logits: torch.Tensor = model(tokens, use_cache=False).logits  # some classes build no cache of every config
     return logits

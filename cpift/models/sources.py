@@ -145,7 +145,7 @@ class _Hub(Source):
     in_place = True
 
     @property
-    def repository(self) -> str:  # type: ignore[override]
+    def repository(self) -> str:  # type: ignore[override]  # a field of the others
         return str(self.given)
 
     def decided_by(self) -> Iterator[str]:

@@ -216,7 +216,7 @@ def converted(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> tuple[d
             plain[target] = Traced.of(name, tensors[name])
         else:
             converter = joined.setdefault(target, deepcopy(by_pattern[pattern]))
-            converter.add_tensor(target, name, pattern, Traced.of(name, tensors[name]))  # type: ignore[arg-type]
+            converter.add_tensor(target, name, pattern, Traced.of(name, tensors[name]))  # type: ignore[arg-type]  # Traced stands in for a tensor
     for target, converter in joined.items():
         plain |= _run(converter, target, network)
     return plain, unloaded

@@ -39,7 +39,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, any number will do
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

@@ -69,7 +69,7 @@ def _told(error: yaml.YAMLError, text: str) -> UnreadableError:
         return UnreadableError(f"is no YAML: has a tab in line {mark.line + 1}", "indent with spaces")
     if "document" in str(getattr(error, "context", "")) and "another document" in str(error):
         return UnreadableError(f"holds several documents, the second from line {mark.line + 1} on", "one for each file")
-    what = " ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]
+    what = " ".join(part for part in (error.context, error.problem) if part)  # type: ignore[attr-defined]  # of MarkedYAMLError
     return UnreadableError(f"is no YAML: {what}{_place_of(mark)}: {shown(line.strip())}", "mend the syntax")
 
 

@@ -94,7 +94,7 @@ def _handler() -> Any:
 
     @cfunc(types.void(types.int32, types.CPointer(types.int64), types.voidptr))
     def handle(number: Any, info: Any, context: Any) -> None:
-        state = carray(pointer(state_at), 2, np.int64)  # type: ignore[call-arg]
+        state = carray(pointer(state_at), 2, np.int64)  # type: ignore[call-arg]  # numba's, within compiled code
         address = carray(info, 3)[_ADDRESS_IN_SIGINFO]
         state[_COUNT] += 1
         if put_page(address - address % page, page, protection, flags, -1, 0) == -1:
