@@ -16,6 +16,7 @@ import ray
 
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, Kind, servable
+from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
@@ -50,8 +51,7 @@ def evaluate_models(
     scorings = [Scoring(title, path, tuple(tasks), settings, resources) for title, path in models.items()]
     with ray_session(resources), progress_board() as (board_name, board):
         remote = _evaluate_worker.options(
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker or None,
+            **task_options(demand(resources)),
             max_retries=2,
             scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
         )

@@ -20,7 +20,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cpift.cluster.placement import Nodes, Placement
+from cpift.cluster.placement import KINDS, Nodes, Placement, demand, in_words, train_options
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
@@ -93,8 +93,8 @@ def wait_for_room(resources: ResourcesConfig, title: str, on_progress: OnProgres
     most, since, said = parallel_fits(resources, title), time.monotonic(), False
     while not (free := _count(Nodes(free_resources()), resources)):
         if not said and time.monotonic() - since > _NEWS_SECONDS:
-            need = f"CPUs {resources.cpus_per_worker:g}, GPUs {resources.gpus_per_worker:g}"
-            on_progress({"waiting": f"waiting for a worker's room ({need}): the work of others fills the cluster"})
+            need = in_words(demand(resources))
+            on_progress({"waiting": f"waiting for room for a worker ({need}): the work of others fills the cluster"})
             said = True
         time.sleep(POLL_SECONDS)
     on_progress({"waiting": "waiting for the first worker to start"})
@@ -116,8 +116,8 @@ def _require_room(title: str, need: ResourcesConfig, nodes: Nodes) -> None:
     if nodes.place(need) is None:
         raise CpiftError(
             f"{title}: its workers do not fit the cluster even when nothing else runs: resources.workers "
-            f"{need.workers}, each {need.cpus_per_worker:g} CPUs (cpus_per_worker) and {need.gpus_per_worker:g} GPUs "
-            f"(gpus_per_worker), on {nodes}: lower them, or add nodes"
+            f"{need.workers}, each {in_words(demand(need))} ({', '.join(KINDS.values())}), on {nodes}: "
+            "lower them, or add nodes"
         )
 
 
@@ -156,8 +156,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     """One TorchTrainer, driven by the calling thread until it ends."""
     resources, storage = spec.resources, Storage.of(spec)
     storage.drop_damaged_state()
-    use_gpu = resources.gpus_per_worker > 0
-    per_worker = {"CPU": resources.cpus_per_worker}
+    worker = demand(resources)
     # A range, which makes Ray's fine-tune elastic; its annotation does not know it.
     workers: Any = (resources.min_workers, resources.workers) if resources.min_workers else resources.workers
     # Ray's own default for the controller is to try for ever.
@@ -168,12 +167,8 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec, "board": board_name},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker=per_worker | ({"GPU": resources.gpus_per_worker} if use_gpu else {}),
-        ),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, **train_options(worker)),
         run_config=ray.train.RunConfig(
             name=RUN,
             storage_path=storage.place,

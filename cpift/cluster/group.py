@@ -27,7 +27,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpift.cluster.desk import ENDED, Desk
-from cpift.cluster.placement import Nodes
+from cpift.cluster.placement import Nodes, demand, train_options
 from cpift.cluster.session import KEPT, POLL_SECONDS, alive_nodes, first_ready, started_here
 from cpift.cluster.work import serve
 from cpift.cluster.work_queue import Outcome, Piece
@@ -44,10 +44,9 @@ _ROOM_SECONDS = 180.0  # for nodes that were lost to come back
 
 @dataclass(frozen=True)
 class Kind:
-    """What all workers of a group have alike: CPUs, GPUs, and what the environment says to trackers."""
+    """What all workers of a group have alike: what each takes, and what the environment says to trackers."""
 
-    cpus: float
-    gpus: float
+    worker: tuple[tuple[str, float], ...]  # a Demand
     variables: tuple[tuple[str, str], ...]
 
 
@@ -60,7 +59,7 @@ def servable(resources: ResourcesConfig, tracking: Sequence[Tracker]) -> Kind | 
     if resources.by_train:
         return None
     variables = tracker_variables(tracking) if resources.on_cluster else {}  # workers of a Ray of ours have them
-    return Kind(resources.cpus_per_worker, resources.gpus_per_worker, tuple(sorted(variables.items())))
+    return Kind(tuple(demand(resources).items()), tuple(sorted(variables.items())))
 
 
 class _Apart(Backend):
@@ -168,13 +167,12 @@ class FitGroup:
     def _has_room(self) -> bool:
         """Whether a worker fits any node that runs: Ray Train would wait for one for ever. Raises StageError if Ray is
         lost."""
-        return Nodes([node["Resources"] for node in alive_nodes()]).has_room(self.kind.cpus, self.kind.gpus)
+        return Nodes([node["Resources"] for node in alive_nodes()]).has_room(dict(self.kind.worker))
 
     def _trainer(self, desk: str) -> DataParallelTrainer:
         shutil.rmtree(self._folder / _NAME, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         kind = self.kind
-        each = {"CPU": kind.cpus} | ({"GPU": kind.gpus} if kind.gpus else {})
         told: dict[str, Any] = {"worker_runtime_env": {"env_vars": dict(kind.variables)}} if kind.variables else {}
         # Of a piece of work the desk counts failures. These are of workers that end before they hold any.
         limits: dict[str, Any] = {"max_failures": 10 * (self._failures + 1), "controller_failure_limit": self._failures}
@@ -182,9 +180,7 @@ class FitGroup:
             serve,
             train_loop_config={"desk": desk},
             backend_config=_ApartConfig(),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=self.size, use_gpu=kind.gpus > 0, resources_per_worker=each
-            ),
+            scaling_config=ray.train.ScalingConfig(num_workers=self.size, **train_options(dict(kind.worker))),
             run_config=ray.train.RunConfig(
                 name=_NAME,
                 storage_path=str(self._folder),

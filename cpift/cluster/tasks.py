@@ -16,6 +16,7 @@ import ray
 from cpift.cluster.engine import evaluate_models
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits
 from cpift.cluster.merging import merging_of
+from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
@@ -99,8 +100,7 @@ def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progr
 def _remote(spec: FitSpec) -> Any:
     need = spec.resources
     return _fit_task.options(
-        num_cpus=cpus_for(spec.threads, need),
-        num_gpus=need.gpus_per_worker or None,
+        **task_options(demand(need, cpus_for(spec.threads, need))),
         max_retries=need.max_failures,
         scheduling_strategy="DEFAULT",  # from within a trial too, which holds less
     )

@@ -19,6 +19,7 @@ from ray import tune
 from cpift.cluster.engine import RayEngine
 from cpift.cluster.fits import cpus_for, parallel_fits
 from cpift.cluster.merging import merging_of
+from cpift.cluster.placement import demand, tune_options
 from cpift.cluster.session import progress_board, ray_session, show_progress
 from cpift.cluster.tasks import OnRay
 from cpift.config.run import ResourcesConfig, RunConfig
@@ -254,8 +255,7 @@ def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
     """
     if asks_ray(resources):
         return {"memory": 2**20}
-    gpus = {"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    return {"cpu": cpus_for(resources.most_threads, resources)} | gpus
+    return tune_options(demand(resources, cpus_for(resources.most_threads, resources)))
 
 
 class _Progress(tune.Callback):

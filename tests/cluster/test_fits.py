@@ -36,7 +36,7 @@ def test_a_full_cluster_is_waited_for_and_that_is_said_once(monkeypatch: pytest.
     room, said = waited(monkeypatch, [FULL, {}, FULL, FULL, {"CPU": 1.0}])
     assert room == 1
     assert said == [
-        "waiting for a worker's room (CPUs 1, GPUs 0): the work of others fills the cluster",
+        "waiting for room for a worker (1 CPUs, 0 GPUs): the work of others fills the cluster",
         "waiting for the first worker to start",
     ]
     room, said = waited(monkeypatch, [FULL, NODE])  # what was just given back is not the work of others

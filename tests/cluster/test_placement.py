@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cpift.cluster.placement import Nodes
+from cpift.cluster.placement import KINDS, Nodes, demand, in_words, task_options, train_options, tune_options
 from cpift.config.run import ResourcesConfig
 from cpift.config.training import TaskResources
 
@@ -52,8 +52,13 @@ def test_what_no_node_has_is_never_placed(cpus: float, gpus: float) -> None:
 
 def test_room_is_what_one_node_has() -> None:
     nodes = Nodes([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 4.0}])
-    assert [nodes.has_room(*need) for need in ((4, 0), (1, 1), (4, 1), (5, 0))] == [True, True, False, False]
-    assert not Nodes([]).has_room(1, 0)
+    assert [nodes.has_room(demand(need(1, *each))) for each in ((4, 0), (1, 1), (4, 1), (5, 0))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not Nodes([]).has_room({"CPU": 1})
 
 
 def test_an_elastic_group_takes_what_there_is() -> None:
@@ -76,3 +81,26 @@ def test_a_task_overrides_only_what_it_names() -> None:
     own = TaskResources(workers=4, gpus_per_worker=2)
     merged = need(1, cpus=6).overridden(own)
     assert (merged.workers, merged.cpus_per_worker, merged.gpus_per_worker, merged.threads) == (4, 6, 2, 6)
+
+
+def test_each_part_of_ray_is_asked_for_the_same() -> None:
+    alone, gpu = demand(need(1, 2)), demand(need(1, 2, 0.5))
+    assert (alone, gpu) == ({"CPU": 2.0}, {"CPU": 2.0, "GPU": 0.5})
+    assert demand(need(1, 2, 0.5), cpus=3) == {"CPU": 3, "GPU": 0.5}
+    assert task_options(alone) == {"num_cpus": 2.0, "num_gpus": None}
+    assert train_options(gpu) == {"use_gpu": True, "resources_per_worker": gpu}
+    assert tune_options(gpu) == {"cpu": 2.0, "gpu": 0.5}
+    assert in_words(gpu) == "2 CPUs, 0.5 GPUs"
+
+
+def test_another_kind_of_resource_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithDisk(ResourcesConfig):
+        disks_per_worker: float = 2
+
+    monkeypatch.setattr("cpift.cluster.placement.KINDS", {**KINDS, "disk": "disks_per_worker"})
+    worker = demand(WithDisk())
+    assert worker == {"CPU": 1, "disk": 2}
+    assert task_options(worker) == {"num_cpus": 1, "num_gpus": None, "resources": {"disk": 2}}
+    assert tune_options(worker) == {"cpu": 1, "disk": 2}
+    assert started(Nodes([{"CPU": 9, "disk": 4}]), *[WithDisk()] * 3) == [True, True, False]
+    assert "2 disks" in in_words(worker)
