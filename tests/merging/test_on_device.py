@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.cli.main import app
 from cpift.config.loading import parse_config
 from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.merging import on_device
@@ -21,6 +25,7 @@ from cpift.merging.registry import METHODS, method_named
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.merges import config_file, make_models
 
 Models = tuple[Checkpoint, dict[str, Checkpoint]]  # θ0, and fine-tunes by task
 SHAPES = {"a.weight": (70, 130), "b.norm": (33,), "c.weight": (7, 1001), "one": (1,), "empty": (0, 4)}
@@ -141,3 +146,33 @@ def test_what_a_gpu_cannot_do_is_refused_before_anything_runs(
     with mock.patch.object(on_device, "visible_gpus", return_value=gpus):
         found = check_device(config)
     assert [told in str(problem) for problem in found] == ([True] if told else [])
+
+
+@pytest.mark.slow
+def test_commands_reach_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cpift regions`, `cpift fuse` and `cpift merge` with `resources.device: cuda`; masks are those of the CPU."""
+    make_models(tmp_path)
+    file, masks = config_file(tmp_path, tmp_path), {}
+    for device, needed in (("cpu", set()), ("cuda", {"mark_kernel", "collect_kernel", "gram_kernel", "apply_kernel"})):
+        options = ["--set", f"resources.device={device}", "--set", "regions.p=0.2"]
+        output = tmp_path / device
+        monkeypatch.setattr(on_device, "visible_gpus", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        placed = on_device.DeviceMerging
+        monkeypatch.setattr(on_device, "DeviceMerging", lambda device, placed=placed: placed(CPU))
+        with as_gpu() if device == "cuda" else nullcontext(Counter()) as launches:
+            for command in (["regions", str(file)], ["fuse", str(file), "--no-verify"]):
+                done = CliRunner().invoke(app, [*command, "--output", str(output), *options])
+                assert done.exit_code == 0, (done.output, done.exception)
+            models = [str(tmp_path / name) for name in ("base", "one", "two")]
+            done = CliRunner().invoke(
+                app, ["merge", *models, "--out", str(output / "merged"), "--method", "slerp", *options[:2]]
+            )
+            assert done.exit_code == 0, (done.output, done.exception)
+        monkeypatch.setattr(on_device, "DeviceMerging", placed)
+        assert needed <= set(launches), launches
+        (folder,) = (output / "regions").iterdir()
+        masks[device] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert masks["cpu"] == masks["cuda"] != {}
+    names = [{path.name for path in (tmp_path / device / "fuse").iterdir()} for device in ("cpu", "cuda")]
+    assert names[0].isdisjoint(names[1]), "a model from a GPU is another output"
