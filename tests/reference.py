@@ -191,7 +191,12 @@ def _metrics() -> str:
 def _methods() -> str:
     """What `fusion.method`, `fusion.conflict`, `regions.measure` and `regions.scope` may be."""
     methods = [
-        (f"`{name}`", f"{one.formula} ({one.source})", _said(one), ", ".join(f"`{field}`" for field in one.fields))
+        (
+            f"`{name}`",
+            f"{one.formula} ({one.source})",
+            _said(one),
+            ", ".join(f"`{field}`" for field in one.fields) or "none",
+        )
         for name, one in METHODS.items()
     ]
     rules = [(f"`{name}`", rule.formula) for name, rule in CONFLICTS.items()]

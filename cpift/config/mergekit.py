@@ -169,21 +169,40 @@ def _sum(merge: _Merge) -> list[str]:
 
 def _ties(merge: _Merge) -> list[str]:
     """The mean of what agrees: divided by its weights in mergekit, by its number in cpift."""
-    weights, scale = _weights(merge), merge.number("lambda", 1.0)
+    weights = _weights(merge)
     if not merge.number("normalize", True):
         merge.note("parameters.normalize", "false: cpift's TIES is the mean of what agrees, not the sum")
     if merge.number("rescale", False):
         merge.note("parameters.rescale", "true: cpift's TIES does not scale what it kept")
     if len(set(weights)) > 1:
         merge.note("parameters.weight", "they differ: mergekit elects signs by weight, cpift does not")
+    return [*_density(merge), *_said(merge, _even(merge))]
+
+
+def _even(merge: _Merge) -> list[float]:
+    """Weights whose mean is `lambda`."""
+    weights, scale = _weights(merge), merge.number("lambda", 1.0)
     total = sum(weights)
-    even = [weight * len(weights) / total if total else weight for weight in weights]
-    return [*_density(merge), *_said(merge, [scale * weight for weight in even])]
+    return [scale * (weight * len(weights) / total if total else weight) for weight in weights]
 
 
 def _dare(merge: _Merge) -> list[str]:
     merge.note("seed", "other elements are dropped than by mergekit, at the same density", "--seed N for others")
     return [*_density(merge), *_sum(merge)]
+
+
+def _dare_ties(merge: _Merge) -> list[str]:
+    """The mean of what agrees; mergekit sums it unless it is told to normalise."""
+    merge.note("seed", "other elements are dropped than by mergekit, at the same density", "--seed N for others")
+    if not merge.number("normalize", False):
+        merge.note("parameters.normalize", "false: cpift's dare_ties is the mean of what agrees, not the sum")
+    return [*_density(merge), *_said(merge, _even(merge))]
+
+
+def _model_stock(merge: _Merge) -> list[str]:
+    if merge.number("filter_wise", False):
+        merge.note("parameters.filter_wise", "true: cpift takes one angle for each tensor")
+    return []
 
 
 def _density(merge: _Merge) -> list[str]:
@@ -217,7 +236,9 @@ _METHODS = {
     "task_arithmetic": _Method("task_arithmetic", _sum),
     "ties": _Method("ties", _ties),
     "dare_linear": _Method("dare", _dare),
-    "dare_ties": _Method("dare", _dare, differs="cpift's dare elects no signs after dropping"),
+    "dare_ties": _Method("dare_ties", _dare_ties),
+    "nearswap": _Method("nearswap", lambda merge: ["--t", f"{merge.number('t', 0.5):g}"]),
+    "model_stock": _Method("model_stock", _model_stock),
 }
 
 

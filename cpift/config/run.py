@@ -124,14 +124,16 @@ class FusionConfig(Section):
     weight: float = Field(
         1.0,
         **identity("merge"),
-        description="of every task: linear (normalised), λ of task_arithmetic, ties and dare",
+        description="of every task: linear (normalised), λ of task_arithmetic, ties, dare and dare_ties",
     )
     weights: dict[str, float] = Field(
         **identity("merge"),
         default_factory=dict,
         description="by task, where they differ from `weight`",
     )
-    density: Fraction = Field(0.2, **identity("merge"), description="share of each update that ties and dare keep")
+    density: Fraction = Field(
+        0.2, **identity("merge"), description="share of each update that ties, dare and dare_ties keep"
+    )
     trim: ScopeName = Field(
         "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
     )
@@ -140,7 +142,8 @@ class FusionConfig(Section):
         **identity("merge"),
         ge=0,
         le=1,
-        description="slerp of two tasks: 0 is the first, 1 the second; of more, each weighs the same",
+        description="slerp of two tasks: 0 is the first, 1 the second; of more, each weighs the same; nearswap: the "
+        "most that an element moves",
     )
     omega: Literal["uniform"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "uniform",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-MergeName = Literal["cpift", "linear", "task_arithmetic", "slerp", "ties", "dare"]
+MergeName = Literal[
+    "cpift", "linear", "task_arithmetic", "slerp", "ties", "dare", "dare_ties", "nearswap", "model_stock"
+]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]
 ScopeName = Literal["global", "tensor"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cpift_kernels import count_mask, pack_mask, resolve_conflicts, union_mask, unpack_mask
+from cpift_kernels import pack_mask, resolve_conflicts, union_mask, unpack_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.errors import CpiftError
@@ -143,9 +143,9 @@ def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tens
         raise CpiftError(f"{where}: gives {len(owners)} masks → give one for each of {len(cores)} tasks, in order")
     for (task, core), mask in zip(cores.items(), owners, strict=True):
         _require_mask(mask, core, f"{where}: of task {task}")
-        if count_mask(mask & ~core):
+        if bool((mask & ~core).any()):
             raise CpiftError(f"{where}: task {task} donates what its core does not hold → keep to `claims.cores`")
-    if count_mask(union_mask(list(cores.values())) & ~union_mask(owners)):
+    if bool((union_mask(list(cores.values())) & ~union_mask(owners)).any()):
         raise CpiftError(f"{where}: an element of a core has no owner → give it one, or leave it out by `excluded`")
     return dict(zip(cores, owners, strict=True))
 

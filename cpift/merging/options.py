@@ -25,11 +25,11 @@ class Option:
 
 OPTIONS: Mapping[str, Option] = {
     "method": Option("fusion.method", f"{listed(MergeName)}, or module:attribute [default: cpift]"),
-    "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties and dare"),
+    "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties, dare and dare_ties"),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
-    "density": Option("fusion.density", "share of each update that ties and dare keep"),
+    "density": Option("fusion.density", "share of each update that ties, dare and dare_ties keep"),
     "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),
-    "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second"),
+    "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second; nearswap: the most that an element moves"),
     "omega": Option("fusion.omega", "cpift: `uniform`, every model weighs the same, or a fixed number"),
     "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
     "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
@@ -48,7 +48,7 @@ OPTIONS: Mapping[str, Option] = {
     "order": Option("groups.order", "cpift: of groups: random, given or similarity"),
     "backbone": Option("backbone.source", "cpift: what cores go into: `pretrained` (BASE), a folder or hub id"),
     "backbone_revision": Option("backbone.revision", "cpift: branch, tag or commit of a backbone on the hub"),
-    "seed": Option("seed", "of dare, and of the order of groups"),
+    "seed": Option("seed", "of dare and dare_ties, and of the order of groups"),
     "memory_budget": Option("resources.memory_budget", "most memory to hold, page cache apart, for example 512MiB"),
     "verify": Option("resources.verify", "read the merged model back and compare it with its inputs", "switch"),
     "dtype": Option("model.dtype", "of the merged model: auto (as BASE), bfloat16, float16 or float32"),

@@ -12,7 +12,10 @@ from cpift.extensions import find, load_class, short_name
 from cpift.merging.base import MergeMethod
 from cpift.merging.methods.cpift import Fusion
 from cpift.merging.methods.dare import Dare
+from cpift.merging.methods.dare_ties import DareTies
 from cpift.merging.methods.linear import Linear
+from cpift.merging.methods.model_stock import ModelStock
+from cpift.merging.methods.nearswap import NearSwap
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
 from cpift.merging.methods.ties import Ties
@@ -24,6 +27,9 @@ METHODS: dict[str, type[MergeMethod]] = {
     "task_arithmetic": TaskArithmetic,
     "ties": Ties,
     "dare": Dare,
+    "dare_ties": DareTies,
+    "nearswap": NearSwap,
+    "model_stock": ModelStock,
 }
 
 

@@ -79,7 +79,7 @@ def test_a_file_of_mergekit_is_answered_with_the_command(text: str, command: str
         ("merge_method: ties\n" + HEAD % ("density: [0, 1]", ""), "parameters.density: is no single number"),
         ("merge_method: ties\n" + HEAD % ("weight: 1", "weight: 2"), "mergekit elects signs by weight"),
         ("merge_method: ties\n" + HEAD % ("density: 1", "density: 0.5"), "parameters.density: differs (1, 0.5)"),
-        ("merge_method: dare_ties\n" + HEAD % ("density: 0.5", "density: 0.5"), "elects no signs after dropping"),
+        ("merge_method: dare_ties\n" + HEAD % ("density: 0.5", "density: 0.5"), "the mean of what agrees, not the sum"),
         ("merge_method: dare_linear\n" + HEAD % ("", ""), "other elements are dropped than by mergekit"),
         ("merge_method: ties\ntokenizer_source: union\n" + HEAD % ("", ""), "tokenizer: cpift keeps BASE's"),
         ("merge_method: linear\nmodels: [{model: org/base+ft/lora}, {model: b}]", "the same if BASE is org/base"),

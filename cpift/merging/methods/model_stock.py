@@ -1,0 +1,73 @@
+"""Model Stock: how far to go from θ0 to the mean of fine-tunes, by the angle between their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from cpift_kernels import masked_gram
+
+from cpift.checkpoints.finite import require_finite
+from cpift.checkpoints.slices import sweep
+from cpift.config.run import FusionConfig
+from cpift.errors import Problem
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import WeightedMerge
+from cpift.merging.definition import Definition, runs_of, vectors_of, weighted
+
+
+class ModelStock(WeightedMerge):
+    """Tensor by tensor θ0 + t·(mean of θi − θ0); cosα is the mean over pairs of updates, 0 where one of them is none,
+    and no less than 0, for which the paper's geometry is."""
+
+    formula = "θ0 + t·mean(θi − θ0), t = N·cosα / (1 + (N − 1)·cosα), α the angle between updates"
+    source = "arXiv 2403.19522"
+    fields = ()
+
+    @classmethod
+    def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        if len(tasks) > 1:
+            return []
+        return [Problem("tasks", "model_stock takes the angle between fine-tunes, and there is one", "name another")]
+
+    @classmethod
+    def described(cls, config: FusionConfig) -> str:
+        return "t by the angle between updates, tensor by tensor"
+
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+        import torch
+
+        size = len(self.tuned)
+        gram = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        for start, stop in sweep(self.models, info, self.pieces(info)):
+            first, *others = (model.slice(info.name, start, stop) for model in self.models)
+            gram += masked_gram(first, others, None)[0]
+        if not gram.isfinite().all():
+            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
+                require_finite(label, model, [info.name])
+        of_updates = gram[1:, 1:]  # the Gram matrix is of (θ0, θ1 − θ0, …)
+        norms = of_updates.diagonal().sqrt()
+        cosines = (of_updates / torch.outer(norms, norms)).nan_to_num(0.0)
+        cosine = float((cosines.sum() - cosines.trace()) / (size * (size - 1)))
+        share = _share(cosine, size)
+        record = {"tensor": info.name, "numel": info.numel, "core": 0, "cosine": cosine, "share": share}
+        return [1.0 - share, *[share / size] * size], record
+
+    def definition(self, info: TensorInfo) -> Definition:
+        vectors, size = vectors_of(self.models, info), len(self.tuned)
+        products = np.zeros((size, size))
+        for origin, *tuned in runs_of(vectors, info.numel)():
+            updates = np.stack(tuned) - origin
+            products += updates @ updates.T
+        pairs = [(i, j) for i in range(size) for j in range(i)]
+        sizes = np.sqrt(np.diagonal(products))
+        cosines = [products[i, j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] > 0 else 0.0 for i, j in pairs]
+        share = _share(float(np.mean(cosines)), size)
+        return weighted(vectors, np.array([1 - share, *[share / size] * size]))
+
+
+def _share(cosine: float, size: int) -> float:
+    """t of so many fine-tunes."""
+    cosine = max(cosine, 0.0)
+    return size * cosine / (1 + (size - 1) * cosine)

@@ -1,0 +1,142 @@
+"""dare_ties, nearswap and model_stock: figures by hand, their definitions in every dtype, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpift.checkpoints import slices as streaming
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.run import FusionConfig
+from cpift.errors import CheckpointError, CpiftError
+from cpift.merging import base as merging_base
+from cpift.merging.base import FusionInputs
+from cpift.merging.checks import failures
+from cpift.merging.engine import merge
+from cpift.merging.methods.dare import survives
+from cpift.merging.registry import method_named
+from cpift.merging.verify import verify
+from tests.helpers.checkpoints import save_checkpoint
+
+SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "cube": (3, 5, 7), "none": (0, 4)}
+
+
+def inputs_of(folder: Path, models: list[Mapping[str, torch.Tensor]]) -> FusionInputs:
+    """θ0 and fine-tunes."""
+    base, *tuned = (Checkpoint(save_checkpoint(folder / str(number), one)) for number, one in enumerate(models))
+    return FusionInputs(base, base, {f"t{number}": one for number, one in enumerate(tuned)}, Path(), ())
+
+
+def merged(folder: Path, inputs: FusionInputs, seed: int = 0, **fields: Any) -> Checkpoint:
+    """The merge of `inputs`, which has to pass its own checks."""
+    config = FusionConfig(**fields)
+    method = method_named(config.method)(inputs, config, seed)
+    folder.mkdir()
+    merge(method, inputs.backbone, folder, "inputs", shard_size=10**9)
+    checks = verify(method, inputs.backbone, folder)
+    assert not failures(checks)
+    assert any("fp64" in check["name"] and check["passed"] for check in checks)
+    return Checkpoint(folder)
+
+
+def vectors(*values: list[float]) -> list[Mapping[str, torch.Tensor]]:
+    return [{"w": torch.tensor(value)} for value in values]
+
+
+def random_models(tasks: int, dtype: torch.dtype) -> list[Mapping[str, torch.Tensor]]:
+    """θ0 and fine-tunes that moved; the last one did not move in tensor `odd`."""
+    generator = torch.Generator().manual_seed(5)
+    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SIZES.items()}
+    tuned = [
+        {n: (x.float() + 0.1 * torch.randn(x.shape, generator=generator)).to(dtype) for n, x in base.items()}
+        for _ in range(tasks)
+    ]
+    tuned[-1] |= {"odd": base["odd"].clone()}
+    return [base, *tuned]
+
+
+CASES = {
+    "dare_ties": (3, {"density": 0.5, "weights": {"t1": 0.5}}),
+    "nearswap": (1, {"t": 0.05}),
+    "model_stock": (3, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_those_of_the_definition_however_it_is_cut(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, fields = CASES[name]
+    inputs = inputs_of(tmp_path, random_models(tasks, dtype))
+    whole = merged(tmp_path / "whole", inputs, method=name, **fields)
+    monkeypatch.setattr(streaming, "SLICE", 64)
+    monkeypatch.setattr(merging_base, "_RUN", 32)
+    sliced = merged(tmp_path / "sliced", inputs, method=name, **fields)
+    for tensor in SIZES:
+        a, b = whole.tensor(tensor), sliced.tensor(tensor)
+        assert torch.equal(a, b) if name != "model_stock" else torch.allclose(a, b, rtol=2**-7, atol=1e-6)
+
+
+def test_dare_ties_elects_among_what_survived(tmp_path: Path) -> None:
+    moves = torch.tensor([[1.0] * 64, [-3.0] * 64, [2.5] * 64])
+    inputs = inputs_of(tmp_path, vectors([0.0] * 64, *moves.tolist()))
+    found = merged(tmp_path / "out", inputs, seed=3, method="dare_ties", density=0.5, weight=0.7).tensor("w")
+    kept = torch.stack([torch.from_numpy(survives(3, f"t{i}", "w", 0, 64, 0.5)) for i in range(3)])
+    for column in range(64):
+        values = [2 * float(moves[i, column]) for i in range(3) if kept[i, column]]
+        same = [value for value in values if (value > 0) == (sum(values) >= 0)]
+        wanted = 0.7 * sum(same) / len(same) if same else 0.0
+        assert math.isclose(float(found[column]), wanted, rel_tol=1e-6)
+    assert {int(part) for part in kept.sum(0)} == {0, 1, 2, 3}, "all cases are there"
+
+
+def test_nearswap_cuts_updates_off(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, vectors([1.0, 1.0, 1.0, 1.0], [1.0, 1.25, 3.0, -3.0]))
+    assert merged(tmp_path / "out", inputs, method="nearswap", t=0.5).tensor("w").tolist() == [1.0, 1.25, 1.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),
+    [
+        ([2.0, 0.0], [2.0, 0.0], [2.0, 0.0]),  # cosα = 1: t = 1, their mean
+        ([2.0, 0.0], [0.0, 2.0], [0.0, 0.0]),  # cosα = 0: t = 0, θ0
+        ([2.0, 0.0], [1.0, math.sqrt(3)], [1.0, 1 / math.sqrt(3)]),  # cosα = ½: t = 2/3
+        ([2.0, 0.0], [-2.0, 0.1], [0.0, 0.0]),  # they part: θ0
+        ([2.0, 0.0], [0.0, 0.0], [0.0, 0.0]),  # one did not move
+    ],
+)
+def test_model_stock_goes_as_far_as_the_angle_says(
+    tmp_path: Path, one: list[float], other: list[float], wanted: list[float]
+) -> None:
+    inputs = inputs_of(tmp_path, vectors([0.0, 0.0], one, other))
+    found = merged(tmp_path / "out", inputs, method="model_stock").tensor("w")
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_that_is_not_finite_is_named(name: str, tmp_path: Path) -> None:
+    tasks, fields = CASES[name]
+    models = random_models(tasks, torch.float32)
+    models[-1]["matrix"][3, 4] = float("nan")
+    with pytest.raises(CheckpointError, match="matrix: holds NaN or Inf"):
+        merged(
+            tmp_path / "out",
+            inputs_of(tmp_path, models),
+            method=name,
+            density=1.0,
+            **{k: v for k, v in fields.items() if k != "density"},
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "said"), [("nearswap", 2, "is of one fine-tune"), ("model_stock", 1, "there is one")]
+)
+def test_other_numbers_of_models_are_refused(name: str, tasks: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CpiftError, match=said):
+        merged(tmp_path / "out", inputs_of(tmp_path, random_models(tasks, torch.float32)), method=name)
