@@ -226,7 +226,7 @@ def _value(data: bytes, chance: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0] if start else len(data.split(b"\n")[0])
     try:
         root = json.loads(data[start : start + length])
-        node, places = root, []
+        node, places = root, list[Any]()
         while isinstance(node, (dict, list)) and node and (not places or chance.random() < 0.8):
             key = chance.choice(list(node) if isinstance(node, dict) else range(len(node)))
             places.append((node, key))

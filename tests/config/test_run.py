@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -19,7 +19,7 @@ from cpift.errors import ConfigError
 from cpift.sweep.config import load_sweep
 
 
-def minimal() -> dict:
+def minimal() -> dict[str, Any]:
     source = {"procedural": "addition", "size": 8}
     return {
         "name": "t",
@@ -30,13 +30,13 @@ def minimal() -> dict:
     }
 
 
-def load(tmp_path: Path, raw: dict, *overrides: str):
+def load(tmp_path: Path, raw: dict[str, Any], *overrides: str) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(raw))
     return load_config(path, overrides)
 
 
-def problems(tmp_path: Path, raw: dict, *overrides: str) -> str:
+def problems(tmp_path: Path, raw: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, raw, *overrides)
     return str(caught.value)
@@ -78,7 +78,7 @@ def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
         ({"model": {"path": "nowhere"}}, ["model.path", "no such", "nowhere"]),
     ],
 )
-def test_each_mistake_is_named(tmp_path: Path, change: dict, said: list[str]) -> None:
+def test_each_mistake_is_named(tmp_path: Path, change: dict[str, Any], said: list[str]) -> None:
     message = problems(tmp_path, minimal() | change)
     for part in said:
         assert part in message
@@ -170,7 +170,9 @@ def test_variables_are_replaced_in_paths_alone(tmp_path: Path, monkeypatch: pyte
         {"resources": {"address": "ray://${WORD}:10001"}},
     ],
 )
-def test_variables_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+def test_variables_elsewhere_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
     monkeypatch.setenv("WORD", "word")
     assert "holds ${...}, which is replaced in a path alone" in problems(tmp_path, minimal() | change)
 

@@ -98,6 +98,7 @@ def unsealed(**fields: Any) -> Callable[[Path], None]:
     )
 
 
+NO_RECORDS: tuple[Any, ...] = (None, [], {}, {"files": None, "remake": ""})
 MANIFESTS: dict[str, Callable[[Path], None]] = {
     "truncated": truncated,
     "empty": holding(""),
@@ -112,7 +113,7 @@ MANIFESTS: dict[str, Callable[[Path], None]] = {
     "of other fields": of_other_fields,
     "a dead link": lambda path: (path.unlink(), path.symlink_to("nowhere"))[1],
     "a link to itself": as_link_to_itself,
-    **{f"dropped: {form}": unsealed(dropped=form) for form in (None, [], {}, {"files": None, "remake": ""})},
+    **{f"dropped: {form}": unsealed(dropped=form) for form in NO_RECORDS},
     "files": unsealed(files={"config.json": [1]}),
 }
 OTHERS: list[tuple[str, str, Callable[[Path], None]]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(direct_io, "_SYNC_BYTES", BLOCK)
 
 
-def _refuse_first(pwrite):  # type: ignore[no-untyped-def]
-    refused = []
+def _refuse_first(pwrite: Callable[[int, memoryview, int], int]) -> Callable[[int, memoryview, int], int]:
+    refused: list[int] = []
 
     def write(descriptor: int, data: memoryview, offset: int) -> int:
         if len(data) == BLOCK and not refused:

@@ -73,7 +73,7 @@ def record_of(tasks: dict[str, str], scores: Scores) -> Record:
 def test_runs_sweeps_comparisons_and_summaries_agree(seed: int) -> None:
     tasks, scores = drawn(seed)
     learning = learning_of(list(tasks), scores)
-    by_hand = {}
+    by_hand: dict[str, float] = {}
     for task, metric in tasks.items():
         probe, base, final = (scores[model][task] for model in (f"probe {task}", "base", "final"))
         if metric == "loss":

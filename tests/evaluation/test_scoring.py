@@ -39,7 +39,7 @@ CHOICES = [
 ]
 
 
-def task(folder: Path, rows: list[dict], metric: str, **fields: object) -> TaskConfig:
+def task(folder: Path, rows: list[dict[str, Any]], metric: str, **fields: object) -> TaskConfig:
     file = folder / f"{metric}.jsonl"
     chat = [{**row, "messages": [{"role": r, "content": c} for r, c in row["messages"]]} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in chat), encoding="utf-8")
@@ -258,7 +258,7 @@ def test_a_long_reply_is_scored_as_far_as_it_fits(model_path: Path, tmp_path: Pa
     ],
 )
 def test_unusable_rows_are_refused(
-    model_path: Path, tmp_path: Path, row: dict, metric: str, settings: dict, words: list[str]
+    model_path: Path, tmp_path: Path, row: dict[str, Any], metric: str, settings: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(DataError) as caught:
         evaluate_model(model_path, [task(tmp_path, [row], metric)], EvaluationConfig(**settings))

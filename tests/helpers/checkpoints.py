@@ -20,7 +20,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: i
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors")
         return folder
-    names, weight_map = sorted(tensors), {}
+    names, weight_map = sorted(tensors), dict[str, str]()
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         part = names[number::shards]

@@ -39,7 +39,8 @@ def _adafactor(parameters: Any) -> torch.optim.Optimizer:
 def _adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=1)
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=1)
+    return made
 
 
 OPTIMIZERS: dict[str, Make] = {
@@ -95,7 +96,8 @@ class Block(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 13), nn.Linear(13, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        more: torch.Tensor = self.down(torch.tanh(self.up(self.norm(x))))
+        return x + more
 
 
 class Network(nn.Module):

@@ -24,7 +24,7 @@ print(*freeze._count.stats.cache_hits.values(), freeze._count.stats.cache_path)
 """
 
 
-def start(cache: Path) -> subprocess.Popen:
+def start(cache: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": ""}
     return subprocess.Popen([sys.executable, "-c", USE], env=env, stdout=subprocess.PIPE, text=True)
 

@@ -34,7 +34,9 @@ def random_mask(shape: Sequence[int], share: float, seed: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize(("base", "tuned"), DTYPES)
-def test_gram_equals_the_reference(shape: tuple, granularity: str, base: torch.dtype, tuned: torch.dtype) -> None:
+def test_gram_equals_the_reference(
+    shape: tuple[int, ...], granularity: str, base: torch.dtype, tuned: torch.dtype
+) -> None:
     for tasks in (1, 4):
         r, *xs = siblings(shape, base, [tuned] * tasks)
         for excluded in (None, random_mask(shape, 0.05, 1), random_mask(shape, 1.0, 1)):
@@ -181,7 +183,7 @@ def test_slerp_arguments_are_checked() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("out", "dtype"), DTYPES)
-def test_apply_equals_the_reference(shape: tuple, rows: bool, out: torch.dtype, dtype: torch.dtype) -> None:
+def test_apply_equals_the_reference(shape: tuple[int, ...], rows: bool, out: torch.dtype, dtype: torch.dtype) -> None:
     for sources in (1, 5):
         xs = siblings(shape, dtype, [dtype] * (sources - 1))
         count = shape[0] if rows and len(shape) > 1 else 1

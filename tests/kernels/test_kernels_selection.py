@@ -54,7 +54,7 @@ def test_selection_equals_a_full_sort(backend: str, update: str, n: int) -> None
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize(("base_dtype", "dtypes"), [DTYPES[0], DTYPES[1], DTYPES[3]])
-def test_the_sampled_path_equals_the_reference(update: str, base_dtype: torch.dtype, dtypes: list) -> None:
+def test_the_sampled_path_equals_the_reference(update: str, base_dtype: torch.dtype, dtypes: list[torch.dtype]) -> None:
     n = 70_001  # above bracket.ALL
     pretrained, tuned = models(update, n, base_dtype, dtypes)
     counts = [0, 1, n // 100, n // 3, n - 1, n]
@@ -89,7 +89,7 @@ def test_no_cut_of_the_work_changes_a_bit(update: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("wrong", [(bracket.LARGEST, 0, bracket.LARGEST - 1, 0), (1, 0, 0, 0), (2, 9, 2, 9)])
-def test_a_missed_bracket_is_drawn_again(wrong: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_bracket_is_drawn_again(wrong: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     n = 80_000
     pretrained, tuned = models("random", n, BF16, [BF16, FP32])
     counts = [n // 100, n // 3]

@@ -51,7 +51,9 @@ def mode(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def _models(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype], tasks: int, moved: float = 1.0):
+def _models(
+    sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype], tasks: int, moved: float = 1.0
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     """A model and its fine-tunes, of which a share `moved` of the elements changed."""
     origin = [torch.randn(size).to(dtypes[0]) for size in sizes]
     steps = [[0.02 * torch.randn(size) * (torch.rand(size) < moved) for size in sizes] for _ in range(tasks)]

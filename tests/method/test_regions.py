@@ -12,6 +12,7 @@ from cpift.config.run import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError
 from cpift.method.masks import read_mask, read_summary
 from cpift.method.regions import (
+    CoreRegion,
     core_size,
     parameter_space,
     region_overlaps,
@@ -32,7 +33,7 @@ def models(tmp_path: Path, dtype: torch.dtype, tasks: int = 3) -> tuple[Checkpoi
     return Checkpoint(save_checkpoint(tmp_path / "base", base)), tuned
 
 
-def selected(region, model: Checkpoint) -> np.ndarray:
+def selected(region: CoreRegion, model: Checkpoint) -> np.ndarray:
     """The region as one boolean vector in linear order."""
     parts = [unpack_mask(words, model.tensors[name].numel) for name, words in region.words.items()]
     return torch.cat(parts).numpy()

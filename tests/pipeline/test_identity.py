@@ -282,7 +282,7 @@ def test_each_field_changes_the_names_that_it_says_and_no_others(smoke_config: P
     rich = OVER_SMOKE["rich"] | {"fusion.conflict": "magnitude", "resources.threads_alone": None}
     rich |= {"baselines": {"task_arithmetic": {}, "ties": {}, "dare": {}, "full_sft": {"learning_rate": 0.001}}}
     without_adapter = {"fusion.method": "dare", "probe.lora": None, "resources.workers": 4, "resources.min_workers": 3}
-    wrong, seen, looked_at = {}, set(), set()
+    wrong, seen, looked_at = dict[str, Any](), set(), set()
     for parts in (rich, rich | without_adapter):
         config = with_fields(load_config(smoke_config), parts, "rich")
         before = names(config)

@@ -72,7 +72,8 @@ _BYTE_COUNTS = np.array([bin(byte).count("1") for byte in range(256)], np.uint32
 
 
 def _popcount(value: Array) -> Array:
-    return _BYTE_COUNTS[np.ascontiguousarray(value).view(np.uint8)].reshape(-1, 4).sum(1, dtype=np.uint32)
+    counts: Array = _BYTE_COUNTS[np.ascontiguousarray(value).view(np.uint8)].reshape(-1, 4).sum(1, dtype=np.uint32)
+    return counts
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
@@ -118,7 +119,7 @@ def _as(kind: str) -> Callable[[Array], Array]:
 
 def _wide(kind: type) -> Callable[..., Array]:
     def compute(a: Array, b: Array, c: Array | None = None) -> Array:
-        product = a.astype(kind) * b.astype(kind)
+        product: Array = a.astype(kind) * b.astype(kind)
         return product if c is None else product + c
 
     return compute

@@ -42,7 +42,9 @@ class Machine:
             raise PtxError(f"{threads} threads are not whole warps")
         self.program, self.memory, self.threads = program, memory, threads
         self.count = len(blocks) * threads
-        self.registers = {name: np.zeros(self.count, _RAW[width]) for name, width in program.registers.items()}
+        self.registers: dict[str, Array] = {
+            name: np.zeros(self.count, _RAW[width]) for name, width in program.registers.items()
+        }
         self.registers["%tid.x"] = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
         self.registers["%ctaid.x"] = np.repeat(np.arange(blocks.start, blocks.stop, dtype=np.uint32), threads)
         self.parameters = {f"{program.name}_param_{i}": value for i, value in enumerate(parameters)}
@@ -112,7 +114,8 @@ class Machine:
         if instruction.guard is None:
             return who
         name, wanted = instruction.guard
-        return who[self.registers[name][who] == wanted]
+        chosen: NDArray[np.int64] = who[self.registers[name][who] == wanted]
+        return chosen
 
     def _arrive(self, instruction: Instruction, who: NDArray[np.int64], at: int) -> None:
         """A barrier reached by part of the threads: a block goes on once all its threads are there."""
@@ -256,7 +259,7 @@ class Machine:
             raise PtxError(f"no value for the parameter in: {instruction.text}")
         kind = TYPES[instruction.opcode.split(".")[-1]]
         width = 8 * np.dtype(kind).itemsize
-        value = np.array(self.parameters[name] % (1 << width), f"u{width // 8}").view(kind)
+        value: Array = np.array(self.parameters[name] % (1 << width), f"u{width // 8}").view(kind)
         self.write(target, np.full(self.count if active is None else len(active), value), active)
 
     def addresses(self, operand: str, shared: bool, active: NDArray[np.int64] | None) -> Array:

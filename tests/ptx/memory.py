@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ class Buffer(Protocol):
 
     size: int
 
-    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray: ...
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray[Any]: ...
 
-    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None: ...
+    def store(self, offsets: NDArray[np.uint64], values: NDArray[Any]) -> None: ...
 
 
 class Dense:
@@ -32,10 +32,11 @@ class Dense:
         self.data, self.size = data, data.nbytes
         self._views = {w: data[: data.nbytes // w * w].view(t) for w, t in _UNSIGNED.items()}
 
-    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray:
-        return self._views[width][offsets // np.uint64(width)]
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray[Any]:
+        found: NDArray[Any] = self._views[width][offsets // np.uint64(width)]
+        return found
 
-    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None:
+    def store(self, offsets: NDArray[np.uint64], values: NDArray[Any]) -> None:
         width = values.dtype.itemsize
         self._views[width][offsets // np.uint64(width)] = values
 
@@ -50,14 +51,14 @@ class Sparse:
     def _page(self, number: int) -> Dense:
         return self.pages.setdefault(number, Dense(np.zeros(PAGE, np.uint8)))
 
-    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray:
+    def load(self, offsets: NDArray[np.uint64], width: int) -> NDArray[Any]:
         values = np.empty(len(offsets), _UNSIGNED[width])
         for number in np.unique(offsets // np.uint64(PAGE)):
             here = offsets // np.uint64(PAGE) == number
             values[here] = self._page(int(number)).load(offsets[here] % np.uint64(PAGE), width)
         return values
 
-    def store(self, offsets: NDArray[np.uint64], values: NDArray) -> None:
+    def store(self, offsets: NDArray[np.uint64], values: NDArray[Any]) -> None:
         for number in np.unique(offsets // np.uint64(PAGE)):
             here = offsets // np.uint64(PAGE) == number
             self._page(int(number)).store(offsets[here] % np.uint64(PAGE), values[here])
@@ -76,14 +77,14 @@ class Memory:
         self.buffers.append(buffer)
         return len(self.buffers) * self.window
 
-    def load(self, addresses: NDArray[np.uint64], width: int) -> NDArray:
+    def load(self, addresses: NDArray[np.uint64], width: int) -> NDArray[Any]:
         """`width` bytes from each address, as unsigned integers."""
         values = np.empty(len(addresses), _UNSIGNED[width])
         for buffer, here, offsets in self._resolve(addresses, width):
             values[here] = buffer.load(offsets, width)
         return values
 
-    def store(self, addresses: NDArray[np.uint64], values: NDArray) -> None:
+    def store(self, addresses: NDArray[np.uint64], values: NDArray[Any]) -> None:
         """One value to each address; of two values to one address the later thread's stays."""
         for buffer, here, offsets in self._resolve(addresses, values.dtype.itemsize):
             buffer.store(offsets, values[here])

@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -59,7 +60,7 @@ def test_standing_is_unknown_without_every_probe(data: ReportData) -> None:
         (score("loss", None, 2.0), score("loss", None, 1.0), -1),
     ],
 )
-def test_compare(one: dict, other: dict, sign: int) -> None:
+def test_compare(one: dict[str, Any], other: dict[str, Any], sign: int) -> None:
     assert compare(one, other) == sign
 
 
@@ -255,7 +256,7 @@ def test_layer_and_kind_of_a_tensor(name: str, layer: int | None, kind: str) -> 
     assert (layer_of(name), kind_of(name)) == (layer, kind)
 
 
-def run_config(model: dict) -> RunConfig:
+def run_config(model: dict[str, Any]) -> RunConfig:
     source = {"procedural": "addition", "size": 4}
     return RunConfig.model_validate(
         {
@@ -280,7 +281,7 @@ def run_config(model: dict) -> RunConfig:
         ({"scratch": {}}, ["random weights"]),
     ],
 )
-def test_model_card(model: dict, words: list[str]) -> None:
+def test_model_card(model: dict[str, Any], words: list[str]) -> None:
     manifest = {"fingerprint": "abc123", "versions": {"torch": "9.9"}, "commit": None}
     text = model_card("final", run_config(model), [["b"], ["a"]], manifest, None)
     for expected in [

@@ -142,7 +142,7 @@ def test_rows_of_other_programs_whose_meaning_is_elsewhere_are_refused() -> None
 
 
 def test_results_from_rows_that_were_misread_before_get_a_new_fingerprint_and_no_others(tmp_path: Path) -> None:
-    before = {"limit": None, "columns": {}}
+    before: dict[str, Any] = {"limit": None, "columns": {}}
     for turns, anew in (
         ([USER, REPLY], False),
         ([USER, call({}), ANSWER, REPLY], False),

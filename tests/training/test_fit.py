@@ -111,7 +111,7 @@ def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
         if message["stage"] == 1:
             raise _Killed
 
-    broken, messages = spec(base, tmp_path, *TWO_STAGES, checkpoint_every=2), []
+    broken, messages = spec(base, tmp_path, *TWO_STAGES, checkpoint_every=2), list[Any]()
     with pytest.raises(_Killed):
         fit_here(broken, kill)
     assert checkpoints()

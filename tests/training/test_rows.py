@@ -59,7 +59,7 @@ def peak(out: Path, rows: int) -> int:
     data = stage_data(spec(out, (task,), packing=True), 0, TOKENIZER, out / "rows")
     seen = sum(len(row["input_ids"]) for row in data)
     assert seen > 60 * rows
-    found = tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes()
+    found: int = tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes()
     tracemalloc.stop()
     return found
 
