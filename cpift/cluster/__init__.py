@@ -5,4 +5,30 @@
 sweeps and comparisons. `placement` says which fine-tunes fit at once. `merging` marks regions and merges, range by
 range; `stored_merge` is what differs over an object store. `session` is the connection, `storage` where checkpoints go,
 `submit` sends jobs.
+
+    >>> from cpift.cluster import Outcome, Piece, WorkQueue
+    >>> queue = WorkQueue()
+    >>> queue.put([Piece("probe a", b"...", failures=1)])
+    >>> _ = queue.take("worker 1")
+    >>> queue.lose("worker 1", "its node left")  # so that another one takes it
+    >>> _ = queue.take("worker 2")
+    >>> queue.finish("worker 2", Outcome("trained"))
+    >>> queue.outcomes()
+    {'probe a': Outcome(result='trained', failure=None)}
 """
+
+from typing import TYPE_CHECKING
+
+from cpift.lazy import handed_out
+
+if TYPE_CHECKING:
+    from cpift.cluster.engine import RayEngine as RayEngine
+    from cpift.cluster.merging import merging_of as merging_of
+    from cpift.cluster.placement import Nodes as Nodes
+    from cpift.cluster.session import ray_session as ray_session
+    from cpift.cluster.tasks import OnRay as OnRay
+    from cpift.cluster.work_queue import Outcome as Outcome
+    from cpift.cluster.work_queue import Piece as Piece
+    from cpift.cluster.work_queue import WorkQueue as WorkQueue
+else:
+    __getattr__, __dir__ = handed_out(__name__)

@@ -5,5 +5,32 @@
 other trainers and of `mergekit`. `paths` says which fields are paths, `identity` which fields name which outputs,
 `words` what a field may say, `variation` how other files vary a run, `needs` what each command needs.
 
-    config = load_config(Path("my-run.yaml"), ["regions.p=0.02"])
+    >>> from pathlib import Path
+    >>> from cpift.config import parse_config
+    >>> task = {"name": "a", "train": {"procedural": "echo", "size": 40}, "holdout": {"rows": 8}}
+    >>> fields = {"name": "x", "model": {"scratch": {}}, "tasks": [task], "probe": {"steps": 2}}
+    >>> parse_config(fields, Path.cwd(), "x", ["regions.p=0.02"]).regions.p
+    0.02
 """
+
+from typing import TYPE_CHECKING
+
+from cpift.lazy import handed_out
+
+if TYPE_CHECKING:
+    from cpift.config.identity import identity_of as identity_of
+    from cpift.config.inputs import DataSource as DataSource
+    from cpift.config.inputs import ModelConfig as ModelConfig
+    from cpift.config.loading import dump_config as dump_config
+    from cpift.config.loading import load_config as load_config
+    from cpift.config.loading import parse_config as parse_config
+    from cpift.config.loading import with_fields as with_fields
+    from cpift.config.run import FusionConfig as FusionConfig
+    from cpift.config.run import RegionsConfig as RegionsConfig
+    from cpift.config.run import RunConfig as RunConfig
+    from cpift.config.tasks import EvaluationConfig as EvaluationConfig
+    from cpift.config.tasks import TaskConfig as TaskConfig
+    from cpift.config.training import ResourcesConfig as ResourcesConfig
+    from cpift.config.training import TrainingConfig as TrainingConfig
+else:
+    __getattr__, __dir__ = handed_out(__name__)

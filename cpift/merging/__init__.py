@@ -5,4 +5,27 @@
 methods' definitions in fp64 are made of), `verify`, `core_checks` and `checks` (what was written, beside them),
 `state_dicts` (in memory), `options` (what a merge may be told), `planning` (what headers tell beforehand),
 `peft_formulas` (two methods' own).
+
+    >>> from cpift.merging import METHODS, method_named
+    >>> list(METHODS)
+    ['cpift', 'linear', 'slerp', 'task_arithmetic', 'ties', 'dare']
+    >>> method_named("ties").fields
+    ('weight', 'weights', 'density', 'trim')
 """
+
+from typing import TYPE_CHECKING
+
+from cpift.lazy import handed_out
+
+if TYPE_CHECKING:
+    from cpift.merging.base import MergeMethod as MergeMethod
+    from cpift.merging.conflicts import ConflictRule as ConflictRule
+    from cpift.merging.conflicts import conflict_named as conflict_named
+    from cpift.merging.engine import merge as merge
+    from cpift.merging.engine import merge_shards as merge_shards
+    from cpift.merging.options import OPTIONS as OPTIONS
+    from cpift.merging.registry import METHODS as METHODS
+    from cpift.merging.registry import method_named as method_named
+    from cpift.merging.state_dicts import merge_dicts as merge_dicts
+else:
+    __getattr__, __dir__ = handed_out(__name__)

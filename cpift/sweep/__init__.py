@@ -3,4 +3,28 @@
 `config` is a sweep's file, `points` says which are tried, `search` runs Ray Tune, `trial` is one of its trials. `keep`
 says whose weights stay, `record` how each trial went, `learning` what the probes learnt. `results` gathers the figures,
 which are defined in `scores`. `verdict`, `picture` and `plots` show them, in a `page` and in text `files`.
+
+    >>> from cpift.sweep import SweepConfig, choose_points
+    >>> space = {"regions.p": [0.01, 0.02], "groups.tau": [0.1]}
+    >>> choose_points(SweepConfig.model_validate({"run": "my-run.yaml", "space": space}))
+    [{'regions.p': 0.01, 'groups.tau': 0.1}, {'regions.p': 0.02, 'groups.tau': 0.1}]
 """
+
+from typing import TYPE_CHECKING
+
+from cpift.lazy import handed_out
+
+if TYPE_CHECKING:
+    from cpift.sweep.config import Objective as Objective
+    from cpift.sweep.config import Range as Range
+    from cpift.sweep.config import SweepConfig as SweepConfig
+    from cpift.sweep.config import load_sweep as load_sweep
+    from cpift.sweep.points import Trial as Trial
+    from cpift.sweep.points import choose_points as choose_points
+    from cpift.sweep.results import gather as gather
+    from cpift.sweep.results import results_table as results_table
+    from cpift.sweep.results import write_results as write_results
+    from cpift.sweep.scores import SweepData as SweepData
+    from cpift.sweep.search import run_sweep as run_sweep
+else:
+    __getattr__, __dir__ = handed_out(__name__)

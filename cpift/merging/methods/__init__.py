@@ -3,4 +3,22 @@
 `cpift` (the paper's: cores transplanted, the rest by SLERP), `linear`, `task_arithmetic`, `slerp`, `ties`, `dare`,
 `dare_ties`, `nearswap`, `model_stock`.
 What they have in common is `merging.base`; by name they stand in `merging.registry.METHODS`.
+
+    >>> from cpift.merging.methods import Linear, Slerp
+    >>> Linear.fields, Slerp.fields
+    (('weight', 'weights'), ('t', 'epsilon'))
 """
+
+from typing import TYPE_CHECKING
+
+from cpift.lazy import handed_out
+
+if TYPE_CHECKING:
+    from cpift.merging.methods.cpift import Fusion as Fusion
+    from cpift.merging.methods.dare import Dare as Dare
+    from cpift.merging.methods.linear import Linear as Linear
+    from cpift.merging.methods.slerp import Slerp as Slerp
+    from cpift.merging.methods.task_arithmetic import TaskArithmetic as TaskArithmetic
+    from cpift.merging.methods.ties import Ties as Ties
+else:
+    __getattr__, __dir__ = handed_out(__name__)
