@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from cpift.checkpoints.lora_extraction import Extraction
     from cpift.merging.engine import Merging
+    from cpift.pipeline.engine import Engine
 
 StrPath = str | os.PathLike[str]
 Progress = bool | View  # False: nothing is shown; True: a view on standard error
@@ -96,8 +97,7 @@ def run(
         view.note(line)
     preflight(loaded, stage="run")
     with _undisturbed(in_process):
-        engine, merging = _engine(loaded, in_process), _merging(loaded)
-        pipeline = Pipeline(loaded, engine, view, merging, baselines=make_baselines)
+        pipeline = Pipeline(loaded, _engine(loaded, in_process), view, baselines=make_baselines)
         with at_work(pipeline, "run"):
             page = report(pipeline).page
             models = {model.title: model.path for model in pipeline.models()}
@@ -259,11 +259,12 @@ def _view(progress: Progress) -> View:
     return progress if isinstance(progress, View) else View() if progress else quiet()
 
 
-def _engine(config: RunConfig, in_process: bool) -> Any:
+def _engine(config: RunConfig, in_process: bool) -> Engine:
     if in_process:
+        from cpift.merging.on_device import device_merging
         from cpift.pipeline.inprocess import InProcessEngine
 
-        return InProcessEngine(config)
+        return InProcessEngine(device_merging(config.resources))
     from cpift.cluster.engine import RayEngine
 
     return RayEngine(config)

@@ -235,7 +235,7 @@ def merge_into(
     """
     checked(config, place, download=True)
     made_work = not work_of(place).exists()
-    pipeline = Pipeline(config, NoEngine(), view=view, merging=merging)
+    pipeline = Pipeline(config, NoEngine(merging), view)
     with exclusive(pipeline.root), view.screen(), pipeline.session():
         try:
             if cores is not None:

@@ -25,6 +25,7 @@ from cpift.devices import compute_device, resolved
 from cpift.errors import CpiftError
 from cpift.evaluation.scoring import evaluate_model
 from cpift.models.sources import materialise
+from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
@@ -106,7 +107,8 @@ def test_without_a_gpu_asked_for_fits_and_evaluations_stay_on_the_cpu(
     assert result["precision"] == resolved("auto", "cpu")
     run = with_fields(load_config(smoke_config), {"evaluation.limit": 1}, "test")
     found: dict[str, Any] = {}
-    InProcessEngine(run).evaluate({"base": model_path}, found.__setitem__, lambda message: None)
+    scoring = Scoring("base", model_path, run.tasks, run.evaluation, run.resources)
+    InProcessEngine().evaluate([scoring], found.__setitem__, lambda message: None)
     assert found["base"]["device"].startswith("cpu")
     alone = evaluate_model(model_path, run.tasks, run.evaluation)
     assert found["base"]["scores"]["addition"]["loss"] == alone["addition"].loss

@@ -26,7 +26,7 @@ from cpift.devices import device_name
 from cpift.disk.artifacts import source_commit
 from cpift.evaluation.retention import condensed, judged, kept, larger_is_better, learning_of, probe_of
 from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.inprocess import SharedHere
+from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, titled_backbone
 from cpift.pipeline.stages import integrate, order
@@ -75,7 +75,7 @@ def trials(seed: int) -> Iterator[dict[str, Any]]:
     """Every contender with each of its values: a line of the record."""
     config = demo(seed)
     run = Pipeline(config, NoEngine(), quiet())
-    shared = SharedWork([run], SharedHere(), View())
+    shared = SharedWork([run], InProcessEngine(), View())
     shared.prepare()
     references = [run.pretrained(), *run.artifacts.tuned.values()]
     scores = scored(shared, run, references)
@@ -103,7 +103,7 @@ def integrated(shared: SharedWork, run: Pipeline, value: float) -> Model:
     groups, fused = own.group().groups, own.fuse()
     artifact = order.outputs(own.artifacts, own.known())["integrate"]
     spec = integrate.spec(own, fused, groups, artifact)
-    shared.fit(
+    shared.train(
         f"integration, {value:g}", [(artifact, spec, own)], lambda made, out: add_card(own, "final", groups, made, out)
     )
     return Model.of("final", artifact)
@@ -117,7 +117,7 @@ def plain(shared: SharedWork, run: Pipeline, value: float) -> Model:
     sized = Budgets().sft(own, groups, "total", balanced=True)
     artifact = sized.artifacts.backbone(groups)
     assert artifact is not None
-    shared.fit(f"full SFT, {value:g}", [(artifact, titled_backbone(sized, groups, artifact), sized)])
+    shared.train(f"full SFT, {value:g}", [(artifact, titled_backbone(sized, groups, artifact), sized)])
     return Model.of("sft", artifact)
 
 

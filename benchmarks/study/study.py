@@ -22,8 +22,8 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,18 @@ from cpift.compare.methods import methods_of, together
 from cpift.compare.record import OURS, PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare.work import ComparisonWork
 from cpift.config.loading import load_config, read_yaml
-from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.config.run import ResourcesConfig
+from cpift.console.progress import OnProgress
 from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_text
 from cpift.errors import CpiftError
-from cpift.merging.engine import Merging
-from cpift.pipeline.engine import NoEngine
-from cpift.pipeline.inprocess import SharedHere
+from cpift.evaluation.scores import OnResult
+from cpift.pipeline.engine import Engine, NoEngine, Scoring
+from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
-from cpift.pipeline.shared import SharedEngine, SharedWork, titled_backbone
+from cpift.pipeline.shared import SharedWork, titled_backbone
 from cpift.training.spec import FitSpec
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -73,23 +74,25 @@ class OutOfHoursError(CpiftError):
 class Timed:
     """An engine that starts nothing new once its hours are over."""
 
-    def __init__(self, engine: SharedEngine, hours: float):
+    def __init__(self, engine: Engine, hours: float):
+        self.merging = engine.merging
         self._engine, self._end = engine, time.monotonic() + 3600 * hours
 
-    def merging(self, resources: ResourcesConfig) -> Merging | None:
-        return self._engine.merging(resources)
+    def session(self) -> AbstractContextManager[None]:
+        return self._engine.session()
 
-    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: Callable[..., None]) -> None:
-        self._in_pieces(list(specs), resources, lambda part: self._engine.fit(resources, part, on_progress))
+    def expect(self, specs: Sequence[FitSpec]) -> None:
+        self._engine.expect(specs)
 
-    def evaluate(self, config: RunConfig, models: dict[str, Path], on_result: Any, on_progress: Any) -> None:
-        def score(titles: Sequence[str]) -> None:
-            self._engine.evaluate(config, {title: models[title] for title in titles}, on_result, on_progress)
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        self._in_pieces(specs, lambda part: self._engine.fit(part, on_progress))
 
-        self._in_pieces(list(models), config.resources, score)
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
+        self._in_pieces(scorings, lambda part: self._engine.evaluate(part, on_result, on_progress))
 
-    def _in_pieces(self, work: list[Any], resources: ResourcesConfig, do: Callable[[Any], None]) -> None:
-        size = 8 * (resources.parallel or 1)  # a few rounds, so that workers seldom wait for the last one of a piece
+    def _in_pieces(self, work: Sequence[Any], do: Callable[[Any], None]) -> None:
+        at_once = (work[0].resources.parallel if work else None) or 1
+        size = 8 * at_once  # a few rounds, so that workers seldom wait for the last one of a piece
         for start in range(0, len(work), size):
             if time.monotonic() > self._end:
                 raise OutOfHoursError("the hours are over; the same command goes on from here")
@@ -123,17 +126,18 @@ def tiny_base(folder: Path) -> Artifact:
     return artifact
 
 
-def train_tiny_base(folder: Path, engine: SharedEngine) -> None:
+def train_tiny_base(folder: Path, engine: Engine) -> None:
     run, artifact = _base_run(folder), tiny_base(folder)
     if not artifact.complete:
         run.pretrained()
         wanted = [(artifact, titled_backbone(run, together(run), artifact), run)]
-        SharedWork([run], engine, View()).fit("θ0 of the tiny study", wanted)
+        SharedWork([run], engine, View()).train("θ0 of the tiny study", wanted)
 
 
 def run(options: argparse.Namespace) -> None:
     """Make what is missing of one study and write its record."""
-    with _engine(options) as engine:
+    engine = _engine(options)
+    with engine.session():
         if options.study == "tiny":
             train_tiny_base(Path(options.output or ROOT / "runs" / "study-tiny").absolute(), engine)
         made = load(options.study, options)
@@ -160,15 +164,12 @@ def _keep(record: Record, path: Path) -> None:
     print(f"Record: {path}, {len(record.rows)} rows more; now: study.py write")
 
 
-@contextmanager
-def _engine(options: argparse.Namespace) -> Iterator[SharedEngine]:
+def _engine(options: argparse.Namespace) -> Engine:
     if options.here:
-        yield Timed(SharedHere(), options.hours)
-        return
-    from cpift.cluster.tasks import on_ray
+        return Timed(InProcessEngine(), options.hours)
+    from cpift.cluster.tasks import TaskEngine
 
-    with on_ray(ResourcesConfig()) as engine:
-        yield Timed(engine, options.hours)
+    return Timed(TaskEngine(ResourcesConfig()), options.hours)
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------
@@ -296,23 +297,10 @@ def _check_artifacts(record: Record, made: Comparison) -> None:
     """Make every row of a record again, of these seeds, from the scores that lie in the artifacts."""
     rows = {(row.method, row.seed): row for row in record.rows if row.seed in made.seeds}
     others = {(method.name, seed) for method in methods_of(made) for seed in made.seeds} - set(rows)
-    work = ComparisonWork(made, _Nothing(), quiet(), others)
+    work = ComparisonWork(made, NoEngine(), quiet(), others)
     work.make()
     if {(row.method, row.seed): row for row in work.record().rows} != rows:
         raise CpiftError(f"{made.name}.jsonl is not what the artifacts hold")
-
-
-class _Nothing:
-    """An engine for reading alone."""
-
-    def merging(self, resources: ResourcesConfig) -> None:
-        return None
-
-    def fit(self, *_: Any) -> None:
-        raise CpiftError("not all of the study's models are there: run it first")
-
-    def evaluate(self, *_: Any) -> None:
-        raise CpiftError("not all of the study's scores are there: run it first")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,7 +44,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 def specs_in(output: Path, changes: list[str]) -> tuple[RunConfig, list[FitSpec]]:
     config = load_config(SMOKE, [f"output={output}", *changes])
-    pipeline = Pipeline(config, InProcessEngine(config), View())
+    pipeline = Pipeline(config, InProcessEngine(), View())
     return config, probe.specs(pipeline, pipeline.pretrained())
 
 
@@ -79,7 +79,7 @@ def main() -> None:
                 resources = config.resources.model_copy(update={"parallel": at_once})
                 seconds[way] = timed(partial(run_fits, specs, resources, nothing))
             else:  # imports are paid by the first way
-                engine = InProcessEngine(config)
+                engine = InProcessEngine()
                 chosen = specs[:1] if way == "warm-up" else specs
                 seconds[way] = timed(partial(engine.fit, chosen, nothing))
             if way != "warm-up":

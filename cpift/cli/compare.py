@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cpift.cli.options import say_code
 from cpift.console.terminal import Terminal, say
+
+if TYPE_CHECKING:
+    from cpift.config.run import ResourcesConfig
+    from cpift.pipeline.engine import Engine
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -68,7 +72,8 @@ def compare(
     from cpift.disk.locks import exclusive
 
     view, folder = View(), made.base.output_dir
-    with exclusive(folder), view.recorded(folder, "compare"), _engine(made, here) as engine:
+    engine = _engine(made.base.resources, here)
+    with exclusive(folder), view.recorded(folder, "compare"), engine.session():
         record = run_comparison(made, engine, view)
     report = write_comparison(record, made.base.output_dir)
     for sentence in first_sentences(record):
@@ -85,14 +90,12 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _engine(made: Any, here: bool) -> Any:
-    """A context that gives the engine: Ray's within its session, or this process."""
+def _engine(resources: ResourcesConfig, here: bool) -> Engine:
+    """Ray's, or this process."""
     if here:
-        from contextlib import nullcontext
+        from cpift.pipeline.inprocess import InProcessEngine
 
-        from cpift.pipeline.inprocess import SharedHere
+        return InProcessEngine()
+    from cpift.cluster.tasks import TaskEngine
 
-        return nullcontext(SharedHere())
-    from cpift.cluster.tasks import on_ray
-
-    return on_ray(made.base.resources)
+    return TaskEngine(resources)

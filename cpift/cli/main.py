@@ -107,17 +107,17 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     from cpift.pipeline.pipeline import Pipeline
 
     trains = not (run.merges_only and stage in ("probe", "regions", "group", "fuse"))
+    if trains:
+        view.waiting("loading Ray")
+        from cpift.cluster.engine import RayEngine
+
+        return Pipeline(run, RayEngine(run), view, baselines=make_baselines)
     merging: Merging | None = device_merging(run.resources)
     if run.resources.on_cluster:
         from cpift.cluster.merging import merging_of
 
         merging = merging_of(run.resources)
-    if not trains:
-        return Pipeline(run, NoEngine(), view, merging, baselines=make_baselines)
-    view.waiting("loading Ray")
-    from cpift.cluster.engine import RayEngine
-
-    return Pipeline(run, RayEngine(run), view, merging, baselines=make_baselines)
+    return Pipeline(run, NoEngine(merging), view, baselines=make_baselines)
 
 
 def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> tuple[Pipeline, Any]:

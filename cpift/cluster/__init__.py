@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cpift.cluster.merging import merging_of as merging_of
     from cpift.cluster.placement import Nodes as Nodes
     from cpift.cluster.session import ray_session as ray_session
-    from cpift.cluster.tasks import OnRay as OnRay
+    from cpift.cluster.tasks import TaskEngine as TaskEngine
     from cpift.cluster.work_queue import Outcome as Outcome
     from cpift.cluster.work_queue import Piece as Piece
     from cpift.cluster.work_queue import WorkQueue as WorkQueue

@@ -10,12 +10,13 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from typing import Any
 
 import ray
 
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, Kind, servable
+from cpift.cluster.merging import merging_of
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
@@ -28,34 +29,23 @@ from cpift.cluster.session import (
     use_assigned_gpus,
 )
 from cpift.cluster.work import piece_of
-from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
-from cpift.config.tasks import EvaluationConfig
+from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.console.ending import stopping
 from cpift.console.progress import OnProgress
 from cpift.evaluation.scores import Evaluation, OnResult
-from cpift.pipeline.inprocess import Scoring, score_here
+from cpift.merging.engine import Merging
+from cpift.merging.on_device import device_merging
+from cpift.pipeline.engine import Scoring
+from cpift.pipeline.inprocess import score_here
 from cpift.training.spec import RESULT, FitSpec
 
 
-def evaluate_models(
-    models: dict[str, Path],
-    tasks: Sequence[TaskConfig],
-    settings: EvaluationConfig,
-    resources: ResourcesConfig,
-    on_result: OnResult,
-    on_progress: OnProgress,
-) -> None:
+def evaluate_models(scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
     """Score models in parallel Ray tasks; `on_result` gets each model's result as soon as it is there."""
-    if not models:
+    if not scorings:
         return
-    scorings = [Scoring(title, path, tuple(tasks), settings, resources) for title, path in models.items()]
-    with ray_session(resources), progress_board() as (board_name, board):
-        remote = _evaluate_worker.options(
-            **task_options(demand(resources)),
-            max_retries=2,
-            scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
-        )
-        pending = {remote.remote(scoring, board_name): scoring.title for scoring in scorings}
+    with ray_session(scorings[0].resources), progress_board() as (board_name, board):
+        pending = {_remote(scoring).remote(scoring, board_name): scoring.title for scoring in scorings}
         failures: dict[str, BaseException | None] = {}
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
@@ -69,6 +59,14 @@ def evaluate_models(
         raise_failures(failures)
 
 
+def _remote(scoring: Scoring) -> Any:
+    return _evaluate_worker.options(
+        **task_options(demand(scoring.resources)),
+        max_retries=2,
+        scheduling_strategy="DEFAULT",  # from within a sweep's trial too, whose own share of a CPU is too small
+    )
+
+
 @ray.remote
 def _evaluate_worker(scoring: Scoring, board_name: str) -> Evaluation:
     use_assigned_gpus()
@@ -79,8 +77,10 @@ def _evaluate_worker(scoring: Scoring, board_name: str) -> Evaluation:
 class RayEngine:
     """The pipeline's engine on Ray (see `pipeline.engine.Engine`)."""
 
-    def __init__(self, config: RunConfig):
-        self._config = config
+    def __init__(self, config: RunConfig, stored: bool = True):
+        """`stored`: see `merging.merging_of`."""
+        self._resources, self._work = config.resources, config.output_dir / ".work"
+        self.merging: Merging | None = merging_of(config.resources, stored=stored) or device_merging(config.resources)
         self._session: ExitStack | None = None
         self._starting: threading.Event | None = None  # set when Ray and the group are there, or failed to start
         self._failed: BaseException | None = None  # to start
@@ -104,21 +104,19 @@ class RayEngine:
             self._session = self._starting = self._failed = None
             self._over.set()
 
-    def expect(self, fits: int) -> None:
+    def expect(self, specs: Sequence[FitSpec]) -> None:
         """Ray of this machine and its workers start while the caller prepares their work; on a cluster they would hold
         what others could use."""
-        resources, tracking = self._config.resources, self._config.tracking
-        each = [resources.overridden(task.resources) for task in self._config.trained]
-        kinds = {servable(one, tracking) for one in each}
+        kinds = {servable(spec.resources, spec.tracking) for spec in specs}
         if self._session is None or self._starting is not None or ray.is_initialized():
             return
-        if resources.on_cluster or len(kinds) != 1:
+        if self._resources.on_cluster or len(kinds) != 1:
             return
         (kind,) = kinds
         if kind is not None:
             self._starting = threading.Event()
-            ends = (self._starting, self._over)
-            threading.Thread(target=self._start, args=(kind, each[0], fits, *ends), daemon=True).start()
+            given = (kind, specs[0].resources, len(specs), self._starting, self._over)
+            threading.Thread(target=self._start, args=given, daemon=True).start()
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]
@@ -129,24 +127,20 @@ class RayEngine:
         kind = kinds.pop() if len(kinds) == 1 else None
         if kind is None or self._session is None:  # outside of a session there is nothing that a group could outlive
             self._leave_group()
-            run_fits(todo, self._config.resources, on_progress)
+            run_fits(todo, self._resources, on_progress)
             return
         group = self._group_of(kind, todo, on_progress)
         failed = group.run([piece_of(spec) for spec in todo], lambda title, _: None, on_progress)
-        if self._config.resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
+        if self._resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
             group.dismiss()
         raise_failures(failed, f"Logs: {todo[0].logs.parent}")
 
-    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
         self._connect(on_progress)
-        config = self._config
-        if (group := self._group) is None or not self._scores_well(group, len(models)):
+        if (group := self._group) is None or not self._scores_well(group, scorings):
             self._leave_group()
-            evaluate_models(models, config.tasks, config.evaluation, config.resources, on_result, on_progress)
+            evaluate_models(scorings, on_result, on_progress)
             return
-        scorings = [
-            Scoring(title, path, config.tasks, config.evaluation, config.resources) for title, path in models.items()
-        ]
         failed = group.run([piece_of(scoring) for scoring in scorings], on_result, on_progress)
         group.dismiss()  # the last stage that needs it; they leave while the report is written
         raise_failures(failed)
@@ -155,23 +149,25 @@ class RayEngine:
 
     def _group_of(self, kind: Kind, specs: Sequence[FitSpec], on_progress: OnProgress) -> FitGroup:
         """A group for these: the one that there is, unless it has left or is too small."""
-        resources = specs[0].resources.model_copy(update={"parallel": self._config.resources.parallel})
+        resources = specs[0].resources
         size = min(parallel_fits(resources, specs[0].title), len(specs))
         group = self._group
         if group is not None and group.usable and group.kind == kind and group.size >= size:
             return group
         self._leave_group()
         size = min(wait_for_room(resources, specs[0].title, on_progress), size)
-        self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
+        self._group = FitGroup(kind, size, resources, self._work)
         return self._group
 
-    def _scores_well(self, group: FitGroup, models: int) -> bool:
+    @staticmethod
+    def _scores_well(group: FitGroup, scorings: Sequence[Scoring]) -> bool:
         """Whether the group scores as many models at once as tasks of their own with a CPU for each thread would."""
-        resources = self._config.resources
-        if not group.usable or group.kind != servable(resources, self._config.tracking):
+        resources = scorings[0].resources
+        kind = servable(resources, ())
+        if not group.usable or kind is None or kind.worker != group.kind.worker:
             return False
         alone = {"cpus_per_worker": cpus_for(resources.threads, resources), "parallel": None}
-        return group.size >= min(models, parallel_fits(resources.model_copy(update=alone), "an evaluation"))
+        return group.size >= min(len(scorings), parallel_fits(resources.model_copy(update=alone), "an evaluation"))
 
     def _leave_group(self) -> None:
         if self._group is not None:
@@ -186,7 +182,7 @@ class RayEngine:
             assert self._session is not None
             self._session.enter_context(ray_session(resources))
             size = min(parallel_fits(resources), fits)
-            self._group = FitGroup(kind, size, resources, self._config.output_dir / ".work")
+            self._group = FitGroup(kind, size, resources, self._work)
         except BaseException as error:  # for the thread that waits for it
             self._failed = error
         there.set()
@@ -204,10 +200,10 @@ class RayEngine:
             failed, self._starting, self._failed = self._failed, None, None
             if failed is not None:
                 raise failed
-            self._session.enter_context(ray_session(self._config.resources))
+            self._session.enter_context(ray_session(self._resources))
         on_progress({"waiting": "waiting for the first worker to start"})
 
     @property
     def _where(self) -> str:
-        address = self._config.resources.address or os.environ.get("RAY_ADDRESS")
+        address = self._resources.address or os.environ.get("RAY_ADDRESS")
         return " on this machine" if address is None else f": connecting to {address}"

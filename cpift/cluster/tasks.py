@@ -1,4 +1,5 @@
-"""A sweep's fine-tunes as Ray tasks: warm workers, without the helper processes of one Ray Train run each.
+"""The engine of sweeps and comparisons: fine-tunes as Ray tasks, in warm workers, without the helper processes that one
+Ray Train run each has.
 
 Only for fine-tunes of one worker; data parallel ones are Ray Train's (`fits.run_fits`).
 """
@@ -6,9 +7,9 @@ Only for fine-tunes of one worker; data parallel ones are Ray Train's (`fits.run
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,48 +27,55 @@ from cpift.cluster.session import (
     show_progress,
     use_assigned_gpus,
 )
-from cpift.config.run import ResourcesConfig, RunConfig
+from cpift.config.run import ResourcesConfig
 from cpift.console.progress import Message, OnProgress
 from cpift.evaluation.scores import OnResult
 from cpift.merging.engine import Merging
+from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import fit_here
 from cpift.training.spec import RESULT, FitSpec
 from cpift.training.tracking import ended_if_stuck
 
 
-@contextmanager
-def on_ray(resources: ResourcesConfig) -> Iterator[OnRay]:
-    """A Ray session and the engine on it."""
-    with ray_session(resources):
-        yield OnRay()
+class TaskEngine:
+    """The engine of many runs (see `pipeline.engine.Engine`): everything in tasks of its own, never more threads at
+    once than CPUs. In a trial of a sweep it serves one run, which holds nothing itself."""
 
+    def __init__(self, resources: ResourcesConfig, own_cpus: bool = True):
+        """`resources`: where Ray is. `own_cpus`: whether regions and fusions may run in this process."""
+        self._resources = resources
+        self.merging: Merging | None = merging_of(resources, own_cpus, stored=False)
 
-class OnRay:
-    """`SharedEngine` on Ray; never more threads at once than CPUs."""
+    def session(self) -> AbstractContextManager[None]:
+        """Within another one it is free, as in a trial."""
+        return ray_session(self._resources)
 
-    def merging(self, resources: ResourcesConfig) -> Merging | None:
-        return merging_of(resources, stored=False)
+    def expect(self, specs: Sequence[FitSpec]) -> None:
+        """Nothing to start."""
 
-    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        fits_in_tasks([spec for spec in specs if not spec.resources.by_train], resources, on_progress)
-        specs = [spec for spec in specs if spec.resources.by_train]
-        if not specs:
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        fits_in_tasks([spec for spec in specs if not spec.resources.by_train], on_progress)
+        spread = [spec for spec in specs if spec.resources.by_train]
+        if not spread:
             return
-        threads = max(spec.threads for spec in specs) * resources.workers
+        resources = spread[0].resources
+        threads = max(spec.threads * spec.resources.workers for spec in spread)
         fitting = max(1, int(ray.cluster_resources().get("CPU", 1) // threads))
-        run_fits(
-            specs, resources.model_copy(update={"parallel": min(fitting, resources.parallel or fitting)}), on_progress
-        )
+        at_once = min(fitting, resources.parallel or fitting)
+        run_fits(spread, resources.model_copy(update={"parallel": at_once}), on_progress)
 
-    def evaluate(
-        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
-    ) -> None:
-        cpus = cpus_for(config.resources.threads, config.resources)
-        resources = config.resources.model_copy(update={"cpus_per_worker": cpus})
-        evaluate_models(models, config.tasks, config.evaluation, resources, on_result, on_progress)
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
+        evaluate_models([_on_cpus(scoring) for scoring in scorings], on_result, on_progress)
 
 
-def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progress: OnProgress) -> None:
+def _on_cpus(scoring: Scoring) -> Scoring:
+    """With a CPU for each thread."""
+    need = scoring.resources
+    cpus = cpus_for(need.threads, need)
+    return replace(scoring, resources=need.model_copy(update={"cpus_per_worker": cpus}))
+
+
+def fits_in_tasks(specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
     """Run fine-tunes side by side, as many as fit with a CPU for each of their threads; a killed worker's goes on.
 
     A failed one does not stop the others. Raises StageError at the end that says which failed and why, and CpiftError
@@ -78,7 +86,7 @@ def fits_in_tasks(specs: Sequence[FitSpec], resources: ResourcesConfig, on_progr
         return
     for spec in queue:
         parallel_fits(spec.resources)  # raises where it can never be placed
-    limit = resources.parallel or len(queue)
+    limit = queue[0].resources.parallel or len(queue)
     running: dict[Any, str] = {}
     failures: dict[str, BaseException | None] = dict.fromkeys(spec.title for spec in queue)
     with progress_board() as (board_name, board):

@@ -17,7 +17,8 @@ from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.work_queue import Outcome, Piece
 from cpift.console.progress import Message, OnProgress
 from cpift.errors import CpiftError, told
-from cpift.pipeline.inprocess import Scoring, fit_here, give_back_memory, score_here
+from cpift.pipeline.engine import Scoring
+from cpift.pipeline.inprocess import fit_here, give_back_memory, score_here
 from cpift.training.spec import FitSpec
 
 _SCORING_FAILURES = 2  # workers that end under the evaluation of one model before it has failed

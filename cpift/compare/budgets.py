@@ -101,7 +101,7 @@ class Budgets:
         """The run whose staged backbone, over these groups, is plain SFT of as many tokens: every row equally often, or
         if `balanced` every task of a stage. `fields` are set in it alone, and count nothing."""
         tokens = self.of(run, budget)
-        own = Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view, run.merging)
+        own = Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view)
         changes = {"steps": None, "steps_per": "stage", "epochs": 1.0} | ({"mixing": _EVEN} if balanced else {})
         training = own.config.backbone_training.model_copy(update=changes)
         sized = self._with(own, training.model_dump(mode="json", exclude_none=True))
@@ -113,7 +113,7 @@ class Budgets:
     @staticmethod
     def _with(run: Pipeline, training: Mapping[str, Any]) -> Pipeline:
         fields = {"backbone.training": dict(training), "backbone.source": "staged", "fusion.method": "cpift"}
-        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view, run.merging)
+        return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view)
 
 
 def _counted(spec: FitSpec, index: int) -> tuple[int, int]:

@@ -176,7 +176,7 @@ class Trained:
         elif self.needs_backbone:
             self.groups = self.run.group().groups
 
-    def fit(self) -> Wanted | None:
+    def sft_fit(self) -> Wanted | None:
         """What plain SFT trains."""
         if self.sft is None:
             return None

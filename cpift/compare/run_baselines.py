@@ -90,7 +90,7 @@ def _merge_of(config: RunConfig, name: str, settings: Section) -> Artifact:
 def _beside(run: Pipeline, fields: dict[str, Any]) -> Pipeline:
     """The run with other fields, on the same engine; what both make is told of once."""
     config = with_fields(run.config, fields, _SUBJECT)
-    own = Pipeline(config, run.engine, run.view, run.merging, run.artifacts.maker)
+    own = Pipeline(config, run.engine, run.view, run.artifacts.maker)
     own.said = run.said
     return own
 

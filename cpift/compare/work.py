@@ -25,9 +25,9 @@ from cpift.disk.artifacts import Artifact, package_versions, source_commit
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.retention import chance_of
 from cpift.evaluation.scores import Score, read_scores
-from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.engine import Engine, NoEngine
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.shared import SharedEngine, SharedWork, Wanted
+from cpift.pipeline.shared import SharedWork, Wanted
 from cpift.pipeline.stages.fuse import add_card
 from cpift.pipeline.stages.names import Model
 from cpift.report.facts import tokens_of
@@ -35,7 +35,7 @@ from cpift.report.facts import tokens_of
 Scoring = tuple[Artifact, Model, Pipeline]
 
 
-def run_comparison(made: Comparison, engine: SharedEngine, view: View) -> Record:
+def run_comparison(made: Comparison, engine: Engine, view: View) -> Record:
     """Make whatever is missing and return what was found. Raises what a fine-tune, a fusion or an evaluation raises."""
     work = ComparisonWork(made, engine, view)
     work.make()
@@ -46,8 +46,8 @@ class ComparisonWork:
     """All methods with all seeds, less those (method, seed) that somebody has a record of already: nothing is made for
     them alone. Raises ConfigError if that leaves nothing."""
 
-    def __init__(self, made: Comparison, engine: SharedEngine, view: View, known: Collection[tuple[str, int]] = ()):
-        self.made, self.view, self._merging = made, view, engine.merging(made.base.resources)
+    def __init__(self, made: Comparison, engine: Engine, view: View, known: Collection[tuple[str, int]] = ()):
+        self.made, self.view, self._merging = made, view, engine.merging
         self.entries = [
             Trained(method, self._pipeline(method, seed))
             for seed in made.seeds
@@ -57,13 +57,13 @@ class ComparisonWork:
         seeds = dict.fromkeys(one.run.config.seed for one in self.entries)
         if not seeds:
             raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
-        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(), quiet(), self._merging) for seed in seeds}
+        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(self._merging), quiet()) for seed in seeds}
         self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
 
     def _pipeline(self, method: Method, seed: int) -> Pipeline:
         made, fields = self.made, method.fields
         config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
-        return Pipeline(config, NoEngine(), quiet(), self._merging)
+        return Pipeline(config, NoEngine(self._merging), quiet())
 
     def make(self) -> None:
         """Everything, in order; what is there is not made again."""
@@ -86,9 +86,9 @@ class ComparisonWork:
 
     def train(self) -> None:
         """Everything that starts from θ0: plain SFT of every order, and staged backbones."""
-        wanted = _each_once(fit for one in self.entries if (fit := one.fit()) is not None)
+        wanted = _each_once(fit for one in self.entries if (fit := one.sft_fit()) is not None)
         runs = [one.run for one in self.entries if one.needs_backbone and one.run.config.backbone_source == "staged"]
-        self.shared.fit("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
+        self.shared.train("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
 
     def fuse(self) -> None:
         """Fusions one after the other, in this process."""
@@ -109,7 +109,7 @@ class ComparisonWork:
             owner = owners[artifact.path]
             add_card(owner.run, "final", owner.groups, artifact, out)
 
-        self.shared.fit("integrations", _each_once(wanted), finish)
+        self.shared.train("integrations", _each_once(wanted), finish)
 
     def score(self) -> None:
         """Every model on every task of the whole run, also where it was trained on two of them."""

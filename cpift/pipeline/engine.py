@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cpift.checkpoints.opening import model_files
+from cpift.config.run import ResourcesConfig, TaskConfig
+from cpift.config.tasks import EvaluationConfig
 from cpift.console.progress import OnProgress
 from cpift.console.view import View
 from cpift.data.use import told
@@ -20,49 +23,58 @@ from cpift.evaluation.scores import SCORES, Evaluation, OnResult
 from cpift.training.spec import RESULT, FitSpec, read_training
 from cpift.training.speed import keep_speed
 
+if TYPE_CHECKING:
+    from cpift.merging.engine import Merging
+
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """A model to be scored on every task, as a FitSpec is one to be trained. `resources`: what it may use."""
+
+    title: str
+    path: Path
+    tasks: tuple[TaskConfig, ...]
+    settings: EvaluationConfig
+    resources: ResourcesConfig
+
+
 class Engine(Protocol):
-    """Where fine-tunes and evaluations run."""
+    """Where fine-tunes and evaluations run. Each says itself what it needs, so one engine serves any number of runs."""
+
+    merging: Merging | None  # where regions and fusions run, if not in this process
 
     def session(self) -> AbstractContextManager[None]:
         """Keep one connection over several stages."""
 
-    def expect(self, fits: int) -> None:
-        """So many fine-tunes follow within this session: what takes its time to start may start now."""
+    def expect(self, specs: Sequence[FitSpec]) -> None:
+        """These follow within this session: what takes its time to start may start now."""
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        """Run every FitSpec; each leaves its model in its `export`."""
+        """Run every FitSpec, `resources.parallel` of the first at once; each leaves its model in its `export`."""
 
-    def evaluate(
-        self,
-        models: dict[str, Path],
-        on_result: OnResult,
-        on_progress: OnProgress,
-    ) -> None:
-        """Score every model on every task; a result holds `scores`, `seconds` and `device`."""
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
+        """Score every model; a result, by title, holds `scores`, `seconds`, `device` and `data`."""
 
 
 class NoEngine:
     """The engine of runs in which nothing is trained or scored."""
 
+    def __init__(self, merging: Merging | None = None):
+        self.merging = merging
+
     def session(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def expect(self, fits: int) -> None:
+    def expect(self, specs: Sequence[FitSpec]) -> None:
         raise CpiftError("this command trains nothing")
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         raise CpiftError(f"{', '.join(spec.title for spec in specs)}: this command trains nothing")
 
-    def evaluate(
-        self,
-        models: dict[str, Path],
-        on_result: OnResult,
-        on_progress: OnProgress,
-    ) -> None:
-        raise CpiftError(f"{', '.join(models)}: this command scores nothing")
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
+        raise CpiftError(f"{', '.join(scoring.title for scoring in scorings)}: this command scores nothing")
 
 
 def keep_scores(artifact: Artifact, result: Evaluation, changes: Callable[[], Sequence[Problem]]) -> None:
@@ -78,18 +90,15 @@ def keep_scores(artifact: Artifact, result: Evaluation, changes: Callable[[], Se
         write_json(out / SCORES, result["scores"])
 
 
-def fit_all(
-    fit: Callable[[Sequence[FitSpec], OnProgress], None],
+def train_all(
+    engine: Engine,
     view: View,
     title: str,
     artifacts: Sequence[Artifact],
     specs: Sequence[FitSpec],
     finish: Finish = lambda made, out: None,
 ) -> None:
-    """Run the fine-tunes that export for these artifacts, and complete each one that ended.
-
-    `fit`: as `Engine.fit`.
-    """
+    """Run the fine-tunes that export for these artifacts, and complete each one that ended."""
     with claimed(artifacts, view.warn):
         wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
         chosen = [spec for spec in specs if spec.export in wanted]
@@ -106,7 +115,7 @@ def fit_all(
         with view.stage(title, [spec.title for spec in chosen]):
             changes = noted(file for folder in read for file in model_files(folder))
             try:
-                fit(chosen, view.progress)
+                engine.fit(chosen, view.progress)
             finally:  # a failed one does not cost the others
                 if problems := changes():
                     for artifact in wanted.values():

@@ -10,57 +10,49 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cpift.config.run import ResourcesConfig, RunConfig, TaskConfig
-from cpift.config.tasks import EvaluationConfig
+from cpift.config.run import ResourcesConfig
 from cpift.console.progress import OnProgress
 from cpift.disk.files import link_or_copy
 from cpift.errors import CpiftError
 from cpift.evaluation.scores import Evaluation, OnResult
+from cpift.pipeline.engine import Scoring
 from cpift.training.spec import RESULT, FitSpec
+
+if TYPE_CHECKING:
+    from cpift.merging.engine import Merging
 
 
 class InProcessEngine:
     """The pipeline's engine in one process (see `engine.Engine`); data parallel fine-tunes need Ray's."""
 
-    def __init__(self, config: RunConfig):
-        _require_one_worker(config.resources)
-        self._config = config
+    def __init__(self, merging: Merging | None = None):
+        self.merging = merging
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> AbstractContextManager[None]:
         """Nothing to keep open."""
-        yield
+        return nullcontext()
 
-    def expect(self, fits: int) -> None:
-        """Nothing to start."""
+    def expect(self, specs: Sequence[FitSpec]) -> None:
+        """Nothing to start. Raises CpiftError where one could not run here."""
+        for spec in specs:
+            _require_one_worker(spec.resources)
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        self.expect(specs)
         for spec in specs:
             if not (spec.export / RESULT).is_file():
                 fit_here(spec, on_progress)
 
-    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
-        config = self._config
-        for title, path in models.items():
-            scoring = Scoring(title, path, config.tasks, config.evaluation, config.resources)
-            on_result(title, score_here(scoring, on_progress))
+    def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
+        for scoring in scorings:
+            on_result(scoring.title, score_here(scoring, on_progress))
             give_back_memory()
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A model to be scored on every task. `resources`: threads, and whether it computes on a GPU."""
-
-    title: str
-    path: Path
-    tasks: tuple[TaskConfig, ...]
-    settings: EvaluationConfig
-    resources: ResourcesConfig
 
 
 def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
@@ -140,25 +132,3 @@ def give_back_memory() -> None:
 
     gc.collect()
     free_memory()
-
-
-class SharedHere:
-    """`shared.SharedEngine` in this process, one piece of work after another."""
-
-    def merging(self, resources: ResourcesConfig) -> None:
-        """Regions and fusions in this process too."""
-
-    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        for spec in specs:
-            _require_one_worker(spec.resources)
-            if not (spec.export / RESULT).is_file():
-                fit_here(spec, on_progress)
-
-    def evaluate(
-        self,
-        config: RunConfig,
-        models: dict[str, Path],
-        on_result: OnResult,
-        on_progress: OnProgress,
-    ) -> None:
-        InProcessEngine(config).evaluate(models, on_result, on_progress)

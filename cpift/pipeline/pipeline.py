@@ -8,7 +8,6 @@ an *engine* that the caller passes in (`cluster/engine.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cpift.config.run import RunConfig
 from cpift.console.view import View
@@ -20,9 +19,6 @@ from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone, evaluate, fuse, group, integrate, model, order, probe, regions
 from cpift.pipeline.stages.names import Known, Model
-
-if TYPE_CHECKING:
-    from cpift.merging.engine import Merging
 
 Baselines = Callable[["Pipeline"], Mapping[str, Artifact]]  # by title
 
@@ -37,15 +33,14 @@ class Pipeline(Run):
         config: RunConfig,
         engine: Engine,
         view: View | None = None,
-        merging: Merging | None = None,
         maker: str = "",
         baselines: Baselines | None = None,
     ):
-        """`merging`: where regions and fusion run, if not in this process. `maker`: see `Artifact.maker`.
+        """`maker`: see `Artifact.maker`.
 
         baselines: makes what `config.baselines` names, if need be, of a run whose own models are there.
         """
-        super().__init__(StageArtifacts(config, maker), engine, view or View(), merging)
+        super().__init__(StageArtifacts(config, maker), engine, view or View())
         self.baselines = baselines
 
     def pretrained(self) -> Model:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from cpift.checkpoints.opening import model_files
 from cpift.console.view import View
@@ -14,12 +14,9 @@ from cpift.disk.artifact_state import note_times
 from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.guarded import guarded_reads
 from cpift.errors import DamagedInput
-from cpift.pipeline.engine import Engine, Finish, fit_all
+from cpift.pipeline.engine import Engine, Finish, train_all
 from cpift.pipeline.stages.names import Names
 from cpift.training.spec import FitSpec
-
-if TYPE_CHECKING:
-    from cpift.merging.engine import Merging
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -32,10 +29,9 @@ class Run:
 
     artifacts: Names
 
-    def __init__(self, artifacts: Names, engine: Engine, view: View, merging: Merging | None):
-        """`merging`: where regions and fusion run, if not in this process."""
+    def __init__(self, artifacts: Names, engine: Engine, view: View):
         self.artifacts, self.config, self.root = artifacts, artifacts.config, artifacts.root
-        self.engine, self.view, self.merging = engine, view, merging
+        self.engine, self.view, self.merging = engine, view, engine.merging
         self.worked = False  # whether any stage had to be made
         self.said: set[str] = set()  # what was told of already
 
@@ -89,7 +85,7 @@ class Run:
             self.say_cached(title)
             return
         self.begin(title)
-        fit_all(self.engine.fit, self.view, title, missing, specs(), finish)
+        train_all(self.engine, self.view, title, missing, specs(), finish)
 
     def begin(self, title: str) -> None:
         """Something is made: it is announced, and nothing is cached that has this title."""

@@ -10,21 +10,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cpift.checkpoints.opening import model_files
-from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.console.progress import OnProgress
 from cpift.console.view import View
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.files import digest, link_or_copy
 from cpift.disk.input_watch import noted
-from cpift.evaluation.scores import Evaluation, OnResult
-from cpift.merging.engine import Merging
-from cpift.pipeline.engine import Finish, fit_all, keep_scores
+from cpift.evaluation.scores import Evaluation
+from cpift.pipeline.engine import Engine, Finish, keep_scores, train_all
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import backbone, evaluate, order, probe, regions
 from cpift.pipeline.stages.names import Groups, Model
@@ -33,23 +29,10 @@ from cpift.training.spec import FitSpec
 Wanted = tuple[Artifact, FitSpec, Pipeline]
 
 
-class SharedEngine(Protocol):
-    """Where shared work runs: as `engine.Engine`, but for any run's work (`cluster/tasks.py` has it on Ray)."""
-
-    def merging(self, resources: ResourcesConfig) -> Merging | None:
-        """Where regions and fusions run, if not in this process."""
-
-    def fit(self, resources: ResourcesConfig, specs: Sequence[FitSpec], on_progress: OnProgress) -> None: ...
-
-    def evaluate(
-        self, config: RunConfig, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress
-    ) -> None: ...
-
-
 class SharedWork:
     """The shared stages of many runs, each for all of them at once."""
 
-    def __init__(self, runs: Sequence[Pipeline], engine: SharedEngine, view: View):
+    def __init__(self, runs: Sequence[Pipeline], engine: Engine, view: View):
         self.runs, self.engine, self.view = runs, engine, view
 
     def prepare(self) -> None:
@@ -66,7 +49,7 @@ class SharedWork:
 
     def complete(self, runs: Sequence[Pipeline]) -> None:
         """Backbones, and the scores of everything that several trials compare themselves with."""
-        self.fit("staged backbones", self.backbones(runs))
+        self.train("staged backbones", self.backbones(runs))
         self._scores(runs)
 
     def _probes(self) -> None:
@@ -75,7 +58,7 @@ class SharedWork:
             base = run.pretrained()
             for artifact, spec in zip(run.artifacts.probes.values(), probe.specs(run, base), strict=True):
                 wanted.setdefault(artifact.path, (artifact, spec, run))
-        self.fit("probes", list(wanted.values()))
+        self.train("probes", list(wanted.values()))
 
     def backbones(self, runs: Sequence[Pipeline]) -> list[Wanted]:
         """The staged backbones of these runs, each once."""
@@ -87,7 +70,7 @@ class SharedWork:
                 wanted[artifact.path] = (artifact, titled_backbone(run, groups, artifact), run)
         return list(wanted.values())
 
-    def fit(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
+    def train(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
         """Make what is missing: runs that ask for other resources one after the other, all others side by side."""
         missing = [entry for entry in wanted if not entry[0].whole]
         if not missing:
@@ -101,9 +84,8 @@ class SharedWork:
                 replace(spec, title=f"{spec.title} (seed {run.config.seed})") if several else spec
                 for _, spec, run in chosen
             ]
-            fit = partial(self.engine.fit, resources)
             artifacts = [artifact for artifact, _, _ in chosen]
-            fit_all(fit, self.view, f"{len(chosen)} {title}", artifacts, specs, finish)
+            train_all(self.engine, self.view, f"{len(chosen)} {title}", artifacts, specs, finish)
 
     def _regions(self) -> None:
         """Families of runs whose regions differ in p alone are selected together."""
@@ -157,35 +139,28 @@ class SharedWork:
             claimed((artifact for artifact, _, _ in missing), self.view.warn),
             self.view.stage(f"scores of {len(missing)} {title}"),
         ):
-            for key in dict.fromkeys(_scoring(run) for _, _, run in missing):
-                self._score([entry for entry in missing if _scoring(entry[2]) == key and not entry[0].complete])
+            self._score([entry for entry in missing if not entry[0].complete])
 
     def _score(self, entries: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
-        titled = {f"{model.title} [{artifact.fingerprint[:6]}]": (artifact, model) for artifact, model, _ in entries}
+        titled = {f"{model.title} [{made.fingerprint[:6]}]": (made, model, run) for made, model, run in entries}
 
         def keep(title: str, result: Evaluation) -> None:
             keep_scores(titled[title][0], result, changes[title])
 
-        changes = {title: noted(model_files(model.path)) for title, (_, model) in titled.items()}
+        changes = {title: noted(model_files(model.path)) for title, (_, model, _) in titled.items()}
         if entries:
             require_sound((model.path for _, model, _ in entries), entries[0][0].root, self.view.warn)
-            runs = {artifact.path: run for artifact, _, run in entries}
-            paths = {title: evaluate.loadable(runs[made.path], model, made) for title, (made, model) in titled.items()}
-            self.engine.evaluate(entries[0][2].config, paths, keep, self.view.progress)
+            scorings = [
+                evaluate.scoring(run, title, evaluate.loadable(run, model, made))
+                for title, (made, model, run) in titled.items()
+            ]
+            self.engine.evaluate(scorings, keep, self.view.progress)
 
 
 def titled_backbone(run: Pipeline, groups: Groups, artifact: Artifact) -> FitSpec:
     """The fine-tune from θ0 that goes over these groups, named after them: several may run side by side."""
     spec = backbone.spec(run, run.pretrained(), groups, artifact)
     return replace(spec, title=f"{spec.title} {' | '.join(' '.join(group) for group in groups)}")
-
-
-def _scoring(run: Pipeline) -> str:
-    """Stands for what an evaluation needs besides the model."""
-    config = run.config
-    return digest(
-        [config.evaluation.model_dump(), config.resources.model_dump(), [t.model_dump() for t in config.tasks]]
-    )
 
 
 def _distinct(runs: Iterable[Pipeline], key: Callable[[Pipeline], Any]) -> list[Pipeline]:

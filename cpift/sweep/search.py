@@ -18,10 +18,9 @@ from ray import tune
 
 from cpift.cluster.engine import RayEngine
 from cpift.cluster.fits import cpus_for, parallel_fits
-from cpift.cluster.merging import merging_of
 from cpift.cluster.placement import demand, tune_options
 from cpift.cluster.session import progress_board, ray_session, show_progress
-from cpift.cluster.tasks import OnRay
+from cpift.cluster.tasks import TaskEngine
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.config.variation import describe
 from cpift.console.view import View, quiet
@@ -74,14 +73,14 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
 
 def pipeline(config: RunConfig) -> Pipeline:
     """A run of the sweep as the driver sees it: silent, for the sweep reports shared work itself."""
-    return Pipeline(config, RayEngine(config), quiet(), merging_of(config.resources, stored=False))
+    return Pipeline(config, RayEngine(config, stored=False), quiet())
 
 
 def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
     """Grid, random and ASHA: every point is known, so those with one outcome are merged before trials start."""
     points = choose_points(sweep.config)
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    shared = SharedWork([run for one in runs for run in one], OnRay(), view)
+    shared = SharedWork([run for one in runs for run in one], TaskEngine(sweep.base.resources), view)
     shared.prepare()
     trials = merged(points, runs, sweep.config.model)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
@@ -108,7 +107,7 @@ def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attem
     """Optuna: a point follows from the results before it; what no field of the space changes is shared all the same."""
     fixed = _before_search(sweep)
     if fixed is not None:
-        SharedWork([pipeline(run) for run in fixed], OnRay(), view).prepare()
+        SharedWork([pipeline(run) for run in fixed], TaskEngine(sweep.base.resources), view).prepare()
     space = {name: _domain(values) for name, values in sweep.config.space.items()}
     keeper = Keeper(sweep, pipeline, None)
     results = _tune(sweep, record, space, sweep.config.search.samples or 1, keeper, view)

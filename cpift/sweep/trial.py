@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,16 +12,14 @@ import ray
 import torch
 from ray import tune
 
-from cpift.cluster.merging import merging_of
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
-from cpift.cluster.tasks import OnRay
+from cpift.cluster.tasks import TaskEngine
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.config.variation import Fields, describe
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import Message
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
-from cpift.evaluation.scores import OnResult
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
@@ -30,7 +27,6 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.sweep.config import Sweep
 from cpift.sweep.record import sweep_record
 from cpift.sweep.scores import figures
-from cpift.training.spec import FitSpec
 from cpift.training.tracking import ended_if_stuck
 
 
@@ -72,8 +68,7 @@ def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[
     maker, integrates = sweep_record(sweep).name, entry(INTEGRATES, sweep.config.model, "model")
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
-        merging = merging_of(config.resources, own_cpus=not asks_ray(config.resources), stored=False)
-        run = Pipeline(config, engine_for(config), view, merging, maker)
+        run = Pipeline(config, engine_for(config), view, maker)
         if number == 0 and sweep.config.search.kind.stops_early and integrates:
             yield _means(sweep, [_figures(run, "fused")])
         found.append(_figures(run, sweep.config.model))
@@ -90,27 +85,8 @@ def asks_ray(resources: ResourcesConfig) -> bool:
 
 def engine_for(config: RunConfig) -> Engine:
     """This very process, with the CPUs that it holds, where that is enough; else Ray."""
-    return TaskEngine(config) if asks_ray(config.resources) else InProcessEngine(config)
-
-
-class TaskEngine:
-    """The `pipeline.engine.Engine` of a trial that holds nothing: everything in tasks of their own."""
-
-    def __init__(self, config: RunConfig):
-        self._config, self._ray = config, OnRay()
-
-    def session(self) -> AbstractContextManager[None]:
-        """A trial runs within one."""
-        return nullcontext()
-
-    def expect(self, fits: int) -> None:
-        """Nothing to start."""
-
-    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
-        self._ray.fit(self._config.resources, specs, on_progress)
-
-    def evaluate(self, models: dict[str, Path], on_result: OnResult, on_progress: OnProgress) -> None:
-        self._ray.evaluate(self._config, models, on_result, on_progress)
+    resources = config.resources
+    return TaskEngine(resources, own_cpus=False) if asks_ray(resources) else InProcessEngine()
 
 
 def _figures(run: Pipeline, model: str) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,11 +96,13 @@ def test_no_work_is_begun_after_the_hours(study: ModuleType) -> None:
     done: list[Any] = []
 
     class Engine:
-        def fit(self, resources: ResourcesConfig, specs: Any, on_progress: Any) -> None:
+        merging = None
+
+        def fit(self, specs: Any, on_progress: Any) -> None:
             done.extend(specs)
 
-    resources = ResourcesConfig(parallel=1)
-    study.Timed(Engine(), 1.0).fit(resources, list(range(20)), print)
-    assert done == list(range(20))
+    specs = [SimpleNamespace(title=number, resources=ResourcesConfig(parallel=1)) for number in range(20)]
+    study.Timed(Engine(), 1.0).fit(specs, print)
+    assert done == specs
     with pytest.raises(study.OutOfHoursError, match="goes on from here"):
-        study.Timed(Engine(), -1.0).fit(resources, [1], print)
+        study.Timed(Engine(), -1.0).fit(specs[:1], print)

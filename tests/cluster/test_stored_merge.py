@@ -157,7 +157,7 @@ def test_regions_and_fusion_of_two_nodes_through_s3(tmp_path: Path, sharded_mode
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
         run = load_config(tmp_path / f"{name}.yaml", [])
         merging = RayMerging(ResourcesConfig(storage=storage)) if storage else None
-        made[name] = Pipeline(run, NoEngine(), merging=merging).fuse().path
+        made[name] = Pipeline(run, NoEngine(merging)).fuse().path
     assert shards_of(made["spread"]) == shards_of(made["here"])
     assert len(shards_of(made["here"])) == 2
     uploaded = {

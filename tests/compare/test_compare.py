@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_json
 from cpift.errors import ConfigError
-from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.engine import NoEngine, Scoring
 from cpift.pipeline.identity import StageArtifacts
-from cpift.pipeline.inprocess import InProcessEngine, SharedHere
+from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
 from cpift.pipeline.report import gather, report
@@ -112,7 +113,7 @@ def test_fine_tunes_from_before_tokens_were_counted_leave_no_number(tmp_path: Pa
     assert tokens_of(made) is None
 
 
-class Idle(SharedHere):
+class Idle(InProcessEngine):
     """Nothing is to be made."""
 
     def fit(self, *_: Any) -> None:
@@ -137,7 +138,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
         forgetting=[["a", "b"]],
         resamples=100,
     )
-    return made, run_comparison(made, SharedHere(), quiet())
+    return made, run_comparison(made, InProcessEngine(), quiet())
 
 
 @pytest.mark.slow
@@ -297,9 +298,9 @@ def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison
     config = found[0].config.model_copy(update={"seeds": (0,), "methods": ("linear average",)})
     made = replace(found[0], base=found[0].base.model_copy(update={"output": tmp_path}), config=config)
 
-    class Stopping(SharedHere):
-        def evaluate(self, config: Any, models: dict[str, Path], *rest: Any) -> None:
-            super().evaluate(config, dict(list(models.items())[:3]), *rest)
+    class Stopping(InProcessEngine):
+        def evaluate(self, scorings: Sequence[Scoring], *rest: Any) -> None:
+            super().evaluate(scorings[:3], *rest)
             raise KeyboardInterrupt
 
     work = ComparisonWork(made, Stopping(), quiet())
@@ -333,7 +334,7 @@ BESIDE = {"linear": {}, "ties": {"weight": 1.5}, "full_sft": {"learning_rate": 0
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A run with baselines, made in this process."""
     config = run_config(tmp_path_factory.mktemp("beside"), baselines=BESIDE)
-    run = Pipeline(config, InProcessEngine(config), quiet(), baselines=make_baselines)
+    run = Pipeline(config, InProcessEngine(), quiet(), baselines=make_baselines)
     report(run)
     return run
 
@@ -377,7 +378,7 @@ def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
         artifacts = StageArtifacts(config)
         return [step.state for step in plan_all(artifacts).steps]
 
-    again = Pipeline(beside.config, InProcessEngine(beside.config), quiet(), baselines=make_baselines)
+    again = Pipeline(beside.config, InProcessEngine(), quiet(), baselines=make_baselines)
     report(again)  # counts rows anew: each test has a cache of its own
     assert not again.worked
     assert set(planned(beside.config)) == {"cached"}

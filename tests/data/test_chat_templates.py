@@ -162,7 +162,7 @@ def test_every_output_of_a_run_has_the_template(base: Path, tmp_path: Path) -> N
         preflight(run_of(tmp_path, base, model={"path": str(base)}))
     config = run_of(tmp_path, base)
     preflight(config)
-    run = Pipeline(config, InProcessEngine(config), quiet())
+    run = Pipeline(config, InProcessEngine(), quiet())
     scores = run.evaluate()
     assert {"base", "probe a", "probe b", "fused", "final"} == set(scores)
     models = [path.parent for path in (tmp_path / "out").rglob("config.json")]
@@ -184,7 +184,7 @@ def test_given_models_are_scored_and_merged_with_the_template(base: Path, tmp_pa
     config = run_of(tmp_path, base, integration=None, probe=None, **tunes)
     preflight(config, stage="evaluate")
     assert StageArtifacts(config).in_place
-    run = Pipeline(config, InProcessEngine(config), quiet())
+    run = Pipeline(config, InProcessEngine(), quiet())
     assert {"base", "probe a", "probe b", "fused"} == set(run.evaluate())
     fused = run.fuse().path
     assert (fused / "chat_template.jinja").read_text() == TEMPLATES["alpaca"]

@@ -110,7 +110,7 @@ class Exports:
     def __init__(self, change: Callable[[], object]):
         self.change, self.specs = change, list[FitSpec]()
 
-    def expect(self, fits: int) -> None:
+    def expect(self, specs: Sequence[FitSpec]) -> None:
         """Nothing here takes its time to start."""
 
     def fit(self, specs: Sequence[FitSpec], on_progress: Any) -> None:
@@ -121,7 +121,7 @@ class Exports:
             (spec.export / RESULT).write_text(json.dumps({"title": spec.title, "device": "none", "seconds": 1}))
         self.change()
 
-    session = evaluate = None
+    session = evaluate = merging = None
 
 
 @pytest.fixture

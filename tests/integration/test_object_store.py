@@ -108,6 +108,6 @@ def test_a_sweep_and_a_run_keep_their_checkpoints_in_an_object_store(tmp_path: P
             "resources": best.resources.model_copy(update={"storage": None}),
         }
     )
-    Pipeline(here, InProcessEngine(here), quiet()).integrate()
+    Pipeline(here, InProcessEngine(), quiet()).integrate()
     ours, theirs = hashes(tmp_path / "here"), hashes(tmp_path / "out")
     assert {name: theirs[name] for name in ours} == ours, "the same bytes as without the store"

@@ -123,7 +123,7 @@ def test_given_checkpoints_with_test_rows_alone_are_scored(tmp_path: Path, model
     tasks = given_tasks(models / "one", tmp_path / "lora")
     config = opened(tmp_path, models, tasks=tasks, fusion={"method": method})
     preflight(config, stage="evaluate")
-    run = Pipeline(config, InProcessEngine(config), quiet())
+    run = Pipeline(config, InProcessEngine(), quiet())
     scores = run.evaluate()
     assert list(scores) == ["base", "probe one", "probe lora", "fused"]
     assert not [path for path in (tmp_path / "run" / ".work").glob("evaluate*") if path.is_dir()]

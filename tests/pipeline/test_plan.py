@@ -34,7 +34,7 @@ def test_costs_are_those_of_the_fine_tunes(smoke_config: Path, tmp_path: Path) -
         ("ending", 96, True),
     ]
     config = load_config(smoke_config, changes=changes)
-    made = Pipeline(config, InProcessEngine(config), quiet()).probe()
+    made = Pipeline(config, InProcessEngine(), quiet()).probe()
     costs = {fit.label: fit for fit in plan(smoke_config, **changes).fits}
     for task, model in made.items():
         trained = read_json(model.path / RESULT)

@@ -178,7 +178,7 @@ def test_a_row_that_only_the_run_meets_ends_it_before_a_fine_tune(gpt2: Path, tm
     config = run_of(tmp_path, rows, with_template(gpt2, picky, tmp_path / "model"), test=ROWS)
     preflight(config)  # nothing tells this row from the others
     with pytest.raises(DataError, match=r"row 151: .*no q"):
-        Pipeline(config, InProcessEngine(config), quiet()).probe()
+        Pipeline(config, InProcessEngine(), quiet()).probe()
     assert not list((tmp_path / "out").glob("probe/*/*/export"))
 
 
@@ -274,7 +274,7 @@ def test_what_plan_accepts_a_run_finishes(
         preflight(config, stage="run")
     except ConfigError:
         return
-    scores = Pipeline(config, InProcessEngine(config), quiet()).evaluate()
+    scores = Pipeline(config, InProcessEngine(), quiet()).evaluate()
     assert {"base", "fused", "final"} <= set(scores)
 
 
@@ -284,7 +284,7 @@ def test_what_plan_accepts_of_a_family_a_run_finishes(tmp_path: Path, family: st
     short = {"probe__steps": 1, "integration__steps": 1, "fusion": {"granularity": "row"}}
     config = run_of(tmp_path, ROWS, {"path": str(make_family(family, tmp_path / "model"))}, **short)
     preflight(config, stage="run")
-    scores = Pipeline(config, InProcessEngine(config), quiet()).evaluate()
+    scores = Pipeline(config, InProcessEngine(), quiet()).evaluate()
     assert {"base", "fused", "final"} <= set(scores)
 
 

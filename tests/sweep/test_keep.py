@@ -28,41 +28,31 @@ from cpift.sweep.scores import best_trial
 from tests.helpers.sweeps import Copies, load
 
 
-class Here:
-    """An engine for one run. A model's loss follows from its weights, so they must be there to be scored."""
+class Here(Copies):
+    """A model's loss follows from its weights, so they must be there to be scored."""
 
-    def __init__(self, config: RunConfig):
-        self._config = config
-
-    def fit(self, specs: Any, on_progress: Any) -> None:
-        Copies().fit(None, specs, on_progress)
-
-    def evaluate(self, models: dict[str, Path], on_result: Any, on_progress: Any) -> None:
-        for title, path in models.items():
-            weights = load_file(path / "model.safetensors")
+    def evaluate(self, scorings: Any, on_result: Any, on_progress: Any) -> None:
+        for scoring in scorings:
+            weights = load_file(scoring.path / "model.safetensors")
             loss = 1.0 + 1 / sum(float(tensor.abs().mean()) for tensor in weights.values())  # noise "learns"
             score = {"metric": "loss", "score": None, "loss": loss, "tokens": 1, "rows": 1}
-            on_result(title, {"scores": {t.name: score for t in self._config.tasks}, "seconds": 1.0, "device": "cpu"})
+            scores = {task.name: score for task in scoring.tasks}
+            on_result(scoring.title, {"scores": scores, "seconds": 1.0, "device": "cpu"})
 
 
 def here(config: RunConfig) -> Pipeline:
-    return Pipeline(config, Here(config), quiet())  # type: ignore[arg-type]
-
-
-class Shared(Copies):
-    def evaluate(self, config: Any, models: Any, on_result: Any, on_progress: Any) -> None:
-        Here(config).evaluate(models, on_result, on_progress)
+    return Pipeline(config, Here(), quiet())  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_trial, "engine_for", Here)
+    monkeypatch.setattr(sweep_trial, "engine_for", lambda config: Here())
 
 
 def trials_of(sweep: Sweep) -> list[Trial]:
     points = choose_points(sweep.config)
     runs = [[here(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    shared = SharedWork([run for one in runs for run in one], Shared(), quiet())
+    shared = SharedWork([run for one in runs for run in one], Here(), quiet())
     shared.prepare()
     trials = merged(points, runs, sweep.config.model)
     shared.complete([run for trial in trials for run in trial.runs])

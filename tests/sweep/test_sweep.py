@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from cpift.config.loading import load_config
-from cpift.config.run import RunConfig
 from cpift.console.view import quiet
 from cpift.disk.files import read_json
 from cpift.errors import ConfigError
 from cpift.evaluation.estimates import estimate, t_quantile
 from cpift.method.masks import read_mask
+from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
@@ -108,16 +108,9 @@ def test_random_search_of_a_small_space_ends(tmp_path: Path) -> None:
 # ---- sharing and merging, with an engine that copies θ0 instead of training -----------------------------------------
 
 
-class NoEngine:
-    """For pipelines that must find everything made."""
-
-    def __init__(self, config: RunConfig):
-        pass
-
-
 def planned(sweep: Sweep) -> tuple[list[dict[str, Any]], list[list[Pipeline]]]:
     points = choose_points(sweep.config)
-    return points, [[Pipeline(sweep.run(p, s), NoEngine(sweep.base), quiet()) for s in sweep.seeds] for p in points]  # type: ignore[arg-type]
+    return points, [[Pipeline(sweep.run(p, s), NoEngine(), quiet()) for s in sweep.seeds] for p in points]
 
 
 def test_shared_work_is_made_once_and_equal_outcomes_are_one_trial(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation, Score, read_scores
 from cpift.models.sources import configured_template
-from cpift.pipeline.engine import keep_scores
+from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run
 from cpift.pipeline.stages import integrate, probe
 from cpift.pipeline.stages import model as pretrained
@@ -71,7 +71,12 @@ def _score(run: Run, models: Sequence[Model], artifacts: Mapping[str, Artifact])
     require_sound(todo.values(), run.root, run.view.warn)
     changes = {title: noted(model_files(path)) for title, path in todo.items()}
     with run.view.stage(TITLE, list(todo)):
-        run.engine.evaluate(todo, keep, run.view.progress)
+        run.engine.evaluate([scoring(run, title, path) for title, path in todo.items()], keep, run.view.progress)
+
+
+def scoring(run: Run, title: str, path: Path) -> Scoring:
+    """A model in a folder, to be scored as the run scores."""
+    return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources)
 
 
 def loadable(run: Run, model: Model, scored: Artifact) -> Path:

@@ -58,8 +58,8 @@ def fingerprints(names: Names) -> dict[str, str]:
 def made(run: Run) -> dict[str, Model]:
     """θ1..θN by task."""
     probes = artifacts(run.artifacts)
-    if missing := sum(not artifact.complete for artifact in probes.values()):
-        run.engine.expect(missing)
+    if missing := {artifact.work_dir / "export" for artifact in probes.values() if not artifact.complete}:
+        run.engine.expect([spec for spec in specs(run, model.base(run.artifacts)) if spec.export in missing])
     base = model.made(run)
     if probes:
         if missing:
