@@ -86,7 +86,7 @@ def run(
     Interrupted or failed, the same call goes on. Raises ConfigError before anything starts, StageError if one fails.
     """
     loaded = _loaded(config, overrides)
-    from cpift.compare.run_baselines import make_baselines
+    from cpift.compare.run_baselines import OF_RUNS
     from cpift.pipeline.pipeline import Pipeline
     from cpift.pipeline.preflight import preflight
     from cpift.pipeline.report import report
@@ -97,7 +97,7 @@ def run(
         view.note(line)
     preflight(loaded, stage="run")
     with _undisturbed(in_process):
-        pipeline = Pipeline(loaded, _engine(loaded, in_process), view, baselines=make_baselines)
+        pipeline = Pipeline(loaded, _engine(loaded, in_process), view, baselines=OF_RUNS)
         with at_work(pipeline, "run"):
             page = report(pipeline).page
             models = {model.title: model.path for model in pipeline.models()}

@@ -101,7 +101,7 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     """The pipeline of a checked config, on Ray where something is trained or scored."""
     view.waiting("checking the configuration, the models and the data")
     run = _load(config, overrides, changes, stage, view.note)
-    from cpift.compare.run_baselines import make_baselines
+    from cpift.compare.run_baselines import OF_RUNS
     from cpift.merging.on_device import device_merging
     from cpift.pipeline.engine import NoEngine
     from cpift.pipeline.pipeline import Pipeline
@@ -111,13 +111,13 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
         view.waiting("loading Ray")
         from cpift.cluster.engine import RayEngine
 
-        return Pipeline(run, RayEngine(run), view, baselines=make_baselines)
+        return Pipeline(run, RayEngine(run), view, baselines=OF_RUNS)
     merging: Merging | None = device_merging(run.resources)
     if run.resources.on_cluster:
         from cpift.cluster.merging import merging_of
 
         merging = merging_of(run.resources)
-    return Pipeline(run, NoEngine(merging), view, baselines=make_baselines)
+    return Pipeline(run, NoEngine(merging), view, baselines=OF_RUNS)
 
 
 def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> tuple[Pipeline, Any]:

@@ -18,12 +18,13 @@ from cpift.errors import entry
 from cpift.pipeline.costs import Rows
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
-from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.pipeline import Baselines, Pipeline
 from cpift.pipeline.plan import Plan, plan
+from cpift.pipeline.run import Fit
 from cpift.pipeline.stages import backbone
+from cpift.pipeline.stages.fits import threads_alone
 from cpift.pipeline.stages.names import Model
 from cpift.pipeline.stages.step import Step, step_of
-from cpift.training.spec import FitSpec
 
 _SUBJECT = "baselines"
 
@@ -35,6 +36,16 @@ def make_baselines(run: Pipeline) -> dict[str, Artifact]:
         title = entry(BASELINES, name, _SUBJECT).title
         found[title] = _trained(run, title) if isinstance(settings, SftBaseline) else _merged(run, name, settings)
     return found
+
+
+def fits_beside(run: Pipeline) -> list[Fit]:
+    """Plain SFT, unless the config gives it threads that no other fine-tune leaves free (`resources.threads_alone`)."""
+    alone = threads_alone(run.artifacts) > run.config.resources.threads
+    wanted = "full_sft" in _chosen(run.config) and not alone
+    return [_sft_fit(run, entry(BASELINES, "full_sft", _SUBJECT).title)] if wanted else []
+
+
+OF_RUNS = Baselines(make_baselines, fits_beside)
 
 
 def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: Rows = ()) -> Plan:
@@ -99,14 +110,15 @@ def _beside(run: Pipeline, fields: dict[str, Any]) -> Pipeline:
 
 
 def _trained(run: Pipeline, title: str) -> Artifact:
-    sized, artifact = _sft(run, Budgets())
-
-    def specs() -> list[FitSpec]:
-        spec = backbone.spec(sized, run.pretrained(), together(sized), artifact)
-        return [replace(spec, title=title, logs=run.root / "logs" / title.replace(" ", "-"))]
-
-    run.train([artifact], title, specs)
+    artifact, spec = _sft_fit(run, title)
+    run.train([artifact], title, lambda: [spec])
     return artifact
+
+
+def _sft_fit(run: Pipeline, title: str) -> Fit:
+    sized, artifact = _sft(run, Budgets())
+    spec = backbone.spec(sized, run.pretrained(), together(sized), artifact)
+    return artifact, replace(spec, title=title, logs=run.root / "logs" / title.replace(" ", "-"))
 
 
 def _sft(run: Pipeline, budgets: Budgets) -> tuple[Pipeline, Artifact]:

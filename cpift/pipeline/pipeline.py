@@ -8,6 +8,7 @@ an *engine* that the caller passes in (`cluster/engine.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from cpift.config.run import RunConfig
 from cpift.console.view import View
@@ -16,11 +17,21 @@ from cpift.evaluation.scores import Score
 from cpift.method.groups import Grouping
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.identity import StageArtifacts
-from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.run import Fit, Run, unless_damaged
 from cpift.pipeline.stages import backbone, evaluate, fuse, group, integrate, model, order, probe, regions
 from cpift.pipeline.stages.names import Known, Model
 
-Baselines = Callable[["Pipeline"], Mapping[str, Artifact]]  # by title
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a run is compared with (`compare/run_baselines.py`).
+
+    make: all of them by title, made if need be, of a run whose own models are there. fits: the fine-tunes among them
+    that may run beside the integration, for of the run they need its groups alone.
+    """
+
+    make: Callable[[Pipeline], Mapping[str, Artifact]]
+    fits: Callable[[Pipeline], Sequence[Fit]]
 
 
 class Pipeline(Run):
@@ -38,7 +49,7 @@ class Pipeline(Run):
     ):
         """`maker`: see `Artifact.maker`.
 
-        baselines: makes what `config.baselines` names, if need be, of a run whose own models are there.
+        baselines: what makes those that `config.baselines` names.
         """
         super().__init__(StageArtifacts(config, maker), engine, view or View())
         self.baselines = baselines
@@ -82,7 +93,10 @@ class Pipeline(Run):
 
     def models(self) -> list[Model]:
         """Every model that is scored, in the report's order, made if need be."""
-        (self.integrate if self.config.integration is not None else self.fuse)()
+        if self.config.integration is not None:
+            integrate.made(self, self.baselines.fits(self) if self.baselines else ())
+        else:
+            self.fuse()
         known = self.known()
         beside = [Model.of(title, one) for title, one in self.beside().items()]
         return [
@@ -103,7 +117,7 @@ class Pipeline(Run):
 
     def beside(self) -> Mapping[str, Artifact]:
         """The baselines by title, made if need be."""
-        return self.baselines(self) if self.baselines else {}
+        return self.baselines.make(self) if self.baselines else {}
 
     def known(self) -> Known:
         """The groups that came out, made if need be, and θ_base as it is or will be: a staged one is not trained here.

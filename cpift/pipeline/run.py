@@ -21,6 +21,7 @@ from cpift.training.spec import FitSpec
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 Working = TypeVar("Working", bound="Run")
+Fit = tuple[Artifact, FitSpec]  # a fine-tune, and what it exports for
 _DAMAGED_AT_MOST = 100  # inputs that come out damaged in one stage
 
 

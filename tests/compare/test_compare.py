@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,15 @@ from cpift.compare.files import document, write_comparison, written_files
 from cpift.compare.findings import Findings, side
 from cpift.compare.methods import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
 from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
-from cpift.compare.run_baselines import make_baselines, plan_all
+from cpift.compare.run_baselines import OF_RUNS, fits_beside, make_baselines, plan_all
 from cpift.compare.work import ComparisonWork, run_comparison
 from cpift.config.loading import parse_config, with_fields
 from cpift.config.run import RunConfig
+from cpift.console.progress import OnProgress
 from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_json
-from cpift.errors import ConfigError
+from cpift.errors import ConfigError, StageError
 from cpift.pipeline.engine import NoEngine, Scoring
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
@@ -34,6 +36,7 @@ from cpift.pipeline.report import gather, report
 from cpift.pipeline.stages import integrate, order
 from cpift.report.facts import tokens_of
 from cpift.text.escaping import html
+from cpift.training.spec import FitSpec
 from tests.helpers.sweeps import TASKS, run_fields
 
 
@@ -330,11 +333,25 @@ def test_pieces_of_different_comparisons_do_not_add_up(found: tuple[Comparison, 
 BESIDE = {"linear": {}, "ties": {"weight": 1.5}, "full_sft": {"learning_rate": 0.004, "balanced": True}}
 
 
+class Asked(InProcessEngine):
+    """Keeps what it was asked to train; `failing` fails."""
+
+    def __init__(self, failing: str = "") -> None:
+        super().__init__()
+        self.failing, self.asked = failing, list[list[str]]()
+
+    def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
+        self.asked.append([spec.title for spec in specs])
+        super().fit([spec for spec in specs if spec.title != self.failing], on_progress)
+        if any(spec.title == self.failing for spec in specs):
+            raise StageError(f"1 of {len(specs)} failed")
+
+
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A run with baselines, made in this process."""
     config = run_config(tmp_path_factory.mktemp("beside"), baselines=BESIDE)
-    run = Pipeline(config, InProcessEngine(), quiet(), baselines=make_baselines)
+    run = Pipeline(config, Asked(), quiet(), baselines=OF_RUNS)
     report(run)
     return run
 
@@ -358,6 +375,27 @@ def test_a_runs_baselines_are_scored_and_reported(beside: Pipeline) -> None:
 
 
 @pytest.mark.slow
+def test_plain_sft_is_trained_beside_the_integration(beside: Pipeline, tmp_path: Path) -> None:
+    assert isinstance(beside.engine, Asked)
+    assert beside.engine.asked == [["probe a", "probe b", "probe c"], ["backbone"], ["integration", "full SFT"]]
+    alone = with_fields(beside.config, {"resources.threads_alone": 2}, "test")
+    assert fits_beside(Pipeline(alone, NoEngine(), quiet())) == [], "two threads there, one here"
+    made = beside.outputs()
+    again = with_fields(beside.config, {"output": str(tmp_path / "out")}, "test")
+    shutil.copytree(beside.root, tmp_path / "out")
+    for artifact in (made["full SFT"], made["integrate"]):
+        shutil.rmtree(tmp_path / "out" / artifact.path.relative_to(beside.root))
+    run = Pipeline(again, Asked("full SFT"), quiet(), baselines=OF_RUNS)
+    with pytest.raises(StageError, match="1 of 2 failed"):
+        report(run)
+    final = run.artifacts.integrate(run.group().groups, made["fuse"])
+    kept, first = (one.manifest()["outputs"]["model.safetensors"] for one in (final, made["integrate"]))
+    assert kept == first, "a failed baseline costs no other"
+    report(Pipeline(again, engine := Asked(), quiet(), baselines=OF_RUNS))
+    assert engine.asked == [["full SFT"]]
+
+
+@pytest.mark.slow
 def test_a_runs_baselines_are_those_of_a_comparison(beside: Pipeline, tmp_path: Path) -> None:
     """The same artifacts but for λ and learning rate, which a run may choose; and as many tokens as its fine-tunes."""
     made = load_comparison(comparison_file(tmp_path, fixed={"groups.tau": 1.0}), (), {"output": beside.root})
@@ -378,7 +416,7 @@ def test_a_runs_baselines_are_planned_and_made_once(beside: Pipeline) -> None:
         artifacts = StageArtifacts(config)
         return [step.state for step in plan_all(artifacts).steps]
 
-    again = Pipeline(beside.config, InProcessEngine(), quiet(), baselines=make_baselines)
+    again = Pipeline(beside.config, InProcessEngine(), quiet(), baselines=OF_RUNS)
     report(again)  # counts rows anew: each test has a cache of its own
     assert not again.worked
     assert set(planned(beside.config)) == {"cached"}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from cpift.config.run import RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
-from cpift.pipeline.run import Run, unless_damaged
+from cpift.pipeline.run import Fit, Run, unless_damaged
 from cpift.pipeline.stages import backbone, fuse, group, regions
 from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
 from cpift.pipeline.stages.names import Groups, Known, Model, Names
@@ -33,14 +34,19 @@ def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
 
 
 @unless_damaged
-def made(run: Run) -> Model:
-    """The final model."""
+def made(run: Run, beside: Sequence[Fit] = ()) -> Model:
+    """The final model. `beside`: fine-tunes that are trained at the same time, where this one is."""
     groups, fused = group.made(run).groups, fuse.made(run)
     final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.made(run)))
-    specs = [spec(run, fused, groups, final)]
-    run.train(
-        [final], title(run.artifacts), lambda: specs, lambda made, out: fuse.add_card(run, "final", groups, made, out)
-    )
+    others = () if final.whole else beside
+    specs = [spec(run, fused, groups, final), *(one for _, one in others)]
+
+    def finish(artifact: Artifact, out: Path) -> None:
+        if artifact.path == final.path:
+            fuse.add_card(run, "final", groups, artifact, out)
+
+    run.train([final, *(one for one, _ in others)], title(run.artifacts), lambda: specs, finish)
+    run.said.update(one.title for _, one in others)
     return Model.of("final", final)
 
 
