@@ -39,6 +39,8 @@ def test_the_command_says_what_the_rank_lost(models: Path, tmp_path: Path) -> No
     assert "Kept whole: 3 norms and biases" in done.output
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(models / "base")
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1, "who may read one file may read all"
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"adapter"}, "nothing partial is left"
     before = (out / "adapter_model.safetensors").read_bytes()

@@ -9,6 +9,7 @@ iterations (Halko, Martinsson and Tropp, 2011), as `torch.svd_lowrank` does it.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,6 +200,7 @@ def _write(out: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
 
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(out / ADAPTER_CONFIG, settings)
+    shutil.copymode(out / ADAPTER_CONFIG, out / ADAPTER_WEIGHTS)  # the library's is for the owner alone
 
 
 def _is_embedding(folder: Path, module: str) -> bool:

@@ -8,6 +8,7 @@ bit-packed masks, one int32 tensor per parameter, in one safetensors file a task
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -229,6 +230,8 @@ def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
     for task, region in regions.items():
         save_file({name: words.contiguous() for name, words in region.words.items()}, folder / f"{task}.safetensors")
     _write_summary(regions, folder)
+    for task in regions:  # the library's files are for the owner alone
+        shutil.copymode(folder / SUMMARY, folder / f"{task}.safetensors")
 
 
 def _write_summary(regions: Mapping[str, CoreRegion], folder: Path) -> None:
