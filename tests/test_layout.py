@@ -109,10 +109,11 @@ def imports_of(path: Path) -> frozenset[str]:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a package's page, which imports what it names when somebody asks for it (`cpift.lazy`)."""
-    return (
-        path.name == "__init__.py" and path.parent != ROOT / "cpift"
-    )  # whose names tests of the Python API go through
+    """Whether a file is a package's page, which imports what it names when somebody asks for it (`cpift.lazy`).
+
+    Not cpift's own, whose names the tests of the Python API go through.
+    """
+    return path.name == "__init__.py" and path.parent != ROOT / "cpift"
 
 
 def own_imports(path: Path) -> set[str]:
