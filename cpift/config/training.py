@@ -195,7 +195,8 @@ class ResourcesConfig(Section):
         None,
         **identity("backbone", "integrate", by="threads"),
         ge=1,
-        description="torch threads where no other fine-tune runs (backbone, integration); default: the same",
+        description="torch threads where no other fine-tune runs (backbone, integration, baselines.full_sft); default: "
+        "the same",
     )
     parallel: int | None = Field(None, **identity(), ge=1, description="fine-tunes at once; default: as many as fit")
     address: str | None = Field(

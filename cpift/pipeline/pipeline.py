@@ -2,7 +2,7 @@
 
 Each stage is an artifact (see `disk/artifacts.py`), made if it is not there. A stage asks for the ones it needs, so
 every stage can be run alone; what each is and does stands in its file in `stages/`. What is trained and scored runs on
-an *engine* that the caller passes in (`cluster/engine.py`).
+an *engine* that the caller passes in (`engine.py`).
 """
 
 from __future__ import annotations
