@@ -24,7 +24,7 @@ from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
 from cpift.config.variation import Value, base_run, describe, no_device, shown
 from cpift.errors import ConfigError, Problem, entry
-from cpift.evaluation.metrics import metric_of
+from cpift.sweep.objectives import DESCRIPTION, figure_problem, less_is_better
 
 
 class Range(Section):
@@ -116,8 +116,7 @@ class Objective(Section):
 
     figure: str = Field(
         **identity("sweep"),
-        description="mean_retention | worst_retention | mean_loss, or of one task "
-        "task.NAME.score | task.NAME.loss | task.NAME.retention",
+        description=DESCRIPTION,
     )
     mode: Literal["max", "min"] | None = Field(
         None, **identity("sweep"), description="default: min for losses, max for all others"
@@ -126,7 +125,7 @@ class Objective(Section):
     @property
     def sign(self) -> int:
         """1 where more is better, −1 where less is."""
-        return entry(MODES, self.mode or ("min" if self.figure.endswith("loss") else "max"), "objectives.mode")
+        return entry(MODES, self.mode or ("min" if less_is_better(self.figure) else "max"), "objectives.mode")
 
 
 def _expanded(key: str, section: type[Section]) -> BeforeValidator:
@@ -227,10 +226,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name
     sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
+    metrics = {task.name: task.metric for task in base.tasks}
     problems = (
         no_device(base)
         + _check_space(sweep)
-        + [problem for one in config.objectives for problem in _check_objective(one, base)]
+        + [found for one in config.objectives if (found := figure_problem(one.figure, metrics, "objectives"))]
     )
     if problems:
         raise ConfigError(str(path), problems)
@@ -248,18 +248,3 @@ def _check_space(sweep: Sweep) -> list[Problem]:
             except ConfigError as error:
                 problems += [Problem(f"space.{name}", f"{shown(value)}: {one}") for one in error.problems]
     return problems
-
-
-def _check_objective(objective: Objective, base: RunConfig) -> list[Problem]:
-    where, figure = "objectives", objective.figure
-    if figure in ("mean_retention", "worst_retention", "mean_loss"):
-        return []
-    names = {task.name: task.metric for task in base.tasks}
-    task, _, kind = figure.removeprefix("task.").rpartition(".")
-    if not figure.startswith("task.") or kind not in ("score", "loss", "retention"):
-        return [Problem(where, f"{figure!r} is no figure", Objective.model_fields["figure"].description or "")]
-    if task not in names:
-        return [Problem(where, f"{figure!r}: there is no task {task!r}", f"the run has {', '.join(names)}")]
-    if kind == "score" and metric_of(names[task]).by_loss:
-        return [Problem(where, f"{figure!r}: the metric of {task} is its loss", f"write task.{task}.loss")]
-    return []

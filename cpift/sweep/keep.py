@@ -21,8 +21,9 @@ from cpift.pipeline.outcomes import known_scores, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.names import Model
 from cpift.sweep.config import KEEPS, Sweep
+from cpift.sweep.objectives import figures
 from cpift.sweep.record import Attempt, sweep_record
-from cpift.sweep.scores import figures, remaking
+from cpift.sweep.scores import remaking
 
 Runs = Sequence[Pipeline]
 

@@ -9,7 +9,7 @@ from cpift.evaluation.retention import judged, learning_of, sentences
 from cpift.pipeline.outcomes import scores_of, shared_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.sweep.config import Sweep
-from cpift.sweep.scores import figures
+from cpift.sweep.objectives import figure_named, figures
 
 
 def require_objectives(sweep: Sweep, runs: Sequence[Pipeline]) -> None:
@@ -21,7 +21,7 @@ def require_objectives(sweep: Sweep, runs: Sequence[Pipeline]) -> None:
         tasks, scores = [task.name for task in run.config.tasks], scores_of(run, shared_models(run))
         known = figures(scores, tasks, "base")
         for figure in (one.figure for one in sweep.config.objectives):
-            if figure.endswith("retention") and figure not in known:
+            if (row := figure_named(figure)) is not None and row.learnt and figure not in known:
                 why = " ".join(sentences(learning_of(tasks, scores))) or "A probe has a loss of 0."
                 raise StageError(
                     f"objectives, {figure}: has no value with seed {run.config.seed}. {why} Train probes longer or on "

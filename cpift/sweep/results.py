@@ -27,8 +27,9 @@ from cpift.report.index import SWEEP, write_page
 from cpift.sweep.config import Sweep
 from cpift.sweep.files import sweep_md, trials_csv
 from cpift.sweep.learning import learning_said
+from cpift.sweep.objectives import figures
 from cpift.sweep.record import Attempt
-from cpift.sweep.scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, figures, judged, pareto_front
+from cpift.sweep.scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, judged, pareto_front
 from cpift.sweep.verdict import values_of
 
 _STAGES = ("model", "probe", "regions", "backbone", "fuse", "integrate", "evaluate")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean
 from typing import Any
 
 from cpift.evaluation.estimates import Estimate
-from cpift.evaluation.scores import Score
-from cpift.report.data import retention, standing
+from cpift.sweep.objectives import less_is_better
 
 
 @dataclass(frozen=True)
@@ -72,33 +70,9 @@ class SweepData:
     learning: list[str] = field(default_factory=list)  # sentences on tasks that their own probe did not learn
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """One run's scores, for `retention`."""
-
-    tasks: list[str]
-    scores: dict[str, dict[str, Score]]
-
-
 def remaking(model: str) -> str:
     """The command that makes a sweep's judged model of a config again."""
     return {"final": "run", "fused": "evaluate"}[model]
-
-
-def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
-    """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
-    run = _Scores(list(tasks), {title: dict(found) for title, found in scores.items()})
-    own, overall = run.scores[model], standing(run, model)
-    found = {"mean_loss": mean(own[task]["loss"] for task in tasks)}
-    if overall is not None:
-        found |= {"mean_retention": overall.mean, "worst_retention": overall.worst}
-    for task in tasks:
-        kept = retention(run, model, task)
-        found[f"task.{task}.loss"] = own[task]["loss"]
-        if (score := own[task]["score"]) is not None:
-            found[f"task.{task}.score"] = score
-        found |= {f"task.{task}.retention": kept} if kept is not None else {}
-    return found
 
 
 def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:
@@ -128,7 +102,7 @@ def values_at(data: SweepData, figure: str, point: Mapping[str, Any]) -> Estimat
 
 
 def _sign(data: SweepData, figure: str) -> int:
-    return dict(data.objectives).get(figure, -1 if figure.endswith("loss") else 1)
+    return dict(data.objectives).get(figure, -1 if less_is_better(figure) else 1)
 
 
 def best_trial(data: SweepData) -> TrialRow | None:

@@ -25,8 +25,8 @@ from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.sweep.config import Sweep
+from cpift.sweep.objectives import figures
 from cpift.sweep.record import sweep_record
-from cpift.sweep.scores import figures
 from cpift.training.tracking import ended_if_stuck
 
 

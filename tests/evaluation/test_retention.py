@@ -18,7 +18,7 @@ from cpift.evaluation.estimates import estimate, weighted_mean
 from cpift.evaluation.retention import DEFINITION, Learning, condensed, judged, learning_of, sentences
 from cpift.report.data import ReportData, retention, standing, summary, verdict
 from cpift.report.write import first_sentences
-from cpift.sweep.scores import figures
+from cpift.sweep.objectives import figures
 from tests.helpers.scores import Scores, scored
 
 

@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from cpift.disk.top_files import REPORTS, SWEEP_FILES
+from cpift.sweep.objectives import figures
 from cpift.sweep.page import sweep_page
 from cpift.sweep.plots import leaf_order, single_linkage
 from cpift.sweep.results import failures, results_table, summary, write_results
-from cpift.sweep.scores import SweepData, best_trial, figures, pareto_front
+from cpift.sweep.scores import SweepData, best_trial, pareto_front
 from cpift.sweep.verdict import verdict
 from tests.helpers.reports import Page, made_up_sweep
 
