@@ -26,6 +26,7 @@ from cpift.cluster.session import (
     ray_answers,
     ray_session,
     show_progress,
+    started_here,
     use_assigned_gpus,
 )
 from cpift.cluster.work import piece_of
@@ -86,6 +87,7 @@ class RayEngine:
         self._failed: BaseException | None = None  # to start
         self._over = threading.Event()  # set when the session has ended
         self._group: FitGroup | None = None
+        self._ending: threading.Thread | None = None  # lets all of it end while the caller goes on
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -98,10 +100,11 @@ class RayEngine:
                 finally:
                     if not stopping():
                         self._started()
+                        self._ended()
                     if ray_answers():
                         self._leave_group()
         finally:
-            self._session = self._starting = self._failed = None
+            self._session = self._starting = self._failed = self._ending = None
             self._over.set()
 
     def expect(self, specs: Sequence[FitSpec]) -> None:
@@ -142,7 +145,10 @@ class RayEngine:
             evaluate_models(scorings, on_result, on_progress)
             return
         failed = group.run([piece_of(scoring) for scoring in scorings], on_result, on_progress)
-        group.dismiss()  # the last stage that needs it; they leave while the report is written
+        group.dismiss()
+        if self._session is not None and started_here():
+            self._ending = threading.Thread(target=self._end, args=(self._session,), daemon=True)
+            self._ending.start()
         raise_failures(failed)
 
     # ---- the group -------------------------------------------------------------------------------------------------
@@ -188,11 +194,22 @@ class RayEngine:
         there.set()
         over.wait()
 
+    def _end(self, session: ExitStack) -> None:
+        """The last stage that needs workers is over: a Ray of ours ends while the report is written."""
+        self._leave_group()
+        session.close()
+
+    def _ended(self) -> None:
+        if self._ending is not None:
+            self._ending.join()
+            self._ending = None
+
     def _started(self) -> None:
         if self._starting is not None:
             self._starting.wait()
 
     def _connect(self, on_progress: OnProgress) -> None:
+        self._ended()
         if self._session is not None:
             if self._starting is not None or not ray.is_initialized():
                 on_progress({"waiting": f"starting Ray{self._where}"})
