@@ -32,7 +32,7 @@ import yaml
 from benchmarks.merging.mergekit_environment import MERGEKIT, mergekit
 from benchmarks.record import append
 from cpift.checkpoints.slices import pieces
-from cpift.checkpoints.writing import WriteBehind, plan_shards, write_index, write_shard
+from cpift.checkpoints.writing import ShardRecord, WriteBehind, plan_shards, write_index, write_shard
 from cpift.formats.safetensors import FileWriter, TensorInfo
 
 POLL_SECONDS = 0.02
@@ -108,14 +108,14 @@ def make_checkpoint(folder: Path, shape: Shape, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
 
 
-def _noise(file: FileWriter, infos: Sequence[TensorInfo], noise: torch.Tensor, writing: WriteBehind) -> dict[str, Any]:
+def _noise(file: FileWriter, infos: Sequence[TensorInfo], noise: torch.Tensor, writing: WriteBehind) -> ShardRecord:
     for number, info in enumerate(infos):
         for start, stop in pieces(info.numel):
             out, at = writing.buffer(stop - start, info.dtype), (start + 7919 * number) % BLOCK
             out.copy_(noise[at : at + stop - start])
             writing.write(file, info.name, start, out)
     writing.drain()
-    return {}
+    return {"tensors": []}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from cpift.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.disk.files import digest, file_sha256, read_json, remember_sha256, write_json
@@ -63,6 +63,32 @@ def plan_shards(tensors: Iterable[TensorInfo], limit: int) -> list[Shard]:
     return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
+class TensorRecord(TypedDict, total=False):
+    """What a merge says of a tensor, or of the whole `(model)`: the first three always, others by the method."""
+
+    tensor: str
+    numel: int
+    core: int  # elements that are a core's
+    angles: list[float]  # radians, one a fold
+    lerp: list[float]  # the share of vectors that were interpolated in a line, one a fold
+    cosine: float  # of the updates, on average
+    share: float  # of the pretrained model
+
+
+class ShardRecord(TypedDict):
+    tensors: list[TensorRecord]
+
+
+class ShardNote(TypedDict):
+    """Lies beside a shard that is whole."""
+
+    key: str  # of what it was made from
+    bytes: int
+    mtime_ns: int
+    sha256: str | None
+    record: ShardRecord
+
+
 def write_index(shards: Sequence[Shard], folder: Path) -> None:
     """The index that transformers finds tensors by; a checkpoint of one file has none."""
     if [shard.name for shard in shards] != [SINGLE_FILE]:
@@ -71,7 +97,7 @@ def write_index(shards: Sequence[Shard], folder: Path) -> None:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | None:
+def kept_record(shard: Shard, folder: Path, made_from: str) -> ShardRecord | None:
     """The record of a shard that was finished before from the same inputs, None if it has to be written."""
     note, file = note_of(shard, folder), folder / shard.name
     if not (note.is_file() and file.is_file()):
@@ -80,14 +106,13 @@ def kept_record(shard: Shard, folder: Path, made_from: str) -> dict[str, Any] | 
         found = read_json(note)
         same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
         record, sha256 = found["record"], found["sha256"]
-        return record if same and isinstance(record, dict) and sha256 in (None, file_sha256(file)) else None
+        sound = same and isinstance(record, dict) and sha256 in (None, file_sha256(file))
+        return cast(ShardRecord, record) if sound else None
     except (ValueError, KeyError, TypeError):  # half a note, of a machine that lost power: the shard is made again
         return None
 
 
-def write_shard(
-    shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], dict[str, Any]]
-) -> dict[str, Any]:
+def write_shard(shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], ShardRecord]) -> ShardRecord:
     """Write one shard into `folder`; `fill` writes every tensor and returns what is to be kept beside it.
 
     Raises StageError where the disk is full or cannot be written, or an input not be read; nothing half-written stays.
@@ -105,24 +130,28 @@ def write_shard(
     return record
 
 
-def write_note(shard: Shard, folder: Path, made_from: str, sha256: str | None, record: dict[str, Any]) -> None:
+def write_note(shard: Shard, folder: Path, made_from: str, sha256: str | None, record: ShardRecord) -> None:
     """Say beside a shard, which is whole and in `folder`, what it was made from: `kept_record` then finds it."""
     file = folder / shard.name
     found = file.stat()
-    note = {"key": shard.key(made_from), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256}
+    note: ShardNote = {
+        "key": shard.key(made_from),
+        "bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+        "sha256": sha256,
+        "record": record,
+    }
     _remember(file, note)
-    write_json(note_of(shard, folder), note | {"record": record})
+    write_json(note_of(shard, folder), note)
 
 
-def _remember(file: Path, note: dict[str, Any]) -> None:
+def _remember(file: Path, note: ShardNote) -> None:
     """A shard is hashed as it is written; its note tells other processes, as long as nobody touched the file."""
-    if note.get("sha256") and note["mtime_ns"] == file.stat().st_mtime_ns:
+    if note["sha256"] and note["mtime_ns"] == file.stat().st_mtime_ns:
         remember_sha256(file, note["sha256"])
 
 
-def _filled(
-    partial: Path, shard: Shard, fill: Callable[[FileWriter], dict[str, Any]]
-) -> tuple[dict[str, Any], str | None]:
+def _filled(partial: Path, shard: Shard, fill: Callable[[FileWriter], ShardRecord]) -> tuple[ShardRecord, str | None]:
     writer = FileWriter(partial, shard.tensors, in_order=True)
     try:
         record = fill(writer)

@@ -24,7 +24,7 @@ import ray.exceptions
 from cpift_kernels import Mark, Marked, Masks, Range, Selection
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cpift.checkpoints.writing import Shard
+from cpift.checkpoints.writing import Shard, ShardNote, ShardRecord
 from cpift.cluster.session import alive_nodes, first_ready, ray_session
 from cpift.cluster.stored_merge import fetch, merge_into, publish, with_stored_masks
 from cpift.config.run import ResourcesConfig
@@ -86,7 +86,7 @@ class RayMerging:
 
     def merge_shards(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards` with one task a file."""
         with ray_session(self._resources):
             return self._merge_all(method, shards, out, made_from, budget, progress)
@@ -98,7 +98,7 @@ class RayMerging:
 
     def _merge_all(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ShardRecord]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None
         for module in modules_beside():  # a user's method or conflict rule goes to the workers as it was loaded here
@@ -110,7 +110,7 @@ class RayMerging:
             ): shard
             for shard in shards
         }
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[str, ShardRecord] = {}
         failed: CpiftError | None = None
         while pending:
             ready = first_ready(list(pending))
@@ -184,7 +184,7 @@ def _mark(
 @ray.remote
 def _merge(
     method: MergeMethod, shard: Shard, target: Path | ObjectStore, made_from: str, budget: int, threads: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ShardRecord] | dict[str, ShardNote]:
     """The shard's record, written into a folder; its note, uploaded to an object store."""
     import torch
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 
 from cpift.checkpoints.checkpoint import INDEX_FILE
-from cpift.checkpoints.writing import Shard, note_of, write_note
+from cpift.checkpoints.writing import Shard, ShardNote, ShardRecord, note_of, write_note
 from cpift.disk.files import MANIFEST, read_json
 from cpift.disk.object_store import ObjectStore
 from cpift.formats.safetensors import TensorInfo
@@ -65,7 +65,7 @@ def with_stored_masks(method: MergeMethod, store: ObjectStore) -> MergeMethod:
 
 def merge_into(
     store: ObjectStore, method: MergeMethod, shard: Shard, made_from: str, budget: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ShardNote]:
     """`merging.engine.merge_shards` of one shard that goes to the store, unless it is there; returns its note."""
     kept = store.read_json(note_of(shard, Path()).name)
     if kept is not None and kept["key"] == shard.key(made_from) and store.size(shard.name) == kept["bytes"]:
@@ -78,12 +78,11 @@ def merge_into(
         return {shard.name: read_json(note_of(shard, folder))}
 
 
-def fetch(store: ObjectStore, shard: Shard, out: Path, made_from: str, note: Mapping[str, Any]) -> dict[str, Any]:
+def fetch(store: ObjectStore, shard: Shard, out: Path, made_from: str, note: ShardNote) -> ShardRecord:
     """Download a shard into `out` and keep its note there; returns its record."""
-    store.get(shard.name, out / shard.name, note["sha256"])
+    store.get(shard.name, out / shard.name, note["sha256"] or "")
     write_note(shard, out, made_from, note["sha256"], note["record"])
-    record: dict[str, Any] = note["record"]
-    return record
+    return note["record"]
 
 
 def publish(store: ObjectStore, folder: Path) -> None:

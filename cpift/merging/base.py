@@ -21,6 +21,7 @@ from cpift_kernels import fused_apply
 from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.slices import Piece, pieces
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import TensorInfo
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Fill = Callable[[int, int, "torch.Tensor"], None]  # writes elements start..stop-1 into a buffer [stop - start]
-Merged = tuple[dict[str, Any] | None, Fill]  # a record of one tensor if there is anything to say, and what writes it
+Merged = tuple[TensorRecord | None, Fill]  # a record of one tensor if there is anything to say, and what writes it
 _RUN = 1 << 18  # elements whose updates are held in fp32 at once, a multiple of 32
 _LARGEST = 1 << 24  # elements of a tensor that is not too large for its definition to be evaluated
 
@@ -148,7 +149,7 @@ class MergeMethod(ABC):
         other.masks = None if self.masks is None else at.masks(self.masks)
         return other
 
-    def prepare(self) -> list[dict[str, Any]]:
+    def prepare(self) -> list[TensorRecord]:
         """Whole-model statistics, before the first tensor; returns records of them."""
         return []
 
@@ -213,8 +214,7 @@ class Declared:
 
     def __getattr__(self, name: str) -> Any:
         if name in FusionConfig.model_fields and name not in self._fields:
-            what = f"merge method {self._config.method_name}: reads fusion.{name} → name it in `fields`"
-            raise CpiftError(what)
+            raise CpiftError(f"merge method {self._config.method_name}: reads fusion.{name} → name it in `fields`")
         return getattr(self._config, name)
 
 
@@ -250,7 +250,7 @@ class WeightedMerge(MergeMethod):
     on_gpu = True
 
     @abstractmethod
-    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         """One factor for each of `models`, and a record."""
 
     def merged(self, info: TensorInfo) -> Merged:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
 from cpift.checkpoints.writing import (
     Shard,
+    ShardRecord,
+    TensorRecord,
     WriteBehind,
     copy_companions,
     kept_record,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
 
-MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, Progress], dict[str, dict[str, Any]]]
+MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, Progress], dict[str, ShardRecord]]
 
 
 def merge(
@@ -45,7 +47,7 @@ def merge(
     budget: int = DEFAULT_BUDGET,
     progress: Progress = lambda elements, name: None,
     shards_by: MergeShards | None = None,
-) -> list[dict[str, Any]]:
+) -> list[TensorRecord]:
     """Write the merged checkpoint into the folder `out`: names, shapes and dtypes as `like`, its small files copied.
 
     made_from: the fingerprint of inputs and settings; shards that `out` already has of it are kept. shards_by: what
@@ -69,7 +71,7 @@ def merge(
 
 def merge_shards(
     method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ShardRecord]:
     """Write some shards; their records by name."""
     if not shards:
         return {}
@@ -78,16 +80,14 @@ def merge_shards(
     depth = buffers_within(budget, largest, len(method.models))
     with WriteBehind(largest, depth) as writing:
 
-        def write(shard: Shard) -> dict[str, Any]:
+        def write(shard: Shard) -> ShardRecord:
             return write_shard(shard, out, made_from, lambda file: _fill(method, shard, file, writing, progress))
 
         return {shard.name: write(shard) for shard in shards}
 
 
-def _fill(
-    method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress
-) -> dict[str, Any]:
-    records = []
+def _fill(method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> ShardRecord:
+    records: list[TensorRecord] = []
     with guarded_reads(shard.name), drained(writing):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
@@ -139,7 +139,7 @@ def buffers_within(budget: int, nbytes: int, models: int) -> int:
     return min(depth, _DEEPEST)
 
 
-def _kept(record: dict[str, Any] | None) -> dict[str, Any]:
+def _kept(record: ShardRecord | None) -> ShardRecord:
     assert record is not None  # every shard has been kept or written
     return record
 
@@ -155,7 +155,7 @@ class Merging(Protocol):
 
     def merge_shards(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ShardRecord]:
         """`merge_shards`."""
 
     def publish(self, folder: Path, fingerprint: str) -> None:

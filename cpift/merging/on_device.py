@@ -15,7 +15,7 @@ from cpift_kernels import stream_cores
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import Piece
-from cpift.checkpoints.writing import Shard
+from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.devices import visible_gpus
 from cpift.errors import Problem
@@ -77,7 +77,7 @@ class DeviceMerging:
 
     def merge_shards(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
         on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method
         return merge_shards(on_device, shards, out, made_from, budget, progress)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from cpift.checkpoints.writing import TensorRecord
 from cpift.disk.artifact_state import Manifest
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import (
@@ -59,11 +60,9 @@ class ReportData:
     chance: float
     tau: float
     groups: list[list[str]]  # in stage order
-    cores: dict[str, list[dict[str, Any]]]  # task -> per tensor: tensor, numel, core
+    cores: dict[str, list[TensorRecord]]  # by task
     regions: dict[str, RegionSize]  # by task
-    slerp: list[
-        dict[str, Any]
-    ]  # per tensor: tensor, angles (radians, one a fold), lerp (share, one a fold), core, numel
+    slerp: list[TensorRecord]  # of the fusion
     curves: dict[str, list[LogRow]]  # by fine-tune
     checks: list[Check]
     provenance: list[Manifest]  # one an artifact

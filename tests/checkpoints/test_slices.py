@@ -139,7 +139,7 @@ def test_an_input_that_goes_away_is_not_told_as_a_full_disk(
     base, tuned = sharded_models
     gone = Checkpoint(save_checkpoint(tmp_path / "gone", large(9)))
     fusion = fusion_of(tmp_path, (base, tuned), FusionConfig())
-    fusion = Fusion(replace(fusion.inputs, backbone=gone), fusion.config)
+    fusion = Fusion(replace(fusion.inputs, backbone=gone), FusionConfig())
     (gone.folder / "model.safetensors").unlink()
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=r"gone/model\.safetensors could not be read: No such file"):

@@ -18,7 +18,7 @@ from cpift.cluster.merging import RayMerging
 from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.errors import CheckpointError
 from cpift.formats.safetensors import TensorInfo, read_header
-from cpift.merging.base import Fill, FusionInputs
+from cpift.merging.base import FusionInputs, Merged
 from cpift.merging.engine import merge
 from cpift.merging.methods.cpift import Fusion
 from cpift.merging.registry import method_named
@@ -60,7 +60,7 @@ class DiesOnce(Fusion):
 
     marker: Path
 
-    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+    def tensor(self, info: TensorInfo) -> Merged:
         if info.name == "c.weight" and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -97,7 +97,7 @@ class NotesItsNode(Fusion):
 
     notes: Path
 
-    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+    def tensor(self, info: TensorInfo) -> Merged:
         (self.notes / info.name).write_text(ray.get_runtime_context().get_node_id())
         return super().tensor(info)
 

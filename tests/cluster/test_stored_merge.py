@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,7 +22,7 @@ from cpift.disk.files import file_sha256, read_json
 from cpift.disk.object_store import ObjectStore
 from cpift.errors import StageError
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Fill, FusionInputs
+from cpift.merging.base import FusionInputs, Merged
 from cpift.merging.engine import merge
 from cpift.merging.methods.cpift import Fusion
 from cpift.method.regions import write_regions
@@ -57,7 +56,7 @@ def room(request: pytest.FixtureRequest, tmp_path: Path, sharded_models: Models)
 
 
 class Refuses(Fusion):
-    def tensor(self, info: TensorInfo) -> tuple[dict[str, Any] | None, Fill]:
+    def tensor(self, info: TensorInfo) -> Merged:
         raise AssertionError(f"{info.name} was made again")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from cpift_kernels import count_mask, fused_apply, masked_gram, slerp_coefficients, union_mask, unpack_mask
@@ -19,6 +19,7 @@ from cpift_kernels import count_mask, fused_apply, masked_gram, slerp_coefficien
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.finite import require_finite
 from cpift.checkpoints.slices import sweep
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import entry
 from cpift.formats.safetensors import TensorInfo
@@ -81,7 +82,7 @@ class Fusion(MergeMethod):
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
         self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
-        self._model: tuple[torch.Tensor, dict[str, Any]] | None = None
+        self._model: tuple[torch.Tensor, TensorRecord] | None = None
 
     @classmethod
     def described(cls, config: FusionConfig) -> str:
@@ -113,7 +114,7 @@ class Fusion(MergeMethod):
     def rest(self) -> tuple[str, Checkpoint]:
         return "backbone", self.inputs.backbone
 
-    def prepare(self) -> list[dict[str, Any]]:
+    def prepare(self) -> list[TensorRecord]:
         """With granularity `model` its one angle a fold, which takes a read of everything."""
         import torch
 
@@ -125,12 +126,12 @@ class Fusion(MergeMethod):
                 total = total + self._gram(self.inputs.backbone.tensors[name])[0]
         assert isinstance(total, torch.Tensor)  # a parameter space is never empty
         coefficients, angles, lerp = self._slerp(total, "(model)")
-        record = {"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp}
+        record: TensorRecord = {"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp}
         self._model = coefficients, record
         return [record]
 
     def merged(self, info: TensorInfo) -> Merged:
-        record: dict[str, Any] = {"tensor": info.name, "numel": info.numel, "core": 0}
+        record: TensorRecord = {"tensor": info.name, "numel": info.numel, "core": 0}
         if self._model is not None:
             coefficients = self._model[0]
             record["core"] = self._core_count(info)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
@@ -30,7 +30,7 @@ class Linear(WeightedMerge):
             return []
         return [Problem("fusion.weights", f"sum to {sum(weights):g}, and linear divides by it", "give others")]
 
-    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         return [weight / sum(self.weights) for weight in self.weights], None
 
     def definition(self, info: TensorInfo) -> Definition:

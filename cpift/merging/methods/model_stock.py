@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from cpift_kernels import masked_gram
 
 from cpift.checkpoints.finite import require_finite
 from cpift.checkpoints.slices import sweep
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
@@ -35,7 +35,7 @@ class ModelStock(WeightedMerge):
     def described(cls, config: FusionConfig) -> str:
         return "t by the angle between updates, tensor by tensor"
 
-    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         import torch
 
         size = len(self.tuned)
@@ -51,7 +51,7 @@ class ModelStock(WeightedMerge):
         cosines = (of_updates / torch.outer(norms, norms)).nan_to_num(0.0)
         cosine = float((cosines.sum() - cosines.trace()) / (size * (size - 1)))
         share = _share(cosine, size)
-        record = {"tensor": info.name, "numel": info.numel, "core": 0, "cosine": cosine, "share": share}
+        record = TensorRecord(tensor=info.name, numel=info.numel, core=0, cosine=cosine, share=share)
         return [1.0 - share, *[share / size] * size], record
 
     def definition(self, info: TensorInfo) -> Definition:

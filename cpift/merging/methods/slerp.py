@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cpift_kernels import masked_gram, slerp_coefficients
 
 from cpift.checkpoints.finite import require_finite
 from cpift.checkpoints.slices import sweep
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
@@ -37,7 +37,7 @@ class Slerp(WeightedMerge):
         """The ω of every fold: of two tasks `t`; of more 1/(i+1), by which each weighs the same."""
         return [self.config.t] if len(self.tuned) == 2 else [1 / (i + 1) for i in range(1, len(self.tuned))]
 
-    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         import torch
 
         size = len(self.tuned)
@@ -51,8 +51,8 @@ class Slerp(WeightedMerge):
             for task, model in self.tuned.items():
                 require_finite(task, model, [info.name])
             raise
-        record = {"tensor": info.name, "numel": info.numel, "core": 0}
-        record |= {"angles": result.angles[0].tolist(), "lerp": result.lerp[0].double().tolist()}
+        angles, lerp = result.angles[0].tolist(), result.lerp[0].double().tolist()
+        record = TensorRecord(tensor=info.name, numel=info.numel, core=0, angles=angles, lerp=lerp)
         return result.coefficients[0].tolist(), record
 
     def definition(self, info: TensorInfo) -> Definition:

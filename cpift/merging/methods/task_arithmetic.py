@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from cpift.checkpoints.writing import TensorRecord
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Contender, WeightedMerge
 from cpift.merging.definition import Definition, vectors_of, weighted
@@ -19,7 +18,7 @@ class TaskArithmetic(WeightedMerge):
     fields = ("weight", "weights")
     contender = Contender("task arithmetic (λ 0.4)", {"weight": 0.4})
 
-    def coefficients(self, info: TensorInfo) -> tuple[list[float], dict[str, Any] | None]:
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         return [1.0 - sum(self.weights), *self.weights], None
 
     def definition(self, info: TensorInfo) -> Definition:
