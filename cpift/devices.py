@@ -12,10 +12,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cpift.config.inputs import Precision
 from cpift.errors import CpiftError, entry
+
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["cpu", "cuda"]
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -48,6 +51,13 @@ def compute_device(asked: float) -> Device:
             "torch built for this GPU and its driver, or set resources.gpus_per_worker: 0"
         )
     return "cuda"
+
+
+def current_gpu() -> torch.device:
+    """The GPU that torch uses in this process where none is named."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def visible_gpus() -> int:

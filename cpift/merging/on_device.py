@@ -17,7 +17,7 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.devices import visible_gpus
+from cpift.devices import current_gpu, visible_gpus
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
@@ -56,9 +56,7 @@ def device_merging(resources: ResourcesConfig) -> DeviceMerging | None:
     """What `resources.device` asks for; None for the CPU. Loads torch for a GPU alone."""
     if resources.device == "cpu":
         return None
-    import torch
-
-    return DeviceMerging(torch.device(resources.device, torch.cuda.current_device()))
+    return DeviceMerging(current_gpu())
 
 
 class DeviceMerging:
