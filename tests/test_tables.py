@@ -60,6 +60,7 @@ TABLES: dict[str, Collection[str]] = {
     "IntegrationConfig.freeze": fit_spec.FREEZES,
     "IntegrationConfig.stages": integrate.STAGES,
     "ResourcesConfig.strategy": SHARDED,
+    "ResourcesConfig.device": get_args(devices.Device),
     "RunConfig.tracking": tracking.TRACKERS,
     "ModelConfig.dtype": planning.KEPT_BYTES,
     "Search.method": sweep_config.SEARCHES,

@@ -124,7 +124,7 @@ class FusionConfig(Section):
     weight: float = Field(
         1.0,
         **identity("merge"),
-        description="of every task: linear (normalised), λ of task_arithmetic, ties, dare and dare_ties",
+        description="of every task: linear and karcher (normalised), λ of task_arithmetic, ties, dare and dare_ties",
     )
     weights: dict[str, float] = Field(
         **identity("merge"),

@@ -262,6 +262,7 @@ class WeightedMerge(MergeMethod):
             what = f"merge method {self.config.method_name}: tensor {info.name}: coefficients {factors}"
             raise CpiftError(f"{what} → give a finite number for each of {len(self.models)} models")
         used = [(model, factor) for model, factor in zip(self.models, factors, strict=True) if factor != 0.0]
+        used = used or [(self.models[0], 0.0)]
         scale = torch.tensor([[factor for _, factor in used]], dtype=torch.float64)
 
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
@@ -276,7 +277,7 @@ class UpdateMerge(MergeMethod):
 
     def merged(self, info: TensorInfo) -> Merged:
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
-            for first, last in _runs(start, stop):
+            for first, last in ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN)):
                 origin = self.pretrained.slice(info.name, first, last).float()
                 updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
                 with own_code(self, f"tensor {info.name}, elements {first} to {last - 1}"):
@@ -324,7 +325,3 @@ class UpdateMerge(MergeMethod):
             return Expected(merged, np.arange(stop - start), scale)
 
         return values
-
-
-def _runs(start: int, stop: int) -> Iterator[Piece]:
-    return ((first, min(first + _RUN, stop)) for first in range(start, stop, _RUN))

@@ -25,7 +25,9 @@ class Option:
 
 OPTIONS: Mapping[str, Option] = {
     "method": Option("fusion.method", f"{listed(MergeName)}, or module:attribute [default: cpift]"),
-    "weight": Option("fusion.weight", "of every task: linear, λ of task_arithmetic, ties, dare and dare_ties"),
+    "weight": Option(
+        "fusion.weight", "of every task: linear and karcher, λ of task_arithmetic, ties, dare and dare_ties"
+    ),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
     "density": Option("fusion.density", "share of each update that ties, dare and dare_ties keep"),
     "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),

@@ -13,6 +13,7 @@ from cpift.merging.base import MergeMethod
 from cpift.merging.methods.cpift import Fusion
 from cpift.merging.methods.dare import Dare
 from cpift.merging.methods.dare_ties import DareTies
+from cpift.merging.methods.karcher import Karcher
 from cpift.merging.methods.linear import Linear
 from cpift.merging.methods.model_stock import ModelStock
 from cpift.merging.methods.nearswap import NearSwap
@@ -30,6 +31,7 @@ METHODS: dict[str, type[MergeMethod]] = {
     "dare_ties": DareTies,
     "nearswap": NearSwap,
     "model_stock": ModelStock,
+    "karcher": Karcher,
 }
 
 

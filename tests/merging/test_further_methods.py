@@ -1,4 +1,4 @@
-"""dare_ties, nearswap and model_stock: figures by hand, their definitions in every dtype, and what they refuse."""
+"""dare_ties, nearswap, model_stock and karcher: figures by hand, definitions in every dtype, and what is refused."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ CASES = {
     "dare_ties": (3, {"density": 0.5, "weights": {"t1": 0.5}}),
     "nearswap": (1, {"t": 0.05}),
     "model_stock": (3, {}),
+    "karcher": (3, {"weights": {"t1": 0.5}}),
 }
 
 
@@ -80,7 +81,7 @@ def test_bytes_are_those_of_the_definition_however_it_is_cut(
     sliced = merged(tmp_path / "sliced", inputs, method=name, **fields)
     for tensor in SIZES:
         a, b = whole.tensor(tensor), sliced.tensor(tensor)
-        assert torch.equal(a, b) if name != "model_stock" else torch.allclose(a, b, rtol=2**-7, atol=1e-6)
+        assert torch.equal(a, b) if name in ("dare_ties", "nearswap") else torch.allclose(a, b, rtol=2**-7, atol=1e-6)
 
 
 def test_dare_ties_elects_among_what_survived(tmp_path: Path) -> None:
@@ -117,6 +118,29 @@ def test_model_stock_goes_as_far_as_the_angle_says(
     inputs = inputs_of(tmp_path, vectors([0.0, 0.0], one, other))
     found = merged(tmp_path / "out", inputs, method="model_stock").tensor("w")
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "wanted"),
+    [
+        ([[2.0, 0.0], [0.0, 2.0]], {}, [math.sqrt(2), math.sqrt(2)]),
+        ([[1.0, 0.0], [0.0, 3.0]], {"t1": 2.0}, [7 / 3 * math.cos(math.pi / 3), 7 / 3 * math.sin(math.pi / 3)]),
+        ([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], {}, [1.0, 0.0]),
+        ([[3.0, 0.0], [0.0, 0.0]], {}, [1.5, 0.0]),  # one has no direction
+        ([[0.0, 0.0], [0.0, 0.0]], {}, [0.0, 0.0]),
+        (
+            [[math.cos(angle), math.sin(angle)] for angle in (0.1, 0.3, 1.4)],
+            {},
+            [math.cos(0.6), math.sin(0.6)],  # on a circle it is the mean angle
+        ),
+    ],
+)
+def test_karcher_is_the_mean_on_the_sphere(
+    tmp_path: Path, values: list[list[float]], weights: dict[str, float], wanted: list[float]
+) -> None:
+    inputs = inputs_of(tmp_path, vectors([9.0, 9.0], *values))
+    found = merged(tmp_path / "out", inputs, method="karcher", weights=weights).tensor("w")
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
