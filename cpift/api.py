@@ -271,13 +271,9 @@ def _engine(config: RunConfig, in_process: bool) -> Engine:
 
 
 def _merging(config: RunConfig) -> Merging | None:
-    if not config.resources.on_cluster:
-        from cpift.merging.on_device import device_merging
+    from cpift.cluster.choice import merging_for
 
-        return device_merging(config.resources)
-    from cpift.cluster.merging import merging_of
-
-    return merging_of(config.resources)
+    return merging_for(config.resources)
 
 
 @contextmanager

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from cpift.config.run import RunConfig
     from cpift.console.view import View
     from cpift.evaluation.scores import Score
-    from cpift.merging.engine import Merging
     from cpift.pipeline.pipeline import Pipeline
 
 
@@ -102,7 +101,6 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     view.waiting("checking the configuration, the models and the data")
     run = _load(config, overrides, changes, stage, view.note)
     from cpift.compare.run_baselines import OF_RUNS
-    from cpift.merging.on_device import device_merging
     from cpift.pipeline.engine import NoEngine
     from cpift.pipeline.pipeline import Pipeline
 
@@ -112,12 +110,9 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
         from cpift.cluster.engine import RayEngine
 
         return Pipeline(run, RayEngine(run), view, baselines=OF_RUNS)
-    merging: Merging | None = device_merging(run.resources)
-    if run.resources.on_cluster:
-        from cpift.cluster.merging import merging_of
+    from cpift.cluster.choice import merging_for
 
-        merging = merging_of(run.resources)
-    return Pipeline(run, NoEngine(merging), view, baselines=OF_RUNS)
+    return Pipeline(run, NoEngine(merging_for(run.resources)), view, baselines=OF_RUNS)
 
 
 def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> tuple[Pipeline, Any]:

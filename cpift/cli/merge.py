@@ -17,7 +17,6 @@ from cpift.text.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
-    from cpift.merging.engine import Merging
 
 _KINDS: Mapping[str, Any] = {
     "value": str | None,
@@ -80,15 +79,10 @@ def merge(
     if dry_run:
         _tell(config, checked(config, place, download=False), place)
         return
+    from cpift.cluster.choice import merging_for
     from cpift.console.view import View
-    from cpift.merging.on_device import device_merging
 
-    merging: Merging | None = device_merging(config.resources)
-    if config.resources.on_cluster:
-        from cpift.cluster.merging import merging_of
-
-        merging = merging_of(config.resources)
-    result = merge_into(config, place, View(), merging)
+    result = merge_into(config, place, View(), merging_for(config.resources))
     if result.cached:
         say("It is there already: nothing to do.")
     say(f"Merged model: {result.path}")

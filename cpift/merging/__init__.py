@@ -7,8 +7,8 @@ methods' definitions in fp64 are made of), `verify`, `core_checks` and `checks` 
 `peft_formulas` (two methods' own).
 
     >>> from cpift.merging import METHODS, method_named
-    >>> list(METHODS)
-    ['cpift', 'linear', 'slerp', 'task_arithmetic', 'ties', 'dare']
+    >>> list(METHODS)[:3]
+    ['cpift', 'linear', 'slerp']
     >>> method_named("ties").fields
     ('weight', 'weights', 'density', 'trim')
 """

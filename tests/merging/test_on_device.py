@@ -89,6 +89,8 @@ ANGLES: list[dict[str, Any]] = [
     {"conflict": "mean", "granularity": "row"},
     {"conflict": "last", "granularity": "model"},
     {"transplant": False},
+    {"method": "model_stock"},
+    {"method": "karcher"},
 ]
 MOST = [pytest.param(fields, marks=pytest.mark.slow) for fields in [*EXACT[1:], *ANGLES[1:]]]
 
