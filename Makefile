@@ -53,8 +53,9 @@ $(VENV)/.docs-ready: pyproject.toml constraints.txt
 docs: $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# A file's tests stay together: they share trained models and Ray sessions.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests stay together: they share trained models and Ray sessions. A worker that crashes ends all: with another
+# in its place the rest of that file would be waited for in vain.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(VENV)/.ready lint
 	$(PYTEST) --durations 15

@@ -28,7 +28,7 @@ from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.merges import config_file, make_models
 
 Models = tuple[Checkpoint, dict[str, Checkpoint]]  # θ0, and fine-tunes by task
-SHAPES = {"a.weight": (70, 130), "b.norm": (33,), "c.weight": (7, 1001), "one": (1,), "empty": (0, 4)}
+SHAPES = {"a.weight": (30, 70), "b.norm": (33,), "c.weight": (3, 501), "one": (1,), "empty": (0, 4)}
 CPU = torch.device("cpu")
 
 
