@@ -87,10 +87,14 @@ def test_equal_updates_go_to_the_lower_index() -> None:
     assert not bits[150_003:].any()
 
 
-def test_what_is_not_finite_is_named() -> None:
-    models = models_of(torch.float32, 2)
-    models[2][3][270_000] = float("inf")
+@pytest.mark.parametrize("task", [1, 2])
+def test_what_is_not_finite_is_named(task: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first launch and in one after it."""
+    monkeypatch.setattr(streaming, "GROUP", 2)
+    small = [tensor[:5000] for tensor in models_of(torch.float32, 3)[0]]
+    models = [small, *([tensor + 0.01 for tensor in small] for _ in range(3))]
+    models[task + 1][3][4_700] = float("inf")
     held = Held(models, 1)
     selection = streaming.stream_cores(held, [10], CPU)
-    with pytest.raises(ValueError, match="task 1, tensor 3"):
+    with pytest.raises(ValueError, match=f"task {task}, tensor 3"):
         selection.select(held, selection.ranges(1 << 16))

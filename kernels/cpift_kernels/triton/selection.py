@@ -13,7 +13,7 @@ ties costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,7 +176,7 @@ def mark_models(
                 try:
                     _mark_slice(elements(origin)[part], models[group], uppers, brackets[group], rows, start + offset)
                 except ArithmeticError:
-                    raise _blame(pretrained, tuned, t) from None
+                    raise blame(origin, {task: model[t] for task, model in enumerate(tuned)}, t) from None
         start += numel
     return regions
 
@@ -190,21 +190,29 @@ def _mark_slice(
     start: int,
 ) -> None:
     """Mark one slice and take its candidates; ArithmeticError if a Δ in it is NaN or Inf."""
+    found = marked(origin, models, uppers, brackets, start)
+    for region, (sure, keys, indices) in zip((region for row in regions for region in row), found, strict=True):
+        region.sure += sure
+        region.possible += sure + len(keys)
+        region.keys.append(keys)
+        region.indices.append(indices)
+
+
+def marked(
+    origin: Tensor, models: list[Tensor], uppers: list[Tensor], brackets: Sequence[Sequence[Bracket]], start: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Fill the masks `uppers`; of each in turn how many bits are set, and the candidates' key bits and linear indices
+    [C], in order. Waits for the device once. Raises ArithmeticError if a Δ is NaN or Inf."""
     lower, counts, faults = launch_mark(origin, models, uppers, brackets, start)
     sure, possible = (counts & 0xFFFF).T.long(), (counts >> 16).T.long()
     faulty, *totals = torch.cat([faults.sum()[None], sure.sum(1), possible.sum(1)]).tolist()
     if faulty:
         raise ArithmeticError
     before = (possible - sure).cumsum(1) - (possible - sure)
-    for c, region in enumerate(region for row in regions for region in row):
+    for c, upper in enumerate(uppers):
         certain, maximal = totals[c], totals[len(uppers) + c]
-        region.sure += certain
-        region.possible += maximal
-        if maximal > certain:
-            model = models[c // len(brackets[0])]
-            keys, indices = launch_collect(origin, model, uppers[c], lower[c], before[c], maximal - certain, start)
-            region.keys.append(keys)
-            region.indices.append(indices)
+        model = models[c // len(brackets[0])]
+        yield certain, *launch_collect(origin, model, upper, lower[c], before[c], maximal - certain, start)
 
 
 def launch_mark(
@@ -234,6 +242,8 @@ def launch_collect(
     """Key bits and linear indices of the `amount` candidates of one slice; before [blocks]: those before each block."""
     keys = torch.empty(amount, dtype=torch.int32, device=origin.device)
     indices = torch.empty(amount, dtype=torch.int64, device=origin.device)
+    if amount == 0:
+        return keys, indices
     launch_blocks(
         collect_kernel, origin.numel(), BLOCK, origin.device,
         origin, model, upper, lower, before, keys, indices, start, origin.numel(),
@@ -242,10 +252,10 @@ def launch_collect(
     return keys, indices
 
 
-def _blame(pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], tensor: int) -> ValueError:
-    """The error that names the first task whose update of `tensor` is not finite."""
-    for task, model in enumerate(tuned):
-        if not (model[tensor].float() - pretrained[tensor].float()).isfinite().all():
+def blame(origin: Tensor, models: Mapping[int, Tensor], tensor: int) -> ValueError:
+    """The error that names the first task, by its number, whose update of `tensor` is not finite."""
+    for task, model in models.items():
+        if not (model.float() - origin.float()).isfinite().all():
             return nonfinite_update(tensor, task)
     raise AssertionError(f"tensor {tensor} was flagged, yet every update of it is finite")
 
