@@ -6,14 +6,15 @@ import os
 import shutil
 from collections.abc import Mapping
 
-from cpift.checkpoints.lora_extraction import Extraction, extract_lora
-from cpift.checkpoints.opening import locate, pinned
+from cpift.checkpoints.lora_extraction import Extraction, OnModule, extract_lora
+from cpift.checkpoints.opening import locate, model_files, pinned
 from cpift.config.inputs import CheckpointConfig
 from cpift.console.view import View
+from cpift.disk.guarded import guarded_reads
 from cpift.errors import ConfigError, Problem
-from cpift.merge_folder import given_source, place_of
+from cpift.merge_folder import given_source, occupied, place_of
 
-_SUBJECT = "extract-lora"
+_SUBJECT, _TITLE = "extract-lora", "LoRA extraction"
 
 
 def extract_into(
@@ -24,36 +25,32 @@ def extract_into(
     base, tuned: model folders or hub ids (`org/name@revision`). Raises ConfigError for arguments and CheckpointError
     for models that do not fit each other, both before anything is written under the name asked for.
     """
-    place, problems = place_of(out), list[Problem]()
+    place, problems = place_of(out, _SUBJECT), list[Problem]()
     sources = {name: given_source(name, given, problems) for name, given in (("base", base), ("tuned", tuned))}
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.append(Problem("rank", f"is {rank!r}", "a whole number from 1 on, for example 32"))
-    if place.is_dir() and any(place.iterdir()):
+    if occupied(place):
         problems.append(
             Problem("out", f"{place} holds files", "give a folder to make: nothing that exists is replaced")
         )
     if problems:
         raise ConfigError(_SUBJECT, problems)
-    title = "LoRA extraction"
-    with view.stage(title, [title]):
-        folders = {name: locate(pinned(CheckpointConfig(**fields))) for name, fields in sources.items()}
+    with view.stage(_TITLE, [_TITLE]):
+        theirs, mine = (locate(pinned(CheckpointConfig(**sources[name]))) for name in ("base", "tuned"))
         partial = place.with_name(f".{place.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            named = _name(sources["base"])
-            made = extract_lora(
-                folders["base"],
-                folders["tuned"],
-                partial,
-                rank,
-                named,
-                lambda done, of: view.progress({"title": title, "done": done / of}),
-            )
+            with guarded_reads(_TITLE, [*model_files(theirs), *model_files(mine)]):
+                made = extract_lora(theirs, mine, partial, rank, _name(sources["base"]), _shown(view))
             os.replace(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return made
+
+
+def _shown(view: View) -> OnModule:
+    return lambda done, of: view.progress({"title": _TITLE, "done": done / of})
 
 
 def _name(source: Mapping[str, str]) -> str:

@@ -176,14 +176,14 @@ def _plain(value: Any) -> Any:
 # ---- the place -----------------------------------------------------------------------------------------------------
 
 
-def place_of(out: str | os.PathLike[str]) -> Path:
-    """The absolute folder that a merge writes; links are followed. Raises ConfigError where there can be none."""
+def place_of(out: str | os.PathLike[str], subject: str = _SUBJECT) -> Path:
+    """The absolute folder that is to be made; links are followed. Raises ConfigError where there can be none."""
     path = Path(os.path.realpath(Path(out).expanduser()))
     remedy = "give the name of a folder to make"
     if not path.name or os.path.ismount(path):
-        raise ConfigError(_SUBJECT, [Problem("out", f"{path} is a mount point, which cannot be renamed to", remedy)])
+        raise ConfigError(subject, [Problem("out", f"{path} is a mount point, which cannot be renamed to", remedy)])
     if path.exists() and not path.is_dir():
-        raise ConfigError(_SUBJECT, [Problem("out", f"{path} is a file", remedy)])
+        raise ConfigError(subject, [Problem("out", f"{path} is a file", remedy)])
     return path
 
 
@@ -192,13 +192,14 @@ def work_of(place: Path) -> Path:
     return place.with_name(f".{place.name}.merge")
 
 
-def _occupied(place: Path) -> bool:
+def occupied(place: Path) -> bool:
+    """Whether a folder that is to be made is there and holds something."""
     return place.is_dir() and any(place.iterdir())
 
 
 def _require_free(place: Path, wanted: str | None = None) -> None:
     """Raise ConfigError where a folder holds something else than the merge of the fingerprint `wanted`; None: any."""
-    if not _occupied(place):
+    if not occupied(place):
         return
     remedy = "give another --out, or move it away: nothing that exists is replaced"
     try:
@@ -246,7 +247,7 @@ def merge_into(
             if made_work:
                 _clear(pipeline.root)
             raise
-        cached = _occupied(place)
+        cached = occupied(place)
         if not cached:
             view.note(f"Partial work lies in {pipeline.root} until the model is whole")
             pipeline.fuse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 import cpift
+from cpift.checkpoints import lora_extraction
 from cpift.cli.main import app
+from cpift.errors import ChangedInput
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,23 @@ def test_wrong_arguments_come_back_together(models: Path, tmp_path: Path) -> Non
         cpift.extract_lora(tmp_path / "nowhere", models / "tuned", tmp_path, rank=0)
     for part in ("base: ", "no model folder", "rank: is 0"):
         assert part in str(caught.value)
+
+
+def test_a_model_that_changes_meanwhile_is_named(models: Path, tmp_path: Path) -> None:
+    """An adapter of half of one fine-tune and half of another would pass for that of either."""
+    tuned = shutil.copytree(models / "tuned", tmp_path / "tuned")
+    write = lora_extraction.write_json
+
+    def meanwhile(path: Path, value: object) -> None:
+        (tuned / "model.safetensors").touch()
+        write(path, value)
+
+    with (
+        mock.patch.object(lora_extraction, "write_json", meanwhile),
+        pytest.raises(ChangedInput, match="LoRA extraction"),
+    ):
+        cpift.extract_lora(models / "base", tuned, tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"tuned"}
 
 
 def test_what_fails_leaves_nothing(models: Path, tmp_path: Path) -> None:

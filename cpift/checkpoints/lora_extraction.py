@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
+from cpift.checkpoints.finite import all_finite
 from cpift.checkpoints.layout import checkpoint_layout
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.lora_files import ADAPTER_PREFIX, ADAPTER_WEIGHTS
@@ -93,7 +94,7 @@ def extract_lora(
     products = [one for one in places if one.leaf == "weight" and stored_transposed(base, one.module) is not None]
     adapted = {module for one in products for module in (one.module, *one.tied)}
     whole = [one for one in places if one not in products]
-    tensors = {_key_of(one, adapted): model.tensor(one.tensor).contiguous().clone() for one in whole}
+    tensors = {_key_of(one, adapted): model.tensor(one.tensor) for one in whole}
     errors = []
     for number, place in enumerate(products):
         errors.append(_factorised(pretrained, model, place, rank, tensors))
@@ -111,10 +112,10 @@ def _changed(base: Checkpoint, tuned: Checkpoint, problems: list[Problem]) -> It
 
     layout, ties = checkpoint_layout(base), {} if base.is_apart else tied_names(base.folder)
     for name, info in base.tensors.items():
-        one, other = base.tensor(name), tuned.tensor(name)
+        one, other = base.mapped(name), tuned.mapped(name)
         if not info.floating or torch.equal(one, other):
             continue
-        if not bool(torch.isfinite(other).all() & torch.isfinite(one).all()):
+        if not (all_finite(one) and all_finite(other)):
             problems.append(Problem(name, "holds NaN or infinity", "give models without; `cpift merge` names them too"))
             continue
         parameter = next((one for one, _ in layout.places.get(name, ()) if layout.same(one) == name), None)
@@ -132,7 +133,7 @@ def _factorised(
     """Put a weight's factors into `tensors`, for each of the modules that hold it."""
     import torch
 
-    stored = tuned.tensor(place.tensor).float() - base.tensor(place.tensor).float()
+    stored = tuned.mapped(place.tensor).float() - base.mapped(place.tensor).float()
     left, right = factors(stored, rank)
     kept = torch.addmm(stored, left, right, alpha=-1)
     for module in (place.module, *place.tied):

@@ -4,7 +4,7 @@
 `desk` and `work_queue` hand it out), or starts a Ray Train run for each fine-tune (`fits`). `tasks` does the work of
 sweeps and comparisons. `placement` says which fine-tunes fit at once. `merging` marks regions and merges, range by
 range; `stored_merge` is what differs over an object store. `session` is the connection, `storage` where checkpoints go,
-`submit` sends jobs, `choice` says where a merge alone runs.
+`submit` sends jobs, `choice` says where a run's merges are computed.
 
     >>> from cpift.cluster import Outcome, Piece, WorkQueue
     >>> queue = WorkQueue()

@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 
+from cpift.cluster.choice import merging_for
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, Kind, servable
-from cpift.cluster.merging import merging_of
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
@@ -35,7 +35,6 @@ from cpift.console.ending import stopping
 from cpift.console.progress import OnProgress
 from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.merging.engine import Merging
-from cpift.merging.on_device import device_merging
 from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import score_here
 from cpift.training.spec import RESULT, FitSpec
@@ -81,7 +80,7 @@ class RayEngine:
     def __init__(self, config: RunConfig, stored: bool = True):
         """`stored`: see `merging.merging_of`."""
         self._resources, self._work = config.resources, config.output_dir / ".work"
-        self.merging: Merging | None = merging_of(config.resources, stored=stored) or device_merging(config.resources)
+        self.merging: Merging | None = merging_for(config.resources, stored)
         self._session: ExitStack | None = None
         self._starting: threading.Event | None = None  # set when Ray and the group are there, or failed to start
         self._failed: BaseException | None = None  # to start
