@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cpift.errors import CpiftError, named_line
 
+Listed = Callable[[Path], set[str]]
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What of a repository is downloaded: weights as safetensors, configuration, tokenizer. No code, no pickles.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -104,26 +105,31 @@ def snapshot(repository: str, revision: str | None) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def upload(repository: str, files: Mapping[str, Path | str], private: bool, ours: str, message: str) -> str:
+def upload(
+    repository: str, files: Mapping[str, Path | str], private: bool, ours: str, listed: Listed, message: str
+) -> str:
     """Send files (paths, or texts) to a model repository as one commit; the commit's address.
 
-    A repository that is not there is made, private or not. One that is there gets the commit if it is empty or holds
-    the file `ours`, and files of that list which are not sent any more leave it.
+    A repository that is not there is made, private or not. One that holds files has to hold the file `ours`, of which
+    `listed` makes the names of all that was sent before: these are replaced, or leave it where they are not sent any
+    more; what others put there stays.
 
     Raises:
-        HubError: the hub refuses, the repository holds what others put there, or it is public and `private` is set.
+        HubError: the hub refuses; the repository holds what others put there under a name that is sent, or nothing of
+            ours; or it is public and `private` is set.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
     try:
         held = _held(api, repository, private)
-        if held and ours not in held:
-            raise HubError(f"hub: {repository!r} holds files that cpift did not put there → give another name")
+        before = _sent_before(api, repository, held, ours, listed) if held else set()
+        if strange := sorted((held or set()) & set(files) - before):
+            what = f"holds {', '.join(strange)}, which cpift did not put there"
+            raise HubError(f"hub: {repository!r} {what} → give another name, or remove them there")
         if held is None:
             api.create_repo(repository, private=private)
-        stale = sorted((held or set()) - {".gitattributes"} - set(files))
-        operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+        operations: list[Any] = [CommitOperationDelete(name) for name in sorted(before & (held or set()) - set(files))]
         for name, content in files.items():
             operations.append(CommitOperationAdd(name, content.encode() if isinstance(content, str) else content))
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
@@ -131,6 +137,12 @@ def upload(repository: str, files: Mapping[str, Path | str], private: bool, ours
         raise
     except Exception as error:  # whatever the client and the layers of its network raise
         raise HubError(f"hub: model {repository!r}: {_said(error)}") from error
+
+
+def _sent_before(api: Any, repository: str, held: set[str], ours: str, listed: Listed) -> set[str]:
+    if ours not in held:
+        raise HubError(f"hub: {repository!r} holds files that cpift did not put there → give another name")
+    return listed(Path(api.hf_hub_download(repository, ours)))
 
 
 def _held(api: Any, repository: str, private: bool) -> set[str] | None:

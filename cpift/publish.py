@@ -4,11 +4,16 @@ is. Nothing of the machine goes along: paths in the run's file keep their last p
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
+from cpift.checkpoints.lora_config import ADAPTER_CONFIG
+from cpift.checkpoints.lora_extraction import RECORD as EXTRACTION
+from cpift.checkpoints.lora_files import ADAPTER_WEIGHTS
 from cpift.config.loading import dump_fields, read_yaml
 from cpift.config.paths import is_path, texts
 from cpift.disk.artifact_state import read_manifest, state_of
@@ -17,16 +22,23 @@ from cpift.disk.files import MANIFEST, file_sha256, json_text, read_json
 from cpift.errors import ConfigError, Problem, StageError
 from cpift.evaluation.estimates import estimate
 from cpift.evaluation.scores import Score, read_scores
-from cpift.hub import HUB_ID, HUB_PATTERNS, upload
+from cpift.hub import HUB_ID, upload
+from cpift.pretrained.architecture import CONFIG
+from cpift.untrusted.json import MODEL_CONFIG, read_object, read_weight_map
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 RECORD = "cpift.json"
 _RUN_FILE = "cpift.yaml"
-_TITLES = {"integrate": "final", "fuse": "fused"}  # by the stage of a run's last model
-# Beside a model's own files: records of how it was made, which name files of this machine or are of use only here.
-_LEFT = (MANIFEST, "inputs.json", "fusion.json", "training.json")
+# What is sent beside weights. Whatever else lies in a model's folder (notes, states of a trainer, records that name
+# files of this machine) stays here.
+_SENT = (
+    *("config.json", "generation_config.json", ADAPTER_CONFIG, EXTRACTION, "LICENSE*"),
+    *("tokenizer*.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "*processor_config.json"),
+)
+_PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file")  # keys of these that are paths
 _CONFIDENCE = 0.95
 
 
@@ -57,13 +69,13 @@ def publication(source: Path, repository: str) -> Publication:
     if not HUB_ID.fullmatch(repository):
         problems.append(Problem("--to", f"{repository!r} is no name of a repository", "give org/name"))
     run, folder = (source, _last_model(source)) if (source / "summary.json").is_file() else (None, source)
-    if folder is None or not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if folder is None or not _weights(folder):
         remedy = "give the output folder of a finished run, or a folder with config.json and safetensors"
         problems.append(Problem(str(source), "holds no model", remedy))
     if problems or folder is None:
         raise ConfigError("push", problems)
     _require_sound(folder)
-    files: dict[str, Path | str] = {path.name: path for path in _model_files(folder)}
+    files = dict(_model_files(folder))
     made = {CARD: _card(folder, run, repository), RECORD: _record(folder, files)}
     if run is not None:
         made[_RUN_FILE] = _shared(read_yaml(run / "config.yaml"))
@@ -72,7 +84,12 @@ def publication(source: Path, repository: str) -> Publication:
 
 def publish(found: Publication, private: bool = True) -> str:
     """Send it as one commit; the commit's address. Raises HubError."""
-    return upload(found.repository, found.files, private, RECORD, "Upload by cpift")
+    return upload(found.repository, found.files, private, RECORD, _listed, "Upload by cpift")
+
+
+def _listed(record: Path) -> set[str]:
+    """The names of all that was sent together with a record."""
+    return {*read_object(record, MODEL_CONFIG)["sha256"], CARD, RECORD, _RUN_FILE}
 
 
 def _last_model(run: Path) -> Path | None:
@@ -80,11 +97,32 @@ def _last_model(run: Path) -> Path | None:
     return run / name if isinstance(name, str) else None
 
 
-def _model_files(folder: Path) -> Iterator[Path]:
+def _weights(folder: Path) -> list[Path]:
+    """The files of a model's or an adapter's weights, with their index; none if one is missing, or the config."""
+    if (folder / INDEX_FILE).is_file():
+        names = [INDEX_FILE, *sorted(set(read_weight_map(folder / INDEX_FILE).values()))]
+    else:
+        names = [ADAPTER_WEIGHTS if (folder / ADAPTER_CONFIG).is_file() else SINGLE_FILE]
+    files = [folder / name for name in names]
+    config = folder / (ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else CONFIG)
+    return files if all(file.is_file() for file in (*files, config)) else []
+
+
+def _model_files(folder: Path) -> Iterator[tuple[str, Path | str]]:
+    """A model's files by name; what names a place of this machine without it."""
+    weights = _weights(folder)
+    yield from ((path.name, path) for path in weights)
     for path in sorted(folder.iterdir()):
-        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in HUB_PATTERNS)
-        if path.is_file() and wanted and path.name not in _LEFT and not path.name.startswith("."):
-            yield path
+        if path.is_file() and path not in weights and any(fnmatch.fnmatch(path.name, one) for one in _SENT):
+            yield path.name, _without_places(path)
+
+
+def _without_places(path: Path) -> Path | str:
+    if not path.name.endswith("config.json"):
+        return path
+    found = read_object(path, MODEL_CONFIG)
+    places = {key: Path(found[key]).name for key in _PLACES if Path(str(found.get(key) or "")).is_absolute()}
+    return json_text(found | places) if places else path
 
 
 def _require_sound(folder: Path) -> None:
@@ -101,12 +139,16 @@ def _require_sound(folder: Path) -> None:
 
 def _record(folder: Path, files: Mapping[str, Path | str]) -> str:
     """What the repository's bytes are: the model's fingerprint, the versions that made it, every file's sha256."""
-    hashes = {name: file_sha256(path) for name, path in files.items() if isinstance(path, Path)}
+    hashes = {name: _sha256(content) for name, content in files.items()}
     made = {}
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         made = {key: manifest.get(key) for key in ("stage", "fingerprint", "commit", "versions", "device", "started")}
     return json_text({**made, "sha256": hashes})
+
+
+def _sha256(content: Path | str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest() if isinstance(content, str) else file_sha256(content)
 
 
 def _shared(raw: dict[str, Any]) -> str:
@@ -144,12 +186,12 @@ def _new_card(folder: Path, repository: str) -> str:
     """For a folder without a card; of an adapter that was extracted, what its rank lost."""
     lines = ["---", "tags: [cpift]"]
     about = "A language model."
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
         lines += ["library_name: peft", *([f'base_model: "{base}"'] if HUB_ID.fullmatch(base) else [])]
         about = "A LoRA adapter."
-    if (folder / "extraction.json").is_file():
-        found = read_json(folder / "extraction.json")
+    if (folder / EXTRACTION).is_file():
+        found = read_json(folder / EXTRACTION)
         lost = f"{found['relative']:.1%} of the change is lost (Frobenius norms of the weights)"
         about = f"A LoRA adapter of rank {found['rank']} of what a fine-tune changed; {lost}."
     return "\n".join([*lines, "---", "", f"# {repository.rpartition('/')[2]}", "", about, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,14 +16,15 @@ import yaml
 
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_json
-from cpift.errors import ConfigError, StageError
+from cpift.errors import ConfigError, CpiftError, StageError
 from cpift.publish import publication
 from tests.helpers.hub_server import TOKEN, Hub, Repository, hub
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with hub() as found:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with hub() as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         yield found
 
 
@@ -34,7 +36,8 @@ def model(tmp_path: Path) -> Path:
     for name in ("config.json", "tokenizer.json", "inputs.json", "fusion.json"):
         (folder / name).write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(100))
-    (folder / "notes.py").write_text("secret = 1")
+    for name in ("notes.py", "notes.txt", "trainer_state.json", "optimizer.safetensors"):
+        (folder / name).write_text("secret = 1")
     (folder / ".hidden.json").write_text("{}")
     (folder / "README.md").write_text("---\nlicense: mit\ntags: [cpift]\n---\n\n# My model\n")
     return folder
@@ -63,8 +66,16 @@ def test_a_folder_becomes_a_private_repository_and_again_the_same(server: Hub, m
     assert set(json.loads(found.files["cpift.json"])["sha256"]) == wanted - {"README.md", "cpift.json"}
 
     (model / "tokenizer.json").unlink()
-    assert push(server, str(model), "--to", "me/first").returncode == 0
-    assert set(found.files) == wanted - {"tokenizer.json"}
+    found.files["plot.png"] = b"theirs"
+    again = push(server, str(model), "--to", "me/first")
+    assert again.returncode == 0, again.stderr
+    assert set(found.files) == wanted - {"tokenizer.json"} | {"plot.png"}
+    found.files["generation_config.json"] = b"theirs"
+    (model / "generation_config.json").write_text("{}")
+    refused = push(server, str(model), "--to", "me/first")
+    assert refused.returncode == 2
+    assert "holds generation_config.json, which cpift did not put there" in refused.stderr
+    assert found.files["generation_config.json"] == b"theirs"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +156,35 @@ def test_what_was_changed_since_it_was_made_is_not_sent(model: Path, tmp_path: P
     (merged / "model.safetensors").write_bytes(bytes(99) + b"x")
     with pytest.raises(StageError, match=r"model\.safetensors"):
         publication(merged, "me/model")
+
+
+def test_places_of_this_machine_are_not_sent(model: Path) -> None:
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        (model / name).write_text(json.dumps({key: "/home/somebody/base", "kept": "/not/a/place", "n": 1}))
+    found = publication(model, "me/model")
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        assert json.loads(str(found.files[name])) == {key: "base", "kept": "/not/a/place", "n": 1}
+    hashes = json.loads(str(found.files["cpift.json"]))["sha256"]
+    assert hashes["config.json"] == hashlib.sha256(str(found.files["config.json"]).encode()).hexdigest()
+
+    adapter = model.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/somebody/base"}')
+    assert not any("somebody" in str(content) for content in publication(adapter, "me/model").files.values())
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_what_is_no_whole_model_is_not_sent(missing: str, model: Path) -> None:
+    (model / missing).unlink()
+    with pytest.raises(ConfigError, match="holds no model"):
+        publication(model, "me/model")
+
+
+def test_a_file_that_is_no_json_is_named(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    with pytest.raises(CpiftError, match=r"config\.json: is no JSON"):
+        publication(model, "me/model")
 
 
 def test_wrong_arguments_come_back_together(tmp_path: Path) -> None:

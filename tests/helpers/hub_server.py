@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -52,7 +53,27 @@ def hub() -> Iterator[Hub]:
             self._answer(401, {"error": "Invalid username or password."}, **{"X-Error-Message": "Invalid token."})
             return False
 
+        def do_HEAD(self) -> None:
+            self._file(body=False)
+
+        def _file(self, body: bool) -> None:
+            """One file of a repository, from /OWNER/NAME/resolve/REVISION/FILE."""
+            if not self._known():
+                return
+            _, owner, name, *_, file = self.path.split("?")[0].split("/")
+            files = made.repositories[f"{owner}/{name}"].files
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest())
+            self.send_header("ETag", f'"{hashlib.sha256(files[file]).hexdigest()}"')
+            self.send_header("Content-Length", str(len(files[file])))
+            self.end_headers()
+            if body:
+                self.wfile.write(files[file])
+
         def do_GET(self) -> None:
+            if "/resolve/" in self.path:
+                self._file(body=True)
+                return
             name = "/".join(self.path.split("?")[0].split("/")[3:5])
             if not self._known():
                 return
