@@ -48,10 +48,11 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     else:
         for name, value in _LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    _require_same_mode()
+    _require_same_mode(address)
+    asked = os.environ.get(_AUTH_MODE)
     with handlers_kept():
         ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options)
-    _modes.setdefault(os.getpid(), os.environ.get(_AUTH_MODE))
+    _modes.setdefault(os.getpid(), (asked, os.environ.get(_AUTH_MODE)))
     try:
         yield
     except ray.exceptions.RayError as error:  # what was told of one piece of work is no longer one of these
@@ -86,11 +87,12 @@ def started_here() -> bool:
     return node is not None and bool(node.is_head())
 
 
-def _require_same_mode() -> None:
-    """Ray takes RAY_AUTH_MODE once for a process. What it starts under another mode could not call this process: actors
-    would be cancelled and objects lost, with no word of why."""
-    now, first = os.environ.get(_AUTH_MODE), _modes.get(os.getpid(), os.environ.get(_AUTH_MODE))
-    if now != first:
+def _require_same_mode(address: str | None) -> None:
+    """Ray takes RAY_AUTH_MODE once for a process, and sets `token` where it starts by itself. What runs under another
+    mode could not call this process: actors would be cancelled and objects lost, with no word of why."""
+    now = os.environ.get(_AUTH_MODE)
+    asked, first = _modes.get(os.getpid(), (now, now))
+    if now != first or (address is not None and asked != first):
         raise CpiftError(
             f"RAY_AUTH_MODE: {now or 'unset'}, but in this process Ray was first used with {first or 'none'} (where it "
             "starts by itself, Ray sets `token`) → start a new Python process, with RAY_AUTH_MODE as the cluster has it"
@@ -112,7 +114,8 @@ def require_ray() -> None:
 
 _lost = False
 _AUTH_MODE = "RAY_AUTH_MODE"
-_modes: dict[int, str | None] = {}  # by process: the mode of its first connection
+# By process, of its first connection: the mode that the user gave, and the one that Ray took.
+_modes: dict[int, tuple[str | None, str | None]] = {}
 
 
 def first_ready(tasks: Sequence[Any]) -> Any:

@@ -169,8 +169,24 @@ def test_a_lost_ray_is_told_and_not_waited_for(
 
 def test_another_way_to_prove_oneself_to_ray_needs_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would take the first for this process and the second for what it starts, and neither would say so."""
-    monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): "token"})
+    monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): ("token", "token")})
     monkeypatch.setattr(distributed_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
     told = r"RAY_AUTH_MODE: disabled, but .* used with token .* a new Python process"
     with pytest.raises(CpiftError, match=told), ray_session(ResourcesConfig()):
         pass
+
+
+def test_what_ray_set_by_itself_is_not_taken_to_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that ran here first. Whoever gave the mode himself knows what the cluster has."""
+    started: list[str] = []
+    monkeypatch.setattr(distributed_session.ray, "init", lambda address, **options: started.append(address))
+    monkeypatch.setattr(distributed_session.ray, "shutdown", lambda: None)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): (None, "token")})
+    with pytest.raises(CpiftError, match="RAY_AUTH_MODE: token"), ray_session(ResourcesConfig(address="auto")):
+        pass
+    for resources, asked in ((ResourcesConfig(), None), (ResourcesConfig(address="auto"), "token")):
+        monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): (asked, "token")})
+        with ray_session(resources):
+            pass
+    assert started == ["local", "auto"]
