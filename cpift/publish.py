@@ -18,16 +18,15 @@ from cpift.config.loading import dump_fields, read_yaml
 from cpift.config.paths import is_path, texts
 from cpift.disk.artifact_state import read_manifest, state_of
 from cpift.disk.artifacts import CARD
-from cpift.disk.files import MANIFEST, file_sha256, json_text, read_json
+from cpift.disk.files import MANIFEST, file_sha256, json_text
 from cpift.errors import ConfigError, Problem, StageError
-from cpift.evaluation.estimates import estimate
-from cpift.evaluation.scores import Score, read_scores
 from cpift.hub import HUB_ID, upload
+from cpift.hub_card import card_of
 from cpift.pretrained.architecture import CONFIG
 from cpift.untrusted.json import MODEL_CONFIG, read_object, read_weight_map
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
+    pass
 
 RECORD = "cpift.json"
 _RUN_FILE = "cpift.yaml"
@@ -38,8 +37,8 @@ _SENT = (
     *("tokenizer*.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "*processor_config.json"),
 )
+_HERE = ("output", "resources.address", "resources.storage", "evaluation.judge.url")  # places and services of one's own
 _PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file")  # keys of these that are paths
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def publication(source: Path, repository: str) -> Publication:
         raise ConfigError("push", problems)
     _require_sound(folder)
     files = dict(_model_files(folder))
-    made = {CARD: _card(folder, run, repository), RECORD: _record(folder, files)}
+    made = {CARD: card_of(folder, run, repository), RECORD: _record(folder, files)}
     if run is not None:
         made[_RUN_FILE] = _shared(read_yaml(run / "config.yaml"))
     return Publication(repository, files | made)
@@ -93,7 +92,7 @@ def _listed(record: Path) -> set[str]:
 
 
 def _last_model(run: Path) -> Path | None:
-    name = read_json(run / "summary.json").get("model")
+    name = read_object(run / "summary.json", MODEL_CONFIG).get("model")
     return run / name if isinstance(name, str) else None
 
 
@@ -152,97 +151,15 @@ def _sha256(content: Path | str) -> str:
 
 
 def _shared(raw: dict[str, Any]) -> str:
-    """A run's file for others: without the output folder, and of every path its last part."""
-    raw.pop("output", None)
+    """A run's file for others: without what holds here alone, and of every path its last part."""
+    for field in _HERE:
+        *sections, key = field.split(".")
+        found: Any = raw
+        for section in sections:
+            found = found.get(section) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            found.pop(key, None)
     for section, key, field in list(texts(raw)):
         if is_path(field) and Path(section[key]).is_absolute():
             section[key] = Path(section[key]).name
     return dump_fields(raw)
-
-
-# ---- the card --------------------------------------------------------------------------------------------------------
-
-
-def _card(folder: Path, run: Path | None, repository: str) -> str:
-    """The model's own card with what the hub shows: base models, data sets, scores with their intervals."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else _new_card(folder, repository)
-    card = ModelCard(own, ignore_metadata_errors=True)
-    known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]  # the library declares no result
-    if run is not None:
-        raw = read_yaml(run / "config.yaml")
-        bases, sets = _sources(raw)
-        known |= {"base_model": bases} if bases else {}
-        known |= {"datasets": sets} if sets else {}
-        known |= {"model_name": repository.rpartition("/")[2], "eval_results": list(_results(run, folder, raw))}
-    if not known.get("eval_results"):
-        known.pop("eval_results", None)
-    card.data = ModelCardData(**known)
-    return str(card)
-
-
-def _new_card(folder: Path, repository: str) -> str:
-    """For a folder without a card; of an adapter that was extracted, what its rank lost."""
-    lines = ["---", "tags: [cpift]"]
-    about = "A language model."
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
-        lines += ["library_name: peft", *([f'base_model: "{base}"'] if HUB_ID.fullmatch(base) else [])]
-        about = "A LoRA adapter."
-    if (folder / EXTRACTION).is_file():
-        found = read_json(folder / EXTRACTION)
-        lost = f"{found['relative']:.1%} of the change is lost (Frobenius norms of the weights)"
-        about = f"A LoRA adapter of rank {found['rank']} of what a fine-tune changed; {lost}."
-    return "\n".join([*lines, "---", "", f"# {repository.rpartition('/')[2]}", "", about, ""])
-
-
-def _sources(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The hub's models that a run started from, θ0 first, and the hub's data sets that it trained on."""
-    models, sets = [raw.get("model", {}).get("hub")], []
-    for task in raw.get("tasks", ()):
-        models.append((task.get("checkpoint") or {}).get("hub"))
-        sets.append((task.get("train") or {}).get("hub"))
-    return [one for one in dict.fromkeys(models) if one], [one for one in dict.fromkeys(sets) if one]
-
-
-def _results(run: Path, folder: Path, raw: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """Every task's score of the run's last model, with its interval over the test rows."""
-    from huggingface_hub import EvalResult
-
-    fingerprint = read_manifest(folder)["fingerprint"]
-    scores = _scores(run, fingerprint)
-    for task in raw.get("tasks", ()):
-        score = scores.get(task["name"])
-        if score is None:
-            continue
-        test = task.get("test") or {}
-        value, kind = (score["loss"], "loss") if score["score"] is None else (100 * score["score"], score["metric"])
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type=test.get("hub") or task["name"],
-            dataset_name=task["name"],
-            dataset_split=test.get("split"),
-            metric_type=kind,
-            metric_name=f"{kind}, {score['rows']} rows{_interval(score)}",
-            metric_value=round(value, 3),
-        )
-
-
-def _scores(run: Path, fingerprint: str) -> dict[str, Score]:
-    """By task, of the model of this fingerprint; empty where it was not scored."""
-    for folder in sorted((run / "evaluate").glob("*")):
-        if (folder / MANIFEST).is_file() and fingerprint in read_manifest(folder)["inputs"].values():
-            return read_scores(folder)
-    return {}
-
-
-def _interval(score: Score) -> str:
-    examples = score.get("examples", [])
-    rows = [row["score"] for row in examples if "score" in row]
-    if score["score"] is None or len(rows) < max(2, len(examples)):
-        return ""
-    found = estimate([100 * row for row in rows], _CONFIDENCE)
-    if found.high is None or found.high == found.low:
-        return ""
-    return f", ±{found.high - found.mean:.1f} ({_CONFIDENCE:.0%})"

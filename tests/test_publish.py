@@ -115,6 +115,8 @@ def test_of_a_run_the_last_model_goes_with_scores_and_without_paths(model: Path,
     config = {
         "name": "x",
         "output": "/home/somebody/out",
+        "resources": {"address": "10.0.0.1:6379", "storage": "s3://bucket/somebody", "workers": 2},
+        "evaluation": {"judge": {"url": "http://somebody:8000/v1", "model": "m"}},
         "model": {"hub": "org/base"},
         "tasks": [
             {"name": "maths", "train": {"hub": "org/rows"}, "test": {"file": "/home/somebody/data/t.jsonl"}},
@@ -134,7 +136,10 @@ def test_of_a_run_the_last_model_goes_with_scores_and_without_paths(model: Path,
     ]
     assert results[0]["metrics"][0]["name"] == "number, 4 rows, ±79.6 (95%)"  # t(3) · 50 ÷ √4
     assert "somebody" not in str(found.files["cpift.yaml"])
-    assert "t.jsonl" in str(found.files["cpift.yaml"])
+    sent = yaml.safe_load(str(found.files["cpift.yaml"]))
+    assert sent["resources"] == {"workers": 2}
+    assert sent["evaluation"] == {"judge": {"model": "m"}}
+    assert sent["tasks"][0]["test"] == {"file": "t.jsonl"}
     assert json.loads(str(found.files["cpift.json"]))["fingerprint"] == made.fingerprint
     assert "manifest.json" not in found.files
 
@@ -185,6 +190,35 @@ def test_a_file_that_is_no_json_is_named(model: Path) -> None:
     (model / "config.json").write_text("{")
     with pytest.raises(CpiftError, match=r"config\.json: is no JSON"):
         publication(model, "me/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("README.md", b"---\nlicense: [mit\n---\n", r"README\.md: its metadata is no YAML"),
+        ("README.md", b"---\n- mit\n---\n", r"README\.md: its metadata is no mapping"),
+        ("README.md", b"\xff\xfe\x00", r"README\.md: is no UTF-8"),
+        ("summary.json", b"[]", r"summary\.json: holds a list"),
+        ("extraction.json", b"{}", r"extraction\.json: is no record of extract-lora"),
+        ("manifest.json", b"{}", "manifest"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: bytes, message: str, model: Path) -> None:
+    if name == "extraction.json":
+        (model / "README.md").unlink()
+    (model / name).write_bytes(content)
+    with pytest.raises(CpiftError, match=message):
+        publication(model, "me/model")
+
+
+def test_a_cards_metadata_names_models_of_the_hub_alone(model: Path) -> None:
+    own = "---\nbase_model: [org/base, /home/somebody/base, 7]\nmerged_from: {a: /home/somebody/a}\n---\n# Mine\n"
+    (model / "README.md").write_text(own)
+    card = publication(model, "me/model").card
+    assert yaml.safe_load(card.split("---\n")[1]) == {"base_model": ["org/base"], "merged_from": {"a": "a"}}
+    assert card.endswith("---\n# Mine\n")
+    (model / "README.md").write_text("# Only words\n")
+    assert publication(model, "me/model").card == "# Only words\n"
 
 
 def test_wrong_arguments_come_back_together(tmp_path: Path) -> None:
