@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 
 from cpift.checkpoints.lora_extraction import Extraction, OnModule, extract_lora
 from cpift.checkpoints.opening import locate, model_files, pinned
 from cpift.config.inputs import CheckpointConfig
 from cpift.console.view import View
+from cpift.disk.files import folder_made
 from cpift.disk.guarded import guarded_reads
 from cpift.errors import ConfigError, Problem
 from cpift.merge_folder import given_source, occupied, place_of
@@ -37,15 +37,8 @@ def extract_into(
         raise ConfigError(_SUBJECT, problems)
     with view.stage(_TITLE, [_TITLE]):
         theirs, mine = (locate(pinned(CheckpointConfig(**sources[name]))) for name in ("base", "tuned"))
-        partial = place.with_name(f".{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with guarded_reads(_TITLE, [*model_files(theirs), *model_files(mine)]):
-                made = extract_lora(theirs, mine, partial, rank, _name(sources["base"]), _shown(view))
-            os.replace(partial, place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with folder_made(place) as partial, guarded_reads(_TITLE, [*model_files(theirs), *model_files(mine)]):
+            made = extract_lora(theirs, mine, partial, rank, _name(sources["base"]), _shown(view))
     return made
 
 

@@ -7,7 +7,6 @@ servers keep theirs. Every error is a `CpiftError` that names field, value and r
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from cpift.config.code import code_lines
 from cpift.config.paths import is_path
 from cpift.config.run import RunConfig
 from cpift.console.view import View, quiet
+from cpift.disk.files import folder_made
 from cpift.errors import ConfigError, Problem
 from cpift.merge_folder import MergeResult, merge_config, merge_into, place_of, work_of
 from cpift.merging.options import MergeFields, MethodFields, RegionFields
@@ -142,15 +142,12 @@ def regions(
         for model in models_read:
             model.require_unchanged()
         return selected
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     streaming = Streaming(budget=config.resources.memory_budget)
-    write_regions(pretrained, tuned, config.regions, {config.regions.p: partial}, streaming)
-    for model in models_read:
-        model.require_unchanged()
-    write_origin(origin, partial)
-    os.rename(partial, place)
+    with folder_made(place) as partial:
+        write_regions(pretrained, tuned, config.regions, {config.regions.p: partial}, streaming)
+        for model in models_read:
+            model.require_unchanged()
+        write_origin(origin, partial)
     return Cores.load(place)
 
 

@@ -54,9 +54,12 @@ def compute_device(asked: float) -> Device:
 
 
 def current_gpu() -> torch.device:
-    """The GPU that torch uses in this process where none is named."""
+    """The GPU that torch uses in this process where none is named. Raises CpiftError where it sees none."""
     import torch
 
+    if not torch.cuda.is_available():
+        remedy = "use `cpu`, or install a torch built for this GPU and its driver"
+        raise CpiftError(f"resources.device: is `cuda`, and torch {torch.__version__} sees no GPU here → {remedy}")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -185,3 +185,9 @@ def test_torch_is_asked_for_gpus_unless_no_driver_is_there(monkeypatch: pytest.M
     if not driver:
         assert devices.visible_gpus() == 0
         assert "torch" not in sys.modules
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CpiftError, match=r"resources\.device: is `cuda`, and torch .* sees no GPU here"):
+        devices.current_gpu()

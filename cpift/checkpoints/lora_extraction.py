@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.checkpoints.checkpoint import Checkpoint, first_problems
+from cpift.checkpoints.checkpoint import Checkpoint, first_problems, require_same_layout
 from cpift.checkpoints.finite import all_finite
 from cpift.checkpoints.layout import checkpoint_layout
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
@@ -80,20 +80,24 @@ def extract_lora(
 ) -> Extraction:
     """Write the change from `base` to `tuned` (model folders of one architecture) as a PEFT adapter into folder `out`.
 
-    Linear layers and embeddings that changed get float32 factors of `rank`; what else changed (norms, biases) is kept
+    Linear layers and embeddings that changed get float32 factors of `rank`, or of the largest that any of them has if
+    that is less; what else changed (norms, biases) is kept
     whole. `named`: how the adapter's config calls its base model, else by its path. Raises CheckpointError for models
     that do not fit each other, for values that are not finite and for changes that no adapter can hold.
     """
     pretrained, opened = open_models(base, {"tuned": tuned})
     model, problems = opened["tuned"], list[Problem]()
+    require_same_layout(pretrained, opened)
     places = list(_changed(pretrained, model, problems))
     if not places and not problems:
         problems.append(Problem(str(tuned), "has the same weights as its base", "give another model"))
-    if problems:
-        raise CheckpointError(f"fine-tune {tuned}", first_problems(problems, 20))
     products = [one for one in places if one.leaf == "weight" and stored_transposed(base, one.module) is not None]
     adapted = {module for one in products for module in (one.module, *one.tied)}
     whole = [one for one in places if one not in products]
+    problems += _beside_adapted(whole, adapted)
+    if problems:
+        raise CheckpointError(f"fine-tune {tuned}", first_problems(problems, 20))
+    rank = min(rank, max((min(pretrained.tensors[one.tensor].shape) for one in products), default=rank))
     tensors = {_key_of(one, adapted): model.tensor(one.tensor) for one in whole}
     errors = []
     for number, place in enumerate(products):
@@ -120,11 +124,20 @@ def _changed(base: Checkpoint, tuned: Checkpoint, problems: list[Problem]) -> It
             continue
         parameter = next((one for one, _ in layout.places.get(name, ()) if layout.same(one) == name), None)
         if parameter is None:
-            what, remedy = "changed, and is no parameter of its own in its class", "keep it as a full fine-tune"
+            what = "changed, and is no parameter of its own in its class, as experts that are stacked"
+            remedy = "keep it as a full fine-tune: PEFT adapts whole parameters"
             problems.append(Problem(name, what, remedy))
             continue
         module, _, leaf = parameter.rpartition(".")
         yield _Place(name, module, leaf, tuple(one.rpartition(".")[0] for one, of in ties.items() if of == parameter))
+
+
+def _beside_adapted(whole: list[_Place], adapted: set[str]) -> Iterator[Problem]:
+    """Parameters that PEFT can keep only together with modules in them that have factors."""
+    for place in whole:
+        if place.module not in adapted and any(one.startswith(f"{place.module}.") for one in adapted):
+            what = "changed, and lies in a module with adapted ones, which PEFT cannot keep whole beside them"
+            yield Problem(place.tensor, what, "keep it as a full fine-tune")
 
 
 def _factorised(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpift.errors import naming
+from cpift.errors import CpiftError, naming
 from cpift.untrusted.json import RECORD
 from cpift.untrusted.json import read_json as read_untrusted
 
@@ -90,6 +93,22 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+@contextmanager
+def folder_made(place: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `place`, a user's, when the block ends; after an error nothing is
+    left. Until then it lies beside that under a name that nobody else has. Raises CpiftError where none can be made."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CpiftError(f"{partial.parent}: no folder can be made there ({error.strerror}) → give another") from error
+    try:
+        yield partial
+        os.rename(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ Masks are kept bit-packed (32 elements a word) and unpacked one tensor at a time
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from cpift_kernels import unpack_mask
 
 from cpift.config.loading import validated
 from cpift.config.run import GroupsConfig, RegionsConfig
-from cpift.disk.files import read_json, write_json
+from cpift.disk.files import folder_made, read_json, write_json
 from cpift.errors import CheckpointError, ConfigError, CpiftError, Problem
 from cpift.method.groups import Grouping, chance_level, group_tasks, jaccard_matrix
 from cpift.method.masks import RegionMasks, read_summary
@@ -136,12 +135,9 @@ class Cores(Mapping[str, Core]):
         """Write masks and summaries into a new folder, whole or not at all. Raises CpiftError where it exists."""
         folder = Path(folder).expanduser().absolute()
         _require_new(folder)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.write_masks(partial)
-        write_origin(self.origin, partial)
-        os.rename(partial, folder)
+        with folder_made(folder) as partial:
+            self.write_masks(partial)
+            write_origin(self.origin, partial)
         return folder
 
     def write_masks(self, folder: Path) -> None:

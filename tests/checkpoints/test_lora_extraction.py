@@ -146,3 +146,36 @@ def test_what_cannot_be_extracted_is_named(models: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="gpt2"):
         extract_lora(base, models / "gpt2-False-tuned", out, 4)
     assert not list(out.iterdir())
+
+
+def test_another_vocabulary_is_another_layout(models: Path, tmp_path: Path) -> None:
+    longer = changed(models, tmp_path, model__embed_tokens__weight=torch.zeros(44, 16))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight"):
+        made(models / "llama-False", longer, tmp_path / "adapter", 4)
+
+
+def test_a_rank_is_at_most_that_of_the_largest_matrix(models: Path, tmp_path: Path) -> None:
+    base = models / "llama-False"
+    record = made(base, models / "llama-False-tuned", tmp_path / "adapter", 10**9)
+    assert record.rank == min(load_file(base / "model.safetensors")["model.embed_tokens.weight"].shape)
+    assert record.relative < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss"])
+def test_what_no_adapter_can_hold_is_named(kind: str, tmp_path: Path) -> None:
+    """GPT-OSS has sinks, a parameter of the attention itself, and experts that are stacked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+    config = AutoConfig.for_model(
+        kind, vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_experts_per_tok=1, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name:
+            parameter.data.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match=r"sinks: changed, and lies in a module with adapted ones"):
+        made(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", 4)

@@ -7,7 +7,7 @@ import pytest
 
 from cpift.config.loading import load_config
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import digest, file_sha256, folder_hashes, link_or_copy, write_json
+from cpift.disk.files import digest, file_sha256, folder_hashes, folder_made, link_or_copy, write_json
 from cpift.disk.locks import exclusive
 from cpift.errors import CpiftError
 from cpift.pipeline.identity import StageArtifacts
@@ -179,3 +179,17 @@ def test_a_field_newer_than_artifacts_names_new_ones_only_where_it_is_set(smoke_
 
     assert "precision" not in str(fields("auto"))
     assert "precision" in str(fields("float32"))
+
+
+def test_a_folder_appears_whole_and_nothing_of_others_goes(tmp_path: Path) -> None:
+    theirs = tmp_path / ".made.partial"
+    theirs.mkdir()
+    with folder_made(tmp_path / "made") as partial:
+        (partial / "a").write_text("1")
+        assert not (tmp_path / "made").exists()
+    with pytest.raises(KeyError), folder_made(tmp_path / "other"):
+        raise KeyError
+    assert {path.name for path in tmp_path.iterdir()} == {".made.partial", "made"}
+    assert (tmp_path / "made" / "a").read_text() == "1"
+    with pytest.raises(CpiftError, match="no folder can be made there"), folder_made(tmp_path / "made" / "a" / "b"):
+        pass
