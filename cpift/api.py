@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cpift.pipeline.engine import Engine
 
 StrPath = str | os.PathLike[str]
-Progress = bool | View  # False: nothing is shown; True: a view on standard error
+ShowProgress = bool | View  # False: nothing is shown; True: a view on standard error
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
 
 
 def run(
-    config: StrPath | RunConfig, *, progress: Progress = False, in_process: bool = False, **overrides: Any
+    config: StrPath | RunConfig, *, progress: ShowProgress = False, in_process: bool = False, **overrides: Any
 ) -> RunResult:
     """Make every stage of a run that is not there yet, and its report; `overrides` as in `load_config`.
 
@@ -158,7 +158,7 @@ def merge(
     *,
     cores: Cores | None = None,
     settings: Mapping[str, Any] | None = None,
-    progress: Progress = False,
+    progress: ShowProgress = False,
     **fields: Unpack[MergeFields],
 ) -> MergeResult:
     """Merge fine-tunes of `base` into a model folder at `out`, with tokenizer, chat template and generation config.
@@ -174,7 +174,7 @@ def merge(
 
 
 def extract_lora(
-    base: StrPath, tuned: StrPath, out: StrPath, *, rank: int = 32, progress: Progress = False
+    base: StrPath, tuned: StrPath, out: StrPath, *, rank: int = 32, progress: ShowProgress = False
 ) -> Extraction:
     """What a fine-tune changed as a PEFT adapter of `rank` at `out`; the result says what the rank lost, by module.
 
@@ -252,7 +252,7 @@ def _changes(overrides: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 _MAPPINGS = {"fusion.weights", "model.chat_template_kwargs"}  # whose keys are no fields
 
 
-def _view(progress: Progress) -> View:
+def _view(progress: ShowProgress) -> View:
     return progress if isinstance(progress, View) else View() if progress else quiet()
 
 

@@ -65,7 +65,7 @@ def named_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def told(error: BaseException) -> str | None:
+def explain_os_error(error: BaseException) -> str | None:
     """What the system refused, in words, where that is for the user to mend; else None.
 
     A full disk is known by what libraries say of it too, which name no file and raise errors of their own.

@@ -27,12 +27,16 @@ from typing import Any, Literal, TypeVar
 from cpift.disk.files import digest, file_sha256
 from cpift.errors import ConfigError, Problem
 
-Kind = Literal["metrics", "methods", "conflicts"]
+ExtensionKind = Literal["metrics", "methods", "conflicts"]
 Made = TypeVar("Made")
 
 # The group of entry points that a package declares its own in, and what a sentence calls one.
-GROUPS: Mapping[Kind, str] = {"metrics": "cpift.metrics", "methods": "cpift.methods", "conflicts": "cpift.conflicts"}
-TITLES: Mapping[Kind, str] = {"metrics": "metric", "methods": "merge method", "conflicts": "conflict rule"}
+GROUPS: Mapping[ExtensionKind, str] = {
+    "metrics": "cpift.metrics",
+    "methods": "cpift.methods",
+    "conflicts": "cpift.conflicts",
+}
+TITLES: Mapping[ExtensionKind, str] = {"metrics": "metric", "methods": "merge method", "conflicts": "conflict rule"}
 _NAMED = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*)")
 _PLACED = re.compile(r"(?P<file>/.*\.py):(?P<attribute>[A-Za-z_]\w*)")
 
@@ -45,7 +49,7 @@ class Extension:
     package: name and version of what it was installed with, if that is known.
     """
 
-    kind: Kind
+    kind: ExtensionKind
     name: str
     file: Path
     attribute: str
@@ -68,7 +72,7 @@ def short_name(word: str) -> str:
     return f"{Path(found['file']).stem}:{found['attribute']}" if found else word
 
 
-def wrong_word(kind: Kind, word: str, ours: Sequence[str]) -> str | None:
+def wrong_word(kind: ExtensionKind, word: str, ours: Sequence[str]) -> str | None:
     """What is wrong with a word that a config may say for one of these; None if nothing is.
 
     Entry points are looked up; whether a module is there is for `placed` and `find` to say.
@@ -85,7 +89,7 @@ def wrong_word(kind: Kind, word: str, ours: Sequence[str]) -> str | None:
     return f"is no {TITLES[kind]} → {hint}"
 
 
-def placed(kind: Kind, word: str, folder: Path) -> str | Problem:
+def placed(kind: ExtensionKind, word: str, folder: Path) -> str | Problem:
     """A word as a loaded config keeps it: with the file's whole path where `module` is a file in `folder`, the run's.
 
     A Problem without a place where no such module is there, or where the word is a path: from elsewhere, code is not
@@ -108,7 +112,7 @@ def placed(kind: Kind, word: str, folder: Path) -> str | Problem:
     return Problem("", what, remedy)
 
 
-def find(kind: Kind, word: str) -> Extension:
+def find(kind: ExtensionKind, word: str) -> Extension:
     """What a word of a loaded config names. Raises ConfigError where it is not there."""
     if (here := _PLACED.fullmatch(word)) is not None:
         if not Path(here["file"]).is_file():
@@ -126,7 +130,7 @@ def find(kind: Kind, word: str) -> Extension:
     return _installed(kind, word, declared[0].module, declared[0].attr, packages[0])
 
 
-def _installed(kind: Kind, word: str, module: str, attribute: str, package: str) -> Extension:
+def _installed(kind: ExtensionKind, word: str, module: str, attribute: str, package: str) -> Extension:
     source = _source_of(module)
     if source is None:
         raise _error(word, f"there is no installed module {module}", "install it, or put its file beside the run's")
@@ -164,7 +168,9 @@ def _handed(found: Extension, wanted: type[Any], fits: Callable[[Any], bool]) ->
     raise _error(found.name, f"{found.file} {what}" if made is None else f"{what} in {found.file}", remedy)
 
 
-_HOW: Mapping[Kind, str] = {kind: f"docs/extending says how a {title} is written" for kind, title in TITLES.items()}
+_HOW: Mapping[ExtensionKind, str] = {
+    kind: f"docs/extending says how a {title} is written" for kind, title in TITLES.items()
+}
 _MODULES: dict[tuple[Path, str], ModuleType] = {}  # files beside runs, by what they held
 
 
@@ -257,6 +263,6 @@ def _package_of(module: str) -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
 
 
-def loaded(kind: Kind, word: str, wanted: type[Made]) -> Made:
+def loaded(kind: ExtensionKind, word: str, wanted: type[Made]) -> Made:
     """`load` of what `find` finds."""
     return load(find(kind, word), wanted)

@@ -273,7 +273,7 @@ def _adopt(cores: Cores, pipeline: Pipeline) -> None:
     models = {task: model.fingerprint for task, model in artifacts.tuned.items()}
     cores.require_of(artifacts.base.fingerprint, models)
     with claimed([artifacts.regions], pipeline.view.warn):
-        if not artifacts.regions.whole:
+        if not artifacts.regions.has_weights:
             with artifacts.regions.build() as out:
                 cores.subset(list(models)).write_masks(out)
 

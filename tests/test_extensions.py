@@ -19,7 +19,7 @@ from cpift.config.run import RunConfig
 from cpift.errors import ConfigError
 from cpift.evaluation.metrics import Metric, load_metric
 from cpift.extensions import Extension, find, load, loaded
-from cpift.pipeline.identity import Model, StageArtifacts
+from cpift.pipeline.identity import ModelRef, StageArtifacts
 from cpift.sweep.config import load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def problems(path: Path, *overrides: str) -> str:
 
 
 def evaluation(config: RunConfig) -> str:
-    return StageArtifacts(config).evaluate(Model("base", Path("x"), "f")).fingerprint
+    return StageArtifacts(config).evaluate(ModelRef("base", Path("x"), "f")).fingerprint
 
 
 def test_a_module_beside_the_run_is_found_without_running_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

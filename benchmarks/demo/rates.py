@@ -24,14 +24,14 @@ from cpift.config.run import RunConfig
 from cpift.console.view import View, quiet
 from cpift.devices import device_name
 from cpift.disk.artifacts import source_commit
-from cpift.evaluation.retention import condensed, judged, kept, larger_is_better, learning_of, probe_of
+from cpift.evaluation.retention import condensed, judged, larger_is_better, learning_of, probe_of, retained
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, titled_backbone
 from cpift.pipeline.stages import integrate, order
 from cpift.pipeline.stages.fuse import add_card
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "demo_rates.jsonl"
@@ -86,19 +86,19 @@ def trials(seed: int) -> Iterator[dict[str, Any]]:
             yield line(seed, contender, value, condensed(found), model.title)
 
 
-def average(shared: SharedWork, run: Pipeline, value: float) -> Model:
+def average(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
     return merged(run, {"fusion.method": "linear"})
 
 
-def ties(shared: SharedWork, run: Pipeline, value: float) -> Model:
+def ties(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
     return merged(run, {"fusion.method": "ties", "fusion.density": 0.2, "fusion.weight": value})
 
 
-def merged(run: Pipeline, fields: Mapping[str, Any]) -> Model:
+def merged(run: Pipeline, fields: Mapping[str, Any]) -> ModelRef:
     return Pipeline(with_fields(run.config, fields, "demo rates"), NoEngine(), quiet()).fuse()
 
 
-def integrated(shared: SharedWork, run: Pipeline, value: float) -> Model:
+def integrated(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
     own = Pipeline(with_fields(run.config, {CPIFT.field: value}, "demo rates"), NoEngine(), quiet())
     groups, fused = own.group().groups, own.fuse()
     artifact = order.outputs(own.artifacts, own.known())["integrate"]
@@ -106,10 +106,10 @@ def integrated(shared: SharedWork, run: Pipeline, value: float) -> Model:
     shared.train(
         f"integration, {value:g}", [(artifact, spec, own)], lambda made, out: add_card(own, "final", groups, made, out)
     )
-    return Model.of("final", artifact)
+    return ModelRef.of("final", artifact)
 
 
-def plain(shared: SharedWork, run: Pipeline, value: float) -> Model:
+def plain(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
     training = run.config.backbone_training.model_copy(update={"learning_rate": value})
     fields = {"backbone.training": training.model_dump(mode="json", exclude_none=True)}
     own = Pipeline(with_fields(run.config, fields, "demo rates"), NoEngine(), quiet())
@@ -118,13 +118,13 @@ def plain(shared: SharedWork, run: Pipeline, value: float) -> Model:
     artifact = sized.artifacts.backbone(groups)
     assert artifact is not None
     shared.train(f"full SFT, {value:g}", [(artifact, titled_backbone(sized, groups, artifact), sized)])
-    return Model.of("sft", artifact)
+    return ModelRef.of("sft", artifact)
 
 
 MAKERS = {AVERAGE.name: average, TIES.name: ties, CPIFT.name: integrated, SFT.name: plain}
 
 
-def scored(shared: SharedWork, run: Pipeline, models: list[Model]) -> dict[str, Any]:
+def scored(shared: SharedWork, run: Pipeline, models: list[ModelRef]) -> dict[str, Any]:
     """Scores by model and task."""
     wanted = [(run.artifacts.evaluate(model), model, run) for model in models]
     shared.score("models", wanted)
@@ -140,7 +140,7 @@ def line(seed: int, contender: Contender, value: float, scores: Mapping[str, Any
     tasks = list(scores[model])
     learning = learning_of(tasks, scores)
     own = {
-        task: float(kept(np.array(larger_is_better(scores[model][task])), np.array(learning[task].probe)))
+        task: float(retained(np.array(larger_is_better(scores[model][task])), np.array(learning[task].probe)))
         for task in judged(learning)
     }
     return {

@@ -40,7 +40,7 @@ from cpift.data.tasks import load_examples
 from cpift.method.masks import read_mask, read_summary
 from cpift.models.sources import load_model, load_tokenizer, materialise
 from cpift.pipeline.stages.fuse import FUSION_RECORD
-from cpift.training.adapters import merged, with_adapters
+from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import FitSpec, StageSpec
 
@@ -100,7 +100,7 @@ def merge_with_peft(work: Path, task: str) -> None:
         return
     adapted = with_adapters(load_model(work / "base", torch.float32), LORA, 0, kept=work / "adapters" / task)
     partial = out.with_suffix(".partial")
-    model: Any = merged(adapted)
+    model: Any = merge_adapters(adapted)
     model.to(torch.bfloat16).save_pretrained(partial)
     partial.rename(out)
 

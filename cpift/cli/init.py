@@ -77,7 +77,7 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
     base = base_model(model)
     tasks = tasks_of(found, base)
     for task in tasks:
-        say(task.told)
+        say(task.summary)
         say(f"  metric {task.guess.metric}: {task.guess.why}")
     size = f"{base.parameters:,} parameters" if base.parameters else "size known once it is downloaded"
     template = f"; it has no chat template, and gets {base.added}'s" if base.added else ""

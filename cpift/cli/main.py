@@ -29,7 +29,7 @@ from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
 from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import say, standard_streams
-from cpift.errors import CpiftError, told
+from cpift.errors import CpiftError, explain_os_error
 from cpift.text.redaction import redacted
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def main() -> None:
             require_arguments(sys.argv[1:])
             app()
         except Exception as error:
-            message = str(error) if isinstance(error, CpiftError) else told(error)
+            message = str(error) if isinstance(error, CpiftError) else explain_os_error(error)
             if message is None:  # for us to mend: where it happened is what helps
                 say(redacted(traceback.format_exc()), err=True)
                 sys.exit(1)

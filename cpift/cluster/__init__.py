@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cpift.cluster.session import ray_session as ray_session
     from cpift.cluster.tasks import TaskEngine as TaskEngine
     from cpift.cluster.work_queue import Outcome as Outcome
-    from cpift.cluster.work_queue import Piece as Piece
+    from cpift.cluster.work_queue import WorkItem as WorkItem
     from cpift.cluster.work_queue import WorkQueue as WorkQueue
 else:
     __getattr__, __dir__ = handed_out(__name__)

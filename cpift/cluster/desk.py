@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cpift.cluster.work_queue import Outcome, Piece, WorkQueue
+from cpift.cluster.work_queue import Outcome, WorkItem, WorkQueue
 from cpift.console.progress import Message
 from cpift.errors import first_line
 
@@ -32,7 +32,7 @@ class Desk:
         self._put, self._ended = asyncio.Event(), asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
-    async def put(self, pieces: Sequence[Piece]) -> None:
+    async def put(self, pieces: Sequence[WorkItem]) -> None:
         self._queue.put(pieces)
         self._put.set()
 

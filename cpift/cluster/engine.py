@@ -16,7 +16,7 @@ import ray
 
 from cpift.cluster.choice import merging_for
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
-from cpift.cluster.group import FitGroup, Kind, servable
+from cpift.cluster.group import FitGroup, WorkerKind, servable
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
@@ -152,7 +152,7 @@ class RayEngine:
 
     # ---- the group -------------------------------------------------------------------------------------------------
 
-    def _group_of(self, kind: Kind, specs: Sequence[FitSpec], on_progress: OnProgress) -> FitGroup:
+    def _group_of(self, kind: WorkerKind, specs: Sequence[FitSpec], on_progress: OnProgress) -> FitGroup:
         """A group for these: the one that there is, unless it has left or is too small."""
         resources = specs[0].resources
         size = min(parallel_fits(resources, specs[0].title), len(specs))
@@ -180,7 +180,7 @@ class RayEngine:
             self._group = None
 
     def _start(
-        self, kind: Kind, resources: ResourcesConfig, fits: int, there: threading.Event, over: threading.Event
+        self, kind: WorkerKind, resources: ResourcesConfig, fits: int, there: threading.Event, over: threading.Event
     ) -> None:
         """Start all, and stay: the system ends Ray's processes with the thread that started them."""
         try:

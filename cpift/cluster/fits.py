@@ -32,11 +32,11 @@ from cpift.cluster.session import (
     show_progress,
     use_assigned_gpus,
 )
-from cpift.cluster.storage import RUN, Storage
+from cpift.cluster.storage import RUN, FitStorage
 from cpift.config.run import ResourcesConfig
 from cpift.console.progress import Message, OnProgress
 from cpift.disk.files import write_text
-from cpift.errors import CpiftError, StageError, told
+from cpift.errors import CpiftError, StageError, explain_os_error
 from cpift.training.spec import RESULT, FitSpec
 from cpift.training.tracking import tracker_variables
 
@@ -154,7 +154,7 @@ def _drive(
 
 def _run_fit(spec: FitSpec, board_name: str) -> None:
     """One TorchTrainer, driven by the calling thread until it ends."""
-    resources, storage = spec.resources, Storage.of(spec)
+    resources, storage = spec.resources, FitStorage.of(spec)
     storage.drop_damaged_state()
     worker = demand(resources)
     # A range, which makes Ray's fine-tune elastic; its annotation does not know it.
@@ -163,7 +163,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
     limits: dict[str, Any] = dict.fromkeys(("max_failures", "controller_failure_limit"), resources.max_failures)
     # Workers of a Ray started here have this environment already.
     variables = tracker_variables(spec.tracking) if resources.on_cluster else {}
-    told: dict[str, Any] = {"worker_runtime_env": {"env_vars": variables}} if variables else {}
+    runtime: dict[str, Any] = {"worker_runtime_env": {"env_vars": variables}} if variables else {}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"spec": spec, "board": board_name},
@@ -174,7 +174,7 @@ def _run_fit(spec: FitSpec, board_name: str) -> None:
             storage_path=storage.place,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(**limits),
-            **told,
+            **runtime,
         ),
     )
     _failure_file(spec).unlink(missing_ok=True)
@@ -241,7 +241,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             with guarded_reads(spec.title, model_files(spec.model)):
                 fit(replace(spec, export=partial), replace(hooks, resume_from=resumed))
     except Exception as error:
-        reason = str(error) if isinstance(error, CpiftError) else told(error)
+        reason = str(error) if isinstance(error, CpiftError) else explain_os_error(error)
         if reason is None:
             raise
         write_text(_failure_file(spec), reason)  # it would only happen again: tell the driver, don't be retried

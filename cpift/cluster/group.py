@@ -30,7 +30,7 @@ from cpift.cluster.desk import ENDED, Desk
 from cpift.cluster.placement import Nodes, demand, train_options
 from cpift.cluster.session import KEPT, POLL_SECONDS, alive_nodes, first_ready, started_here
 from cpift.cluster.work import serve
-from cpift.cluster.work_queue import Outcome, Piece
+from cpift.cluster.work_queue import Outcome, WorkItem
 from cpift.config.run import ResourcesConfig
 from cpift.config.training import Tracker
 from cpift.console.progress import OnProgress
@@ -43,14 +43,14 @@ _ROOM_SECONDS = 180.0  # for nodes that were lost to come back
 
 
 @dataclass(frozen=True)
-class Kind:
+class WorkerKind:
     """What all workers of a group have alike: what each takes, and what the environment says to trackers."""
 
     worker: tuple[tuple[str, float], ...]  # a Demand
     variables: tuple[tuple[str, str], ...]
 
 
-def servable(resources: ResourcesConfig, tracking: Sequence[Tracker]) -> Kind | None:
+def servable(resources: ResourcesConfig, tracking: Sequence[Tracker]) -> WorkerKind | None:
     """The workers that fine-tunes of these resources take; None where each needs a Ray Train run of its own.
 
     That is where several workers share one fine-tune (DDP, FSDP, elastic or not), and where checkpoints go to a storage
@@ -59,7 +59,7 @@ def servable(resources: ResourcesConfig, tracking: Sequence[Tracker]) -> Kind | 
     if resources.by_train:
         return None
     variables = tracker_variables(tracking) if resources.on_cluster else {}  # workers of a Ray of ours have them
-    return Kind(tuple(demand(resources).items()), tuple(sorted(variables.items())))
+    return WorkerKind(tuple(demand(resources).items()), tuple(sorted(variables.items())))
 
 
 class _Apart(Backend):
@@ -107,7 +107,7 @@ class _OwnRayTrainer(_GroupTrainer):
 class FitGroup:
     """`size` workers of a kind, from now until `close`; `folder`: on storage that all nodes see."""
 
-    def __init__(self, kind: Kind, size: int, resources: ResourcesConfig, folder: Path):
+    def __init__(self, kind: WorkerKind, size: int, resources: ResourcesConfig, folder: Path):
         self.kind, self.size = kind, size
         self._failures, self._folder, self._finished = resources.max_failures, folder, 0
         self._error: BaseException | None = None
@@ -121,7 +121,7 @@ class FitGroup:
         self._thread.start()
 
     def run(
-        self, pieces: Sequence[Piece], on_result: Callable[[str, Any], None], on_progress: OnProgress
+        self, pieces: Sequence[WorkItem], on_result: Callable[[str, Any], None], on_progress: OnProgress
     ) -> dict[str, BaseException | None]:
         """Do all of it, as many at once as there are workers; by title what failed. `on_result` gets each result as
         soon as it is there."""
@@ -173,7 +173,7 @@ class FitGroup:
         shutil.rmtree(self._folder / _NAME, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         kind = self.kind
-        told: dict[str, Any] = {"worker_runtime_env": {"env_vars": dict(kind.variables)}} if kind.variables else {}
+        runtime: dict[str, Any] = {"worker_runtime_env": {"env_vars": dict(kind.variables)}} if kind.variables else {}
         # Of a piece of work the desk counts failures. These are of workers that end before they hold any.
         limits: dict[str, Any] = {"max_failures": 10 * (self._failures + 1), "controller_failure_limit": self._failures}
         return (_OwnRayTrainer if started_here() else _GroupTrainer)(
@@ -185,7 +185,7 @@ class FitGroup:
                 name=_NAME,
                 storage_path=str(self._folder),
                 failure_config=ray.train.FailureConfig(**limits),
-                **told,
+                **runtime,
             ),
         )
 

@@ -33,7 +33,7 @@ from cpift.disk.object_store import ObjectStore
 from cpift.errors import CpiftError, StageError, first_line
 from cpift.extensions import modules_beside
 from cpift.merging.base import MergeMethod
-from cpift.merging.checks import Progress
+from cpift.merging.checks import OnElements
 from cpift.merging.engine import merge_shards
 
 _RETRIES = 3
@@ -85,7 +85,7 @@ class RayMerging:
         return mark
 
     def merge_shards(
-        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards` with one task a file."""
         with ray_session(self._resources):
@@ -97,7 +97,7 @@ class RayMerging:
             publish(self._place(self._store, fingerprint), folder)
 
     def _merge_all(
-        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None

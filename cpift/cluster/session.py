@@ -15,7 +15,7 @@ import ray
 from cpift.config.run import ResourcesConfig
 from cpift.console.ending import handlers_kept, stopping
 from cpift.console.progress import Message, OnProgress
-from cpift.errors import CpiftError, StageError, first_line, told
+from cpift.errors import CpiftError, StageError, explain_os_error, first_line
 
 NAMESPACE = "cpift"
 POLL_SECONDS = 0.5
@@ -208,4 +208,4 @@ def _root_cause(error: BaseException) -> str:
     """The last words of the innermost error, for Ray wraps a worker's exception several times."""
     workers = getattr(error, "worker_failures", None)
     inner = next(iter(workers.values())) if workers else error
-    return told(inner) or str(getattr(inner, "cause", None) or inner).strip()
+    return explain_os_error(inner) or str(getattr(inner, "cause", None) or inner).strip()

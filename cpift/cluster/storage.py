@@ -15,13 +15,13 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
-class Storage:
+class FitStorage:
     """`place`: an absolute folder or a URI, of one fine-tune alone."""
 
     place: str
 
     @classmethod
-    def of(cls, spec: FitSpec) -> Storage:
+    def of(cls, spec: FitSpec) -> FitStorage:
         kept = spec.resources.storage
         if kept is None:
             return cls(str(spec.scratch / "ray"))

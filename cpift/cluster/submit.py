@@ -25,7 +25,7 @@ import yaml
 
 from cpift.config.code import word_at
 from cpift.config.loading import check_fields, read_yaml, secret_problems
-from cpift.config.paths import Kind, expanded, is_packaged, path_kind, texts
+from cpift.config.paths import PathKind, expanded, is_packaged, path_kind, texts
 from cpift.console.terminal import say
 from cpift.disk.files import SOURCE_TREE, file_sha256
 from cpift.errors import ConfigError, CpiftError, Problem, StageError, first_line
@@ -131,14 +131,14 @@ def _prepare(values: Iterator[_Value], origin: Path, data: Path) -> Iterator[Pro
             yield Problem(value.where, f"{value.text!r} is relative to this machine's folder", _REMEDIES[kind])
 
 
-_REMEDIES: Mapping[Kind, str] = {
+_REMEDIES: Mapping[PathKind, str] = {
     "model": "models are not sent: put it where every node sees it and give its absolute path there, or a hub id",
     "source": "models are not sent: give the absolute path of a folder that every node sees, or a hub id",
     "place": "give an absolute path on storage that every node sees, or a URI such as s3://bucket/folder",
 }
 
 
-def _same_on_nodes(value: _Value, kind: Kind, origin: Path) -> bool:
+def _same_on_nodes(value: _Value, kind: PathKind, origin: Path) -> bool:
     """Whether a path means the same on every node: absolute, a URI, from the nodes' environment, or no path at all."""
     text = value.text
     if text.startswith(("/", "${")) or "://" in text or value.field == "output":  # see `_check_output`

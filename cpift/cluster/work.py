@@ -14,9 +14,9 @@ from ray import cloudpickle
 
 from cpift.cluster.desk import CLOSED
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
-from cpift.cluster.work_queue import Outcome, Piece
+from cpift.cluster.work_queue import Outcome, WorkItem
 from cpift.console.progress import Message, OnProgress
-from cpift.errors import CpiftError, told
+from cpift.errors import CpiftError, explain_os_error
 from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import fit_here, give_back_memory, score_here
 from cpift.training.spec import FitSpec
@@ -24,10 +24,10 @@ from cpift.training.spec import FitSpec
 _SCORING_FAILURES = 2  # workers that end under the evaluation of one model before it has failed
 
 
-def piece_of(work: FitSpec | Scoring) -> Piece:
+def piece_of(work: FitSpec | Scoring) -> WorkItem:
     """For a desk, which does not look into it."""
     failures = work.resources.max_failures if isinstance(work, FitSpec) else _SCORING_FAILURES
-    return Piece(work.title, cloudpickle.dumps(work), failures)
+    return WorkItem(work.title, cloudpickle.dumps(work), failures)
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _do(work: Any, desk: Any, worker: str) -> None:
     try:
         outcome = Outcome(_PERFORM[type(work)](work, desk.post.remote))
     except Exception as error:
-        reason = str(error) if isinstance(error, CpiftError) else told(error)
+        reason = str(error) if isinstance(error, CpiftError) else explain_os_error(error)
         if reason is None:
             ray.get(desk.lose.remote(worker, str(error).strip()))
             raise

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """title: of what is in a queue at one time all differ. failures: lost or failed workers that it still survives."""
 
     title: str
@@ -29,11 +29,11 @@ class WorkQueue:
     """Pieces that wait, pieces that a worker holds, and outcomes that nobody has fetched."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Piece] = deque()
-        self._held: dict[str, Piece] = {}  # by worker
+        self._waiting: deque[WorkItem] = deque()
+        self._held: dict[str, WorkItem] = {}  # by worker
         self._outcomes: dict[str, Outcome] = {}  # by title
 
-    def put(self, pieces: Iterable[Piece]) -> None:
+    def put(self, pieces: Iterable[WorkItem]) -> None:
         self._waiting.extend(pieces)
 
     def take(self, worker: str) -> bytes | None:

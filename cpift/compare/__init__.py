@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cpift.compare.config import load_comparison as load_comparison
     from cpift.compare.files import comparison_table as comparison_table
     from cpift.compare.files import write_comparison as write_comparison
-    from cpift.compare.methods import Method as Method
+    from cpift.compare.methods import ComparedMethod as ComparedMethod
     from cpift.compare.methods import in_stages as in_stages
     from cpift.compare.methods import methods_of as methods_of
     from cpift.compare.run_baselines import make_baselines as make_baselines

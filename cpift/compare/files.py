@@ -15,7 +15,7 @@ from cpift.compare.plots import curve, intervals, standalone
 from cpift.compare.record import OURS, Record, record_text
 from cpift.compare.tables import (
     FORGETTING,
-    Rows,
+    TextTable,
     all_methods,
     count,
     curve_points,
@@ -118,7 +118,7 @@ def _sentence(found: Findings, text: str) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _table(table: Rows) -> str:
+def _table(table: TextTable) -> str:
     """Figures to the right, and a row for each kind of method."""
     rows: list[Sequence[str]] = []
     for place, cells in enumerate(table.rows):
@@ -128,7 +128,7 @@ def _table(table: Rows) -> str:
     return md_table(table.head, rows)
 
 
-def _listing(table: Rows) -> str:
+def _listing(table: TextTable) -> str:
     return md_table(table.head, table.rows, right=())
 
 

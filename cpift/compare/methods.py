@@ -60,7 +60,7 @@ JUDGED: dict[str, OfCpift] = {
 
 
 @dataclass(frozen=True)
-class Method:
+class ComparedMethod:
     """A way to make one model of all tasks. `judged`: which model of the run with these `fields`.
 
     order: of plain SFT, the groups by a run (its config and seed); balanced: whether it trains all tasks of a stage
@@ -78,21 +78,21 @@ class Method:
     pair: tuple[str, str] | None = None
 
 
-def methods_of(made: Comparison) -> list[Method]:
+def methods_of(made: Comparison) -> list[ComparedMethod]:
     """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part."""
     config, tasks = made.config, [task.name for task in made.base.tasks]
-    found = [Method(BASE, "reference", "base"), Method(PROBES, "reference", "probes")]
-    found += [Method(f"probe {task}", "probe", "probe", task=task) for task in tasks]
+    found = [ComparedMethod(BASE, "reference", "base"), ComparedMethod(PROBES, "reference", "probes")]
+    found += [ComparedMethod(f"probe {task}", "probe", "probe", task=task) for task in tasks]
     chosen = [method for budget in config.budgets for method in _plain(made, budget)]
-    chosen += [Method(name, "merge", "fused", fields) for name, fields in MERGES.items()]
+    chosen += [ComparedMethod(name, "merge", "fused", fields) for name, fields in MERGES.items()]
     if made.base.backbone_source == "staged":
-        chosen.append(Method(f"{OURS}, backbone alone", "cpift", "backbone"))
-    chosen += [Method(f"{OURS}, fused alone", "cpift", "fused"), Method(OURS, "cpift", "final")]
-    chosen += [Method(RECOMMENDED, "cpift", "final", config.recommended)] if config.recommended else []
-    chosen += [Method(name, "part", "final", fields) for name, fields in PARTS.items()]
-    chosen += [Method(name, "variant", "final", fields) for name, fields in config.variants.items()]
+        chosen.append(ComparedMethod(f"{OURS}, backbone alone", "cpift", "backbone"))
+    chosen += [ComparedMethod(f"{OURS}, fused alone", "cpift", "fused"), ComparedMethod(OURS, "cpift", "final")]
+    chosen += [ComparedMethod(RECOMMENDED, "cpift", "final", config.recommended)] if config.recommended else []
+    chosen += [ComparedMethod(name, "part", "final", fields) for name, fields in PARTS.items()]
+    chosen += [ComparedMethod(name, "variant", "final", fields) for name, fields in config.variants.items()]
     chosen += [
-        Method(f"{name} = {value}", "curve", "final", {name: value})
+        ComparedMethod(f"{name} = {value}", "curve", "final", {name: value})
         for name, values in config.curves.items()
         for value in values
     ]
@@ -101,7 +101,7 @@ def methods_of(made: Comparison) -> list[Method]:
     return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 
-def _plain(made: Comparison, budget: Budget) -> list[Method]:
+def _plain(made: Comparison, budget: Budget) -> list[ComparedMethod]:
     """Plain SFT in every order, with a budget."""
     suffix = "" if budget == made.config.budgets[0] else f", {entry(BUDGETS, budget, 'budgets').title}"
     orders: dict[str, Callable[[Pipeline], Groups]] = {
@@ -110,20 +110,24 @@ def _plain(made: Comparison, budget: Budget) -> list[Method]:
         "multi-stage SFT, heuristic": lambda run: made.config.heuristic or in_stages(by_rows(run), made.config.stages),
         "sequential SFT": lambda run: in_stages(shuffled(run), len(run.config.tasks)),
     }
-    found = [Method(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
-    even = Method(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
+    found = [ComparedMethod(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+    even = ComparedMethod(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
     return [found[0], even, *found[1:]]
 
 
-def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[Method]:
+def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[ComparedMethod]:
     """The forgetting protocol on A→B: plain SFT on A, then B; the same with CPI-FT's last stage but neither fusion nor
     freezing, whose replay alone may explain a gain; and CPI-FT."""
     title, replay, staged = f"{pair[0]} → {pair[1]}", PARTS[_REPLAY], {"backbone.source": "staged"}
     return [
-        Method(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
-        Method(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
-        Method(f"{OURS}: {title}", "forgetting", "final", pair=pair),
-        *([Method(f"{RECOMMENDED}: {title}", "forgetting", "final", recommended, pair=pair)] if recommended else []),
+        ComparedMethod(f"sequential SFT: {title}", "forgetting", "backbone", staged, pair=pair),
+        ComparedMethod(f"sequential SFT and replay: {title}", "forgetting", "final", replay | staged, pair=pair),
+        ComparedMethod(f"{OURS}: {title}", "forgetting", "final", pair=pair),
+        *(
+            [ComparedMethod(f"{RECOMMENDED}: {title}", "forgetting", "final", recommended, pair=pair)]
+            if recommended
+            else []
+        ),
     ]
 
 
@@ -158,10 +162,10 @@ def in_stages(names: Sequence[str], stages: int) -> Groups:
 
 
 @dataclass
-class Trained:
+class Entry:
     """One method with one seed: its run, and of plain SFT the run that trains it and the groups it goes over."""
 
-    method: Method
+    method: ComparedMethod
     run: Pipeline
     sft: Pipeline | None = None
     groups: Groups = ()

@@ -9,7 +9,7 @@ from cpift.compare.plots import curve, intervals
 from cpift.compare.record import OURS
 from cpift.compare.tables import (
     FORGETTING,
-    Rows,
+    TextTable,
     all_methods,
     curve_points,
     curve_references,
@@ -70,7 +70,7 @@ def _folded(sentences: Sequence[str]) -> str:
     return _list(sentences[:_SAID]) + more
 
 
-def _rows(shown: Rows, caption: str, kind: str = "") -> str:
+def _rows(shown: TextTable, caption: str, kind: str = "") -> str:
     """A table whose cells are HTML already."""
     lines = []
     for place, (first, *others) in enumerate(shown.rows):

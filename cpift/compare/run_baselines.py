@@ -15,7 +15,7 @@ from cpift.config.tasks import BASELINES, SftBaseline
 from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
-from cpift.pipeline.costs import Rows
+from cpift.pipeline.costs import RowFacts
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Baselines, Pipeline
@@ -23,7 +23,7 @@ from cpift.pipeline.plan import Plan, plan
 from cpift.pipeline.run import Fit
 from cpift.pipeline.stages import backbone
 from cpift.pipeline.stages.fits import threads_alone
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 from cpift.pipeline.stages.step import Step, step_of
 
 _SUBJECT = "baselines"
@@ -48,7 +48,7 @@ def fits_beside(run: Pipeline) -> list[Fit]:
 OF_RUNS = Baselines(make_baselines, fits_beside)
 
 
-def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: Rows = ()) -> Plan:
+def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: RowFacts = ()) -> Plan:
     """The plan of a run with its baselines; `notes`, `rows`: of `preflight`. No rows are counted."""
     return plan(artifacts, notes, _steps(artifacts), rows)
 
@@ -69,7 +69,7 @@ def _steps(artifacts: StageArtifacts) -> Iterator[Step]:
             yield Step("evaluate", baseline.title, "after group", f"{len(artifacts.config.tasks)} tasks")
         else:
             yield replace(step_of(known, detail), label=baseline.title)
-            scored = artifacts.evaluate(Model.of(baseline.title, known))
+            scored = artifacts.evaluate(ModelRef.of(baseline.title, known))
             yield step_of(scored, f"{len(artifacts.config.tasks)} tasks")
 
 

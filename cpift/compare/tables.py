@@ -23,7 +23,7 @@ Show = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TextTable:
     """A table in a medium's own text. `kinds`: before which row a group of methods of one kind begins, and its name."""
 
     head: list[str]
@@ -115,14 +115,14 @@ def one_seed(found: Findings) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def all_methods(found: Findings, show: Show, strong: Show) -> Rows:
+def all_methods(found: Findings, show: Show, strong: Show) -> TextTable:
     """Every method but those of curves; `strong` is how CPI-FT's own names are set off."""
     tasks = found.record.header.tasks
     columns = ["method", *(f"{show(task)}, {_unit(metric)}" for task, metric in tasks.items())]
     columns += ["mean retention, %", "worst task, %"]
     columns += ["low-resource less others, points"] if found.low else []
     columns += ["mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
-    table = Rows(columns)
+    table = TextTable(columns)
     kind = ""
     for line in (found.line(name) for name in found.methods if found.kind(name) != "curve"):
         if line.kind != kind:
@@ -161,9 +161,9 @@ def half(one: Estimate, scale: float = 100, digits: int = 1) -> str:
     return text if one.low is None else f"{text} ±{number(scale * (one.mean - one.low), digits)}"
 
 
-def differences(found: Findings, ours: str, show: Show) -> Rows:
+def differences(found: Findings, ours: str, show: Show) -> TextTable:
     """A recipe less each method: above zero the recipe is better."""
-    table = Rows([f"{ours} less …", "mean retention, points", "worst task, points"])
+    table = TextTable([f"{ours} less …", "mean retention, points", "worst task, points"])
     for rival in found.methods:
         if rival != ours and found.kind(rival) not in ("probe", "curve"):
             one = found.against(ours, rival)
@@ -177,9 +177,9 @@ FORGETTING = (
 )
 
 
-def forgetting(found: Findings, show: Show) -> Rows:
+def forgetting(found: Findings, show: Show) -> TextTable:
     """What is lost of A when B is learnt."""
-    table, metrics = Rows(["A → B", "method", "ΔA", "ΔB"]), found.record.header.tasks
+    table, metrics = TextTable(["A → B", "method", "ΔA", "ΔB"]), found.record.header.tasks
     for one in found.sequences:
         first, second = one.pair
         cells = [_change(one.change.first, metrics[first]), _change(one.change.second, metrics[second])]
@@ -233,9 +233,9 @@ def curve_references(found: Findings) -> list[tuple[str, Estimate]]:
     return [(f"{FULL}, mean retention", found.line(FULL).mean)] if found.has(FULL) else []
 
 
-def curve_rows(found: Findings, name: str, values: Sequence[Any], show: Show) -> Rows:
+def curve_rows(found: Findings, name: str, values: Sequence[Any], show: Show) -> TextTable:
     """Retention and groups over a field's values."""
-    table = Rows([show(name), "mean retention, %", "worst task, %", "groups (first seed)"])
+    table = TextTable([show(name), "mean retention, %", "worst task, %", "groups (first seed)"])
     for value in values:
         one = found.line(f"{name} = {value}")
         groups = " → ".join(" + ".join(group) for group in found.record.rows_of(one.method)[0].groups)

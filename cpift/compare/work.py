@@ -16,7 +16,7 @@ from typing import Any
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.compare.budgets import Budgets
 from cpift.compare.config import Comparison
-from cpift.compare.methods import Method, Trained, methods_of, seconds_of
+from cpift.compare.methods import ComparedMethod, Entry, methods_of, seconds_of
 from cpift.compare.record import Header, Record, Row, kept_scores
 from cpift.console.view import View, quiet
 from cpift.data.tasks import count_examples
@@ -29,10 +29,10 @@ from cpift.pipeline.engine import Engine, NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, Wanted
 from cpift.pipeline.stages.fuse import add_card
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 from cpift.report.facts import tokens_of
 
-Scoring = tuple[Artifact, Model, Pipeline]
+WantedScores = tuple[Artifact, ModelRef, Pipeline]
 
 
 def run_comparison(made: Comparison, engine: Engine, view: View) -> Record:
@@ -49,7 +49,7 @@ class ComparisonWork:
     def __init__(self, made: Comparison, engine: Engine, view: View, known: Collection[tuple[str, int]] = ()):
         self.made, self.view, self._merging = made, view, engine.merging
         self.entries = [
-            Trained(method, self._pipeline(method, seed))
+            Entry(method, self._pipeline(method, seed))
             for seed in made.seeds
             for method in methods_of(made)
             if (method.name, seed) not in known
@@ -60,7 +60,7 @@ class ComparisonWork:
         self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(self._merging), quiet()) for seed in seeds}
         self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
 
-    def _pipeline(self, method: Method, seed: int) -> Pipeline:
+    def _pipeline(self, method: ComparedMethod, seed: int) -> Pipeline:
         made, fields = self.made, method.fields
         config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
         return Pipeline(config, NoEngine(self._merging), quiet())
@@ -113,19 +113,19 @@ class ComparisonWork:
 
     def score(self) -> None:
         """Every model on every task of the whole run, also where it was trained on two of them."""
-        wanted: dict[Path, Scoring] = {}
+        wanted: dict[Path, WantedScores] = {}
         for one in self.entries:
             for scoring in self._scorings(one):
                 wanted.setdefault(scoring[0].path, scoring)
         self.shared.score("models", list(wanted.values()))
 
-    def _scorings(self, one: Trained) -> list[Scoring]:
+    def _scorings(self, one: Entry) -> list[WantedScores]:
         run = self.whole[one.run.config.seed]
         if one.method.judged == "probes":
             models = list(run.artifacts.tuned.values())
         else:
             title = one.method.name if one.method.judged == "probe" else one.method.judged
-            models = [Model.of(title, one.artifacts()[-1])]
+            models = [ModelRef.of(title, one.artifacts()[-1])]
         return [(run.artifacts.evaluate(model), model, run) for model in models]
 
     # ---- what was found ----------------------------------------------------------------------------------------------
@@ -136,20 +136,20 @@ class ComparisonWork:
         return Record(self._header([seed for seed in self.whole if self._has(done, seed)]), list(map(self._row, done)))
 
     @property
-    def done(self) -> list[Trained]:
+    def done(self) -> list[Entry]:
         """The entries that have their scores."""
         return [one for one in self.entries if self._finished(one)]
 
-    def _finished(self, one: Trained) -> bool:
+    def _finished(self, one: Entry) -> bool:
         if one.method.judged not in ("base", "probe", "probes") and not one.groups:
             return False  # stopped before there was a plan
         return all(artifact.complete for artifact, _, _ in self._scorings(one))
 
     @staticmethod
-    def _has(done: Sequence[Trained], seed: int) -> bool:
+    def _has(done: Sequence[Entry], seed: int) -> bool:
         return any(one.run.config.seed == seed for one in done)
 
-    def _row(self, one: Trained) -> Row:
+    def _row(self, one: Entry) -> Row:
         method, artifacts = one.method, one.artifacts()
         return Row(
             method=method.name,
@@ -164,7 +164,7 @@ class ComparisonWork:
             scores=kept_scores(self._scores(one)),
         )
 
-    def _scores(self, one: Trained) -> dict[str, Score]:
+    def _scores(self, one: Entry) -> dict[str, Score]:
         """By task; of the probes as one method each task's own."""
         found = [read_scores(artifact.path) for artifact, _, _ in self._scorings(one)]
         if one.method.judged != "probes":

@@ -13,14 +13,14 @@ from pydantic import BaseModel, BeforeValidator
 from cpift.config.paths import texts
 from cpift.config.words import ConflictName, MergeName, MetricName
 from cpift.errors import ConfigError, Problem
-from cpift.extensions import TITLES, Extension, Kind, find, placed, short_name, wrong_word
+from cpift.extensions import TITLES, Extension, ExtensionKind, find, placed, short_name, wrong_word
 
 
 @dataclass(frozen=True)
 class Word:
     """A field that may name code: what kind, and the words that are ours."""
 
-    kind: Kind
+    kind: ExtensionKind
     ours: tuple[str, ...]
 
 

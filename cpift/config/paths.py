@@ -16,11 +16,11 @@ from cpift.errors import Problem
 from cpift.text.redaction import is_prose
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-Kind = Literal["model", "rows", "place", "source"]
+PathKind = Literal["model", "rows", "place", "source"]
 # Every field that holds a path; `*`: any number of the list. Inputs (a model, rows) start from the config's folder and
 # have to be there; a place is where results go, as it is; a source is an input if there is such a file or folder,
 # otherwise a word or a hub id.
-PATHS: Mapping[str, Kind] = {
+PATHS: Mapping[str, PathKind] = {
     "model.path": "model",
     "model.gguf.file": "model",
     "model.chat_template": "source",
@@ -33,7 +33,7 @@ PATHS: Mapping[str, Kind] = {
 }
 
 
-def path_kind(field: str) -> Kind | None:
+def path_kind(field: str) -> PathKind | None:
     """What kind of path a field holds, by its dotted name; None if it holds none."""
     return PATHS.get(_shape(field))
 

@@ -207,7 +207,7 @@ class Baseline:
     """A baseline's name among the models, what a sentence calls it, and whether it is trained, not merged."""
 
     title: str
-    told: str
+    phrase: str
     trained: bool = False
 
 

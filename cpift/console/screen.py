@@ -110,9 +110,9 @@ def _bars(progress: Progress, width: int, room: int) -> Iterator[Text]:
     shown = pieces if len(pieces) <= room else pieces[: room - 1]
     titles = max((cell_len(one_line(piece.title)) for piece in shown), default=0)
     titles = min(titles, max(width // 3, 12))
-    told = max((sum(cell_len(part) + 2 for part in _told(piece)) for piece in shown), default=0)
+    widest = max((sum(cell_len(part) + 2 for part in _details(piece)) for piece in shown), default=0)
     free = width - titles - len("    100 %")  # for the bar and what is told
-    length = min(max(free - max(told, 16), _NARROWEST_BAR), _WIDEST_BAR)
+    length = min(max(free - max(widest, 16), _NARROWEST_BAR), _WIDEST_BAR)
     for piece in shown:
         yield _bar(piece, titles, length, width)
     if rest := pieces[len(shown) :]:
@@ -123,7 +123,7 @@ def _bars(progress: Progress, width: int, room: int) -> Iterator[Text]:
         )
 
 
-def _told(piece: Piece) -> list[str]:
+def _details(piece: Piece) -> list[str]:
     return [] if piece.done == 1 else details(piece.message) or ["waiting"] * (piece.done == 0)
 
 
@@ -133,7 +133,7 @@ def _bar(piece: Piece, titles: int, length: int, width: int) -> Text:
     filled = int(piece.done * length)
     line = Text("  ").append_text(title).append(" ").append("━" * filled, "green" if piece.done == 1 else "cyan")
     line.append("─" * (length - filled), "dim").append(f" {_percent(piece.done):>5}")
-    for part in _told(piece):  # the most telling first, as many as fit
+    for part in _details(piece):  # the most telling first, as many as fit
         if line.cell_len + 2 + cell_len(part) > width:
             break
         line.append(f"  {part}", "dim")

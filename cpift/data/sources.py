@@ -39,7 +39,7 @@ class Rows(ABC):
 
     @property
     @abstractmethod
-    def told(self) -> str:
+    def description(self) -> str:
         """Where the rows are from, in errors."""
 
     @property
@@ -54,7 +54,7 @@ class _File(Rows):
 
     def decided_by(self) -> dict[str, Any]:
         if problems := _check_file(self.source):
-            raise DataError(self.told, problems)
+            raise DataError(self.description, problems)
         assert self.source.file is not None
         path = self.source.file
         if not path.is_dir():
@@ -68,7 +68,7 @@ class _File(Rows):
             return files_of(self.source.file, self.source.split)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return str(self.source.file)
 
     @property
@@ -87,7 +87,7 @@ class _HubRows(Rows):
         return named | ({"data_files": list(source.data_files)} if source.data_files else {})
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return f"hub data set {self.source.hub}"
 
     @property
@@ -111,7 +111,7 @@ class _Generated(Rows):
         return named | {"size": source.size, "seed": source.seed}
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return f"generator {self.source.procedural}"
 
     @property
@@ -136,7 +136,7 @@ def _file_rows(source: DataSource) -> Iterator[Any]:
     """As `rows.formats.rows_in`."""
     problems = _check_file(source)
     if problems:
-        raise DataError(rows_of(source).told, problems)
+        raise DataError(rows_of(source).description, problems)
     assert source.file is not None
     with _as_data_error(source):
         yield from rows_in(source.file, source.split)
@@ -147,10 +147,12 @@ def _as_data_error(source: DataSource) -> Iterator[None]:
     try:
         yield
     except UnreadableError as error:
-        raise DataError(rows_of(source).told, [error.problem("file")]) from None
+        raise DataError(rows_of(source).description, [error.problem("file")]) from None
     except OSError as error:
         what = error.strerror or str(error)
-        raise DataError(rows_of(source).told, [Problem("file", what, "check the path and its permissions")]) from None
+        raise DataError(
+            rows_of(source).description, [Problem("file", what, "check the path and its permissions")]
+        ) from None
 
 
 def _hub_rows(source: DataSource) -> Iterator[Any]:
@@ -166,7 +168,7 @@ def _hub_rows(source: DataSource) -> Iterator[Any]:
     except Exception as error:  # what datasets, the hub's client and the layers of its network raise
         remedy = "check hub, subset, split and revision; data sets that need a script to load are not supported"
         raise DataError(
-            rows_of(source).told, [Problem("hub", str(error).strip() or type(error).__name__, remedy)]
+            rows_of(source).description, [Problem("hub", str(error).strip() or type(error).__name__, remedy)]
         ) from error
 
 

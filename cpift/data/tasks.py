@@ -86,12 +86,12 @@ def _find_last_held(source: HeldSource) -> int:
     if last is None:
         what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
         problem = Problem("holdout.rows", what, "give fewer, or rows of other prompts")
-        raise DataError(rows_of(source).told, [problem])
+        raise DataError(rows_of(source).description, [problem])
     return last
 
 
 def _read(source: DataSource) -> Iterator[Example]:
-    name, bad, number = rows_of(source).told, RowProblems(), 0
+    name, bad, number = rows_of(source).description, RowProblems(), 0
     for number, row in enumerate(islice(rows_of(source).rows(), source.limit), start=1):
         try:
             example = parse_row(_as_mapping(row), source.columns, f"{name}, row {number}")

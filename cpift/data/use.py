@@ -50,7 +50,7 @@ class RowUse:
         return f"{self.used:,} of {self.rows:,} rows used{cut}{left_out}"
 
 
-def told(title: str, record: Sequence[Mapping[str, Mapping[str, int]]]) -> Iterator[tuple[str, bool]]:
+def use_sentences(title: str, record: Sequence[Mapping[str, Mapping[str, int]]]) -> Iterator[tuple[str, bool]]:
     """A sentence for each task of a fine-tune, and whether it is a warning; `record`: by stage, from training.json."""
     for stage in record:
         for task, kept in stage.items():

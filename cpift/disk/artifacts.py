@@ -82,7 +82,7 @@ class Artifact:
         return self.state().kind in ("whole", "dropped")
 
     @property
-    def whole(self) -> bool:
+    def has_weights(self) -> bool:
         """Complete, and its weights have not been dropped."""
         return self.state().kind == "whole"
 
@@ -156,7 +156,7 @@ class Artifact:
         """
         ours = {self.path / name for name in self.manifest()["outputs"]}  # others may have put theirs beside them
         sizes = {path: path.stat().st_size for path in sorted(self.path.glob("*.safetensors")) if path in ours}
-        if self.whole:
+        if self.has_weights:
             dropped: Dropped = {"files": {path.name: size for path, size in sizes.items()}, "remake": remake}
             write_manifest(self.path, self.manifest() | {"dropped": dropped})
         for path in sizes:

@@ -58,7 +58,7 @@ def recalled(what: str, of: Any) -> Any:
     return None if file is None else _read(file)[0]
 
 
-def kept(what: str, of: Any, value: Any) -> None:
+def replace_fact(what: str, of: Any, value: Any) -> None:
     """Keep a value in place of what was kept before: of something measured, which no call finds out again."""
     file = _file(what, of)
     if file is not None:

@@ -34,13 +34,13 @@ class ObjectStore:
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, None if it is not there."""
-        with self._told(name) as (filesystem, path):
+        with self._opened_at(name) as (filesystem, path):
             found = filesystem.get_file_info(path)
             return found.size if found.is_file else None
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file. Raises StageError if the store then has not as many bytes."""
-        with file.open("rb") as source, self._told(name) as (filesystem, path):
+        with file.open("rb") as source, self._opened_at(name) as (filesystem, path):
             if filesystem.type_name == "local":  # file://, for trying things out; a store has no folders
                 filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             with filesystem.open_output_stream(path) as target:
@@ -65,7 +65,7 @@ class ObjectStore:
 
     def read(self, name: str, start: int, count: int) -> bytes:
         """`count` bytes of an object from byte `start` on."""
-        with self._told(name):
+        with self._opened_at(name):
             found: bytes = _opened_file(self.place, name).read_at(count, start)
         if len(found) != count:
             raise StageError(f"{self._uri(name)}: ends before byte {start + count} → delete it and run again")
@@ -76,11 +76,11 @@ class ObjectStore:
         return None if self.size(name) is None else parse_json(b"".join(self._blocks(name)), RECORD)
 
     def _blocks(self, name: str) -> Iterator[bytes]:
-        with self._told(name) as (filesystem, path):
+        with self._opened_at(name) as (filesystem, path):
             source = filesystem.open_input_stream(path)
         with source:
             while True:
-                with self._told(name):
+                with self._opened_at(name):
                     block: bytes = source.read(_BLOCK)
                 if not block:
                     return
@@ -90,7 +90,7 @@ class ObjectStore:
         return self.folder(name).place.partition("?")[0]
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[tuple[Any, str]]:
+    def _opened_at(self, name: str) -> Iterator[tuple[Any, str]]:
         """The file system and the object's path in it."""
         try:
             filesystem, path = _opened(self.place)

@@ -25,7 +25,7 @@ from functools import cache
 import numpy as np
 
 from cpift.evaluation.estimates import Estimate, t_quantile
-from cpift.evaluation.retention import Learning, judged, kept
+from cpift.evaluation.retention import Learning, judged, retained
 
 # Of the seeds at these places: the figure for the whole test set, then for every draw. [1 + draws]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -131,8 +131,8 @@ class References:
 
 
 def retention(scores: Scores, method: str, probes: str) -> np.ndarray:
-    """[seeds, tasks, 1 + draws]: `retention.kept`."""
-    return kept(scores.of(method), scores.of(probes))
+    """[seeds, tasks, 1 + draws]: `retention.retained`."""
+    return retained(scores.of(method), scores.of(probes))
 
 
 def learning(scores: Scores, references: References) -> dict[str, Learning]:

@@ -13,7 +13,7 @@ from cpift.extensions import loaded, short_name
 from cpift.rows.examples import Example
 from cpift.rows.problems import RowProblems
 
-Found = tuple[str, str]  # what is wrong with a row, and the remedy
+RowFault = tuple[str, str]  # what is wrong with a row, and the remedy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reply:
 
 
 _ONE_EACH = "give one for each reply, in their order"
-Scores = Callable[[Sequence[Reply]], Sequence[float]]
+ScoreReplies = Callable[[Sequence[Reply]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Metric:
     """
 
     title: str
-    scores: Scores | None = None
+    scores: ScoreReplies | None = None
     range: tuple[float, float] = (0.0, 1.0)
     counted: bool = False
     chance: float | None = None
-    problem: Callable[[Example], Found | None] | None = None
-    doubt: Callable[[Example], Found | None] | None = None  # of a row whose score would say nothing
+    problem: Callable[[Example], RowFault | None] | None = None
+    doubt: Callable[[Example], RowFault | None] | None = None  # of a row whose score would say nothing
     by_loss: bool = False  # the loss itself, less is better; all others score from 0 to 1
     by_options: bool = False  # which of the row's choices is likeliest
     by_judge: bool = False  # a generated reply is rated by another model
@@ -89,7 +89,7 @@ class Metric:
         """What guessing scores, from 0 to 1."""
         return None if self.chance is None else self._share(self.chance)
 
-    def wrong_with(self, example: Example) -> Found | None:
+    def wrong_with(self, example: Example) -> RowFault | None:
         """Why a row cannot be scored, and the remedy."""
         try:
             found = None if self.problem is None else self.problem(example)
@@ -97,7 +97,7 @@ class Metric:
             found = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
         return found or (_no_prompt(example) if self.generates else None)
 
-    def doubtful(self, example: Example) -> Found | None:
+    def doubtful(self, example: Example) -> RowFault | None:
         """Why a row's score would say nothing, and the remedy; asked before a run, not of what is scored."""
         return None if self.doubt is None else self.doubt(example)
 
@@ -139,7 +139,7 @@ class Metric:
         said, remedy = f"{type(error).__name__}: {error}", "mend the metric, or leave such rows out"
         for number, reply in enumerate(replies, start=1):
             try:
-                cast(Scores, self.scores)([reply])
+                cast(ScoreReplies, self.scores)([reply])
             except Exception as alone:
                 return f"row {number}", f"reply {_shown(reply.text)}: {type(alone).__name__}: {alone}", remedy
         return "all rows together", said, remedy
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def each(score: Callable[[Reply], float]) -> Scores:
+def each(score: Callable[[Reply], float]) -> ScoreReplies:
     """`scores` of a function that scores one reply."""
     return lambda replies: [float(score(reply)) for reply in replies]
 
@@ -171,26 +171,26 @@ def right_answer(example: Example) -> str:
     return example.messages[-1].content if example.answer is None else example.answer
 
 
-def _choices(example: Example) -> Found | None:
+def _choices(example: Example) -> RowFault | None:
     if right_answer(example) not in example.choices:
         found = f"answer {right_answer(example)!r} is none of the choices {list(example.choices)!r}"
         return found, "give one of their texts, its letter, or its position from 0 as a number"
     return None
 
 
-def _no_choice(example: Example) -> Found | None:
+def _no_choice(example: Example) -> RowFault | None:
     if len(set(example.choices)) < max(2, len(example.choices)):
         return f"choices {list(example.choices)!r}", "give two or more, all different"
     return _no_prompt(example)
 
 
-def _number(example: Example) -> Found | None:
+def _number(example: Example) -> RowFault | None:
     if last_number(right_answer(example)) is None:
         return f"no number in answer {right_answer(example)!r}", "metric number needs one"
     return None
 
 
-def _no_prompt(example: Example) -> Found | None:
+def _no_prompt(example: Example) -> RowFault | None:
     return ("a plain text has no prompt to answer", "set metric: loss") if example.plain else None
 
 

@@ -30,7 +30,7 @@ LEAST = 0.05  # a probe's score below which its task is not judged; losses have 
 _CONFIDENCE = 0.95
 
 
-def kept(own: np.ndarray, probe: np.ndarray) -> np.ndarray:
+def retained(own: np.ndarray, probe: np.ndarray) -> np.ndarray:
     """Retention, of values where larger is better (losses negated); NaN where what divides is 0."""
     above, below = np.where(probe < 0, probe, own), np.where(probe < 0, own, probe)
     ratios: np.ndarray = np.divide(above, below, out=np.full_like(own, np.nan), where=below != 0)

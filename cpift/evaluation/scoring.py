@@ -27,7 +27,7 @@ from cpift.evaluation.rows import ScoredRow, scored_rows
 from cpift.evaluation.scores import Score, ScoredExample
 from cpift.models.sources import load_model, load_tokenizer
 
-Progress = Callable[[str, int, int], None]
+OnScored = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def evaluate_model(
     settings: EvaluationConfig,
     *,
     device: Device = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnScored | None = None,
 ) -> dict[str, TaskScore]:
     """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
 
@@ -108,7 +108,7 @@ def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _evaluate_task(room: _Room, task: TaskConfig, on_progress: Progress) -> TaskScore:
+def _evaluate_task(room: _Room, task: TaskConfig, on_progress: OnScored) -> TaskScore:
     with checked_templates():  # see `rows.check_rows`
         rows = scored_rows(room.tokenizer, room.settings, task)
     metric = load_metric(task.metric)
@@ -171,7 +171,7 @@ def _judged(
     metric: Metric,
     rows: Sequence[ScoredRow],
     texts: Sequence[str],
-    on_progress: Progress,
+    on_progress: OnScored,
 ) -> list[ScoredExample]:
     """The score of each text, and of a judge what it said."""
     judge = room.settings.judge

@@ -13,7 +13,7 @@ from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.evaluation.task_files import task_file_problems
 from cpift.pretrained.loading import lm_eval_arguments
 
-Scores = dict[str, dict[str, dict[str, float | None]]]  # by model and task: `metric` and `metric_stderr`
+BenchmarkScores = dict[str, dict[str, dict[str, float | None]]]  # by model and task: `metric` and `metric_stderr`
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Benchmarks:
 
 def standard_scores(
     models: Mapping[str, Path], wanted: Benchmarks, on_model: Callable[[str], None] = lambda title: None
-) -> Scores:
+) -> BenchmarkScores:
     """Every figure that lm-eval has for these models, its standard errors included.
 
     Raises CpiftError for a model or a task file that would run code, before any is scored, where the extra is not
@@ -45,7 +45,7 @@ def standard_scores(
     """
     arguments = {title: lm_eval_arguments(path) | _names(path) for title, path in models.items()}
     tasks = _tasks(wanted)
-    found: Scores = {}
+    found: BenchmarkScores = {}
     for title in models:
         on_model(title)
         found[title] = _scores(arguments[title], wanted, tasks)

@@ -1,10 +1,10 @@
 """A run in one sentence: what the one model keeps of the fine-tunes' own scores, beside what else could be made.
 
-Every figure is a mean of `retention.kept` over the judged tasks. Its interval is over test rows, by linearisation, with
-the probe's rows paired to the model's; differences between two models are paired in the same way. Where every row of a
-task says the same (all right, all wrong, or as the probe did), linearisation would call the figure certain. Of n rows
-that agree, up to 1 − 0.05^(1/n) of all rows may yet do otherwise (95 %; about 3 ÷ n): that is the task's part then. One
-run has one seed, of whose variation no interval here knows: the sentence says so.
+Every figure is a mean of `retention.retained` over the judged tasks. Its interval is over test rows, by linearisation,
+with the probe's rows paired to the model's; differences between two models are paired in the same way. Where every row
+of a task says the same (all right, all wrong, or as the probe did), linearisation would call the figure certain. Of n
+rows that agree, up to 1 − 0.05^(1/n) of all rows may yet do otherwise (95 %; about 3 ÷ n): that is the task's part
+then. One run has one seed, of whose variation no interval here knows: the sentence says so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cpift.evaluation.scores import Score
 _CONFIDENCE = 0.95
 # Models that are compared with the last one, and what a sentence calls them.
 RIVALS = {
-    **{one.title: one.told for one in BASELINES.values() if not one.trained},
+    **{one.title: one.phrase for one in BASELINES.values() if not one.trained},
     "backbone": "the staged backbone alone",
-    **{one.title: one.told for one in BASELINES.values() if one.trained},
+    **{one.title: one.phrase for one in BASELINES.values() if one.trained},
 }
 
 

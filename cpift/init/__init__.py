@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cpift.lazy import handed_out
 
 if TYPE_CHECKING:
-    from cpift.init.files import Found as Found
+    from cpift.init.files import TaskFiles as TaskFiles
     from cpift.init.model import BaseModel as BaseModel
     from cpift.init.model import base_model as base_model
     from cpift.init.others import example_files as example_files

@@ -24,7 +24,7 @@ _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Found:
+class TaskFiles:
     """A task's name and where its rows come from; `test` None: rows of `train` are to be held out."""
 
     name: str
@@ -32,7 +32,7 @@ class Found:
     test: DataSource | None = None
 
 
-def tasks_of(arguments: Iterable[str]) -> list[Found]:
+def tasks_of(arguments: Iterable[str]) -> list[TaskFiles]:
     """A task for each data set. Raises ConfigError with all that is wrong."""
     problems: list[Problem] = []
     found: list[tuple[str, DataSource, str]] = []
@@ -103,7 +103,7 @@ def _split_of(path: Path) -> tuple[str, str]:
     return match[1] or path.absolute().parent.name, match[2].lower()
 
 
-def _paired(found: list[tuple[str, DataSource, str]], problems: list[Problem]) -> Iterator[Found]:
+def _paired(found: list[tuple[str, DataSource, str]], problems: list[Problem]) -> Iterator[TaskFiles]:
     named: dict[str, dict[str, DataSource]] = {}
     for name, source, split in found:
         splits = named.setdefault(_as_name(name), {})
@@ -118,7 +118,7 @@ def _paired(found: list[tuple[str, DataSource, str]], problems: list[Problem]) -
             where = ", ".join(splits)
             problems.append(Problem(name, f"has splits {where}, and none to train on", f"call it {TRAINS[0]}"))
         else:
-            yield Found(name, train or _only(test), test if train else None)
+            yield TaskFiles(name, train or _only(test), test if train else None)
 
 
 def _only(source: Any) -> DataSource:

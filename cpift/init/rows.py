@@ -219,7 +219,7 @@ def held_out(look: Look) -> int:
     if look.rows < 2 or len(look.prompts) < 2:
         what = "there is only one row" if look.rows < 2 else "all rows have the same prompt"
         remedy = "give more, or test rows in a file of their own (NAME_train and NAME_test)"
-        raise DataError(rows_of(look.source).told, [Problem("rows", f"{what}, so none can be held out", remedy)])
+        raise DataError(rows_of(look.source).description, [Problem("rows", f"{what}, so none can be held out", remedy)])
     return share_held(look.rows)
 
 

@@ -18,7 +18,7 @@ from cpift.data.tokenise import UNCUT, tokenise
 from cpift.errors import ConfigError, CpiftError, DataError, Problem
 from cpift.evaluation.metrics import METRICS
 from cpift.evaluation.rows import check_rows
-from cpift.init.files import Found
+from cpift.init.files import TaskFiles
 from cpift.init.model import BaseModel
 from cpift.init.rows import Guess, Lengths, Look, guess_metric, held_out, lengths_of, look_at, share_held
 from cpift.models.sources import source_of
@@ -54,7 +54,7 @@ class Task:
         return self.train.rows - (self.tested if self.holdout else 0)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What was recognised, for people."""
         file = self.train.source.file
         where = file.name if file is not None else self.train.source.hub
@@ -72,7 +72,7 @@ def _reply(lengths: Lengths) -> int:
     return min(_MOST_REPLY, _rounded(lengths.reply * 1.25, 8))
 
 
-def tasks_of(found: Sequence[Found], base: BaseModel) -> list[Task]:
+def tasks_of(found: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
     """Look at every task's rows. Raises ConfigError with all that is wrong with any of them."""
     problems: list[Problem] = []
     tasks = []
@@ -88,13 +88,13 @@ def tasks_of(found: Sequence[Found], base: BaseModel) -> list[Task]:
     return tasks
 
 
-def _place(found: Found, where: str) -> str:
+def _place(found: TaskFiles, where: str) -> str:
     """Where a problem is, for who gave the file or data set and knows of no task yet."""
     given = _given(found)
     return given if where in ("file", str(found.train.file)) else f"{given}, {where}"
 
 
-def _given(found: Found) -> str:
+def _given(found: TaskFiles) -> str:
     """The file or data set, from the working directory if it is there."""
     file = found.train.file
     if file is None:
@@ -102,7 +102,7 @@ def _given(found: Found) -> str:
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
-def _task(found: Found, base: BaseModel) -> Task:
+def _task(found: TaskFiles, base: BaseModel) -> Task:
     train = look_at(found.train)
     test = None if found.test is None else look_at(found.test, like=train)
     guess = guess_metric(train) if test is None else _of_both(train, test)

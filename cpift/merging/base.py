@@ -25,7 +25,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.checks import Check, Progress
+from cpift.merging.checks import Check, OnElements
 from cpift.merging.definition import Definition, Expected, in_fp64
 from cpift.method.masks import RegionMasks
 
@@ -72,7 +72,7 @@ class Contender:
     fields: Mapping[str, Any]
 
 
-class Placement(Protocol):
+class Destination(Protocol):
     """Where slices of models and masks come to."""
 
     def model(self, model: Checkpoint) -> Checkpoint:
@@ -141,7 +141,7 @@ class MergeMethod(ABC):
         """Every model that is read, each once."""
         return [*([self.pretrained] if self.needs_base else []), *self.tuned.values()]
 
-    def placed(self, at: Placement) -> Self:
+    def placed(self, at: Destination) -> Self:
         """A copy of it whose models and masks are read to where `at` has them."""
         other = copy.copy(self)
         other.pretrained = at.model(self.pretrained)
@@ -184,7 +184,7 @@ class MergeMethod(ABC):
         """Whether a tensor that was written is compared with its definition."""
         return self.merges(info) and 0 < info.numel <= _LARGEST
 
-    def checks(self, written: Checkpoint, progress: Progress) -> list[Check]:
+    def checks(self, written: Checkpoint, progress: OnElements) -> list[Check]:
         """What else has to hold of the merged model."""
         return []
 

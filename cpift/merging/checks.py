@@ -17,7 +17,7 @@ class Check(TypedDict):
     detail: str
 
 
-Progress = Callable[[int, str], None]  # elements since the last call, and the tensor they belong to
+OnElements = Callable[[int, str], None]  # elements since the last call, and the tensor they belong to
 
 
 def failures(checks: Sequence[Check]) -> list[str]:

@@ -10,7 +10,7 @@ from cpift_kernels import count_mask, gather_masked, union_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import pieces, sweep
-from cpift.merging.checks import Check, Progress, compared
+from cpift.merging.checks import Check, OnElements, compared
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def check_cores(
     has: Callable[[str], bool],
     operands: Callable[[str, int, int], Operands],
     written: Checkpoint,
-    progress: Progress,
+    progress: OnElements,
 ) -> Check:
     """Compare every core element that has one donor with that donor, bit for bit. `has`: whether a tensor has cores."""
     total = differing = 0

@@ -26,7 +26,7 @@ from cpift.disk.guarded import guarded_reads
 from cpift.errors import CpiftError
 from cpift.formats.safetensors import FileWriter, TensorInfo
 from cpift.merging.base import Merged, MergeMethod
-from cpift.merging.checks import Progress
+from cpift.merging.checks import OnElements
 
 if TYPE_CHECKING:
     from cpift_kernels import Mark, Masks, Selection
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
 
-MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, Progress], dict[str, ShardRecord]]
+MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, OnElements], dict[str, ShardRecord]]
 
 
 def merge(
@@ -45,7 +45,7 @@ def merge(
     *,
     shard_size: int,
     budget: int = DEFAULT_BUDGET,
-    progress: Progress = lambda elements, name: None,
+    progress: OnElements = lambda elements, name: None,
     shards_by: MergeShards | None = None,
 ) -> list[TensorRecord]:
     """Write the merged checkpoint into the folder `out`: names, shapes and dtypes as `like`, its small files copied.
@@ -70,7 +70,7 @@ def merge(
 
 
 def merge_shards(
-    method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+    method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
 ) -> dict[str, ShardRecord]:
     """Write some shards; their records by name."""
     if not shards:
@@ -86,7 +86,9 @@ def merge_shards(
         return {shard.name: write(shard) for shard in shards}
 
 
-def _fill(method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: Progress) -> ShardRecord:
+def _fill(
+    method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: OnElements
+) -> ShardRecord:
     records: list[TensorRecord] = []
     with guarded_reads(shard.name), drained(writing):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
@@ -154,7 +156,7 @@ class Merging(Protocol):
         """What marks ranges of a selection (`cpift_kernels.Mark`)."""
 
     def merge_shards(
-        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merge_shards`."""
 

@@ -21,7 +21,7 @@ from cpift.devices import current_gpu, visible_gpus
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
-from cpift.merging.checks import Progress
+from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
 from cpift.merging.engine import merge_shards
 from cpift.merging.registry import METHODS
@@ -74,7 +74,7 @@ class DeviceMerging:
         return stream_cores(selection.models, selection.counts, device=self._device).marking(masks)
 
     def merge_shards(
-        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: Progress
+        self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
         on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method

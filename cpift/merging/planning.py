@@ -124,7 +124,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: its embedding and output layer are two tensors, which θ0 ties: the fused model has two"
         if not base.ties and model.ties:
             yield f"{where}: ties its output layer to its embedding, θ0 does not; read as two equal tensors"
-        for note in _told(base.folder, folder):
+        for note in _differences(base.folder, folder):
             yield f"{where}: {note}"
         if other_tokenizer(base.folder, folder):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
@@ -138,7 +138,7 @@ def _tokens(base: Checkpoint) -> str:
     return f"{size:,}" if size is not None else "?"
 
 
-def _told(base: Path, folder: Path) -> Iterator[str]:
+def _differences(base: Path, folder: Path) -> Iterator[str]:
     """Differences in small files that may be meant."""
     if not (folder / ADAPTER_CONFIG).is_file():
         yield from setting_notes(base, folder)

@@ -19,7 +19,7 @@ from cpift.checkpoints.layout import loading_faults
 from cpift.checkpoints.slices import Piece
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import MergeMethod, own_code
-from cpift.merging.checks import Check, Progress, compared
+from cpift.merging.checks import Check, OnElements, compared
 from cpift.merging.definition import elements_at
 from cpift.text.units import show_size
 
@@ -33,7 +33,7 @@ _EPSILON = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 
 
 def verify(
-    method: MergeMethod, like: Checkpoint, folder: Path, progress: Progress = lambda elements, name: None
+    method: MergeMethod, like: Checkpoint, folder: Path, progress: OnElements = lambda elements, name: None
 ) -> list[Check]:
     """Check the checkpoint in `folder`, which `method` made with the layout of `like`."""
     written = Checkpoint(folder)

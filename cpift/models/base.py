@@ -27,7 +27,7 @@ class Source(ABC):
     auto = "auto"  # what `model.dtype: auto` means
 
     def __init__(self, model: ModelConfig):
-        self.model, self.given = model, getattr(model, model.kind)
+        self.model, self.value = model, getattr(model, model.kind)
         self.dtype = self.auto if model.dtype == "auto" else model.dtype
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def told(self) -> str:
+    def description(self) -> str:
         """In a word or two."""
 
     @property
@@ -54,8 +54,8 @@ class Source(ABC):
 
     @property
     def elsewhere(self) -> str:
-        """As `told`, for those who do not have this machine's folders."""
-        return self.told
+        """As `description`, for those who do not have this machine's folders."""
+        return self.description
 
     def check(self) -> list[Problem]:
         return []

@@ -105,32 +105,32 @@ class _Folder(Source):
         return (f"file {file.name} {file_sha256(file)}" for file in self.files())
 
     def check(self) -> list[Problem]:
-        return check_checkpoint(self.given, "model.path")
+        return check_checkpoint(self.value, "model.path")
 
     def files(self) -> list[Path]:
-        return model_files(self.given)
+        return model_files(self.value)
 
     def folder(self) -> Path:
-        return Path(self.given)
+        return Path(self.value)
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return load_directory(self.given, self.model)
+        return load_directory(self.value, self.model)
 
     def names(self) -> list[str]:
-        return [info.name for info in Checkpoint(self.given).tensors.values() if info.floating]
+        return [info.name for info in Checkpoint(self.value).tensors.values() if info.floating]
 
     def parameters(self) -> int:
-        return Checkpoint(self.given).numel
+        return Checkpoint(self.value).numel
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.given, self.model)
+        return load_tokenizer(self.value, self.model)
 
     def stated(self, relative: Callable[[Path], str]) -> str:
-        return relative(self.given)
+        return relative(self.value)
 
     @property
-    def told(self) -> str:
-        return str(self.given)
+    def description(self) -> str:
+        return str(self.value)
 
     @property
     def elsewhere(self) -> str:
@@ -138,7 +138,7 @@ class _Folder(Source):
 
     @property
     def origin(self) -> str:
-        return f"A local checkpoint, {code(self.given.name)}."
+        return f"A local checkpoint, {code(self.value.name)}."
 
 
 class _Hub(Source):
@@ -146,21 +146,21 @@ class _Hub(Source):
 
     @property
     def repository(self) -> str:  # type: ignore[override]  # a field of the others
-        return str(self.given)
+        return str(self.value)
 
     def decided_by(self) -> Iterator[str]:
-        yield f"hub {self.given} {resolve_revision('model', self.given, self.model.revision)}"
+        yield f"hub {self.value} {resolve_revision('model', self.value, self.model.revision)}"
 
     def fetched(self) -> list[Path]:
         return model_files(locate(self.model))
 
     def folder(self) -> Path | None:
-        return cached_folder(self.given, self.model.revision)
+        return cached_folder(self.value, self.model.revision)
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        folder = download(self.given, self.model.revision)
+        folder = download(self.value, self.model.revision)
         if problems := check_checkpoint(folder, "model.hub"):
-            raise CheckpointError(f"model {self.given}", problems)
+            raise CheckpointError(f"model {self.value}", problems)
         return load_directory(folder, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -168,75 +168,75 @@ class _Hub(Source):
         return None if folder is None else load_tokenizer(folder, self.model)
 
     def stated(self, relative: Callable[[Path], str]) -> str:
-        return str(self.given)
+        return str(self.value)
 
     @property
-    def told(self) -> str:
-        return str(self.given)
+    def description(self) -> str:
+        return str(self.value)
 
     @property
     def origin(self) -> str:
-        return f"{code(self.given)}, revision {code(self.model.revision or 'main')}."
+        return f"{code(self.value)}, revision {code(self.model.revision or 'main')}."
 
 
 class _Gguf(Source):
     auto = "bfloat16"
 
     def decided_by(self) -> Iterator[str]:
-        yield f"gguf {file_sha256(gguf_path(self.given))}"
+        yield f"gguf {file_sha256(gguf_path(self.value))}"
 
     def check(self) -> list[Problem]:
-        return check_gguf(self.given) or gguf_problems(gguf_path(self.given), "model.gguf.file")
+        return check_gguf(self.value) or gguf_problems(gguf_path(self.value), "model.gguf.file")
 
     def files(self) -> list[Path]:
-        return [gguf_path(self.given)]
+        return [gguf_path(self.value)]
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return load_gguf(gguf_path(self.given), self.model, self.dtype)
+        return load_gguf(gguf_path(self.value), self.model, self.dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        file = gguf_path(self.given)
+        file = gguf_path(self.value)
         return checked_tokenizer(self.raw_tokenizer(file.parent), str(file), self.model)
 
     def raw_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
-        return read_gguf_tokenizer(gguf_path(self.given))
+        return read_gguf_tokenizer(gguf_path(self.value))
 
     def parameters(self) -> int:
-        return read_gguf(gguf_path(self.given)).parameters
+        return read_gguf(gguf_path(self.value)).parameters
 
     def stated(self, relative: Callable[[Path], str]) -> dict[str, str]:
-        package = self.given.package
-        return {"file": self.given.file, "package": package} if package else {"file": relative(Path(self.given.file))}
+        package = self.value.package
+        return {"file": self.value.file, "package": package} if package else {"file": relative(Path(self.value.file))}
 
     @property
-    def told(self) -> str:
-        return f"GGUF {self.given.file}"
+    def description(self) -> str:
+        return f"GGUF {self.value.file}"
 
     @property
     def elsewhere(self) -> str:
-        return str(self.given.file)
+        return str(self.value.file)
 
     @property
     def origin(self) -> str:
-        package = f" of the Python package {code(self.given.package)}" if self.given.package else ""
-        return f"The GGUF file {code(Path(self.given.file).name)}{package}, dequantised."
+        package = f" of the Python package {code(self.value.package)}" if self.value.package else ""
+        return f"The GGUF file {code(Path(self.value.file).name)}{package}, dequantised."
 
 
 class _Scratch(Source):
     auto = "float32"
 
     def check(self) -> list[Problem]:
-        problem = memory_problem(self.given.parameters, 4, "model.scratch")
+        problem = memory_problem(self.value.parameters, 4, "model.scratch")
         return [problem] if problem else []
 
     def decided_by(self) -> Iterator[str]:
-        yield f"scratch {json.dumps(self.given.model_dump(), sort_keys=True)}"
+        yield f"scratch {json.dumps(self.value.model_dump(), sort_keys=True)}"
 
     def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
         from cpift.models.scratch import make_scratch_model
 
         tokenizer = self.tokenizer()
-        network: Any = make_scratch_model(self.given, tokenizer)
+        network: Any = make_scratch_model(self.value, tokenizer)
         return network.to(dtype=torch_dtype(self.dtype)), tokenizer
 
     def names(self) -> list[str]:
@@ -245,21 +245,21 @@ class _Scratch(Source):
         from cpift.models.scratch import make_scratch_model
 
         with torch.device("meta"):
-            return [name for name, _ in make_scratch_model(self.given, self.tokenizer()).named_parameters()]
+            return [name for name, _ in make_scratch_model(self.value, self.tokenizer()).named_parameters()]
 
     def parameters(self) -> int:
-        return int(self.given.parameters)
+        return int(self.value.parameters)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from cpift.models.scratch import make_scratch_tokenizer
 
-        return checked_tokenizer(make_scratch_tokenizer(self.given), "model.scratch", self.model)
+        return checked_tokenizer(make_scratch_tokenizer(self.value), "model.scratch", self.model)
 
     def stated(self, relative: Callable[[Path], str]) -> dict[str, int]:
-        return dict(self.given.model_dump())
+        return dict(self.value.model_dump())
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         return "random weights"
 
     @property

@@ -16,7 +16,7 @@ from cpift.config.run import ResourcesConfig, RunConfig, TrainingConfig
 from cpift.pipeline.identity import StageArtifacts
 from cpift.training.speed import known_speed
 
-Rows = Sequence[Mapping[str, Any]]  # `RowChecks.rows`
+RowFacts = Sequence[Mapping[str, Any]]  # `RowChecks.rows`
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FitCost:
     seconds: float | None
 
 
-def fit_costs(artifacts: StageArtifacts, rows: Rows, parameters: int | None) -> list[FitCost]:
+def fit_costs(artifacts: StageArtifacts, rows: RowFacts, parameters: int | None) -> list[FitCost]:
     """Of every fine-tune of a run, in order."""
     return list(_costs(artifacts, rows, parameters))
 
@@ -48,7 +48,7 @@ def total_seconds(config: RunConfig, costs: Sequence[FitCost]) -> float | None:
     return sum(probes) / at_once + sum(cost.seconds or 0.0 for cost in costs if cost.stage != "probe")
 
 
-def _costs(artifacts: StageArtifacts, rows: Rows, parameters: int | None) -> Iterator[FitCost]:
+def _costs(artifacts: StageArtifacts, rows: RowFacts, parameters: int | None) -> Iterator[FitCost]:
     config, threads = artifacts.config, artifacts.config.resources.threads
     names = [task.name for task in config.tasks]
     grouping = artifacts.known_grouping() if config.fusion.isolates or config.integration is not None else None
@@ -76,7 +76,7 @@ class _Seen:
     mean: float | None
 
 
-def _of(rows: Rows, field: str, tasks: Sequence[str]) -> _Seen:
+def _of(rows: RowFacts, field: str, tasks: Sequence[str]) -> _Seen:
     found = [one for one in rows if one["field"] == field and one["task"] in tasks and one["rows"] and one["used"]]
     if {one["task"] for one in found} != set(tasks):
         return _Seen(None, None)

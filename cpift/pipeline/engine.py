@@ -13,7 +13,7 @@ from cpift.config.run import ResourcesConfig, TaskConfig
 from cpift.config.tasks import EvaluationConfig
 from cpift.console.progress import OnProgress
 from cpift.console.view import View
-from cpift.data.use import told
+from cpift.data.use import use_sentences
 from cpift.disk.artifact_state import make_folder, set_aside
 from cpift.disk.artifacts import Artifact, claimed, require_sound
 from cpift.disk.files import is_json, link_or_copy, write_json
@@ -100,7 +100,7 @@ def train_all(
 ) -> None:
     """Run the fine-tunes that export for these artifacts, and complete each one that ended."""
     with claimed(artifacts, view.warn):
-        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.whole}
+        wanted = {artifact.work_dir / "export": artifact for artifact in artifacts if not artifact.has_weights}
         chosen = [spec for spec in specs if spec.export in wanted]
         for export in wanted:
             if (export / RESULT).is_file() and not is_json(export / RESULT):
@@ -138,7 +138,7 @@ def _note_speed(specs: Sequence[FitSpec], export: Path) -> None:
 def _adopt(artifact: Artifact, export: Path, finish: Finish, view: View) -> None:
     """Complete an artifact with the files that a fine-tune exported."""
     trained = read_training(export)
-    for sentence, warns in told(trained.get("title", artifact.title), trained.get("rows", ())):
+    for sentence, warns in use_sentences(trained.get("title", artifact.title), trained.get("rows", ())):
         (view.warn if warns else view.note)(sentence)
     with artifact.build(trained["device"], trained["seconds"]) as out:
         for path in sorted(export.iterdir()):

@@ -10,7 +10,7 @@ from functools import cached_property
 from cpift.disk.artifacts import Artifact
 from cpift.method.groups import Grouping
 from cpift.pipeline.stages import backbone, evaluate, fuse, group, integrate, model, probe, regions
-from cpift.pipeline.stages.names import Groups, Model, Names
+from cpift.pipeline.stages.names import Groups, ModelRef, Names
 
 
 class StageArtifacts(Names):
@@ -36,12 +36,12 @@ class StageArtifacts(Names):
         """None where no staged backbone is trained."""
         return backbone.artifact(self, groups)
 
-    def fuse(self, groups: Groups, backbone: Model) -> Artifact:
+    def fuse(self, groups: Groups, backbone: ModelRef) -> Artifact:
         """The fused model; of other methods than cpift, neither groups nor backbone matter."""
         return fuse.artifact(self, groups, backbone)
 
     def integrate(self, groups: Groups, fused: Artifact) -> Artifact:
         return integrate.artifact(self, groups, fused)
 
-    def evaluate(self, model: Model) -> Artifact:
+    def evaluate(self, model: ModelRef) -> Artifact:
         return evaluate.artifact(self, model)

@@ -9,7 +9,7 @@ from cpift.errors import entry
 from cpift.evaluation.scores import Score, read_scores
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import order
-from cpift.pipeline.stages.names import NOTHING, Model
+from cpift.pipeline.stages.names import NOTHING, ModelRef
 
 INTEGRATES = {"final": True, "fused": False}  # the judged model → whether a run integrates for it
 
@@ -21,7 +21,7 @@ def _own(model: str) -> tuple[str, ...]:
 
 def outcome(run: Pipeline, model: str) -> Artifact:
     """The scores of a run's final (or fused) model: an artifact that names everything they depend on."""
-    return run.artifacts.evaluate(Model.of(model, own_models(run, model)[model]))
+    return run.artifacts.evaluate(ModelRef.of(model, own_models(run, model)[model]))
 
 
 def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
@@ -31,22 +31,22 @@ def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
     return dict(zip(titles, order.outputs(run.artifacts, known, *_own(model)).values(), strict=True))
 
 
-def shared_models(run: Pipeline) -> list[Model]:
+def shared_models(run: Pipeline) -> list[ModelRef]:
     """θ0 and the probes."""
     return order.models(run.artifacts, NOTHING, "model", "probe")
 
 
-def trial_models(run: Pipeline, model: str) -> list[Model]:
+def trial_models(run: Pipeline, model: str) -> list[ModelRef]:
     """The models that differ from trial to trial: the backbone, the fused and, where `model` says so, the final one."""
     return order.models(run.artifacts, run.known(), "backbone", *_own(model))
 
 
-def scored_models(run: Pipeline, model: str) -> list[Model]:
+def scored_models(run: Pipeline, model: str) -> list[ModelRef]:
     """Every model that a trial with this judged model scores, in the report's order, made or not."""
     return shared_models(run) + trial_models(run, model)
 
 
-def scores_of(run: Pipeline, models: Sequence[Model]) -> dict[str, dict[str, Score]]:
+def scores_of(run: Pipeline, models: Sequence[ModelRef]) -> dict[str, dict[str, Score]]:
     """Scores by model and task, which must be there."""
     return {model.title: read_scores(run.artifacts.evaluate(model).path) for model in models}
 

@@ -19,7 +19,7 @@ from cpift.pipeline.engine import Engine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.run import Fit, Run, unless_damaged
 from cpift.pipeline.stages import backbone, evaluate, fuse, group, integrate, model, order, probe, regions
-from cpift.pipeline.stages.names import Known, Model
+from cpift.pipeline.stages.names import Known, ModelRef
 
 
 @dataclass(frozen=True)
@@ -54,51 +54,51 @@ class Pipeline(Run):
         super().__init__(StageArtifacts(config, maker), engine, view or View())
         self.baselines = baselines
 
-    def pretrained(self) -> Model:
+    def pretrained(self) -> ModelRef:
         """θ0 as a safetensors folder."""
-        return model.made(self)
+        return model.make(self)
 
-    def probe(self) -> dict[str, Model]:
+    def probe(self) -> dict[str, ModelRef]:
         """Stage 1: θ1..θN by task."""
-        return probe.made(self)
+        return probe.make(self)
 
     def regions(self) -> Artifact:
         """Stage 2: core regions of all tasks."""
-        return regions.made(self)
+        return regions.make(self)
 
     def group(self) -> Grouping:
         """Stage 3: task groups in stage order."""
-        return group.made(self)
+        return group.make(self)
 
-    def backbone(self) -> Model:
+    def backbone(self) -> ModelRef:
         """Stage 4: θ_base."""
-        return backbone.made(self)
+        return backbone.make(self)
 
-    def fuse(self) -> Model:
+    def fuse(self) -> ModelRef:
         """Stage 5: the fused model."""
-        return fuse.made(self)
+        return fuse.make(self)
 
-    def integrate(self) -> Model:
+    def integrate(self) -> ModelRef:
         """Stage 6: the final model."""
-        return integrate.made(self)
+        return integrate.make(self)
 
-    def evaluate(self, models: Sequence[Model] | None = None) -> dict[str, dict[str, Score]]:
+    def evaluate(self, models: Sequence[ModelRef] | None = None) -> dict[str, dict[str, Score]]:
         """Stage 7: scores by model and task, of every model or of the ones given."""
-        return self._every_score() if models is None else evaluate.made(self, models)
+        return self._every_score() if models is None else evaluate.make(self, models)
 
     @unless_damaged
     def _every_score(self) -> dict[str, dict[str, Score]]:
         evaluate.check_rows(self)
-        return evaluate.made(self, self.models())
+        return evaluate.make(self, self.models())
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[ModelRef]:
         """Every model that is scored, in the report's order, made if need be."""
         if self.config.integration is not None:
-            integrate.made(self, self.baselines.fits(self) if self.baselines else ())
+            integrate.make(self, self.baselines.fits(self) if self.baselines else ())
         else:
             self.fuse()
         known = self.known()
-        beside = [Model.of(title, one) for title, one in self.beside().items()]
+        beside = [ModelRef.of(title, one) for title, one in self.beside().items()]
         return [
             *order.models(self.artifacts, known, *order.FIRST),
             *beside,
@@ -128,4 +128,4 @@ class Pipeline(Run):
             return Known(None, model.base(self.artifacts))
         groups = self.group().groups
         staged = self.artifacts.backbone(groups)
-        return Known(groups, self.backbone() if staged is None else Model.of("backbone", staged))
+        return Known(groups, self.backbone() if staged is None else ModelRef.of("backbone", staged))

@@ -11,7 +11,7 @@ from typing import Any
 from cpift.config.run import RunConfig
 from cpift.errors import entry
 from cpift.models.sources import source_of
-from cpift.pipeline.costs import FitCost, Rows, fit_costs, total_seconds
+from cpift.pipeline.costs import FitCost, RowFacts, fit_costs, total_seconds
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.preflight import trainings
 from cpift.pipeline.stages import order
@@ -40,7 +40,9 @@ class Plan:
     seconds: float | None = None  # of the fine-tunes that are to do; None where that was never measured here
 
 
-def plan(artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: Rows = ()) -> Plan:
+def plan(
+    artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: RowFacts = ()
+) -> Plan:
     """The steps of a run in order, what is cached, and what it costs.
 
     notes, rows: of `preflight`. beside: the steps of what is made to compare with (see `compare.run_baselines`).

@@ -136,7 +136,7 @@ def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
     try:
         source = source_of(config.model)
         if names := source.names():
-            chosen_names(names, config.regions, source.told)
+            chosen_names(names, config.regions, source.description)
     except CheckpointError as error:
         return list(error.problems)
     return []

@@ -11,7 +11,7 @@ from cpift.config.loading import dump_config
 from cpift.config.run import TaskConfig
 from cpift.data.shared_rows import shared_rows
 from cpift.data.tasks import read_examples
-from cpift.data.use import told
+from cpift.data.use import use_sentences
 from cpift.disk.artifacts import CARD, Artifact
 from cpift.disk.files import read_json
 from cpift.evaluation.retention import condensed
@@ -61,7 +61,7 @@ def gather(run: Pipeline) -> ReportData:
     made = run.outputs()
     record = read_json(made["fuse"].path / FUSION_RECORD)
     fits = {title: read_training(artifact.path) for title, artifact in _fits(made).items()}
-    rows = [one for title, fit in fits.items() for one in told(title, fit.get("rows", ()))]
+    rows = [one for title, fit in fits.items() for one in use_sentences(title, fit.get("rows", ()))]
     tasks, models = [task.name for task in run.config.tasks], run.models()
     by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
     return ReportData(

@@ -17,7 +17,7 @@ from cpift.data.tokenise import UNCUT, learnable, tokenise
 from cpift.data.use import RowUse
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
-from cpift.rows.problems import merged
+from cpift.rows.problems import one_per_kind
 from cpift.rows.shapes import Shapes, size_of
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, fo
             _check_test(found, task, config.evaluation, tokenizer)
     if folder is not None:
         _check_model(found, config, folder, tokenizer, stage)
-    found.problems = merged(found.problems)
+    found.problems = one_per_kind(found.problems)
     return found
 
 
@@ -145,7 +145,7 @@ def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> N
         if task.train is not None:
             _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
     if found.problems:
-        raise DataError("training rows", merged(found.problems))
+        raise DataError("training rows", one_per_kind(found.problems))
 
 
 def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:

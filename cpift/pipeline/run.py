@@ -53,7 +53,7 @@ class Run:
             return artifact
         with claimed([artifact], self.view.warn):
             artifact.set_aside_if_damaged(self.view.warn, thorough=masks)
-            if artifact.whole:  # another process made it while this one waited
+            if artifact.has_weights:  # another process made it while this one waited
                 return artifact
             require_sound(read, self.root, self.view.warn)
             self.begin(title)
@@ -78,7 +78,7 @@ class Run:
     ) -> None:
         """Run the fine-tunes whose artifacts are missing, and keep what each exported."""
         artifacts = list(artifacts)
-        missing = [artifact for artifact in artifacts if not artifact.whole]
+        missing = [artifact for artifact in artifacts if not artifact.has_weights]
         for artifact in artifacts:
             if artifact not in missing:
                 note_times(artifact.path)

@@ -23,7 +23,7 @@ from cpift.evaluation.scores import Evaluation
 from cpift.pipeline.engine import Engine, Finish, keep_scores, train_all
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import backbone, evaluate, order, probe, regions
-from cpift.pipeline.stages.names import Groups, Model
+from cpift.pipeline.stages.names import Groups, ModelRef
 from cpift.training.spec import FitSpec
 
 Wanted = tuple[Artifact, FitSpec, Pipeline]
@@ -72,7 +72,7 @@ class SharedWork:
 
     def train(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
         """Make what is missing: runs that ask for other resources one after the other, all others side by side."""
-        missing = [entry for entry in wanted if not entry[0].whole]
+        missing = [entry for entry in wanted if not entry[0].has_weights]
         if not missing:
             if wanted:
                 self.view.cached(f"{len(wanted)} {title}")
@@ -121,7 +121,7 @@ class SharedWork:
                             link_or_copy(path, out / path.name)
 
     def _scores(self, runs: Sequence[Pipeline]) -> None:
-        wanted: dict[Path, tuple[Artifact, Model, Pipeline]] = {}
+        wanted: dict[Path, tuple[Artifact, ModelRef, Pipeline]] = {}
         for run in runs:
             run.pretrained()
             for model in order.models(run.artifacts, run.known(), *order.FIRST):
@@ -129,7 +129,7 @@ class SharedWork:
                 wanted.setdefault(artifact.path, (artifact, model, run))
         self.score("shared models", list(wanted.values()))
 
-    def score(self, title: str, wanted: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
+    def score(self, title: str, wanted: Sequence[tuple[Artifact, ModelRef, Pipeline]]) -> None:
         """Make the scores that are missing; `wanted` names no artifact twice."""
         missing = [entry for entry in wanted if not entry[0].complete]
         if not missing:
@@ -141,7 +141,7 @@ class SharedWork:
         ):
             self._score([entry for entry in missing if not entry[0].complete])
 
-    def _score(self, entries: Sequence[tuple[Artifact, Model, Pipeline]]) -> None:
+    def _score(self, entries: Sequence[tuple[Artifact, ModelRef, Pipeline]]) -> None:
         titled = {f"{model.title} [{made.fingerprint[:6]}]": (made, model, run) for made, model, run in entries}
 
         def keep(title: str, result: Evaluation) -> None:

@@ -25,7 +25,7 @@ class Watch:
     def __init__(self, folder: Path, console: Terminal):
         self._folder, self._console, self._live = folder, console, is_live(console)
         self._state = RunState("running")
-        self._told = 0  # steps that ended, of those that were shown
+        self._reported = 0  # steps that ended, of those that were shown
         self._begun = 0.0  # of the command that is shown: the same folder may see several
         self._said, self._step = 0.0, ""
 
@@ -44,10 +44,10 @@ class Watch:
         if progress is None:
             return
         if progress.started != self._begun:
-            self._begun, self._told, self._step = progress.started, 0, ""
-        for done in progress.done[self._told :]:
+            self._begun, self._reported, self._step = progress.started, 0, ""
+        for done in progress.done[self._reported :]:
             self._print(done_line(done))
-        self._told = len(progress.done)
+        self._reported = len(progress.done)
         doing = progress.step or progress.waiting
         due = doing != self._step or time.time() - self._said > _LOG_SECONDS
         if doing and due and not self._live and self._state.kind == "running":

@@ -19,7 +19,7 @@ _NEAR = 0.16  # of the axis: two labels above it that are nearer would lie on ea
 
 
 @dataclass(frozen=True)
-class Kept:
+class Retained:
     """What one model keeps, as a share of the own probe's score, and half of its interval where that is known."""
 
     share: float
@@ -31,7 +31,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Look:
+class Marker:
     """How a kind of model is drawn."""
 
     colour: str
@@ -39,14 +39,14 @@ class Look:
     filled: bool = True
 
 
-LAST = Look(SERIES[1], "D")
-MADE = Look(SERIES[0], "o")
-BESIDE = Look(SERIES[2], "s")
-REFERENCE = Look(MUTED, "o", filled=False)
+LAST = Marker(SERIES[1], "D")
+MADE = Marker(SERIES[0], "o")
+BESIDE = Marker(SERIES[2], "s")
+REFERENCE = Marker(MUTED, "o", filled=False)
 
 
 @rc_context(PLOT_STYLE)
-def kept_panel(title: str, found: Mapping[str, Kept], looks: Mapping[str, Look], right: float) -> Plot:
+def kept_panel(title: str, found: Mapping[str, Retained], looks: Mapping[str, Marker], right: float) -> Plot:
     """One line a model, the last one on top: its retention in percent, from 0 to `right`, and the interval. Dashed: the
     own probe, 100 %. Dotted: θ0, where `found` has "base"."""
     figure, axes = new_figure(f"kept {title}", 3.5, 0.72 + 0.19 * len(found))
@@ -75,7 +75,7 @@ def kept_panel(title: str, found: Mapping[str, Kept], looks: Mapping[str, Look],
     return Plot(as_svg(figure, axes, f"Retention on {title}"), ["model", "retention"], rows)
 
 
-def _references(axes: Axes, base: Kept | None, right: float) -> None:
+def _references(axes: Axes, base: Retained | None, right: float) -> None:
     lines = {"probe": (100.0, "--", "center")}
     if base is not None and 100 * base.share <= right:
         at = 100 * base.share
@@ -88,7 +88,7 @@ def _references(axes: Axes, base: Kept | None, right: float) -> None:
         axes.annotate(name, place, (0, 2), over, "offset points", color=MUTED, ha=side, va="bottom", fontsize=8)
 
 
-def right_end(found: Sequence[Kept]) -> float:
+def right_end(found: Sequence[Retained]) -> float:
     """Where axes that show all these end, in percent. What is far above a probe would leave the others no room: its
     place is beyond the end, and the panel says how far."""
     largest = max([1.0, *(one.share for one in found)])

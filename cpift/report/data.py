@@ -16,10 +16,10 @@ from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import (
     DEFINITION,
     judged,
-    kept,
     larger_is_better,
     learning_of,
     probe_of,
+    retained,
     sentences,
 )
 from cpift.evaluation.scores import Score
@@ -103,7 +103,7 @@ def retention(data: Scored, model: str, task: str) -> float | None:
     learnt, own = learning_of([task], data.scores).get(task), data.scores[model].get(task)
     if learnt is None or own is None or learnt.left_out:
         return None
-    value = float(kept(np.array(larger_is_better(own)), np.array(learnt.probe)))
+    value = float(retained(np.array(larger_is_better(own)), np.array(learnt.probe)))
     return value if math.isfinite(value) else None
 
 

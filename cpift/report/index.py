@@ -22,18 +22,18 @@ _SHOWN = 12  # fields that differ; more are counted
 
 
 @dataclass(frozen=True)
-class Kind:
+class ReportKind:
     """A kind of report: its page's name at the top of a folder, less `.html`, and the section with its config."""
 
     stem: str
     section: str
 
 
-RUN, SWEEP = Kind("report", "config"), Kind("sweep", "sweep")
+RUN, SWEEP = ReportKind("report", "config"), ReportKind("sweep", "sweep")
 
 
 @dataclass(frozen=True)
-class Kept:
+class PastReport:
     """One page of `reports`."""
 
     file: Path
@@ -42,7 +42,7 @@ class Kept:
     config: str
 
 
-def write_page(folder: Path, kind: Kind, page: str, others: dict[str, str]) -> Path:
+def write_page(folder: Path, kind: ReportKind, page: str, others: dict[str, str]) -> Path:
     """Write a page and the files beside it to the top of a folder, keep the page, and list all that are kept.
 
     Raises ConfigError, and writes nothing, where one of the files at the top is somebody's own.
@@ -55,7 +55,7 @@ def write_page(folder: Path, kind: Kind, page: str, others: dict[str, str]) -> P
     return top
 
 
-def _keep(folder: Path, kind: Kind, page: str) -> Path:
+def _keep(folder: Path, kind: ReportKind, page: str) -> Path:
     """Keep a page under the name of its configuration; a file that is somebody's own stays, and is passed by."""
     key = digest(_config(page, kind.section).strip())[:12]
     names = (f"{kind.stem}-{key}{suffix}.html" for suffix in ("", *(f"-{number}" for number in range(2, 100))))
@@ -84,12 +84,12 @@ def _index(folder: Path, newest: Path) -> str:
     return document(folder.name, "CPI-FT reports", count, "", {"reports": ("Reports", shown)})
 
 
-def _kept(folder: Path, kind: Kind) -> Iterator[Kept]:
+def _kept(folder: Path, kind: ReportKind) -> Iterator[PastReport]:
     for file in folder.glob(f"{kind.stem}-*.html"):
         if is_ours(file):
             page = unmarked(file)
             title, subtitle = (re.search(tag, page, re.DOTALL) for tag in (_TITLE, _SUBTITLE))
-            yield Kept(
+            yield PastReport(
                 file,
                 text_of(title[1]) if title else file.stem,
                 subtitle[1] if subtitle else "",
@@ -100,7 +100,7 @@ def _kept(folder: Path, kind: Kind) -> Iterator[Kept]:
 _TITLE, _SUBTITLE = r"<title>(.*?)</title>", r'<header><h1>.*?</h1><p class="muted">(.*?)</p>'
 
 
-def _differences(one: Kept, newest: Kept) -> str:
+def _differences(one: PastReport, newest: PastReport) -> str:
     if one is newest:
         return "newest"
     mine, theirs = _flat(one.config), _flat(newest.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpift.config.tasks import BASELINES
 from cpift.evaluation.retention import judged, learning_of, probe_of
-from cpift.report.chart import BESIDE, LAST, MADE, REFERENCE, Kept, Look, kept_panel, right_end
+from cpift.report.chart import BESIDE, LAST, MADE, REFERENCE, Marker, Retained, kept_panel, right_end
 from cpift.report.data import ReportData, Sample, retention, standing, total_tokens, usage, verdict
 from cpift.report.html import figure, table
 from cpift.text.escaping import html
@@ -63,19 +63,19 @@ def _not_drawn(task: str, why: str) -> str:
     )
 
 
-def kept_on(data: ReportData, task: str) -> dict[str, Kept]:
+def kept_on(data: ReportData, task: str) -> dict[str, Retained]:
     """By model, in the order of the data, what it keeps on a judged task."""
     found = {model: retention(data, model, task) for model in data.models}
     halves = {model: data.halves.get(model, {}).get(task) for model in data.models}
-    return {model: Kept(share, halves[model]) for model, share in found.items() if share is not None}
+    return {model: Retained(share, halves[model]) for model, share in found.items() if share is not None}
 
 
-def _mean(data: ReportData) -> dict[str, Kept]:
+def _mean(data: ReportData) -> dict[str, Retained]:
     found = {model: standing(data, model) for model in data.models}
-    return {model: Kept(one.mean, data.mean_halves.get(model)) for model, one in found.items() if one is not None}
+    return {model: Retained(one.mean, data.mean_halves.get(model)) for model, one in found.items() if one is not None}
 
 
-def look_of(data: ReportData, model: str) -> Look:
+def look_of(data: ReportData, model: str) -> Marker:
     """How a model is drawn: the last one, what it was made from, what else could be made, references."""
     if model == data.models[-1]:
         return LAST
@@ -111,7 +111,7 @@ def _legend(data: ReportData) -> str:
     )
 
 
-def _variable(look: Look) -> str:
+def _variable(look: Marker) -> str:
     return {LAST: "var(--s1)", MADE: "var(--s0)", BESIDE: "var(--s2)", REFERENCE: "var(--muted)"}[look]
 
 

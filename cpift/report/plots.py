@@ -14,11 +14,11 @@ from cpift.report.html import Plot
 from cpift.report.svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.report.tensor_names import KINDS, kind_of, layer_of
 
-Cores = Mapping[str, Sequence[Mapping[str, Any]]]
+CoreRows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @rc_context(PLOT_STYLE)
-def density_by_layer(cores: Cores) -> Plot:
+def density_by_layer(cores: CoreRows) -> Plot:
     """Share of each block's parameters that lies in each task's core."""
     shares = {task: _shares(rows, layer_of) for task, rows in cores.items()}
     layers = sorted({layer for share in shares.values() for layer in share})
@@ -40,7 +40,7 @@ def _percents(shares: Mapping[str, Mapping[Any, float]], key: Any) -> list[str]:
 
 
 @rc_context(PLOT_STYLE)
-def density_by_kind(cores: Cores) -> Plot:
+def density_by_kind(cores: CoreRows) -> Plot:
     """Share of each module kind's parameters that lies in each task's core."""
     shares = {task: _shares(rows, kind_of) for task, rows in cores.items()}
     kinds = [kind for kind in KINDS if any(kind in share for share in shares.values())]

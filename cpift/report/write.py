@@ -69,7 +69,7 @@ def _from_here(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _ScoreTables:
     """Scores of every model on every task; as many tables below each other as the terminal's width asks for."""
 
     data: ReportData
@@ -95,7 +95,7 @@ class _Scores:
 
 def scores_table(data: ReportData) -> ConsoleRenderable:
     """Scores of every model on every task for the terminal; the best of each column is bold."""
-    return _Scores(data)
+    return _ScoreTables(data)
 
 
 def _parts(data: ReportData, width: int) -> Iterator[list[str]]:

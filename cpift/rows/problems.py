@@ -40,18 +40,18 @@ class RowProblems:
     def problems(self, total: int) -> list[Problem]:
         """One problem a kind. `total`: rows that were looked at."""
         found = list(self._kinds.values())
-        listed = [self._told(kind, total) for kind in found[:_SHOWN]]
+        listed = [self._counted(kind, total) for kind in found[:_SHOWN]]
         more = sum(kind.rows for kind in found[_SHOWN:])
         return listed + ([Problem("and", f"{more} more rows with other problems")] if more else [])
 
-    def _told(self, kind: _Kind, total: int) -> Problem:
+    def _counted(self, kind: _Kind, total: int) -> Problem:
         if kind.rows == 1:
             return kind.problem
         where = f"{self._prefix}{kind.rows:,} of {total:,} rows, row {kind.first} first"
         return Problem(where, kind.problem.what, kind.problem.remedy)
 
 
-def merged(problems: Iterable[Problem]) -> list[Problem]:
+def one_per_kind(problems: Iterable[Problem]) -> list[Problem]:
     """Problems of single rows by what is wrong: of each kind the first, with how many more there are."""
     kinds: dict[str, list[Problem]] = {}
     for problem in dict.fromkeys(problems):

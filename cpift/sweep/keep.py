@@ -19,7 +19,7 @@ from cpift.disk.files import digest
 from cpift.errors import entry
 from cpift.pipeline.outcomes import known_scores, own_models
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 from cpift.sweep.config import KEEPS, Sweep
 from cpift.sweep.objectives import figures
 from cpift.sweep.record import Attempt, sweep_record
@@ -99,7 +99,7 @@ class Keeper:
         return own_models(run, self._sweep.config.model).items()
 
     def _may_go(self, run: Pipeline, title: str, made: Artifact) -> bool:
-        scored = made.complete and run.artifacts.evaluate(Model.of(title, made)).complete
+        scored = made.complete and run.artifacts.evaluate(ModelRef.of(title, made)).complete
         return scored and made.manifest().get("made_for") == self._maker
 
     def _best(self) -> list[_Ended]:

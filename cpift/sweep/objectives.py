@@ -15,7 +15,7 @@ Value = float | None  # None: it has no meaning for this model
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRun:
     """One run's scores, by model and task; the probes' are among them."""
 
     tasks: list[str]
@@ -26,7 +26,7 @@ class Scored:
 class OfRun:
     """A figure over all tasks. less: is better. learnt: it has a value only where probes learnt their tasks."""
 
-    value: Callable[[Scored, str], Value]
+    value: Callable[[ScoredRun, str], Value]
     less: bool = False
     learnt: bool = False
 
@@ -35,21 +35,21 @@ class OfRun:
 class OfTask:
     """A figure of one task, `task.NAME.` and its name. scored: not of a task whose metric is its loss."""
 
-    value: Callable[[Scored, str, str], Value]
+    value: Callable[[ScoredRun, str, str], Value]
     less: bool = False
     learnt: bool = False
     scored: bool = False
 
 
-def _mean_loss(run: Scored, model: str) -> Value:
+def _mean_loss(run: ScoredRun, model: str) -> Value:
     return mean(run.scores[model][task]["loss"] for task in run.tasks)
 
 
-def _mean_retention(run: Scored, model: str) -> Value:
+def _mean_retention(run: ScoredRun, model: str) -> Value:
     return None if (found := standing(run, model)) is None else found.mean
 
 
-def _worst_retention(run: Scored, model: str) -> Value:
+def _worst_retention(run: ScoredRun, model: str) -> Value:
     return None if (found := standing(run, model)) is None else found.worst
 
 
@@ -68,7 +68,7 @@ DESCRIPTION = f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{ki
 
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
     """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
-    run = Scored(list(tasks), {title: dict(found) for title, found in scores.items()})
+    run = ScoredRun(list(tasks), {title: dict(found) for title, found in scores.items()})
     every: dict[str, Value] = {name: one.value(run, model) for name, one in OF_RUN.items()}
     for task in tasks:
         every |= {f"task.{task}.{kind}": one.value(run, model, task) for kind, one in OF_TASK.items()}

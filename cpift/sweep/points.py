@@ -80,7 +80,7 @@ def _draw(values: Sequence[Value] | Range, source: random.Random) -> Value:
     return round(found) if values.integer else float(f"{found:.4g}")  # as many digits as a table shows
 
 
-def merged(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]], model: str) -> list[Trial]:
+def group_points(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]], model: str) -> list[Trial]:
     """Trials in the order of their first points. `runs`: each point's pipelines, one a seed, groups already made;
     model: the one that is judged."""
     found: dict[tuple[str, ...], list[int]] = {}

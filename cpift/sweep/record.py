@@ -15,7 +15,7 @@ from cpift.disk.files import read_json
 from cpift.hub import resolve_revision
 from cpift.pipeline.pipeline import Pipeline
 from cpift.sweep.config import Sweep
-from cpift.sweep.points import merged
+from cpift.sweep.points import group_points
 
 _VERSION = 1  # raised when the same sweep would try other points
 
@@ -51,7 +51,7 @@ def attempts_of(
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     done = [
         Attempt([dict(point) for point in trial.points], "done", "")
-        for trial in merged(points, runs, sweep.config.model)
+        for trial in group_points(points, runs, sweep.config.model)
     ]
     return done + [Attempt([one["fields"]], "failed", one["error"]) for one in results.values() if one["error"]]
 

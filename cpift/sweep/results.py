@@ -22,7 +22,7 @@ from cpift.method.groups import Grouping
 from cpift.pipeline.outcomes import own_models, scored_models, scores_of, shared_models, trial_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import evaluate, order
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 from cpift.report.index import SWEEP, write_page
 from cpift.sweep.config import Sweep
 from cpift.sweep.files import sweep_md, trials_csv
@@ -96,7 +96,7 @@ def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
 def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
     """What a trial makes and no other one asks for, as a rule: fused and final model and their scores."""
     models = own_models(run, sweep.config.model)
-    return [*models.values(), *(run.artifacts.evaluate(Model.of(title, made)) for title, made in models.items())]
+    return [*models.values(), *(run.artifacts.evaluate(ModelRef.of(title, made)) for title, made in models.items())]
 
 
 def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunConfig], Pipeline]) -> bool:
@@ -118,7 +118,7 @@ def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
 
 
 def _figures(
-    sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Pipeline], list[Model]]
+    sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Pipeline], list[ModelRef]]
 ) -> dict[str, dict[str, Estimate]]:
     """Every figure of these models, over the seeds."""
     found: dict[str, list[dict[str, float]]] = {}

@@ -33,7 +33,7 @@ from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Range, Sweep
 from cpift.sweep.keep import Keeper
 from cpift.sweep.learning import require_objectives
-from cpift.sweep.points import Trial, choose_points, merged
+from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep.results import all_there, own_artifacts
 from cpift.sweep.trial import asks_ray, failure_file, point_of, run_trial
@@ -82,7 +82,7 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     shared = SharedWork([run for one in runs for run in one], TaskEngine(sweep.base.resources), view)
     shared.prepare()
-    trials = merged(points, runs, sweep.config.model)
+    trials = group_points(points, runs, sweep.config.model)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
     shared.complete([run for trial in trials for run in trial.runs])
     require_objectives(sweep, trials[0].runs)
@@ -158,7 +158,7 @@ def _tune(
     shutil.rmtree(storage / "failures", ignore_errors=True)  # what failed in an earlier call is tried again
     storage.mkdir(parents=True, exist_ok=True)
     with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
-        _Progress.current, _Progress.ended = (view, board, keeper), 0
+        _ViewCallback.current, _ViewCallback.ended = (view, board, keeper), 0
         trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
         grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
@@ -201,7 +201,7 @@ def _restored_or_new(
             name="tune",
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=sweep.base.resources.max_failures),
-            callbacks=[_Progress()],
+            callbacks=[_ViewCallback()],
             verbose=0,
         ),
     ).fit()
@@ -257,7 +257,7 @@ def _trial_resources(resources: ResourcesConfig) -> dict[str, float]:
     return tune_options(demand(resources, cpus_for(resources.most_threads, resources)))
 
 
-class _Progress(tune.Callback):
+class _ViewCallback(tune.Callback):
     """Shows what trials post, and drops what need not be kept of those that end.
 
     Tune keeps a copy of it on disk, so what it works with belongs to the class.
@@ -268,8 +268,8 @@ class _Progress(tune.Callback):
     ended: ClassVar[int] = 0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self.current is not None and time.monotonic() - _Progress.polled > 0.5:
-            _Progress.polled = time.monotonic()
+        if self.current is not None and time.monotonic() - _ViewCallback.polled > 0.5:
+            _ViewCallback.polled = time.monotonic()
             view, board, _ = self.current
             show_progress(board, view.progress)
 
@@ -283,7 +283,7 @@ class _Progress(tune.Callback):
 
     def _say(self, trial: Any, how: str) -> None:
         if self.current is not None:
-            _Progress.ended += 1
+            _ViewCallback.ended += 1
             title = describe(point_of(trial.config))
             self.current[0].finish(title)
-            self.current[0].note(f"  {_Progress.ended} {how}: {title}")
+            self.current[0].note(f"  {_ViewCallback.ended} {how}: {title}")

@@ -57,7 +57,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
     return cast("PreTrainedModel", adapted)
 
 
-def merged(model: Any) -> PreTrainedModel:
+def merge_adapters(model: Any) -> PreTrainedModel:
     """W + (alpha / rank)·B·A in place of W; a model without adapters as it is."""
     whole: PreTrainedModel = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return whole

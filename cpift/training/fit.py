@@ -36,7 +36,7 @@ from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
 from cpift.models.sources import load_model, load_tokenizer
-from cpift.training.adapters import merged, with_adapters
+from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.fsdp import (
     ShardedTrainer,
     WholeTrainer,
@@ -69,7 +69,7 @@ class FitHooks:
 
 
 @dataclass
-class _Progress:
+class _StageState:
     """Where the fine-tune stands; kept in each checkpoint so that a resumed one goes on from there."""
 
     stage: int = 0
@@ -109,7 +109,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         "device": device_name(_device(spec)),
         "precision": resolved(spec.training.precision, _device(spec)),
     }
-    write_trained(merged(model), layout, origin, spec.export, hooks.is_main)
+    write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
     if hooks.is_main:
         write_json(spec.export / RESULT, result)  # the last file makes the folder complete
     return result
@@ -128,8 +128,8 @@ def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
     return with_adapters(model, lora, spec.seed, kept) if lora else model
 
 
-def _resume(checkpoint: Path | None) -> _Progress:
-    return _Progress(**read_json(checkpoint / _STAGE_FILE)) if checkpoint else _Progress()
+def _resume(checkpoint: Path | None) -> _StageState:
+    return _StageState(**read_json(checkpoint / _STAGE_FILE)) if checkpoint else _StageState()
 
 
 def _run_stage(
@@ -138,7 +138,7 @@ def _run_stage(
     model: PreTrainedModel,
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase,
-    progress: _Progress,
+    progress: _StageState,
     hooks: FitHooks,
     checkpoint: Path | None,
 ) -> None:
@@ -230,7 +230,7 @@ class _Follower(TrainerCallback):
         self,
         spec: FitSpec,
         index: int,
-        progress: _Progress,
+        progress: _StageState,
         hooks: FitHooks,
         layout: Layout,
         masks: Mapping[str, torch.Tensor],
@@ -309,7 +309,7 @@ class _Follower(TrainerCallback):
         )  # fmt: skip
 
 
-def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _Progress, hooks: FitHooks) -> None:
+def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _StageState, hooks: FitHooks) -> None:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
     folder = _stage_folder(spec, index) / "end"
     progress.stage_done = True

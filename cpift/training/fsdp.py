@@ -89,7 +89,7 @@ def write_trained(model: PreTrainedModel, layout: Layout, origin: Checkpoint, ou
 
     Tensors that the class does not take, or that it makes itself, are the origin's.
     """
-    state, gathered = model.state_dict(), lru_cache(maxsize=2)(lambda name: whole(state[name].detach()).cpu())
+    state, gathered = model.state_dict(), lru_cache(maxsize=2)(lambda name: full_tensor(state[name].detach()).cpu())
 
     def produce(info: TensorInfo) -> torch.Tensor:
         if info.name not in layout.places:
@@ -105,7 +105,7 @@ def write_trained(model: PreTrainedModel, layout: Layout, origin: Checkpoint, ou
                 gathered(holder)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a parameter on this worker, if it is sharded. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -115,7 +115,7 @@ def save_whole(model: PreTrainedModel, folder: Path, main: bool) -> None:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         state: dict[str, torch.Tensor] = {}
         for name, tensor in _untied_state(model):
-            gathered = whole(tensor)
+            gathered = full_tensor(tensor)
             if main:
                 state[name] = gathered.cpu()
         if main:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import ResourcesConfig, TrainingConfig
-from cpift.disk.facts import kept, recalled
+from cpift.disk.facts import recalled, replace_fact
 from cpift.training.spec import FitSpec
 
 _FACT = "tokens a second"
@@ -21,7 +21,7 @@ def keep_speed(spec: FitSpec, trained: Mapping[str, Any]) -> None:
     if tokens and seconds > 0:
         kind = _kind(Checkpoint(spec.model).numel, spec.training, spec.resources, spec.threads)
         before = recalled(_FACT, kind)  # the longest fine-tune is the fastest, for its start is part of its time
-        kept(_FACT, kind, max(tokens / seconds, before if isinstance(before, int | float) else 0.0))
+        replace_fact(_FACT, kind, max(tokens / seconds, before if isinstance(before, int | float) else 0.0))
 
 
 def known_speed(parameters: int, training: TrainingConfig, resources: ResourcesConfig, threads: int) -> float | None:

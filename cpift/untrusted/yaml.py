@@ -36,7 +36,7 @@ def parse_yaml(text: str | bytes, limits: Limits = CONFIG) -> Any:
     try:
         value = _loaded(text, limits)
     except yaml.YAMLError as error:
-        raise _told(error, text) from None
+        raise _unreadable(error, text) from None
     require_limits(value, limits)
     return value
 
@@ -55,11 +55,11 @@ def _composed(data: bytes, limits: Limits) -> yaml.Node | None:
         _check_events(text, limits)
         node: yaml.Node | None = yaml.compose(text, Loader=_Base)
     except yaml.YAMLError as error:
-        raise _told(error, text) from None
+        raise _unreadable(error, text) from None
     return node
 
 
-def _told(error: yaml.YAMLError, text: str) -> UnreadableError:
+def _unreadable(error: yaml.YAMLError, text: str) -> UnreadableError:
     """What the parser says, with the line that it stopped at; what people meet most is said in plain words."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:

@@ -5,36 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from cpift.cluster.storage import RUN, Storage
+from cpift.cluster.storage import RUN, FitStorage
 from cpift.config.run import ResourcesConfig
 from tests.helpers.fits import spec
 
 
 @pytest.fixture(params=["", "file://"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> FitStorage:
     resources = ResourcesConfig(storage=f"{request.param}{tmp_path}")
-    return Storage.of(replace(spec(tmp_path, tmp_path / "out"), resources=resources))
+    return FitStorage.of(replace(spec(tmp_path, tmp_path / "out"), resources=resources))
 
 
-def run_folder(storage: Storage) -> Path:
+def run_folder(storage: FitStorage) -> Path:
     folder = Path(storage.place.removeprefix("file://")) / RUN
     folder.mkdir(parents=True)
     return folder
 
 
-def test_each_fine_tune_has_a_place_of_its_own(storage: Storage, tmp_path: Path) -> None:
+def test_each_fine_tune_has_a_place_of_its_own(storage: FitStorage, tmp_path: Path) -> None:
     assert storage.place.endswith(f"{tmp_path}/scratch")
-    assert Storage.of(spec(tmp_path, tmp_path / "out")).place == str(tmp_path / "out" / "scratch" / "ray")
+    assert FitStorage.of(spec(tmp_path, tmp_path / "out")).place == str(tmp_path / "out" / "scratch" / "ray")
 
 
 def test_the_options_of_a_uri_stay_at_its_end(tmp_path: Path) -> None:
     resources = ResourcesConfig(storage="s3://bucket/fits/?endpoint_override=127.0.0.1:9000&scheme=http")
-    place = Storage.of(replace(spec(tmp_path, tmp_path / "out"), resources=resources)).place
+    place = FitStorage.of(replace(spec(tmp_path, tmp_path / "out"), resources=resources)).place
     assert place == "s3://bucket/fits/scratch?endpoint_override=127.0.0.1:9000&scheme=http"
 
 
 @pytest.mark.parametrize(("text", "kept"), [('{"a": 1}', True), ('{"a": ', False), (None, True)])
-def test_only_a_run_with_a_damaged_snapshot_is_forgotten(storage: Storage, text: str | None, kept: bool) -> None:
+def test_only_a_run_with_a_damaged_snapshot_is_forgotten(storage: FitStorage, text: str | None, kept: bool) -> None:
     folder = run_folder(storage)
     if text is not None:
         (folder / "checkpoint_manager_snapshot.json").write_text(text)
@@ -42,7 +42,7 @@ def test_only_a_run_with_a_damaged_snapshot_is_forgotten(storage: Storage, text:
     assert folder.exists() is kept
 
 
-def test_dropping_is_safe_when_nothing_is_there(storage: Storage) -> None:
+def test_dropping_is_safe_when_nothing_is_there(storage: FitStorage) -> None:
     folder = run_folder(storage)
     storage.drop()
     storage.drop()

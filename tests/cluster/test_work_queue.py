@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from cpift.cluster.work_queue import Outcome, Piece, WorkQueue
+from cpift.cluster.work_queue import Outcome, WorkItem, WorkQueue
 
 
 def queue(*failures: int) -> WorkQueue:
     made = WorkQueue()
-    made.put(Piece(f"t{n}", str(n).encode(), survives) for n, survives in enumerate(failures))
+    made.put(WorkItem(f"t{n}", str(n).encode(), survives) for n, survives in enumerate(failures))
     return made
 
 

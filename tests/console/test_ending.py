@@ -18,7 +18,7 @@ from cpift.cluster import session as distributed_session
 from cpift.cluster.session import alive_nodes, first_ready, ray_session, require_ray
 from cpift.config.run import ResourcesConfig
 from cpift.disk.files import write_text
-from cpift.errors import CpiftError, StageError, naming, told
+from cpift.errors import CpiftError, StageError, explain_os_error, naming
 
 # A command in the middle of a stage, with a process of its own; `how` is what the main thread is busy with.
 COMMAND = """
@@ -119,14 +119,14 @@ def caused() -> Exception:
     ],
 )
 def test_a_full_disk_is_told_whoever_met_it(error: Exception, said: list[str]) -> None:
-    message = told(error)
+    message = explain_os_error(error)
     assert message is not None
     assert all(part in message for part in said), message
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.ENOENT, "No such file", "x"), KeyError("space")])
 def test_other_errors_keep_their_traceback(error: Exception) -> None:
-    assert told(error) is None
+    assert explain_os_error(error) is None
 
 
 def test_what_is_written_is_named_with_what_it_needs_and_what_is_free(
@@ -138,14 +138,14 @@ def test_what_is_written_is_named_with_what_it_needs_and_what_is_free(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space") as caught:
         write_text(tmp_path / "scores.json", "x" * 5000)
-    message = told(caught.value)
+    message = explain_os_error(caught.value)
     assert message is not None
     assert message.startswith(f"{tmp_path / 'scores.json'}: No space left on device (")
     assert "needed, " in message
     assert " free) → free some room" in message
     with pytest.raises(OSError, match="No space") as caught, naming(tmp_path / "y", 7_000_000):
         full(0)
-    assert "7" in str(told(caught.value)).split("needed")[0]
+    assert "7" in str(explain_os_error(caught.value)).split("needed")[0]
 
 
 # ---- a Ray that is lost ----------------------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def test_another_way_to_prove_oneself_to_ray_needs_another_process(monkeypatch: 
     """Ray would take the first for this process and the second for what it starts, and neither would say so."""
     monkeypatch.setattr(distributed_session, "_modes", {os.getpid(): ("token", "token")})
     monkeypatch.setattr(distributed_session.ray, "init", lambda **options: pytest.fail("Ray was started"))
-    told = r"RAY_AUTH_MODE: disabled, but .* used with token .* a new Python process"
-    with pytest.raises(CpiftError, match=told), ray_session(ResourcesConfig()):
+    refusal = r"RAY_AUTH_MODE: disabled, but .* used with token .* a new Python process"
+    with pytest.raises(CpiftError, match=refusal), ray_session(ResourcesConfig()):
         pass
 
 

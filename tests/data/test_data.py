@@ -35,7 +35,7 @@ from cpift.errors import DataError, Problem
 from cpift.evaluation.checks import check_task
 from cpift.models.scratch import make_scratch_tokenizer
 from cpift.rows.holdout import held_key, last_held
-from cpift.rows.problems import merged
+from cpift.rows.problems import one_per_kind
 from cpift.rows.shapes import size_of
 
 TOKENIZER = make_scratch_tokenizer(ScratchModel())
@@ -507,7 +507,7 @@ def test_problems_of_rows_are_one_line_a_kind_and_a_task() -> None:
     what = "does not write `x{}` of 'y'"
     rows = [(one, number) for one in ("a", "b") for number in (3, 40, 500)]
     found = [Problem(f"{one}.jsonl, row {number}", what.format(number)) for one, number in rows]
-    assert [(one.where, one.what) for one in merged([*found, *[Problem("a.jsonl, row 7", "is empty")] * 2])] == [
+    assert [(one.where, one.what) for one in one_per_kind([*found, *[Problem("a.jsonl, row 7", "is empty")] * 2])] == [
         ("a.jsonl, row 3", f"{what.format(3)} (and 2 more of those looked at)"),
         ("b.jsonl, row 3", f"{what.format(3)} (and 2 more of those looked at)"),
         ("a.jsonl, row 7", "is empty"),

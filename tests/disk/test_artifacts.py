@@ -105,9 +105,9 @@ def model(root: Path, weights: str = "weights") -> Artifact:
 
 def test_dropped_weights_leave_a_complete_artifact_that_says_how_to_make_them_again(tmp_path: Path) -> None:
     made = model(tmp_path)
-    assert made.whole
+    assert made.has_weights
     assert made.drop_weights("cpift run x.yaml") == len("weights")
-    assert (made.complete, made.whole) == (True, False)
+    assert (made.complete, made.has_weights) == (True, False)
     assert sorted(path.name for path in made.path.iterdir()) == ["config.json", "manifest.json"]
     kept = made.manifest()
     assert kept["dropped"] == {"files": {"model.safetensors": 7}, "remake": "cpift run x.yaml"}
@@ -125,7 +125,7 @@ def test_a_crash_while_weights_are_dropped_leaves_no_half_model_in_use(
         with pytest.raises(RuntimeError):
             made.drop_weights("x")
     assert (made.path / "model.safetensors").is_file()
-    assert (made.complete, made.whole) == (True, False)
+    assert (made.complete, made.has_weights) == (True, False)
     assert made.drop_weights("x") == 7
     assert not (made.path / "model.safetensors").exists()
 
@@ -138,7 +138,7 @@ def test_weights_made_again_are_compared_with_those_that_were_dropped(
     made.drop_weights("x")
     with made.compared(said.append):
         model(tmp_path, weights)
-    assert made.whole
+    assert made.has_weights
     assert "dropped" not in made.manifest()
     assert (made.path / "model.safetensors").read_text() == weights
     assert [one.name for one in made.path.parent.iterdir()] == [made.name], "nothing is left beside it"
@@ -165,7 +165,7 @@ def test_a_crash_while_weights_are_made_again_costs_only_them(tmp_path: Path, mo
             model(tmp_path)
     assert not made.complete
     model(tmp_path)
-    assert made.whole
+    assert made.has_weights
     assert [one.name for one in made.path.parent.iterdir()] == [made.name]
 
 

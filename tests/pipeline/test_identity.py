@@ -22,7 +22,7 @@ from cpift.config.run import RunConfig, Section
 from cpift.disk.artifacts import Artifact
 from cpift.errors import ConfigError
 from cpift.pipeline.identity import StageArtifacts
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 from cpift.sweep.config import Objective, SweepConfig, load_sweep
 from cpift.sweep.record import sweep_record
 from tests.helpers.config_sections import sections
@@ -104,7 +104,7 @@ def artifacts_of(config: RunConfig) -> dict[str, Artifact]:
     found["group"] = made.group
     if (staged := made.backbone(groups)) is not None:
         found["backbone"] = staged
-    found["fuse"] = made.fuse(groups, Model.of("backbone", staged) if staged else made.base)
+    found["fuse"] = made.fuse(groups, ModelRef.of("backbone", staged) if staged else made.base)
     if config.integration:
         found["integrate"] = made.integrate(groups, found["fuse"])
     if all(task.test for task in config.tasks):

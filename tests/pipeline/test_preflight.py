@@ -15,7 +15,7 @@ from cpift.config.loading import parse_config
 from cpift.config.needs import require_extra
 from cpift.config.run import RunConfig
 from cpift.console.view import quiet
-from cpift.data.use import RowUse, told
+from cpift.data.use import RowUse, use_sentences
 from cpift.errors import ConfigError, DataError
 from cpift.models.scratch import make_scratch_tokenizer
 from cpift.pipeline.inprocess import InProcessEngine
@@ -212,7 +212,7 @@ def test_rows_used_cut_and_left_out_are_told(tmp_path: Path) -> None:
     )  # fmt: skip
     wanted = {"max_length": 48, "rows": 8, "left_out": 1, "cut": 1, "used": 7}
     assert found["rows"] == [{"a": wanted, "b": wanted}]
-    assert next(told("probe a", found["rows"])) == (
+    assert next(use_sentences("probe a", found["rows"])) == (
         f"probe a, task a: {sentence}. Raise max_length, or shorten the rows",
         True,
     )

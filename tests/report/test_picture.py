@@ -14,7 +14,7 @@ from cpift.config.run import TaskConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_json
 from cpift.evaluation.verdict import share_of
-from cpift.report.chart import Kept, right_end
+from cpift.report.chart import Retained, right_end
 from cpift.report.data import ReportData, Sample, total_tokens
 from cpift.report.facts import halves, samples, tokens_by_model
 from cpift.report.files import csv_text, report_md, scores_csv
@@ -75,12 +75,12 @@ def test_a_task_that_its_probe_did_not_learn_is_not_drawn(data: ReportData, text
 
 def test_what_is_drawn(data: ReportData, text: str) -> None:
     """Final on a: 0.75 ÷ 0.5; on b, a loss, 1 ÷ 1.25."""
-    assert kept_on(data, "a")["final"] == Kept(1.5, 0.25)
-    assert kept_on(data, "b")["final"] == Kept(0.8)
+    assert kept_on(data, "a")["final"] == Retained(1.5, 0.25)
+    assert kept_on(data, "b")["final"] == Retained(0.8)
     assert "150.0 % ±25.0" in text
-    assert right_end([Kept(0.5)]) == pytest.approx(110)
-    assert right_end([Kept(0.9, 0.5)]) == pytest.approx(140)
-    assert right_end([Kept(9.0), Kept(0.1)]) == 170
+    assert right_end([Retained(0.5)]) == pytest.approx(110)
+    assert right_end([Retained(0.9, 0.5)]) == pytest.approx(140)
+    assert right_end([Retained(9.0), Retained(0.1)]) == 170
     far = replace(
         data, scores=data.scores | {"final": data.scores["final"] | {"a": data.scores["base"]["a"] | {"score": 1.0}}}
     )

@@ -343,7 +343,7 @@ def test_figures_that_are_no_numbers_leave_json_readable(data: ReportData, tmp_p
 
 def test_long_names_leave_a_panel_its_title() -> None:
     """The title begins at the figure's edge, whatever room the names beside the axis take."""
-    names = {f"probe {'x' * 40}{place}": report_chart.Kept(0.5) for place in range(3)}
+    names = {f"probe {'x' * 40}{place}": report_chart.Retained(0.5) for place in range(3)}
     looks = dict.fromkeys(names, report_chart.MADE)
     svg = report_chart.kept_panel("a title of twenty letters", names, looks, 150).svg
     box = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)

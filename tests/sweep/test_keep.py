@@ -21,7 +21,7 @@ from cpift.pipeline.shared import SharedWork
 from cpift.sweep import trial as sweep_trial
 from cpift.sweep.config import Sweep
 from cpift.sweep.keep import Keeper
-from cpift.sweep.points import Trial, choose_points, merged
+from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt
 from cpift.sweep.results import all_there, gather, write_results
 from cpift.sweep.scores import best_trial
@@ -54,7 +54,7 @@ def trials_of(sweep: Sweep) -> list[Trial]:
     runs = [[here(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     shared = SharedWork([run for one in runs for run in one], Here(), quiet())
     shared.prepare()
-    trials = merged(points, runs, sweep.config.model)
+    trials = group_points(points, runs, sweep.config.model)
     shared.complete([run for trial in trials for run in trial.runs])
     return trials
 
@@ -193,7 +193,7 @@ def test_runs_find_the_best_weights_and_make_others_again(tmp_path: Path) -> Non
     assert again.worked
     assert again.integrate().path == final.path
     for made in (fused, final):
-        assert made.whole
+        assert made.has_weights
         assert made.manifest()["outputs"]["model.safetensors"] == hashes[made.path]
     assert {str(path): path.read_bytes() for path in sweep.base.output_dir.rglob("scores.json")} == before
     Keeper(sweep, here, ()).finish(attempts(trials))

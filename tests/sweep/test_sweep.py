@@ -21,7 +21,7 @@ from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Sweep, load_sweep
-from cpift.sweep.points import choose_points, merged
+from cpift.sweep.points import choose_points, group_points
 from tests.helpers.sweeps import TASKS, Copies, load, run_fields
 
 # ---- the sweep file ------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_shared_work_is_made_once_and_equal_outcomes_are_one_trial(tmp_path: Pat
     shared.prepare()
     assert engine.fits == {f"probe {task} (seed {seed})": 1 for task in TASKS for seed in (3, 4)}
     assert len(list((tmp_path / "out" / "regions").iterdir())) == 4, "two p, two seeds"
-    trials = merged(points, runs, sweep.config.model)
+    trials = group_points(points, runs, sweep.config.model)
     # τ = 0 and 0.001 join all tasks, τ = 1 none: six points are four trials.
     assert [[point["groups.tau"] for point in trial.points] for trial in trials] == [[0.0, 0.001], [1.0]] * 2
     shared.complete([run for trial in trials for run in trial.runs])

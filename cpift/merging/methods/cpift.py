@@ -23,8 +23,8 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import entry
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import FusionInputs, Merged, MergeMethod, Placement
-from cpift.merging.checks import Check, Progress, check_copied
+from cpift.merging.base import Destination, FusionInputs, Merged, MergeMethod
+from cpift.merging.checks import Check, OnElements, check_copied
 from cpift.merging.conflicts import Claims, conflict_named, owned, remaining
 from cpift.merging.core_checks import Operands, check_cores
 from cpift.merging.definition import (
@@ -101,7 +101,7 @@ class Fusion(MergeMethod):
         inputs = self.inputs
         return list({id(m): m for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())}.values())
 
-    def placed(self, at: Placement) -> Fusion:
+    def placed(self, at: Destination) -> Fusion:
         other, inputs = super().placed(at), self.inputs
         backbone = at.model(inputs.backbone)
         other.inputs = replace(inputs, pretrained=other.pretrained, backbone=backbone, tuned=other.tuned)
@@ -216,7 +216,7 @@ class Fusion(MergeMethod):
 
     # ---- verification ------------------------------------------------------------------------------------------------
 
-    def checks(self, written: Checkpoint, progress: Progress) -> list[Check]:
+    def checks(self, written: Checkpoint, progress: OnElements) -> list[Check]:
         outside = [name for name in written.names if not self.masks.has(name)]
         return [
             check_cores(self.models, self.masks.has, self.operands, written, progress),

@@ -14,7 +14,7 @@ from cpift.lazy import handed_out
 
 if TYPE_CHECKING:
     from cpift.pipeline.stages.names import Known as Known
-    from cpift.pipeline.stages.names import Model as Model
+    from cpift.pipeline.stages.names import ModelRef as ModelRef
     from cpift.pipeline.stages.names import Names as Names
     from cpift.pipeline.stages.order import ORDER as ORDER
     from cpift.pipeline.stages.order import Stage as Stage

@@ -12,7 +12,7 @@ from cpift.disk.artifacts import Artifact
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import group, model, regions
 from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
-from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, stages_of
 
@@ -33,20 +33,20 @@ def artifact(names: Names, groups: Groups) -> Artifact | None:
 
 
 @unless_damaged
-def made(run: Run) -> Model:
+def make(run: Run) -> ModelRef:
     """θ_base."""
     if run.config.backbone_source == "pretrained":
-        return model.made(run)
-    groups = group.made(run).groups
+        return model.make(run)
+    groups = group.make(run).groups
     staged = artifact(run.artifacts, groups)
     if staged is None:
-        return _given(run)
-    base = model.made(run)
+        return _named_by_user(run)
+    base = model.make(run)
     run.train([staged], title(run.artifacts), lambda: [spec(run, base, groups, staged)])
-    return Model.of("backbone", staged)
+    return ModelRef.of("backbone", staged)
 
 
-def _given(run: Run) -> Model:
+def _named_by_user(run: Run) -> ModelRef:
     """A backbone that the user names: a local directory or a hub id."""
     source, local = run.config.backbone.source, Path(run.config.backbone.source).is_dir()
     given = ModelConfig(
@@ -58,14 +58,14 @@ def _given(run: Run) -> Model:
         scratch=None,
     )
     if run.config.merges_only and given.dtype == "auto":
-        return run.artifacts.given("backbone", "backbone.source", given)
+        return run.artifacts.input_model("backbone", "backbone.source", given)
     given = pinned(given)
     copied = model.copy_of(run.artifacts, "backbone.source", "backbone", given)
     run.make(copied, _GIVEN, lambda out: model.copy(given, out))
-    return Model.of("backbone", copied)
+    return ModelRef.of("backbone", copied)
 
 
-def spec(run: Run, base: Model, groups: Groups, staged: Artifact) -> FitSpec:
+def spec(run: Run, base: ModelRef, groups: Groups, staged: Artifact) -> FitSpec:
     """Multi-stage SFT from θ0, group after group, nothing frozen."""
     training, stages = run.config.backbone_training, stages_of(groups, None)
     found = fit_spec(run.artifacts, "backbone", base, training, stages, staged)
@@ -97,6 +97,6 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {} if staged is None else {"backbone": staged}
 
 
-def models(names: Names, known: Known) -> list[Model]:
+def models(names: Names, known: Known) -> list[ModelRef]:
     own = known.backbone if names.config.backbone_source != "pretrained" else None
     return [] if own is None else [own]

@@ -19,7 +19,7 @@ from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run
 from cpift.pipeline.stages import integrate, probe
 from cpift.pipeline.stages import model as pretrained
-from cpift.pipeline.stages.names import Model, Names
+from cpift.pipeline.stages.names import ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
 
@@ -27,7 +27,7 @@ VERSION = 1
 TITLE = "evaluation"
 
 
-def artifact(names: Names, model: Model) -> Artifact:
+def artifact(names: Names, model: ModelRef) -> Artifact:
     """Named by the model, the test rows of all tasks, and how they are scored, by code of the user's too."""
     tasks = names.config.tasks
     inputs = {"model": model.fingerprint}
@@ -42,10 +42,10 @@ def artifact(names: Names, model: Model) -> Artifact:
 def check_rows(run: Run) -> None:
     """Where all probes are given no fine-tune has looked at the data before fusion: do it here."""
     if not run.config.trained and not artifact(run.artifacts, pretrained.base(run.artifacts)).complete:
-        probe.check_data(run, pretrained.made(run))
+        probe.check_data(run, pretrained.make(run))
 
 
-def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Score]]:
+def make(run: Run, models: Sequence[ModelRef]) -> dict[str, dict[str, Score]]:
     """Scores by model and task, of these models."""
     artifacts = {model.title: artifact(run.artifacts, model) for model in models}
     if all(one.complete for one in artifacts.values()):
@@ -56,7 +56,7 @@ def made(run: Run, models: Sequence[Model]) -> dict[str, dict[str, Score]]:
     return {title: read_scores(one.path) for title, one in artifacts.items()}
 
 
-def _score(run: Run, models: Sequence[Model], artifacts: Mapping[str, Artifact]) -> None:
+def _score(run: Run, models: Sequence[ModelRef], artifacts: Mapping[str, Artifact]) -> None:
     """Score the models whose scores are missing, and keep each one's as soon as it is there."""
     todo = {
         model.title: loadable(run, model, artifacts[model.title])
@@ -79,7 +79,7 @@ def scoring(run: Run, title: str, path: Path) -> Scoring:
     return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources)
 
 
-def loadable(run: Run, model: Model, scored: Artifact) -> Path:
+def loadable(run: Run, model: ModelRef, scored: Artifact) -> Path:
     """The folder that an evaluation loads: the model's own; in the work folder of the scores an adapter as the model it
     makes of θ0, and a given model with the run's chat template where that is not its own."""
     template, adapter = configured_template(run.config.model), (model.path / ADAPTER_CONFIG).is_file()
@@ -105,10 +105,10 @@ def possible(config: RunConfig) -> bool:
     return config.scores and (integrate.trains(config) or config.integration is None)
 
 
-def plan(names: Names, models: Sequence[Model]) -> Iterator[Step]:
+def plan(names: Names, models: Sequence[ModelRef]) -> Iterator[Step]:
     for model in models:
         yield step_of(artifact(names, model), f"{len(names.config.tasks)} tasks")
 
 
-def outputs(names: Names, models: Sequence[Model]) -> dict[str, Artifact]:
+def outputs(names: Names, models: Sequence[ModelRef]) -> dict[str, Artifact]:
     return {f"evaluate {model.title}": artifact(names, model) for model in models}

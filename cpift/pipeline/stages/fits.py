@@ -7,7 +7,7 @@ from typing import Any
 from cpift.config.identity import identity_of
 from cpift.config.run import ResourcesConfig, TrainingConfig
 from cpift.disk.artifacts import Artifact
-from cpift.pipeline.stages.names import Model, Names, once
+from cpift.pipeline.stages.names import ModelRef, Names, once
 from cpift.training.spec import FitSpec, StageSpec
 
 
@@ -34,7 +34,7 @@ def train_data(names: Names) -> dict[str, str]:
 def fit_spec(
     names: Names,
     title: str,
-    model: Model,
+    model: ModelRef,
     training: TrainingConfig,
     stages: tuple[StageSpec, ...],
     artifact: Artifact,

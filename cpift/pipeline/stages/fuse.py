@@ -20,7 +20,7 @@ from cpift.disk.artifacts import Artifact, package_versions, source_commit
 from cpift.disk.files import is_json, link_or_copy, read_json, write_json
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
-from cpift.merging.checks import Progress, failures
+from cpift.merging.checks import OnElements, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, seeded
@@ -32,7 +32,7 @@ from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone as backbones
 from cpift.pipeline.stages import group, model, probe, regions
 from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
-from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
 
@@ -43,7 +43,7 @@ FUSION_RECORD = "fusion.json"
 # ---- what names it ---------------------------------------------------------------------------------------------------
 
 
-def artifact(names: Names, groups: Groups, backbone: Model) -> Artifact:
+def artifact(names: Names, groups: Groups, backbone: ModelRef) -> Artifact:
     """Named by θ0, θ1..θN, their regions, θ_base, and how they are fused; of the groups by those of a conflict rule
     that asks for stages. Of other methods than cpift, neither groups nor backbone nor regions matter."""
     config = names.config
@@ -81,22 +81,22 @@ def known_artifact(names: Names, known: Known) -> Artifact | None:
 
 
 @unless_damaged
-def made(run: Run) -> Model:
+def make(run: Run) -> ModelRef:
     """The fused model; or another merge of the probes, which needs no regions and no backbone."""
-    tuned = probe.made(run)
+    tuned = probe.make(run)
     if run.config.fusion.isolates:
-        groups, backbone = group.made(run).groups, backbones.made(run)
+        groups, backbone = group.make(run).groups, backbones.make(run)
     else:
-        groups, backbone = (), model.made(run)
+        groups, backbone = (), model.make(run)
     fused = artifact(run.artifacts, groups, backbone)
     read = [model.base(run.artifacts).path, backbone.path, *(one.path for one in tuned.values())]
     run.make(fused, title(run.artifacts), lambda out: build(run, fused, groups, backbone, out), read)
     if run.merging:
         run.merging.publish(fused.path, fused.fingerprint)
-    return Model.of("fused", fused)
+    return ModelRef.of("fused", fused)
 
 
-def build(run: Run, fused: Artifact, groups: Groups, backbone: Model, out: Path) -> None:
+def build(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, out: Path) -> None:
     """Fuse, check the result and keep the record beside it."""
     fuse_models(run, fused, groups, backbone, out)
     add_card(run, "fused", groups, fused, out)
@@ -110,7 +110,7 @@ def add_card(run: Run, kind: str, groups: Groups, artifact: Artifact, out: Path)
     write_model_card(out, kind, run.config, groups, known | {"device": device_name()}, model.base(run.artifacts).path)
 
 
-def open_inputs(names: Names, groups: Groups, backbone: Model) -> FusionInputs:
+def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInputs:
     """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
     base, vocabulary = model.base(names), names.config.fusion.vocabulary
     folders = {task: one.path for task, one in probe.tuned(names).items()}
@@ -126,7 +126,7 @@ def open_inputs(names: Names, groups: Groups, backbone: Model) -> FusionInputs:
     )
 
 
-def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: Model, out: Path) -> None:
+def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, out: Path) -> None:
     """Write the fused model into `out`, with the record of what happened and of what was checked.
 
     Shards are made in the artifact's work folder and stay there if this is interrupted. Raises CheckpointError for
@@ -216,7 +216,7 @@ def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Mer
     return folder
 
 
-def _counted(on_progress: OnProgress, title: str, elements: int) -> Progress:
+def _counted(on_progress: OnProgress, title: str, elements: int) -> OnElements:
     """Progress of work that goes over so many elements."""
     done = 0
 
@@ -258,5 +258,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {} if fused is None else {"fuse": fused}
 
 
-def models(names: Names, known: Known) -> list[Model]:
-    return [Model.of("fused", fused) for fused in outputs(names, known).values()]
+def models(names: Names, known: Known) -> list[ModelRef]:
+    return [ModelRef.of("fused", fused) for fused in outputs(names, known).values()]

@@ -16,7 +16,7 @@ from cpift.method.groups import Grouping, group_tasks
 from cpift.method.masks import read_summary
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import regions
-from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
 VERSION = 1
@@ -41,9 +41,9 @@ def grouping(names: Names) -> Grouping | None:
 
 
 @unless_damaged
-def made(run: Run) -> Grouping:
+def make(run: Run) -> Grouping:
     """Task groups in stage order; what is to be said of them is said once."""
-    selected = regions.made(run)
+    selected = regions.make(run)
     run.make(artifact(run.artifacts), "task groups", lambda out: build(run, selected, out))
     found = grouping(run.artifacts)
     assert found is not None
@@ -81,5 +81,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {"group": artifact(names)} if regions.wanted(names.config) else {}
 
 
-def models(names: Names, known: Known) -> list[Model]:
+def models(names: Names, known: Known) -> list[ModelRef]:
     return []

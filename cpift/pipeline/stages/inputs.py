@@ -9,12 +9,12 @@ from typing import Any
 
 from cpift.checkpoints.opening import model_files
 from cpift.disk.files import file_sha256
-from cpift.pipeline.stages.names import Model
+from cpift.pipeline.stages.names import ModelRef
 
 INPUTS_RECORD = "inputs.json"
 
 
-def describe_inputs(models: Mapping[str, Model], hashed: bool) -> dict[str, Any]:
+def describe_inputs(models: Mapping[str, ModelRef], hashed: bool) -> dict[str, Any]:
     """By label each model's fingerprint, and the size and, if `hashed`, sha256 of each of its files."""
     files = list(dict.fromkeys(file for model in models.values() for file in model_files(model.path)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

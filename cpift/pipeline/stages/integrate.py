@@ -12,7 +12,7 @@ from cpift.errors import entry
 from cpift.pipeline.run import Fit, Run, unless_damaged
 from cpift.pipeline.stages import backbone, fuse, group, regions
 from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
-from cpift.pipeline.stages.names import Groups, Known, Model, Names
+from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import STEPS_PER, FitSpec, stages_of
 
@@ -34,11 +34,11 @@ def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
 
 
 @unless_damaged
-def made(run: Run, beside: Sequence[Fit] = ()) -> Model:
+def make(run: Run, beside: Sequence[Fit] = ()) -> ModelRef:
     """The final model. `beside`: fine-tunes that are trained at the same time, where this one is."""
-    groups, fused = group.made(run).groups, fuse.made(run)
-    final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.made(run)))
-    others = () if final.whole else beside
+    groups, fused = group.make(run).groups, fuse.make(run)
+    final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.make(run)))
+    others = () if final.has_weights else beside
     specs = [spec(run, fused, groups, final), *(one for _, one in others)]
 
     def finish(artifact: Artifact, out: Path) -> None:
@@ -47,10 +47,10 @@ def made(run: Run, beside: Sequence[Fit] = ()) -> Model:
 
     run.train([final, *(one for one, _ in others)], title(run.artifacts), lambda: specs, finish)
     run.said.update(one.title for _, one in others)
-    return Model.of("final", final)
+    return ModelRef.of("final", final)
 
 
-def spec(run: Run, fused: Model, groups: Groups, final: Artifact) -> FitSpec:
+def spec(run: Run, fused: ModelRef, groups: Groups, final: Artifact) -> FitSpec:
     """Multi-stage SFT of the fused model on balanced samples, cores frozen; or one stage of the same length."""
     settings = run.config.integration_training
     stages = stages_of(entry(STAGES, settings.stages, "integration.stages")(groups), settings.freeze)
@@ -96,5 +96,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {"integrate": artifact(names, known.groups, fused)}
 
 
-def models(names: Names, known: Known) -> list[Model]:
-    return [Model.of("final", final) for final in outputs(names, known).values()]
+def models(names: Names, known: Known) -> list[ModelRef]:
+    return [ModelRef.of("final", final) for final in outputs(names, known).values()]

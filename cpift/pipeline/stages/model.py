@@ -11,7 +11,7 @@ from cpift.disk.artifacts import Artifact
 from cpift.disk.input_watch import unchanged
 from cpift.models.sources import materialise, model_fingerprint, source_files, source_of
 from cpift.pipeline.run import Run
-from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
 VERSION = 1
@@ -42,14 +42,14 @@ def artifact(names: Names) -> Artifact:
 
 
 @once
-def base(names: Names) -> Model:
+def base(names: Names) -> ModelRef:
     """θ0: where it lies if nothing is trained from it, else the copy."""
     if in_place(names):
-        return names.given("base", "model", names.config.model, as_read)
-    return Model.of("base", artifact(names))
+        return names.input_model("base", "model", names.config.model, as_read)
+    return ModelRef.of("base", artifact(names))
 
 
-def made(run: Run) -> Model:
+def make(run: Run) -> ModelRef:
     """θ0 as a safetensors folder."""
     if not in_place(run.artifacts):
         run.make(artifact(run.artifacts), title(run.artifacts), lambda out: copy(source(run.artifacts), out))
@@ -59,7 +59,7 @@ def made(run: Run) -> Model:
 def copy(copied: ModelConfig, out: Path) -> None:
     """Write a model into `out`. Raises ChangedInput where a hub's files change while they are read."""
     origin = source_of(copied)
-    with unchanged(f"the copy of {origin.told}", origin.fetched()):
+    with unchanged(f"the copy of {origin.description}", origin.fetched()):
         materialise(copied, out)
 
 
@@ -68,7 +68,7 @@ def title(names: Names) -> str:
 
 
 def plan(names: Names, known: Known) -> Iterator[Step]:
-    said = source_of(names.config.model).told
+    said = source_of(names.config.model).description
     yield Step("model", "", "given", said) if in_place(names) else step_of(artifact(names), said)
 
 
@@ -76,5 +76,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {} if in_place(names) else {"model": artifact(names)}
 
 
-def models(names: Names, known: Known) -> list[Model]:
+def models(names: Names, known: Known) -> list[ModelRef]:
     return [base(names)]

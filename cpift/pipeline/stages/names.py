@@ -24,11 +24,11 @@ from cpift.disk.input_watch import InputWatch
 from cpift.extensions import Extension
 
 Groups = Sequence[Sequence[str]]  # of tasks, in stage order
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelRef:
     """A model of the run: its name in the report, its folder, and the fingerprint that stands for its content."""
 
     title: str
@@ -36,7 +36,7 @@ class Model:
     fingerprint: str
 
     @classmethod
-    def of(cls, title: str, artifact: Artifact) -> Model:
+    def of(cls, title: str, artifact: Artifact) -> ModelRef:
         return cls(title, artifact.path, artifact.fingerprint)
 
 
@@ -45,7 +45,7 @@ class Known:
     """What later outputs are named by and no config says: the groups that came out, and θ_base. None: not known yet."""
 
     groups: Groups | None
-    backbone: Model | None
+    backbone: ModelRef | None
 
 
 NOTHING = Known(None, None)
@@ -58,25 +58,25 @@ class Names:
         self.config, self.maker = config, maker
         self.root = config.output_dir
         self.watch = InputWatch()
-        self.found: dict[Any, Any] = {}  # by what looks for it, see `once`
+        self.values: dict[Any, Any] = {}  # by what looks for it, see `once`
 
     def artifact(
         self, stage: str, version: int, inputs: Mapping[str, str], fields: Mapping[str, Any], label: str = ""
     ) -> Artifact:
         return Artifact(self.root, stage, label, inputs, fields, version, self.maker, self.watch)
 
-    def given(
+    def input_model(
         self,
         title: str,
         field: str,
         source: CheckpointConfig | ModelConfig,
         read: Callable[[str, Path], str] = lambda fingerprint, folder: fingerprint,
-    ) -> Model:
+    ) -> ModelRef:
         """A model that is read where it lies. `field` names it in the config; `read`: see `opening.as_read`."""
         source = pinned(source)
         folder = locate(source)
         value = self.watch.identify(field, lambda: model_files(folder), lambda: read(given_fingerprint(source), folder))
-        return Model(title, folder, value)
+        return ModelRef(title, folder, value)
 
     def code(self, fields: str) -> dict[str, str]:
         """The user's code that fields of these names name; of ours nothing."""
@@ -93,9 +93,9 @@ class Names:
 
     def train_rows(self, task: str) -> str:
         """What identifies the training rows of a task."""
-        if ("train", task) not in self.found:
-            self.found["train", task] = self.rows(task, "train", self.config.task(task).train_data)
-        return str(self.found["train", task])
+        if ("train", task) not in self.values:
+            self.values["train", task] = self.rows(task, "train", self.config.task(task).train_data)
+        return str(self.values["train", task])
 
     @property
     def template_fields(self) -> dict[str, Any]:
@@ -104,17 +104,17 @@ class Names:
         return {"chat template": lines} if lines else {}
 
 
-def once(look: Callable[[Names], Found]) -> Callable[[Names], Found]:
+def once(look: Callable[[Names], Result]) -> Callable[[Names], Result]:
     """Looked for once for each run: what is named by files keeps the name that they had then."""
 
     @wraps(look)
-    def found(names: Names) -> Found:
-        if look not in names.found:
-            names.found[look] = look(names)
-        value: Found = names.found[look]
+    def looked_up(names: Names) -> Result:
+        if look not in names.values:
+            names.values[look] = look(names)
+        value: Result = names.values[look]
         return value
 
-    return found
+    return looked_up
 
 
 @once

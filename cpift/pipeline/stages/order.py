@@ -11,7 +11,7 @@ from typing import Protocol
 
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.stages import backbone, evaluate, fuse, group, integrate, model, probe, regions
-from cpift.pipeline.stages.names import Known, Model, Names
+from cpift.pipeline.stages.names import Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step
 
 
@@ -29,7 +29,7 @@ class Stage(Protocol):
     def outputs(self, names: Names, known: Known) -> dict[str, Artifact]:
         """What it makes, made or not, by title."""
 
-    def models(self, names: Names, known: Known) -> list[Model]:
+    def models(self, names: Names, known: Known) -> list[ModelRef]:
         """The models that it adds to those which are scored, made or not."""
 
 
@@ -51,7 +51,7 @@ def outputs(names: Names, known: Known, *stages: str) -> dict[str, Artifact]:
     return {title: one for stage in stages or ORDER for title, one in ORDER[stage].outputs(names, known).items()}
 
 
-def models(names: Names, known: Known, *stages: str) -> list[Model]:
+def models(names: Names, known: Known, *stages: str) -> list[ModelRef]:
     """The models of these stages that are scored, in the report's order."""
     return [one for stage in stages or ORDER for one in ORDER[stage].models(names, known)]
 
@@ -78,5 +78,5 @@ def looked_up(names: Names) -> Known:
     source = names.config.backbone_source
     staged = None if groups is None else backbone.artifact(names, groups)
     if staged is not None:
-        return Known(groups, Model.of("backbone", staged))
+        return Known(groups, ModelRef.of("backbone", staged))
     return Known(groups, model.base(names) if source == "pretrained" else None)

@@ -12,7 +12,7 @@ from cpift.disk.artifacts import Artifact
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model
 from cpift.pipeline.stages.fits import fit_spec, length, training_fields
-from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, StageSpec
 
@@ -33,20 +33,20 @@ def _artifact(names: Names, task: TaskConfig) -> Artifact:
 
 
 @once
-def tuned(names: Names) -> dict[str, Model]:
+def tuned(names: Names) -> dict[str, ModelRef]:
     """θ1..θN by task: the probes, trained here or given."""
     return {
-        task.name: Model.of(f"probe {task.name}", artifacts(names)[task.name])
+        task.name: ModelRef.of(f"probe {task.name}", artifacts(names)[task.name])
         if task.checkpoint is None
-        else _given(names, task.name, task.checkpoint)
+        else _named_by_user(names, task.name, task.checkpoint)
         for task in names.config.tasks
     }
 
 
-def _given(names: Names, task: str, source: CheckpointConfig) -> Model:
+def _named_by_user(names: Names, task: str, source: CheckpointConfig) -> ModelRef:
     there = model.in_place(names) or model.artifact(names).complete
     read = partial(as_read, base=model.base(names).path if there else None)
-    return names.given(f"probe {task}", f"tasks.{task}.checkpoint", source, read)
+    return names.input_model(f"probe {task}", f"tasks.{task}.checkpoint", source, read)
 
 
 def fingerprints(names: Names) -> dict[str, str]:
@@ -55,12 +55,12 @@ def fingerprints(names: Names) -> dict[str, str]:
 
 
 @unless_damaged
-def made(run: Run) -> dict[str, Model]:
+def make(run: Run) -> dict[str, ModelRef]:
     """θ1..θN by task."""
     probes = artifacts(run.artifacts)
     if missing := {artifact.work_dir / "export" for artifact in probes.values() if not artifact.complete}:
         run.engine.expect([spec for spec in specs(run, model.base(run.artifacts)) if spec.export in missing])
-    base = model.made(run)
+    base = model.make(run)
     if probes:
         if missing:
             check_data(run, base)
@@ -68,7 +68,7 @@ def made(run: Run) -> dict[str, Model]:
     return tuned(run.artifacts)
 
 
-def check_data(run: Run, base: Model) -> None:
+def check_data(run: Run, base: ModelRef) -> None:
     """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
     from cpift.evaluation.rows import check_rows
     from cpift.models.sources import load_tokenizer, source_of
@@ -80,7 +80,7 @@ def check_data(run: Run, base: Model) -> None:
     check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
 
 
-def specs(run: Run, base: Model) -> list[FitSpec]:
+def specs(run: Run, base: ModelRef) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
     found = []
     for task, artifact in artifacts(run.artifacts).items():
@@ -107,5 +107,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {f"probe {task}": artifact for task, artifact in artifacts(names).items()}
 
 
-def models(names: Names, known: Known) -> list[Model]:
+def models(names: Names, known: Known) -> list[ModelRef]:
     return list(tuned(names).values())

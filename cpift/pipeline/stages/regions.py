@@ -14,7 +14,7 @@ from cpift.method.regions import Streaming, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
 from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
-from cpift.pipeline.stages.names import Known, Model, Names, once
+from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
 VERSION = 1
@@ -33,9 +33,9 @@ def artifact(names: Names) -> Artifact:
 
 
 @unless_damaged
-def made(run: Run) -> Artifact:
+def make(run: Run) -> Artifact:
     """The masks of all tasks, with what they have in common."""
-    probe.made(run)
+    probe.make(run)
     return run.make(artifact(run.artifacts), "core regions", lambda out: build(run, out), read(run.artifacts))
 
 
@@ -76,5 +76,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
     return {"regions": artifact(names)} if wanted(names.config) else {}
 
 
-def models(names: Names, known: Known) -> list[Model]:
+def models(names: Names, known: Known) -> list[ModelRef]:
     return []

@@ -22,7 +22,7 @@ SKIP = -1  # the high key of a bracket that needs no pass
 
 
 @dataclass
-class Found:
+class Candidates:
     """For one task and k: the number of elements before the bracket, and the candidates in linear order.
 
     keys, places (within their segment) [C]; per_segment [S]: candidates in each segment.
@@ -34,12 +34,12 @@ class Found:
     per_segment: Ints
 
 
-def mark_all(segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Found]:
+def mark_all(segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Candidates]:
     """One pass over the models for every (task, k) that is not to be skipped."""
     items = list(segments.items(torch.get_num_threads()))
     parts = in_threads(lambda item: mark_item(item, segments, words, brackets), items)
     return {
-        (task, k): Found(
+        (task, k): Candidates(
             sum(part[task, k].marked for part in parts),
             np.concatenate([np.zeros(0, np.int32), *(part[task, k].keys for part in parts)]),
             np.concatenate([np.zeros(0, np.uint32), *(part[task, k].places for part in parts)]),
@@ -65,7 +65,9 @@ def _groups(brackets: Ints) -> Ints:
     return np.array(rows, np.int64).reshape(-1, 6)
 
 
-def mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets: Ints) -> dict[tuple[int, int], Found]:
+def mark_item(
+    item: tuple[int, int], segments: Segments, words: Ints, brackets: Ints
+) -> dict[tuple[int, int], Candidates]:
     """Mark the segments item[0]..item[1]-1."""
     shape = brackets.shape[:2]
     keys, places = np.empty((*shape, ROOM), np.int32), np.empty((*shape, ROOM), np.uint32)
@@ -85,7 +87,7 @@ def mark_item(item: tuple[int, int], segments: Segments, words: Ints, brackets: 
         for w in wanted:
             pieces[w].append((keys[w][: held[w]].copy(), places[w][: held[w]].copy()))
     return {
-        w: Found(
+        w: Candidates(
             int(marked[w]),
             pieces[w][0][0] if len(pieces[w]) == 1 else np.concatenate([keys for keys, _ in pieces[w]]),
             pieces[w][0][1] if len(pieces[w]) == 1 else np.concatenate([places for _, places in pieces[w]]),

@@ -20,7 +20,7 @@ from ..checks import words_for
 from ..selection import CoreMask
 from ..streaming import Ints
 from .bracket import ATTEMPTS, draw_brackets, elements_kept
-from .candidates import SKIP, Found, mark_all
+from .candidates import SKIP, Candidates, mark_all
 from .compiled import in_threads, kernel
 from .emit import LANES
 from .order import kth_largest
@@ -70,7 +70,7 @@ def _new_mask(words: int) -> Tensor:
     return torch.from_numpy(np.empty(words, np.int32))  # numpy asks for huge pages, torch does not
 
 
-def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, found: Found) -> CoreMask | None:
+def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, found: Candidates) -> CoreMask | None:
     """Add the largest candidates to the mask; None if the bracket missed."""
     kept = elements_kept(bracket, requested, found.marked, len(found.keys))
     if kept is None:

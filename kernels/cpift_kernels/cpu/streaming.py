@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection
 from .bracket import ATTEMPTS, RUN, brackets_from, elements_kept, sample_places
-from .candidates import SKIP, Found, mark_item, wanted_of
+from .candidates import SKIP, Candidates, mark_item, wanted_of
 from .compiled import in_threads
 from .order import kth_largest
 from .segments import Segments, storage_kind
@@ -63,7 +63,7 @@ class BracketSelection(Selection):
         keys *= np.arange(RUN) < (self._numel[segment] - start)[:, None]
         return self._chunk[segment] + start // CHUNK, keys
 
-    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Found]:
+    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Candidates]:
         """Its mask words go to `masks`; the result counts and holds the candidates."""
         first, last = part
         window, held = self._window(part)
@@ -122,7 +122,7 @@ class BracketSelection(Selection):
             for done in cores:
                 brackets[done][0] = SKIP
             with ExitStack() as stack:
-                pools = {wanted: _Candidates(stack, spill) for wanted in wanted_of(brackets)}
+                pools = {wanted: _Pool(stack, spill) for wanted in wanted_of(brackets)}
                 for part, found in zip(ranges, mark(ranges, brackets), strict=True):
                     for wanted, piece in found.items():
                         pools[wanted].add(part, piece)
@@ -134,7 +134,7 @@ class BracketSelection(Selection):
                 break
         return [[cores[task, k] for k in range(len(self.counts))] for task in range(self.models.tasks)]
 
-    def _finish(self, task: int, k: int, bracket: Ints, pool: _Candidates, masks: Masks) -> Core | None:
+    def _finish(self, task: int, k: int, bracket: Ints, pool: _Pool, masks: Masks) -> Core | None:
         """Add the largest candidates to the mask; None if the bracket missed."""
         requested = self.counts[k]
         kept = elements_kept(bracket, requested, pool.marked, pool.held)
@@ -152,7 +152,7 @@ class BracketSelection(Selection):
 
 
 @dataclass
-class _Candidates:
+class _Pool:
     """The candidates of one task and k in linear order, in memory or in a nameless file."""
 
     stack: ExitStack
@@ -169,7 +169,7 @@ class _Candidates:
     def _file(self) -> Any:
         return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
-    def add(self, part: Range, found: Found) -> None:
+    def add(self, part: Range, found: Candidates) -> None:
         self.marked += found.marked
         self.held += len(found.keys)
         self._parts.append((part, len(found.keys), found.per_segment))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import words_for
-from ..cpu.candidates import Found, wanted_of
+from ..cpu.candidates import Candidates, wanted_of
 from ..cpu.streaming import BracketSelection
 from ..streaming import CHUNK, SEGMENT, Ints, Mark, Marked, Masks, Models, Range
 from .bracket import NOTHING, Bracket
@@ -44,8 +44,8 @@ class DeviceSelection(BracketSelection):
 
         return mark
 
-    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Found]:
-        found: dict[tuple[int, int], list[Found]] = {one: [] for one in wanted_of(brackets)}
+    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Candidates]:
+        found: dict[tuple[int, int], list[Candidates]] = {one: [] for one in wanted_of(brackets)}
         tasks = sorted({task for task, _ in found})
         for tensor, start, stop in self.pieces(part):
             origin = self._load(0, tensor, start, stop)
@@ -66,7 +66,7 @@ class DeviceSelection(BracketSelection):
 
     def _marked(
         self, tensor: int, start: int, origin: Tensor, models: Mapping[int, Tensor], brackets: Ints
-    ) -> Iterator[tuple[tuple[int, int], Found, NDArray[np.uint32]]]:
+    ) -> Iterator[tuple[tuple[int, int], Candidates, NDArray[np.uint32]]]:
         """Of one piece what was found and the mask, by task and k. Raises ArithmeticError if a Δ is NaN or Inf."""
         first, segments = self._chunk_at(tensor, start), -(-origin.numel() // SEGMENT)
         cuts = [[_local(bracket, first) for bracket in brackets[task].tolist()] for task in models]
@@ -78,7 +78,7 @@ class DeviceSelection(BracketSelection):
         for c, (one, (sure, keys, indices)) in enumerate(zip(wanted, parts, strict=True)):
             places = indices.cpu().numpy()
             per_segment = np.bincount(places // SEGMENT, minlength=segments).astype(np.int64)
-            yield one, Found(sure, keys.cpu().numpy(), (places % SEGMENT).astype(np.uint32), per_segment), words[c]
+            yield one, Candidates(sure, keys.cpu().numpy(), (places % SEGMENT).astype(np.uint32), per_segment), words[c]
 
     def _chunk_at(self, tensor: int, start: int) -> int:
         """The number of the chunk that begins at an element of a tensor."""
@@ -93,9 +93,9 @@ def _local(bracket: Sequence[int], first: int) -> Bracket:
     return Bracket((high, max(high_chunk - first, 0) * CHUNK), (low, max(low_chunk - first, 0) * CHUNK))
 
 
-def _joined(parts: Sequence[Found]) -> Found:
+def _joined(parts: Sequence[Candidates]) -> Candidates:
     """What was found in pieces that follow each other."""
-    return Found(
+    return Candidates(
         sum(part.marked for part in parts),
         np.concatenate([part.keys for part in parts]),
         np.concatenate([part.places for part in parts]),
