@@ -18,7 +18,7 @@ from cpift_kernels.triton import catalog
 from cpift_kernels.triton.machine_code import MachineCode, read_machine_code
 from cpift_kernels.triton.offline import TARGETS, compile_launch
 
-from tests.ptx.device import run_launch
+from tests.ptx.device import reachable, run_launch
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def row(name: str, dtype: str, target: str, tasks: int, parameters: float) -> tu
     instructions = None
     if card.issue is not None:
         covered = entry.launch.programs * entry.elements
-        instructions = sum(run_launch(entry.launch, target).counts.values()) / covered
+        with reachable(entry.reached):
+            instructions = sum(run_launch(entry.launch, target).counts.values()) / covered
     moving = entry.bytes_moved * parameters / card.bandwidth
     issuing = instructions * parameters / card.issue if instructions and card.issue else 0.0
     wide = "–" if name in SCATTERED else ("yes" if is_wide(entry, code) else "NO")
@@ -83,9 +84,10 @@ def row(name: str, dtype: str, target: str, tasks: int, parameters: float) -> tu
 def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
     """Whether the tensors that the program must read arrive by 128-bit loads alone."""
     item = 1 / 8 if entry.name == "overlap" else catalog.DTYPES[entry.dtype].itemsize
-    tensors = {"overlap": entry.tasks, "zero": 1, "gather": 1, "scatter": 1}.get(entry.name, 1 + min(entry.tasks, 8))
+    tensors = {"overlap": entry.tasks} | dict.fromkeys(("zero", "gather", "scatter", "zero_blocks", "hold"), 1)
+    wanted = tensors.get(entry.name, 1 + min(entry.tasks, 8))
     loops = entry.launch.arguments.get("TILES", 1)
-    return bool(code.loads[128] >= tensors * entry.elements / entry.launch.threads / loops * item / 16)
+    return bool(code.loads[128] >= wanted * entry.elements / entry.launch.threads / loops * item / 16)
 
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:

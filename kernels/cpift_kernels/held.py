@@ -27,13 +27,20 @@ class HeldElements:
 
     def __init__(self, values: Sequence[Tensor], words: Sequence[Tensor], backend: Resolved):
         self._gather = implementation(backend, gather_masked_reference)
-        starts = implementation(backend, mask_starts_reference)
+        self._find_starts = implementation(backend, mask_starts_reference)
         self._zero = implementation(backend, zero_masked_reference_)
         self._scatter = implementation(backend, scatter_masked_reference_)
         self._words = list(words)
-        self._saved = [self._gather(x, mask) for x, mask in zip(values, words, strict=True)]
-        self._starts = [starts(mask, x.numel()) for x, mask in zip(values, words, strict=True)]
         self._sizes = [x.numel() for x in values]
+        self._saved: list[Tensor] = []
+        self._starts: list[Tensor] = []
+        self._save(values)
+
+    def _save(self, values: Sequence[Tensor]) -> None:
+        """Set what is saved of each tensor, and where in it blocks of its mask begin."""
+        for x, mask in zip(values, self._words, strict=True):
+            self._saved.append(self._gather(x, mask))
+            self._starts.append(self._find_starts(mask, x.numel()))
 
     @property
     def count(self) -> int:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from cpift_kernels import overlap as overlap_module
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
 from cpift_kernels.slerp import slerp_coefficients
-from cpift_kernels.triton import apply, bracket, freeze, gram, held, overlap, selection
+from cpift_kernels.triton import apply, bracket, freeze, gram, held, offline, overlap, selection
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ptx.device import interpreted_ptx
+from tests.ptx.device import interpreted_ptx, reachable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = pytest.mark.slow
@@ -263,6 +265,30 @@ class TestOverlapAndConflicts:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def _list_of_tensors() -> list[Tensor]:
+    """Both sizes of element among them, one tensor empty, some with whole blocks and some with less than one."""
+    sizes = (1, 31, 5003, 4096, 4099, 0)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32)
+    return [torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+
+
+def _unaligned(tensor: Tensor) -> Tensor:
+    """The same values, one element off where an allocation begins."""
+    return torch.cat([tensor[:1], tensor])[min(1, len(tensor)) :]
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that torch runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 class TestFreeze:
     @pytest.mark.parametrize("dtypes", DTYPES[:3])
     @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
@@ -285,19 +311,41 @@ class TestFreeze:
         freeze.scatter_masked_(moved, words, saved, starts=starts)
         assert torch.equal(moved, torch.where(unpack_mask(words, 5003), values, values + 1.0))
 
-    def test_a_list_is_held_as_its_tensors_are(self) -> None:
-        sizes, dtypes = (1, 31, 5003), (torch.bfloat16, torch.float16, torch.float32)
-        values = [torch.randn(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-        words = [_masks(size, 1)[0] for size in sizes]
-        found, expected = held.hold_masked(values, words), held_module.hold_masked_reference(values, words)
-        assert found.count == expected.count > 0
+    @pytest.mark.parametrize("share", [0.0, 0.3, pytest.param(1.0, marks=SLOW)])
+    def test_a_list_is_held_as_its_tensors_are(self, share: float) -> None:
+        """Saved, zeroed, put back (also elsewhere in memory, off any alignment) and pulled: the reference's bits."""
+        values = _list_of_tensors()
+        words = [_masks(x.numel(), 1, share)[0] for x in values]
+        moved = [[_unaligned(x + 1) if place % 2 else x + 1 for place, x in enumerate(values)] for _ in range(2)]
         results = []
-        for one in (found, expected):
-            moved = [value + 1 for value in values]
-            one.restore_(moved)
-            one.zero_(2, moved[2])
-            results.append(moved)
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        for make, mine in zip((held.hold_masked, held_module.hold_masked_reference), moved, strict=True):
+            with reachable([*values, *words, *mine]):
+                one = make(values, words)
+                one.restore_(mine)
+                restored = [x.clone() for x in mine]
+                one.zero_(3, mine[3])
+                one.replace(4, values[4] * 2)
+                one.pull_(mine, [0.25, 0.25, 0.5, 0.5, 0.5, 0.75])
+                results.append((one.count, [*restored, *mine]))
+        assert results[0][0] == results[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+    def test_a_step_of_a_list_is_a_launch_for_each_size_of_element(self) -> None:
+        """It allocates nothing and reads nothing back: what a captured graph needs."""
+        values = _list_of_tensors()
+        words = [_masks(x.numel(), 1)[0] for x in values]
+        with reachable([*values, *words]):
+            one = held.hold_masked(values, words)
+            one.pull_(values, [0.5] * len(values))
+        with _Operations() as operations:
+            steps = [
+                offline.record(lambda: one.restore_(values)),
+                offline.record(lambda: one.zero_(3, values[3])),
+                offline.record(lambda: one.pull_(values, [0.5] * len(values))),
+            ]
+        assert [len(launches) for launches in steps] == [2, 1, 4]
+        views = {"aten::detach", "aten::slice.Tensor", "aten::view", "aten::view.dtype"}
+        assert operations.seen <= views | {"aten::lerp_.Scalar"}
 
     def test_wrong_length_is_refused(self) -> None:
         (words,), values = _masks(5003, 1), torch.randn(5003)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from cpift_kernels.triton import common
 from cpift_kernels.triton.offline import TARGETS, Launch, compile_launch, describe
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.ptx.machine import Machine
@@ -20,6 +22,7 @@ from tests.ptx.memory import Buffer, Dense, Memory
 from tests.ptx.parser import Program, parse
 
 THREADS_AT_ONCE = 1 << 14
+_reachable: dict[int, NDArray[np.uint8]] = {}
 
 
 @cache
@@ -46,6 +49,8 @@ def run_launch(launch: Launch, target: str, buffers: dict[int, Buffer] | None = 
 def run_ptx(ptx: str, shared: int, launch: Launch, buffers: dict[int, Buffer] | None = None) -> Execution:
     """`run_launch` of a given text."""
     program, memory = _parsed(ptx), Memory("global")
+    for start, data in _reachable.items():
+        memory.map(Dense(data), at=start)
     bases: dict[int, int] = {}
     values = tuple(_value(argument, memory, bases, buffers or {}) for argument in _passed(launch))
     batch = max(THREADS_AT_ONCE // launch.threads, 1)
@@ -61,11 +66,11 @@ def run_ptx(ptx: str, shared: int, launch: Launch, buffers: dict[int, Buffer] | 
 
 def _passed(launch: Launch) -> Iterator[Tensor | int]:
     """The arguments that reach the kernel: tuples flat, constants and values that Triton specialises away left out."""
-    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
-    for name, argument in launch.arguments.items():
-        if name not in constants:
+    for parameter, argument in zip(launch.kernel.params, launch.arguments.values(), strict=True):
+        if not parameter.is_constexpr:
             for item in argument if isinstance(argument, tuple) else (argument,):
-                if item is not None and not (isinstance(item, int) and item == 1):
+                one = isinstance(item, int) and item == 1 and not parameter.do_not_specialize
+                if item is not None and not one:
                     yield item
 
 
@@ -75,9 +80,22 @@ def _value(argument: Tensor | int, memory: Memory, bases: dict[int, int], buffer
     storage = argument.untyped_storage()
     start = storage.data_ptr()
     if start not in bases:
-        data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-        bases[start] = memory.map(buffers.get(start) or Dense(data))
+        bases[start] = memory.map(buffers.get(start) or Dense(_bytes_of(argument)))
     return bases[start] + argument.data_ptr() - start
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """The whole storage."""
+    data: NDArray[np.uint8] = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    return data
+
+
+@contextmanager
+def reachable(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within it kernels may also reach these tensors by the addresses that they have in this process."""
+    added = {tensor.untyped_storage().data_ptr(): _bytes_of(tensor) for tensor in tensors if tensor.numel()}
+    with patch.dict(_reachable, added):
+        yield
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Machine:
         self.registers["%tid.x"] = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
         self.registers["%ctaid.x"] = np.repeat(np.arange(blocks.start, blocks.stop, dtype=np.uint32), threads)
         self.parameters = {f"{program.name}_param_{i}": value for i, value in enumerate(parameters)}
-        self.shared = Memory("shared", window=1 << 30)
+        self.shared = Memory("shared", window=1 << 30, first=1 << 30)
         # One buffer a block, so that a block cannot reach into another's shared memory.
         bases = [self.shared.map(Dense(np.zeros(-(-shared // 16) * 16, np.uint8))) for _ in blocks]
         self.shared_base = np.repeat(np.array(bases, np.uint64), threads)

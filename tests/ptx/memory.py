@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -66,16 +67,25 @@ class Sparse:
 
 @dataclass
 class Memory:
-    """An address space. Every buffer has its own window, with nothing mapped between two windows."""
+    """An address space. Every buffer has its own window, with nothing mapped between two windows.
+
+    Windows lie above every address of this process, so a buffer may also keep the address that it has here, as kernels
+    find it in tables. Two of these may be neighbours; an access past one's end can then reach the next.
+    """
 
     name: str
     window: int = 1 << 44
+    first: int = 1 << 54
+    starts: list[int] = field(default_factory=list)  # in order
     buffers: list[Buffer] = field(default_factory=list)
 
-    def map(self, buffer: Buffer) -> int:
+    def map(self, buffer: Buffer, at: int | None = None) -> int:
         """The address of the buffer's first byte."""
-        self.buffers.append(buffer)
-        return len(self.buffers) * self.window
+        start = self.first + len(self.buffers) * self.window if at is None else at
+        place = bisect(self.starts, start)
+        self.starts.insert(place, start)
+        self.buffers.insert(place, buffer)
+        return start
 
     def load(self, addresses: NDArray[np.uint64], width: int) -> NDArray[Any]:
         """`width` bytes from each address, as unsigned integers."""
@@ -94,13 +104,13 @@ class Memory:
     ) -> Iterator[tuple[Buffer, NDArray[np.bool_], NDArray[np.uint64]]]:
         if misaligned := addresses[addresses % np.uint64(width) != 0].tolist():
             raise PtxError(f"{self.name}: misaligned access of {width} bytes at {misaligned[0]:#x}")
-        numbers = addresses // np.uint64(self.window)
-        for number in np.unique(numbers):
-            here = numbers == number
-            offsets = addresses[here] - number * np.uint64(self.window)
-            index = int(number) - 1
-            if not 0 <= index < len(self.buffers) or int(offsets.max()) + width > self.buffers[index].size:
-                size = self.buffers[index].size if 0 <= index < len(self.buffers) else 0
+        starts = np.array(self.starts, np.uint64)
+        places = np.searchsorted(starts, addresses, side="right") - 1
+        for index in np.unique(places).tolist():
+            here = places == index
+            start, size = (self.starts[index], self.buffers[index].size) if index >= 0 else (0, 0)
+            offsets = addresses[here] - np.uint64(start)
+            if int(offsets.max()) + width > size:
                 raise PtxError(
                     f"{self.name}: access of {width} bytes out of bounds at offset {int(offsets.max())} "
                     f"of buffer {index} ({size} bytes)"

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import apply, freeze, gram, overlap, selection
+from . import apply, freeze, gram, held, overlap, selection
 from .bracket import NOTHING, Bracket
 from .common import elements
 from .offline import Launch, record
@@ -25,7 +26,7 @@ CORE = 0.05  # share of core elements that the data-dependent kernels are priced
 class Entry:
     """One kernel at one dtype and number of tasks, with the launch that covers whole blocks.
 
-    elements: parameters that one program covers.
+    elements: parameters that one program covers. reached: tensors that it may find by address, in a table.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     elements: int
     bytes_moved: float
     bytes_needed: float
+    reached: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,19 @@ def _move(x: _Inputs, restore: bool) -> None:
     freeze._move(x.origin, x.masks[0], starts, x.tuned[0], restore=restore)
 
 
+def _hold(x: _Inputs) -> None:
+    ones = np.ones(SIZE // freeze.BLOCK, np.int32)
+    values = elements(x.origin)
+    moves = held.Moves.make([0], [ones], held.INTEGERS[values.element_size()], x.origin.device)
+    addresses, masks, sizes = (torch.tensor([n]) for n in (values.data_ptr(), x.masks[0].data_ptr(), SIZE))
+    moves.move(addresses, masks, sizes, moves.saved, restore=True)
+
+
+def _zero_blocks(x: _Inputs) -> None:
+    blocks = torch.arange(SIZE // freeze.BLOCK, dtype=torch.int32)
+    held.zero_blocks(x.origin, x.masks[0], blocks)
+
+
 _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "mark": _mark,
     "collect": _collect,
@@ -81,6 +96,8 @@ _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "zero": lambda x: freeze.zero_masked_(x.origin, x.masks[0]),
     "gather": lambda x: _move(x, restore=False),
     "scatter": lambda x: _move(x, restore=True),
+    "zero_blocks": _zero_blocks,
+    "hold": _hold,
     "count": lambda x: freeze.mask_starts(x.masks[0], SIZE),
 }
 KERNELS = tuple(_ACTIONS)
@@ -89,14 +106,20 @@ ANY_DTYPE = ("overlap", "count")  # they see masks alone
 
 def launches(name: str, dtype: str, tasks: int) -> list[Launch]:
     """Every launch that kernel `name`, one of `KERNELS`, takes over a tensor of whole blocks."""
-    return record(lambda: _ACTIONS[name](_Inputs.make(DTYPES[dtype], tasks)))
+    return _launches(name, _Inputs.make(DTYPES[dtype], tasks))
+
+
+def _launches(name: str, inputs: _Inputs) -> list[Launch]:
+    return record(lambda: _ACTIONS[name](inputs))
 
 
 def entry(name: str, dtype: str, tasks: int) -> Entry:
     """The first, hot launch of kernel `name`."""
-    launch = launches(name, dtype, tasks)[0]
+    inputs = _Inputs.make(DTYPES[dtype], tasks)
+    launch = _launches(name, inputs)[0]
     moved, needed = _traffic(name, DTYPES[dtype].itemsize, tasks)
-    return Entry(name, dtype, tasks, launch, SIZE // launch.programs, moved, needed)
+    reached = (inputs.origin, *inputs.masks)
+    return Entry(name, dtype, tasks, launch, SIZE // launch.programs, moved, needed, reached)
 
 
 def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
@@ -122,6 +145,8 @@ def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
         "zero": (mask + 2 * item * touched, mask + item * CORE),
         "gather": (mask + item * (touched + CORE), mask + 2 * item * CORE),
         "scatter": (mask + item * (2 * touched + CORE), mask + 2 * item * CORE),
+        "zero_blocks": (mask + 4 / freeze.BLOCK + 2 * item * touched, mask + item * CORE),
+        "hold": (mask + 40 / freeze.BLOCK + item * (2 * touched + CORE), mask + 2 * item * CORE),
         "count": (mask, mask),
     }
     return table[name]

@@ -92,11 +92,16 @@ def scatter_masked_(values: Tensor, words: Tensor, saved: Tensor, *, starts: Ten
 
 def mask_starts(words: Tensor, numel: int) -> Tensor:
     """`cpift_kernels.mask_starts` on CUDA or ROCm tensors."""
+    return torch.nn.functional.pad(block_counts(words, numel).cumsum(0), (1, 0))
+
+
+def block_counts(words: Tensor, numel: int) -> Tensor:
+    """The set bits of every block of a mask: int32 [blocks], without a wait."""
     counts = torch.empty(triton.cdiv(numel, BLOCK), dtype=torch.int32, device=words.device)
     launch_blocks(
         count_kernel, numel, BLOCK, words.device, mask_bytes(words), counts, numel, BLOCK=BLOCK, threads=THREADS
     )
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return counts
 
 
 def _move(values: Tensor, words: Tensor, starts: Tensor, saved: Tensor, *, restore: bool) -> None:

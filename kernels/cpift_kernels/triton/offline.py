@@ -6,7 +6,6 @@ with the types and alignments that Triton would specialise on.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,15 +67,18 @@ def describe(
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel of `launch` for `target`."""
-    constants = {p.name for p in inspect.signature(launch.kernel.fn).parameters.values() if "constexpr" in str(p)}
     signature: dict[str, Any] = {}
     values: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, (name, argument) in enumerate(launch.arguments.items()):
-        if name in constants:
-            signature[name], values[(i,)] = "constexpr", argument
+    for i, (parameter, argument) in enumerate(zip(launch.kernel.params, launch.arguments.values(), strict=True)):
+        if parameter.is_constexpr:
+            signature[parameter.name], values[(i,)] = "constexpr", argument
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = _type(argument)
         else:
-            signature[name] = _specialise(argument, (i,), values, aligned)
+            signature[parameter.name] = _specialise(argument, (i,), values, aligned)
+            if parameter.do_not_specialize_on_alignment:
+                aligned.pop((i,), None)
     source = ASTSource(launch.kernel, signature, constexprs=values, attrs=aligned)
     options = {"num_warps": launch.threads // target.warp_size, **common.FUSED}
     if launch.registers and target.backend == "cuda":
@@ -93,6 +95,10 @@ def _specialise(argument: Any, path: tuple[int, ...], values: dict[Any, Any], al
         return "constexpr"
     if (argument.data_ptr() if isinstance(argument, Tensor) else argument) % 16 == 0:
         aligned[path] = [["tt.divisibility", 16]]
+    return _type(argument)
+
+
+def _type(argument: Any) -> str:
     if isinstance(argument, Tensor):
         return _POINTERS[argument.dtype]
     return "i32" if -(2**31) <= argument < 2**31 else "i64"
