@@ -70,14 +70,14 @@ def explain_os_error(error: BaseException) -> str | None:
 
     A full disk is known by what libraries say of it too, which name no file and raise errors of their own.
     """
-    for one in _chain(error):
-        if isinstance(one, OSError) and one.errno in _REMEDIES and one.filename is not None:
-            room = _room(one) if one.errno in _FULL else ""
-            return redacted(f"{one.filename}: {one.strerror}{room} → {_REMEDIES[one.errno]}{_KEPT}")
-    for one in _chain(error):
-        full = next((said for said in _FULL.values() if said.lower() in str(one).lower()), None)
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in _REMEDIES and cause.filename is not None:
+            room = _room(cause) if cause.errno in _FULL else ""
+            return redacted(f"{cause.filename}: {cause.strerror}{room} → {_REMEDIES[cause.errno]}{_KEPT}")
+    for cause in _chain(error):
+        full = next((said for said in _FULL.values() if said.lower() in str(cause).lower()), None)
         if full is not None:
-            return redacted(f"{full}: {str(one).strip().splitlines()[-1]} → {_REMEDIES[errno.ENOSPC]}{_KEPT}")
+            return redacted(f"{full}: {str(cause).strip().splitlines()[-1]} → {_REMEDIES[errno.ENOSPC]}{_KEPT}")
     return None
 
 
@@ -86,11 +86,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = []
     todo: list[Any] = [error]
     while todo:
-        one = todo.pop(0)
-        if isinstance(one, BaseException) and one not in seen:
-            seen.append(one)
-            yield one
-            todo += [one.__cause__, one.__context__, getattr(one, "cause", None)]
+        cause = todo.pop(0)
+        if isinstance(cause, BaseException) and cause not in seen:
+            seen.append(cause)
+            yield cause
+            todo += [cause.__cause__, cause.__context__, getattr(cause, "cause", None)]
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def naming(path: Path, nbytes: int = 0) -> Iterator[None]:
 
 def _room(error: OSError) -> str:
     """Needed and free bytes, as far as they are known."""
-    folder = next((one for one in Path(str(error.filename)).absolute().parents if one.is_dir()), None)
+    folder = next((parent for parent in Path(str(error.filename)).absolute().parents if parent.is_dir()), None)
     needed = getattr(error, "needed", 0)
     parts = [f"{show_size(needed)} needed"] if needed else []
     parts += [f"{show_size(shutil.disk_usage(folder).free)} free"] if folder is not None else []

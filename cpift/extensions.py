@@ -79,7 +79,7 @@ def wrong_word(kind: ExtensionKind, word: str, ours: Sequence[str]) -> str | Non
     """
     if word in ours or _NAMED.fullmatch(word) or _PLACED.fullmatch(word):
         return None
-    declared = sorted({one.name for one in metadata.entry_points(group=GROUPS[kind])})
+    declared = sorted({point.name for point in metadata.entry_points(group=GROUPS[kind])})
     if word in declared:
         return None
     close = difflib.get_close_matches(word, [*ours, *declared], n=1)
@@ -121,9 +121,9 @@ def find(kind: ExtensionKind, word: str) -> Extension:
     named = _NAMED.fullmatch(word)
     if named is not None:
         return _installed(kind, word, named["module"], named["attribute"], _package_of(named["module"]))
-    declared = [one for one in metadata.entry_points(group=GROUPS[kind]) if one.name == word]
-    packages = sorted({f"{one.dist.name} {one.dist.version}" if one.dist else "?" for one in declared})
-    if len({one.value for one in declared}) > 1:
+    declared = [point for point in metadata.entry_points(group=GROUPS[kind]) if point.name == word]
+    packages = sorted({f"{point.dist.name} {point.dist.version}" if point.dist else "?" for point in declared})
+    if len({point.value for point in declared}) > 1:
         raise _error(word, f"is declared by {' and '.join(packages)}", "uninstall one, or write module:attribute")
     if not declared:
         raise _error(word, f"no installed package declares it in {GROUPS[kind]}", "install it in this environment")
@@ -245,16 +245,16 @@ def _source_of(module: str, path: Sequence[str] | None = None) -> Path | None:
 def _spec(name: str, places: Sequence[str], top: bool) -> ModuleSpec | None:
     if (found := PathFinder.find_spec(name, places)) is not None or not top:
         return found
-    others = [one for one in sys.meta_path if one not in (BuiltinImporter, FrozenImporter, PathFinder)]
-    specs = (one.find_spec(name, None) for one in others)  # of packages that are installed to be edited
-    return next((one for one in specs if one is not None), None)
+    others = [finder for finder in sys.meta_path if finder not in (BuiltinImporter, FrozenImporter, PathFinder)]
+    specs = (finder.find_spec(name, None) for finder in others)  # of packages that are installed to be edited
+    return next((spec for spec in specs if spec is not None), None)
 
 
 def _installed_places() -> list[str]:
     """Where Python looks, without the working directory, which it puts first for itself."""
     first, *rest = sys.path or [""]
     here = first in ("", os.getcwd())
-    return [one for one in ([] if here else [first]) + rest if one]
+    return [place for place in ([] if here else [first]) + rest if place]
 
 
 def _package_of(module: str) -> str:

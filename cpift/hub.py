@@ -157,7 +157,7 @@ def _held(api: Any, repository: str, private: bool) -> set[str] | None:
         return None
     if private and not info.private:
         raise HubError(f"hub: {repository!r} is public → give another name, or --public if it is meant to be")
-    return {one.rfilename for one in info.siblings or ()} - {".gitattributes"}
+    return {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
 
 
 def _cached_commit(kind: Literal["model", "dataset"], repository: str, revision: str | None) -> str | None:

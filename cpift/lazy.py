@@ -37,5 +37,5 @@ def homes(package: str) -> dict[str, str]:
     loader: Any = getattr(find_spec(package), "loader", None)
     blocks = (node for node in ast.parse(loader.get_source(package) or "").body if isinstance(node, ast.If))
     checked = (node for node in blocks if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
-    imports = (one for block in checked for one in block.body if isinstance(one, ast.ImportFrom))
-    return {alias.name: one.module for one in imports if one.module for alias in one.names}
+    imports = (statement for block in checked for statement in block.body if isinstance(statement, ast.ImportFrom))
+    return {alias.name: statement.module for statement in imports if statement.module for alias in statement.names}

@@ -98,7 +98,7 @@ def merge_config(
 
 def named_models(given: Sequence[str]) -> dict[str, str]:
     """Task names and sources of arguments `NAME=PATH` or `PATH`, which is named by its folder. Raises ConfigError."""
-    parts = [_named(one) for one in given]
+    parts = [_named(argument) for argument in given]
     free = iter(tune_names([source for name, source in parts if name is None]))
     pairs = [(name if name is not None else next(free), source) for name, source in parts]
     names = [name for name, _ in pairs]
@@ -167,9 +167,9 @@ def given_source(task: str, where: Any, problems: list[Problem]) -> dict[str, st
 def _plain(value: Any) -> Any:
     """A value as a file has it."""
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(element) for name, element in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(element) for element in value]
     return str(value) if isinstance(value, os.PathLike) else value
 
 

@@ -55,7 +55,10 @@ class Publication:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(len(one.encode()) if isinstance(one, str) else one.stat().st_size for one in self.files.values())
+        return sum(
+            len(content.encode()) if isinstance(content, str) else content.stat().st_size
+            for content in self.files.values()
+        )
 
 
 def publication(source: Path, repository: str) -> Publication:
@@ -112,7 +115,7 @@ def _model_files(folder: Path) -> Iterator[tuple[str, Path | str]]:
     weights = _weights(folder)
     yield from ((path.name, path) for path in weights)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path not in weights and any(fnmatch.fnmatch(path.name, one) for one in _SENT):
+        if path.is_file() and path not in weights and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SENT):
             yield path.name, _without_places(path)
 
 

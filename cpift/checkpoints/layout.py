@@ -92,14 +92,14 @@ def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
     """
     state = network.state_dict()
     traced, unloaded = converted(network, tensors)
-    wrong = [_misfit(name, one, tuple(state[name].shape)) for name, one in traced.items()]
+    wrong = [_misfit(name, trace, tuple(state[name].shape)) for name, trace in traced.items()]
     places: dict[str, list[tuple[str, Block]]] = {}
-    for name, one in traced.items():
-        for block in one.blocks:
+    for name, trace in traced.items():
+        for block in trace.blocks:
             places.setdefault(block.tensor, []).append((name, block))
     return Layout(
-        shapes={name: tuple(one.shape) for name, one in traced.items()},
-        blocks={name: one.blocks for name, one in traced.items()},
+        shapes={name: tuple(trace.shape) for name, trace in traced.items()},
+        blocks={name: trace.blocks for name, trace in traced.items()},
         places={name: tuple(found) for name, found in places.items()},
         sizes={name: tuple(shape) for name, shape in tensors.items()},
         unloaded=tuple(unloaded),
@@ -108,11 +108,11 @@ def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
     )
 
 
-def _misfit(name: str, one: Traced, wanted: Shape) -> Problem | None:
+def _misfit(name: str, trace: Traced, wanted: Shape) -> Problem | None:
     """Shapes that are not the class's; fewer elements than the shape has, where the file lacks some of a stack."""
-    if tuple(one.shape) == wanted and sum(block.numel for block in one.blocks) == math.prod(wanted):
+    if tuple(trace.shape) == wanted and sum(block.numel for block in trace.blocks) == math.prod(wanted):
         return None
-    return Problem(name, f"has shape {list(one.shape)} in the file, config.json says {list(wanted)}", "restore it")
+    return Problem(name, f"has shape {list(trace.shape)} in the file, config.json says {list(wanted)}", "restore it")
 
 
 def key_mapping(folder: Path) -> dict[str, str] | None:
@@ -135,7 +135,7 @@ def is_buffer(network: PreTrainedModel, tensor: str) -> bool:
         return True
     path, _, leaf = tensor.rpartition(".")
     modules = dict(network.named_modules())
-    holder = next((modules[one] for one in (path, f"{network.base_model_prefix}.{path}") if one in modules), None)
+    holder = next((modules[name] for name in (path, f"{network.base_model_prefix}.{path}") if name in modules), None)
     return leaf == "bias" and holder is not None and any(True for _ in holder.children())
 
 

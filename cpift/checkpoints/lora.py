@@ -82,7 +82,9 @@ class LoraCheckpoint(Checkpoint):
     def stored_by_class(self) -> bool:
         """Whether the file's own `fan_in_fan_out` says otherwise than the class of a module that is adapted."""
         flag = bool(self._settings.get("fan_in_fan_out"))
-        return any(one.transposed != (flag or "lora_embedding_" in one.left.name) for one in self._updates.values())
+        return any(
+            update.transposed != (flag or "lora_embedding_" in update.left.name) for update in self._updates.values()
+        )
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -192,7 +192,7 @@ def fields_table() -> str:
 
 def _at(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Whether a value is one of these; 0 and 1 are not False and True."""
-    return any(type(value) is type(one) and value == one for one in allowed)
+    return any(type(value) is type(choice) and value == choice for choice in allowed)
 
 
 def _short(value: Any) -> str:

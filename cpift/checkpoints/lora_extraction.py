@@ -61,7 +61,7 @@ class Extraction:
     @property
     def relative(self) -> float:
         """‖all that was lost‖ ÷ ‖all changes that were approximated‖; 0 where nothing was."""
-        lost, change = (math.hypot(*(getattr(one, name) for one in self.modules)) for name in ("lost", "change"))
+        lost, change = (math.hypot(*(getattr(module, name) for module in self.modules)) for name in ("lost", "change"))
         return lost / change if change else 0.0
 
 
@@ -91,21 +91,21 @@ def extract_lora(
     places = list(_changed(pretrained, model, problems))
     if not places and not problems:
         problems.append(Problem(str(tuned), "has the same weights as its base", "give another model"))
-    products = [one for one in places if one.leaf == "weight" and stored_transposed(base, one.module) is not None]
-    adapted = {module for one in products for module in (one.module, *one.tied)}
-    whole = [one for one in places if one not in products]
+    products = [spot for spot in places if spot.leaf == "weight" and stored_transposed(base, spot.module) is not None]
+    adapted = {module for spot in products for module in (spot.module, *spot.tied)}
+    whole = [spot for spot in places if spot not in products]
     problems += _beside_adapted(whole, adapted)
     if problems:
         raise CheckpointError(f"fine-tune {tuned}", first_problems(problems, 20))
-    rank = min(rank, max((min(pretrained.tensors[one.tensor].shape) for one in products), default=rank))
-    tensors = {_key_of(one, adapted): model.tensor(one.tensor) for one in whole}
+    rank = min(rank, max((min(pretrained.tensors[spot.tensor].shape) for spot in products), default=rank))
+    tensors = {_key_of(spot, adapted): model.tensor(spot.tensor) for spot in whole}
     errors = []
     for number, place in enumerate(products):
         errors.append(_factorised(pretrained, model, place, rank, tensors))
         if on_module:
             on_module(number + 1, len(products))
     _write(out, tensors, _settings(base, named, rank, adapted, whole))
-    made = Extraction(rank, tuple(errors), tuple(f"{one.module}.{one.leaf}" for one in whole))
+    made = Extraction(rank, tuple(errors), tuple(f"{spot.module}.{spot.leaf}" for spot in whole))
     write_json(out / RECORD, asdict(made) | {"relative": made.relative})
     return made
 
@@ -122,20 +122,22 @@ def _changed(base: Checkpoint, tuned: Checkpoint, problems: list[Problem]) -> It
         if not (all_finite(one) and all_finite(other)):
             problems.append(Problem(name, "holds NaN or infinity", "give models without; `cpift merge` names them too"))
             continue
-        parameter = next((one for one, _ in layout.places.get(name, ()) if layout.same(one) == name), None)
+        parameter = next(
+            (candidate for candidate, _ in layout.places.get(name, ()) if layout.same(candidate) == name), None
+        )
         if parameter is None:
             what = "changed, and is no parameter of its own in its class, as experts that are stacked"
             remedy = "keep it as a full fine-tune: PEFT adapts whole parameters"
             problems.append(Problem(name, what, remedy))
             continue
         module, _, leaf = parameter.rpartition(".")
-        yield _Place(name, module, leaf, tuple(one.rpartition(".")[0] for one, of in ties.items() if of == parameter))
+        yield _Place(name, module, leaf, tuple(tied.rpartition(".")[0] for tied, of in ties.items() if of == parameter))
 
 
 def _beside_adapted(whole: list[_Place], adapted: set[str]) -> Iterator[Problem]:
     """Parameters that PEFT can keep only together with modules in them that have factors."""
     for place in whole:
-        if place.module not in adapted and any(one.startswith(f"{place.module}.") for one in adapted):
+        if place.module not in adapted and any(module.startswith(f"{place.module}.") for module in adapted):
             what = "changed, and lies in a module with adapted ones, which PEFT cannot keep whole beside them"
             yield Problem(place.tensor, what, "keep it as a full fine-tune")
 
@@ -192,8 +194,8 @@ def _key_of(place: _Place, adapted: set[str]) -> str:
 
 def _settings(base: Path, named: str | None, rank: int, adapted: set[str], whole: list[_Place]) -> dict[str, Any]:
     """PEFT's configuration of the adapter."""
-    alone = sorted({one.module for one in whole} - adapted)
-    linear = [one for one in adapted if not _is_embedding(base, one)]
+    alone = sorted({place.module for place in whole} - adapted)
+    linear = [module for module in adapted if not _is_embedding(base, module)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -203,8 +205,8 @@ def _settings(base: Path, named: str | None, rank: int, adapted: set[str], whole
         "lora_dropout": 0.0,
         "target_modules": sorted(adapted),
         "modules_to_save": alone or None,
-        "bias": "all" if any(one.module in adapted for one in whole) else "none",
-        "fan_in_fan_out": any(stored_transposed(base, one) for one in linear),
+        "bias": "all" if any(place.module in adapted for place in whole) else "none",
+        "fan_in_fan_out": any(stored_transposed(base, module) for module in linear),
         "inference_mode": True,
     }
 

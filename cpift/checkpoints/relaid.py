@@ -220,11 +220,12 @@ def _lines(size: Shape, here: _Lattice, there: _Lattice) -> tuple[np.ndarray, np
         length *= size[dims.pop(0)]
     if math.prod(size[dim] for dim in dims) > max(_MOST_RUNS, 1):
         raise CheckpointError("checkpoint", [Problem("tensors", "are stored transposed", RESAVE)])
-    starts = [np.array([one[0]], np.int64) for one in (here, there)]
+    starts = [np.array([side[0]], np.int64) for side in (here, there)]
     for dim in dims:
         steps = np.arange(size[dim], dtype=np.int64)
         starts = [
-            (first[:, None] + one[1][dim] * steps).reshape(-1) for first, one in zip(starts, (here, there), strict=True)
+            (first[:, None] + side[1][dim] * steps).reshape(-1)
+            for first, side in zip(starts, (here, there), strict=True)
         ]
     return starts[0], starts[1]
 

@@ -58,15 +58,17 @@ def preview(
     tokenizer, console = _tokenizer(run), Terminal()
     marks = not console.is_terminal or console.no_color
     table = _table(run.probe_training.packing)
-    for one in _chosen(run, task):
-        for number, example in enumerate(islice(read_examples(one.train_data), rows), start=1):
-            console.print(f"{one.name}, example {number}", style="bold")
+    for task_config in _chosen(run, task):
+        for number, example in enumerate(islice(read_examples(task_config.train_data), rows), start=1):
+            console.print(f"{task_config.name}, example {number}", style="bold")
             console.print(coloured(example, tokenizer, run.probe_training.max_length, marks=marks), soft_wrap=True)
-        found = count(read_examples(one.train_data), tokenizer, run.probe_training)
+        found = count(read_examples(task_config.train_data), tokenizer, run.probe_training)
         trained = f"{found.trained:,} ({found.trained / max(found.tokens, 1):.0%})"
         numbers = [f"{found.examples:,}", f"{found.tokens:,}", trained, f"{found.cut:,}", f"{found.left_out:,}"]
         table.add_row(
-            one.name, *numbers, *([f"{found.rows:,} ({found.fill:.0%} full)"] if run.probe_training.packing else [])
+            task_config.name,
+            *numbers,
+            *([f"{found.rows:,} ({found.fill:.0%} full)"] if run.probe_training.packing else []),
         )
     console.print(table)
 

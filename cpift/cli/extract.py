@@ -35,8 +35,8 @@ def extract_lora(
     made = extract_into(base, tuned, out, rank, View())
     if made.modules:
         say(f"Rank {made.rank}: {len(made.modules)} weights, of whose change {made.relative:.1%} is lost (norms)")
-        for one in sorted(made.modules, key=lambda one: -one.relative)[:_SHOWN]:
-            say(f"  {one.relative:6.1%}  {one_line(one.module)} {list(one.shape)}")
+        for module in sorted(made.modules, key=lambda module: -module.relative)[:_SHOWN]:
+            say(f"  {module.relative:6.1%}  {one_line(module.module)} {list(module.shape)}")
     if made.whole:
         say(f"Kept whole: {len(made.whole)} norms and biases")
     say(f"Adapter: {out} (every module's error: extraction.json)")

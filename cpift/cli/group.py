@@ -44,9 +44,9 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """With paragraphs of help as single lines, which the terminal's width breaks, not the source's."""
         found = super().get_command(ctx, cmd_name)
-        for one in (found, *getattr(found, "commands", {}).values()):
-            if one is not None and one.help:
-                one.help = "\n\n".join(" ".join(part.split()) for part in one.help.split("\n\n"))
+        for command in (found, *getattr(found, "commands", {}).values()):
+            if command is not None and command.help:
+                command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
         return found
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -225,7 +225,7 @@ def evaluate(config: Config, overrides: Overrides = None, output: Output = None)
 
     _warn(sentences(learning_of(list(next(iter(found.values()))), found)))
     for title, scores in found.items():
-        figures = (f"{task} {_figure(one)}" for task, one in scores.items())
+        figures = (f"{task} {_figure(score)}" for task, score in scores.items())
         say(f"{title}: " + ", ".join(figures))
 
 

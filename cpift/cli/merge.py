@@ -34,10 +34,14 @@ def register_merge(app: typer.Typer, panel: str) -> None:
         fields = {name: given.pop(name) for name in OPTIONS}
         merge(**given, fields={name: value for name, value in fields.items() if value not in (None, [])})
 
-    own = [one for one in inspect.signature(merge, eval_str=True).parameters.values() if one.name != "fields"]
+    own = [
+        parameter
+        for parameter in inspect.signature(merge, eval_str=True).parameters.values()
+        if parameter.name != "fields"
+    ]
     parameters = [*own, *(_parameter(name, option) for name, option in OPTIONS.items())]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = merge.__doc__
     app.command("merge", rich_help_panel=panel)(command)
 
@@ -92,7 +96,7 @@ def _value(name: str, given: Any) -> Any:
     """An option's value as a file would have it. Raises ConfigError."""
     option = OPTIONS[name]
     if option.kind == "pairs":
-        return dict(_pair(name, one) for one in given)
+        return dict(_pair(name, pair) for pair in given)
     return given if option.kind in ("switch", "values") else _parsed(name, given)
 
 

@@ -62,14 +62,14 @@ def _print_plan(made: Plan, root: Path, idle: str | None) -> None:
         console.print(_rows(made))
     for label, text in _needs(made, idle):
         console.print(f"{label}: {text}")
-    shown = tuple(f"tasks.{one['task']}.train at {one['field']} = " for one in made.rows if not _lost(one))
+    shown = tuple(f"tasks.{row['task']}.train at {row['field']} = " for row in made.rows if not _lost(row))
     for note in made.notes:
         if not note.startswith(shown):  # the table has it
             console.print(note)
 
 
-def _lost(one: Mapping[str, Any]) -> bool:
-    return bool(one["cut"] or one["left_out"])
+def _lost(row: Mapping[str, Any]) -> bool:
+    return bool(row["cut"] or row["left_out"])
 
 
 def _stages(made: Plan, root: Path) -> Table:
@@ -96,10 +96,10 @@ def _rows(made: Plan) -> Table:
     for name in ("rows", "used", "cut", "left out"):
         table.add_column(name, justify="right")
     shown: dict[tuple[Any, ...], list[str]] = {}
-    for one in made.rows:
-        looked = "" if one["all"] else f" (of the first {one['rows']:,})"
-        key = (one["task"], one["in_all"], one["used"], one["cut"], one["left_out"], looked)
-        shown.setdefault(key, []).append(str(one["field"]).removesuffix(".max_length"))
+    for row in made.rows:
+        looked = "" if row["all"] else f" (of the first {row['rows']:,})"
+        key = (row["task"], row["in_all"], row["used"], row["cut"], row["left_out"], looked)
+        shown.setdefault(key, []).append(str(row["field"]).removesuffix(".max_length"))
     for (task, rows, used, cut, left_out, looked), fields in shown.items():
         table.add_row(task, ", ".join(fields), f"{rows:,}", f"{used:,}{looked}", f"{cut:,}", f"{left_out:,}")
     return table

@@ -106,22 +106,22 @@ def clean(
         raise CpiftError(f"{folder} is in use: wait for the run, or stop it (`cpift watch {folder}` shows it)")
     with nullcontext() if dry_run else exclusive(folder):
         freed, alone = freeable(folder)
-        for one in freed:
-            say(f"{show_size(one.size):>8}  {one.path.relative_to(folder)}  ({one.what})")
+        for removed in freed:
+            say(f"{show_size(removed.size):>8}  {removed.path.relative_to(folder)}  ({removed.what})")
         for line in alone:
             say(f"left alone: {line}")
         if not freed:
             say("Nothing to free.")
             return
-        total = show_size(sum(one.size for one in freed))
+        total = show_size(sum(part.size for part in freed))
         if dry_run:
             say(f"{total} could be freed; nothing was deleted.")
             return
         if not yes and not _agreed(f"Delete {total}? The command that made them makes them again [y/N] "):
             say("Nothing was deleted.")
             return
-        for one in freed:
-            free(one, folder)
+        for removed in freed:
+            free(removed, folder)
     say(f"Freed {total}.")
 
 

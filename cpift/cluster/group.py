@@ -78,7 +78,9 @@ class _GroupTrainer(DataParallelTrainer):
     """Without what hands out Ray's data sets: rows are read as a fine-tune needs them."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
+        ]
 
 
 class _Unscaled(FixedScalingPolicy):
@@ -97,7 +99,7 @@ class _OwnRayTrainer(_GroupTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         found = super()._create_default_callbacks()
-        return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [callback for callback in found if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
         unscaled = _Unscaled(settings.pop("scaling_policy").scaling_config)

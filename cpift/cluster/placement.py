@@ -83,7 +83,7 @@ class Nodes:
 
     def __str__(self) -> str:
         each = (" and ".join(f"{node[kind]:g} {kind}s" for kind in KINDS) for node in self._free)
-        return ", ".join(f"a node of {one}" for one in each)
+        return ", ".join(f"a node of {resources}" for resources in each)
 
 
 def _fits(worker: Mapping[str, float], node: Mapping[str, float]) -> bool:

@@ -107,7 +107,7 @@ def require_ray() -> None:
     global _lost
     node: Any = ray._private.worker._global_node
     ended = started_here() and bool(node.dead_processes())
-    if ended or not any(one["Alive"] for one in ray.nodes()):
+    if ended or not any(member["Alive"] for member in ray.nodes()):
         _lost = True
         raise StageError(LOST)
 

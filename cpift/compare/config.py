@@ -142,7 +142,7 @@ def _check_fields(made: Comparison) -> list[Problem]:
         try:
             made.run(fields, made.seeds[0])
         except ConfigError as error:
-            problems += [Problem(where, str(one)) for one in error.problems]
+            problems += [Problem(where, str(problem)) for problem in error.problems]
     return problems
 
 

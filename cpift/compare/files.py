@@ -157,7 +157,7 @@ def methods_csv(found: Findings) -> str:
 
 
 def _bounds(*found: Estimate) -> list[float | None]:
-    return [value for one in found for value in (one.mean, one.low, one.high)]
+    return [value for estimate in found for value in (estimate.mean, estimate.low, estimate.high)]
 
 
 def first_sentences(record: Record) -> list[str]:

@@ -197,9 +197,9 @@ class Findings:
     def aim(self, ours: str, rivals: Sequence[str]) -> str:
         """Whether a recipe is above every trained and merged baseline."""
         outcomes = {rival: self.against(ours, rival) for rival in rivals}
-        above = [rival for rival, one in outcomes.items() if side(one.mean) > 0 and side(one.worst) > 0]
-        ahead, below = ([rival for rival, one in outcomes.items() if side(one.mean) == way] for way in (1, -1))
-        larger = [rival for rival, one in outcomes.items() if min(one.mean.values + one.worst.values) > 0]
+        above = [rival for rival, against in outcomes.items() if side(against.mean) > 0 and side(against.worst) > 0]
+        ahead, below = ([rival for rival, against in outcomes.items() if side(against.mean) == way] for way in (1, -1))
+        larger = [rival for rival, against in outcomes.items() if min(against.mean.values + against.worst.values) > 0]
         seeds = len(self.record.header.seeds)
         return (
             f"With {seeds} seed{'s' * (seeds > 1)} {ours} is shown above {len(above)} of {len(rivals)} baselines in "
@@ -210,10 +210,10 @@ class Findings:
         )
 
     def sentence(self, method: str, rival: str) -> str:
-        one, own, other = self.against(method, rival), self.line(method).tokens, self.line(rival).tokens
+        against, own, other = self.against(method, rival), self.line(method).tokens, self.line(rival).tokens
         share = own / other if own is not None and other else 1.0
         spent = f" ({share:.0%} of its tokens)" if abs(share - 1) > 0.02 else ""
-        return f"{method} − {rival}{spent}: mean retention {points(one.mean)}; worst task {points(one.worst)}."
+        return f"{method} − {rival}{spent}: mean retention {points(against.mean)}; worst task {points(against.worst)}."
 
     def _of_best_variant(self, rivals: Sequence[str]) -> list[str]:
         """The aim once more, for a variant that these scores picked: which makes it look better than it is."""
@@ -243,13 +243,13 @@ class Findings:
             return []
         sentences = []
         for ours, rival in itertools.product(self.recipes, REPLAYED):
-            one = self.cut(ours, rival)
-            if one.low is None or one.high is None:
+            cut = self.cut(ours, rival)
+            if cut.low is None or cut.high is None:
                 sentences.append(f"{ours}, forgetting against {rival}: no share, for that is not shown to forget.")
                 continue
-            text = f"{ours}, forgetting against {rival}: cut by {share(one)}"
-            aim = "reached" if one.low >= 0.65 else "missed" if one.high < 0.65 else "not decided"
-            shown = "a cut is shown" if one.low > 0 else "more is forgotten" if one.high < 0 else "no cut is shown"
+            text = f"{ours}, forgetting against {rival}: cut by {share(cut)}"
+            aim = "reached" if cut.low >= 0.65 else "missed" if cut.high < 0.65 else "not decided"
+            shown = "a cut is shown" if cut.low > 0 else "more is forgotten" if cut.high < 0 else "no cut is shown"
             sentences.append(f"{text}: {shown}; 65 % is {aim}.")
         return sentences
 
@@ -258,8 +258,8 @@ class Findings:
         present = [name for name in steps if self.has(name)]
         texts = []
         for before, after in itertools.pairwise(present):
-            one = self.against(after, before)
-            texts.append(f"{before} → {after} {points(one.mean)}")
+            against = self.against(after, before)
+            texts.append(f"{before} → {after} {points(against.mean)}")
         return [f"Where mean retention is won and lost: {'; '.join(texts)}."] if texts else []
 
 
@@ -268,26 +268,26 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
-def side(one: Estimate) -> int:
+def side(estimate: Estimate) -> int:
     """1 where the whole interval is above zero, −1 where below, else 0."""
-    if one.low is None or one.high is None:
+    if estimate.low is None or estimate.high is None:
         return 0
-    return int(one.low > 0) - int(one.high < 0)
+    return int(estimate.low > 0) - int(estimate.high < 0)
 
 
-def points(one: Estimate) -> str:
+def points(estimate: Estimate) -> str:
     """A difference of retentions in points, with its interval and what it shows."""
-    shown = {1: "above", -1: "below", 0: "no difference shown"}[side(one)]
-    if one.low is None or one.high is None:
-        return f"{signed(100 * one.mean)} (no interval)"
-    return f"{signed(100 * one.mean)} [{signed(100 * one.low)}, {signed(100 * one.high)}], {shown}"
+    shown = {1: "above", -1: "below", 0: "no difference shown"}[side(estimate)]
+    if estimate.low is None or estimate.high is None:
+        return f"{signed(100 * estimate.mean)} (no interval)"
+    return f"{signed(100 * estimate.mean)} [{signed(100 * estimate.low)}, {signed(100 * estimate.high)}], {shown}"
 
 
-def share(one: Estimate) -> str:
+def share(estimate: Estimate) -> str:
     """A share in percent with its interval."""
-    if one.low is None or one.high is None:
-        return f"{number(100 * one.mean)} %"
-    return f"{number(100 * one.mean)} % [{number(100 * one.low)}, {number(100 * one.high)}]"
+    if estimate.low is None or estimate.high is None:
+        return f"{number(100 * estimate.mean)} %"
+    return f"{number(100 * estimate.mean)} % [{number(100 * estimate.low)}, {number(100 * estimate.high)}]"
 
 
 def number(value: float, digits: int = 1) -> str:

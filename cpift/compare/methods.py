@@ -26,9 +26,10 @@ from cpift.pipeline.stages import integrate, order
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 
 MERGES: dict[str, dict[str, Any]] = {
-    one.contender.name: {"fusion.method": name} | {f"fusion.{field}": at for field, at in one.contender.fields.items()}
-    for name, one in METHODS.items()
-    if one.contender is not None
+    method.contender.name: {"fusion.method": name}
+    | {f"fusion.{field}": at for field, at in method.contender.fields.items()}
+    for name, method in METHODS.items()
+    if method.contender is not None
 }
 PARTS: dict[str, dict[str, Any]] = {
     "no transplant": {"fusion.transplant": False},
@@ -96,8 +97,8 @@ def methods_of(made: Comparison) -> list[ComparedMethod]:
         for name, values in config.curves.items()
         for value in values
     ]
-    for one, other in config.forgetting:
-        chosen += [*_in_sequence((one, other), config.recommended), *_in_sequence((other, one), config.recommended)]
+    for first, other in config.forgetting:
+        chosen += [*_in_sequence((first, other), config.recommended), *_in_sequence((other, first), config.recommended)]
     return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 

@@ -27,13 +27,13 @@ def intervals(rows: Sequence[tuple[str, Estimate]], ours: str) -> Plot:
     """One line a method: its mean retention in percent and the interval; `ours` stands out, and its estimate is drawn
     across, dashed."""
     figure, axes = new_figure("methods", 5.0, 0.7 + 0.2 * len(rows))
-    for place, (name, one) in enumerate(reversed(rows)):
+    for place, (name, estimate) in enumerate(reversed(rows)):
         colour = SERIES[1] if name == ours else SERIES[0]
-        if one.low is not None and one.high is not None:
-            axes.hlines(place, 100 * one.low, 100 * one.high, color=colour, linewidth=1.6)
-        axes.plot([100 * one.mean], [place], "D" if name == ours else "o", color=colour)
+        if estimate.low is not None and estimate.high is not None:
+            axes.hlines(place, 100 * estimate.low, 100 * estimate.high, color=colour, linewidth=1.6)
+        axes.plot([100 * estimate.mean], [place], "D" if name == ours else "o", color=colour)
         if name == ours:
-            axes.axvline(100 * one.mean, color=MUTED, linestyle="--", linewidth=0.8, zorder=0)
+            axes.axvline(100 * estimate.mean, color=MUTED, linestyle="--", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)])
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
@@ -42,7 +42,7 @@ def intervals(rows: Sequence[tuple[str, Estimate]], ours: str) -> Plot:
     least, most = axes.get_xlim()
     axes.set_xlim(left=0 if least < most / 2 else least)
     svg = as_svg(figure, axes, "Mean retention of every method")
-    return Plot(svg, ["method", "mean retention"], [[name, _text(one)] for name, one in rows])
+    return Plot(svg, ["method", "mean retention"], [[name, _text(estimate)] for name, estimate in rows])
 
 
 def _short(name: str) -> str:
@@ -50,9 +50,13 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
 
 
-def _text(one: Estimate) -> str:
-    ends = "" if one.low is None or one.high is None else f" [{100 * one.low:.1f}, {100 * one.high:.1f}]"
-    return f"{100 * one.mean:.1f} %{ends}"
+def _text(estimate: Estimate) -> str:
+    ends = (
+        ""
+        if estimate.low is None or estimate.high is None
+        else f" [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    )
+    return f"{100 * estimate.mean:.1f} %{ends}"
 
 
 @rc_context(PLOT_STYLE)
@@ -65,13 +69,21 @@ def curve(
     for place, (label, found) in enumerate(series.items()):
         spots = [spot + 0.06 * (place - 0.5) for spot in range(len(points))]
         axes.plot(
-            spots, [100 * one.mean for one in found], label=legend_label(label), color=SERIES[place], marker="os"[place]
+            spots,
+            [100 * estimate.mean for estimate in found],
+            label=legend_label(label),
+            color=SERIES[place],
+            marker="os"[place],
         )
-        for spot, one in zip(spots, found, strict=True):
-            if one.low is not None and one.high is not None:
-                axes.vlines(spot, 100 * one.low, 100 * one.high, color=SERIES[place], linewidth=0.9, alpha=0.7)
-    for place, (name, one) in enumerate(references):
-        axes.axhline(100 * one.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=legend_label(name))
+        for spot, estimate in zip(spots, found, strict=True):
+            if estimate.low is not None and estimate.high is not None:
+                axes.vlines(
+                    spot, 100 * estimate.low, 100 * estimate.high, color=SERIES[place], linewidth=0.9, alpha=0.7
+                )
+    for place, (name, estimate) in enumerate(references):
+        axes.axhline(
+            100 * estimate.mean, color=SERIES[2 + place], linestyle="--", linewidth=1, label=legend_label(name)
+        )
     axes.set_xticks(range(len(points)), [one_line(value) for value, _, _ in points])
     axes.set(xlabel=field, ylabel="%")
     svg = as_svg(figure, axes, f"Retention over {field}", 2 + len(references))

@@ -150,7 +150,7 @@ def _joined(first: Record, second: Record) -> Record:
     methods = (*second.header.methods, *first.header.methods, *(row.method for row in first.rows + second.rows))
     order = {method: place for place, method in enumerate(dict.fromkeys(methods))}
     seeds = sorted({*first.header.seeds, *second.header.seeds})
-    overlaps = {one["seed"]: one for one in (*first.header.overlaps, *second.header.overlaps)}
+    overlaps = {overlap["seed"]: overlap for overlap in (*first.header.overlaps, *second.header.overlaps)}
     comparison = second.header.comparison | {"methods": _patterns(first, second)}
     found = [overlaps[seed] for seed in seeds]
     header = replace(second.header, seeds=seeds, overlaps=found, comparison=comparison)
@@ -173,7 +173,7 @@ def finished(record: Record) -> Record:
     most = max(by_seed.values(), key=len)
     whole = [seed for seed, methods in by_seed.items() if methods >= set().union(*by_seed.values())]
     seeds = whole or [next(seed for seed, methods in by_seed.items() if methods == most)]
-    overlaps = [one for one in record.header.overlaps if one["seed"] in seeds]
+    overlaps = [overlap for overlap in record.header.overlaps if overlap["seed"] in seeds]
     header = replace(record.header, seeds=seeds, overlaps=overlaps)
     return Record(header, [row for row in record.rows if row.seed in seeds])
 
@@ -182,11 +182,11 @@ def kept_scores(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     """The scores of one model as `Row.scores` keeps them, from an evaluation's `scores.json`."""
     return {
         task: {
-            "score": None if one["score"] is None else round(one["score"], _DIGITS),
-            "loss": round(one["loss"], _DIGITS),
-            "items": [_item(one["metric"], example) for example in one["examples"]],
+            "score": None if score["score"] is None else round(score["score"], _DIGITS),
+            "loss": round(score["loss"], _DIGITS),
+            "items": [_item(score["metric"], example) for example in score["examples"]],
         }
-        for task, one in scores.items()
+        for task, score in scores.items()
     }
 
 

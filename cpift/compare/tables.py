@@ -53,7 +53,7 @@ def set_up(record: Record, show: Show) -> Iterator[str]:
     lengths = [(name, config.get(name)) for name in ("probe", "integration")]
     staged = config["backbone"].get("training") or config["probe"]
     lengths.insert(1, ("backbone", staged if config["backbone"]["source"] == "staged" else None))
-    yield "; ".join(f"{name}: {_length(one)}" for name, one in lengths if one) + "."
+    yield "; ".join(f"{name}: {_length(length)}" for name, length in lengths if length) + "."
     tau = config["groups"]
     threshold = f"τ = {tau['tau']:g}" if "tau" in tau else f"τ = {tau['tau_chance']:g} × chance"
     yield f"p = {config['regions']['p']:g}, {threshold}, order {tau['order']}; seeds {listed(header.seeds)}."
@@ -80,8 +80,8 @@ def _length(training: dict[str, Any]) -> str:
 
 
 def _overlap(overlaps: Sequence[dict[str, Any]], show: Show) -> str:
-    apart = [v for one in overlaps for i, row in enumerate(one["jaccard"]) for j, v in enumerate(row) if i < j]
-    grouped = {json.dumps(sorted(sorted(group) for group in one["groups"])) for one in overlaps}
+    apart = [v for overlap in overlaps for i, row in enumerate(overlap["jaccard"]) for j, v in enumerate(row) if i < j]
+    grouped = {json.dumps(sorted(sorted(group) for group in overlap["groups"])) for overlap in overlaps}
     several = f"{len(grouped)} different groupings over {len(overlaps)} seeds, with the first seed"
     example = show(" → ".join(" + ".join(group) for group in overlaps[0]["groups"]))
     return (
@@ -151,14 +151,14 @@ def _unit(metric: str) -> str:
     return "nats" if metric_of(metric).by_loss else "%"
 
 
-def _score(one: Estimate, metric: str) -> str:
-    return half(one, 1, 3) if metric_of(metric).by_loss else half(one)
+def _score(estimate: Estimate, metric: str) -> str:
+    return half(estimate, 1, 3) if metric_of(metric).by_loss else half(estimate)
 
 
-def half(one: Estimate, scale: float = 100, digits: int = 1) -> str:
+def half(estimate: Estimate, scale: float = 100, digits: int = 1) -> str:
     """An estimate and half the width of its interval."""
-    text = number(scale * one.mean, digits)
-    return text if one.low is None else f"{text} ±{number(scale * (one.mean - one.low), digits)}"
+    text = number(scale * estimate.mean, digits)
+    return text if estimate.low is None else f"{text} ±{number(scale * (estimate.mean - estimate.low), digits)}"
 
 
 def differences(found: Findings, ours: str, show: Show) -> TextTable:
@@ -166,8 +166,8 @@ def differences(found: Findings, ours: str, show: Show) -> TextTable:
     table = TextTable([f"{ours} less …", "mean retention, points", "worst task, points"])
     for rival in found.methods:
         if rival != ours and found.kind(rival) not in ("probe", "curve"):
-            one = found.against(ours, rival)
-            table.rows.append([show(rival), points(one.mean), points(one.worst)])
+            against = found.against(ours, rival)
+            table.rows.append([show(rival), points(against.mean), points(against.worst)])
     return table
 
 
@@ -180,10 +180,10 @@ FORGETTING = (
 def forgetting(found: Findings, show: Show) -> TextTable:
     """What is lost of A when B is learnt."""
     table, metrics = TextTable(["A → B", "method", "ΔA", "ΔB"]), found.record.header.tasks
-    for one in found.sequences:
-        first, second = one.pair
-        cells = [_change(one.change.first, metrics[first]), _change(one.change.second, metrics[second])]
-        table.rows.append([show(f"{first} → {second}"), show(one.method), *cells])
+    for sequence in found.sequences:
+        first, second = sequence.pair
+        cells = [_change(sequence.change.first, metrics[first]), _change(sequence.change.second, metrics[second])]
+        table.rows.append([show(f"{first} → {second}"), show(sequence.method), *cells])
     return table
 
 
@@ -191,17 +191,19 @@ def forgets(found: Findings, show: Show) -> Iterator[str]:
     """How much less a recipe forgets over all pairs than what it is measured against."""
     for ours in found.recipes:
         cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
-        told = [f"{share(one)} less than {show(rival)}" for rival, one in cuts.items() if one.low is not None]
+        told = [
+            f"{share(estimate)} less than {show(rival)}" for rival, estimate in cuts.items() if estimate.low is not None
+        ]
         if told:
             yield f"Over all of these {ours} forgets {', and '.join(told)} (a negative share is more)."
 
 
-def _change(one: Estimate, metric: str) -> str:
+def _change(estimate: Estimate, metric: str) -> str:
     scale, digits = (1, 3) if metric_of(metric).by_loss else (100, 1)
-    text = signed(scale * one.mean, digits)
-    if one.low is None or one.high is None:
+    text = signed(scale * estimate.mean, digits)
+    if estimate.low is None or estimate.high is None:
         return text
-    return f"{text} [{signed(scale * one.low, digits)}, {signed(scale * one.high, digits)}]"
+    return f"{text} [{signed(scale * estimate.low, digits)}, {signed(scale * estimate.high, digits)}]"
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def curve_points(found: Findings, name: str, values: Sequence[Any]) -> list[tupl
     """Of each value its text, mean retention and worst task."""
     lines = [found.line(f"{name} = {value}") for value in values]
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    return [(text, one.mean, one.worst) for text, one in zip(texts, lines, strict=True)]
+    return [(text, line.mean, line.worst) for text, line in zip(texts, lines, strict=True)]
 
 
 def curve_references(found: Findings) -> list[tuple[str, Estimate]]:
@@ -237,7 +239,7 @@ def curve_rows(found: Findings, name: str, values: Sequence[Any], show: Show) ->
     """Retention and groups over a field's values."""
     table = TextTable([show(name), "mean retention, %", "worst task, %", "groups (first seed)"])
     for value in values:
-        one = found.line(f"{name} = {value}")
-        groups = " → ".join(" + ".join(group) for group in found.record.rows_of(one.method)[0].groups)
-        table.rows.append([show(str(value)), half(one.mean), half(one.worst), show(groups)])
+        line = found.line(f"{name} = {value}")
+        groups = " → ".join(" + ".join(group) for group in found.record.rows_of(line.method)[0].groups)
+        table.rows.append([show(str(value)), half(line.mean), half(line.worst), show(groups)])
     return table

@@ -54,11 +54,11 @@ class ComparisonWork:
             for method in methods_of(made)
             if (method.name, seed) not in known
         ]
-        seeds = dict.fromkeys(one.run.config.seed for one in self.entries)
+        seeds = dict.fromkeys(entry.run.config.seed for entry in self.entries)
         if not seeds:
             raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
         self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(self._merging), quiet()) for seed in seeds}
-        self.shared = SharedWork([*self.whole.values(), *(one.run for one in self.entries)], engine, view)
+        self.shared = SharedWork([*self.whole.values(), *(entry.run for entry in self.entries)], engine, view)
 
     def _pipeline(self, method: ComparedMethod, seed: int) -> Pipeline:
         made, fields = self.made, method.fields
@@ -77,33 +77,35 @@ class ComparisonWork:
         """Probes, regions and groups of all runs, and then the budgets of plain SFT."""
         self.shared.prepare()
         budgets = Budgets()
-        with self.view.stage(f"budgets of {sum(one.method.judged == 'sft' for one in self.entries)} baselines"):
-            for place, one in enumerate(self.entries):
-                one.plan(budgets)
+        with self.view.stage(f"budgets of {sum(entry.method.judged == 'sft' for entry in self.entries)} baselines"):
+            for place, entry in enumerate(self.entries):
+                entry.plan(budgets)
                 self.view.progress(
-                    {"title": "budgets", "done": (place + 1) / len(self.entries), "task": one.method.name}
+                    {"title": "budgets", "done": (place + 1) / len(self.entries), "task": entry.method.name}
                 )
 
     def train(self) -> None:
         """Everything that starts from θ0: plain SFT of every order, and staged backbones."""
-        wanted = _each_once(fit for one in self.entries if (fit := one.sft_fit()) is not None)
-        runs = [one.run for one in self.entries if one.needs_backbone and one.run.config.backbone_source == "staged"]
+        wanted = _each_once(fit for entry in self.entries if (fit := entry.sft_fit()) is not None)
+        runs = [
+            entry.run for entry in self.entries if entry.needs_backbone and entry.run.config.backbone_source == "staged"
+        ]
         self.shared.train("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
 
     def fuse(self) -> None:
         """Fusions one after the other, in this process."""
-        entries = [one for one in self.entries if one.needs_fusion]
+        entries = [entry for entry in self.entries if entry.needs_fusion]
         with self.view.stage(f"fusions of {len(entries)} models"):
-            for place, one in enumerate(entries):
-                one.run.fuse()
-                self.view.progress({"title": "fusions", "done": (place + 1) / len(entries), "task": one.method.name})
+            for place, entry in enumerate(entries):
+                entry.run.fuse()
+                self.view.progress({"title": "fusions", "done": (place + 1) / len(entries), "task": entry.method.name})
 
     def integrate(self) -> None:
         wanted, owners = [], {}
-        for one in self.entries:
-            if (fit := one.integration()) is not None:
+        for entry in self.entries:
+            if (fit := entry.integration()) is not None:
                 wanted.append(fit)
-                owners[fit[0].path] = one
+                owners[fit[0].path] = entry
 
         def finish(artifact: Artifact, out: Path) -> None:
             owner = owners[artifact.path]
@@ -114,18 +116,18 @@ class ComparisonWork:
     def score(self) -> None:
         """Every model on every task of the whole run, also where it was trained on two of them."""
         wanted: dict[Path, WantedScores] = {}
-        for one in self.entries:
-            for scoring in self._scorings(one):
+        for entry in self.entries:
+            for scoring in self._scorings(entry):
                 wanted.setdefault(scoring[0].path, scoring)
         self.shared.score("models", list(wanted.values()))
 
-    def _scorings(self, one: Entry) -> list[WantedScores]:
-        run = self.whole[one.run.config.seed]
-        if one.method.judged == "probes":
+    def _scorings(self, entry: Entry) -> list[WantedScores]:
+        run = self.whole[entry.run.config.seed]
+        if entry.method.judged == "probes":
             models = list(run.artifacts.tuned.values())
         else:
-            title = one.method.name if one.method.judged == "probe" else one.method.judged
-            models = [ModelRef.of(title, one.artifacts()[-1])]
+            title = entry.method.name if entry.method.judged == "probe" else entry.method.judged
+            models = [ModelRef.of(title, entry.artifacts()[-1])]
         return [(run.artifacts.evaluate(model), model, run) for model in models]
 
     # ---- what was found ----------------------------------------------------------------------------------------------
@@ -138,36 +140,36 @@ class ComparisonWork:
     @property
     def done(self) -> list[Entry]:
         """The entries that have their scores."""
-        return [one for one in self.entries if self._finished(one)]
+        return [entry for entry in self.entries if self._finished(entry)]
 
-    def _finished(self, one: Entry) -> bool:
-        if one.method.judged not in ("base", "probe", "probes") and not one.groups:
+    def _finished(self, entry: Entry) -> bool:
+        if entry.method.judged not in ("base", "probe", "probes") and not entry.groups:
             return False  # stopped before there was a plan
-        return all(artifact.complete for artifact, _, _ in self._scorings(one))
+        return all(artifact.complete for artifact, _, _ in self._scorings(entry))
 
     @staticmethod
     def _has(done: Sequence[Entry], seed: int) -> bool:
-        return any(one.run.config.seed == seed for one in done)
+        return any(entry.run.config.seed == seed for entry in done)
 
-    def _row(self, one: Entry) -> Row:
-        method, artifacts = one.method, one.artifacts()
+    def _row(self, entry: Entry) -> Row:
+        method, artifacts = entry.method, entry.artifacts()
         return Row(
             method=method.name,
             kind=method.kind,
-            seed=one.run.config.seed,
+            seed=entry.run.config.seed,
             budget=method.budget,
             pair=method.pair,
             fields=dict(method.fields),
-            groups=[list(group) for group in one.groups],
+            groups=[list(group) for group in entry.groups],
             tokens=tokens_of(artifacts),
             seconds=round(seconds_of(artifacts), 1),
-            scores=kept_scores(self._scores(one)),
+            scores=kept_scores(self._scores(entry)),
         )
 
-    def _scores(self, one: Entry) -> dict[str, Score]:
+    def _scores(self, entry: Entry) -> dict[str, Score]:
         """By task; of the probes as one method each task's own."""
-        found = [read_scores(artifact.path) for artifact, _, _ in self._scorings(one)]
-        if one.method.judged != "probes":
+        found = [read_scores(artifact.path) for artifact, _, _ in self._scorings(entry)]
+        if entry.method.judged != "probes":
             return dict(found[0])
         return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}
 
@@ -194,7 +196,7 @@ class ComparisonWork:
 
     def _chance(self) -> dict[str, float]:
         """What guessing scores, of the tasks where that is known."""
-        scored = next((self._scores(one) for one in self.done), {})
+        scored = next((self._scores(entry) for entry in self.done), {})
         return {task: chance for task, score in scored.items() if (chance := chance_of(score)) is not None}
 
     def _overlap(self, run: Pipeline) -> dict[str, Any]:
@@ -212,8 +214,8 @@ def _device(run: Pipeline) -> str:
 
 def _each_once(wanted: Iterable[Wanted]) -> list[Wanted]:
     found: dict[Path, Wanted] = {}
-    for one in wanted:
-        found.setdefault(one[0].path, one)
+    for item in wanted:
+        found.setdefault(item[0].path, item)
     return list(found.values())
 
 

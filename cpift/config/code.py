@@ -89,8 +89,8 @@ def code_of(config: BaseModel) -> dict[str, Extension]:
 def code_lines(config: BaseModel) -> list[str]:
     """A line for each file whose code a command is about to run, which is said before it is run."""
     files: dict[str, list[str]] = {}
-    for one in code_of(config).values():
-        files.setdefault(one.origin, []).append(f"{TITLES[one.kind]} {one.name}")
+    for extension in code_of(config).values():
+        files.setdefault(extension.origin, []).append(f"{TITLES[extension.kind]} {extension.name}")
     return [f"Runs code of {origin}: {', '.join(dict.fromkeys(names))}" for origin, names in files.items()]
 
 

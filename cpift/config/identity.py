@@ -75,7 +75,7 @@ def _plain(value: Any, dumped: Any, wanted: Callable[[dict[str, Any]], bool], of
     if isinstance(value, BaseModel):
         return _kept(value, wanted, of_sweeps)
     if isinstance(value, tuple):
-        return [_plain(one, plain, wanted, of_sweeps) for one, plain in zip(value, dumped, strict=True)]
+        return [_plain(element, plain, wanted, of_sweeps) for element, plain in zip(value, dumped, strict=True)]
     if isinstance(value, dict):
-        return {name: _plain(one, dumped[name], wanted, of_sweeps) for name, one in value.items()}
+        return {name: _plain(element, dumped[name], wanted, of_sweeps) for name, element in value.items()}
     return dumped

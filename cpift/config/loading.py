@@ -88,7 +88,9 @@ def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> Ru
         problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in found]
     if problems:
         secret = {problem.where for problem in problems if problem.what == _SECRET}  # all else would show the value
-        raise ConfigError(subject, [one for one in problems if one.what == _SECRET or one.where not in secret])
+        raise ConfigError(
+            subject, [problem for problem in problems if problem.what == _SECRET or problem.where not in secret]
+        )
     return config
 
 
@@ -150,7 +152,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _path_remedy(path: Path) -> str:
     """What to do about a file that cannot be read: the one beside it that has nearly its name."""
-    beside = {one.stem: one for one in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+    beside = {file.stem: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
     close = difflib.get_close_matches(path.stem, beside, n=1)
     return f"did you mean {beside[close[0]]}?" if close and beside[close[0]] != path else "check the path"
 
@@ -197,7 +199,11 @@ def _set_field(raw: dict[str, Any], name: str, value: Any, where: str) -> Proble
 def _number_of(node: Any, name: str) -> str:
     """The remedy where an element of a list was called by its name."""
     elements = enumerate(node if isinstance(node, list) else ())
-    called = (f"{one['name']} is element {at}" for at, one in elements if isinstance(one, dict) and "name" in one)
+    called = (
+        f"{element['name']} is element {at}"
+        for at, element in elements
+        if isinstance(element, dict) and "name" in element
+    )
     return ", ".join(found for found in called if found.split(" is element ")[0] in name.split("."))
 
 

@@ -51,7 +51,7 @@ class _Merge:
         if isinstance(value, (int, float)) and math.isfinite(value):
             return float(value)
         where = f"parameters.{name}"
-        if all(one.where != where for one in self.left):
+        if all(problem.where != where for problem in self.left):
             self.note(where, "is no single number", "cpift merges all tensors alike: the command has the default")
         return default
 
@@ -90,17 +90,17 @@ def _read_models(merge: _Merge) -> bool:
     if merge.raw.get("modules") or len(slices) > 1:
         return False
     models = merge.raw.get("models")
-    given = [one for one in models if one] if is_list(models) else []
-    merge.entries = [{"model": one} if is_word(one) else mapping(one) for one in given]
+    given = [model for model in models if model] if is_list(models) else []
+    merge.entries = [{"model": model} if is_word(model) else mapping(model) for model in given]
     if slices:
-        merge.entries = [one for one in mappings(slices[0].get("sources")) if one]
+        merge.entries = [entry for entry in mappings(slices[0].get("sources")) if entry]
         merge.shared.append(mapping(slices[0].get("parameters")))
-        ranges = {str(one.get("layer_range")) for one in merge.entries}
+        ranges = {str(entry.get("layer_range")) for entry in merge.entries}
         merge.note("slices.0.sources.layer_range", " and ".join(sorted(ranges)), "cpift merges all layers")
         if len(ranges) > 1:
             return False
     merge.shared.append(mapping(merge.raw.get("parameters")))
-    merge.models = [_model(one.get("model"), merge) for one in merge.entries]
+    merge.models = [_model(entry.get("model"), merge) for entry in merge.entries]
     base = _model(merge.raw.get("base_model"), merge) if merge.raw.get("base_model") else ""
     merge.base = base or next(iter(merge.models), "")
     return True
@@ -125,8 +125,8 @@ def _model(value: Any, merge: _Merge) -> str:
 def _take_base_out(merge: _Merge) -> None:
     if not merge.raw.get("base_model"):
         merge.note("base_model", "is not there, and updates are from it", "put it before the models")
-    kept = [(model, one) for model, one in zip(merge.models, merge.entries, strict=True) if model != merge.base]
-    merge.models, merge.entries = [model for model, _ in kept], [one for _, one in kept]
+    kept = [(model, entry) for model, entry in zip(merge.models, merge.entries, strict=True) if model != merge.base]
+    merge.models, merge.entries = [model for model, _ in kept], [entry for _, entry in kept]
 
 
 def _base_first(merge: _Merge) -> None:
@@ -208,7 +208,9 @@ def _model_stock(merge: _Merge) -> list[str]:
 def _density(merge: _Merge) -> list[str]:
     found = [merge.number("density", 1.0, entry) for entry in merge.entries]
     if len(set(found)) > 1:
-        merge.note("parameters.density", f"differs ({', '.join(f'{one:g}' for one in found)}): cpift has one for all")
+        merge.note(
+            "parameters.density", f"differs ({', '.join(f'{density:g}' for density in found)}): cpift has one for all"
+        )
     return ["--density", f"{found[0]:g}"]
 
 

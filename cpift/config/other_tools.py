@@ -36,7 +36,7 @@ _EACH = "for cpift each data set is a task of its own"
 
 def _init(tool: str, where: str, model: Any, data: Sequence[Any], why: str = _EACH) -> list[Problem]:
     """What is no text in the file is left to be filled in."""
-    words = [one if is_word(one) else "DATA" for one in data] or ["DATA..."]
+    words = [word if is_word(word) else "DATA" for word in data] or ["DATA..."]
     init = command(["cpift", "init", *words, "--model", model if is_word(model) else "MODEL"])
     return [Problem(where, f"this is {tool} file; {why}", f"{init}, {_THEN}")]
 
@@ -50,8 +50,8 @@ def _axolotl(raw: Raw) -> list[Problem]:
         return _not_here("axolotl's", "rl", f"preferences ({raw['rl']})")
     data: list[Any] = []
     found = raw.get("datasets") or raw.get("pretraining_dataset")
-    for one in found if is_list(found) else [found]:
-        files = mapping(one).get("data_files") or (one if is_word(one) else mapping(one).get("path"))
+    for dataset in found if is_list(found) else [found]:
+        files = mapping(dataset).get("data_files") or (dataset if is_word(dataset) else mapping(dataset).get("path"))
         data += files if is_list(files) else [files]
     return _init("axolotl's", "base_model", raw["base_model"], data if found else [])
 
@@ -72,7 +72,7 @@ def _llama_factory(raw: Raw) -> list[Problem]:
 def _trl(raw: Raw) -> list[Problem]:
     """Of one data set, or of a mixture of several."""
     mixed = raw.get("datasets")
-    names = [mapping(one).get("path") for one in mixed] if is_list(mixed) else [raw.get("dataset_name")]
+    names = [mapping(dataset).get("path") for dataset in mixed] if is_list(mixed) else [raw.get("dataset_name")]
     where = "model_name_or_path" if "model_name_or_path" in raw else "dataset_name"
     return _init("TRL's", where, raw.get("model_name_or_path"), names)
 

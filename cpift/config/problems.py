@@ -19,12 +19,12 @@ Details = Mapping[str, Any]
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Everything that an error of `model` holds; not that a list is short, where its elements are wrong."""
     found = error.errors(include_url=False)
-    kept = [one for one in found if not (one["type"] == "too_short" and _elements_fail(one["loc"], found))]
+    kept = [fault for fault in found if not (fault["type"] == "too_short" and _elements_fail(fault["loc"], found))]
     return [_problem(details, model) for details in kept]
 
 
 def _elements_fail(location: Sequence[Any], found: Sequence[Any]) -> bool:
-    return any(one["loc"][: len(location)] == location and len(one["loc"]) > len(location) for one in found)
+    return any(fault["loc"][: len(location)] == location and len(fault["loc"]) > len(location) for fault in found)
 
 
 def _problem(details: Details, model: type[BaseModel]) -> Problem:

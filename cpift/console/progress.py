@@ -92,7 +92,7 @@ class Progress:
     @property
     def place(self) -> str:
         """`step 3 of 8`; empty where the number is not known, as of a step that comes a second time."""
-        if self.step not in self.expected or any(one.title == self.step for one in self.done):
+        if self.step not in self.expected or any(step.title == self.step for step in self.done):
             return ""
         return f"step {self.expected.index(self.step) + 1} of {len(self.expected)}"
 
@@ -127,10 +127,12 @@ def read_progress(folder: Path) -> Progress | None:
 def _parsed(found: dict[str, Any]) -> Progress:
     if found.pop("format", None) != FORMAT or found.get("state") not in STATES:
         raise ValueError("of another release, or damaged")
-    found["done"] = [Done(str(one["title"]), _seconds(one["seconds"])) for one in found["done"]]
+    found["done"] = [Done(str(step["title"]), _seconds(step["seconds"])) for step in found["done"]]
     found["pieces"] = {
-        str(name): Piece(str(one["title"]), min(max(float(one["done"]), 0.0), 1.0), cast(Message, dict(one["message"])))
-        for name, one in found["pieces"].items()
+        str(name): Piece(
+            str(piece["title"]), min(max(float(piece["done"]), 0.0), 1.0), cast(Message, dict(piece["message"]))
+        )
+        for name, piece in found["pieces"].items()
     }
     progress = Progress(**found)
     for name in ("started", "updated", "step_started", "first_moved", "waiting_since"):

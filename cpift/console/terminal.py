@@ -26,7 +26,9 @@ class Terminal(Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False} | settings)
 
     def print(self, *objects: Any, **settings: Any) -> None:
-        super().print(*(redacted(one) if isinstance(one, str) else one for one in objects), **settings)
+        super().print(
+            *(redacted(renderable) if isinstance(renderable, str) else renderable for renderable in objects), **settings
+        )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -82,7 +82,7 @@ def _last_held(source: HeldSource) -> int:
 
 def _find_last_held(source: HeldSource) -> int:
     wanted = source.holdout.rows
-    last, rows = last_held((held_key(one, source.holdout) for one in _read(source)), wanted)
+    last, rows = last_held((held_key(example, source.holdout) for example in _read(source)), wanted)
     if last is None:
         what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
         problem = Problem("holdout.rows", what, "give fewer, or rows of other prompts")
@@ -119,7 +119,7 @@ def count_examples(source: DataSource) -> int:
 def pick_examples(source: DataSource, rows: Sequence[int]) -> list[Example]:
     """The examples in these places, counted from 0, in the order of `rows`; the others are read and let go."""
     places = {row: place for place, row in enumerate(rows)}
-    found = {places[row]: one for row, one in enumerate(read_examples(source)) if row in places}
+    found = {places[row]: example for row, example in enumerate(read_examples(source)) if row in places}
     return [found[place] for place in range(len(rows))]
 
 
@@ -213,8 +213,8 @@ def _read_otherwise(source: DataSource) -> bool:
     if not found or b"arguments" in found:
         return bool(found)
     with contextlib.suppress(DataError):
-        for one in read_examples(source):
-            if one.messages[-1].tool_calls or any(turn.fields or not turn.trained for turn in one.messages):
+        for example in read_examples(source):
+            if example.messages[-1].tool_calls or any(turn.fields or not turn.trained for turn in example.messages):
                 return True
     return False
 

@@ -186,7 +186,7 @@ class Artifact:
         return state.kind == "damaged"
 
     def _manifest(self, folder: Path, started: float, device: str) -> Manifest:
-        outputs = {name: one for name, one in folder_hashes(folder).items() if name != CARD}
+        outputs = {name: sha256 for name, sha256 in folder_hashes(folder).items() if name != CARD}
         made: Manifest = {
             "stage": self.stage,
             "label": self.label,
@@ -292,7 +292,7 @@ def claimed(artifacts: Iterable[Artifact], warn: Callable[[str], None]) -> Itera
     its process. On shared storage this needs a file system with locks (NFS 4, Lustre and CephFS have them).
     """
     with ExitStack() as held:
-        for artifact in sorted(artifacts, key=lambda one: one.path):
+        for artifact in sorted(artifacts, key=lambda entry: entry.path):
             make_folder(artifact.work_dir.parent, artifact.root, warn)
             lock = artifact.work_dir.with_name(f"{artifact.work_dir.name}.lock")
             clear_way(lock, Path.is_file, warn)

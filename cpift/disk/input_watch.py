@@ -42,8 +42,8 @@ class InputWatch:
 
     def changes(self, fingerprints: Iterable[str]) -> list[Problem]:
         """What happened to the files behind these fingerprints since they were taken; nothing to others."""
-        watched = [one for value in dict.fromkeys(fingerprints) for one in self._watched.get(value, ())]
-        return list(dict.fromkeys(problem for one in watched for problem in _changes(one)))
+        watched = [inputs for value in dict.fromkeys(fingerprints) for inputs in self._watched.get(value, ())]
+        return list(dict.fromkeys(problem for inputs in watched for problem in _changes(inputs)))
 
 
 def _identities(files: Iterable[Path]) -> dict[Path, _Identity]:

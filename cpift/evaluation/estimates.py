@@ -30,8 +30,8 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
 
 def estimates(repeats: Sequence[Mapping[str, float]], confidence: float) -> dict[str, Estimate]:
     """Each figure that all repeats have."""
-    shared = [name for name in repeats[0] if all(name in one for one in repeats)] if repeats else []
-    return {name: estimate([one[name] for one in repeats], confidence) for name in shared}
+    shared = [name for name in repeats[0] if all(name in figures for figures in repeats)] if repeats else []
+    return {name: estimate([figures[name] for figures in repeats], confidence) for name in shared}
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float], confidence: float) -> Estimate:

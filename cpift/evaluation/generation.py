@@ -42,7 +42,7 @@ def greedy(
         mask = torch.cat([begun.mask, begun.mask.new_ones(len(rows), 1)], 1)
         return _decoded(model, ids, mask, mask.sum(1, keepdim=True) - 1, begun.cache, rooms, ends)
     whole = [[*row.prompt, *row.written] for row in rows]
-    mask = pad([[1] * len(one) for one in whole], 0, "left", model.device)
+    mask = pad([[1] * len(row_ids) for row_ids in whole], 0, "left", model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     return _decoded(model, pad(whole, 0, "left", model.device), mask, positions, cache, rooms, ends)
@@ -119,7 +119,7 @@ def _by_transformers(model: PreTrainedModel, rows: Sequence[Opening], ends: Coll
         pad_token_id=min(ends),
     )
     whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]  # a mixin's, unknown to PreTrainedModel
-    return [_ended(one, row, ends) for one, row in zip(whole[:, ids.shape[1] :].tolist(), rows, strict=True)]
+    return [_ended(row_ids, row, ends) for row_ids, row in zip(whole[:, ids.shape[1] :].tolist(), rows, strict=True)]
 
 
 def _ended(written: list[int], row: Opening, ends: Collection[int]) -> list[int]:

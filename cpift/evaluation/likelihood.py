@@ -49,11 +49,11 @@ def likelihoods(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) ->
 
     All groups go through the model in one batch; `groups` must hold no empty group, and each sequence a label.
     """
-    distinct = [[one for place, one in enumerate(group) if one not in group[:place]] for group in groups]
+    distinct = [[sequence for place, sequence in enumerate(group) if sequence not in group[:place]] for group in groups]
     found = iter(_scored(model, distinct)[0])
-    known = [[(one, next(found)) for one in group] for group in distinct]
+    known = [[(sequence, next(found)) for sequence in group] for group in distinct]
     return [
-        [next(likelihood for other, likelihood in scored if other == one) for one in group]
+        [next(likelihood for other, likelihood in scored if other == sequence) for sequence in group]
         for group, scored in zip(groups, known, strict=True)
     ]
 
@@ -61,7 +61,7 @@ def likelihoods(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) ->
 def likelihoods_begun(model: PreTrainedModel, sequences: Sequence[Labelled]) -> tuple[list[Likelihood], Begun]:
     """The likelihood of each sequence, and all of them but what comes from the last labelled token on, gone through the
     model: the last columns of the mask are each one's last tokens, or padding after these where none may be between."""
-    return _scored(model, [[one] for one in sequences])
+    return _scored(model, [[sequence] for sequence in sequences])
 
 
 def _scored(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) -> tuple[list[Likelihood], Begun]:
@@ -70,7 +70,7 @@ def _scored(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) -> tup
     lengths = [max(trunk, _shared_prefix(group)) if shares_beginnings(model) else 0 for group in groups]
     begun = _begin_groups(model, groups, lengths, trunk)
     rows = [row for row, group in enumerate(groups) for _ in group]
-    return _of_members(model, [one for group in groups for one in group], rows, lengths, begun)
+    return _of_members(model, [sequence for group in groups for sequence in group], rows, lengths, begun)
 
 
 def has_cache(model: PreTrainedModel) -> bool:
@@ -81,7 +81,7 @@ def has_cache(model: PreTrainedModel) -> bool:
 def shares_beginnings(model: PreTrainedModel) -> bool:
     """Whether several tokens at once may follow what a model has read: all that it keeps are keys and values."""
     recurrent = LinearAttentionCacheLayerMixin
-    return has_cache(model) and not any(isinstance(one, recurrent) for one in _layers(model))
+    return has_cache(model) and not any(isinstance(layer, recurrent) for layer in _layers(model))
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
@@ -92,7 +92,7 @@ def bears_gaps(model: PreTrainedModel) -> bool:
     """Whether padding may lie within a row, not only at its ends: every layer attends to all that the mask leaves, and
     is told positions. A sliding window counts columns, and a recurrent layer goes over each of them."""
     told = "position_ids" in inspect.signature(model.forward).parameters
-    return told and has_cache(model) and all(type(one) is DynamicLayer for one in _layers(model))
+    return told and has_cache(model) and all(type(layer) is DynamicLayer for layer in _layers(model))
 
 
 def begin(model: PreTrainedModel, ids: Sequence[int], rows: int) -> Begun:
@@ -128,14 +128,14 @@ def common_start(rows: Sequence[Sequence[int]]) -> int:
 def _trunk(sequences: Sequence[Labelled]) -> int:
     """How many tokens a whole batch shares, less the last before a label: it is in each row, for what it predicts."""
     first = min(sequence.first_label() for sequence in sequences)
-    return max(0, min(common_start([one.ids for one in sequences]), first - 1)) if len(sequences) > 1 else 0
+    return max(0, min(common_start([sequence.ids for sequence in sequences]), first - 1)) if len(sequences) > 1 else 0
 
 
 def _shared_prefix(group: Sequence[Labelled]) -> int:
     """How many tokens before their labels all sequences of a group share."""
     if len(group) == 1:
         return 0
-    return min(common_start([one.ids for one in group]), min(one.first_label() for one in group))
+    return min(common_start([sequence.ids for sequence in group]), min(sequence.first_label() for sequence in group))
 
 
 def _begin_groups(
@@ -185,9 +185,9 @@ def _suffixes(
 
     Padded on the left where a row may have gaps: answers end together, in fewer columns.
     """
-    parts = [(one, start, one.last_label()) for one, start in zip(members, starts, strict=True)]
+    parts = [(member, start, member.last_label()) for member, start in zip(members, starts, strict=True)]
     side = "left" if begun.cache is None or bears_gaps(model) else "right"
-    target = pad([one.labels[start + 1 : end + 1] for one, start, end in parts], IGNORED, side, model.device)
+    target = pad([member.labels[start + 1 : end + 1] for member, start, end in parts], IGNORED, side, model.device)
     columns = (target != IGNORED).any(0).nonzero().squeeze(1)
     if not len(columns):
         assert begun.following is not None  # where else the labels would be
@@ -200,7 +200,7 @@ def _suffixes(
     mask = torch.cat([begun.mask[chosen], own_mask], 1)
     offset = torch.tensor(starts, device=model.device)[:, None]
     logits = model(
-        input_ids=pad([one.ids[start:end] for one, start, end in parts], 0, side, model.device),
+        input_ids=pad([member.ids[start:end] for member, start, end in parts], 0, side, model.device),
         attention_mask=mask,
         position_ids=(offset + own_mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,

@@ -76,14 +76,14 @@ def bootstrap(items: Sequence[TaskItems], methods: Sequence[str], draws: int, se
     One task's resamples are the same for all methods and seeds; tasks are resampled independently.
     """
     random, columns = np.random.default_rng(seed), []
-    for one in items:
-        rows = len(one.weights)
+    for item in items:
+        rows = len(item.weights)
         counts = np.ones((rows, 1 + draws))
         counts[:, 1:] = random.multinomial(rows, np.full(rows, 1 / rows), size=draws).T
-        value = (one.totals @ counts) / (one.weights @ counts)
-        columns.append(value if one.larger_is_better else -value)
-    rows = min(len(one.weights) for one in items)
-    tasks = tuple(one.task for one in items)
+        value = (item.totals @ counts) / (item.weights @ counts)
+        columns.append(value if item.larger_is_better else -value)
+    rows = min(len(item.weights) for item in items)
+    tasks = tuple(item.task for item in items)
     return Scores(tuple(methods), tasks, np.stack(columns, axis=2), rows, confidence)
 
 

@@ -66,7 +66,9 @@ class Learning:
         if self.left_out or self.gain is None or self.gain.low is None or self.gain.high is None or self.gain.low > 0:
             return ""
         scale, digits, unit = (1, 3, "nats") if metric_of(self.metric).by_loss else (100, 1, "points")
-        middle, low, high = (f"{scale * one:+.{digits}f}" for one in (self.gain.mean, self.gain.low, self.gain.high))
+        middle, low, high = (
+            f"{scale * value:+.{digits}f}" for value in (self.gain.mean, self.gain.low, self.gain.high)
+        )
         return f"gain {middle} [{low}, {high}] {unit}"
 
     def _shown(self, value: float) -> str:
@@ -75,13 +77,13 @@ class Learning:
 
 def judged(learning: Mapping[str, Learning]) -> list[str]:
     """The tasks that means are over."""
-    return [task for task, one in learning.items() if not one.left_out]
+    return [task for task, learnt in learning.items() if not learnt.left_out]
 
 
 def sentences(learning: Mapping[str, Learning]) -> list[str]:
     """What has to be said before any mean."""
-    out = {task: one.left_out for task, one in learning.items() if one.left_out}
-    vague = {task: one.not_shown for task, one in learning.items() if one.not_shown}
+    out = {task: learnt.left_out for task, learnt in learning.items() if learnt.left_out}
+    vague = {task: learnt.not_shown for task, learnt in learning.items() if learnt.not_shown}
     found = []
     if out and len(out) == len(learning):
         found.append(f"No own probe learnt its task, so retention means nothing here and has no mean: {_listed(out)}.")

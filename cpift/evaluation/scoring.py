@@ -97,7 +97,7 @@ def _products(settings: EvaluationConfig, device: Device) -> torch.dtype:
 def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Keep in `dtype` what autocast would make of the weights of linear layers anyway, and keep beside them; what an
     embedding shares stays as it is, and so do norms and biases, which are no factor of a product."""
-    embeddings = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    embeddings = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and id(module.weight) not in embeddings:
             module.weight.data = module.weight.data.to(dtype)
@@ -183,7 +183,7 @@ def _judged(
     verdicts = judge_replies(
         judge, [row.example for row in rows], texts, lambda n: on_progress(task.name, done + n, done + len(rows))
     )
-    return [{"score": one.score, "judge": one.reply} for one in verdicts]
+    return [{"score": verdict.score, "judge": verdict.reply} for verdict in verdicts]
 
 
 def _replies(

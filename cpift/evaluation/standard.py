@@ -126,7 +126,7 @@ def _scores(model: dict[str, Any], wanted: Benchmarks, tasks: Any) -> dict[str, 
         raise
     if results is None:  # lm-eval's other processes get none
         raise CpiftError(f"lm-eval gave no results for {model['pretrained']}")
-    return {task: _figures(one) for task, one in results["results"].items()}
+    return {task: _figures(result) for task, result in results["results"].items()}
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float | None]:

@@ -24,9 +24,9 @@ from cpift.evaluation.scores import Score
 _CONFIDENCE = 0.95
 # Models that are compared with the last one, and what a sentence calls them.
 RIVALS = {
-    **{one.title: one.phrase for one in BASELINES.values() if not one.trained},
+    **{baseline.title: baseline.phrase for baseline in BASELINES.values() if not baseline.trained},
     "backbone": "the staged backbone alone",
-    **{one.title: one.phrase for one in BASELINES.values() if one.trained},
+    **{baseline.title: baseline.phrase for baseline in BASELINES.values() if baseline.trained},
 }
 
 
@@ -120,7 +120,7 @@ def _of_rows(score: Score) -> np.ndarray:
 
 def _is_full(title: str) -> bool:
     """Whether it is trained on all data at once."""
-    return title in {one.title for one in BASELINES.values() if one.trained}
+    return title in {baseline.title for baseline in BASELINES.values() if baseline.trained}
 
 
 def _percent(share: Share) -> str:

@@ -53,7 +53,7 @@ def whole_numbers(base: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo
     for name, info in base.items():
         theirs = other.get(name)
         if theirs is not None and info.floating and not theirs.floating:
-            kinds = " and ".join(DTYPES[one.kind] for one in (theirs, info))
+            kinds = " and ".join(DTYPES[tensor.kind] for tensor in (theirs, info))
             what = f"has whole numbers where θ0 has floats ({kinds}): it is quantised"
             yield Problem(name, what, "give the unquantised checkpoint that it was made from")
             return

@@ -72,7 +72,7 @@ def _sources(argument: str) -> Iterator[tuple[str, DataSource, str]]:
     elif (path / "config.json").is_file() and not (path / "state.json").is_file():
         raise UnreadableError("is a model's folder, not rows", f"give it as --model {argument}")
     elif path.is_dir() and not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        inside = sorted(one for one in path.iterdir() if one.is_file() and _stem(one) != one.name)
+        inside = sorted(below for below in path.iterdir() if below.is_file() and _stem(below) != below.name)
         if not inside:
             raise UnreadableError("holds no files of rows", f"known endings: {', '.join(_ROWS)}, each with .gz or .zst")
         for file in inside:
@@ -91,7 +91,7 @@ def _stem(path: Path) -> str:
     """A file's name without the endings that say how rows are written."""
     name = path.name
     for endings in (_PACKED, _ROWS):
-        name = next((name.removesuffix(one) for one in endings if name.lower().endswith(one)), name)
+        name = next((name.removesuffix(ending) for ending in endings if name.lower().endswith(ending)), name)
     return name
 
 
@@ -112,8 +112,8 @@ def _paired(found: list[tuple[str, DataSource, str]], problems: list[Problem]) -
         else:
             splits[split] = source
     for name, splits in named.items():
-        train = next((splits[one] for one in (*TRAINS, "") if one in splits), None)
-        test = next((splits[one] for one in TESTS if one in splits), None)
+        train = next((splits[word] for word in (*TRAINS, "") if word in splits), None)
+        test = next((splits[word] for word in TESTS if word in splits), None)
         if train is None and test is None:
             where = ", ".join(splits)
             problems.append(Problem(name, f"has splits {where}, and none to train on", f"call it {TRAINS[0]}"))

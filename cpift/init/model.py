@@ -83,7 +83,7 @@ def _commit(name: str) -> str:
 
 def _like(path: Path) -> str:
     """The remedy where a model's folder beside a path has nearly its name."""
-    folders = [one.parent.name for one in path.parent.glob("*/config.json")] if path.parent.is_dir() else []
+    folders = [file.parent.name for file in path.parent.glob("*/config.json")] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, folders, n=1)
     return f"did you mean {path.with_name(close[0])}?" if close else ""
 

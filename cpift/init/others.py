@@ -25,7 +25,7 @@ def merge_file(models: Sequence[str], out: Path, schema: str) -> str:
             "init merge", [Problem("MODELS", f"{len(models)} given", "give BASE and two or more fine-tunes")]
         )
     folder = out.absolute().parent
-    base, *tunes = (_checkpoint(one, folder) for one in models)
+    base, *tunes = (_checkpoint(model, folder) for model in models)
     names = tune_names(models[1:])
     text = "\n".join(
         [
@@ -125,13 +125,13 @@ def example_files(name: str) -> dict[Path, Path]:
         raise CpiftError(f"--example {name}: there is none of this name → one of {', '.join(known)}")
     path, folder = known[name], _configs()
     beside = sorted(path.parent.glob(f"{path.stem}_*.py"))
-    return {Path("configs") / one.relative_to(folder): one for one in (path, *beside)}
+    return {Path("configs") / file.relative_to(folder): file for file in (path, *beside)}
 
 
 def _configs() -> Path:
     """In a wheel inside the package, in a source tree beside it."""
     package = Path(cpift.__file__).parent
-    found = next((one for one in (package / "configs", package.parent / "configs") if one.is_dir()), None)
+    found = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
     if found is None:
         raise CpiftError(f"the examples are not at {package / 'configs'} → install cpift again")
     return found

@@ -110,7 +110,7 @@ def _called(row: Mapping[str, Any], columns: Mapping[str, Template]) -> str:
     if not columns:
         return kind_of(row).title
     names = "prompt, choices and answer" if "choices" in columns else "prompt and completion"
-    return one_line(f"{names} ({', '.join(str(one) for one in columns.values())})")
+    return one_line(f"{names} ({', '.join(str(column) for column in columns.values())})")
 
 
 def _proposals(names: set[str]) -> Iterator[dict[str, Template]]:
@@ -205,8 +205,10 @@ def lengths_of(look: Look, tokenizer: PreTrainedTokenizerBase) -> Lengths:
     """Raises DataError where a row cannot be written in the tokenizer's chat template."""
     from cpift.data.tokenise import UNCUT, tokenise
 
-    rows = [len(tokenise(one, tokenizer, UNCUT)["input_ids"]) for one in look.sample]
-    replies = (tokenizer(one.reply, add_special_tokens=False, verbose=False)["input_ids"] for one in look.sample)
+    rows = [len(tokenise(example, tokenizer, UNCUT)["input_ids"]) for example in look.sample]
+    replies = (
+        tokenizer(example.reply, add_special_tokens=False, verbose=False)["input_ids"] for example in look.sample
+    )
     return Lengths(sorted(rows), sorted(len(ids) + 1 for ids in replies))
 
 

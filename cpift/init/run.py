@@ -76,13 +76,13 @@ def tasks_of(found: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
     """Look at every task's rows. Raises ConfigError with all that is wrong with any of them."""
     problems: list[Problem] = []
     tasks = []
-    for one in found:
+    for files in found:
         try:
-            tasks.append(_task(one, base))
+            tasks.append(_task(files, base))
         except DataError as error:
-            problems += [Problem(_place(one, each.where), each.what, each.remedy) for each in error.problems]
+            problems += [Problem(_place(files, each.where), each.what, each.remedy) for each in error.problems]
         except CpiftError as error:
-            problems.append(Problem(_given(one), str(error)))
+            problems.append(Problem(_given(files), str(error)))
     if problems:
         raise ConfigError("init", problems)
     return tasks
@@ -142,7 +142,11 @@ def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, i
     """Rows to hold out that the model can be scored on whole, and the most tokens of one."""
     most = min(base.places or _MOST_SCORED, _MOST_SCORED)
     for limit in (None, *_limits(train, most, base)):
-        fitting = train.rows if limit is None else sum(size_of(one) <= limit for one in read_examples(task.train_data))
+        fitting = (
+            train.rows
+            if limit is None
+            else sum(size_of(example) <= limit for example in read_examples(task.train_data))
+        )
         rows = held_out(train) if limit is None else share_held(fitting)
         for seed in range(_SEEDS):
             holdout = Holdout(rows=rows, seed=seed, max_characters=limit)
@@ -155,7 +159,9 @@ def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, i
 
 def _limits(train: Look, most: int, base: BaseModel) -> Iterator[int]:
     """Sizes of rows in characters up to which they may fit into the model, falling."""
-    lengths = ((size_of(one), len(tokenise(one, base.tokenizer, UNCUT)["input_ids"])) for one in train.sample)
+    lengths = (
+        (size_of(example), len(tokenise(example, base.tokenizer, UNCUT)["input_ids"])) for example in train.sample
+    )
     sizes = sorted(size for size, tokens in lengths if tokens <= most)
     yield from dict.fromkeys(sizes[int(share * (len(sizes) - 1))] for share in (0.9, 0.7, 0.5, 0.3, 0.1) if sizes)
 
@@ -236,7 +242,7 @@ def _source(source: DataSource, folder: Path) -> str:
         fields |= {"hub": source.hub, "revision": source.revision}
     if source.split != "train":
         fields["split"] = source.split
-    columns = {name: one if isinstance(one, str) else list(one) for name, one in source.columns.items()}
+    columns = {name: column if isinstance(column, str) else list(column) for name, column in source.columns.items()}
     return one_line_yaml(fields | ({"columns": columns} if columns else {}))
 
 

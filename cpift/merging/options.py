@@ -116,6 +116,6 @@ def tune_names(models: Sequence[str]) -> list[str]:
     found: list[str] = []
     for model in models:
         name = re.sub(r"[^\w.-]+", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).strip("-.")[:50]
-        same = sum(one == name or one.startswith(f"{name}-") for one in found)
+        same = sum(earlier == name or earlier.startswith(f"{name}-") for earlier in found)
         found.append(f"{name or 'tune'}-{same + 1}" if same or not name else name)
     return found

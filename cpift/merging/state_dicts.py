@@ -115,7 +115,7 @@ def _shared(base: StateDict, others: list[StateDict]) -> dict[str, str]:
         source = first.setdefault(_place(tensor, name), name)
         if source != name:
             tied[name] = source
-    return {name: source for name, source in tied.items() if all(_ties(one, name, source) for one in others)}
+    return {name: source for name, source in tied.items() if all(_ties(model, name, source) for model in others)}
 
 
 def _place(tensor: torch.Tensor, name: str) -> tuple[Any, ...]:

@@ -89,7 +89,7 @@ class Hold:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *cores: Masks):
         self._model = model
         _require_elements(model)
-        self._masks = _by_parameter(model, [one.words if isinstance(one, Core) else one for one in cores], cores)
+        self._masks = _by_parameter(model, [core.words if isinstance(core, Core) else core for core in cores], cores)
         _require_floats(model, self._masks)
         self._before = snapshot(model, self._masks)
         self._freezer = ElementFreezer(model, self._masks)
@@ -173,7 +173,7 @@ def _by_parameter(model: torch.nn.Module, parts: list[Masks], cores: tuple[Masks
 
 def _layout(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """How the tensors of the checkpoint make the parameters of a model whose class has them otherwise."""
-    bare_model: Any = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), model)
+    bare_model: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     if not isinstance(bare_model, PreTrainedModel):
         raise CpiftError(f"{type(model).__name__} has none of the cores' names: is it the model they were selected of?")
     with torch.device("meta"):

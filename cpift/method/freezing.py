@@ -168,7 +168,9 @@ def _parameters_of(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) ->
         )
     found = {name: parameters[name] for name in masks}
     if len({id(parameter) for parameter in found.values()}) < len(found):
-        twice = sorted(name for name, one in found.items() if sum(one is other for other in found.values()) > 1)
+        twice = sorted(
+            name for name, parameter in found.items() if sum(parameter is other for other in found.values()) > 1
+        )
         raise CpiftError(f"{' and '.join(twice)} are one tied parameter: give one mask for it")
     return found
 

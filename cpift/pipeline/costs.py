@@ -77,11 +77,11 @@ class _Seen:
 
 
 def _of(rows: RowFacts, field: str, tasks: Sequence[str]) -> _Seen:
-    found = [one for one in rows if one["field"] == field and one["task"] in tasks and one["rows"] and one["used"]]
-    if {one["task"] for one in found} != set(tasks):
+    found = [row for row in rows if row["field"] == field and row["task"] in tasks and row["rows"] and row["used"]]
+    if {row["task"] for row in found} != set(tasks):
         return _Seen(None, None)
-    used = [one["in_all"] * one["used"] / one["rows"] for one in found]
-    means = [one["tokens"] / one["used"] for one in found]
+    used = [row["in_all"] * row["used"] / row["rows"] for row in found]
+    means = [row["tokens"] / row["used"] for row in found]
     return _Seen(sum(used), sum(n * mean for n, mean in zip(used, means, strict=True)) / sum(used))
 
 

@@ -27,7 +27,7 @@ def outcome(run: Pipeline, model: str) -> Artifact:
 def own_models(run: Pipeline, model: str) -> dict[str, Artifact]:
     """The models that a trial makes for itself, made or not: fused, and where `model` says so final."""
     known = run.known()
-    titles = [one.title for one in order.models(run.artifacts, known, *_own(model))]
+    titles = [own.title for own in order.models(run.artifacts, known, *_own(model))]
     return dict(zip(titles, order.outputs(run.artifacts, known, *_own(model)).values(), strict=True))
 
 

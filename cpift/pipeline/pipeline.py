@@ -98,7 +98,7 @@ class Pipeline(Run):
         else:
             self.fuse()
         known = self.known()
-        beside = [ModelRef.of(title, one) for title, one in self.beside().items()]
+        beside = [ModelRef.of(title, artifact) for title, artifact in self.beside().items()]
         return [
             *order.models(self.artifacts, known, *order.FIRST),
             *beside,

@@ -114,8 +114,8 @@ def _unpinned(config: RunConfig) -> Iterator[str]:
     """Hub repositories of which whatever is newest would be taken."""
     from cpift.hub import is_commit
 
-    inputs = [config.model, *(one for task in config.tasks for one in (task.checkpoint, task.train, task.test))]
-    yield from (one.hub for one in inputs if one is not None and one.hub and not is_commit(one.revision))
+    inputs = [config.model, *(origin for task in config.tasks for origin in (task.checkpoint, task.train, task.test))]
+    yield from (origin.hub for origin in inputs if origin is not None and origin.hub and not is_commit(origin.revision))
     source = config.backbone.source
     if source not in ("staged", "pretrained") and not Path(source).is_dir() and not is_commit(config.backbone.revision):
         yield source

@@ -61,7 +61,7 @@ def gather(run: Pipeline) -> ReportData:
     made = run.outputs()
     record = read_json(made["fuse"].path / FUSION_RECORD)
     fits = {title: read_training(artifact.path) for title, artifact in _fits(made).items()}
-    rows = [one for title, fit in fits.items() for one in use_sentences(title, fit.get("rows", ()))]
+    rows = [sentence for title, fit in fits.items() for sentence in use_sentences(title, fit.get("rows", ()))]
     tasks, models = [task.name for task in run.config.tasks], run.models()
     by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
     return ReportData(
@@ -77,13 +77,13 @@ def gather(run: Pipeline) -> ReportData:
         cores={
             task: [
                 {"tensor": name, "numel": model.tensors[name].numel, "core": core}
-                for name, core in one["cores"].items()
+                for name, core in region["cores"].items()
             ]
-            for task, one in regions.items()
+            for task, region in regions.items()
         },
         regions={
-            task: {"requested": one["requested"], "count": one["count"], "threshold": one["threshold"]}
-            for task, one in regions.items()
+            task: {"requested": region["requested"], "count": region["count"], "threshold": region["threshold"]}
+            for task, region in regions.items()
         },
         slerp=record["tensors"],
         curves={title: fit["log"] for title, fit in fits.items()},
@@ -96,7 +96,9 @@ def gather(run: Pipeline) -> ReportData:
         prompt=_prompt(run.config.tasks),
         halves=by_task,
         mean_halves=means,
-        tokens=tokens_by_model(made, {one.title: one.fingerprint for one in models}, run.artifacts.base.fingerprint),
+        tokens=tokens_by_model(
+            made, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
+        ),
         samples=samples(run.config.tasks, scores),
     )
 
@@ -105,12 +107,12 @@ def _prompt(tasks: Sequence[TaskConfig]) -> str:
     """The shortest prompt among the tasks' first test rows, as Python writes it; what is long would hide the code."""
     first = [next(iter(read_examples(task.test_data))) for task in tasks]
     turns = [[{"role": turn.role, "content": turn.content} for turn in example.prompt] for example in first]
-    shown = min((repr(one) for one in turns), key=len)
+    shown = min((repr(turn) for turn in turns), key=len)
     return shown if len(shown) <= _LONGEST_PROMPT else repr([{"role": "user", "content": "Hello"}])
 
 
 def _fits(made: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    fits = {title: one for title, one in made.items() if one.stage in ("probe", "backbone")}
+    fits = {title: artifact for title, artifact in made.items() if artifact.stage in ("probe", "backbone")}
     return fits | {"integration": made["integrate"]}
 
 
@@ -132,9 +134,9 @@ def _checks(record: Mapping[str, Any], integration: TrainingRecord) -> list[Chec
 
 def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, RegionRecord]) -> list[str]:
     found = [*grouping, *shared_rows(run.config)]
-    for task, one in regions.items():
-        if one["count"] < one["requested"]:
-            share = one["count"] / one["space"]
+    for task, region in regions.items():
+        if region["count"] < region["requested"]:
+            share = region["count"] / region["space"]
             found.append(
                 f"task {task}: only {share:.3%} of the elements moved at all, fewer than p = {run.config.regions.p:g}; "
                 "its core region holds those. Train the probe longer, or keep checkpoints in float32"

@@ -83,7 +83,7 @@ def _plain(found: RowChecks) -> dict[str, Any]:
 
 
 def _of_model(error: CheckpointError) -> list[Problem]:
-    return [Problem(f"model, {one.where}", one.what, one.remedy) for one in error.problems]
+    return [Problem(f"model, {problem.where}", problem.what, problem.remedy) for problem in error.problems]
 
 
 def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | None) -> list[Any] | None:
@@ -92,18 +92,18 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     from cpift.data.chat_templates import decided_by
     from cpift.models.sources import source_of
 
-    sources = [one for task in config.tasks for one in (task.source("train"), task.source("test")) if one is not None]
+    both = (source for task in config.tasks for source in (task.source("train"), task.source("test")))
+    sources = [source for source in both if source is not None]
     if any(source.hub for source in sources) or (folder is None and source_of(config.model).in_place):
         return None
     try:
         model = list(source_of(config.model).decided_by()) if folder is None else quick_fingerprint(folder)
-        rows = [source_fingerprint(source) for source in sources]
-        template = list(decided_by(config.model))
+        rows, template = [source_fingerprint(source) for source in sources], list(decided_by(config.model))
     except (CpiftError, OSError):
         return None  # `_look` and `check_task` say what is wrong
     fields = config.model_dump(mode="json", exclude={"name", "output"})
-    code = {field: one.fingerprint for field, one in code_of(config).items()}
-    return [model, str(folder), rows, fields, stage, scored, template, code]
+    codes = {field: extension.fingerprint for field, extension in code_of(config).items()}
+    return [model, str(folder), rows, fields, stage, scored, template, codes]
 
 
 def _holds(found: Mapping[str, Any]) -> bool:
@@ -236,7 +236,7 @@ def _check_train(
         whole = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), found, every)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
-    if any(use.left_out for one in (uses, others) for name, use in one.items() if name == _INTEGRATION):
+    if any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
         found.unlearnt.add(task.name)
     for name, use in uses.items():
         if use.rows and not use.used:
@@ -244,7 +244,7 @@ def _check_train(
             found.problems.append(Problem(where, what, f"raise {name}"))
     total = {"all": whole, "in_all": next(iter(uses.values())).rows if whole else count_examples(source)}
     seen = {name: total | asdict(use) | {"used": use.used} for name, use in uses.items()}
-    found.rows += [{"task": task.name, "field": name} | one for name, one in seen.items()]
+    found.rows += [{"task": task.name, "field": name} | counts for name, counts in seen.items()]
     told = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
     for (_, sentence), name in reversed(told.items()):
         first = "" if whole else "of the first rows, "

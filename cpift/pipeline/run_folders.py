@@ -91,7 +91,7 @@ def _folders(folder: Path) -> list[Path]:
         if folder.is_symlink():
             return []
         with os.scandir(folder) as entries:
-            return sorted(Path(one.path) for one in entries if one.is_dir(follow_symlinks=False))
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
     except OSError:
         return []
 
@@ -107,10 +107,10 @@ def files_below(folder: Path) -> dict[tuple[int, int], tuple[int, int, int]]:
     for place, _, names in os.walk(folder, onerror=lambda error: None):
         for name in names:
             with suppress(OSError):
-                one = os.lstat(os.path.join(place, name))
-                if stat.S_ISREG(one.st_mode):
-                    key = (one.st_dev, one.st_ino)
-                    found[key] = (one.st_size, one.st_nlink, found.get(key, (0, 0, 0))[2] + 1)
+                status = os.lstat(os.path.join(place, name))
+                if stat.S_ISREG(status.st_mode):
+                    key = (status.st_dev, status.st_ino)
+                    found[key] = (status.st_size, status.st_nlink, found.get(key, (0, 0, 0))[2] + 1)
     return found
 
 
@@ -180,11 +180,11 @@ def _complete(path: Path) -> bool:
     return artifact is not None and artifact.complete
 
 
-def free(one: Freed, root: Path) -> None:
+def free(freed: Freed, root: Path) -> None:
     """Delete it, as `freeable` found it; to be called by who holds the run's folder."""
-    if one.artifact is None:
-        shutil.rmtree(one.path)
+    if freed.artifact is None:
+        shutil.rmtree(freed.path)
     else:
         config = root / "config.yaml"
         command = ["cpift", "run", str(config), f"--output={root}"]
-        one.artifact.drop_weights(shlex.join(command) if config.is_file() else "the command that made the run")
+        freed.artifact.drop_weights(shlex.join(command) if config.is_file() else "the command that made the run")

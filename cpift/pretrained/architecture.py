@@ -130,8 +130,8 @@ def reads_field(folder: Path, name: str) -> bool:
     config, code = model_config(folder), _code(_source(folder))
     parts = [config, *(getattr(config, part, None) for part in config.sub_configs)]
     maps = [getattr(part, "attribute_map", None) or {} for part in parts]
-    names = {name, *(alias for one in maps for alias, real in one.items() if real == name)}
-    return any(re.search(rf"config\.{re.escape(one)}\b|[\"']{re.escape(one)}[\"']", code) for one in names)
+    names = {name, *(alias for aliases in maps for alias, real in aliases.items() if real == name)}
+    return any(re.search(rf"config\.{re.escape(alias)}\b|[\"']{re.escape(alias)}[\"']", code) for alias in names)
 
 
 def has_parameter(folder: Path, name: str) -> bool:

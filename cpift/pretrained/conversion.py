@@ -64,7 +64,7 @@ class Block:
         return replace(self, start=_put(self.start, dim, self.start[dim] + by))
 
     def permuted(self, order: Sequence[int]) -> Block:
-        start, size, strides = (tuple(one[d] for d in order) for one in (self.start, self.size, self.strides))
+        start, size, strides = (tuple(values[d] for d in order) for values in (self.start, self.size, self.strides))
         return replace(self, start=start, size=size, strides=strides)
 
     def unsqueezed(self, dim: int, at: int) -> Block:
@@ -73,7 +73,7 @@ class Block:
         return replace(self, start=start, size=size, strides=_insert(self.strides, dim, 0))
 
     def squeezed(self, dim: int) -> Block:
-        start, size, strides = (one[:dim] + one[dim + 1 :] for one in (self.start, self.size, self.strides))
+        start, size, strides = (values[:dim] + values[dim + 1 :] for values in (self.start, self.size, self.strides))
         return replace(self, start=start, size=size, strides=strides)
 
 
@@ -144,21 +144,21 @@ class Traced:
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     first = tensors[0].shape
-    if any(one.shape != first for one in tensors):
+    if any(tensor.shape != first for tensor in tensors):
         raise Untraceable("stack of several shapes")
     dim %= len(first) + 1
-    blocks = [block.unsqueezed(dim, at) for at, one in enumerate(tensors) for block in one.blocks]
+    blocks = [block.unsqueezed(dim, at) for at, tensor in enumerate(tensors) for block in tensor.blocks]
     return Traced(_insert(tuple(first), dim, len(tensors)), blocks)
 
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     first, at, blocks = tuple(tensors[0].shape), 0, []
     dim %= len(first)
-    for one in tensors:
-        if _put(tuple(one.shape), dim, 0) != _put(first, dim, 0):
+    for tensor in tensors:
+        if _put(tuple(tensor.shape), dim, 0) != _put(first, dim, 0):
             raise Untraceable("cat of several shapes")
-        blocks += [block.shifted(dim, at) for block in one.blocks]
-        at += one.shape[dim]
+        blocks += [block.shifted(dim, at) for block in tensor.blocks]
+        at += tensor.shape[dim]
     return Traced(_put(first, dim, at), blocks)
 
 
@@ -200,9 +200,9 @@ def converted(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> tuple[d
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     state, mapping = network.state_dict(), get_model_conversion_mapping(network)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: operation for operation in converters for pattern in operation.source_patterns}
     plain: dict[str, Traced] = {}
     joined: dict[str, WeightConverter] = {}
     unloaded = []
@@ -228,7 +228,7 @@ def _run(converter: Any, target: str, network: PreTrainedModel) -> dict[str, Tra
     except Untraceable as error:
         what = f"is made by {', '.join(map(str, converter.operations))} when it is loaded, which uses {error}"
         raise CheckpointError("checkpoint", [Problem(target, what, RESAVE)]) from error
-    return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 def not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterator[str]:

@@ -139,20 +139,20 @@ def computing_problems(base: Path, tune: Path) -> list[Problem]:
     remedy = (
         "give tunes that compute as θ0 does; if this one was trained with θ0's value, write that into its config.json"
     )
-    found = [one for one in config_differences(base, tune) if one.effect == "computes"]
-    for one in found:
-        if one.field == "model_type":  # all else follows from it
-            return [Problem(f"config.json, {one.field}", one.what, "use fine-tunes of one model")]
-    return [Problem(f"config.json, {one.field}", one.what, remedy) for one in found]
+    found = [difference for difference in config_differences(base, tune) if difference.effect == "computes"]
+    for difference in found:
+        if difference.field == "model_type":  # all else follows from it
+            return [Problem(f"config.json, {difference.field}", difference.what, "use fine-tunes of one model")]
+    return [Problem(f"config.json, {difference.field}", difference.what, remedy) for difference in found]
 
 
 def setting_notes(base: Path, tune: Path) -> Iterator[str]:
     """Differences that may be meant; the fused model has the backbone's values."""
-    for one in config_differences(base, tune):
-        if one.effect == "meant":
-            yield f"config.json, {one.field} {one.what}; the fused model has the backbone's"
-    for one in generation_differences(base, tune):
-        yield f"{GENERATION}, {one.field} {one.what}; the fused model has the backbone's"
+    for difference in config_differences(base, tune):
+        if difference.effect == "meant":
+            yield f"config.json, {difference.field} {difference.what}; the fused model has the backbone's"
+    for difference in generation_differences(base, tune):
+        yield f"{GENERATION}, {difference.field} {difference.what}; the fused model has the backbone's"
 
 
 def config_differences(base: Path, tune: Path) -> list[Difference]:
@@ -216,8 +216,10 @@ def _differences(
 def _plain(value: Any) -> Any:
     """A value as JSON has it; rotary settings without the older name of their kind."""
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items() if not (key == "type" and "rope_type" in value)}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {
+            str(key): _plain(element) for key, element in value.items() if not (key == "type" and "rope_type" in value)
+        }
+    return [_plain(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 def _generation(folder: Path) -> dict[str, Any]:

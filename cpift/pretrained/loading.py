@@ -117,7 +117,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     bare = MODEL_MAPPING.get(type(config), None)
     named = [getattr(_transformers(), str(name), None) for name in config.architectures or ()]
     known = [table[type(config)] for table in (more, text) if type(config) in table]
-    for found in (*(one for one in named if one is not bare), *known):
+    for found in (*(candidate for candidate in named if candidate is not bare), *known):
         if isinstance(found, type) and issubclass(found, _transformers().PreTrainedModel):
             return found
     what = f"{config.architectures}, model_type {config.model_type!r}: transformers has no class that generates text"

@@ -15,12 +15,12 @@ _MODELS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt")  # of 
 _BATCHES = ("padding", "truncation")  # how texts are made equally long, not which tokens they are
 
 
-def other_tokenizer(one: Path, other: Path) -> bool:
+def other_tokenizer(folder: Path, other: Path) -> bool:
     """Whether two folders make other tokens of a text; False where one of them has no tokenizer."""
-    both = [name for name in (_TOKENIZER, *_MODELS) if (one / name).is_file() and (other / name).is_file()]
+    both = [name for name in (_TOKENIZER, *_MODELS) if (folder / name).is_file() and (other / name).is_file()]
     if _TOKENIZER in both:
-        return not _same_bytes(one, other, _TOKENIZER) and _tokens(one) != _tokens(other)
-    return any(not _same_bytes(one, other, name) for name in both)
+        return not _same_bytes(folder, other, _TOKENIZER) and _tokens(folder) != _tokens(other)
+    return any(not _same_bytes(folder, other, name) for name in both)
 
 
 def chat_template(folder: Path) -> str | None:
@@ -33,7 +33,9 @@ def chat_template(folder: Path) -> str | None:
     except (UnreadableError, UnicodeDecodeError, OSError):
         return None
     if isinstance(found, list):  # several by name
-        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        named = {
+            str(template.get("name")): template.get("template") for template in found if isinstance(template, dict)
+        }
         found = named.get("default")
     return found if isinstance(found, str) else None
 
@@ -54,8 +56,8 @@ def template_note(base: Path, tune: Path) -> str | None:
     return "its chat template differs from θ0's; the fused model gets the backbone's"
 
 
-def _same_bytes(one: Path, other: Path, name: str) -> bool:
-    return file_sha256(one / name) == file_sha256(other / name)
+def _same_bytes(folder: Path, other: Path, name: str) -> bool:
+    return file_sha256(folder / name) == file_sha256(other / name)
 
 
 def _tokens(folder: Path) -> Any:
@@ -67,6 +69,6 @@ def _tokens(folder: Path) -> Any:
         return file_sha256(path)
     model = found.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):  # older files join the two of a merge
-        merges = [one if isinstance(one, str) else " ".join(map(str, one)) for one in model["merges"]]
+        merges = [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in model["merges"]]
         found["model"] = {**model, "merges": merges}
     return found

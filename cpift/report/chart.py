@@ -50,17 +50,17 @@ def kept_panel(title: str, found: Mapping[str, Retained], looks: Mapping[str, Ma
     """One line a model, the last one on top: its retention in percent, from 0 to `right`, and the interval. Dashed: the
     own probe, 100 %. Dotted: θ0, where `found` has "base"."""
     figure, axes = new_figure(f"kept {title}", 3.5, 0.72 + 0.19 * len(found))
-    for place, (model, one) in enumerate(found.items()):
+    for place, (model, retained) in enumerate(found.items()):
         look = looks[model]
-        if 100 * one.share > right:
+        if 100 * retained.share > right:
             spot = (right, place)
-            axes.annotate(f"{100 * one.share:.0f} % ▸", spot, color=look.colour, ha="right", va="center")
+            axes.annotate(f"{100 * retained.share:.0f} % ▸", spot, color=look.colour, ha="right", va="center")
             continue
-        if one.half is not None:
-            low, high = max(0.0, one.share - one.half), one.share + one.half
+        if retained.half is not None:
+            low, high = max(0.0, retained.share - retained.half), retained.share + retained.half
             axes.hlines(place, 100 * low, 100 * high, color=look.colour, linewidth=1.6)
         face = look.colour if look.filled else "none"
-        axes.plot([100 * one.share], [place], look.marker, color=look.colour, markerfacecolor=face, clip_on=False)
+        axes.plot([100 * retained.share], [place], look.marker, color=look.colour, markerfacecolor=face, clip_on=False)
     _references(axes, found.get("base"), right)
     axes.set_yticks(range(len(found)), [_short(model) for model in found])
     axes.tick_params(axis="y", pad=6)  # a mark at 0 lies half beside the axis
@@ -71,7 +71,7 @@ def kept_panel(title: str, found: Mapping[str, Retained], looks: Mapping[str, Ma
     figure.suptitle(_short(title, 26), x=0.01, ha="left", fontsize=9.5)  # the axes may be too narrow for either
     axes.set_xlabel("% of the own probe", loc="right")
     axes.set_title(" ", fontsize=7)  # room for the names of the lines
-    rows = [[model, one.text] for model, one in reversed(list(found.items()))]
+    rows = [[model, retained.text] for model, retained in reversed(list(found.items()))]
     return Plot(as_svg(figure, axes, f"Retention on {title}"), ["model", "retention"], rows)
 
 
@@ -91,8 +91,8 @@ def _references(axes: Axes, base: Retained | None, right: float) -> None:
 def right_end(found: Sequence[Retained]) -> float:
     """Where axes that show all these end, in percent. What is far above a probe would leave the others no room: its
     place is beyond the end, and the panel says how far."""
-    largest = max([1.0, *(one.share for one in found)])
-    ends = max([0.0, *(one.share + (one.half or 0.0) for one in found)])
+    largest = max([1.0, *(retained.share for retained in found)])
+    ends = max([0.0, *(retained.share + (retained.half or 0.0) for retained in found)])
     return min(_FURTHEST, 100 * max(1.1, 1.05 * largest, min(1.03 * ends, 1.4 * largest)))
 
 

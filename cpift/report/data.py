@@ -110,7 +110,7 @@ def retention(data: Scored, model: str, task: str) -> float | None:
 def standing(data: Scored, model: str) -> Standing | None:
     """Mean retention and the worst task of the judged ones; None where there are none, or a probe was not scored."""
     learning = learning_of(data.tasks, data.scores)
-    values = {task: one for task in judged(learning) if (one := retention(data, model, task)) is not None}
+    values = {task: share for task in judged(learning) if (share := retention(data, model, task)) is not None}
     if not values or len(learning) < len(data.tasks) or len(values) < len(judged(learning)):
         return None
     worst = min(values, key=lambda task: values[task])
@@ -119,7 +119,7 @@ def standing(data: Scored, model: str) -> Standing | None:
 
 def left_out_marks(data: Scored) -> dict[str, str]:
     """By task that is in no mean, for its probe did not learn it: the sign to put beside its name."""
-    return {task: LEFT_OUT for task, one in learning_of(data.tasks, data.scores).items() if one.left_out}
+    return {task: LEFT_OUT for task, learnt in learning_of(data.tasks, data.scores).items() if learnt.left_out}
 
 
 def compare(one: Score, other: Score) -> int:
@@ -154,8 +154,8 @@ def summary(data: ReportData) -> dict[str, Any]:
         "retention": {
             "definition": DEFINITION,
             "tasks": judged(learning),
-            "left_out": {task: one.left_out for task, one in learning.items() if one.left_out},
-            "not_shown": {task: one.not_shown for task, one in learning.items() if one.not_shown},
+            "left_out": {task: learnt.left_out for task, learnt in learning.items() if learnt.left_out},
+            "not_shown": {task: learnt.not_shown for task, learnt in learning.items() if learnt.not_shown},
         },
         "models": {
             model: {
@@ -181,9 +181,9 @@ def summary(data: ReportData) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     """The same with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(element) for name, element in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [_finite(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -108,10 +108,10 @@ def _scores(data: ReportData) -> tuple[list[str], list[list[str]]]:
     rows = []
     for model in data.models:
         found = [data.scores[model][task] for task in data.tasks]
-        losses = [f"{one['loss']:.3f}" for one in found]
+        losses = [f"{score['loss']:.3f}" for score in found]
         cells = [
-            loss if one["score"] is None else f"{100 * one['score']:.1f} ({loss})"
-            for one, loss in zip(found, losses, strict=True)
+            loss if score["score"] is None else f"{100 * score['score']:.1f} ({loss})"
+            for score, loss in zip(found, losses, strict=True)
         ]
         rows.append([markdown(model), *cells])
     return head, rows

@@ -71,12 +71,12 @@ def _config(page: str, section: str) -> str:
 
 
 def _index(folder: Path, newest: Path) -> str:
-    kept = [one for kind in (RUN, SWEEP) for one in _kept(folder / REPORTS, kind)]
-    kept.sort(key=lambda one: (one.file != newest, -one.file.stat().st_mtime_ns, one.file.name))
+    kept = [report for kind in (RUN, SWEEP) for report in _kept(folder / REPORTS, kind)]
+    kept.sort(key=lambda report: (report.file != newest, -report.file.stat().st_mtime_ns, report.file.name))
     rows = [
-        f'<tr><th scope="row"><a href="{REPORTS}/{html(one.file.name)}">{html(one.title)}</a></th>'
-        f'<td class="left">{one.subtitle}</td><td class="left">{html(_differences(one, kept[0]))}</td></tr>'
-        for one in kept
+        f'<tr><th scope="row"><a href="{REPORTS}/{html(report.file.name)}">{html(report.title)}</a></th>'
+        f'<td class="left">{report.subtitle}</td><td class="left">{html(_differences(report, kept[0]))}</td></tr>'
+        for report in kept
     ]
     caption = "One report a configuration; the newest first. Fields: as there, and in brackets as in the newest."
     shown = table(["report", "what", "fields that differ from the newest"], rows, caption)
@@ -100,10 +100,10 @@ def _kept(folder: Path, kind: ReportKind) -> Iterator[PastReport]:
 _TITLE, _SUBTITLE = r"<title>(.*?)</title>", r'<header><h1>.*?</h1><p class="muted">(.*?)</p>'
 
 
-def _differences(one: PastReport, newest: PastReport) -> str:
-    if one is newest:
+def _differences(report: PastReport, newest: PastReport) -> str:
+    if report is newest:
         return "newest"
-    mine, theirs = _flat(one.config), _flat(newest.config)
+    mine, theirs = _flat(report.config), _flat(newest.config)
     names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
     told = [f"{name} {mine.get(name, '–')} ({theirs.get(name, '–')})" for name in names[:_SHOWN]]
     return "; ".join(told + ([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []))

@@ -10,7 +10,7 @@ from cpift.report.html import figure, table
 from cpift.text.escaping import html
 
 _CUT = 600  # letters of a prompt or a reply
-_BESIDE = {one.title for one in BASELINES.values()}
+_BESIDE = {baseline.title for baseline in BASELINES.values()}
 
 
 # ---- verdict ---------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def _panels(data: ReportData) -> str:
     learning = learning_of(data.tasks, data.scores)
     by_task = {task: kept_on(data, task) for task in judged(learning)}
     mean = _mean(data) if len(data.tasks) > 1 else {}
-    right = right_end([one for found in (mean, *by_task.values()) for one in found.values()])
+    right = right_end([retained for found in (mean, *by_task.values()) for retained in found.values()])
     looks = {model: look_of(data, model) for model in data.models}
     count = len(judged(learning))
     drawn = [(f"mean of {count} task{'s' * (count > 1)}", mean)] if mean else []
@@ -72,7 +72,9 @@ def kept_on(data: ReportData, task: str) -> dict[str, Retained]:
 
 def _mean(data: ReportData) -> dict[str, Retained]:
     found = {model: standing(data, model) for model in data.models}
-    return {model: Retained(one.mean, data.mean_halves.get(model)) for model, one in found.items() if one is not None}
+    return {
+        model: Retained(mean.mean, data.mean_halves.get(model)) for model, mean in found.items() if mean is not None
+    }
 
 
 def look_of(data: ReportData, model: str) -> Marker:
@@ -123,7 +125,7 @@ def tokens(data: ReportData) -> str:
     known = {model: total_tokens(data, model) for model in data.tokens}
     if not known:
         return ""
-    most = max((one for one in known.values() if one), default=0)
+    most = max((known_count for known_count in known.values() if known_count), default=0)
     rows = []
     for model in (model for model in data.models if model in known):
         total = known[model]
@@ -158,21 +160,21 @@ def replies(data: ReportData) -> str:
         return ""
     note = "The first test rows of each task; none is picked. Probes of other tasks are left out."
     parts = [f'<p class="muted">{note}</p>']
-    for task in dict.fromkeys(one.task for one in data.samples):
-        shown = "".join(_sample(data, one) for one in data.samples if one.task == task)
+    for task in dict.fromkeys(sample.task for sample in data.samples):
+        shown = "".join(_sample(data, sample) for sample in data.samples if sample.task == task)
         parts.append(f"<h3>{html(task)}</h3>{shown}")
     return "".join(parts)
 
 
-def _sample(data: ReportData, one: Sample) -> str:
-    boxes = [_box("expected", one.expected, "expected", "")]
+def _sample(data: ReportData, sample: Sample) -> str:
+    boxes = [_box("expected", sample.expected, "expected", "")]
     for model in reversed(data.models):
-        if model in one.replies:
-            text, score = one.replies[model]
+        if model in sample.replies:
+            text, score = sample.replies[model]
             kind = "last" if model == data.models[-1] else "reply"
             boxes.append(_box(model, text, kind, _mark(score)))
     return (
-        f'<article class="sample"><pre class="prompt">{html(_cut(one.prompt))}</pre>'
+        f'<article class="sample"><pre class="prompt">{html(_cut(sample.prompt))}</pre>'
         f'<div class="replies">{"".join(boxes)}</div></article>'
     )
 

@@ -137,7 +137,7 @@ def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> Plot:
     axes.set(xlabel="optimizer step", ylabel="loss")
     numbers = {stage: f"{number}" for number, stage in enumerate(dict.fromkeys(stages), start=1)}
     table = [
-        [numbers[one], f"{step}", f"{row['loss']:.4f}"] for one, step, row in zip(stages, steps, rows, strict=True)
+        [numbers[index], f"{step}", f"{row['loss']:.4f}"] for index, step, row in zip(stages, steps, rows, strict=True)
     ]
     return Plot(as_svg(figure, axes, f"Training loss of {title}"), ["stage", "step", "loss"], table)
 

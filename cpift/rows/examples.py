@@ -113,7 +113,7 @@ def _to_last_reply(messages: list[Message]) -> tuple[Message, ...]:
 def _require_characters(example: Example) -> None:
     """Raise RowError for half of a character (a lone surrogate), which no tokenizer takes and no file can hold."""
     try:
-        require_limits([[one.role, one.content] for one in example.messages], ROW)
+        require_limits([[message.role, message.content] for message in example.messages], ROW)
         require_limits([example.answer, example.choices], ROW)
     except UnreadableError as error:
         raise RowError(str(error)) from None

@@ -88,27 +88,27 @@ def format_of(path: Path) -> Format:
     for mark, (what, remedy) in REFUSED.items():
         if head.startswith(mark):
             raise UnreadableError(what, remedy, str(path))
-    known = next((one for mark, one in BINARY.items() if head.startswith(mark)), None)
+    known = next((kind for mark, kind in BINARY.items() if head.startswith(mark)), None)
     if known is not None and packed:
         raise UnreadableError(f"is {known.title} compressed once more with {packed}", "decompress it", str(path))
     return known or _text_format(path, head.removeprefix(_MARK).lstrip(), packed)
 
 
 def _text_format(path: Path, head: bytes, packed: str | None) -> Format:
-    suffix = next((one for one in (suffix.lower() for suffix in path.suffixes) if one in TABLES), None)
+    suffix = next((ending for ending in (suffix.lower() for suffix in path.suffixes) if ending in TABLES), None)
     beside = f" ({packed})" if packed else ""
     if not _NO_TEXT.isdisjoint(head):
         raise UnreadableError("is no text, and no known format of rows", _AS_TEXT, str(path))
     if head.startswith(b"["):
-        return Format(f"a JSON array{beside}", lambda one: _streamed(one, array))
+        return Format(f"a JSON array{beside}", lambda file: _streamed(file, array))
     if suffix and not head.startswith(b"{"):
-        return Format(f"{TABLES[suffix]}{beside}", lambda one: _streamed(one, table))
+        return Format(f"{TABLES[suffix]}{beside}", lambda file: _streamed(file, table))
     if head.split(b"\n", 1)[0].rstrip() == b"{":
         remedy = "save its list of rows as a JSON array, or one row a line"
         raise UnreadableError("is one JSON object over several lines, not rows", remedy, str(path))
-    if head and not head.startswith(b"{") and any(one.lower() in _PROSE for one in path.suffixes):
+    if head and not head.startswith(b"{") and any(ending.lower() in _PROSE for ending in path.suffixes):
         raise UnreadableError("is running text, not rows", 'one JSON object a line: {"text": "..."}', str(path))
-    return Format(f"JSON lines{beside}", (lambda one: _streamed(one, lines)) if packed else json_lines)
+    return Format(f"JSON lines{beside}", (lambda file: _streamed(file, lines)) if packed else json_lines)
 
 
 def rows_in(path: Path, split: str) -> Iterator[Any]:

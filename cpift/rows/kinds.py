@@ -138,7 +138,7 @@ def kind_of(fields: Fields) -> Kind:
 
 
 def _holds_rows(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(element, dict) for element in value)
 
 
 def _remedy(names: Collection[str]) -> str:

@@ -86,7 +86,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
         remedy = "load it with datasets and save it again"
         raise UnreadableError("chooses its rows by indices, as old releases of datasets did", remedy, str(folder))
     listed = state.get("_data_files")
-    names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) and _is_name(name) and name.endswith(".arrow") for name in names):
         raise UnreadableError(f"{_STATE} names no Arrow files of the folder", _RESTORE, str(folder))
     return [folder / _STATE, *(folder / str(name) for name in names)]

@@ -230,7 +230,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     problems = (
         no_device(base)
         + _check_space(sweep)
-        + [found for one in config.objectives if (found := figure_problem(one.figure, metrics, "objectives"))]
+        + [
+            found
+            for objective in config.objectives
+            if (found := figure_problem(objective.figure, metrics, "objectives"))
+        ]
     )
     if problems:
         raise ConfigError(str(path), problems)
@@ -246,5 +250,5 @@ def _check_space(sweep: Sweep) -> list[Problem]:
             try:
                 sweep.run({name: int(value) if whole else value}, sweep.seeds[0])
             except ConfigError as error:
-                problems += [Problem(f"space.{name}", f"{shown(value)}: {one}") for one in error.problems]
+                problems += [Problem(f"space.{name}", f"{shown(value)}: {problem}") for problem in error.problems]
     return problems

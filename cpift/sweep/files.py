@@ -38,8 +38,8 @@ def _lines(data: SweepData, figures: list[str]) -> Iterator[list[Any]]:
             ]
 
 
-def _bounds(one: Estimate | None) -> tuple[float | None, float | None, float | None]:
-    return (None, None, None) if one is None else (one.mean, one.low, one.high)
+def _bounds(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if estimate is None else (estimate.mean, estimate.low, estimate.high)
 
 
 def _groups(trial: TrialRow) -> str:
@@ -70,7 +70,7 @@ def sweep_md(data: SweepData) -> str:
 
 
 def _figure(data: SweepData, trial: TrialRow, name: str) -> str:
-    one = judged(data, trial, name)
-    if one is None:
+    estimate = judged(data, trial, name)
+    if estimate is None:
         return trial.status if trial.status != "done" else "–"
-    return f"{one.mean:.4f}" + (f" [{one.low:.4f}, {one.high:.4f}]" if one.low is not None else "")
+    return f"{estimate.mean:.4f}" + (f" [{estimate.low:.4f}, {estimate.high:.4f}]" if estimate.low is not None else "")

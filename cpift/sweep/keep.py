@@ -80,20 +80,20 @@ class Keeper:
         for run in runs:
             scores = known_scores(run, model)
             found += [] if scores is None else [figures(scores, [task.name for task in run.config.tasks], model)]
-        if len(found) < len(runs) or not all(objective.figure in one for one in found):
+        if len(found) < len(runs) or not all(objective.figure in by_name for by_name in found):
             return -math.inf
-        return objective.sign * mean(one[objective.figure] for one in found)
+        return objective.sign * mean(by_name[objective.figure] for by_name in found)
 
     def _drop(self, titles: set[str], of_equals: int | None) -> None:
         """`of_equals`: how many of equally good trials keep their weights."""
         spared = {made.path for runs in (self._to_come or {}).values() for run in runs for _, made in self._own(run)}
-        for one in self._best()[:of_equals]:
-            spared |= {made.path for run in one.runs for _, made in self._own(run)}
-        for one in self._ended.values():
-            for run in one.runs:
+        for ended in self._best()[:of_equals]:
+            spared |= {made.path for run in ended.runs for _, made in self._own(run)}
+        for ended in self._ended.values():
+            for run in ended.runs:
                 for title, made in self._own(run):
                     if title in titles and made.path not in spared and self._may_go(run, title, made):
-                        self.freed += made.drop_weights(self._remake(one.fields, run))
+                        self.freed += made.drop_weights(self._remake(ended.fields, run))
 
     def _own(self, run: Pipeline) -> Iterable[tuple[str, Artifact]]:
         return own_models(run, self._sweep.config.model).items()
@@ -103,9 +103,9 @@ class Keeper:
         return scored and made.manifest().get("made_for") == self._maker
 
     def _best(self) -> list[_Ended]:
-        best = max((one.value for one in self._ended.values()), default=-math.inf)
+        best = max((ended.value for ended in self._ended.values()), default=-math.inf)
         none = not entry(KEEPS, self._sweep.config.keep, "keep").best or best == -math.inf
-        return [] if none else [one for one in self._ended.values() if one.value == best]
+        return [] if none else [ended for ended in self._ended.values() if ended.value == best]
 
     def _remake(self, fields: Fields, run: Pipeline) -> str:
         best = self._sweep.base.output_dir / "best.yaml"

@@ -20,7 +20,7 @@ def require_objectives(sweep: Sweep, runs: Sequence[Pipeline]) -> None:
     for run in runs:
         tasks, scores = [task.name for task in run.config.tasks], scores_of(run, shared_models(run))
         known = figures(scores, tasks, "base")
-        for figure in (one.figure for one in sweep.config.objectives):
+        for figure in (objective.figure for objective in sweep.config.objectives):
             if (row := figure_named(figure)) is not None and row.learnt and figure not in known:
                 why = " ".join(sentences(learning_of(tasks, scores))) or "A probe has a loss of 0."
                 raise StageError(
@@ -33,7 +33,7 @@ def learning_said(runs: Sequence[Pipeline]) -> list[str]:
     """What has to be said before any mean retention, and with which seeds it holds."""
     said: dict[str, set[int]] = {}
     judged_by_seed: dict[int, set[tuple[str, ...]]] = {}
-    distinct = {(run.config.seed, *(one.fingerprint for one in run.artifacts.tuned.values())): run for run in runs}
+    distinct = {(run.config.seed, *(model.fingerprint for model in run.artifacts.tuned.values())): run for run in runs}
     for run in distinct.values():
         learning = learning_of([task.name for task in run.config.tasks], scores_of(run, shared_models(run)))
         judged_by_seed.setdefault(run.config.seed, set()).add(tuple(judged(learning)))

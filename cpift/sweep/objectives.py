@@ -69,9 +69,9 @@ DESCRIPTION = f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{ki
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
     """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
     run = ScoredRun(list(tasks), {title: dict(found) for title, found in scores.items()})
-    every: dict[str, Value] = {name: one.value(run, model) for name, one in OF_RUN.items()}
+    every: dict[str, Value] = {name: figure.value(run, model) for name, figure in OF_RUN.items()}
     for task in tasks:
-        every |= {f"task.{task}.{kind}": one.value(run, model, task) for kind, one in OF_TASK.items()}
+        every |= {f"task.{task}.{kind}": figure.value(run, model, task) for kind, figure in OF_TASK.items()}
     return {name: value for name, value in every.items() if value is not None}
 
 

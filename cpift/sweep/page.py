@@ -47,7 +47,7 @@ def sweep_page(data: SweepData) -> str:
 
 
 def _subtitle(data: SweepData) -> str:
-    seconds = sum(one.seconds_made for one in data.reuse)
+    seconds = sum(stage.seconds_made for stage in data.reuse)
     when = f" · begun {html(data.started[:16].replace('T', ' '))} UTC" if data.started else ""
     seeds = f"{len(data.seeds)} seed{'s' if len(data.seeds) > 1 else ''}"
     return (
@@ -87,7 +87,7 @@ def _heat(data: SweepData, name: str, rows: str, columns: str) -> str:
     cells = {
         (r, c): values_at(data, name, {rows: r, columns: c}) for r in data.space[rows] for c in data.space[columns]
     }
-    means = [one.mean for one in cells.values() if one is not None]
+    means = [estimate.mean for estimate in cells.values() if estimate is not None]
     best, low, span = max(sign * m for m in means), min(means), max(means) - min(means)
     lines = []
     for r in data.space[rows]:
@@ -109,18 +109,18 @@ def _heat(data: SweepData, name: str, rows: str, columns: str) -> str:
 
 
 def _heat_cell(
-    data: SweepData, one: Estimate | None, point: dict[str, Any], sign: int, best: float, low: float, span: float
+    data: SweepData, estimate: Estimate | None, point: dict[str, Any], sign: int, best: float, low: float, span: float
 ) -> str:
     trial = trial_at(data, point)
-    if one is None:
+    if estimate is None:
         return f'<td class="muted">{html(trial.status) if trial else "–"}</td>'
-    share = (one.mean - low) / span if span else 0.5
+    share = (estimate.mean - low) / span if span else 0.5
     shade = 0.05 + 0.5 * (share if sign > 0 else 1 - share)
-    spread = f" ±{one.mean - one.low:.3f}" if one.low is not None else ""
-    edge = ' class="edge"' if sign * one.mean == best else ""
+    spread = f" ±{estimate.mean - estimate.low:.3f}" if estimate.low is not None else ""
+    edge = ' class="edge"' if sign * estimate.mean == best else ""
     number = f"[{trial.number}]" if trial else ""
     return (
-        f'<td{edge} style="background: rgba(var(--heat), {shade:.3f})">{one.mean:.3f}{spread}'
+        f'<td{edge} style="background: rgba(var(--heat), {shade:.3f})">{estimate.mean:.3f}{spread}'
         f"<br><small>{number}</small></td>"
     )
 
@@ -152,12 +152,14 @@ def _tasks(data: SweepData) -> str:
 
 
 def _groups(data: SweepData) -> str:
-    shown_first = [one for one in data.overlaps if len(one.tasks) > 1]
+    shown_first = [overlap for overlap in data.overlaps if len(overlap.tasks) > 1]
     if not shown_first:
         return ""
     panels = [
-        figure(plots.dendrogram(one), f"{one.title}: chance {one.chance:.4g}, τ tried {_levels(one.taus)}")
-        for one in shown_first
+        figure(
+            plots.dendrogram(overlap), f"{overlap.title}: chance {overlap.chance:.4g}, τ tried {_levels(overlap.taus)}"
+        )
+        for overlap in shown_first
     ]
     note = (
         '<p class="muted">A τ joins all tasks that are connected to its right. Dashed: chance, p/(2−p), the overlap of '
@@ -223,10 +225,12 @@ def _trial(data: SweepData, trial: TrialRow, best: bool, front: bool) -> str:
     return f'{head}{scores}<td class="left">{groups}</td><td>{duration(trial.seconds)}</td></tr>'
 
 
-def _figure_cell(one: Estimate | None) -> str:
-    if one is None:
+def _figure_cell(estimate: Estimate | None) -> str:
+    if estimate is None:
         return "–"
-    return f"{one.mean:.3f}" + (f"<small>{one.low:.3f} to {one.high:.3f}</small>" if one.low is not None else "")
+    return f"{estimate.mean:.3f}" + (
+        f"<small>{estimate.low:.3f} to {estimate.high:.3f}</small>" if estimate.low is not None else ""
+    )
 
 
 def _own_figure(data: SweepData, task: str) -> str:
@@ -245,13 +249,13 @@ def _references(data: SweepData) -> str:
 
 def _reuse(data: SweepData) -> str:
     rows = [
-        f'<tr><th scope="row">{html(one.stage)}</th><td>{one.needed}</td><td>{one.made}</td>'
-        f"<td>{one.needed - one.made}</td><td>{duration(one.seconds_needed)}</td>"
-        f"<td>{duration(one.seconds_made)}</td></tr>"
-        for one in data.reuse
+        f'<tr><th scope="row">{html(stage.stage)}</th><td>{stage.needed}</td><td>{stage.made}</td>'
+        f"<td>{stage.needed - stage.made}</td><td>{duration(stage.seconds_needed)}</td>"
+        f"<td>{duration(stage.seconds_made)}</td></tr>"
+        for stage in data.reuse
     ]
-    needed, made = sum(one.needed for one in data.reuse), sum(one.made for one in data.reuse)
-    before, after = sum(one.seconds_needed for one in data.reuse), sum(one.seconds_made for one in data.reuse)
+    needed, made = sum(stage.needed for stage in data.reuse), sum(stage.made for stage in data.reuse)
+    before, after = sum(stage.seconds_needed for stage in data.reuse), sum(stage.seconds_made for stage in data.reuse)
     rows.append(
         f'<tr class="final"><th scope="row">all</th><td>{needed}</td><td>{made}</td><td>{needed - made}</td>'
         f"<td>{duration(before)}</td><td>{duration(after)}</td></tr>"

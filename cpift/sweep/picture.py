@@ -47,6 +47,6 @@ def picture(data: SweepData) -> str:
     first = f" The best {_DRAWN} of {drawn} trials." if drawn > _DRAWN else ""
     axis = "Dotted: θ0. The axis begins near the least."
     caption = f"{label} of the {data.model} model; {best} is best, on top.{first}{bars} {axis}"
-    sentences = "".join(f"<li>{html(one)}</li>" for one in verdict(data)[1:])
+    sentences = "".join(f"<li>{html(sentence)}</li>" for sentence in verdict(data)[1:])
     drawing = figure(plots.trials(data, _DRAWN), caption)
     return f'<div class="narrow">{drawing}</div>' * bool(drawing) + (f"<ul>{sentences}</ul>" if sentences else "")

@@ -29,11 +29,11 @@ def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> 
         every = [values_at(data, figure, {x: value} | here) for value in data.space[x]]
         for row, cell in zip(table, every, strict=True):
             row.append(interval_text(cell))
-        found = [(spot, one) for spot, one in zip(spots, every, strict=True) if one is not None]
+        found = [(spot, estimate) for spot, estimate in zip(spots, every, strict=True) if estimate is not None]
         if found:
             shift = (place - (len(groups) - 1) / 2) * 0.04  # so that bars do not hide each other
             label = None if by is None else _text(group)
-            _line(axes, [spot + shift for spot, _ in found], [one for _, one in found], place, label)
+            _line(axes, [spot + shift for spot, _ in found], [estimate for _, estimate in found], place, label)
     axes.set_xticks(spots, [_text(value) for value in data.space[x]])
     axes.set(xlabel=x, ylabel=ylabel)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no figure is negative
@@ -42,27 +42,27 @@ def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> 
     return Plot(svg, [x, *([ylabel] if by is None else [f"{by} = {_text(group)}" for group in groups])], table)
 
 
-def interval_text(one: Estimate | None) -> str:
+def interval_text(estimate: Estimate | None) -> str:
     """A figure and its interval, to read in a table."""
-    if one is None:
+    if estimate is None:
         return "–"
-    return f"{one.mean:.4g}" + (f" [{one.low:.4g}, {one.high:.4g}]" if one.low is not None else "")
+    return f"{estimate.mean:.4g}" + (f" [{estimate.low:.4g}, {estimate.high:.4g}]" if estimate.low is not None else "")
 
 
 @rc_context(PLOT_STYLE)
 def trials(data: SweepData, most: int) -> Plot:
     """The first objective of the best trials, the best on top, with intervals over seeds. Dotted: θ0."""
     name, sign = data.objectives[0]
-    found = [(trial, one) for trial in data.trials if (one := judged(data, trial, name)) is not None]
+    found = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, name)) is not None]
     ranked = sorted(found, key=lambda pair: -sign * pair[1].mean)[:most]
     if not ranked:
         return Plot()
     drawing, axes = new_figure("trials", 4.4, 0.8 + 0.2 * len(ranked))
-    for place, (_, one) in enumerate(reversed(ranked)):
+    for place, (_, estimate) in enumerate(reversed(ranked)):
         color = SERIES[1] if place == len(ranked) - 1 else SERIES[0]
-        if one.low is not None and one.high is not None:
-            axes.hlines(place, one.low, one.high, color=color, linewidth=1.6)
-        axes.plot([one.mean], [place], "D" if place == len(ranked) - 1 else "o", color=color)
+        if estimate.low is not None and estimate.high is not None:
+            axes.hlines(place, estimate.low, estimate.high, color=color, linewidth=1.6)
+        axes.plot([estimate.mean], [place], "D" if place == len(ranked) - 1 else "o", color=color)
     base = data.references.get("base", {}).get(name)
     if base is not None:
         axes.axvline(base.mean, color=MUTED, linestyle=":", linewidth=1, zorder=0)
@@ -72,7 +72,7 @@ def trials(data: SweepData, most: int) -> Plot:
     axes.set_xlabel(name.replace("_", " "))
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
-    rows = [[_named(trial), interval_text(one)] for trial, one in ranked]
+    rows = [[_named(trial), interval_text(estimate)] for trial, estimate in ranked]
     return Plot(as_svg(drawing, axes, f"{name.replace('_', ' ')} of every trial"), ["trial", name], rows)
 
 
@@ -93,11 +93,15 @@ def _text(value: Any) -> str:
 
 
 def _line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], place: int, label: str | None) -> None:
-    means = [one.mean for one in found]
+    means = [estimate.mean for estimate in found]
     axes.plot(x, means, label=label and legend_label(label), **series_style(place))
-    bars = [(at, one) for at, one in zip(x, found, strict=True) if one.low is not None and one.high is not None]
-    for at, one in bars:
-        axes.vlines(at, one.low or 0.0, one.high or 0.0, color=SERIES[place % 8], linewidth=0.9, alpha=0.7)
+    bars = [
+        (at, estimate)
+        for at, estimate in zip(x, found, strict=True)
+        if estimate.low is not None and estimate.high is not None
+    ]
+    for at, estimate in bars:
+        axes.vlines(at, estimate.low or 0.0, estimate.high or 0.0, color=SERIES[place % 8], linewidth=0.9, alpha=0.7)
 
 
 @rc_context(PLOT_STYLE)
@@ -194,7 +198,7 @@ def pareto(data: SweepData) -> Plot:
 def parallel_coordinates(data: SweepData) -> Plot:
     """Every finished trial as a line through its fields' values to the first objective; the best ones stand out."""
     figure, sign = data.objectives[0]
-    found = [(trial, one.mean) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    found = [(trial, estimate.mean) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
     ranked = sorted(found, key=lambda pair: sign * pair[1])
     best = {trial.number for trial, _ in ranked[-max(1, len(ranked) // 5) :]}
     drawing, axes = new_figure("parallel coordinates", 8.0, 3.0)

@@ -40,20 +40,22 @@ def sweep_record(sweep: Sweep) -> Artifact:
 
 
 def read_attempts(record: Artifact) -> list[Attempt]:
-    return [Attempt(**one) for one in read_json(record.path / "attempts.json")]
+    return [Attempt(**attempt) for attempt in read_json(record.path / "attempts.json")]
 
 
 def attempts_of(
     sweep: Sweep, results: Mapping[str, dict[str, Any]], pipeline: Callable[[RunConfig], Pipeline]
 ) -> list[Attempt]:
     """Trials of a search that chose its points as it went: those of one outcome are put together afterwards."""
-    points = [one["fields"] for one in results.values() if not one["error"]]
+    points = [result["fields"] for result in results.values() if not result["error"]]
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
     done = [
         Attempt([dict(point) for point in trial.points], "done", "")
         for trial in group_points(points, runs, sweep.config.model)
     ]
-    return done + [Attempt([one["fields"]], "failed", one["error"]) for one in results.values() if one["error"]]
+    return done + [
+        Attempt([result["fields"]], "failed", result["error"]) for result in results.values() if result["error"]
+    ]
 
 
 def pinned(sweep: Sweep) -> Sweep:

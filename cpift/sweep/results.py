@@ -48,8 +48,8 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
     tried = [
         _Tried(attempt, [pipeline(sweep.run(attempt.points[0], seed)) for seed in sweep.seeds]) for attempt in attempts
     ]
-    rows = [_row(sweep, number, one) for number, one in enumerate(tried, start=1)]
-    done = [one for one in tried if one.attempt.status == "done"]
+    rows = [_row(sweep, number, trial) for number, trial in enumerate(tried, start=1)]
+    done = [trial for trial in tried if trial.attempt.status == "done"]
     base = sweep.base
     data = SweepData(
         name=sweep.name,
@@ -61,7 +61,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         seeds=list(sweep.seeds),
         confidence=sweep.config.confidence,
         model=sweep.config.model,
-        objectives=[(one.figure, one.sign) for one in sweep.config.objectives],
+        objectives=[(objective.figure, objective.sign) for objective in sweep.config.objectives],
         tasks=[task.name for task in base.tasks],
         metrics={task.name: task.metric_name for task in base.tasks},
         trials=rows,
@@ -69,8 +69,10 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         overlaps=_overlaps(done),
         reuse=_reuse(sweep, done),
         points=sum(len(attempt.points) for attempt in attempts),
-        learning=learning_said([run for one in done for run in one.runs]),
-        started=min((str(run.artifacts.regions.manifest()["started"]) for one in done for run in one.runs), default=""),
+        learning=learning_said([run for trial in done for run in trial.runs]),
+        started=min(
+            (str(run.artifacts.regions.manifest()["started"]) for trial in done for run in trial.runs), default=""
+        ),
     )
     best = best_trial(data)
     if best is None:
@@ -104,7 +106,8 @@ def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[Run
     done = [attempt for attempt in attempts if attempt.status == "done"]
     runs = [pipeline(sweep.run(attempt.points[0], seed)) for attempt in done for seed in sweep.seeds]
     first = [[*run.artifacts.probes.values(), run.artifacts.regions, run.artifacts.group] for run in runs]
-    if not all(made.complete for one in first for made in one):  # without groups the later ones have no name
+    # Without groups the later ones have no name.
+    if not all(artifact.complete for artifacts in first for artifact in artifacts):
         return False
     return all(made.complete for run in runs for made in _made(sweep, run))
 
@@ -112,7 +115,7 @@ def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[Run
 def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     """Every artifact of a run that took part in the sweep."""
     made = order.outputs(run.artifacts, run.known(), *order.FIRST).values()
-    yield from (one for one in made if one.stage in _STAGES)
+    yield from (artifact for artifact in made if artifact.stage in _STAGES)
     models = scored_models(run, sweep.config.model)
     yield from (*own_models(run, sweep.config.model).values(), *evaluate.outputs(run.artifacts, models).values())
 
@@ -138,11 +141,11 @@ def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, E
 def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
     """One a distinct regions artifact, in the order of p and seed, with every absolute τ that was tried on it."""
     found: dict[Path, tuple[float, int, Grouping, set[float]]] = {}
-    for one in tried:
-        for run in one.runs:
+    for trial in tried:
+        for run in trial.runs:
             grouping, p = run.group(), run.config.regions.p
             entry = found.setdefault(run.artifacts.regions.path, (p, run.config.seed, grouping, set()))
-            entry[3].update(_threshold(point, grouping) for point in one.attempt.points)
+            entry[3].update(_threshold(point, grouping) for point in trial.attempt.points)
     return [
         Overlaps(
             title=f"p = {shown(p)}, seed {seed}",
@@ -165,11 +168,11 @@ def _reuse(sweep: Sweep, tried: Sequence[_Tried]) -> list[Reuse]:
     """What a separate run of every point with every seed would have made, beside what was made."""
     needed: dict[str, list[float]] = {stage: [] for stage in _STAGES}
     made: dict[str, dict[Path, float]] = {stage: {} for stage in _STAGES}
-    for one in tried:
-        for artifact in (artifact for run in one.runs for artifact in _made(sweep, run)):
+    for trial in tried:
+        for artifact in (artifact for run in trial.runs for artifact in _made(sweep, run)):
             seconds = made[artifact.stage].get(artifact.path) or float(artifact.manifest()["seconds"])
             made[artifact.stage][artifact.path] = seconds
-            needed[artifact.stage] += [seconds] * len(one.attempt.points)
+            needed[artifact.stage] += [seconds] * len(trial.attempt.points)
     return [
         Reuse(stage, len(needed[stage]), len(made[stage]), sum(needed[stage]), sum(made[stage].values()))
         for stage in _STAGES
@@ -229,12 +232,12 @@ def summary(data: SweepData) -> dict[str, Any]:
         ],
         "best": best.number if best else None,
         "pareto": [trial.number for trial in pareto_front(data)],
-        "reuse": [one.__dict__ for one in data.reuse],
+        "reuse": [stage.__dict__ for stage in data.reuse],
     }
 
 
 def _plain(figures: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
-    return {model: {name: one.__dict__ for name, one in found.items()} for model, found in figures.items()}
+    return {model: {name: estimate.__dict__ for name, estimate in found.items()} for model, found in figures.items()}
 
 
 def results_table(data: SweepData, rows: int = 12) -> Table:
@@ -249,7 +252,9 @@ def results_table(data: SweepData, rows: int = 12) -> Table:
     for figure, _ in data.objectives:
         table.add_column(figure, justify="right")
     (figure, sign), failed = data.objectives[0], [trial for trial in data.trials if trial.status == "failed"]
-    ranked = [(one.mean * sign, trial) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    ranked = [
+        (estimate.mean * sign, trial) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None
+    ]
     for _, trial in sorted(ranked, key=lambda pair: -pair[0])[:rows]:
         cells = [_cell(judged(data, trial, name)) for name, _ in data.objectives]
         table.add_row(str(trial.number), *(values_of(trial, name) for name in data.space), *cells)

@@ -82,14 +82,18 @@ def judged(data: SweepData, trial: TrialRow, figure: str) -> Estimate | None:
 
 def trials_at(data: SweepData, point: Mapping[str, Any]) -> list[TrialRow]:
     """Trials with a point that has these values; several where the space has more fields."""
-    return [t for t in data.trials if any(all(one[name] == value for name, value in point.items()) for one in t.points)]
+
+    def holds(fields: Mapping[str, Any]) -> bool:
+        return all(fields[name] == value for name, value in point.items())
+
+    return [trial for trial in data.trials if any(map(holds, trial.points))]
 
 
 def trial_at(data: SweepData, point: Mapping[str, Any], figure: str | None = None) -> TrialRow | None:
     """The best of `trials_at` by a figure (default: the first objective), else the first of them."""
     found = trials_at(data, point)
     name = figure or data.objectives[0][0]
-    scored = [(trial, one) for trial in found if (one := judged(data, trial, name)) is not None]
+    scored = [(trial, estimate) for trial in found if (estimate := judged(data, trial, name)) is not None]
     if not scored:
         return found[0] if found else None
     return max(scored, key=lambda pair: _sign(data, name) * pair[1].mean)[0]
@@ -108,7 +112,7 @@ def _sign(data: SweepData, figure: str) -> int:
 def best_trial(data: SweepData) -> TrialRow | None:
     """The finished trial with the best mean of the first objective; of equals the first."""
     figure, sign = data.objectives[0]
-    found = [(trial, one) for trial in data.trials if (one := judged(data, trial, figure)) is not None]
+    found = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
     return max(found, key=lambda pair: sign * pair[1].mean)[0] if found else None
 
 
@@ -117,9 +121,9 @@ def pareto_front(data: SweepData) -> list[TrialRow]:
     vectors = {}
     for trial in data.trials:
         found = [judged(data, trial, figure) for figure, _ in data.objectives]
-        if all(one is not None for one in found):
+        if all(estimate is not None for estimate in found):
             pairs = zip(found, data.objectives, strict=True)
-            vectors[trial.number] = [sign * one.mean for one, (_, sign) in pairs if one is not None]
+            vectors[trial.number] = [sign * estimate.mean for estimate, (_, sign) in pairs if estimate is not None]
     return [
         trial
         for trial in data.trials

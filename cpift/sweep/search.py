@@ -80,7 +80,9 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     """Grid, random and ASHA: every point is known, so those with one outcome are merged before trials start."""
     points = choose_points(sweep.config)
     runs = [[pipeline(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    shared = SharedWork([run for one in runs for run in one], TaskEngine(sweep.base.resources), view)
+    shared = SharedWork(
+        [run for runs_of_point in runs for run in runs_of_point], TaskEngine(sweep.base.resources), view
+    )
     shared.prepare()
     trials = group_points(points, runs, sweep.config.model)
     view.note(f"{len(points)} points, seeds {list(sweep.seeds)}: {len(trials)} trials differ in their outcome")
@@ -163,7 +165,7 @@ def _tune(
         resources = _trial_resources(sweep.base.resources)
         grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
     found = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
-    return {digest(one["fields"]): one for one in found}
+    return {digest(result["fields"]): result for result in found}
 
 
 def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:
@@ -213,8 +215,8 @@ def _optuna(sweep: Sweep) -> Any:
 
         objectives = sweep.config.objectives
         return OptunaSearch(
-            metric=[one.figure for one in objectives],
-            mode=["max" if one.sign > 0 else "min" for one in objectives],
+            metric=[objective.figure for objective in objectives],
+            mode=["max" if objective.sign > 0 else "min" for objective in objectives],
             seed=sweep.config.search.seed,
         )
     except (ImportError, AssertionError):

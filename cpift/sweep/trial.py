@@ -101,9 +101,9 @@ def _figures(run: Pipeline, model: str) -> dict[str, float]:
 def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
     names = [objective.figure for objective in sweep.config.objectives]
     for name in names:
-        if any(name not in one for one in found):
+        if any(name not in means for means in found):
             raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is exactly 0)")
-    return {name: mean(one[name] for one in found) for name in names}
+    return {name: mean(by_name[name] for by_name in found) for name in names}
 
 
 class _BoardView(View):

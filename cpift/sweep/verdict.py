@@ -37,13 +37,13 @@ def _best(data: SweepData, best: TrialRow) -> Iterator[str]:
     assert found is not None
     yield f"Best by {figure.replace('_', ' ')}: trial {best.number} ({point}), {_words(found, data)}."
     others = [
-        (sign * one.mean, trial, one)
+        (sign * estimate.mean, trial, estimate)
         for trial in data.trials
-        if trial is not best and (one := judged(data, trial, figure)) is not None
+        if trial is not best and (estimate := judged(data, trial, figure)) is not None
     ]
     if others:
-        _, second, one = max(others, key=lambda entry: entry[0])
-        yield f"Next: trial {second.number}, {_words(one, data)}.{_overlap(found, one)}"
+        _, second, estimate = max(others, key=lambda entry: entry[0])
+        yield f"Next: trial {second.number}, {_words(estimate, data)}.{_overlap(found, estimate)}"
 
 
 def values_of(trial: TrialRow, name: str) -> str:
@@ -52,10 +52,11 @@ def values_of(trial: TrialRow, name: str) -> str:
     return f"{', '.join(firsts)} or {last}" if firsts else last
 
 
-def _words(one: Estimate, data: SweepData) -> str:
-    if one.low is None or one.high is None:
-        return f"{one.mean:.3f}"
-    return f"{one.mean:.3f} ({data.confidence:.0%} interval {one.low:.3f} to {one.high:.3f}, n = {len(one.values)})"
+def _words(estimate: Estimate, data: SweepData) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:.3f}"
+    interval = f"{data.confidence:.0%} interval {estimate.low:.3f} to {estimate.high:.3f}"
+    return f"{estimate.mean:.3f} ({interval}, n = {len(estimate.values)})"
 
 
 def _overlap(one: Estimate, other: Estimate) -> str:

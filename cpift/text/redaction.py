@@ -105,7 +105,7 @@ def is_prose(field: str) -> bool:
 def holds_secret(text: str, prose: bool = False) -> bool:
     """Whether a secret is in a text; where it is no prose, `name:password@host` alone is one too."""
     forms = (text, _unveiled(text))
-    return any(_bare(form) or (not prose and any(one.search(form) for one in _NO_PROSE)) for form in forms)
+    return any(_bare(form) or (not prose and any(pattern.search(form) for pattern in _NO_PROSE)) for form in forms)
 
 
 def is_variable(name: str) -> bool:

@@ -61,5 +61,5 @@ def _examples(spec: FitSpec, tasks: list[TaskConfig]) -> list[Iterable[Example]]
     sources = [task.train_data for task in tasks]
     if not spec.balanced:
         return [read_examples(source) for source in sources]
-    places = balanced_sample([range(count_examples(one)) for one in sources], spec.samples_per_task, spec.seed)
+    places = balanced_sample([range(count_examples(source)) for source in sources], spec.samples_per_task, spec.seed)
     return [pick_examples(source, rows) for source, rows in zip(sources, places, strict=True)]

@@ -32,7 +32,7 @@ def mapping(value: Any) -> Raw:
 
 def mappings(value: Any) -> list[Raw]:
     """The mappings in a list; nothing of what is no list."""
-    return [mapping(one) for one in value] if is_list(value) else []
+    return [mapping(element) for element in value] if is_list(value) else []
 
 
 def command(words: Sequence[str]) -> str:

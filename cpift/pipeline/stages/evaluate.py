@@ -48,12 +48,12 @@ def check_rows(run: Run) -> None:
 def make(run: Run, models: Sequence[ModelRef]) -> dict[str, dict[str, Score]]:
     """Scores by model and task, of these models."""
     artifacts = {model.title: artifact(run.artifacts, model) for model in models}
-    if all(one.complete for one in artifacts.values()):
+    if all(scored.complete for scored in artifacts.values()):
         run.say_cached(TITLE)
     else:
-        with claimed((one for one in artifacts.values() if not one.complete), run.view.warn):
+        with claimed((scored for scored in artifacts.values() if not scored.complete), run.view.warn):
             _score(run, models, artifacts)
-    return {title: read_scores(one.path) for title, one in artifacts.items()}
+    return {title: read_scores(scored.path) for title, scored in artifacts.items()}
 
 
 def _score(run: Run, models: Sequence[ModelRef], artifacts: Mapping[str, Artifact]) -> None:

@@ -89,7 +89,7 @@ def make(run: Run) -> ModelRef:
     else:
         groups, backbone = (), model.make(run)
     fused = artifact(run.artifacts, groups, backbone)
-    read = [model.base(run.artifacts).path, backbone.path, *(one.path for one in tuned.values())]
+    read = [model.base(run.artifacts).path, backbone.path, *(probed.path for probed in tuned.values())]
     run.make(fused, title(run.artifacts), lambda out: build(run, fused, groups, backbone, out), read)
     if run.merging:
         run.merging.publish(fused.path, fused.fingerprint)
@@ -113,7 +113,7 @@ def add_card(run: Run, kind: str, groups: Groups, artifact: Artifact, out: Path)
 def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInputs:
     """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
     base, vocabulary = model.base(names), names.config.fusion.vocabulary
-    folders = {task: one.path for task, one in probe.tuned(names).items()}
+    folders = {task: probed.path for task, probed in probe.tuned(names).items()}
     pretrained, tuned = open_models(base.path, folders, vocabulary)
     if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
         raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
@@ -153,7 +153,7 @@ def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, o
             link_or_copy(path, out / path.name)
     tuned = probe.tuned(names)
     if template := configured_template(config.model) or shared_template(
-        backbone.path, [one.path for one in tuned.values()]
+        backbone.path, [probed.path for probed in tuned.values()]
     ):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
     models = {"pretrained": model.base(names), "backbone": backbone, **tuned}

@@ -39,14 +39,14 @@ def make(run: Run, beside: Sequence[Fit] = ()) -> ModelRef:
     groups, fused = group.make(run).groups, fuse.make(run)
     final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.make(run)))
     others = () if final.has_weights else beside
-    specs = [spec(run, fused, groups, final), *(one for _, one in others)]
+    specs = [spec(run, fused, groups, final), *(other for _, other in others)]
 
     def finish(artifact: Artifact, out: Path) -> None:
         if artifact.path == final.path:
             fuse.add_card(run, "final", groups, artifact, out)
 
-    run.train([final, *(one for one, _ in others)], title(run.artifacts), lambda: specs, finish)
-    run.said.update(one.title for _, one in others)
+    run.train([final, *(output for output, _ in others)], title(run.artifacts), lambda: specs, finish)
+    run.said.update(other.title for _, other in others)
     return ModelRef.of("final", final)
 
 

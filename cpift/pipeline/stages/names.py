@@ -80,11 +80,11 @@ class Names:
 
     def code(self, fields: str) -> dict[str, str]:
         """The user's code that fields of these names name; of ours nothing."""
-        named = {field: one for field, one in _extensions(self).items() if field.startswith(fields)}
-        return {f"code {field}": self._code_at(field, one) for field, one in named.items()}
+        named = {field: extension for field, extension in _extensions(self).items() if field.startswith(fields)}
+        return {f"code {field}": self._code_at(field, extension) for field, extension in named.items()}
 
-    def _code_at(self, field: str, one: Extension) -> str:
-        return self.watch.identify(field, lambda: [one.file], lambda: one.fingerprint)
+    def _code_at(self, field: str, extension: Extension) -> str:
+        return self.watch.identify(field, lambda: [extension.file], lambda: extension.fingerprint)
 
     def rows(self, task: str, split: str, source: DataSource) -> str:
         """What identifies the rows of a task: `split` is train or test."""

@@ -48,12 +48,14 @@ FIRST = tuple(stage for stage in ORDER if stage not in LAST)
 
 def outputs(names: Names, known: Known, *stages: str) -> dict[str, Artifact]:
     """Everything that these stages make, by title, scores left aside."""
-    return {title: one for stage in stages or ORDER for title, one in ORDER[stage].outputs(names, known).items()}
+    return {
+        title: artifact for stage in stages or ORDER for title, artifact in ORDER[stage].outputs(names, known).items()
+    }
 
 
 def models(names: Names, known: Known, *stages: str) -> list[ModelRef]:
     """The models of these stages that are scored, in the report's order."""
-    return [one for stage in stages or ORDER for one in ORDER[stage].models(names, known)]
+    return [reference for stage in stages or ORDER for reference in ORDER[stage].models(names, known)]
 
 
 def plan(names: Names) -> Iterator[Step]:

@@ -51,7 +51,7 @@ def _named_by_user(names: Names, task: str, source: CheckpointConfig) -> ModelRe
 
 def fingerprints(names: Names) -> dict[str, str]:
     """Of θ1..θN, as inputs of what is made of them."""
-    return {f"probe {task}": one.fingerprint for task, one in tuned(names).items()}
+    return {f"probe {task}": probed.fingerprint for task, probed in tuned(names).items()}
 
 
 @unless_damaged

@@ -41,7 +41,7 @@ def make(run: Run) -> Artifact:
 
 def read(names: Names) -> list[Path]:
     """The folders that are read for it."""
-    return [one.path for one in (model.base(names), *probe.tuned(names).values())]
+    return [source.path for source in (model.base(names), *probe.tuned(names).values())]
 
 
 def build(run: Run, out: Path) -> None:
@@ -52,7 +52,7 @@ def build(run: Run, out: Path) -> None:
 def select(run: Run, outputs: Mapping[float, Path]) -> None:
     """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
     base, tuned = model.base(run.artifacts), probe.tuned(run.artifacts)
-    folders = {task: one.path for task, one in tuned.items()}
+    folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.vocabulary)
     mark = run.merging.mark if run.merging else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
