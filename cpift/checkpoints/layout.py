@@ -18,9 +18,9 @@ from cpift_kernels import pack_mask, unpack_mask
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, Problem, named_line
-from cpift.pretrained.architecture import config_text, skeleton, untrainable
+from cpift.pretrained.architecture import config_text, known_class, skeleton, untrainable
 from cpift.pretrained.conversion import MOVES, Block, Shape, Traced, converted, not_given
-from cpift.pretrained.loading import loading_info
+from cpift.pretrained.loading import code_problems, loading_info
 
 if TYPE_CHECKING:
     import torch
@@ -209,13 +209,26 @@ def unwritable(checkpoint: Checkpoint, where: str) -> list[Problem]:
 
 
 def _remembered_whole(what: str, checkpoint: Checkpoint, find: Callable[[], Any]) -> Any:
-    """What `find` says of a checkpoint's class and headers; kept where that is nothing."""
+    """What `find` says of a checkpoint's class and headers: nothing where they are known to be each other's, and
+    where it was found to be nothing before."""
     try:
-        text = config_text(checkpoint.folder)
+        text, whole = config_text(checkpoint.folder), _known_whole(checkpoint)
     except CheckpointError:
         return find()
+    if whole:
+        return []
     infos = [[info.name, info.shape, info.kind] for info in checkpoint.tensors.values()]
     return remembered(what, [text, infos], find, holds=lambda found: not found)
+
+
+def _known_whole(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has the parameters of its class and nothing else, by what is known of it."""
+    plain = known_class(checkpoint.folder)
+    if plain is None or code_problems(checkpoint.folder, ""):
+        return False
+    return {info.name: info.shape for info in checkpoint.tensors.values() if info.floating} == plain.own and all(
+        info.floating for info in checkpoint.tensors.values()
+    )
 
 
 def require_trainable(folder: Path) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO
 
+from cpift.pretrained.release import without_index
+
 SECONDS = 10.0  # of processor time for the renderings of one row
 MEMORY = 2**29  # bytes, beyond what the child has after its imports
 TEXT = 2**24  # characters of one rendering
@@ -156,6 +158,7 @@ def _limited_by_clock(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def serve() -> None:
     """The child: one line of JSON a question, one an answer (a list of texts, or what is wrong), until input ends."""
+    without_index()
     from transformers.utils import chat_template_utils  # noqa: F401 (before the limits)
 
     output: BinaryIO = sys.stdout.buffer

@@ -84,6 +84,10 @@ class Source(ABC):
         """The tokenizer, where it is at hand before θ0 is made. Raises CheckpointError where it cannot be used."""
         return None
 
+    def row_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """As `tokenizer`, to write and count rows and for nothing else."""
+        return self.tokenizer()
+
     def raw_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """The tokenizer as it is, without the config's template. folder: of the small files, where there is one."""
         return read_tokenizer(folder)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cpift.config.inputs import ScratchModel
+from cpift.pretrained.plain_tokenizer import PlainTokenizer, with_post_processor
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_PAD, _START, _END = "<|pad|>", "<|start|>", "<|end|>"
+_SPECIAL = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}  # in the order of their ids
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|start|>' + message['role'][0] + '\n' + message['content'] + '<|end|>' + '\n' }}"
@@ -23,23 +25,35 @@ def make_scratch_tokenizer(scratch: ScratchModel) -> PreTrainedTokenizerFast:
 
     A turn of the chat template is `<|start|>`, the first letter of the role, a newline, the text, `<|end|>`, a newline.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        pad_token=_PAD,
-        bos_token=_START,
-        eos_token=_END,
+        tokenizer_object=_bytes_only(),
+        **_SPECIAL,
         model_max_length=scratch.max_length,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
+
+
+def scratch_row_tokenizer() -> PlainTokenizer:
+    """The same, to write and count rows and for nothing else."""
+    from tokenizers import AddedToken
+
+    backend = with_post_processor(_bytes_only())
+    backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL.values()])
+    return PlainTokenizer(backend, _SPECIAL, template=_CHAT_TEMPLATE)
+
+
+def _bytes_only() -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return made
 
 
 def make_scratch_model(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

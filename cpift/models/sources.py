@@ -25,7 +25,13 @@ from cpift.hub import cached_folder, download, resolve_revision
 from cpift.models.base import Source
 from cpift.models.checks import check_checkpoint, check_dense, check_gguf, gguf_path
 from cpift.models.loading import load_directory, load_gguf, load_model, torch_dtype
-from cpift.models.tokenizer import checked_tokenizer, load_tokenizer, read_gguf_tokenizer
+from cpift.models.tokenizer import (
+    checked_tokenizer,
+    for_rows,
+    load_row_tokenizer,
+    load_tokenizer,
+    read_gguf_tokenizer,
+)
 from cpift.pretrained import loading as pretrained
 from cpift.text.escaping import code
 
@@ -125,6 +131,9 @@ class _Folder(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.value, self.model)
 
+    def row_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_row_tokenizer(self.value, self.model)
+
     def stated(self, relative: Callable[[Path], str]) -> str:
         return relative(self.value)
 
@@ -166,6 +175,10 @@ class _Hub(Source):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         folder = self.folder()
         return None if folder is None else load_tokenizer(folder, self.model)
+
+    def row_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        folder = self.folder()
+        return None if folder is None else load_row_tokenizer(folder, self.model)
 
     def stated(self, relative: Callable[[Path], str]) -> str:
         return str(self.value)
@@ -254,6 +267,11 @@ class _Scratch(Source):
         from cpift.models.scratch import make_scratch_tokenizer
 
         return checked_tokenizer(make_scratch_tokenizer(self.value), "model.scratch", self.model)
+
+    def row_tokenizer(self) -> PreTrainedTokenizerBase:
+        from cpift.models.scratch import scratch_row_tokenizer
+
+        return checked_tokenizer(for_rows(scratch_row_tokenizer()), "model.scratch", self.model)
 
     def stated(self, relative: Callable[[Path], str]) -> dict[str, int]:
         return dict(self.value.model_dump())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cpift.data.chat_templates import TEMPLATES, prepare
 from cpift.errors import CheckpointError, CpiftError, Problem
 from cpift.pretrained import loading as pretrained
+from cpift.pretrained.plain_tokenizer import PlainTokenizer, plain_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,18 @@ def load_tokenizer(path: Path, model: ModelConfig | None = None) -> PreTrainedTo
         CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
     """
     return checked_tokenizer(read_tokenizer(path), str(path), model)
+
+
+def load_row_tokenizer(path: Path, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, to write and count rows and for nothing else: where the folder is plain, transformers is
+    not loaded for it."""
+    plain = plain_tokenizer(path)
+    return checked_tokenizer(read_tokenizer(path) if plain is None else for_rows(plain), str(path), model)
+
+
+def for_rows(plain: PlainTokenizer) -> PreTrainedTokenizerBase:
+    """A plain tokenizer as one of transformers, of which it has all that writing and counting rows asks for."""
+    return cast("PreTrainedTokenizerBase", plain)
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:

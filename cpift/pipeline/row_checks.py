@@ -175,38 +175,33 @@ def folder_at_hand(config: RunConfig) -> Path | None:
 
 
 def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
-    """θ0's tokenizer, None where it would have to be downloaded. Raises CheckpointError where it cannot be used."""
-    from cpift.models.sources import load_tokenizer, source_of
+    """θ0's tokenizer, to write and count rows; None where it would have to be downloaded.
+
+    Raises CheckpointError where it cannot be used.
+    """
+    from cpift.models.sources import source_of
+    from cpift.models.tokenizer import load_row_tokenizer
 
     source = source_of(config.model)
-    return source.tokenizer() if folder is None or source.in_place else load_tokenizer(folder)
+    return source.row_tokenizer() if folder is None or source.in_place else load_row_tokenizer(folder)
 
 
 def _check_model(
     found: RowChecks, config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str | None
 ) -> None:
     """Whether the class that config.json names can be made, and has a row for every token and place of the sample."""
-    from cpift.pretrained.architecture import model_config, skeleton
+    from cpift.pretrained.architecture import room
 
     try:
-        network = skeleton(folder)
+        rows, places = room(folder)
     except CheckpointError as error:
         found.problems += _of_model(error)
         return
-    embedding: Any = network.get_input_embeddings()
     largest = max(found.largest, int(tokenizer.pad_token_id or 0))
-    if largest >= embedding.num_embeddings:
-        what = (
-            f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {embedding.num_embeddings}"
-        )
+    if largest >= rows:
+        what = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {rows}"
         found.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
-    places = int(getattr(model_config(folder), "max_position_embeddings", None) or 0)
-    learnt = places > 0 and any(
-        getattr(module, "num_embeddings", None) in (places, places + 2)  # OPT keeps two more
-        for module in network.modules()
-        if module is not embedding
-    )
-    if learnt:
+    if places is not None:
         lengths = {name: length for task in config.tasks for name, length in _lengths(config, task, stage).items()}
         for name, length in lengths.items():
             if min(length, found.longest) > places:

@@ -2,7 +2,8 @@
 folder's own code.
 
 Built on the `meta` device, kept by the text of config.json: fine-tunes of one model share it, so nobody may change it.
-What is asked of it before a run is kept on the disk too (`disk.facts`), so that transformers need not be loaded again.
+What is asked of it before a run is answered by `plain` where that knows the class, and else kept on the disk too
+(`disk.facts`), so that transformers need not be loaded again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, Problem, named_line
 from cpift.formats.sizes import folder_problems
 from cpift.pretrained.loading import class_of, generating_classes, load_config
+from cpift.pretrained.plain import PlainClass, plain_class
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def untrainable(folder: Path, where: str) -> list[Problem]:
     """Why the model in a folder can be merged, but not trained on rows of text; empty if it can be trained."""
     try:
         source = _source(folder)
-        found = remembered("untrainable", source.text, lambda: _untrainable(source))
+        found = [] if _plain(source) else remembered("untrainable", source.text, lambda: _untrainable(source))
     except CheckpointError as error:
         return [Problem(where, problem.what, problem.remedy) for problem in error.problems]
     return [Problem(where, what, remedy) for what, remedy in found]
@@ -91,7 +93,10 @@ def tied_names(folder: Path) -> Mapping[str, str]:
     The class decides which they are and config.json, with the class's defaults, whether. Raises CheckpointError.
     """
     source = _source(folder)
-    found: Mapping[str, str] = remembered("tied names", source.text, lambda: _tied_names(source))
+    plain = _plain(source)
+    found: Mapping[str, str] = (
+        plain.ties if plain else remembered("tied names", source.text, lambda: _tied_names(source))
+    )
     if found:
         _require_readable(source)
     return found
@@ -109,7 +114,12 @@ def embedding_names(folder: Path) -> tuple[str, ...]:
     """Parameters with a row for every token: of input embedding and output layer. Raises CheckpointError."""
     source = _source(folder)
     _require_readable(source)
-    return tuple(remembered("embedding names", source.text, lambda: _embedding_names(_skeleton(source))))
+    plain = _plain(source)
+    return (
+        plain.embeddings
+        if plain
+        else tuple(remembered("embedding names", source.text, lambda: _embedding_names(_skeleton(source))))
+    )
 
 
 def _embedding_names(network: PreTrainedModel) -> list[str]:
@@ -144,8 +154,32 @@ def vocabulary_size(folder: Path) -> int | None:
 
     Raises CheckpointError.
     """
+    if plain := known_class(folder):
+        return plain.vocabulary
     size: int | None = getattr(model_config(folder).get_text_config(), "vocab_size", None)
     return size
+
+
+def room(folder: Path) -> tuple[int, int | None]:
+    """Tokens that the input embedding has a row for, and places that it learns a position for; None where positions
+    are computed. Raises CheckpointError."""
+    source = _source(folder)
+    _require_readable(source)
+    plain = _plain(source)
+    rows, places = (plain.vocabulary, None) if plain else remembered("room", source.text, lambda: _room(source))
+    return rows, places
+
+
+def _room(source: _Source) -> tuple[int, int | None]:
+    network = _skeleton(source)
+    embedding: Any = network.get_input_embeddings()
+    places = int(getattr(_config(source), "max_position_embeddings", None) or 0)
+    learnt = places > 0 and any(
+        getattr(module, "num_embeddings", None) in (places, places + 2)  # OPT keeps two more
+        for module in network.modules()
+        if module is not embedding
+    )
+    return int(embedding.num_embeddings), places if learnt else None
 
 
 def stored_transposed(folder: Path, module: str) -> bool | None:
@@ -174,6 +208,15 @@ def _stored_transposed(network: PreTrainedModel) -> dict[str, bool]:
         for kind, transposed in kinds.items()
         if isinstance(module, kind)
     }
+
+
+def known_class(folder: Path) -> PlainClass | None:
+    """What is known of the class of the model in a folder without asking it. Raises CheckpointError."""
+    return _plain(_source(folder))
+
+
+def _plain(source: _Source) -> PlainClass | None:
+    return plain_class(source.text)
 
 
 def config_text(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError
 from cpift.formats.safetensors import TensorInfo
-from cpift.pretrained.architecture import skeleton, tied_names
+from cpift.pretrained.architecture import known_class, skeleton, tied_names
 from cpift.pretrained.conversion import wrapping_prefix
 
 _TIE = "tie_word_embeddings"
@@ -48,6 +48,8 @@ def prefix_of(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         return "" if any(name in state for name in shapes) else wrapping_prefix(network, shapes)
 
     try:
+        if (plain := known_class(folder)) and any(name in plain.shapes for name in shapes):
+            return ""
         return str(remembered("wrapping prefix", [config, shapes], find))
     except CheckpointError:
         return ""  # who needs the class says what is wrong with it
