@@ -26,7 +26,7 @@ def extract_into(
     for models that do not fit each other, both before anything is written under the name asked for.
     """
     place, problems = place_of(out, _SUBJECT), list[Problem]()
-    sources = {name: given_source(name, given, problems) for name, given in (("base", base), ("tuned", tuned))}
+    sources = {name: given_source(name, model, problems) for name, model in (("base", base), ("tuned", tuned))}
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         problems.append(Problem("rank", f"is {rank!r}", "a whole number from 1 on, for example 32"))
     if occupied(place):
@@ -38,8 +38,8 @@ def extract_into(
     with view.stage(_TITLE, [_TITLE]):
         theirs, mine = (locate(pinned(CheckpointConfig(**sources[name]))) for name in ("base", "tuned"))
         with folder_made(place) as partial, guarded_reads(_TITLE, [*model_files(theirs), *model_files(mine)]):
-            made = extract_lora(theirs, mine, partial, rank, _name(sources["base"]), _shown(view))
-    return made
+            extraction = extract_lora(theirs, mine, partial, rank, _name(sources["base"]), _shown(view))
+    return extraction
 
 
 def _shown(view: View) -> OnModule:

@@ -236,17 +236,17 @@ def _loaded(config: StrPath | RunConfig, overrides: Mapping[str, Any]) -> RunCon
 
 def _changes(overrides: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Fields by dotted name; a mapping sets fields of its section, and paths are meant from the working directory."""
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in overrides.items():
         field = f"{before}{name}"
         if isinstance(value, Mapping) and field not in _MAPPINGS:
-            found |= _changes(value, f"{field}.")
+            changes |= _changes(value, f"{field}.")
         elif isinstance(value, os.PathLike) or (isinstance(value, str) and is_path(field)):
             path = Path(os.fspath(value)).expanduser()
-            found[field] = str(path.absolute()) if isinstance(value, os.PathLike) or path.exists() else value
+            changes[field] = str(path.absolute()) if isinstance(value, os.PathLike) or path.exists() else value
         else:
-            found[field] = list(value) if isinstance(value, tuple) else value
-    return found
+            changes[field] = list(value) if isinstance(value, tuple) else value
+    return changes
 
 
 _MAPPINGS = {"fusion.weights", "model.chat_template_kwargs"}  # whose keys are no fields

@@ -68,8 +68,8 @@ class Extension:
 
 def short_name(word: str) -> str:
     """A word as people wrote it: of a file its name, not its place."""
-    found = _PLACED.fullmatch(word)
-    return f"{Path(found['file']).stem}:{found['attribute']}" if found else word
+    match = _PLACED.fullmatch(word)
+    return f"{Path(match['file']).stem}:{match['attribute']}" if match else word
 
 
 def wrong_word(kind: ExtensionKind, word: str, ours: Sequence[str]) -> str | None:
@@ -98,17 +98,17 @@ def placed(kind: ExtensionKind, word: str, folder: Path) -> str | Problem:
     if _PLACED.fullmatch(word):
         what = f"{word!r} names a file by its path, and code is taken from beside the run's file or what is installed"
         return Problem("", what, f"put {short_name(word).partition(':')[0]}.py there, and write {short_name(word)!r}")
-    found = _NAMED.fullmatch(word)
-    if found is None:  # an entry point, or nothing: `wrong_word` says
+    match = _NAMED.fullmatch(word)
+    if match is None:  # an entry point, or nothing: `wrong_word` says
         return word
-    file = folder / f"{found['module']}.py"
-    if "." not in found["module"] and file.is_file():
-        return f"{file.resolve()}:{found['attribute']}"
-    if _source_of(found["module"]) is not None:
+    file = folder / f"{match['module']}.py"
+    if "." not in match["module"] and file.is_file():
+        return f"{file.resolve()}:{match['attribute']}"
+    if _source_of(match["module"]) is not None:
         return word
-    close = difflib.get_close_matches(found["module"], sorted(path.stem for path in folder.glob("*.py")), n=1)
-    remedy = f"did you mean '{close[0]}:{found['attribute']}'?" if close else f"put {file.name} there, or install it"
-    what = f"{word!r}: there is no module {found['module']} in {folder}, nor among installed packages"
+    close = difflib.get_close_matches(match["module"], sorted(path.stem for path in folder.glob("*.py")), n=1)
+    remedy = f"did you mean '{close[0]}:{match['attribute']}'?" if close else f"put {file.name} there, or install it"
+    what = f"{word!r}: there is no module {match['module']} in {folder}, nor among installed packages"
     return Problem("", what, remedy)
 
 
@@ -137,35 +137,39 @@ def _installed(kind: ExtensionKind, word: str, module: str, attribute: str, pack
     return Extension(kind, word, source, attribute, module, package)
 
 
-def load(found: Extension, wanted: type[Made]) -> Made:
+def load(extension: Extension, wanted: type[Made]) -> Made:
     """Import what was found and hand it out: an instance of `wanted`.
 
     Raises ConfigError where its module fails, has no such attribute, or holds something else there: what was not made
     for this is never called, whatever a config names.
     """
-    made: Made = _handed(found, wanted, lambda value: isinstance(value, wanted))
-    return made
+    loaded_value: Made = _handed(extension, wanted, lambda value: isinstance(value, wanted))
+    return loaded_value
 
 
-def load_class(found: Extension, wanted: type[Made]) -> type[Made]:
+def load_class(extension: Extension, wanted: type[Made]) -> type[Made]:
     """The same for a class that is derived from `wanted`, and lacks nothing that this leaves to it."""
-    made: type[Made] = _handed(found, wanted, lambda value: isinstance(value, type) and issubclass(value, wanted))
-    if missing := sorted(getattr(made, "__abstractmethods__", ())):
-        what = f"{found.attribute} in {found.file} lacks {', '.join(missing)}"
-        raise _error(found.name, what, _HOW[found.kind])
-    return made
+    loaded_class: type[Made] = _handed(
+        extension, wanted, lambda value: isinstance(value, type) and issubclass(value, wanted)
+    )
+    if missing := sorted(getattr(loaded_class, "__abstractmethods__", ())):
+        what = f"{extension.attribute} in {extension.file} lacks {', '.join(missing)}"
+        raise _error(extension.name, what, _HOW[extension.kind])
+    return loaded_class
 
 
-def _handed(found: Extension, wanted: type[Any], fits: Callable[[Any], bool]) -> Any:
-    module = _imported(found)
-    made = getattr(module, found.attribute, None)
-    if fits(made):
-        return made
+def _handed(extension: Extension, wanted: type[Any], fits: Callable[[Any], bool]) -> Any:
+    module = _imported(extension)
+    attribute = getattr(module, extension.attribute, None)
+    if fits(attribute):
+        return attribute
     fit = sorted(name for name, value in vars(module).items() if fits(value) and not _borrowed(value, module))
-    close = difflib.get_close_matches(found.attribute, fit, n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(fit)}" if fit else _HOW[found.kind]
-    what = f"has no {found.attribute}" if made is None else f"{found.attribute} is no {wanted.__name__}"
-    raise _error(found.name, f"{found.file} {what}" if made is None else f"{what} in {found.file}", remedy)
+    close = difflib.get_close_matches(extension.attribute, fit, n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(fit)}" if fit else _HOW[extension.kind]
+    what = f"has no {extension.attribute}" if attribute is None else f"{extension.attribute} is no {wanted.__name__}"
+    raise _error(
+        extension.name, f"{extension.file} {what}" if attribute is None else f"{what} in {extension.file}", remedy
+    )
 
 
 _HOW: Mapping[ExtensionKind, str] = {
@@ -184,34 +188,34 @@ def modules_beside() -> list[ModuleType]:
     return list(_MODULES.values())
 
 
-def _imported(found: Extension) -> ModuleType:
+def _imported(extension: Extension) -> ModuleType:
     """The module; of a file beside the run anew where its bytes have changed."""
     try:
-        if found.module:
-            return _import_installed(found)
-        source = found.file.read_bytes()
-        key = (found.file, hashlib.sha256(source).hexdigest())
+        if extension.module:
+            return _import_installed(extension)
+        source = extension.file.read_bytes()
+        key = (extension.file, hashlib.sha256(source).hexdigest())
         if key not in _MODULES:
-            module = ModuleType(f"cpift_extension_{found.file.stem}_{key[1][:12]}")
-            module.__file__ = str(found.file)
+            module = ModuleType(f"cpift_extension_{extension.file.stem}_{key[1][:12]}")
+            module.__file__ = str(extension.file)
             sys.modules[module.__name__] = module  # where dataclasses and typing look for it
-            exec(compile(source, str(found.file), "exec"), module.__dict__)
+            exec(compile(source, str(extension.file), "exec"), module.__dict__)
             _MODULES[key] = module
         return _MODULES[key]
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        what = f"{found.file} cannot be imported ({_line_of(error, found.file)}{type(error).__name__}: {error})"
-        alone = "; beside a run it may import what is installed, and no file beside it" if not found.module else ""
-        raise _error(found.name, what, f"mend it{alone}") from error
+        what = f"{extension.file} cannot be imported ({_line_of(error, extension.file)}{type(error).__name__}: {error})"
+        alone = "; beside a run it may import what is installed, and no file beside it" if not extension.module else ""
+        raise _error(extension.name, what, f"mend it{alone}") from error
 
 
-def _import_installed(found: Extension) -> ModuleType:
+def _import_installed(extension: Extension) -> ModuleType:
     """Python itself looks into the working directory first; what that hides is not what was asked for."""
-    if _source_of(found.module, sys.path) != found.file:
-        what = f"a module of the same name in {os.getcwd()} hides {found.file}"
-        raise _error(found.name, what, "rename it, or work in another folder")
-    return importlib.import_module(found.module)
+    if _source_of(extension.module, sys.path) != extension.file:
+        what = f"a module of the same name in {os.getcwd()} hides {extension.file}"
+        raise _error(extension.name, what, "rename it, or work in another folder")
+    return importlib.import_module(extension.module)
 
 
 def _line_of(error: BaseException, file: Path) -> str:
@@ -243,8 +247,8 @@ def _source_of(module: str, path: Sequence[str] | None = None) -> Path | None:
 
 
 def _spec(name: str, places: Sequence[str], top: bool) -> ModuleSpec | None:
-    if (found := PathFinder.find_spec(name, places)) is not None or not top:
-        return found
+    if (own_spec := PathFinder.find_spec(name, places)) is not None or not top:
+        return own_spec
     others = [finder for finder in sys.meta_path if finder not in (BuiltinImporter, FrozenImporter, PathFinder)]
     specs = (finder.find_spec(name, None) for finder in others)  # of packages that are installed to be edited
     return next((spec for spec in specs if spec is not None), None)

@@ -52,12 +52,12 @@ def _metadata(text: str, path: Path) -> dict[str, Any]:
 
     front = _FRONT.match(text)
     try:
-        found = parse_yaml(front[1], ADAPTER) if front else None
+        metadata = parse_yaml(front[1], ADAPTER) if front else None
     except UnreadableError as error:
         raise UnreadableError(f"its metadata {error.what}", "mend what stands between its `---`", str(path)) from None
-    if found is None:
+    if metadata is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(metadata, dict):
         raise UnreadableError("its metadata is no mapping", "write `key: value` between its `---`", str(path))
     card = ModelCard(text, ignore_metadata_errors=True)
     known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]  # the library declares no result
@@ -103,8 +103,8 @@ def _new_card(folder: Path, repository: str) -> str:
 
 def _extraction(path: Path) -> tuple[int, float]:
     """Rank and relative error of an adapter, as `extract-lora` recorded them."""
-    found = read_object(path, MODEL_CONFIG)
-    rank, relative = found.get("rank"), found.get("relative")
+    record = read_object(path, MODEL_CONFIG)
+    rank, relative = record.get("rank"), record.get("relative")
     if not (isinstance(rank, int) and isinstance(relative, float)):
         raise UnreadableError("is no record of extract-lora", "remove it, or extract again", str(path))
     return rank, relative
@@ -155,7 +155,7 @@ def _interval(score: Score) -> str:
     rows = [row["score"] for row in examples if "score" in row]
     if score["score"] is None or len(rows) < max(2, len(examples)):
         return ""
-    found = estimate([100 * row for row in rows], _CONFIDENCE)
-    if found.high is None or found.high == found.low:
+    interval = estimate([100 * row for row in rows], _CONFIDENCE)
+    if interval.high is None or interval.high == interval.low:
         return ""
-    return f", ±{found.high - found.mean:.1f} ({_CONFIDENCE:.0%})"
+    return f", ±{interval.high - interval.mean:.1f} ({_CONFIDENCE:.0%})"

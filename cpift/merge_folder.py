@@ -76,7 +76,7 @@ def merge_config(
         remedy = 'name each: {"maths": "ft-maths"}'
         raise ConfigError(_SUBJECT, [Problem("models", f"is a {type(models).__name__}, not a mapping", remedy)])
     pretrained = given_source("base", base, problems)
-    sources = {task: given_source(task, given, problems) for task, given in models.items()}
+    sources = {task: given_source(task, model, problems) for task, model in models.items()}
     if problems:
         raise ConfigError(_SUBJECT, problems)
     name = (
@@ -96,9 +96,9 @@ def merge_config(
     return parse_config(raw, Path.cwd(), _SUBJECT, changes=changes)
 
 
-def named_models(given: Sequence[str]) -> dict[str, str]:
+def named_models(arguments: Sequence[str]) -> dict[str, str]:
     """Task names and sources of arguments `NAME=PATH` or `PATH`, which is named by its folder. Raises ConfigError."""
-    parts = [_named(argument) for argument in given]
+    parts = [_named(argument) for argument in arguments]
     free = iter(tune_names([source for name, source in parts if name is None]))
     pairs = [(name if name is not None else next(free), source) for name, source in parts]
     names = [name for name, _ in pairs]
@@ -108,10 +108,10 @@ def named_models(given: Sequence[str]) -> dict[str, str]:
     return dict(pairs)
 
 
-def _named(given: str) -> tuple[str | None, str]:
-    name, equals, source = given.partition("=")
-    if not equals or Path(given).expanduser().exists() or "/" in name:
-        return None, given
+def _named(argument: str) -> tuple[str | None, str]:
+    name, equals, source = argument.partition("=")
+    if not equals or Path(argument).expanduser().exists() or "/" in name:
+        return None, argument
     return name, source
 
 
@@ -149,17 +149,17 @@ def given_source(task: str, where: Any, problems: list[Problem]) -> dict[str, st
     if not isinstance(where, (str, os.PathLike)):
         problems.append(Problem(str(task), f"is a {type(where).__name__}, not a path", "give a folder or a hub id"))
         return {}
-    given = os.fspath(where)
-    path = Path(given).expanduser()
+    text = os.fspath(where)
+    path = Path(text).expanduser()
     if path.is_dir():
         return {"path": str(path.absolute())}
-    hub, _, revision = given.partition("@")
+    hub, _, revision = text.partition("@")
     meant = path.parent != Path(".") and path.parent.is_dir()  # a folder beside others that are there
     if path.exists() or meant or not HUB_ID.fullmatch(hub):
-        what = f"{given!r} is a file" if path.exists() else f"{given!r} is no model folder and no hub id"
+        what = f"{text!r} is a file" if path.exists() else f"{text!r} is no model folder and no hub id"
         remedy = "give a folder with config.json and safetensors, or org/name"
         if path.suffix in (".yaml", ".yml"):  # mergekit's, for example
-            remedy = f"`cpift plan {given}` says which command it stands for"
+            remedy = f"`cpift plan {text}` says which command it stands for"
         problems.append(Problem(task, what, remedy))
     return {"hub": hub, **({"revision": revision} if revision else {})}
 
@@ -203,11 +203,12 @@ def _require_free(place: Path, wanted: str | None = None) -> None:
         return
     remedy = "give another --out, or move it away: nothing that exists is replaced"
     try:
-        made = read_manifest(place)
+        manifest = read_manifest(place)
     except ValueError:
         raise ConfigError(_SUBJECT, [Problem("out", f"{place} holds files that no merge made", remedy)]) from None
-    if wanted is not None and made["fingerprint"] != wanted:
-        what = f"{place} holds another merge ({made['fields'].get('method', made['stage'])}, {made['started']})"
+    if wanted is not None and manifest["fingerprint"] != wanted:
+        method = manifest["fields"].get("method", manifest["stage"])
+        what = f"{place} holds another merge ({method}, {manifest['started']})"
         raise ConfigError(_SUBJECT, [Problem("out", what, remedy)])
     if wanted is not None and (state := state_of(place, wanted)).kind != "whole":
         raise ConfigError(_SUBJECT, [Problem("out", f"{place} was changed since it was made ({state.why})", remedy)])

@@ -78,15 +78,15 @@ def publication(source: Path, repository: str) -> Publication:
         raise ConfigError("push", problems)
     _require_sound(folder)
     files = dict(_model_files(folder))
-    made = {CARD: card_of(folder, run, repository), RECORD: _record(folder, files)}
+    written = {CARD: card_of(folder, run, repository), RECORD: _record(folder, files)}
     if run is not None:
-        made[_RUN_FILE] = _shared(read_yaml(run / "config.yaml"))
-    return Publication(repository, files | made)
+        written[_RUN_FILE] = _shared(read_yaml(run / "config.yaml"))
+    return Publication(repository, files | written)
 
 
-def publish(found: Publication, private: bool = True) -> str:
+def publish(planned: Publication, private: bool = True) -> str:
     """Send it as one commit; the commit's address. Raises HubError."""
-    return upload(found.repository, found.files, private, RECORD, _listed, "Upload by cpift")
+    return upload(planned.repository, planned.files, private, RECORD, _listed, "Upload by cpift")
 
 
 def _listed(record: Path) -> set[str]:
@@ -122,9 +122,9 @@ def _model_files(folder: Path) -> Iterator[tuple[str, Path | str]]:
 def _without_places(path: Path) -> Path | str:
     if not path.name.endswith("config.json"):
         return path
-    found = read_object(path, MODEL_CONFIG)
-    places = {key: Path(found[key]).name for key in _PLACES if Path(str(found.get(key) or "")).is_absolute()}
-    return json_text(found | places) if places else path
+    config = read_object(path, MODEL_CONFIG)
+    places = {key: Path(config[key]).name for key in _PLACES if Path(str(config.get(key) or "")).is_absolute()}
+    return json_text(config | places) if places else path
 
 
 def _require_sound(folder: Path) -> None:
@@ -142,11 +142,11 @@ def _require_sound(folder: Path) -> None:
 def _record(folder: Path, files: Mapping[str, Path | str]) -> str:
     """What the repository's bytes are: the model's fingerprint, the versions that made it, every file's sha256."""
     hashes = {name: _sha256(content) for name, content in files.items()}
-    made = {}
+    record = {}
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        made = {key: manifest.get(key) for key in ("stage", "fingerprint", "commit", "versions", "device", "started")}
-    return json_text({**made, "sha256": hashes})
+        record = {key: manifest.get(key) for key in ("stage", "fingerprint", "commit", "versions", "device", "started")}
+    return json_text({**record, "sha256": hashes})
 
 
 def _sha256(content: Path | str) -> str:
@@ -157,11 +157,11 @@ def _shared(raw: dict[str, Any]) -> str:
     """A run's file for others: without what holds here alone, and of every path its last part."""
     for field in _HERE:
         *sections, key = field.split(".")
-        found: Any = raw
+        part: Any = raw
         for section in sections:
-            found = found.get(section) if isinstance(found, dict) else None
-        if isinstance(found, dict):
-            found.pop(key, None)
+            part = part.get(section) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            part.pop(key, None)
     for section, key, field in list(texts(raw)):
         if is_path(field) and Path(section[key]).is_absolute():
             section[key] = Path(section[key]).name

@@ -98,7 +98,7 @@ def merge_with_peft(work: Path, task: str) -> None:
     out = work / "merged" / task
     if out.is_dir():  # as it is: made again, it would be another input
         return
-    adapted = with_adapters(load_model(work / "base", torch.float32), LORA, 0, kept=work / "adapters" / task)
+    adapted = with_adapters(load_model(work / "base", torch.float32), LORA, 0, saved=work / "adapters" / task)
     partial = out.with_suffix(".partial")
     model: Any = merge_adapters(adapted)
     model.to(torch.bfloat16).save_pretrained(partial)

@@ -316,13 +316,13 @@ def require_same_layout(base: Checkpoint, others: Mapping[str, Checkpoint]) -> N
 
     Reads headers, and tied weights where a model has them twice.
     """
-    found = [
+    problems = [
         Problem(f"{label}: {problem.where}", problem.what, problem.remedy)
         for label, other in [("pre-trained model", base), *(item for item in others.items() if item[1] is not base)]
         for problem in (*differences(base, other), *other.unequal_copies())
     ]
-    if found:
-        raise CheckpointError(f"models that do not fit {base.folder}", first_problems(found, 20))
+    if problems:
+        raise CheckpointError(f"models that do not fit {base.folder}", first_problems(problems, 20))
 
 
 def first_problems(problems: list[Problem], count: int) -> list[Problem]:

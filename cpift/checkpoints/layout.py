@@ -100,7 +100,7 @@ def layout_of(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> Layout:
     return Layout(
         shapes={name: tuple(trace.shape) for name, trace in traced.items()},
         blocks={name: trace.blocks for name, trace in traced.items()},
-        places={name: tuple(found) for name, found in places.items()},
+        places={name: tuple(parts) for name, parts in places.items()},
         sizes={name: tuple(shape) for name, shape in tensors.items()},
         unloaded=tuple(unloaded),
         missing=tuple(not_given(network, traced)),
@@ -218,7 +218,7 @@ def _remembered_whole(what: str, checkpoint: Checkpoint, find: Callable[[], Any]
     if whole:
         return []
     infos = [[info.name, info.shape, info.kind] for info in checkpoint.tensors.values()]
-    return remembered(what, [text, infos], find, holds=lambda found: not found)
+    return remembered(what, [text, infos], find, holds=lambda problems: not problems)
 
 
 def _known_whole(checkpoint: Checkpoint) -> bool:

@@ -152,10 +152,10 @@ class LoraCheckpoint(Checkpoint):
                 self._assign_full(f"{module}.{parameter}", info, own_copy(self._settings, module), problems)
         pairs = [(module, change.factors) for module, change in changes.items() if change.factors]
         try:
-            found = [self._assign_pair(module, factors) for module, factors in pairs]
+            misfits = [self._assign_pair(module, factors) for module, factors in pairs]
         except UnreadableError as error:  # a pattern
-            found = [error.problem(ADAPTER_CONFIG)]
-        problems += [problem for problem in found if problem is not None]
+            misfits = [error.problem(ADAPTER_CONFIG)]
+        problems += [problem for problem in misfits if problem is not None]
 
     def _assign_full(self, parameter: str, info: TensorInfo, own: bool, problems: list[Problem]) -> None:
         mine = self._name(parameter)
@@ -208,8 +208,8 @@ class LoraCheckpoint(Checkpoint):
         """The value of the first pattern that matches the end of a module's name, as PEFT has it."""
         if field not in self._patterns:
             self._patterns[field] = Patterns(self._settings.get(field) or {}, _PATTERN_FORM)
-        found = self._patterns[field].first(module)
-        return self._settings[default] if found is None else self._settings[field][found]
+        match = self._patterns[field].first(module)
+        return self._settings[default] if match is None else self._settings[field][match]
 
     def _name(self, parameter: str) -> str:
         """The tensor of θ0's files for a parameter, as adapters name it; that name itself if there is none."""

@@ -114,16 +114,16 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     Raises CheckpointError.
     """
     try:
-        found = read_object(folder / ADAPTER_CONFIG, ADAPTER)
+        settings = read_object(folder / ADAPTER_CONFIG, ADAPTER)
     except UnreadableError as error:
         raise CheckpointError(f"adapter {folder}", [error.problem(ADAPTER_CONFIG)]) from error
     except OSError as error:
         problem = Problem(ADAPTER_CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
         raise CheckpointError(f"adapter {folder}", [problem]) from error
-    problems = list(_malformed(found)) if found.get("peft_type", "LORA") == "LORA" else []
+    problems = list(_malformed(settings)) if settings.get("peft_type", "LORA") == "LORA" else []
     if problems:
         raise CheckpointError(f"adapter {folder}", problems)
-    return found
+    return settings
 
 
 def _malformed(settings: Mapping[str, Any]) -> Iterator[Problem]:
@@ -184,8 +184,8 @@ def fields_table() -> str:
         elif isinstance(field, Silent):
             rows.append(f"| `{name}` | no influence on the weights: {field.why} |")
         else:
-            kept = ", ".join(f"`{json.dumps(value)}`" for value in field.values)
-            rows.append(f"| `{name}` | refused unless {kept}: {field.otherwise} → {field.remedy} |")
+            values = ", ".join(f"`{json.dumps(value)}`" for value in field.values)
+            rows.append(f"| `{name}` | refused unless {values}: {field.otherwise} → {field.remedy} |")
     rows.append(f"| any other | refused unless empty → {_UNKNOWN} |")
     return "\n".join(rows)
 

@@ -93,21 +93,21 @@ def extract_lora(
         problems.append(Problem(str(tuned), "has the same weights as its base", "give another model"))
     products = [spot for spot in places if spot.leaf == "weight" and stored_transposed(base, spot.module) is not None]
     adapted = {module for spot in products for module in (spot.module, *spot.tied)}
-    whole = [spot for spot in places if spot not in products]
-    problems += _beside_adapted(whole, adapted)
+    copied = [spot for spot in places if spot not in products]
+    problems += _beside_adapted(copied, adapted)
     if problems:
         raise CheckpointError(f"fine-tune {tuned}", first_problems(problems, 20))
     rank = min(rank, max((min(pretrained.tensors[spot.tensor].shape) for spot in products), default=rank))
-    tensors = {_key_of(spot, adapted): model.tensor(spot.tensor) for spot in whole}
+    tensors = {_key_of(spot, adapted): model.tensor(spot.tensor) for spot in copied}
     errors = []
     for number, place in enumerate(products):
         errors.append(_factorised(pretrained, model, place, rank, tensors))
         if on_module:
             on_module(number + 1, len(products))
-    _write(out, tensors, _settings(base, named, rank, adapted, whole))
-    made = Extraction(rank, tuple(errors), tuple(f"{spot.module}.{spot.leaf}" for spot in whole))
-    write_json(out / RECORD, asdict(made) | {"relative": made.relative})
-    return made
+    _write(out, tensors, _settings(base, named, rank, adapted, copied))
+    extraction = Extraction(rank, tuple(errors), tuple(f"{spot.module}.{spot.leaf}" for spot in copied))
+    write_json(out / RECORD, asdict(extraction) | {"relative": extraction.relative})
+    return extraction
 
 
 def _changed(base: Checkpoint, tuned: Checkpoint, problems: list[Problem]) -> Iterator[_Place]:
@@ -134,9 +134,9 @@ def _changed(base: Checkpoint, tuned: Checkpoint, problems: list[Problem]) -> It
         yield _Place(name, module, leaf, tuple(tied.rpartition(".")[0] for tied, of in ties.items() if of == parameter))
 
 
-def _beside_adapted(whole: list[_Place], adapted: set[str]) -> Iterator[Problem]:
+def _beside_adapted(copied: list[_Place], adapted: set[str]) -> Iterator[Problem]:
     """Parameters that PEFT can keep only together with modules in them that have factors."""
-    for place in whole:
+    for place in copied:
         if place.module not in adapted and any(module.startswith(f"{place.module}.") for module in adapted):
             what = "changed, and lies in a module with adapted ones, which PEFT cannot keep whole beside them"
             yield Problem(place.tensor, what, "keep it as a full fine-tune")
@@ -150,17 +150,17 @@ def _factorised(
 
     stored = tuned.mapped(place.tensor).float() - base.mapped(place.tensor).float()
     left, right = factors(stored, rank)
-    kept = torch.addmm(stored, left, right, alpha=-1)
+    residual = torch.addmm(stored, left, right, alpha=-1)
     for module in (place.module, *place.tied):
         transposed = stored_transposed(base.folder, module)
         a, b = (left.T, right.T) if transposed else (right, left)
         key = f"{ADAPTER_PREFIX}{module}.lora_"
         if _is_embedding(base.folder, module):
-            found = {f"{key}embedding_A": a, f"{key}embedding_B": b}
+            adapter = {f"{key}embedding_A": a, f"{key}embedding_B": b}
         else:
-            found = {f"{key}A.weight": a, f"{key}B.weight": b}
-        tensors.update({name: value.contiguous().clone() for name, value in found.items()})
-    return ModuleError(place.module, tuple(stored.shape), _norm(stored), _norm(kept))
+            adapter = {f"{key}A.weight": a, f"{key}B.weight": b}
+        tensors.update({name: value.contiguous().clone() for name, value in adapter.items()})
+    return ModuleError(place.module, tuple(stored.shape), _norm(stored), _norm(residual))
 
 
 def factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,10 +179,10 @@ def factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             u, s, v = torch.svd_lowrank(change, rank + _MORE, niter=_ROUNDS)
-    kept, root = min(rank, most), s[: min(rank, most)].sqrt()
+    components, root = min(rank, most), s[: min(rank, most)].sqrt()
     left, right = torch.zeros(rows, rank), torch.zeros(rank, columns)
-    left[:, :kept] = u[:, :kept] * root
-    right[:kept] = root[:, None] * v[:, :kept].T
+    left[:, :components] = u[:, :components] * root
+    right[:components] = root[:, None] * v[:, :components].T
     return left, right
 
 
@@ -192,9 +192,9 @@ def _key_of(place: _Place, adapted: set[str]) -> str:
     return f"{ADAPTER_PREFIX}{place.module}{deeper}.{place.leaf}"
 
 
-def _settings(base: Path, named: str | None, rank: int, adapted: set[str], whole: list[_Place]) -> dict[str, Any]:
+def _settings(base: Path, named: str | None, rank: int, adapted: set[str], copied: list[_Place]) -> dict[str, Any]:
     """PEFT's configuration of the adapter."""
-    alone = sorted({place.module for place in whole} - adapted)
+    alone = sorted({place.module for place in copied} - adapted)
     linear = [module for module in adapted if not _is_embedding(base, module)]
     return {
         "peft_type": "LORA",
@@ -205,7 +205,7 @@ def _settings(base: Path, named: str | None, rank: int, adapted: set[str], whole
         "lora_dropout": 0.0,
         "target_modules": sorted(adapted),
         "modules_to_save": alone or None,
-        "bias": "all" if any(place.module in adapted for place in whole) else "none",
+        "bias": "all" if any(place.module in adapted for place in copied) else "none",
         "fan_in_fan_out": any(stored_transposed(base, module) for module in linear),
         "inference_mode": True,
     }

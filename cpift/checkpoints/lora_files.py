@@ -65,7 +65,7 @@ class Change:
 
 def changes_in(parts: Mapping[str, TensorInfo]) -> dict[str, Change]:
     """The tensors of an adapter's file by the module that they change."""
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     for key, info in parts.items():
         if key.endswith(_TRAINING_ONLY) or ".original_module." in key:  # beside its trained copy, which is used
             continue
@@ -73,14 +73,14 @@ def changes_in(parts: Mapping[str, TensorInfo]) -> dict[str, Change]:
         part = _PART.fullmatch(name)
         # PEFT keeps an adapted embedding beside its factors (base_layer); the product is added to that.
         module, _, parameter = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".").rpartition(".")
-        change = found.setdefault(part["module"] if part else module, Change({}, {}, []))
+        change = changes.setdefault(part["module"] if part else module, Change({}, {}, []))
         if part:
             change.factors[part["part"]] = info
         elif "lora_" in name or "token_adapter" in name:
             change.unknown.append(key)
         else:
             change.full[parameter] = info
-    return found
+    return changes
 
 
 def same_change(one: Change | None, other: Change | None) -> bool:
@@ -91,9 +91,9 @@ def same_change(one: Change | None, other: Change | None) -> bool:
         return False
     swapped = {"A": "B", "B": "A"}  # of an embedding and a linear layer, whose products are each other's transpose
     pairs = [(info, other.factors[swapped[part]]) for part, info in one.factors.items()]
-    whole = [(info, other.full[name]) for name, info in one.full.items() if name in other.full]
+    stored = [(info, other.full[name]) for name, info in one.full.items() if name in other.full]
     return all(_equal(mine, theirs, transposed=True) for mine, theirs in pairs) and all(
-        _equal(mine, theirs) for mine, theirs in whole
+        _equal(mine, theirs) for mine, theirs in stored
     )
 
 
@@ -108,8 +108,8 @@ def _equal(one: TensorInfo, other: TensorInfo, transposed: bool = False) -> bool
 
 def own_copy(settings: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT has a copy of its own of a module that is in the file: `modules_to_save`."""
-    kept: Sequence[str] = settings.get("modules_to_save") or ()
-    return any(module == name or module.endswith(f".{name}") for name in kept)
+    saved: Sequence[str] = settings.get("modules_to_save") or ()
+    return any(module == name or module.endswith(f".{name}") for name in saved)
 
 
 def tensors_of(folder: Path, problems: list[Problem]) -> dict[str, TensorInfo]:

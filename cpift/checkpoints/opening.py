@@ -156,8 +156,8 @@ def quick_fingerprint(folder: Path) -> str:
 
 def model_files(folder: Path) -> list[Path]:
     """Every file of a folder that decides its weights, tokens or text, by name."""
-    found = {file for pattern in HUB_PATTERNS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found - {folder / "README.txt"}, key=lambda file: file.name)
+    files = {file for pattern in HUB_PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files - {folder / "README.txt"}, key=lambda file: file.name)
 
 
 def _state(file: Path) -> list[Any]:

@@ -87,8 +87,8 @@ class RelaidCheckpoint(Checkpoint):
         self.ties, self.is_apart = inner.ties, inner.is_apart
         self._made_of = inner, base, mine, theirs, prefix
         self._inner, self._base, self._maps = inner, base, {}
-        found = {name: _stretches(name, mine, theirs) for name in base.tensors}
-        self._runs = {name: runs.prefixed(prefix) for name, runs in found.items() if runs is not None}
+        stretches = {name: _stretches(name, mine, theirs) for name in base.tensors}
+        self._runs = {name: runs.prefixed(prefix) for name, runs in stretches.items() if runs is not None}
         taken = {tensor for runs in self._runs.values() for tensor in runs.tensors}
         spare = {prefix + name for name in theirs.unloaded if is_buffer(skeleton(base.folder), name)}
         self.tensors = {name: self._info(base.tensors[name], runs) for name, runs in self._runs.items()}

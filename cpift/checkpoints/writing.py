@@ -103,9 +103,9 @@ def kept_record(shard: Shard, folder: Path, made_from: str) -> ShardRecord | Non
     if not (note.is_file() and file.is_file()):
         return None
     try:
-        found = read_json(note)
-        same = found["key"] == shard.key(made_from) and found["bytes"] == file.stat().st_size
-        record, sha256 = found["record"], found["sha256"]
+        content = read_json(note)
+        same = content["key"] == shard.key(made_from) and content["bytes"] == file.stat().st_size
+        record, sha256 = content["record"], content["sha256"]
         sound = same and isinstance(record, dict) and sha256 in (None, file_sha256(file))
         return cast(ShardRecord, record) if sound else None
     except (ValueError, KeyError, TypeError):  # half a note, of a machine that lost power: the shard is made again
@@ -133,11 +133,11 @@ def write_shard(shard: Shard, folder: Path, made_from: str, fill: Callable[[File
 def write_note(shard: Shard, folder: Path, made_from: str, sha256: str | None, record: ShardRecord) -> None:
     """Say beside a shard, which is whole and in `folder`, what it was made from: `kept_record` then finds it."""
     file = folder / shard.name
-    found = file.stat()
+    status = file.stat()
     note: ShardNote = {
         "key": shard.key(made_from),
-        "bytes": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
         "sha256": sha256,
         "record": record,
     }

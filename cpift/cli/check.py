@@ -34,12 +34,12 @@ def check(
 
     if not folder.is_dir():
         raise CpiftError(f"{folder} is no folder: give the output folder of a run")
-    found = list(_artifacts(folder))
-    if not found:
+    artifacts = list(_artifacts(folder))
+    if not artifacts:
         raise CpiftError(f"{folder} holds nothing that cpift made: give the output folder of a run")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        damaged = {path: why for path, why in zip(found, pool.map(_damage, found), strict=True) if why}
-    for path in found:
+        damaged = {path: why for path, why in zip(artifacts, pool.map(_damage, artifacts), strict=True) if why}
+    for path in artifacts:
         say(f"{path.relative_to(folder)}: {damaged.get(path, 'as it was written')}")
     for name in dict.fromkeys((*RUN_FILES, *SWEEP_FILES)):
         if os.path.lexists(folder / name) and not is_ours(folder / name):
@@ -47,7 +47,7 @@ def check(
     if damaged:
         _say_remedy(folder, damaged)
         raise typer.Exit(1)
-    say(f"{len(found)} outputs, all as they were written")
+    say(f"{len(artifacts)} outputs, all as they were written")
 
 
 def _say_remedy(folder: Path, damaged: dict[Path, str]) -> None:

@@ -52,18 +52,18 @@ def compare(
     changes: dict[str, Any] = {"output": output} if output else {}
     changes |= {} if seeds is None else {"seeds": _seeds(seeds)}
     changes |= {} if budget is None else {"budgets": [budget]}
-    made = load_comparison(config, overrides or [], changes)
+    comparison = load_comparison(config, overrides or [], changes)
     from cpift.compare.files import written_files
     from cpift.pipeline.preflight import preflight
 
-    say_code(made.base, made.config)
-    preflight(made.base, stage="compare", download=not plan, writes=written_files(made.config.curves))
+    say_code(comparison.base, comparison.config)
+    preflight(comparison.base, stage="compare", download=not plan, writes=written_files(comparison.config.curves))
     from cpift.compare.methods import methods_of
 
     if plan:
-        for method in methods_of(made):
+        for method in methods_of(comparison):
             say(f"{method.kind:12} {method.name}")
-        say(f"Each with seeds {', '.join(map(str, made.seeds))}; results in {made.base.output_dir}")
+        say(f"Each with seeds {', '.join(map(str, comparison.seeds))}; results in {comparison.base.output_dir}")
         return
 
     from cpift.compare.files import comparison_table, first_sentences, write_comparison
@@ -71,11 +71,11 @@ def compare(
     from cpift.console.view import View
     from cpift.disk.locks import exclusive
 
-    view, folder = View(), made.base.output_dir
-    engine = _engine(made.base.resources, here)
+    view, folder = View(), comparison.base.output_dir
+    engine = _engine(comparison.base.resources, here)
     with exclusive(folder), view.recorded(folder, "compare"), engine.session():
-        record = run_comparison(made, engine, view)
-    report = write_comparison(record, made.base.output_dir)
+        record = run_comparison(comparison, engine, view)
+    report = write_comparison(record, comparison.base.output_dir)
     for sentence in first_sentences(record):
         say(f"! {sentence}", "yellow")
     Terminal().print(comparison_table(record))

@@ -62,13 +62,13 @@ def preview(
         for number, example in enumerate(islice(read_examples(task_config.train_data), rows), start=1):
             console.print(f"{task_config.name}, example {number}", style="bold")
             console.print(coloured(example, tokenizer, run.probe_training.max_length, marks=marks), soft_wrap=True)
-        found = count(read_examples(task_config.train_data), tokenizer, run.probe_training)
-        trained = f"{found.trained:,} ({found.trained / max(found.tokens, 1):.0%})"
-        numbers = [f"{found.examples:,}", f"{found.tokens:,}", trained, f"{found.cut:,}", f"{found.left_out:,}"]
+        counts = count(read_examples(task_config.train_data), tokenizer, run.probe_training)
+        trained = f"{counts.trained:,} ({counts.trained / max(counts.tokens, 1):.0%})"
+        numbers = [f"{counts.examples:,}", f"{counts.tokens:,}", trained, f"{counts.cut:,}", f"{counts.left_out:,}"]
         table.add_row(
             task_config.name,
             *numbers,
-            *([f"{found.rows:,} ({found.fill:.0%} full)"] if run.probe_training.packing else []),
+            *([f"{counts.rows:,} ({counts.fill:.0%} full)"] if run.probe_training.packing else []),
         )
     console.print(table)
 
@@ -86,11 +86,11 @@ def _table(packing: bool) -> Table:
 def _chosen(run: RunConfig, name: str | None) -> list[TaskConfig]:
     from cpift.errors import ConfigError, Problem
 
-    found = [task for task in run.trained if name in (None, task.name)]
-    if not found:
+    chosen = [task for task in run.trained if name in (None, task.name)]
+    if not chosen:
         known = ", ".join(task.name for task in run.trained)
         raise ConfigError(f"run {run.name}", [Problem("--task", f"there is no task {name!r}", f"one of {known}")])
-    return found
+    return chosen
 
 
 def _tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:

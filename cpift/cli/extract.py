@@ -32,11 +32,14 @@ def extract_lora(
     from cpift.console.view import View
     from cpift.text.escaping import one_line
 
-    made = extract_into(base, tuned, out, rank, View())
-    if made.modules:
-        say(f"Rank {made.rank}: {len(made.modules)} weights, of whose change {made.relative:.1%} is lost (norms)")
-        for module in sorted(made.modules, key=lambda module: -module.relative)[:_SHOWN]:
+    extraction = extract_into(base, tuned, out, rank, View())
+    if extraction.modules:
+        say(
+            f"Rank {extraction.rank}: {len(extraction.modules)} weights, "
+            f"of whose change {extraction.relative:.1%} is lost (norms)"
+        )
+        for module in sorted(extraction.modules, key=lambda module: -module.relative)[:_SHOWN]:
             say(f"  {module.relative:6.1%}  {one_line(module.module)} {list(module.shape)}")
-    if made.whole:
-        say(f"Kept whole: {len(made.whole)} norms and biases")
+    if extraction.whole:
+        say(f"Kept whole: {len(extraction.whole)} norms and biases")
     say(f"Adapter: {out} (every module's error: extraction.json)")

@@ -43,11 +43,11 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """With paragraphs of help as single lines, which the terminal's width breaks, not the source's."""
-        found = super().get_command(ctx, cmd_name)
-        for command in (found, *getattr(found, "commands", {}).values()):
+        asked = super().get_command(ctx, cmd_name)
+        for command in (asked, *getattr(asked, "commands", {}).values()):
             if command is not None and command.help:
                 command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
-        return found
+        return asked
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Other tools' words for what is here are told; typer suggests what is spelt alike."""

@@ -41,21 +41,27 @@ def init(
     A task a data set. NAME_train and NAME_test are one; of other files rows are held out for testing. Comments
     say why each value is what it is. Nothing that exists is replaced.
     """
-    given = inputs or []
-    _require_meant(given, model, out, example)
+    arguments = inputs or []
+    _require_meant(arguments, model, out, example)
     if example is not None:
         _example(example)
-    elif given and given[0] in _OTHERS:
-        _OTHERS[given[0]](given[1:], out)
+    elif arguments and arguments[0] in _OTHERS:
+        _OTHERS[arguments[0]](arguments[1:], out)
     else:
-        _run(given, model, out or Path("my-run.yaml"))
+        _run(arguments, model, out or Path("my-run.yaml"))
 
 
-def _require_meant(given: Sequence[str], model: str | None, out: Path | None, example: str | None) -> None:
+def _require_meant(arguments: Sequence[str], model: str | None, out: Path | None, example: str | None) -> None:
     """Raise ConfigError for what would be ignored."""
-    kind = f"--example {example}" if example is not None else given[0] if given and given[0] in _OTHERS else None
+    kind = (
+        f"--example {example}"
+        if example is not None
+        else arguments[0]
+        if arguments and arguments[0] in _OTHERS
+        else None
+    )
     beside = {"--model": model, "--out": out if example is not None else None}
-    beside |= {"DATA": ", ".join(given) or None} if example is not None else {}
+    beside |= {"DATA": ", ".join(arguments) or None} if example is not None else {}
     ignored = [name for name, value in beside.items() if value is not None]
     if kind is not None and ignored:
         raise ConfigError("init", [Problem(name, f"means nothing beside {kind}", "leave it out") for name in ignored])
@@ -65,17 +71,17 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
     _require_free(out)
     from cpift.init.files import tasks_of as found_in
 
-    found = found_in(data)
+    files = found_in(data)
     if model is None:
         problem = Problem("--model", "is not given", "name the model to fine-tune: a folder, a .gguf file or a hub id")
         raise ConfigError("init", [problem])
-    say(f"Looking at {model} and {len(found)} data set{'s' * (len(found) != 1)} ...")
+    say(f"Looking at {model} and {len(files)} data set{'s' * (len(files) != 1)} ...")
     from cpift.devices import visible_gpus
     from cpift.init.model import base_model
     from cpift.init.run import check, tasks_of, written
 
     base = base_model(model)
-    tasks = tasks_of(found, base)
+    tasks = tasks_of(files, base)
     for task in tasks:
         say(task.summary)
         say(f"  metric {task.guess.metric}: {task.guess.why}")

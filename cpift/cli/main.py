@@ -220,11 +220,11 @@ def integrate(config: Config, overrides: Overrides = None, output: Output = None
 @app.command(rich_help_panel=_METHOD)
 def evaluate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """7. Score θ0, every probe, the backbone, the fused and the final model on every task."""
-    found = _stage(config, overrides, _changes(output), "evaluate")
+    scored = _stage(config, overrides, _changes(output), "evaluate")
     from cpift.evaluation.retention import learning_of, sentences
 
-    _warn(sentences(learning_of(list(next(iter(found.values()))), found)))
-    for title, scores in found.items():
+    _warn(sentences(learning_of(list(next(iter(scored.values()))), scored)))
+    for title, scores in scored.items():
         figures = (f"{task} {_figure(score)}" for task, score in scores.items())
         say(f"{title}: " + ", ".join(figures))
 

@@ -51,8 +51,8 @@ def unused_gpus(run: RunConfig) -> str | None:
     except CpiftError as error:
         return f"whether there are GPUs that the run leaves idle is not known: {error}"
     gpus = f"{count:g} GPU{'s' * (count != 1)}"
-    told = "fine-tunes and evaluations run on CPUs → set resources.gpus_per_worker: 1"
-    return f"{where} has {gpus}, and this config uses none: {told}" if count else None
+    idle = "fine-tunes and evaluations run on CPUs → set resources.gpus_per_worker: 1"
+    return f"{where} has {gpus}, and this config uses none: {idle}" if count else None
 
 
 def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None) -> None:
@@ -91,8 +91,8 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     Terminal().print(results_table(data))
     say(f"Report: {report}")
     if data.best_yaml:
-        made = "makes its model again" if not KEEPS[data.keep].best else "finds everything made"
-        say(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {made})")
+        effect = "makes its model again" if not KEEPS[data.keep].best else "finds everything made"
+        say(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {effect})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)
         raise StageError(f"{len(failed)} of {len(data.trials)} trials failed; the rest is kept\n{lines}")

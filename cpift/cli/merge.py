@@ -30,9 +30,9 @@ _FIELDS = "Fields of the merge"
 def register_merge(app: typer.Typer, panel: str) -> None:
     """Add the command, with an option for each of OPTIONS."""
 
-    def command(**given: Any) -> None:
-        fields = {name: given.pop(name) for name in OPTIONS}
-        merge(**given, fields={name: value for name, value in fields.items() if value not in (None, [])})
+    def command(**options: Any) -> None:
+        fields = {name: options.pop(name) for name in OPTIONS}
+        merge(**options, fields={name: value for name, value in fields.items() if value not in (None, [])})
 
     own = [
         parameter
@@ -92,29 +92,29 @@ def merge(
     say(f"Merged model: {result.path}")
 
 
-def _value(name: str, given: Any) -> Any:
+def _value(name: str, value: Any) -> Any:
     """An option's value as a file would have it. Raises ConfigError."""
     option = OPTIONS[name]
     if option.kind == "pairs":
-        return dict(_pair(name, pair) for pair in given)
-    return given if option.kind in ("switch", "values") else _parsed(name, given)
+        return dict(_pair(name, pair) for pair in value)
+    return value if option.kind in ("switch", "values") else _parsed(name, value)
 
 
-def _pair(name: str, given: str) -> tuple[str, Any]:
-    key, equals, value = given.partition("=")
+def _pair(name: str, pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
     if not equals:
-        raise ConfigError("merge", [Problem(f"--{name.replace('_', '-')}", f"{given!r} has no '='", "NAME=VALUE")])
+        raise ConfigError("merge", [Problem(f"--{name.replace('_', '-')}", f"{pair!r} has no '='", "NAME=VALUE")])
     return key, _parsed(name, value)
 
 
-def _parsed(name: str, given: str) -> Any:
+def _parsed(name: str, text: str) -> Any:
     from cpift.untrusted.json import UnreadableError
     from cpift.untrusted.yaml import parse_yaml
 
     if OPTIONS[name].field in ("model.chat_template", "backbone.source", "backbone.revision"):
-        return given
+        return text
     try:
-        return parse_yaml(given)
+        return parse_yaml(text)
     except UnreadableError as error:
         raise ConfigError("merge", [error.problem(f"--{name.replace('_', '-')}")]) from None
 
@@ -124,16 +124,16 @@ def _settings(overrides: list[str]) -> dict[str, Any]:
     from cpift.untrusted.json import UnreadableError
     from cpift.untrusted.yaml import parse_yaml
 
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for text in overrides:
         field, equals, value = text.partition("=")
         if not equals:
             raise ConfigError("merge", [Problem("--set", f"{text!r} has no '='", "write it as field.name=value")])
         try:
-            found[field.strip()] = parse_yaml(value)
+            fields[field.strip()] = parse_yaml(value)
         except UnreadableError as error:
             raise ConfigError("merge", [error.problem(f"--set {field}")]) from None
-    return found
+    return fields
 
 
 def _tell(config: RunConfig, notes: list[str], place: Path) -> None:
@@ -142,12 +142,12 @@ def _tell(config: RunConfig, notes: list[str], place: Path) -> None:
     from cpift.pipeline.identity import StageArtifacts
     from cpift.pipeline.plan import plan
 
-    made = plan(StageArtifacts(config), notes)
+    planned = plan(StageArtifacts(config), notes)
     say(f"{config.fusion.method_name}: {method_named(config.fusion.method).described(config.fusion)}")
-    for note in made.notes:
+    for note in planned.notes:
         say(note)
-    if made.parameters is not None:
-        say(f"Parameters: {made.parameters:,}")
-    say(f"Disk: about {show_size(made.disk_needed or 0)} more, {show_size(made.disk_free)} free")
+    if planned.parameters is not None:
+        say(f"Parameters: {planned.parameters:,}")
+    say(f"Disk: about {show_size(planned.disk_needed or 0)} more, {show_size(planned.disk_free)} free")
     partial = work_of(place)
     say(f"Goes on from {partial}" if partial.exists() else f"Would write {place}, by way of {partial}")

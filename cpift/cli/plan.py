@@ -42,28 +42,28 @@ def plan(
     say_code(run)
     seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)
-    made, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
+    planned, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
     if as_json:
-        say(json.dumps(plan_record(made, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
+        say(json.dumps(plan_record(planned, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
         return
-    _print_plan(made, artifacts.root, idle)
+    _print_plan(planned, artifacts.root, idle)
 
 
-def plan_record(made: Plan, name: str, root: Path, idle: str | None) -> dict[str, Any]:
+def plan_record(planned: Plan, name: str, root: Path, idle: str | None) -> dict[str, Any]:
     """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
-    record = asdict(made)
+    record = asdict(planned)
     return {"format": 1, "name": name, "output": str(root), "unused_gpus": idle, **record}
 
 
-def _print_plan(made: Plan, root: Path, idle: str | None) -> None:
+def _print_plan(planned: Plan, root: Path, idle: str | None) -> None:
     console = Terminal()
-    console.print(_stages(made, root))
-    if made.rows:
-        console.print(_rows(made))
-    for label, text in _needs(made, idle):
+    console.print(_stages(planned, root))
+    if planned.rows:
+        console.print(_rows(planned))
+    for label, text in _needs(planned, idle):
         console.print(f"{label}: {text}")
-    shown = tuple(f"tasks.{row['task']}.train at {row['field']} = " for row in made.rows if not _lost(row))
-    for note in made.notes:
+    shown = tuple(f"tasks.{row['task']}.train at {row['field']} = " for row in planned.rows if not _lost(row))
+    for note in planned.notes:
         if not note.startswith(shown):  # the table has it
             console.print(note)
 
@@ -72,15 +72,15 @@ def _lost(row: Mapping[str, Any]) -> bool:
     return bool(row["cut"] or row["left_out"])
 
 
-def _stages(made: Plan, root: Path) -> Table:
+def _stages(planned: Plan, root: Path) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=f"Plan for {root}", title_justify="left")
     for name, right in (("stage", False), ("state", False), ("steps", True), ("tokens", True), ("what", False)):
         table.add_column(name, justify="right" if right else "left")
-    colours, costs = {"cached": "green", "to do": "cyan"}, {(fit.stage, fit.label): fit for fit in made.fits}
-    for step in made.steps:
+    colours, costs = {"cached": "green", "to do": "cyan"}, {(fit.stage, fit.label): fit for fit in planned.fits}
+    for step in planned.steps:
         cost = costs.get((step.stage, step.label))
         figures = ("", "") if cost is None else (_count(cost.steps), _about(cost.tokens))
         state = Text(step.state, colours.get(step.state, "yellow"))
@@ -88,7 +88,7 @@ def _stages(made: Plan, root: Path) -> Table:
     return table
 
 
-def _rows(made: Plan) -> Table:
+def _rows(planned: Plan) -> Table:
     """A line for tasks and fine-tunes whose rows are used alike."""
     from rich.table import Table
 
@@ -96,7 +96,7 @@ def _rows(made: Plan) -> Table:
     for name in ("rows", "used", "cut", "left out"):
         table.add_column(name, justify="right")
     shown: dict[tuple[Any, ...], list[str]] = {}
-    for row in made.rows:
+    for row in planned.rows:
         looked = "" if row["all"] else f" (of the first {row['rows']:,})"
         key = (row["task"], row["in_all"], row["used"], row["cut"], row["left_out"], looked)
         shown.setdefault(key, []).append(str(row["field"]).removesuffix(".max_length"))
@@ -105,33 +105,33 @@ def _rows(made: Plan) -> Table:
     return table
 
 
-def _needs(made: Plan, idle: str | None) -> Iterator[tuple[str, str]]:
+def _needs(planned: Plan, idle: str | None) -> Iterator[tuple[str, str]]:
     """What the run needs of the machine, as far as it is known."""
-    if made.parameters is None:
+    if planned.parameters is None:
         yield "Parameters", "known once the model has been downloaded"
     else:
-        yield "Parameters", f"{made.parameters:,}; a core region: {made.core_size:,} elements"
-        yield "Disk", f"about {show_size(made.disk_needed or 0)} more, {show_size(made.disk_free)} free"
-    if made.memory_per_worker is not None:
-        memory = show_size(made.memory_per_worker)
+        yield "Parameters", f"{planned.parameters:,}; a core region: {planned.core_size:,} elements"
+        yield "Disk", f"about {show_size(planned.disk_needed or 0)} more, {show_size(planned.disk_free)} free"
+    if planned.memory_per_worker is not None:
+        memory = show_size(planned.memory_per_worker)
         yield "Memory of a training worker", f"about {memory} for weights, gradients and AdamW, and the activations"
-    if made.fits:
-        yield "Device", made.device + (f". {idle}" if idle else "")
-        yield "Time", _time(made)
+    if planned.fits:
+        yield "Device", planned.device + (f". {idle}" if idle else "")
+        yield "Time", _time(planned)
     elif idle:
         yield "Device", idle
 
 
-def _time(made: Plan) -> str:
+def _time(planned: Plan) -> str:
     from cpift.console.screen import duration
 
-    if made.seconds is not None:
+    if planned.seconds is not None:
         measured = "at the best speed of earlier ones on this machine, their start included"
-        return f"about {duration(made.seconds)} of fine-tuning, {measured}"
-    todo = {(step.stage, step.label) for step in made.steps if step.state not in ("cached", "given")}
-    if not any((fit.stage, fit.label) in todo for fit in made.fits):
+        return f"about {duration(planned.seconds)} of fine-tuning, {measured}"
+    todo = {(step.stage, step.label) for step in planned.steps if step.state not in ("cached", "given")}
+    if not any((fit.stage, fit.label) in todo for fit in planned.fits):
         return "no fine-tune is left to do"
-    known = {f"{fit.stage} {fit.label}".strip(): fit.seconds for fit in made.fits if fit.seconds is not None}
+    known = {f"{fit.stage} {fit.label}".strip(): fit.seconds for fit in planned.fits if fit.seconds is not None}
     first = "unknown until a first run: no fine-tune of this size was timed on this machine"
     some = ", ".join(f"{name} about {duration(seconds)}" for name, seconds in known.items())
     return f"{some}; the rest is not known before the tasks are grouped" if known else first

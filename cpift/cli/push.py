@@ -34,13 +34,13 @@ def push(
     from cpift.publish import publication, publish
     from cpift.text.units import show_size
 
-    found = publication(source, to)
-    for name, content in found.files.items():
+    planned = publication(source, to)
+    for name, content in planned.files.items():
         size = len(content.encode()) if isinstance(content, str) else content.stat().st_size
         say(f"  {show_size(size):>10}  {name}")
     if dry_run:
-        say(f"Would be sent to {to} ({'public' if public else 'private'}): {show_size(found.nbytes)}. The card:")
-        say(found.card)
+        say(f"Would be sent to {to} ({'public' if public else 'private'}): {show_size(planned.nbytes)}. The card:")
+        say(planned.card)
         return
-    say(f"Sending {show_size(found.nbytes)} to {to} …")
-    say(f"Sent: {publish(found, private=not public)}")
+    say(f"Sending {show_size(planned.nbytes)} to {to} …")
+    say(f"Sent: {publish(planned, private=not public)}")

@@ -58,11 +58,11 @@ def runs(
     rows = [(path, run_state(path), last_change(path), size_of(path)) for path in runs_below(folder)]
     rows.sort(key=lambda row: -row[2])
     if as_json:
-        found = [
+        records = [
             {"run": str(path), "state": state.kind, "step": _step(state), "changed": changed, "bytes": size}
             for path, state, changed, size in rows
         ]
-        say(json.dumps(found, indent=1))
+        say(json.dumps(records, indent=1))
     elif not rows:
         say(f"{folder} holds no runs")
     else:

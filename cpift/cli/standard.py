@@ -53,15 +53,15 @@ def standard(
     wanted = Benchmarks(
         [name for name in tasks.split(",") if name], task_folder, limit, shots, chat, batch_size, gpu, task_code
     )
-    found = standard_scores({str(path): path for path in models}, wanted, lambda title: say(f"scoring {title}"))
-    for title, scores in found.items():
+    by_model = standard_scores({str(path): path for path in models}, wanted, lambda title: say(f"scoring {title}"))
+    for title, scores in by_model.items():
         for task, figures in scores.items():
             for name, value in figures.items():
                 if "_stderr," not in name and value is not None:
                     error = figures.get(name.replace(",", "_stderr,"))
                     say(f"{title}  {task}  {name}: {value:.4f}" + (f" ± {error:.4f}" if error else ""))
     if out is not None:
-        write_new(out, json_text(found))
+        write_new(out, json_text(by_model))
 
 
 def bench(context: typer.Context) -> None:

@@ -117,8 +117,8 @@ class RayEngine:
         (kind,) = kinds
         if kind is not None:
             self._starting = threading.Event()
-            given = (kind, specs[0].resources, len(specs), self._starting, self._over)
-            threading.Thread(target=self._start, args=given, daemon=True).start()
+            arguments = (kind, specs[0].resources, len(specs), self._starting, self._over)
+            threading.Thread(target=self._start, args=arguments, daemon=True).start()
 
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         todo = [spec for spec in specs if not (spec.export / RESULT).is_file()]

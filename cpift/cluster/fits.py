@@ -220,8 +220,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         # Every rank reports, in step; rank 0 hands over the folder once all have put their random state in it.
         if context.get_world_size() > 1:
             torch.distributed.barrier()
-        kept = ray.train.Checkpoint.from_directory(str(folder)) if main else None
-        ray.train.report(metrics, checkpoint=kept, checkpoint_upload_mode=mode)
+        saved = ray.train.Checkpoint.from_directory(str(folder)) if main else None
+        ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode)
 
     def on_progress(message: Message) -> None:
         alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length

@@ -98,8 +98,8 @@ class _OwnRayTrainer(_GroupTrainer):
     processes that see to that on a cluster, each of which costs as much as a short fine-tune to start."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        found = super()._create_default_callbacks()
-        return [callback for callback in found if not isinstance(callback, PlacementGroupCleanerCallback)]
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
         unscaled = _Unscaled(settings.pop("scaling_policy").scaling_config)
@@ -127,11 +127,11 @@ class FitGroup:
     ) -> dict[str, BaseException | None]:
         """Do all of it, as many at once as there are workers; by title what failed. `on_result` gets each result as
         soon as it is there."""
-        found: dict[str, BaseException | None] = {}
+        failures: dict[str, BaseException | None] = {}
         self._busy = True  # and so it stays where the caller is interrupted
         _answer(self._desk.put.remote(pieces))
         seen = time.monotonic()
-        while len(found) < len(pieces):
+        while len(failures) < len(pieces):
             seen = time.monotonic() if self._has_room() else seen
             if time.monotonic() - seen > _ROOM_SECONDS:
                 raise StageError(f"no node had room for a worker for {_ROOM_SECONDS:g} s: were nodes lost? {KEPT}")
@@ -139,15 +139,15 @@ class FitGroup:
             for message in messages:
                 on_progress(message)
             for title, outcome in outcomes.items():
-                found[title] = _failure(outcome)
+                failures[title] = _failure(outcome)
                 self._finished += 1
-                if found[title] is None:
+                if failures[title] is None:
                     on_result(title, outcome.result)
             if not self._thread.is_alive():
                 lost = self._error or StageError("the group of workers ended")
-                found |= {piece.title: lost for piece in pieces if piece.title not in found}
+                failures |= {piece.title: lost for piece in pieces if piece.title not in failures}
         self._busy = False
-        return found
+        return failures
 
     @property
     def usable(self) -> bool:

@@ -77,10 +77,10 @@ class RayMerging:
                     for at in range(0, len(ranges), step)
                 ]
                 for task in tasks:
-                    found, words = _result(task)
+                    marked, words = _result(task)
                     for number, k, tensor, first, part in words:
                         masks.store(number, k, tensor, first, part.copy())  # what Ray hands out is read-only
-                    yield from found
+                    yield from marked
 
         return mark
 
@@ -177,8 +177,8 @@ def _mark(
     selection, brackets, masks = held
     words = _Words()
     with guarded_reads("core regions"):
-        found = [selection.mark(part, brackets, words if masks is None else masks) for part in ranges]
-    return found, words.stored
+        marked = [selection.mark(part, brackets, words if masks is None else masks) for part in ranges]
+    return marked, words.stored
 
 
 @ray.remote

@@ -16,9 +16,9 @@ _SLACK = 1e-6  # fractions of a CPU are added and taken away in floating point
 
 def demand(resources: ResourcesConfig, cpus: float | None = None) -> Demand:
     """What one worker takes. cpus: in place of `cpus_per_worker`. What it takes none of is left out."""
-    found = {kind: float(getattr(resources, field)) for kind, field in KINDS.items()}
-    found |= {} if cpus is None else {"CPU": cpus}
-    return {kind: amount for kind, amount in found.items() if amount}
+    demanded = {kind: float(getattr(resources, field)) for kind, field in KINDS.items()}
+    demanded |= {} if cpus is None else {"CPU": cpus}
+    return {kind: amount for kind, amount in demanded.items() if amount}
 
 
 def task_options(worker: Demand) -> dict[str, Any]:

@@ -192,15 +192,15 @@ def show_progress(board: Any, on_progress: OnProgress) -> None:
 
 def raise_failures(failures: dict[str, BaseException | None], hint: str = "") -> None:
     """Raise StageError that says which failed and why, if any did; `hint` is its last line."""
-    found = {title: error for title, error in failures.items() if error is not None}
-    if not found:
+    failed = {title: error for title, error in failures.items() if error is not None}
+    if not failed:
         return
-    interrupt = next((error for error in found.values() if not isinstance(error, Exception)), None)
+    interrupt = next((error for error in failed.values() if not isinstance(error, Exception)), None)
     if interrupt is not None:
         raise interrupt
-    lines = [f"  - {title}: {_root_cause(error).removeprefix(f'{title}: ')}" for title, error in found.items()]
-    done = len(failures) - len(found)
-    first = f"{len(found)} of {len(failures)} failed, {done} finished and are kept"
+    lines = [f"  - {title}: {_root_cause(error).removeprefix(f'{title}: ')}" for title, error in failed.items()]
+    done = len(failures) - len(failed)
+    first = f"{len(failed)} of {len(failures)} failed, {done} finished and are kept"
     raise StageError("\n".join([first, *lines, hint]).rstrip())
 
 

@@ -22,12 +22,12 @@ class FitStorage:
 
     @classmethod
     def of(cls, spec: FitSpec) -> FitStorage:
-        kept = spec.resources.storage
-        if kept is None:
+        root = spec.resources.storage
+        if root is None:
             return cls(str(spec.scratch / "ray"))
         if not spec.remote_storage:
-            return cls(f"{Path(kept).absolute()}/{spec.scratch.name}")
-        return cls(ObjectStore(kept).folder(spec.scratch.name).place)
+            return cls(f"{Path(root).absolute()}/{spec.scratch.name}")
+        return cls(ObjectStore(root).folder(spec.scratch.name).place)
 
     def drop_damaged_state(self) -> None:
         """Forget a run whose snapshot a crash left half written, which would block its name."""
@@ -51,5 +51,5 @@ class FitStorage:
     def _open(self) -> tuple[Any, str]:
         from pyarrow.fs import FileSystem
 
-        found: tuple[Any, str] = FileSystem.from_uri(self.place)
-        return found
+        opened: tuple[Any, str] = FileSystem.from_uri(self.place)
+        return opened

@@ -35,7 +35,7 @@ class StoredMasks(RegionMasks):
 
     def __init__(self, store: ObjectStore, infos: Mapping[str, Mapping[str, TensorInfo]], empty: bool):
         """infos: every task's mask tensors by name, as they lie in the files; empty: cores are left out (`NoCores`)."""
-        self.infos = {task: dict(found) for task, found in infos.items()}
+        self.infos = {task: dict(tensors) for task, tensors in infos.items()}
         self._store, self._empty = store, empty
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,9 +67,9 @@ def merge_into(
     store: ObjectStore, method: MergeMethod, shard: Shard, made_from: str, budget: int
 ) -> dict[str, ShardNote]:
     """`merging.engine.merge_shards` of one shard that goes to the store, unless it is there; returns its note."""
-    kept = store.read_json(note_of(shard, Path()).name)
-    if kept is not None and kept["key"] == shard.key(made_from) and store.size(shard.name) == kept["bytes"]:
-        return {shard.name: kept}
+    note = store.read_json(note_of(shard, Path()).name)
+    if note is not None and note["key"] == shard.key(made_from) and store.size(shard.name) == note["bytes"]:
+        return {shard.name: note}
     with tempfile.TemporaryDirectory(prefix="cpift-shard-") as scratch:
         folder = Path(scratch)
         merge_shards(method, [shard], folder, made_from, budget, lambda elements, name: None)

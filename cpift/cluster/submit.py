@@ -176,11 +176,11 @@ def _ship_code(value: _Value, origin: Path, folder: Path) -> Iterator[Problem]:
 
 
 def _check_output(raw: dict[str, Any], run: dict[str, Any], output: str | None, sweep: bool) -> list[Problem]:
-    given = output or raw.get("output") or (None if sweep else run.get("output"))
-    if isinstance(given, str) and given.startswith("/"):
+    folder = output or raw.get("output") or (None if sweep else run.get("output"))
+    if isinstance(folder, str) and folder.startswith("/"):
         return []
     remedy = "give --output with a folder on storage that every node sees, for example --output /shared/runs/NAME"
-    return [Problem("output", f"{given!r}: a job's own folder is deleted after it", remedy)]
+    return [Problem("output", f"{folder!r}: a job's own folder is deleted after it", remedy)]
 
 
 def build_wheel(folder: Path) -> Path:

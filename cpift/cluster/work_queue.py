@@ -65,5 +65,5 @@ class WorkQueue:
 
     def outcomes(self) -> dict[str, Outcome]:
         """By title; each once."""
-        found, self._outcomes = self._outcomes, {}
-        return found
+        ended, self._outcomes = self._outcomes, {}
+        return ended

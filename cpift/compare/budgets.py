@@ -63,21 +63,21 @@ class Budgets:
     def stage(self, spec: FitSpec, index: int) -> tuple[int, int]:
         """Rows and tokens of one epoch of a stage. Where nothing is sampled or packed, tasks simply add up."""
         training, tasks = spec.training, spec.stages[index].tasks
-        whole = not (spec.balanced or training.packing) and training.mixing.temperature == 1
-        if whole and len(tasks) > 1:
-            found = [self.stage(replace(spec, stages=(StageSpec((task,)),)), 0) for task in tasks]
-            return sum(rows for rows, _ in found), sum(tokens for _, tokens in found)
+        together = not (spec.balanced or training.packing) and training.mixing.temperature == 1
+        if together and len(tasks) > 1:
+            parts = [self.stage(replace(spec, stages=(StageSpec((task,)),)), 0) for task in tasks]
+            return sum(rows for rows, _ in parts), sum(tokens for _, tokens in parts)
         sources = [spec_task.model_dump(mode="json") for spec_task in spec.tasks if spec_task.name in tasks]
         key = digest([str(spec.model), sources, training.max_length, training.packing, training.mixing.model_dump()])
-        key += "" if whole else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
+        key += "" if together else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
         if key not in self._rows:
             inputs = [key, {task: (spec.rows or {}).get(task) for task in tasks}]
-            kept = recalled(_FACT, inputs) if spec.rows else None  # None: what the rows are nobody asked
-            if kept is None and not self._count:
+            count = recalled(_FACT, inputs) if spec.rows else None  # None: what the rows are nobody asked
+            if count is None and not self._count:
                 raise NotCounted(spec.title)
-            if kept is None:
-                kept = remembered(_FACT, inputs, lambda: _counted(spec, index)) if spec.rows else _counted(spec, index)
-            self._rows[key] = kept[0], kept[1]
+            if count is None:
+                count = remembered(_FACT, inputs, lambda: _counted(spec, index)) if spec.rows else _counted(spec, index)
+            self._rows[key] = count[0], count[1]
         return self._rows[key]
 
     @staticmethod
@@ -89,9 +89,9 @@ class Budgets:
     def of(self, run: Pipeline, budget: Budget) -> float:
         """What CPI-FT trains in this run, in tokens."""
         base, groups = run.pretrained(), run.group().groups
-        made = order.outputs(run.artifacts, run.known())
-        specs = [integrate.spec(run, base, groups, made["integrate"])]
-        specs += [backbone.spec(run, base, groups, made["backbone"])] if "backbone" in made else []
+        outputs = order.outputs(run.artifacts, run.known())
+        specs = [integrate.spec(run, base, groups, outputs["integrate"])]
+        specs += [backbone.spec(run, base, groups, outputs["backbone"])] if "backbone" in outputs else []
         specs += probe.specs(run, base) if entry(BUDGETS, budget, "budgets").with_probes else []
         return sum(self.planned(spec) for spec in specs)
 

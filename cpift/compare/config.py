@@ -126,38 +126,40 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = config.output or (base.output_dir if alone else Path("runs") / name)
-    made = Comparison(name, config, base.model_copy(update={"output": target.absolute()}))
-    if problems := [*no_device(base), *_check_fields(made), *_check_names(made)]:
+    comparison = Comparison(name, config, base.model_copy(update={"output": target.absolute()}))
+    if problems := [*no_device(base), *_check_fields(comparison), *_check_names(comparison)]:
         raise ConfigError(str(path), problems)
-    return made
+    return comparison
 
 
-def _check_fields(made: Comparison) -> list[Problem]:
+def _check_fields(comparison: Comparison) -> list[Problem]:
     """Each value alone, so that a message names the one that does not fit."""
-    points = [("recommended", made.config.recommended)]
-    points += [(f"variants.{name}", fields) for name, fields in made.config.variants.items()]
-    points += [(f"curves.{name}", {name: value}) for name, values in made.config.curves.items() for value in values]
+    points = [("recommended", comparison.config.recommended)]
+    points += [(f"variants.{name}", fields) for name, fields in comparison.config.variants.items()]
+    points += [
+        (f"curves.{name}", {name: value}) for name, values in comparison.config.curves.items() for value in values
+    ]
     problems = []
     for where, fields in points:
         try:
-            made.run(fields, made.seeds[0])
+            comparison.run(fields, comparison.seeds[0])
         except ConfigError as error:
             problems += [Problem(where, str(problem)) for problem in error.problems]
     return problems
 
 
-def _check_names(made: Comparison) -> list[Problem]:
-    tasks = [task.name for task in made.base.tasks]
+def _check_names(comparison: Comparison) -> list[Problem]:
+    tasks = [task.name for task in comparison.base.tasks]
     known, problems = f"the run has {', '.join(tasks)}", []
-    for pair in made.config.forgetting:
+    for pair in comparison.config.forgetting:
         problems += [Problem("forgetting", f"there is no task {name!r}", known) for name in pair if name not in tasks]
         if pair[0] == pair[1]:
             problems.append(Problem("forgetting", f"{pair[0]} twice", "name two tasks"))
-    grouped = [name for group in made.config.heuristic for name in group]
-    if made.config.heuristic and sorted(grouped) != sorted(tasks):
+    grouped = [name for group in comparison.config.heuristic for name in group]
+    if comparison.config.heuristic and sorted(grouped) != sorted(tasks):
         problems.append(Problem("heuristic", f"holds {', '.join(grouped)}", f"name every task once; {known}"))
     if len(tasks) < 2:
         problems.append(Problem("run.tasks", "one task", "a comparison needs two or more"))
-    if any(task.checkpoint for task in made.base.tasks):
+    if any(task.checkpoint for task in comparison.base.tasks):
         problems.append(Problem("run.tasks", "has a `checkpoint`", "give data: baselines are trained on it"))
     return problems

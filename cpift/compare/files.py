@@ -55,15 +55,15 @@ def write_comparison(record: Record, folder: Path) -> Path:
     """
     from cpift.compare.page import comparison_page
 
-    found = Findings(record)
-    text, plots = _document(found, _NAME, 2)
+    findings = Findings(record)
+    text, plots = _document(findings, _NAME, 2)
     page = f"{_NAME}.html"
     texts = {
         **plots,
         f"{_NAME}.jsonl": record_text(record),
         f"{_NAME}.md": f"# {markdown(record.header.name)}\n\n{text}",
-        f"{_NAME}.csv": methods_csv(found),
-        page: comparison_page(found),
+        f"{_NAME}.csv": methods_csv(findings),
+        page: comparison_page(findings),
     }
     write_top(folder, texts)
     return folder / page
@@ -74,29 +74,29 @@ def document(record: Record, prefix: str, level: int = 2) -> tuple[str, dict[str
     return _document(Findings(record), prefix, level)
 
 
-def _document(found: Findings, prefix: str, level: int) -> tuple[str, dict[str, str]]:
+def _document(findings: Findings, prefix: str, level: int) -> tuple[str, dict[str, str]]:
     plots: dict[str, str] = {}
     heading = "#" * level
-    said = [f"- {_sentence(found, text)}" for text in found.verdict()]
-    lines = [f"{heading} What it shows", "", *said, "", _reading(found), ""]
-    drawn = intervals(drawn_methods(found), OURS)
+    said = [f"- {_sentence(findings, text)}" for text in findings.verdict()]
+    lines = [f"{heading} What it shows", "", *said, "", _reading(findings), ""]
+    drawn = intervals(drawn_methods(findings), OURS)
     lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", drawn)
-    lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(found.record, markdown)), ""]
-    lines += [f"{heading} All methods", "", _table(all_methods(found, markdown, _strong)), ""]
-    for ours in found.recipes:
+    lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(findings.record, markdown)), ""]
+    lines += [f"{heading} All methods", "", _table(all_methods(findings, markdown, _strong)), ""]
+    for ours in findings.recipes:
         name = f"{ours}," if "," in ours else ours
-        lines += [f"{heading} {name} against each method", "", _listing(differences(found, ours, markdown)), ""]
-    if found.pairs:
-        told = [line for text in forgets(found, markdown) for line in ("", text)]
-        lines += [f"{heading} Forgetting", "", FORGETTING, "", _listing(forgetting(found, markdown)), *told, ""]
-    for field, values in fields_of_curves(found).items():
-        lines += [f"{heading} Over {markdown(field)}", "", *_curve(found, field, values, plots, prefix), ""]
+        lines += [f"{heading} {name} against each method", "", _listing(differences(findings, ours, markdown)), ""]
+    if findings.pairs:
+        forgotten = [line for text in forgets(findings, markdown) for line in ("", text)]
+        lines += [f"{heading} Forgetting", "", FORGETTING, "", _listing(forgetting(findings, markdown)), *forgotten, ""]
+    for field, values in fields_of_curves(findings).items():
+        lines += [f"{heading} Over {markdown(field)}", "", *_curve(findings, field, values, plots, prefix), ""]
     return "\n".join(lines).rstrip() + "\n", plots
 
 
-def _reading(found: Findings) -> str:
-    warning = one_seed(found)
-    return f"{reading(found)} **{warning}**" if warning else reading(found)
+def _reading(findings: Findings) -> str:
+    warning = one_seed(findings)
+    return f"{reading(findings)} **{warning}**" if warning else reading(findings)
 
 
 def _strong(name: str) -> str:
@@ -108,9 +108,9 @@ def _picture(plots: dict[str, str], file: str, title: str, plot: Plot) -> list[s
     return [f"![{markdown(title)}]({file})", ""]
 
 
-def _sentence(found: Findings, text: str) -> str:
+def _sentence(findings: Findings, text: str) -> str:
     """With the names in it as Markdown shows them; the sentences themselves hold no signs of it."""
-    for name in sorted(found.methods, key=len, reverse=True):
+    for name in sorted(findings.methods, key=len, reverse=True):
         text = text.replace(name, markdown(name))
     return text
 
@@ -132,10 +132,10 @@ def _listing(table: TextTable) -> str:
     return md_table(table.head, table.rows, right=())
 
 
-def _curve(found: Findings, field: str, values: Sequence[Any], plots: dict[str, str], prefix: str) -> Iterator[str]:
-    drawn = curve(field, curve_points(found, field, values), curve_references(found))
+def _curve(findings: Findings, field: str, values: Sequence[Any], plots: dict[str, str], prefix: str) -> Iterator[str]:
+    drawn = curve(field, curve_points(findings, field, values), curve_references(findings))
     yield from _picture(plots, _curve_file(prefix, field), f"Retention over {field}", drawn)
-    table = curve_rows(found, field, values, markdown)
+    table = curve_rows(findings, field, values, markdown)
     yield md_table(table.head, table.rows, right=(1, 2))
 
 
@@ -143,12 +143,12 @@ def _curve_file(prefix: str, field: str) -> str:
     return f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
 
 
-def methods_csv(found: Findings) -> str:
+def methods_csv(findings: Findings) -> str:
     """One line a method: its figures, each with its interval. Retentions and scores from 0 to 1, losses in nats."""
-    tasks = list(found.record.header.tasks)
+    tasks = list(findings.record.header.tasks)
     names = ["mean retention", "worst task's retention", *tasks]
     bounds = [f"{name}{part}" for name in names for part in ("", " low", " high")]
-    lines = map(found.line, found.methods)
+    lines = map(findings.line, findings.methods)
     rows = [
         [line.method, line.kind, *_bounds(line.mean, line.worst, *line.scores.values()), line.tokens, line.seconds]
         for line in lines
@@ -156,8 +156,8 @@ def methods_csv(found: Findings) -> str:
     return csv_text(["method", "kind", *bounds, "tokens", "seconds"], rows)
 
 
-def _bounds(*found: Estimate) -> list[float | None]:
-    return [value for estimate in found for value in (estimate.mean, estimate.low, estimate.high)]
+def _bounds(*estimates: Estimate) -> list[float | None]:
+    return [value for estimate in estimates for value in (estimate.mean, estimate.low, estimate.high)]
 
 
 def first_sentences(record: Record) -> list[str]:
@@ -167,17 +167,17 @@ def first_sentences(record: Record) -> list[str]:
 
 def comparison_table(record: Record) -> Table:
     """The comparison for the terminal."""
-    found = Findings(record)
+    findings = Findings(record)
     table = Table(
         title=f"{record.header.name}: seeds {listed(record.header.seeds)}", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("method")
     for column in ("mean retention", "worst task", f"less {OURS}, points", "tokens"):
         table.add_column(column, justify="right")
-    for name in found.methods:
-        if found.kind(name) != "probe":
-            line = found.line(name)
-            less = "" if name == OURS else points(found.against(name, OURS).mean)
+    for name in findings.methods:
+        if findings.kind(name) != "probe":
+            line = findings.line(name)
+            less = "" if name == OURS else points(findings.against(name, OURS).mean)
             style = "bold" if name == OURS else ""
             table.add_row(name, half(line.mean), half(line.worst), less, count(line.tokens), style=style)
     return table

@@ -156,8 +156,8 @@ class Findings:
         ]
 
     def _labelled(self, pair: tuple[str, str]) -> dict[str, str]:
-        found = [row.method for row in self.record.rows if row.pair == pair]
-        return {method.partition(":")[0]: method for method in dict.fromkeys(found)}
+        names = [row.method for row in self.record.rows if row.pair == pair]
+        return {method.partition(":")[0]: method for method in dict.fromkeys(names)}
 
     def cut(self, method: str, rival: str) -> Estimate:
         """How much less of A is forgotten than by the rival, over all A→B."""
@@ -177,17 +177,17 @@ class Findings:
         learnt = sentences(self.learning)
         if not judged(self.learning):
             return learnt + self._of_forgetting()
-        found: list[str] = []
+        said: list[str] = []
         rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
         for ours in self.recipes if rivals else []:
-            found.append(self.aim(ours, rivals))
-            found += [self.sentence(ours, rival) for rival in rivals if self.kind(rival) == "sft"]
-        found += self._of_best_variant(rivals) if rivals else []
+            said.append(self.aim(ours, rivals))
+            said += [self.sentence(ours, rival) for rival in rivals if self.kind(rival) == "sft"]
+        said += self._of_best_variant(rivals) if rivals else []
         if self.has(RECOMMENDED):
             controls = [OURS, *(name for name in self.methods if name.startswith("recommended, "))]
-            found += [self.sentence(RECOMMENDED, rival) for rival in controls]
-        found += self._of_imbalance() + self._of_forgetting() + self._of_stages()
-        return found[:1] + learnt + found[1:]
+            said += [self.sentence(RECOMMENDED, rival) for rival in controls]
+        said += self._of_imbalance() + self._of_forgetting() + self._of_stages()
+        return said[:1] + learnt + said[1:]
 
     @property
     def recipes(self) -> list[str]:
@@ -222,8 +222,8 @@ class Findings:
             return []
         best = max(variants, key=lambda name: float(mean_retention(self.scores, name, self.references)[:, 0].mean()))
         picked = f"Of {len(variants)} variants “{best}” has the highest mean retention, picked by these very scores."
-        told = [self.sentence(best, rival) for rival in rivals]
-        return [f"{picked} {self.aim(best, rivals)}", *told]
+        differences = [self.sentence(best, rival) for rival in rivals]
+        return [f"{picked} {self.aim(best, rivals)}", *differences]
 
     def _of_imbalance(self) -> list[str]:
         if not self.low:

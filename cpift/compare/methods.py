@@ -79,14 +79,14 @@ class ComparedMethod:
     pair: tuple[str, str] | None = None
 
 
-def methods_of(made: Comparison) -> list[ComparedMethod]:
+def methods_of(comparison: Comparison) -> list[ComparedMethod]:
     """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part."""
-    config, tasks = made.config, [task.name for task in made.base.tasks]
-    found = [ComparedMethod(BASE, "reference", "base"), ComparedMethod(PROBES, "reference", "probes")]
-    found += [ComparedMethod(f"probe {task}", "probe", "probe", task=task) for task in tasks]
-    chosen = [method for budget in config.budgets for method in _plain(made, budget)]
+    config, tasks = comparison.config, [task.name for task in comparison.base.tasks]
+    methods = [ComparedMethod(BASE, "reference", "base"), ComparedMethod(PROBES, "reference", "probes")]
+    methods += [ComparedMethod(f"probe {task}", "probe", "probe", task=task) for task in tasks]
+    chosen = [method for budget in config.budgets for method in _plain(comparison, budget)]
     chosen += [ComparedMethod(name, "merge", "fused", fields) for name, fields in MERGES.items()]
-    if made.base.backbone_source == "staged":
+    if comparison.base.backbone_source == "staged":
         chosen.append(ComparedMethod(f"{OURS}, backbone alone", "cpift", "backbone"))
     chosen += [ComparedMethod(f"{OURS}, fused alone", "cpift", "fused"), ComparedMethod(OURS, "cpift", "final")]
     chosen += [ComparedMethod(RECOMMENDED, "cpift", "final", config.recommended)] if config.recommended else []
@@ -99,21 +99,23 @@ def methods_of(made: Comparison) -> list[ComparedMethod]:
     ]
     for first, other in config.forgetting:
         chosen += [*_in_sequence((first, other), config.recommended), *_in_sequence((other, first), config.recommended)]
-    return found + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
+    return methods + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 
-def _plain(made: Comparison, budget: Budget) -> list[ComparedMethod]:
+def _plain(comparison: Comparison, budget: Budget) -> list[ComparedMethod]:
     """Plain SFT in every order, with a budget."""
-    suffix = "" if budget == made.config.budgets[0] else f", {entry(BUDGETS, budget, 'budgets').title}"
+    suffix = "" if budget == comparison.config.budgets[0] else f", {entry(BUDGETS, budget, 'budgets').title}"
     orders: dict[str, Callable[[Pipeline], Groups]] = {
         "full SFT": together,
-        "multi-stage SFT, random": lambda run: in_stages(shuffled(run), made.config.stages),
-        "multi-stage SFT, heuristic": lambda run: made.config.heuristic or in_stages(by_rows(run), made.config.stages),
+        "multi-stage SFT, random": lambda run: in_stages(shuffled(run), comparison.config.stages),
+        "multi-stage SFT, heuristic": lambda run: (
+            comparison.config.heuristic or in_stages(by_rows(run), comparison.config.stages)
+        ),
         "sequential SFT": lambda run: in_stages(shuffled(run), len(run.config.tasks)),
     }
-    found = [ComparedMethod(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
+    methods = [ComparedMethod(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
     even = ComparedMethod(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
-    return [found[0], even, *found[1:]]
+    return [methods[0], even, *methods[1:]]
 
 
 def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[ComparedMethod]:
@@ -232,4 +234,4 @@ class Entry:
 
 def seconds_of(artifacts: Sequence[Artifact]) -> float:
     """Time that making them took, one after the other."""
-    return sum(float(made.manifest()["seconds"]) for made in artifacts)
+    return sum(float(artifact.manifest()["seconds"]) for artifact in artifacts)

@@ -30,32 +30,32 @@ from cpift.text.escaping import html
 _SAID = 6  # sentences that are shown at once
 
 
-def comparison_page(found: Findings) -> str:
+def comparison_page(findings: Findings) -> str:
     """The whole document."""
-    first, *others = found.verdict() or ["Nothing was compared."]
-    warning = one_seed(found)
+    first, *others = findings.verdict() or ["Nothing was compared."]
+    warning = one_seed(findings)
     note = f'<p class="warning"><strong>Note.</strong> {html(warning)}</p>' if warning else ""
-    bars = f"bars are {100 * found.record.header.confidence:g} % intervals"
+    bars = f"bars are {100 * findings.record.header.confidence:g} % intervals"
     caption = f"Mean retention of every method; {bars}. Dashed: {OURS}."
-    drawn = f'<div class="narrow">{figure(intervals(drawn_methods(found), OURS), caption)}</div>'
+    drawn = f'<div class="narrow">{figure(intervals(drawn_methods(findings), OURS), caption)}</div>'
     sections = {
-        "picture": ("Every method", f'{drawn}{note}{_folded(others)}<p class="muted">{html(reading(found))}</p>'),
-        "methods": ("All figures", _methods(found)),
-        "against": ("Against each method", _against(found)),
-        "forgetting": ("Forgetting", _forgetting(found)),
-        "curves": ("Over fields", _curves(found)),
-        "setup": ("Set-up", _list(set_up(found.record, str))),
+        "picture": ("Every method", f'{drawn}{note}{_folded(others)}<p class="muted">{html(reading(findings))}</p>'),
+        "methods": ("All figures", _methods(findings)),
+        "against": ("Against each method", _against(findings)),
+        "forgetting": ("Forgetting", _forgetting(findings)),
+        "curves": ("Over fields", _curves(findings)),
+        "setup": ("Set-up", _list(set_up(findings.record, str))),
     }
     shown = {key: pair for key, pair in sections.items() if pair[1]}
     lead = f'<div class="verdict"><p class="headline">{html(first)}</p></div>'
-    return document(found.record.header.name, "CPI-FT comparison", _subtitle(found), lead, shown)
+    return document(findings.record.header.name, "CPI-FT comparison", _subtitle(findings), lead, shown)
 
 
-def _subtitle(found: Findings) -> str:
-    header = found.record.header
+def _subtitle(findings: Findings) -> str:
+    header = findings.record.header
     seeds = f"seed{'s' * (len(header.seeds) > 1)} {listed(header.seeds)}"
     tasks = f"{len(header.tasks)} task{'s' * (len(header.tasks) > 1)}"
-    return f"CPI-FT comparison · {len(found.methods)} methods · {tasks} · {seeds}"
+    return f"CPI-FT comparison · {len(findings.methods)} methods · {tasks} · {seeds}"
 
 
 def _list(sentences: Iterable[str]) -> str:
@@ -84,32 +84,30 @@ def _rows(shown: TextTable, caption: str, kind: str = "") -> str:
     return table(shown.head, lines, caption, kind)
 
 
-def _methods(found: Findings) -> str:
+def _methods(findings: Findings) -> str:
     caption = "Scores in % of the metric, losses in nats per answer token; ± half of the interval."
-    return _rows(all_methods(found, html, lambda name: f"<strong>{html(name)}</strong>"), caption, "scores")
+    return _rows(all_methods(findings, html, lambda name: f"<strong>{html(name)}</strong>"), caption, "scores")
 
 
-def _against(found: Findings) -> str:
+def _against(findings: Findings) -> str:
     parts = [
-        f"<h3>{html(ours)}</h3>{_rows(differences(found, ours, html), 'Above zero it is better.')}"
-        for ours in found.recipes
+        f"<h3>{html(ours)}</h3>{_rows(differences(findings, ours, html), 'Above zero it is better.')}"
+        for ours in findings.recipes
     ]
     return "".join(parts)
 
 
-def _forgetting(found: Findings) -> str:
-    if not found.pairs:
+def _forgetting(findings: Findings) -> str:
+    if not findings.pairs:
         return ""
-    return f"<p>{html(FORGETTING)}</p>{_rows(forgetting(found, html), '')}{_list(forgets(found, str))}"
+    return f"<p>{html(FORGETTING)}</p>{_rows(forgetting(findings, html), '')}{_list(forgets(findings, str))}"
 
 
-def _curves(found: Findings) -> str:
+def _curves(findings: Findings) -> str:
     parts = []
-    for field, values in fields_of_curves(found).items():
-        drawn = curve(field, curve_points(found, field, values), curve_references(found))
+    for field, values in fields_of_curves(findings).items():
+        drawn = curve(field, curve_points(findings, field, values), curve_references(findings))
         shown = figure(drawn, f"Mean retention and worst task over {field}. Bars: intervals.")
-        parts.append(
-            f"<h3>{html(field)}</h3>"
-            f'<div class="pair"><div>{shown}</div><div>{_rows(curve_rows(found, field, values, html), "")}</div></div>'
-        )
+        table = _rows(curve_rows(findings, field, values, html), "")
+        parts.append(f'<h3>{html(field)}</h3><div class="pair"><div>{shown}</div><div>{table}</div></div>')
     return "".join(parts)

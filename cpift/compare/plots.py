@@ -66,16 +66,16 @@ def curve(
     """Mean retention and worst task over a field's values, in percent; `references` are drawn across."""
     figure, axes = new_figure(field, 4.6, 2.9)
     series = {"mean retention": [mean for _, mean, _ in points], "worst task": [worst for _, _, worst in points]}
-    for place, (label, found) in enumerate(series.items()):
+    for place, (label, estimates) in enumerate(series.items()):
         spots = [spot + 0.06 * (place - 0.5) for spot in range(len(points))]
         axes.plot(
             spots,
-            [100 * estimate.mean for estimate in found],
+            [100 * estimate.mean for estimate in estimates],
             label=legend_label(label),
             color=SERIES[place],
             marker="os"[place],
         )
-        for spot, estimate in zip(spots, found, strict=True):
+        for spot, estimate in zip(spots, estimates, strict=True):
             if estimate.low is not None and estimate.high is not None:
                 axes.vlines(
                     spot, 100 * estimate.low, 100 * estimate.high, color=SERIES[place], linewidth=0.9, alpha=0.7

@@ -83,8 +83,8 @@ class Record:
 
     def rows_of(self, method: str) -> list[Row]:
         """A method's rows, one a seed, in the header's order of seeds."""
-        found = {row.seed: row for row in self.rows if row.method == method}
-        return [found[seed] for seed in self.header.seeds]
+        by_seed = {row.seed: row for row in self.rows if row.method == method}
+        return [by_seed[seed] for seed in self.header.seeds]
 
     @property
     def references(self) -> References:
@@ -97,10 +97,10 @@ class Record:
         return bootstrap(items, methods, self.header.resamples, 0, self.header.confidence)
 
     def _items(self, methods: Sequence[str], task: str, metric: str) -> TaskItems:
-        found = np.array([[row.scores[task]["items"] for row in self.rows_of(method)] for method in methods])
+        items = np.array([[row.scores[task]["items"] for row in self.rows_of(method)] for method in methods])
         if not metric_of(metric).by_loss:
-            return TaskItems(task, found.astype(float), np.ones(found.shape[-1]), True)
-        return TaskItems(task, found[..., 0] * found[..., 1], found[0, 0, :, 1], False)
+            return TaskItems(task, items.astype(float), np.ones(items.shape[-1]), True)
+        return TaskItems(task, items[..., 0] * items[..., 1], items[0, 0, :, 1], False)
 
 
 def joined(first: Record, second: Record) -> Record:
@@ -152,16 +152,16 @@ def _joined(first: Record, second: Record) -> Record:
     seeds = sorted({*first.header.seeds, *second.header.seeds})
     overlaps = {overlap["seed"]: overlap for overlap in (*first.header.overlaps, *second.header.overlaps)}
     comparison = second.header.comparison | {"methods": _patterns(first, second)}
-    found = [overlaps[seed] for seed in seeds]
-    header = replace(second.header, seeds=seeds, overlaps=found, comparison=comparison)
+    kept_overlaps = [overlaps[seed] for seed in seeds]
+    header = replace(second.header, seeds=seeds, overlaps=kept_overlaps, comparison=comparison)
     return Record(header, sorted(rows, key=lambda row: (seeds.index(row.seed), order[row.method])))
 
 
 def _patterns(first: Record, second: Record) -> list[str]:
     """Which methods two pieces are about: the pieces of a whole are about all."""
     patterns = list(dict.fromkeys([*first.header.comparison["methods"], *second.header.comparison["methods"]]))
-    made = {row.method for record in (first, second) for row in record.rows}
-    return ["*"] if made >= set(second.header.methods) else patterns
+    names = {row.method for record in (first, second) for row in record.rows}
+    return ["*"] if names >= set(second.header.methods) else patterns
 
 
 def finished(record: Record) -> Record:
@@ -171,8 +171,8 @@ def finished(record: Record) -> Record:
     """
     by_seed = {seed: {row.method for row in record.rows if row.seed == seed} for seed in record.header.seeds}
     most = max(by_seed.values(), key=len)
-    whole = [seed for seed, methods in by_seed.items() if methods >= set().union(*by_seed.values())]
-    seeds = whole or [next(seed for seed, methods in by_seed.items() if methods == most)]
+    complete = [seed for seed, methods in by_seed.items() if methods >= set().union(*by_seed.values())]
+    seeds = complete or [next(seed for seed, methods in by_seed.items() if methods == most)]
     overlaps = [overlap for overlap in record.header.overlaps if overlap["seed"] in seeds]
     header = replace(record.header, seeds=seeds, overlaps=overlaps)
     return Record(header, [row for row in record.rows if row.seed in seeds])

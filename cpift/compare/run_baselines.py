@@ -31,11 +31,11 @@ _SUBJECT = "baselines"
 
 def make_baselines(run: Pipeline) -> dict[str, Artifact]:
     """Every baseline of a run by its title, made if need be; the run's own models must be there."""
-    found = {}
+    models = {}
     for name, settings in _chosen(run.config).items():
         title = entry(BASELINES, name, _SUBJECT).title
-        found[title] = _trained(run, title) if isinstance(settings, SftBaseline) else _merged(run, name, settings)
-    return found
+        models[title] = _trained(run, title) if isinstance(settings, SftBaseline) else _merged(run, name, settings)
+    return models
 
 
 def fits_beside(run: Pipeline) -> list[Fit]:

@@ -59,7 +59,7 @@ def set_up(record: Record, show: Show) -> Iterator[str]:
     yield f"p = {config['regions']['p']:g}, {threshold}, order {tau['order']}; seeds {listed(header.seeds)}."
     yield f"{_overlap(header.overlaps, show)}"
     versions = ", ".join(
-        show(f"{name} {found}") for name, found in header.versions.items() if name in ("torch", "transformers")
+        show(f"{name} {version}") for name, version in header.versions.items() if name in ("torch", "transformers")
     )
     yield f"Made on {show(header.device)}, {versions}, commit {show((header.commit or 'unknown')[:12])}."
 
@@ -95,9 +95,9 @@ def listed(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def reading(found: Findings) -> str:
+def reading(findings: Findings) -> str:
     """How the intervals are to be read."""
-    header = found.record.header
+    header = findings.record.header
     return (
         f"Intervals are {100 * header.confidence:g} % each, over test rows (paired bootstrap, {header.resamples:,} "
         "draws) and seeds (jackknife), not adjusted for their number. They hold for this θ0 and this training data. "
@@ -105,9 +105,9 @@ def reading(found: Findings) -> str:
     )
 
 
-def one_seed(found: Findings) -> str:
+def one_seed(findings: Findings) -> str:
     """What is said where there is one seed; empty with several."""
-    if len(found.record.header.seeds) > 1:
+    if len(findings.record.header.seeds) > 1:
         return ""
     return "One seed: intervals are over test rows alone and say nothing about another training run."
 
@@ -115,16 +115,16 @@ def one_seed(found: Findings) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def all_methods(found: Findings, show: Show, strong: Show) -> TextTable:
+def all_methods(findings: Findings, show: Show, strong: Show) -> TextTable:
     """Every method but those of curves; `strong` is how CPI-FT's own names are set off."""
-    tasks = found.record.header.tasks
+    tasks = findings.record.header.tasks
     columns = ["method", *(f"{show(task)}, {_unit(metric)}" for task, metric in tasks.items())]
     columns += ["mean retention, %", "worst task, %"]
-    columns += ["low-resource less others, points"] if found.low else []
+    columns += ["low-resource less others, points"] if findings.low else []
     columns += ["mean rank", "tasks below θ0 / own probe", "tokens", "seconds"]
     table = TextTable(columns)
     kind = ""
-    for line in (found.line(name) for name in found.methods if found.kind(name) != "curve"):
+    for line in (findings.line(name) for name in findings.methods if findings.kind(name) != "curve"):
         if line.kind != kind:
             kind = line.kind
             table.kinds[len(table.rows)] = _TITLES[kind]
@@ -161,12 +161,12 @@ def half(estimate: Estimate, scale: float = 100, digits: int = 1) -> str:
     return text if estimate.low is None else f"{text} ±{number(scale * (estimate.mean - estimate.low), digits)}"
 
 
-def differences(found: Findings, ours: str, show: Show) -> TextTable:
+def differences(findings: Findings, ours: str, show: Show) -> TextTable:
     """A recipe less each method: above zero the recipe is better."""
     table = TextTable([f"{ours} less …", "mean retention, points", "worst task, points"])
-    for rival in found.methods:
-        if rival != ours and found.kind(rival) not in ("probe", "curve"):
-            against = found.against(ours, rival)
+    for rival in findings.methods:
+        if rival != ours and findings.kind(rival) not in ("probe", "curve"):
+            against = findings.against(ours, rival)
             table.rows.append([show(rival), points(against.mean), points(against.worst)])
     return table
 
@@ -177,25 +177,25 @@ FORGETTING = (
 )
 
 
-def forgetting(found: Findings, show: Show) -> TextTable:
+def forgetting(findings: Findings, show: Show) -> TextTable:
     """What is lost of A when B is learnt."""
-    table, metrics = TextTable(["A → B", "method", "ΔA", "ΔB"]), found.record.header.tasks
-    for sequence in found.sequences:
+    table, metrics = TextTable(["A → B", "method", "ΔA", "ΔB"]), findings.record.header.tasks
+    for sequence in findings.sequences:
         first, second = sequence.pair
         cells = [_change(sequence.change.first, metrics[first]), _change(sequence.change.second, metrics[second])]
         table.rows.append([show(f"{first} → {second}"), show(sequence.method), *cells])
     return table
 
 
-def forgets(found: Findings, show: Show) -> Iterator[str]:
+def forgets(findings: Findings, show: Show) -> Iterator[str]:
     """How much less a recipe forgets over all pairs than what it is measured against."""
-    for ours in found.recipes:
-        cuts = {rival: found.cut(ours, rival) for rival in REPLAYED}
-        told = [
+    for ours in findings.recipes:
+        cuts = {rival: findings.cut(ours, rival) for rival in REPLAYED}
+        cuts_shown = [
             f"{share(estimate)} less than {show(rival)}" for rival, estimate in cuts.items() if estimate.low is not None
         ]
-        if told:
-            yield f"Over all of these {ours} forgets {', and '.join(told)} (a negative share is more)."
+        if cuts_shown:
+            yield f"Over all of these {ours} forgets {', and '.join(cuts_shown)} (a negative share is more)."
 
 
 def _change(estimate: Estimate, metric: str) -> str:
@@ -209,37 +209,37 @@ def _change(estimate: Estimate, metric: str) -> str:
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def drawn_methods(found: Findings) -> list[tuple[str, Estimate]]:
+def drawn_methods(findings: Findings) -> list[tuple[str, Estimate]]:
     """The methods of the picture and their mean retention."""
     kinds = ("curve", "probe")
-    names = [name for name in found.methods if found.kind(name) not in kinds and name not in (BASE, PROBES)]
-    return [(name, found.line(name).mean) for name in names]
+    names = [name for name in findings.methods if findings.kind(name) not in kinds and name not in (BASE, PROBES)]
+    return [(name, findings.line(name).mean) for name in names]
 
 
-def fields_of_curves(found: Findings) -> dict[str, list[Any]]:
+def fields_of_curves(findings: Findings) -> dict[str, list[Any]]:
     """By field, the values of it that the record has a method of."""
-    said = found.record.header.comparison.get("curves", {})
-    known = {name: [value for value in values if found.has(f"{name} = {value}")] for name, values in said.items()}
+    said = findings.record.header.comparison.get("curves", {})
+    known = {name: [value for value in values if findings.has(f"{name} = {value}")] for name, values in said.items()}
     return {name: values for name, values in known.items() if values}
 
 
-def curve_points(found: Findings, name: str, values: Sequence[Any]) -> list[tuple[str, Estimate, Estimate]]:
+def curve_points(findings: Findings, name: str, values: Sequence[Any]) -> list[tuple[str, Estimate, Estimate]]:
     """Of each value its text, mean retention and worst task."""
-    lines = [found.line(f"{name} = {value}") for value in values]
+    lines = [findings.line(f"{name} = {value}") for value in values]
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     return [(text, line.mean, line.worst) for text, line in zip(texts, lines, strict=True)]
 
 
-def curve_references(found: Findings) -> list[tuple[str, Estimate]]:
+def curve_references(findings: Findings) -> list[tuple[str, Estimate]]:
     """What a curve is drawn beside."""
-    return [(f"{FULL}, mean retention", found.line(FULL).mean)] if found.has(FULL) else []
+    return [(f"{FULL}, mean retention", findings.line(FULL).mean)] if findings.has(FULL) else []
 
 
-def curve_rows(found: Findings, name: str, values: Sequence[Any], show: Show) -> TextTable:
+def curve_rows(findings: Findings, name: str, values: Sequence[Any], show: Show) -> TextTable:
     """Retention and groups over a field's values."""
     table = TextTable([show(name), "mean retention, %", "worst task, %", "groups (first seed)"])
     for value in values:
-        line = found.line(f"{name} = {value}")
-        groups = " → ".join(" + ".join(group) for group in found.record.rows_of(line.method)[0].groups)
+        line = findings.line(f"{name} = {value}")
+        groups = " → ".join(" + ".join(group) for group in findings.record.rows_of(line.method)[0].groups)
         table.rows.append([show(str(value)), half(line.mean), half(line.worst), show(groups)])
     return table

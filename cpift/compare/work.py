@@ -35,9 +35,9 @@ from cpift.report.facts import tokens_of
 WantedScores = tuple[Artifact, ModelRef, Pipeline]
 
 
-def run_comparison(made: Comparison, engine: Engine, view: View) -> Record:
+def run_comparison(comparison: Comparison, engine: Engine, view: View) -> Record:
     """Make whatever is missing and return what was found. Raises what a fine-tune, a fusion or an evaluation raises."""
-    work = ComparisonWork(made, engine, view)
+    work = ComparisonWork(comparison, engine, view)
     work.make()
     return work.record()
 
@@ -46,23 +46,23 @@ class ComparisonWork:
     """All methods with all seeds, less those (method, seed) that somebody has a record of already: nothing is made for
     them alone. Raises ConfigError if that leaves nothing."""
 
-    def __init__(self, made: Comparison, engine: Engine, view: View, known: Collection[tuple[str, int]] = ()):
-        self.made, self.view, self._merging = made, view, engine.merging
+    def __init__(self, comparison: Comparison, engine: Engine, view: View, known: Collection[tuple[str, int]] = ()):
+        self.comparison, self.view, self._merging = comparison, view, engine.merging
         self.entries = [
             Entry(method, self._pipeline(method, seed))
-            for seed in made.seeds
-            for method in methods_of(made)
+            for seed in comparison.seeds
+            for method in methods_of(comparison)
             if (method.name, seed) not in known
         ]
         seeds = dict.fromkeys(entry.run.config.seed for entry in self.entries)
         if not seeds:
-            raise ConfigError(made.name, [Problem("seeds", "the record has every method with each of them")])
-        self.whole = {seed: Pipeline(made.run({}, seed), NoEngine(self._merging), quiet()) for seed in seeds}
-        self.shared = SharedWork([*self.whole.values(), *(entry.run for entry in self.entries)], engine, view)
+            raise ConfigError(comparison.name, [Problem("seeds", "the record has every method with each of them")])
+        self.full_runs = {seed: Pipeline(comparison.run({}, seed), NoEngine(self._merging), quiet()) for seed in seeds}
+        self.shared = SharedWork([*self.full_runs.values(), *(entry.run for entry in self.entries)], engine, view)
 
     def _pipeline(self, method: ComparedMethod, seed: int) -> Pipeline:
-        made, fields = self.made, method.fields
-        config = made.pair(fields, seed, method.pair) if method.pair else made.run(fields, seed)
+        comparison, fields = self.comparison, method.fields
+        config = comparison.pair(fields, seed, method.pair) if method.pair else comparison.run(fields, seed)
         return Pipeline(config, NoEngine(self._merging), quiet())
 
     def make(self) -> None:
@@ -122,7 +122,7 @@ class ComparisonWork:
         self.shared.score("models", list(wanted.values()))
 
     def _scorings(self, entry: Entry) -> list[WantedScores]:
-        run = self.whole[entry.run.config.seed]
+        run = self.full_runs[entry.run.config.seed]
         if entry.method.judged == "probes":
             models = list(run.artifacts.tuned.values())
         else:
@@ -135,7 +135,9 @@ class ComparisonWork:
     def record(self) -> Record:
         """What is finished: all of it after `make`, less where that was stopped."""
         done = self.done
-        return Record(self._header([seed for seed in self.whole if self._has(done, seed)]), list(map(self._row, done)))
+        return Record(
+            self._header([seed for seed in self.full_runs if self._has(done, seed)]), list(map(self._row, done))
+        )
 
     @property
     def done(self) -> list[Entry]:
@@ -168,30 +170,32 @@ class ComparisonWork:
 
     def _scores(self, entry: Entry) -> dict[str, Score]:
         """By task; of the probes as one method each task's own."""
-        found = [read_scores(artifact.path) for artifact, _, _ in self._scorings(entry)]
+        of_models = [read_scores(artifact.path) for artifact, _, _ in self._scorings(entry)]
         if entry.method.judged != "probes":
-            return dict(found[0])
-        return {task.name: scores[task.name] for task, scores in zip(self.made.base.tasks, found, strict=True)}
+            return dict(of_models[0])
+        return {
+            task.name: scores[task.name] for task, scores in zip(self.comparison.base.tasks, of_models, strict=True)
+        }
 
     def _header(self, seeds: Sequence[int]) -> Header:
-        made, first = self.made, next(iter(self.whole.values()))
-        whole = made.config.model_copy(update={"methods": ("*",)})
+        comparison, first = self.comparison, next(iter(self.full_runs.values()))
+        every_method = comparison.config.model_copy(update={"methods": ("*",)})
         return Header(
-            name=made.name,
-            config=_without_paths(made.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
-            comparison=made.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
-            tasks={task.name: task.metric_name for task in made.base.tasks},
+            name=comparison.name,
+            config=_without_paths(comparison.base.model_dump(mode="json", exclude_none=True, exclude={"output"})),
+            comparison=comparison.config.model_dump(mode="json", exclude_none=True, exclude={"run", "output", "fixed"}),
+            tasks={task.name: task.metric_name for task in comparison.base.tasks},
             seeds=list(seeds),
             parameters=Checkpoint(first.artifacts.base.path).numel,
             versions=package_versions(),
             device=_device(first),
             commit=source_commit(),
-            confidence=made.config.confidence,
-            resamples=made.config.resamples,
-            overlaps=[self._overlap(self.whole[seed]) for seed in seeds],
-            methods=[method.name for method in methods_of(replace(made, config=whole))],
+            confidence=comparison.config.confidence,
+            resamples=comparison.config.resamples,
+            overlaps=[self._overlap(self.full_runs[seed]) for seed in seeds],
+            methods=[method.name for method in methods_of(replace(comparison, config=every_method))],
             chance=self._chance(),
-            train_rows={task.name: count_examples(task.train_data) for task in made.base.tasks},
+            train_rows={task.name: count_examples(task.train_data) for task in comparison.base.tasks},
         )
 
     def _chance(self) -> dict[str, float]:
@@ -213,10 +217,10 @@ def _device(run: Pipeline) -> str:
 
 
 def _each_once(wanted: Iterable[Wanted]) -> list[Wanted]:
-    found: dict[Path, Wanted] = {}
+    by_path: dict[Path, Wanted] = {}
     for item in wanted:
-        found.setdefault(item[0].path, item)
-    return list(found.values())
+        by_path.setdefault(item[0].path, item)
+    return list(by_path.values())
 
 
 def _without_paths(node: Any) -> Any:

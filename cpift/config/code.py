@@ -58,11 +58,11 @@ def place_words(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
     for section, key, field in list(texts(raw)):
         if (word := word_at(field)) is None or section[key] in word.ours:
             continue
-        found = placed(word.kind, section[key], folder)
-        if isinstance(found, Problem):
-            yield Problem(field, found.what, found.remedy)
+        placed_word = placed(word.kind, section[key], folder)
+        if isinstance(placed_word, Problem):
+            yield Problem(field, placed_word.what, placed_word.remedy)
         else:
-            section[key] = found
+            section[key] = placed_word
 
 
 def require_words(raw: dict[str, Any], folder: Path, subject: str) -> None:
@@ -79,11 +79,11 @@ def word_at(field: str) -> Word | None:
 
 def code_of(config: BaseModel) -> dict[str, Extension]:
     """By dotted field, what of a loaded config is the user's code. Nothing is imported."""
-    found = {}
+    extensions = {}
     for section, key, field in texts(config.model_dump(mode="json")):
         if (word := word_at(field)) is not None and section[key] not in word.ours:
-            found[field] = find(word.kind, section[key])
-    return found
+            extensions[field] = find(word.kind, section[key])
+    return extensions
 
 
 def code_lines(config: BaseModel) -> list[str]:

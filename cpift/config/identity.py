@@ -52,22 +52,22 @@ def recorded(section: BaseModel) -> dict[str, Any]:
 
 def marks_of(section: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """What every field of a section says with `identity`. Raises TypeError for one that says nothing."""
-    found = {}
+    marks = {}
     for name, field in section.model_fields.items():
         extra = field.json_schema_extra
         if not isinstance(extra, dict) or "identity" not in extra:
             raise TypeError(f"{section.__name__}.{name}: say with **identity(...) what it is part of")
-        found[name] = extra["identity"]
-    return found  # type: ignore[return-value]  # pydantic: a dict of any JSON
+        marks[name] = extra["identity"]
+    return marks  # type: ignore[return-value]  # pydantic: a dict of any JSON
 
 
 def _kept(section: BaseModel, wanted: Callable[[dict[str, Any]], bool], of_sweeps: bool = False) -> dict[str, Any]:
-    dumped, found = section.model_dump(mode="json"), {}
+    dumped, fields = section.model_dump(mode="json"), {}
     for name, mark in marks_of(type(section)).items():
         older = dumped[name] == mark.get("absent", _ALWAYS) and not (of_sweeps and mark["swept"])
         if wanted(mark) and not older:
-            found[name] = _plain(getattr(section, name), dumped[name], wanted, of_sweeps)
-    return found
+            fields[name] = _plain(getattr(section, name), dumped[name], wanted, of_sweeps)
+    return fields
 
 
 def _plain(value: Any, dumped: Any, wanted: Callable[[dict[str, Any]], bool], of_sweeps: bool) -> Any:

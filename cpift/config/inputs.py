@@ -100,10 +100,10 @@ def given_field(section: Section, names: tuple[str, ...]) -> str:
 
 
 def exactly_one(section: Section, names: tuple[str, ...]) -> None:
-    given = [name for name in names if getattr(section, name) is not None]
-    if len(given) != 1:
-        found = "none of them is there" if not given else f"found {' and '.join(given)}"
-        raise ValueError(f"give exactly one of {', '.join(names)}; {found}")
+    present = [name for name in names if getattr(section, name) is not None]
+    if len(present) != 1:
+        what = "none of them is there" if not present else f"found {' and '.join(present)}"
+        raise ValueError(f"give exactly one of {', '.join(names)}; {what}")
 
 
 class GgufFile(Section):

@@ -84,8 +84,8 @@ def _validated(raw: dict[str, Any], subject: str, problems: list[Problem]) -> Ru
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        found = problems_of(error, RunConfig)
-        problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in found]
+        wrong = problems_of(error, RunConfig)
+        problems += [replace(problem, where=_with_task(problem.where, raw)) for problem in wrong]
     if problems:
         secret = {problem.where for problem in problems if problem.what == _SECRET}  # all else would show the value
         raise ConfigError(
@@ -145,8 +145,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         what = f"holds {kind_of(raw)}, not fields" if raw is not None else "is empty"
         raise ConfigError(str(path), [Problem("YAML", what, _EXAMPLE)])
-    if found := answered(raw):
-        raise ConfigError(str(path), found)
+    if answer := answered(raw):
+        raise ConfigError(str(path), answer)
     return raw
 
 
@@ -159,8 +159,8 @@ def _path_remedy(path: Path) -> str:
 
 def _changed(raw: dict[str, Any], fields: Mapping[str, Any]) -> list[Problem]:
     """Set fields (by dotted name) in the raw mapping; what is wrong with them."""
-    found = (_set_field(raw, name, value, name) for name, value in fields.items())
-    return [problem for problem in found if problem is not None]
+    problems = (_set_field(raw, name, value, name) for name, value in fields.items())
+    return [problem for problem in problems if problem is not None]
 
 
 def _override(raw: dict[str, Any], text: str) -> Problem | None:
@@ -204,7 +204,7 @@ def _number_of(node: Any, name: str) -> str:
         for at, element in elements
         if isinstance(element, dict) and "name" in element
     )
-    return ", ".join(found for found in called if found.split(" is element ")[0] in name.split("."))
+    return ", ".join(element for element in called if element.split(" is element ")[0] in name.split("."))
 
 
 def _place(part: str) -> int:
@@ -225,9 +225,9 @@ def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Mod
     own = {name: value for name, value in raw.items() if name != "run" or isinstance(value, str)}
     problems = [*secret_problems(raw), *expand_paths(own, ("output", "run"))]
     try:
-        made = model.model_validate({**raw, **own})
+        valid = model.model_validate({**raw, **own})
     except ValidationError as error:
         problems += problems_of(error, model)
     if problems:
         raise ConfigError(subject, problems)
-    return made
+    return valid

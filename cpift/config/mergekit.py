@@ -90,8 +90,8 @@ def _read_models(merge: _Merge) -> bool:
     if merge.raw.get("modules") or len(slices) > 1:
         return False
     models = merge.raw.get("models")
-    given = [model for model in models if model] if is_list(models) else []
-    merge.entries = [{"model": model} if is_word(model) else mapping(model) for model in given]
+    named = [model for model in models if model] if is_list(models) else []
+    merge.entries = [{"model": model} if is_word(model) else mapping(model) for model in named]
     if slices:
         merge.entries = [entry for entry in mappings(slices[0].get("sources")) if entry]
         merge.shared.append(mapping(slices[0].get("parameters")))
@@ -125,8 +125,8 @@ def _model(value: Any, merge: _Merge) -> str:
 def _take_base_out(merge: _Merge) -> None:
     if not merge.raw.get("base_model"):
         merge.note("base_model", "is not there, and updates are from it", "put it before the models")
-    kept = [(model, entry) for model, entry in zip(merge.models, merge.entries, strict=True) if model != merge.base]
-    merge.models, merge.entries = [model for model, _ in kept], [entry for _, entry in kept]
+    others = [(model, entry) for model, entry in zip(merge.models, merge.entries, strict=True) if model != merge.base]
+    merge.models, merge.entries = [model for model, _ in others], [entry for _, entry in others]
 
 
 def _base_first(merge: _Merge) -> None:
@@ -206,12 +206,13 @@ def _model_stock(merge: _Merge) -> list[str]:
 
 
 def _density(merge: _Merge) -> list[str]:
-    found = [merge.number("density", 1.0, entry) for entry in merge.entries]
-    if len(set(found)) > 1:
+    densities = [merge.number("density", 1.0, entry) for entry in merge.entries]
+    if len(set(densities)) > 1:
         merge.note(
-            "parameters.density", f"differs ({', '.join(f'{density:g}' for density in found)}): cpift has one for all"
+            "parameters.density",
+            f"differs ({', '.join(f'{density:g}' for density in densities)}): cpift has one for all",
         )
-    return ["--density", f"{found[0]:g}"]
+    return ["--density", f"{densities[0]:g}"]
 
 
 def _output(merge: _Merge) -> list[str]:
@@ -251,9 +252,9 @@ def of_experts(raw: Raw) -> list[Problem]:
 
 def _named(models: Sequence[str]) -> list[tuple[str, str]]:
     """A task's name for each model: the last part of its path, with a number where two have the same."""
-    found: list[str] = []
+    names: list[str] = []
     for model in models:
         name = re.sub(r"[^\w.-]+", "-", model.partition("@")[0].rstrip("/").rpartition("/")[2], flags=re.ASCII)
         name = name.strip("-.")[:50] or "tune"
-        found.append(f"{name}-{len(found) + 1}" if name in found else name)
-    return list(zip(found, models, strict=True))
+        names.append(f"{name}-{len(names) + 1}" if name in names else name)
+    return list(zip(names, models, strict=True))

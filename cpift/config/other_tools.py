@@ -49,11 +49,11 @@ def _axolotl(raw: Raw) -> list[Problem]:
     if raw.get("rl"):
         return _not_here("axolotl's", "rl", f"preferences ({raw['rl']})")
     data: list[Any] = []
-    found = raw.get("datasets") or raw.get("pretraining_dataset")
-    for dataset in found if is_list(found) else [found]:
+    datasets = raw.get("datasets") or raw.get("pretraining_dataset")
+    for dataset in datasets if is_list(datasets) else [datasets]:
         files = mapping(dataset).get("data_files") or (dataset if is_word(dataset) else mapping(dataset).get("path"))
         data += files if is_list(files) else [files]
-    return _init("axolotl's", "base_model", raw["base_model"], data if found else [])
+    return _init("axolotl's", "base_model", raw["base_model"], data if datasets else [])
 
 
 def _llama_factory(raw: Raw) -> list[Problem]:

@@ -18,13 +18,13 @@ Details = Mapping[str, Any]
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Everything that an error of `model` holds; not that a list is short, where its elements are wrong."""
-    found = error.errors(include_url=False)
-    kept = [fault for fault in found if not (fault["type"] == "too_short" and _elements_fail(fault["loc"], found))]
-    return [_problem(details, model) for details in kept]
+    faults = error.errors(include_url=False)
+    meant = [fault for fault in faults if not (fault["type"] == "too_short" and _elements_fail(fault["loc"], faults))]
+    return [_problem(details, model) for details in meant]
 
 
-def _elements_fail(location: Sequence[Any], found: Sequence[Any]) -> bool:
-    return any(fault["loc"][: len(location)] == location and len(fault["loc"]) > len(location) for fault in found)
+def _elements_fail(location: Sequence[Any], faults: Sequence[Any]) -> bool:
+    return any(fault["loc"][: len(location)] == location and len(fault["loc"]) > len(location) for fault in faults)
 
 
 def _problem(details: Details, model: type[BaseModel]) -> Problem:
@@ -58,11 +58,11 @@ def _plain(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _remedy(given: str, known: Sequence[str], model: type[BaseModel]) -> str:
+def _remedy(word: str, known: Sequence[str], model: type[BaseModel]) -> str:
     """For a name that is no field: one that is spelt alike, the sections that have it, or all fields there are."""
-    if close := difflib.get_close_matches(given, known, n=1):
+    if close := difflib.get_close_matches(word, known, n=1):
         return f"did you mean '{close[0]}'?"
-    homes = [name for name in model.model_fields if given in _fields_at([name], model) and name != given]
+    homes = [name for name in model.model_fields if word in _fields_at([name], model) and name != word]
     return f"belongs under {', '.join(homes)}" if homes else f"known: {', '.join(known)}"
 
 
@@ -151,4 +151,4 @@ def _section_of(annotation: Any) -> Any:
     """The pydantic model inside an annotation such as `tuple[TaskConfig, ...]` or `Section | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg)) is not None), None)
+    return next((section for arg in get_args(annotation) if (section := _section_of(arg)) is not None), None)

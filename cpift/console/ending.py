@@ -145,8 +145,8 @@ def _message(number: int) -> str:
 def _kill_descendants() -> None:
     import psutil  # type: ignore[import-untyped]  # it has no stubs
 
-    found: list[Any] = psutil.Process().children(recursive=True)
-    for process in found:
+    descendants: list[Any] = psutil.Process().children(recursive=True)
+    for process in descendants:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(found, timeout=1)
+    psutil.wait_procs(descendants, timeout=1)

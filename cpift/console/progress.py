@@ -115,31 +115,31 @@ def read_progress(folder: Path) -> Progress | None:
     """The record of a run; None where there is none. Raises UnreadableError for what is no such record."""
     path = folder / PLACE
     try:
-        found = read_json(path, _LIMITS)
+        record = read_json(path, _LIMITS)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return _parsed(found)
+        return _parsed(record)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UnreadableError(f"is no record of a run's progress ({error})", subject=str(path)) from None
 
 
-def _parsed(found: dict[str, Any]) -> Progress:
-    if found.pop("format", None) != FORMAT or found.get("state") not in STATES:
+def _parsed(record: dict[str, Any]) -> Progress:
+    if record.pop("format", None) != FORMAT or record.get("state") not in STATES:
         raise ValueError("of another release, or damaged")
-    found["done"] = [Done(str(step["title"]), _seconds(step["seconds"])) for step in found["done"]]
-    found["pieces"] = {
+    record["done"] = [Done(str(step["title"]), _seconds(step["seconds"])) for step in record["done"]]
+    record["pieces"] = {
         str(name): Piece(
             str(piece["title"]), min(max(float(piece["done"]), 0.0), 1.0), cast(Message, dict(piece["message"]))
         )
-        for name, piece in found["pieces"].items()
+        for name, piece in record["pieces"].items()
     }
-    progress = Progress(**found)
+    progress = Progress(**record)
     for name in ("started", "updated", "step_started", "first_moved", "waiting_since"):
-        setattr(progress, name, float(found[name]))
+        setattr(progress, name, float(record[name]))
     for name in ("command", "ended_by", "host", "step", "waiting"):
-        setattr(progress, name, str(found[name]))
-    progress.pid, progress.expected = int(found["pid"]), [str(title) for title in found["expected"]]
+        setattr(progress, name, str(record[name]))
+    progress.pid, progress.expected = int(record["pid"]), [str(title) for title in record["expected"]]
     return progress
 
 

@@ -21,15 +21,15 @@ _WIDEST_BAR = 40
 
 def duration(seconds: float) -> str:
     """`8 s`, `4 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
-    whole = max(int(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
+    total = max(int(seconds), 0)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02} s"
     return (
-        f"{whole // 3600} h {whole % 3600 // 60:02} min"
-        if whole < 86400
-        else f"{whole // 86400} d {whole % 86400 // 3600} h"
+        f"{total // 3600} h {total % 3600 // 60:02} min"
+        if total < 86400
+        else f"{total // 86400} d {total % 86400 // 3600} h"
     )
 
 
@@ -72,17 +72,17 @@ def summary(progress: Progress, now: float) -> str:
 
 def details(message: Mapping[str, Any]) -> list[str]:
     """What else a message of a worker says, the most telling first."""
-    found = []
+    parts = []
     loss = message.get("loss")
     if isinstance(loss, int | float) and math.isfinite(loss):
-        found.append(f"loss {loss:.3f}")
+        parts.append(f"loss {loss:.3f}")
     if "task" in message:
-        found.append(one_line(str(message["task"])))
+        parts.append(one_line(str(message["task"])))
     if "step" in message:
-        found.append(f"step {message['step']}/{message.get('steps', '?')}")
+        parts.append(f"step {message['step']}/{message.get('steps', '?')}")
     if message.get("stages", 1) != 1:
-        found.append(f"stage {int(message.get('stage', 0)) + 1}/{message['stages']}")
-    return found
+        parts.append(f"stage {int(message.get('stage', 0)) + 1}/{message['stages']}")
+    return parts
 
 
 def _percent(share: float) -> str:

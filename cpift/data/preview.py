@@ -42,27 +42,27 @@ class Counts:
 def count(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, training: TrainingConfig) -> Counts:
     """What training will make of the examples; they are looked at one by one."""
     limit = training.max_length
-    found = Counter[str]()
+    counts = Counter[str]()
     longest = 0
 
     def kept() -> Iterator[dict[str, list[int]]]:
         nonlocal longest
         for example in examples:
-            whole = tokenise(example, tokenizer, UNCUT)
-            row = {key: values[:limit] for key, values in whole.items()}
-            found.update(examples=1, cut=len(whole["input_ids"]) > limit)
+            uncut = tokenise(example, tokenizer, UNCUT)
+            row = {key: values[:limit] for key, values in uncut.items()}
+            counts.update(examples=1, cut=len(uncut["input_ids"]) > limit)
             if learnable(row):
                 longest = max(longest, len(row["input_ids"]))
-                found.update(kept=1, tokens=len(row["input_ids"]), trained=sum(x != IGNORED for x in row["labels"]))
+                counts.update(kept=1, tokens=len(row["input_ids"]), trained=sum(x != IGNORED for x in row["labels"]))
                 yield row
 
     rows = sum(1 for _ in (packed_rows(kept(), limit) if training.packing else kept()))
     return Counts(
-        examples=found["examples"],
-        left_out=found["examples"] - found["kept"],
-        cut=found["cut"],
-        tokens=found["tokens"],
-        trained=found["trained"],
+        examples=counts["examples"],
+        left_out=counts["examples"] - counts["kept"],
+        cut=counts["cut"],
+        tokens=counts["tokens"],
+        trained=counts["trained"],
         longest=limit if training.packing else longest,
         rows=rows,
     )

@@ -119,8 +119,8 @@ def count_examples(source: DataSource) -> int:
 def pick_examples(source: DataSource, rows: Sequence[int]) -> list[Example]:
     """The examples in these places, counted from 0, in the order of `rows`; the others are read and let go."""
     places = {row: place for place, row in enumerate(rows)}
-    found = {places[row]: example for row, example in enumerate(read_examples(source)) if row in places}
-    return [found[place] for place in range(len(rows))]
+    examples = {places[row]: example for row, example in enumerate(read_examples(source)) if row in places}
+    return [examples[place] for place in range(len(rows))]
 
 
 def source_fingerprint(source: DataSource) -> str:
@@ -151,12 +151,14 @@ def same_rows(sources: Mapping[str, DataSource], expected: Mapping[str, str] | N
     """
     files = [file for source in sources.values() for file in rows_of(source).files()]
     with unchanged("what was read of the rows", files):
-        found = {name: source_fingerprint(source) for name, source in sources.items()}
+        by_name = {name: source_fingerprint(source) for name, source in sources.items()}
         what = "is not what it was when the command began"
-        others = [Problem(name, what, "run it again") for name in sources if found[name] != (expected or found)[name]]
+        others = [
+            Problem(name, what, "run it again") for name in sources if by_name[name] != (expected or by_name)[name]
+        ]
         if others:
             raise ChangedInput("what was read of the rows", others)
-        yield found
+        yield by_name
 
 
 SIZES: dict[str, Callable[[Dataset], int]] = {"rows": len, "tokens": lambda dataset: sum(count_tokens(dataset))}
@@ -209,9 +211,9 @@ def _read_otherwise(source: DataSource) -> bool:
     """
     assert source.file is not None
     with source.file.open("rb") as lines:
-        found = {match[1] or match[2] for line in lines for match in _NEWLY_READ.finditer(line)}
-    if not found or b"arguments" in found:
-        return bool(found)
+        fields = {match[1] or match[2] for line in lines for match in _NEWLY_READ.finditer(line)}
+    if not fields or b"arguments" in fields:
+        return bool(fields)
     with contextlib.suppress(DataError):
         for example in read_examples(source):
             if example.messages[-1].tool_calls or any(turn.fields or not turn.trained for turn in example.messages):

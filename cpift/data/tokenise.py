@@ -105,19 +105,19 @@ def tokenised_dataset(
 
     def rows() -> Iterator[dict[str, list[int]]]:
         for example in examples:
-            whole = tokenise(example, tokenizer, UNCUT)
-            row = {name: ids[:max_length] for name, ids in whole.items()}
-            use.add(len(whole["input_ids"]), learnable(row))
+            uncut = tokenise(example, tokenizer, UNCUT)
+            row = {name: ids[:max_length] for name, ids in uncut.items()}
+            use.add(len(uncut["input_ids"]), learnable(row))
             if learnable(row):
                 yield row
 
-    found = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
+    dataset = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
     if not use.used:
         remedy = "raise max_length"
         raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
     if use.left_out:
         _log.warning("%d of %d examples left out: prompt ≥ %d tokens", use.left_out, use.rows, max_length)
-    return found
+    return dataset
 
 
 def count_tokens(dataset: Dataset) -> Iterator[int]:
@@ -195,9 +195,9 @@ class _Written:
         prompt and the content (an empty thought, say): the model has to write that too.
         """
         content = self._example.messages[turn].content
-        before, found, after = self._texts[f"marked {turn}"].partition(self._mark)
+        before, mark_there, after = self._texts[f"marked {turn}"].partition(self._mark)
         end = len(self.text) - len(after)
-        unchanged = found and self.text[: len(before)] == before and self.text[end:] == after
+        unchanged = mark_there and self.text[: len(before)] == before and self.text[end:] == after
         if not unchanged or self.text[len(before) : end].strip() != content.strip():
             thought = next((mark for mark in _THOUGHTS if mark in content), None)
             what = f"the assistant's text of message {turn} does not appear in it as it is"
@@ -262,8 +262,8 @@ def _linked(message: Message, name: str) -> bool:
 
 
 def _without(message: Message, name: str) -> Message:
-    kept = {key: value for key, value in message.other.items() if key != name or _linked(message, name)}
-    return replace(message, fields=json.dumps(kept) if kept else "")
+    fields = {key: value for key, value in message.other.items() if key != name or _linked(message, name)}
+    return replace(message, fields=json.dumps(fields) if fields else "")
 
 
 def _refused(example: Example, what: str, remedy: str) -> DataError:

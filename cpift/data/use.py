@@ -53,7 +53,7 @@ class RowUse:
 def use_sentences(title: str, record: Sequence[Mapping[str, Mapping[str, int]]]) -> Iterator[tuple[str, bool]]:
     """A sentence for each task of a fine-tune, and whether it is a warning; `record`: by stage, from training.json."""
     for stage in record:
-        for task, kept in stage.items():
-            use = RowUse.of(kept)
+        for task, counts in stage.items():
+            use = RowUse.of(counts)
             remedy = ". Raise max_length, or shorten the rows" if use.warns else ""
             yield f"{title}, task {task}: {use}{remedy}", use.warns

@@ -96,7 +96,7 @@ def sealed(manifest: Mapping[str, Any]) -> Manifest:
 
 def sizes_and_times(folder: Path, names: Mapping[str, str]) -> dict[str, list[int]]:
     """Size in bytes and modification time in ns of each file."""
-    return {name: [(found := (folder / name).stat()).st_size, found.st_mtime_ns] for name in names}
+    return {name: [(status := (folder / name).stat()).st_size, status.st_mtime_ns] for name in names}
 
 
 def state_of(folder: Path, fingerprint: str, thorough: bool = False) -> State:
@@ -144,21 +144,21 @@ _READ: dict[tuple[int, ...], Manifest] = {}
 
 def _parsed(path: Path) -> Manifest:
     try:
-        found = read_json(path)
+        manifest = read_json(path)
     except ValueError as error:
         raise ValueError(f"{MANIFEST} cannot be used: {error}") from None
-    if not isinstance(found, dict) or any(not isinstance(found.get(name), kind) for name, kind in _FORM.items()):
+    if not isinstance(manifest, dict) or any(not isinstance(manifest.get(name), kind) for name, kind in _FORM.items()):
         raise ValueError(f"{MANIFEST} is not of its form")
-    if any(name in found and not fits(found[name]) for name, fits in _LATER.items()):
+    if any(name in manifest and not fits(manifest[name]) for name, fits in _LATER.items()):
         raise ValueError(f"{MANIFEST} is not of its form")
-    if not found["outputs"] or not all(_is_entry(*entry) for entry in found["outputs"].items()):
+    if not manifest["outputs"] or not all(_is_entry(*entry) for entry in manifest["outputs"].items()):
         raise ValueError(f"{MANIFEST} names no outputs, or not by their sha256")
-    if ("files" in found or "seal" in found) and sealed(found)["seal"] != found.get("seal"):
+    if ("files" in manifest or "seal" in manifest) and sealed(manifest)["seal"] != manifest.get("seal"):
         raise ValueError(f"{MANIFEST} was changed after it was written")
-    made_of = [found["stage"], found["stage_version"], found["inputs"], found["fields"]]
-    if digest(made_of) != found["fingerprint"]:
+    made_of = [manifest["stage"], manifest["stage_version"], manifest["inputs"], manifest["fields"]]
+    if digest(made_of) != manifest["fingerprint"]:
         raise ValueError(f"{MANIFEST} does not have the inputs and fields that it is named by")
-    return cast(Manifest, found)
+    return cast(Manifest, manifest)
 
 
 def _is_entry(name: str, value: Any) -> bool:
@@ -177,19 +177,19 @@ def _damage(folder: Path, manifest: Mapping[str, Any], thorough: bool) -> str | 
 
 def _wrong(path: Path, sha256: str, written: list[int] | None, thorough: bool) -> str | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         if error.errno not in _NOT_THERE:
             raise
         return "is not there"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return "is no file"
-    if written is not None and found.st_size != written[0]:
-        return f"has {found.st_size} bytes, {written[0]} were written"
-    touched = written is not None and found.st_mtime_ns != written[1]
-    if thorough or touched or found.st_size <= SMALL:
+    if written is not None and status.st_size != written[0]:
+        return f"has {status.st_size} bytes, {written[0]} were written"
+    touched = written is not None and status.st_mtime_ns != written[1]
+    if thorough or touched or status.st_size <= SMALL:
         return None if file_sha256(path) == sha256 else "is not what was written (sha256)"
-    return None if path.suffix != ".safetensors" or _ends_with_its_tensors(path, found.st_size) else _SHORT
+    return None if path.suffix != ".safetensors" or _ends_with_its_tensors(path, status.st_size) else _SHORT
 
 
 _SHORT = "does not have the length that its header says"
@@ -237,15 +237,15 @@ def note_times(folder: Path) -> None:
     """
     manifest = read_manifest(folder)
     written = manifest.get("files", {})
-    found = {}
+    times = {}
     gone = manifest["dropped"]["files"] if "dropped" in manifest else {}
     for name in written.keys() - gone.keys():
         known = file_identity(folder / name)
         if known_sha256(known) == manifest["outputs"].get(name):
-            found[name] = [known[2], known[3]]
-    if any(written[name] != found[name] for name in found):
+            times[name] = [known[2], known[3]]
+    if any(written[name] != times[name] for name in times):
         with suppress(OSError):
-            write_manifest(folder, manifest | {"files": written | found})
+            write_manifest(folder, manifest | {"files": written | times})
 
 
 def set_aside(path: Path) -> Path:

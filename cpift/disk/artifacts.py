@@ -187,7 +187,7 @@ class Artifact:
 
     def _manifest(self, folder: Path, started: float, device: str) -> Manifest:
         outputs = {name: sha256 for name, sha256 in folder_hashes(folder).items() if name != CARD}
-        made: Manifest = {
+        manifest: Manifest = {
             "stage": self.stage,
             "label": self.label,
             "fingerprint": self.fingerprint,
@@ -204,17 +204,17 @@ class Artifact:
             "commit": source_commit(),
         }
         if self.maker:
-            made["made_for"] = self.maker
-        return made
+            manifest["made_for"] = self.maker
+        return manifest
 
 
 def artifact_at(folder: Path) -> Artifact | None:
     """The artifact that a folder's manifest describes, None where the folder is no artifact's place."""
     try:
-        found = read_manifest(folder)
+        manifest = read_manifest(folder)
     except (ValueError, OSError):
         return None
-    named = (found["stage"], found["label"], found["inputs"], found["fields"], found["stage_version"])
+    named = (manifest["stage"], manifest["label"], manifest["inputs"], manifest["fields"], manifest["stage_version"])
     artifact = Artifact(folder.parent.parent, *named)
     return artifact if artifact.path == folder else None
 
@@ -255,13 +255,13 @@ def _sync_folder(folder: Path) -> None:
 @lru_cache
 def package_versions() -> dict[str, str]:
     """Versions of what decides a stage's result."""
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @lru_cache

@@ -76,17 +76,17 @@ def folder() -> Path | None:
 @lru_cache(maxsize=1)
 def releases() -> tuple[str, ...] | None:
     """The libraries' versions; None where somebody works on one of them, so that its version says nothing."""
-    found = [sys.version]
+    parts = [sys.version]
     for name, package in LIBRARIES.items():
         try:
             spec = importlib.util.find_spec(package)
-            found.append(f"{name} {importlib.metadata.version(name) if spec else 'absent'}")
+            parts.append(f"{name} {importlib.metadata.version(name) if spec else 'absent'}")
             place = importlib.metadata.distribution(name).locate_file(package) if spec else None
         except (importlib.metadata.PackageNotFoundError, ValueError):  # a package without a record of its release
             return None
         if spec and (not spec.origin or Path(spec.origin).parent != Path(str(place))):
             return None
-    return tuple(found)
+    return tuple(parts)
 
 
 @lru_cache(maxsize=1)
@@ -112,8 +112,8 @@ def _sha256(value: Any) -> str:
 def _read(file: Path) -> tuple[Any, bool]:
     """The value of an entry, and whether it is whole."""
     try:
-        found = json.loads(file.read_bytes())
-        return found["value"], bool(found["sha256"] == _sha256([file.name, found["value"]]))
+        entry = json.loads(file.read_bytes())
+        return entry["value"], bool(entry["sha256"] == _sha256([file.name, entry["value"]]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None, False
 

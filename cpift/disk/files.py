@@ -32,10 +32,10 @@ def file_sha256(path: Path) -> str:
     known = file_identity(path)
     if known not in _SHA256:
         with path.open("rb") as file:
-            found = (
+            sha256 = (
                 hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(file)
             )
-        _SHA256[known] = found
+        _SHA256[known] = sha256
     return _SHA256[known]
 
 
@@ -49,8 +49,8 @@ def file_identity(path: Path) -> tuple[int, ...]:
 
     The last, of the change of its inode, cannot be set back by those who set back the first.
     """
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def known_sha256(identity: tuple[int, ...]) -> str | None:

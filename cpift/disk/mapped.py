@@ -24,8 +24,8 @@ def file_version(path: Path) -> tuple[int, ...]:
     return _identity(path.stat())
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class MappedFile:

@@ -35,8 +35,8 @@ class ObjectStore:
     def size(self, name: str) -> int | None:
         """Bytes of an object, None if it is not there."""
         with self._opened_at(name) as (filesystem, path):
-            found = filesystem.get_file_info(path)
-            return found.size if found.is_file else None
+            info = filesystem.get_file_info(path)
+            return info.size if info.is_file else None
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file. Raises StageError if the store then has not as many bytes."""
@@ -66,10 +66,10 @@ class ObjectStore:
     def read(self, name: str, start: int, count: int) -> bytes:
         """`count` bytes of an object from byte `start` on."""
         with self._opened_at(name):
-            found: bytes = _opened_file(self.place, name).read_at(count, start)
-        if len(found) != count:
+            content: bytes = _opened_file(self.place, name).read_at(count, start)
+        if len(content) != count:
             raise StageError(f"{self._uri(name)}: ends before byte {start + count} → delete it and run again")
-        return found
+        return content
 
     def read_json(self, name: str) -> Any | None:
         """The content of an object, None if it is not there."""

@@ -103,9 +103,9 @@ def check_top(folder: Path, names: Iterable[str]) -> list[Problem]:
         for name in names
         if os.path.lexists(folder / name) and not is_ours(folder / name)
     ]
-    kept = folder / REPORTS
-    if "index.html" in names and os.path.lexists(kept) and not kept.is_dir():
-        problems.append(Problem(str(kept), "is no folder, and reports are kept in one of this name", remedy))
+    reports = folder / REPORTS
+    if "index.html" in names and os.path.lexists(reports) and not reports.is_dir():
+        problems.append(Problem(str(reports), "is no folder, and reports are kept in one of this name", remedy))
     return problems
 
 
@@ -114,10 +114,10 @@ def is_ours(path: Path) -> bool:
     text = _text(path)
     if text is None:
         return False
-    found = _TOKEN.findall(text)
-    if not found:
+    tokens = _TOKEN.findall(text)
+    if not tokens:
         return any(fnmatchcase(path.name, name) and fits(text, path) for name, fits in _BEFORE_MARKS.items())
-    return any(_digest(path.name, text.replace(value, "0" * 64, 1)) == value for value in found)
+    return any(_digest(path.name, text.replace(value, "0" * 64, 1)) == value for value in tokens)
 
 
 def _text(path: Path) -> str | None:

@@ -51,6 +51,6 @@ def _located(where: str, error: CpiftError) -> list[Problem]:
 def _metric_problems(task: TaskConfig, examples: Sequence[Example]) -> list[Problem]:
     metric, bad = load_metric(task.metric), RowProblems(f"tasks.{task.name}.test, ")
     for number, example in enumerate(examples, start=1):
-        if (found := metric.doubtful(example) or metric.wrong_with(example)) is not None:
-            bad.add(number, *found)
+        if (fault := metric.doubtful(example) or metric.wrong_with(example)) is not None:
+            bad.add(number, *fault)
     return bad.problems(len(examples))

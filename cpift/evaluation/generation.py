@@ -41,11 +41,11 @@ def greedy(
         ids = torch.tensor([row.written[-1:] for row in rows], device=model.device)
         mask = torch.cat([begun.mask, begun.mask.new_ones(len(rows), 1)], 1)
         return _decoded(model, ids, mask, mask.sum(1, keepdim=True) - 1, begun.cache, rooms, ends)
-    whole = [[*row.prompt, *row.written] for row in rows]
-    mask = pad([[1] * len(row_ids) for row_ids in whole], 0, "left", model.device)
+    sequences = [[*row.prompt, *row.written] for row in rows]
+    mask = pad([[1] * len(row_ids) for row_ids in sequences], 0, "left", model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    return _decoded(model, pad(whole, 0, "left", model.device), mask, positions, cache, rooms, ends)
+    return _decoded(model, pad(sequences, 0, "left", model.device), mask, positions, cache, rooms, ends)
 
 
 def cut_back(model: PreTrainedModel, begun: Begun, places: Sequence[int], surplus: Sequence[int]) -> Begun | None:
@@ -53,9 +53,9 @@ def cut_back(model: PreTrainedModel, begun: Begun, places: Sequence[int], surplu
     does not bear the gaps which that leaves."""
     if begun.cache is None or not bears_gaps(model):
         return None
-    kept = torch.tensor(places, dtype=torch.int64, device=model.device)
-    begun.cache.reorder_cache(kept)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
-    mask = begun.mask[kept]
+    places_kept = torch.tensor(places, dtype=torch.int64, device=model.device)
+    begun.cache.reorder_cache(places_kept)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
+    mask = begun.mask[places_kept]
     for row, count in enumerate(surplus):
         mask[row, mask.shape[1] - count :] = 0
     return Begun(begun.cache, mask)
@@ -83,9 +83,9 @@ def _decoded(
             if token not in ends and len(written[row]) < rooms[row]
         ]
         if len(stay) < len(open_rows):
-            kept = torch.tensor(stay, dtype=torch.int64, device=model.device)
-            cache.reorder_cache(kept)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
-            mask = mask[kept]
+            staying = torch.tensor(stay, dtype=torch.int64, device=model.device)
+            cache.reorder_cache(staying)  # type: ignore[arg-type]  # declared LongTensor, which int64 is
+            mask = mask[staying]
         open_rows = [open_rows[place] for place in stay]
         ids = torch.tensor([[likeliest[place]] for place in stay], device=model.device)
         mask = torch.cat([mask, mask.new_ones(len(stay), 1)], 1)
@@ -103,8 +103,8 @@ def _likeliest(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Ten
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    found: list[int] = logits.float().argmax(-1).tolist()
-    return found
+    likeliest: list[int] = logits.float().argmax(-1).tolist()
+    return likeliest
 
 
 def _by_transformers(model: PreTrainedModel, rows: Sequence[Opening], ends: Collection[int]) -> list[list[int]]:
@@ -118,8 +118,10 @@ def _by_transformers(model: PreTrainedModel, rows: Sequence[Opening], ends: Coll
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
     )
-    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]  # a mixin's, unknown to PreTrainedModel
-    return [_ended(row_ids, row, ends) for row_ids, row in zip(whole[:, ids.shape[1] :].tolist(), rows, strict=True)]
+    generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]  # a mixin's, unknown to PreTrainedModel
+    return [
+        _ended(row_ids, row, ends) for row_ids, row in zip(generated[:, ids.shape[1] :].tolist(), rows, strict=True)
+    ]
 
 
 def _ended(written: list[int], row: Opening, ends: Collection[int]) -> list[int]:

@@ -47,12 +47,12 @@ def judge_replies(
     Raises:
         StageError: the endpoint cannot be reached, refuses, or gives no rating, after `settings.retries` more tries.
     """
-    found = []
+    verdicts = []
     with ThreadPoolExecutor(settings.parallel) as pool:
         for verdict in pool.map(lambda pair: _judge(settings, *pair), zip(examples, replies, strict=True)):
-            found.append(verdict)
-            on_done(len(found))
-    return found
+            verdicts.append(verdict)
+            on_done(len(verdicts))
+    return verdicts
 
 
 def _judge(settings: JudgeConfig, example: Example, reply: str) -> Verdict:
@@ -88,8 +88,8 @@ def question_about(example: Example, reply: str) -> str:
 
 def rating_in(text: str) -> float | None:
     """The last rating in a judge's reply; None where there is none from 0 to 10."""
-    found = _RATING.findall(text)
-    value = float(found[-1]) if found else -1.0
+    ratings = _RATING.findall(text)
+    value = float(ratings[-1]) if ratings else -1.0
     return value if 0 <= value <= 10 else None
 
 
@@ -103,8 +103,8 @@ def _ask(settings: JudgeConfig, question: dict[str, Any]) -> tuple[str | None, s
     request = urllib.request.Request(url, json.dumps(question).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=settings.timeout) as answer:
-            found = parse_json(answer.read(ANSWER.size + 1), ANSWER)
-            return str(found["choices"][0]["message"]["content"]), ""
+            body = parse_json(answer.read(ANSWER.size + 1), ANSWER)
+            return str(body["choices"][0]["message"]["content"]), ""
     except urllib.error.HTTPError as error:
         said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
         if error.code not in _LATER:

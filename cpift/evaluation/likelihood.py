@@ -50,8 +50,8 @@ def likelihoods(model: PreTrainedModel, groups: Sequence[Sequence[Labelled]]) ->
     All groups go through the model in one batch; `groups` must hold no empty group, and each sequence a label.
     """
     distinct = [[sequence for place, sequence in enumerate(group) if sequence not in group[:place]] for group in groups]
-    found = iter(_scored(model, distinct)[0])
-    known = [[(sequence, next(found)) for sequence in group] for group in distinct]
+    values = iter(_scored(model, distinct)[0])
+    known = [[(sequence, next(values)) for sequence in group] for group in distinct]
     return [
         [next(likelihood for other, likelihood in scored if other == sequence) for sequence in group]
         for group, scored in zip(groups, known, strict=True)
@@ -91,8 +91,8 @@ def _layers(model: PreTrainedModel) -> list[Any]:
 def bears_gaps(model: PreTrainedModel) -> bool:
     """Whether padding may lie within a row, not only at its ends: every layer attends to all that the mask leaves, and
     is told positions. A sliding window counts columns, and a recurrent layer goes over each of them."""
-    told = "position_ids" in inspect.signature(model.forward).parameters
-    return told and has_cache(model) and all(type(layer) is DynamicLayer for layer in _layers(model))
+    places_known = "position_ids" in inspect.signature(model.forward).parameters
+    return places_known and has_cache(model) and all(type(layer) is DynamicLayer for layer in _layers(model))
 
 
 def begin(model: PreTrainedModel, ids: Sequence[int], rows: int) -> Begun:
@@ -168,14 +168,14 @@ def _of_members(
     """Of each sequence; `rows`: which row of `begun` it goes on from, after so many of its tokens."""
     starts = [lengths[row] for row in rows]
     of_rows, wanted, ended = _suffixes(model, members, rows, starts, begun)
-    found = []
+    values = []
     for place, (member, row, start) in enumerate(zip(members, rows, starts, strict=True)):
         logits, targets = of_rows[place], wanted[place]
         if begun.following is not None and member.labels[start] != IGNORED:
             logits = torch.cat([begun.following[row][None], logits])
             targets = torch.cat([targets.new_tensor([member.labels[start]]), targets])
-        found.append(_of_row(logits, targets))
-    return found, ended
+        values.append(_of_row(logits, targets))
+    return values, ended
 
 
 def _suffixes(

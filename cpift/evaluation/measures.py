@@ -58,8 +58,8 @@ class Scores:
 
     def of(self, method: str, task: str | None = None) -> np.ndarray:
         """[seeds, tasks, 1 + draws] of a method, or [seeds, 1 + draws] on one task."""
-        found: np.ndarray = self.values[self.methods.index(method)]
-        return found if task is None else found[:, self.tasks.index(task)]
+        values: np.ndarray = self.values[self.methods.index(method)]
+        return values if task is None else values[:, self.tasks.index(task)]
 
     def estimate(self, values: np.ndarray) -> Estimate:
         """Mean over seeds of a figure [seeds, 1 + draws], with its interval."""
@@ -93,8 +93,8 @@ def interval(statistic: Statistic, values: Sequence[float], rows: int, confidenc
     values: the figure of each seed alone. rows: test rows that were drawn from.
     """
     seeds = np.arange(len(values))
-    found = statistic(seeds)
-    point, draws = float(found[0]), found[1:][np.isfinite(found[1:])]
+    figure = statistic(seeds)
+    point, draws = float(figure[0]), figure[1:][np.isfinite(figure[1:])]
     if not math.isfinite(point) or len(draws) < 2:
         return Estimate(list(values), point, None, None)
     by_items, by_seeds = float(draws.var(ddof=1)), _jackknife(statistic, seeds)
@@ -146,12 +146,12 @@ def learning(scores: Scores, references: References) -> dict[str, Learning]:
 
 def _learnt(scores: Scores, references: References) -> dict[str, Learning]:
     """`learning` without intervals, which decide nothing about which tasks are judged and take most of the time."""
-    probes, base, found = scores.of(references.probes)[..., 0], scores.of(references.base)[..., 0], {}
+    probes, base, learnt = scores.of(references.probes)[..., 0], scores.of(references.base)[..., 0], {}
     for place, task in enumerate(scores.tasks):
         own, origin = probes[:, place], float(base[:, place].mean())
         chance, always = references.chance.get(task), bool((own != 0).all())
-        found[task] = Learning(task, references.metrics[task], float(own.mean()), origin, chance, None, always)
-    return found
+        learnt[task] = Learning(task, references.metrics[task], float(own.mean()), origin, chance, None, always)
+    return learnt
 
 
 def mean_retention(scores: Scores, method: str, references: References) -> np.ndarray:
@@ -168,8 +168,8 @@ def worst_retention(scores: Scores, method: str, references: References) -> np.n
 
 def _judged(scores: Scores, method: str, references: References) -> np.ndarray:
     places = [scores.tasks.index(task) for task in judged(_learnt(scores, references))]
-    found = retention(scores, method, references.probes)
-    return found[:, places] if places else np.full_like(found[:, :1], np.nan)
+    shares = retention(scores, method, references.probes)
+    return shares[:, places] if places else np.full_like(shares[:, :1], np.nan)
 
 
 def low_resource(rows: Mapping[str, int]) -> list[str]:
@@ -182,23 +182,23 @@ def imbalance(scores: Scores, method: str, references: References, low: Sequence
 
     Over judged tasks; NaN where no low-resource task, or no other, is among them.
     """
-    found = retention(scores, method, references.probes)
+    shares = retention(scores, method, references.probes)
     tasks = judged(_learnt(scores, references))
     parts = [[scores.tasks.index(task) for task in tasks if (task in low) == side] for side in (True, False)]
     if not all(parts):
-        return np.full_like(found[:, 0], np.nan)
-    small, large = (found[:, places].mean(axis=1) for places in parts)
+        return np.full_like(shares[:, 0], np.nan)
+    small, large = (shares[:, places].mean(axis=1) for places in parts)
     return np.asarray(small - large)
 
 
 def ranks(scores: Scores, among: Sequence[str]) -> dict[str, np.ndarray]:
     """[seeds, 1 + draws] by method: its rank (1 is best, ties share the mean rank), averaged over tasks."""
     values = np.stack([scores.of(method) for method in among])
-    found = {}
+    places = {}
     for place, method in enumerate(among):
         better, equal = (values > values[place]).sum(axis=0), (values == values[place]).sum(axis=0)
-        found[method] = (better + (equal + 1) / 2).mean(axis=1)
-    return found
+        places[method] = (better + (equal + 1) / 2).mean(axis=1)
+    return places
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,9 @@ def forgetting_cut(scores: Scores, changes: Mapping[str, np.ndarray], rival: str
     def cut(seeds: np.ndarray) -> np.ndarray:
         below = other[seeds].mean(axis=0)
         ratio = np.divide(own[seeds].mean(axis=0), below, out=np.full_like(below, np.nan), where=below != 0)
-        found: np.ndarray = 1 - ratio
-        return found
+        reduction: np.ndarray = 1 - ratio
+        return reduction
 
     alone = [float(cut(np.array([seed]))[0]) for seed in range(len(own))]
-    found = scores.estimate_of(cut, alone)
-    return found if forgets.high is not None and forgets.high < 0 else replace(found, low=None, high=None)
+    estimate = scores.estimate_of(cut, alone)
+    return estimate if forgets.high is not None and forgets.high < 0 else replace(estimate, low=None, high=None)

@@ -92,10 +92,10 @@ class Metric:
     def wrong_with(self, example: Example) -> RowFault | None:
         """Why a row cannot be scored, and the remedy."""
         try:
-            found = None if self.problem is None else self.problem(example)
+            fault = None if self.problem is None else self.problem(example)
         except Exception as error:
-            found = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
-        return found or (_no_prompt(example) if self.generates else None)
+            fault = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
+        return fault or (_no_prompt(example) if self.generates else None)
 
     def doubtful(self, example: Example) -> RowFault | None:
         """Why a row's score would say nothing, and the remedy; asked before a run, not of what is scored."""
@@ -108,14 +108,14 @@ class Metric:
         """
         assert self.scores is not None
         try:
-            found: Any = self.scores(replies)
-            found = list(found) if isinstance(found, Iterator) else found  # else it would fail later
+            results: Any = self.scores(replies)
+            results = list(results) if isinstance(results, Iterator) else results  # else it would fail later
         except Exception as error:
             raise self._refused(subject, *self._failed(replies, error)) from error
         try:
-            values = list(found)
+            values = list(results)
         except TypeError:
-            what = f"gives {_shown(found)}, which is no list"
+            what = f"gives {_shown(results)}, which is no list"
             raise self._refused(subject, "scores", what, _ONE_EACH) from None
         if len(values) != len(replies):
             what = f"{len(values)} scores for {len(replies)} replies"
@@ -173,8 +173,8 @@ def right_answer(example: Example) -> str:
 
 def _choices(example: Example) -> RowFault | None:
     if right_answer(example) not in example.choices:
-        found = f"answer {right_answer(example)!r} is none of the choices {list(example.choices)!r}"
-        return found, "give one of their texts, its letter, or its position from 0 as a number"
+        what = f"answer {right_answer(example)!r} is none of the choices {list(example.choices)!r}"
+        return what, "give one of their texts, its letter, or its position from 0 as a number"
     return None
 
 

@@ -84,20 +84,20 @@ def sentences(learning: Mapping[str, Learning]) -> list[str]:
     """What has to be said before any mean."""
     out = {task: learnt.left_out for task, learnt in learning.items() if learnt.left_out}
     vague = {task: learnt.not_shown for task, learnt in learning.items() if learnt.not_shown}
-    found = []
+    texts = []
     if out and len(out) == len(learning):
-        found.append(f"No own probe learnt its task, so retention means nothing here and has no mean: {_listed(out)}.")
+        texts.append(f"No own probe learnt its task, so retention means nothing here and has no mean: {_listed(out)}.")
     elif out:
-        found.append(
+        texts.append(
             "Left out of mean retention and of the worst task, for the own probe did not learn the task, and retention "
             f"means nothing there: {_listed(out)}."
         )
     if vague:
-        found.append(
+        texts.append(
             f"Judged, though the test rows are too few to show that the probe is better than θ0 "
             f"({100 * _CONFIDENCE:g} % interval): {_listed(vague)}."
         )
-    return found
+    return texts
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
@@ -114,21 +114,21 @@ def probe_of(task: str) -> str:
 
 def learning_of(tasks: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Learning]:
     """Of the tasks whose probe was scored. `scores`: by model and task, as `scores.json` or as `condensed` has them."""
-    found = {}
+    learning = {}
     for task in tasks:
         probe, base = scores.get(probe_of(task), {}).get(task), scores.get("base", {}).get(task)
         if probe is not None:
             value = None if base is None else larger_is_better(base)
             gain = probe["gain"] if "gain" in probe else _gain(probe, base)
-            found[task] = Learning(task, probe["metric"], larger_is_better(probe), value, chance_of(probe), gain)
-    return found
+            learning[task] = Learning(task, probe["metric"], larger_is_better(probe), value, chance_of(probe), gain)
+    return learning
 
 
 def condensed(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, Score]]:
     """Scores without their rows, but with what was learnt from these: `chance`, and of own probes the `gain`."""
-    found: dict[str, dict[str, Score]] = {}
+    scores_of_model: dict[str, dict[str, Score]] = {}
     for model, tasks in scores.items():
-        found[model] = {}
+        scores_of_model[model] = {}
         for task, score in tasks.items():
             short = score.copy()
             short.pop("examples", None)
@@ -137,8 +137,8 @@ def condensed(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, 
             gain = _gain(score, scores.get("base", {}).get(task)) if model == probe_of(task) else None
             if gain is not None:
                 short["gain"] = replace(gain, values=[])
-            found[model][task] = short
-    return found
+            scores_of_model[model][task] = short
+    return scores_of_model
 
 
 def larger_is_better(score: Score) -> float:

@@ -78,8 +78,8 @@ def scored_rows(
         raise DataError(f"evaluation of {task.name}", [problem])
     bad = RowProblems(f"tasks.{task.name}.test ")
     for place, row in zip(places, rows, strict=True):
-        for found in _row_problems(row, metric, settings.max_length):
-            bad.add(place + 1, *found)
+        for unfit in _row_problems(row, metric, settings.max_length):
+            bad.add(place + 1, *unfit)
     if bad:
         raise DataError(f"evaluation of {task.name}", bad.problems(len(rows)))
     return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
@@ -123,5 +123,5 @@ def _row_problems(row: ScoredRow, metric: Metric, max_length: int) -> Iterator[t
         yield f"no answer token within evaluation.max_length = {max_length}", raise_it
     elif row.options and row.length > max_length:
         yield f"an option ends after {row.length} tokens, evaluation.max_length is {max_length}", raise_it
-    if (found := metric.wrong_with(example)) is not None:
-        yield found
+    if (fault := metric.wrong_with(example)) is not None:
+        yield fault

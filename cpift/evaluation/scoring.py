@@ -44,8 +44,8 @@ class TaskScore:
 
     def record(self) -> Score:
         """As `scores.json` has it."""
-        found = asdict(self)
-        return cast(Score, found | found.pop("described"))
+        record = asdict(self)
+        return cast(Score, record | record.pop("described"))
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: OnScored) -> Task
     else:
         results, texts = _replies(room, rows, task.max_new_tokens, on_done)
         judged = _judged(room, task, metric, rows, texts, on_progress)
-        for text, result, found in zip(texts, results, judged, strict=True):
-            result |= {"prediction": text, **found}
+        for text, result, verdict in zip(texts, results, judged, strict=True):
+            result |= {"prediction": text, **verdict}
     tokens = sum(result["tokens"] for result in results)
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
     score = None if metric.by_loss else sum(result["score"] for result in results) / len(results)
@@ -196,8 +196,8 @@ def _replies(
     written: list[list[int]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):
-        found, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
-        for i, reply in zip(batch, found, strict=True):
+        of_replies, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
+        for i, reply in zip(batch, of_replies, strict=True):
             results[i], written[i] = _loss(rows[i], reply), _foreseen(rows[i], reply, limit, ends)
         done += len(batch)
         on_done(done)
@@ -213,12 +213,12 @@ def _foreseen(row: ScoredRow, reply: Likelihood, limit: int, ends: Collection[in
     as they are right, and with the first that is another, or that ends the reply."""
     start = len(row.prompt)
     scored = sum(label != IGNORED for label in row.reply.labels[max(1, start) :])
-    found: list[int] = []
+    ids: list[int] = []
     for token, right in zip(reply.likeliest[len(reply.likeliest) - scored :], row.reply.ids[start:], strict=False):
-        found.append(token)
-        if token != right or token in ends or len(found) == limit:
+        ids.append(token)
+        if token != right or token in ends or len(ids) == limit:
             break
-    return found
+    return ids
 
 
 def _finish(
@@ -242,8 +242,8 @@ def _finish(
     openings = [Opening(rows[i].prompt, written[i], limit - len(written[i])) for i in todo]
     surplus = [rows[i].reply.last_label() - len(rows[i].prompt) - len(written[i]) + 1 for i in todo]
     foreseen = all(written[i] for i in todo)  # not so where a row was cut before its reply
-    kept = cut_back(room.model, begun, places, surplus) if foreseen else None
-    for i, more in zip(todo, greedy(room.model, openings, ends, kept), strict=True):
+    cache = cut_back(room.model, begun, places, surplus) if foreseen else None
+    for i, more in zip(todo, greedy(room.model, openings, ends, cache), strict=True):
         written[i] = written[i] + more
 
 

@@ -45,11 +45,11 @@ def standard_scores(
     """
     arguments = {title: lm_eval_arguments(path) | _names(path) for title, path in models.items()}
     tasks = _tasks(wanted)
-    found: BenchmarkScores = {}
+    scores: BenchmarkScores = {}
     for title in models:
         on_model(title)
-        found[title] = _scores(arguments[title], wanted, tasks)
-    return found
+        scores[title] = _scores(arguments[title], wanted, tasks)
+    return scores
 
 
 def _names(path: Path) -> dict[str, Any]:

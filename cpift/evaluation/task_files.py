@@ -37,7 +37,7 @@ def task_file_problems(folder: Path, metrics: Container[str], functions: bool) -
 
     metrics: the names that lm-eval has; functions: whether what `!function` names may run.
     """
-    found, seen = list[Problem](), set[Path]()
+    problems, seen = list[Problem](), set[Path]()
     waiting = sorted(file for file in _files(folder) if file.suffix == ".yaml")
     while waiting:
         file = waiting.pop()
@@ -45,14 +45,14 @@ def task_file_problems(folder: Path, metrics: Container[str], functions: bool) -
             seen.add(file.resolve())
             try:
                 for name, node in nodes_of(file):
-                    found += _problems(file, name, node, metrics, functions)
+                    problems += _problems(file, name, node, metrics, functions)
                     if name == "include" and isinstance(node, yaml.ScalarNode):
                         waiting += _included(file, node.value)
             except UnreadableError as error:
-                found.append(Problem(str(file), str(error)))
+                problems.append(Problem(str(file), str(error)))
             except OSError as error:
-                found.append(Problem(str(file), error.strerror or str(error), "check the path"))
-    return found
+                problems.append(Problem(str(file), error.strerror or str(error), "check the path"))
+    return problems
 
 
 def _files(folder: Path) -> Iterator[Path]:

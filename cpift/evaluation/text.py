@@ -12,14 +12,14 @@ _WORD = re.compile(r"\w+")
 
 def last_number(text: str) -> Decimal | None:
     """The last number written in `text`: digits, thousands commas, a decimal point; None where there is none."""
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
 def same_final_number(text: str, answer: str) -> bool:
     """Whether the last number in `text` equals the last one in `answer` as a number ("1,000" = "1000", "3.0" = "3")."""
-    given = last_number(text)
-    return given is not None and given == last_number(answer)
+    said = last_number(text)
+    return said is not None and said == last_number(answer)
 
 
 def words(text: str) -> list[str]:

@@ -75,8 +75,8 @@ def verdict_sentence(tasks: Sequence[str], scores: Mapping[str, Mapping[str, Sco
     shares = {title: share_of(scores, title, learnt) for title in (own, *rivals)}
     parts = [f"One model: {_percent(shares[own])} of the fine-tunes' own scores"]
     for full in (False, True):
-        if told := [f"{RIVALS[title]} {_percent(shares[title])}" for title in rivals if _is_full(title) == full]:
-            parts.append(", ".join(told))
+        if named := [f"{RIVALS[title]} {_percent(shares[title])}" for title in rivals if _is_full(title) == full]:
+            parts.append(", ".join(named))
     return f"{'; '.join(parts)} ({_basis(tasks, learnt, scores[own], shares)}).{_shown(own, shares)}"
 
 
@@ -145,7 +145,7 @@ def _shown(own: str, shares: Mapping[str, Share]) -> str:
     parts = [
         f"{words[sign]} {_listed([RIVALS[title] for title in titles])}"
         for sign in words
-        if (titles := [title for title, found in signs.items() if found == sign])
+        if (titles := [title for title, outcome in signs.items() if outcome == sign])
     ]
     return f" By these rows it is {', '.join(parts)}." if parts else ""
 

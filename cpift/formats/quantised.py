@@ -39,7 +39,7 @@ def quantised(folder: Path, config: Mapping[str, Any], names: Iterable[str] = ()
 
     config: its config.json; names: the tensors of its files, where they are known.
     """
-    said = next((found for part in (config, *_nested(config)) if (found := _method(part))), None)
+    said = next((how for part in (config, *_nested(config)) if (how := _method(part))), None)
     mark = next((method for name in names for end, method in _MARKS.items() if name.endswith(end)), None)
     if said is None and mark is None:
         return None
@@ -76,11 +76,11 @@ def dense_remedy(folder: Path, method: str) -> str:
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
-    found = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(found, dict):
+    section = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(section, dict):
         return None
-    bits = any(found.get(name) for name in ("load_in_4bit", "load_in_8bit"))
-    return "bitsandbytes" if bits else str(found.get("quant_method", "a method that it does not name"))
+    bits = any(section.get(name) for name in ("load_in_4bit", "load_in_8bit"))
+    return "bitsandbytes" if bits else str(section.get("quant_method", "a method that it does not name"))
 
 
 def _nested(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -142,12 +142,12 @@ def read_tensors_of(path: Path, kind: str) -> dict[str, TensorInfo]:
     """
     remedy = "delete its folder, and the same command makes it again"
     try:
-        found = {info.name: info for info in read_header(path)}
+        infos = {info.name: info for info in read_header(path)}
     except FormatError as error:
         raise FormatError(f"{path}: {error} → {remedy}") from error
-    if other := next((info for info in found.values() if info.kind != kind), None):
+    if other := next((info for info in infos.values() if info.kind != kind), None):
         raise FormatError(f"{path}: {shown(other.name)} is {other.dtype}, not torch.{DTYPES[kind]} → {remedy}")
-    return found
+    return infos
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -54,7 +54,7 @@ def folder_problems(folder: Path, where: str) -> list[Problem]:
     config: dict[str, Any] = {}
     for name in _OBJECTS:
         try:
-            found = read_object(folder / name, MODEL_CONFIG)
+            stated = read_object(folder / name, MODEL_CONFIG)
         except FileNotFoundError:
             continue
         except UnreadableError as error:
@@ -62,13 +62,13 @@ def folder_problems(folder: Path, where: str) -> list[Problem]:
         except OSError as error:
             problems.append(Problem(f"{where}, {name}", f"cannot be read ({error.strerror})", "check the path"))
         else:
-            config = found if name == "config.json" else config
+            config = stated if name == "config.json" else config
             problems += [
                 Problem(
                     f"{where}, {name}, {field}", "has transformers read other files than those that are checked", _USE
                 )
                 for field in ELSEWHERE.get(name, ())
-                if found.get(field) is not None
+                if stated.get(field) is not None
             ]
     return problems + list(size_problems(config, f"{where}, config.json", *_extent(folder)))
 

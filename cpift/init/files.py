@@ -35,16 +35,16 @@ class TaskFiles:
 def tasks_of(arguments: Iterable[str]) -> list[TaskFiles]:
     """A task for each data set. Raises ConfigError with all that is wrong."""
     problems: list[Problem] = []
-    found: list[tuple[str, DataSource, str]] = []
+    sources: list[tuple[str, DataSource, str]] = []
     for argument in arguments:
         try:
-            found += _sources(argument)
+            sources += _sources(argument)
         except UnreadableError as error:
             problems.append(error.problem(argument))
         except OSError as error:
             problems.append(Problem(argument, error.strerror or str(error), "check the path"))
-    problems += _repeated(found)
-    tasks = list(_paired(found, problems))
+    problems += _repeated(sources)
+    tasks = list(_paired(sources, problems))
     if not tasks and not problems:
         problems.append(Problem("DATA", "no data", "give files of rows: cpift init data/*.jsonl --model MODEL"))
     if len(tasks) > 16:
@@ -54,9 +54,9 @@ def tasks_of(arguments: Iterable[str]) -> list[TaskFiles]:
     return tasks
 
 
-def _repeated(found: list[tuple[str, DataSource, str]]) -> list[Problem]:
+def _repeated(sources: list[tuple[str, DataSource, str]]) -> list[Problem]:
     """Files and splits that are given more than once: each would become a second task of the same rows."""
-    same = [(source.file.resolve() if source.file else source.hub, source.split) for _, source, _ in found]
+    same = [(source.file.resolve() if source.file else source.hub, source.split) for _, source, _ in sources]
     twice = [place for at, (place, split) in enumerate(same) if (place, split) in same[:at]]
     return [Problem(str(place), "is given twice", "give it once") for place in twice]
 
@@ -103,9 +103,9 @@ def _split_of(path: Path) -> tuple[str, str]:
     return match[1] or path.absolute().parent.name, match[2].lower()
 
 
-def _paired(found: list[tuple[str, DataSource, str]], problems: list[Problem]) -> Iterator[TaskFiles]:
+def _paired(sources: list[tuple[str, DataSource, str]], problems: list[Problem]) -> Iterator[TaskFiles]:
     named: dict[str, dict[str, DataSource]] = {}
-    for name, source, split in found:
+    for name, source, split in sources:
         splits = named.setdefault(_as_name(name), {})
         if split in splits:
             named[_another(_as_name(name), named)] = {split: source}
@@ -128,8 +128,8 @@ def _only(source: Any) -> DataSource:
 
 
 def _as_name(name: str) -> str:
-    kept = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:50]
-    return kept or "task"
+    cleaned = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:50]
+    return cleaned or "task"
 
 
 def _another(name: str, taken: Iterable[str]) -> str:

@@ -101,10 +101,10 @@ def _places(folder: Path) -> int | None:
     try:
         from cpift.pretrained.architecture import model_config
 
-        found: Any = getattr(model_config(folder), "max_position_embeddings", None)
+        places: Any = getattr(model_config(folder), "max_position_embeddings", None)
     except CpiftError:
-        found = _stated(folder)
-    return found if isinstance(found, int) and found > 0 else None
+        places = _stated(folder)
+    return places if isinstance(places, int) and places > 0 else None
 
 
 def _stated(folder: Path) -> Any:

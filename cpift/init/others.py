@@ -131,7 +131,7 @@ def example_files(name: str) -> dict[Path, Path]:
 def _configs() -> Path:
     """In a wheel inside the package, in a source tree beside it."""
     package = Path(cpift.__file__).parent
-    found = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
-    if found is None:
+    configs = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
+    if configs is None:
         raise CpiftError(f"the examples are not at {package / 'configs'} → install cpift again")
-    return found
+    return configs

@@ -125,8 +125,8 @@ def _proposals(names: set[str]) -> Iterator[dict[str, Template]]:
         context = next((f"{{{name}:?}}\n\n" for name in CONTEXTS if name in names and name != prompt), "")
         yield {"prompt": f"{context}{{{prompt}}}", "choices": options, "answer": f"{{{right}}}"}
     yield {}
-    if found := columns_for(names):
-        yield dict(found)
+    if columns := columns_for(names):
+        yield dict(columns)
     for name, replies in _INSIDE.items():
         for reply in replies if name in names else ():
             yield {**columns_for({*names - {name}, REPLIES[0]}), REPLIES[0]: reply}

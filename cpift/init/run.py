@@ -72,11 +72,11 @@ def _reply(lengths: Lengths) -> int:
     return min(_MOST_REPLY, _rounded(lengths.reply * 1.25, 8))
 
 
-def tasks_of(found: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
+def tasks_of(task_files: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
     """Look at every task's rows. Raises ConfigError with all that is wrong with any of them."""
     problems: list[Problem] = []
     tasks = []
-    for files in found:
+    for files in task_files:
         try:
             tasks.append(_task(files, base))
         except DataError as error:
@@ -88,34 +88,34 @@ def tasks_of(found: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
     return tasks
 
 
-def _place(found: TaskFiles, where: str) -> str:
+def _place(files: TaskFiles, where: str) -> str:
     """Where a problem is, for who gave the file or data set and knows of no task yet."""
-    given = _given(found)
-    return given if where in ("file", str(found.train.file)) else f"{given}, {where}"
+    argument = _given(files)
+    return argument if where in ("file", str(files.train.file)) else f"{argument}, {where}"
 
 
-def _given(found: TaskFiles) -> str:
+def _given(files: TaskFiles) -> str:
     """The file or data set, from the working directory if it is there."""
-    file = found.train.file
+    file = files.train.file
     if file is None:
-        return str(found.train.hub)
+        return str(files.train.hub)
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
-def _task(found: TaskFiles, base: BaseModel) -> Task:
-    train = look_at(found.train)
-    test = None if found.test is None else look_at(found.test, like=train)
+def _task(files: TaskFiles, base: BaseModel) -> Task:
+    train = look_at(files.train)
+    test = None if files.test is None else look_at(files.test, like=train)
     guess = guess_metric(train) if test is None else _of_both(train, test)
     lengths = lengths_of(train, base.tokenizer)
     task = TaskConfig(
-        name=found.name, train=_with_choices(train, guess), metric=guess.metric, max_new_tokens=_reply(lengths)
+        name=files.name, train=_with_choices(train, guess), metric=guess.metric, max_new_tokens=_reply(lengths)
     )
     if test is not None:
         task = task.model_copy(update={"test": _with_choices(test, guess)})
-        return Task(found.name, train, test, guess, lengths, None, _longest(task, base), test.rows)
+        return Task(files.name, train, test, guess, lengths, None, _longest(task, base), test.rows)
     holdout, scored = _fitting(task, train, base)
     tested = count_examples(task.model_copy(update={"holdout": holdout}).test_data)
-    return Task(found.name, train, None, guess, lengths, holdout, scored, tested)
+    return Task(files.name, train, None, guess, lengths, holdout, scored, tested)
 
 
 def _of_both(train: Look, test: Look) -> Guess:
@@ -201,8 +201,8 @@ def _counted(number: int, what: str) -> str:
 
 def _relative(path: Path, folder: Path) -> str:
     """A path from the file's folder, where it is below it or a few folders away; else as it is."""
-    found = os.path.relpath(path, folder)
-    return str(path) if found.startswith(os.path.join("..", "..", "..")) else found
+    relative = os.path.relpath(path, folder)
+    return str(path) if relative.startswith(os.path.join("..", "..", "..")) else relative
 
 
 def _model(base: BaseModel, folder: Path) -> Iterator[str]:

@@ -321,7 +321,7 @@ class UpdateMerge(MergeMethod):
             tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
             updates = np.stack([vector - origin for vector in tuned])
             scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) * self.magnifies
-            merged = origin + self.defined_update(info.name, start, stop, updates)
-            return Expected(merged, np.arange(stop - start), scale)
+            values_wanted = origin + self.defined_update(info.name, start, stop, updates)
+            return Expected(values_wanted, np.arange(stop - start), scale)
 
         return values

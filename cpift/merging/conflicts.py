@@ -163,5 +163,5 @@ def remaining(rule: ConflictRule, claims: Claims, word: str) -> Claims:
 def _require_mask(mask: Any, like: torch.Tensor, where: str) -> None:
     fits = getattr(mask, "dtype", None) == like.dtype and getattr(mask, "shape", None) == like.shape
     if not fits:
-        found = f"{getattr(mask, 'dtype', type(mask).__name__)} {list(getattr(mask, 'shape', ()))}"
-        raise CpiftError(f"{where}: {found} → give a packed mask, int32 {list(like.shape)}, as `pack_mask` makes it")
+        what = f"{getattr(mask, 'dtype', type(mask).__name__)} {list(getattr(mask, 'shape', ()))}"
+        raise CpiftError(f"{where}: {what} → give a packed mask, int32 {list(like.shape)}, as `pack_mask` makes it")

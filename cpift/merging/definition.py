@@ -65,8 +65,10 @@ def weighted(vectors: Vectors, weights: np.ndarray) -> Definition:
     """Σ weight · vector."""
 
     def values(start: int, stop: int) -> Expected:
-        found, places = vectors(start, stop)
-        return Expected(weights @ np.stack(found), places, np.max(np.abs(found), axis=0, initial=0.0))
+        values_of_models, places = vectors(start, stop)
+        return Expected(
+            weights @ np.stack(values_of_models), places, np.max(np.abs(values_of_models), axis=0, initial=0.0)
+        )
 
     return values
 
@@ -75,8 +77,8 @@ def combined(vectors: Vectors, folds: list[Fold]) -> Definition:
     """Vectors folded one after another."""
 
     def values(start: int, stop: int) -> Expected:
-        found, places = vectors(start, stop)
-        return expected([vector[places] for vector in found], folds, places)
+        values_of_models, places = vectors(start, stop)
+        return expected([vector[places] for vector in values_of_models], folds, places)
 
     return values
 
@@ -98,8 +100,8 @@ def sequential_slerp(runs: Runs, factors: Sequence[float], epsilon: float) -> li
     folds: list[Fold] = []
     for index, omega in enumerate(factors):
         sums = np.zeros(5)
-        for found in runs():
-            a, b = _folded(found[: index + 1], folds), found[index + 1]
+        for run in runs():
+            a, b = _folded(run[: index + 1], folds), run[index + 1]
             d = b - a
             sums += (a @ a, b @ b, d @ d, a @ d, a @ b)
         folds.append(_weights(sums, omega, epsilon))

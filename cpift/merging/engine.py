@@ -59,14 +59,14 @@ def merge(
     records = {shard.name: kept_record(shard, out, made_from) for shard in shards}
     missing = [shard for shard in shards if records[shard.name] is None]
     require_room(out, sum(info.nbytes for shard in missing for info in shard.tensors))
-    whole = method.prepare() if missing else []
+    of_model = method.prepare() if missing else []
     for shard in shards:
         if records[shard.name] is not None:
             progress(sum(info.numel for info in shard.tensors), shard.name)
     records |= (shards_by or merge_shards)(method, missing, out, made_from, budget, progress)
     write_index(shards, out)
     copy_companions(like, out)
-    return [*whole, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
+    return [*of_model, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
 
 
 def merge_shards(

@@ -113,9 +113,9 @@ class MergeFields(MethodFields, total=False):
 
 def tune_names(models: Sequence[str]) -> list[str]:
     """A name a fine-tune: its folder's, with a number where two have the same."""
-    found: list[str] = []
+    names: list[str] = []
     for model in models:
         name = re.sub(r"[^\w.-]+", "-", Path(model).expanduser().resolve().name, flags=re.ASCII).strip("-.")[:50]
-        same = sum(earlier == name or earlier.startswith(f"{name}-") for earlier in found)
-        found.append(f"{name or 'tune'}-{same + 1}" if same or not name else name)
-    return found
+        same = sum(earlier == name or earlier.startswith(f"{name}-") for earlier in names)
+        names.append(f"{name or 'tune'}-{same + 1}" if same or not name else name)
+    return names

@@ -41,10 +41,10 @@ def check_given(config: RunConfig) -> list[Problem]:
         return problems
     pretrained = _laid_out(base, config)
     for where, folder in _given(config):
-        found, more = _opened(folder, pretrained, where, config.fusion.vocabulary)
+        opened, more = _opened(folder, pretrained, where, config.fusion.vocabulary)
         problems += more
-        if found is not None:
-            problems += _misfits(pretrained, found, where)
+        if opened is not None:
+            problems += _misfits(pretrained, opened, where)
     return problems
 
 
@@ -112,11 +112,11 @@ def given_notes(config: RunConfig) -> Iterator[str]:
         return
     base = Checkpoint(folder)
     pretrained = _laid_out(base, config)
-    given = {
+    opened = {
         where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary))
         for where, folder in _given(config)
     }
-    for where, (folder, model) in given.items():
+    for where, (folder, model) in opened.items():
         dtypes = {DTYPES[info.kind] for info in model.tensors.values() if info.floating}
         rows = ", other vocabulary: θ0's is kept" if isinstance(model, FittedCheckpoint) else ""
         yield f"{where}: {describe(folder)}, {'/'.join(sorted(dtypes))}{rows}, {folder}"
@@ -130,7 +130,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
-    yield _costs(config, [pretrained, *(model for _, model in given.values())])
+    yield _costs(config, [pretrained, *(model for _, model in opened.values())])
 
 
 def _tokens(base: Checkpoint) -> str:
@@ -197,12 +197,12 @@ def _misfits(base: Checkpoint, other: Checkpoint, where: str) -> list[Problem]:
             return [Problem(f"{where}: config.json, {field}", f"is {theirs!r}, θ0 has {mine!r}", "merge one family")]
     if base.ties and not base.is_apart and where == _BACKBONE and _has_apart(base, other.folder):
         return [backbone_apart(f"{where}: config.json, tie_word_embeddings")]
-    if not (other.folder / ADAPTER_CONFIG).is_file() and (found := computing_problems(base.folder, other.folder)):
-        return first_problems([Problem(f"{where}: {p.where}", p.what, p.remedy) for p in found], 8)
+    if not (other.folder / ADAPTER_CONFIG).is_file() and (problems := computing_problems(base.folder, other.folder)):
+        return first_problems([Problem(f"{where}: {p.where}", p.what, p.remedy) for p in problems], 8)
     other_rows = resized(base, other)
     remedy = "use fine-tunes of one model, or set fusion.vocabulary: base to keep θ0's tokens"
-    found = [
+    problems = [
         Problem(f"{where}: {p.where}", p.what, remedy if p.where in other_rows else p.remedy)
         for p in differences(base, other)
     ]
-    return first_problems(found, 8)
+    return first_problems(problems, 8)

@@ -50,10 +50,10 @@ def method_named(word: str) -> type[MergeMethod]:
     """
     if word in METHODS:
         return METHODS[word]
-    made = load_class(find("methods", word), MergeMethod)  # type: ignore[type-abstract]  # an abstract class, not to be made
-    if problems := [Problem(short_name(word), *found) for found in _unsaid(made)]:
+    method = load_class(find("methods", word), MergeMethod)  # type: ignore[type-abstract]  # an abstract class, not to be made
+    if problems := [Problem(short_name(word), *missing) for missing in _unsaid(method)]:
         raise ConfigError("extensions", problems)
-    return made
+    return method
 
 
 def _unsaid(method: type[MergeMethod]) -> Iterator[tuple[str, str]]:

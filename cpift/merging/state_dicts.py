@@ -46,8 +46,8 @@ def merge_dicts(
     with _masks() as folder:
         method = _method(config, pretrained, into, tuned, folder)
         method.prepare()
-        made = {name: _merged(method, info) for name, info in into.tensors.items()}
-    return {name: made[shared.get(name, name)].to(tensor.device) for name, tensor in base.items()}
+        merged_tensors = {name: _merged(method, info) for name, info in into.tensors.items()}
+    return {name: merged_tensors[shared.get(name, name)].to(tensor.device) for name, tensor in base.items()}
 
 
 def _merged(method: MergeMethod, info: TensorInfo) -> torch.Tensor:
@@ -73,14 +73,14 @@ def _method(
         regions = select(config.regions)
         if by_stage(config.fusion.conflict):
             overlaps = np.array(read_summary(regions)["overlaps"])
-            found = group_tasks(list(tuned), overlaps, config.regions.p, config.groups, config.seed)
-            priority = [task for group in found.groups for task in group]
+            grouping = group_tasks(list(tuned), overlaps, config.regions.p, config.groups, config.seed)
+            priority = [task for group in grouping.groups for task in group]
     inputs = FusionInputs(pretrained, backbone, tuned, regions, priority)
-    kept = config.regions.model_copy(
+    largest = config.regions.model_copy(
         update={"p": config.fusion.density, "scope": config.fusion.trim, "measure": "update"}
         | {"include": ("*",), "exclude": ()}
     )
-    materials = Materials(inputs, config.fusion, config.seed, lambda: select(kept))
+    materials = Materials(inputs, config.fusion, config.seed, lambda: select(largest))
     return method_named(config.fusion.method).make(materials)
 
 
@@ -143,9 +143,9 @@ class TensorsInMemory(Checkpoint):
             if problem := _unusable(name, tensor):
                 problems.append(problem)
                 continue
-            kept = shared.get(name, name)
-            if kept == name or kept not in tensors:
-                self._values[kept] = tensor.detach().cpu().contiguous().view(-1)
+            stored_as = shared.get(name, name)
+            if stored_as == name or stored_as not in tensors:
+                self._values[stored_as] = tensor.detach().cpu().contiguous().view(-1)
         if problems:
             raise CheckpointError(f"state dict {label}", problems)
         shapes = {shared.get(name, name): tuple(tensor.shape) for name, tensor in tensors.items()}

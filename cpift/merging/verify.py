@@ -37,8 +37,8 @@ def verify(
 ) -> list[Check]:
     """Check the checkpoint in `folder`, which `method` made with the layout of `like`."""
     written = Checkpoint(folder)
-    found = [_accounted(like, written), *method.checks(written, progress)]
-    return [*found, check_definition(method, written), _finite(written)]
+    checks = [_accounted(like, written), *method.checks(written, progress)]
+    return [*checks, check_definition(method, written), _finite(written)]
 
 
 def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
@@ -51,11 +51,11 @@ def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
             definition = method.definition(info)
         for start, stop in _windows(method, info):
             with own_code(method, f"the definition of tensor {info.name}, elements {start} to {stop - 1}"):
-                found = definition(start, stop)
-            allowed = 2 * _EPSILON[info.kind] * np.abs(found.values) + 2.0**-20 * found.scale
-            got = elements_at(written, info.name, start, found.places)
-            count += len(found.places)
-            wrong += int((~(np.abs(got - found.values) <= allowed)).sum())  # NaN is wrong too
+                expected = definition(start, stop)
+            allowed = 2 * _EPSILON[info.kind] * np.abs(expected.values) + 2.0**-20 * expected.scale
+            got = elements_at(written, info.name, start, expected.places)
+            count += len(expected.places)
+            wrong += int((~(np.abs(got - expected.values) <= allowed)).sum())  # NaN is wrong too
     name = f"{method.compared_where} equal the definition of {method.config.method_name} in fp64 within rounding"
     what = f"{count:,} elements of {len(chosen)} tensors compared, {wrong:,} beyond rounding"
     return compared(name, count, wrong, what if count else "no such element is in the sample")
@@ -76,8 +76,8 @@ def _finite(written: Checkpoint) -> Check:
 
 def _accounted(like: Checkpoint, written: Checkpoint) -> Check:
     wanted = {name: (info.shape, info.dtype) for name, info in like.tensors.items()}
-    found = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    layout = {name: (info.shape, info.dtype) for name, info in written.tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | layout.keys() if wanted.get(name) != layout.get(name))
     name = "every tensor of the inputs is in the fused model, with shape and dtype, and no other"
     return compared(name, len(wanted), wrong, f"{len(wanted)} tensors")
 

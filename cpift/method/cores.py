@@ -150,18 +150,20 @@ class Cores(Mapping[str, Core]):
         folder = Path(folder).expanduser().absolute()
         if not (folder / RECORD).is_file():
             raise CpiftError(f"{folder}: has no {RECORD} → give a folder that Cores.save or cpift.regions(out=…) wrote")
-        kept = read_json(folder / RECORD)
-        if kept.get("format") != _FORMAT:
-            raise CpiftError(f"{folder}: {RECORD} has format {kept.get('format')!r}, known is {_FORMAT} → select anew")
-        shapes = {name: tuple(shape) for name, shape in kept["shapes"].items()}
-        fields = RegionsConfig.model_validate(kept["fields"])
+        record = read_json(folder / RECORD)
+        if record.get("format") != _FORMAT:
+            raise CpiftError(
+                f"{folder}: {RECORD} has format {record.get('format')!r}, known is {_FORMAT} → select anew"
+            )
+        shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
+        fields = RegionsConfig.model_validate(record["fields"])
         summary = read_summary(folder)
         masks = RegionMasks(folder, summary["tasks"])
         regions = {
             task: CoreRegion(RegionSummary(**summary["regions"][task]), _Mapped(masks, task, shapes))
             for task in summary["tasks"]
         }
-        return cls(regions, Origin(kept["base"], kept["models"], fields, shapes))
+        return cls(regions, Origin(record["base"], record["models"], fields, shapes))
 
     def require_of(self, base: str, models: Mapping[str, str]) -> None:
         """Raise CheckpointError unless these are the cores of models of these fingerprints."""

@@ -203,12 +203,12 @@ class _Union(Mapping[str, torch.Tensor]):
         self._names = tuple(dict.fromkeys(name for part in parts for name in part))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        found = [_packed(name, part[name]) for part in self._parts if name in part]
-        if not found:
+        masks = [_packed(name, part[name]) for part in self._parts if name in part]
+        if not masks:
             raise KeyError(name)
-        if len({len(words) for words in found}) > 1:
+        if len({len(words) for words in masks}) > 1:
             raise CpiftError(f"cannot freeze {name}: the cores have masks of several sizes → use cores of one model")
-        return union_mask(found) if len(found) > 1 else found[0]
+        return union_mask(masks) if len(masks) > 1 else masks[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

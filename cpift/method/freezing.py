@@ -37,9 +37,9 @@ class ElementFreezer:
         self._parameters: list[torch.nn.Parameter] = []
         self.frozen_elements = 0  # of the whole model, whatever this worker holds of it
         for name, parameter in _parameters_of(model, masks).items():
-            whole = masks[name]
-            self.frozen_elements += count_mask(whole)
-            local = _local_words(parameter, whole)
+            mask = masks[name]
+            self.frozen_elements += count_mask(mask)
+            local = _local_words(parameter, mask)
             if bool(local.any()):
                 self._words[name] = local
                 self._parameters.append(parameter)
@@ -166,13 +166,13 @@ def _parameters_of(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) ->
             f"cannot freeze {', '.join(unknown[:5])}: the model has no parameter of that name. "
             f"Its parameters look like {next(iter(parameters), 'none')!r}"
         )
-    found = {name: parameters[name] for name in masks}
-    if len({id(parameter) for parameter in found.values()}) < len(found):
+    held = {name: parameters[name] for name in masks}
+    if len({id(parameter) for parameter in held.values()}) < len(held):
         twice = sorted(
-            name for name, parameter in found.items() if sum(parameter is other for other in found.values()) > 1
+            name for name, parameter in held.items() if sum(parameter is other for other in held.values()) > 1
         )
         raise CpiftError(f"{' and '.join(twice)} are one tied parameter: give one mask for it")
-    return found
+    return held
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,12 +186,12 @@ def _local_mask(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return _local(parameter, unpack_mask(words, parameter.numel()).view(parameter.shape))
 
 
-def _local(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def _local(parameter: torch.Tensor, shardr: torch.Tensor) -> torch.Tensor:
     """1-D: the worker's slice of a tensor of a whole parameter's shape. No communication."""
     if isinstance(parameter, DTensor):
-        placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        whole = placed.to_local()
-    return whole.reshape(-1)
+        placed = distribute_tensor(shardr, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        shardr = placed.to_local()
+    return shardr.reshape(-1)
 
 
 def _local_words(parameter: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -100,13 +100,13 @@ ORDERS: dict[str, Order] = {"given": _as_given, "random": _shuffled, "similarity
 
 
 def _warnings(components: list[list[int]], tasks: int, tau: float, chance: float) -> list[str]:
-    found = []
+    texts = []
     if tau <= chance:
-        found.append(f"τ = {tau:.4g} is not above the chance level p/(2−p) = {chance:.4g}: unrelated tasks get grouped")
+        texts.append(f"τ = {tau:.4g} is not above the chance level p/(2−p) = {chance:.4g}: unrelated tasks get grouped")
     if tasks > 1 and len(components) == 1:
-        found.append(
+        texts.append(
             f"τ = {tau:.4g} merges all {tasks} tasks into one group: integration has one stage and freezes nothing"
         )
     if tasks > 1 and len(components) == tasks:
-        found.append(f"τ = {tau:.4g} isolates every task: no two regions overlap that much")
-    return found
+        texts.append(f"τ = {tau:.4g} isolates every task: no two regions overlap that much")
+    return texts

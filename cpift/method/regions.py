@@ -149,7 +149,7 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]."""
-    measure, found = measure_named(config.measure), []
+    measure, regions = measure_named(config.measure), []
     for first, last in scope_named(config.scope).blocks(len(names)):
         models = measure([pretrained, *tuned.values()], names[first:last])
         selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps])
@@ -157,11 +157,11 @@ def _select(
         mark = streaming.mark(selection, block) if streaming.mark else None
         ranges = selection.ranges_within(streaming.budget)
         try:
-            found.append(selection.select(block, ranges, mark, streaming.spill))
+            regions.append(selection.select(block, ranges, mark, streaming.spill))
         except ValueError:
             _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
             raise
-    return found
+    return regions
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _regions(
 ) -> dict[float, dict[str, CoreRegion]]:
     import torch
 
-    found: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
+    regions: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
     for i, task in enumerate(tasks):
         for k, p in enumerate(ps):
             words = {name: torch.from_numpy(masks.words(i, k, t)) for t, name in enumerate(names)}
@@ -214,8 +214,8 @@ def _regions(
                 threshold=min(part.threshold for part in parts),
                 cores=dict(zip(names, counts, strict=True)),
             )
-            found[p][task] = CoreRegion(summary, words)
-    return found
+            regions[p][task] = CoreRegion(summary, words)
+    return regions
 
 
 def region_overlaps(regions: Sequence[CoreRegion]) -> np.ndarray:

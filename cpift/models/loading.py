@@ -68,8 +68,8 @@ def _checked_network(loaded: tuple[PreTrainedModel, Any], path: Path) -> PreTrai
     network, info = loaded
     problems = [Problem(str(path), f"tensor {name} is missing", "restore it") for name in sorted(info["missing_keys"])]
     problems += [
-        Problem(str(path), f"tensor {name} has shape {tuple(found)}, config.json says {tuple(wanted)}", "restore it")
-        for name, found, wanted in sorted(info["mismatched_keys"])
+        Problem(str(path), f"tensor {name} has shape {tuple(shape)}, config.json says {tuple(wanted)}", "restore it")
+        for name, shape, wanted in sorted(info["mismatched_keys"])
     ]
     if problems:
         raise CheckpointError(f"model {path}", problems)

@@ -54,9 +54,9 @@ def _costs(artifacts: StageArtifacts, rows: RowFacts, parameters: int | None) ->
     grouping = artifacts.known_grouping() if config.fusion.isolates or config.integration is not None else None
     groups = None if grouping is None else [list(group) for group in grouping.groups]
     for task in config.trained:
-        made, seen = config.probe_training, _of(rows, "probe.max_length", [task.name])
+        settings, seen = config.probe_training, _of(rows, "probe.max_length", [task.name])
         resources = config.resources.overridden(task.resources)
-        yield _cost("probe", task.name, made, [seen], resources, threads, parameters)
+        yield _cost("probe", task.name, settings, [seen], resources, threads, parameters)
     if config.backbone_source == "staged" and (config.fusion.isolates or config.integration is not None):
         field = "backbone.training.max_length" if config.backbone.training else "probe.max_length"
         stages = None if groups is None else [_of(rows, field, group) for group in groups]
@@ -77,11 +77,11 @@ class _Seen:
 
 
 def _of(rows: RowFacts, field: str, tasks: Sequence[str]) -> _Seen:
-    found = [row for row in rows if row["field"] == field and row["task"] in tasks and row["rows"] and row["used"]]
-    if {row["task"] for row in found} != set(tasks):
+    facts = [row for row in rows if row["field"] == field and row["task"] in tasks and row["rows"] and row["used"]]
+    if {row["task"] for row in facts} != set(tasks):
         return _Seen(None, None)
-    used = [row["in_all"] * row["used"] / row["rows"] for row in found]
-    means = [row["tokens"] / row["used"] for row in found]
+    used = [row["in_all"] * row["used"] / row["rows"] for row in facts]
+    means = [row["tokens"] / row["used"] for row in facts]
     return _Seen(sum(used), sum(n * mean for n, mean in zip(used, means, strict=True)) / sum(used))
 
 
@@ -109,8 +109,8 @@ def _cost(
 
 
 def _sum(values: Iterator[float | None]) -> float | None:
-    found = list(values)
-    return None if any(value is None for value in found) else sum(value or 0.0 for value in found)
+    known = list(values)
+    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)
 
 
 def _whole(value: float | None) -> int | None:

@@ -96,7 +96,7 @@ def train_all(
     title: str,
     artifacts: Sequence[Artifact],
     specs: Sequence[FitSpec],
-    finish: Finish = lambda made, out: None,
+    finish: Finish = lambda artifact, out: None,
 ) -> None:
     """Run the fine-tunes that export for these artifacts, and complete each one that ended."""
     with claimed(artifacts, view.warn):

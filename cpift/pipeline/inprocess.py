@@ -78,8 +78,8 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
     rows = {task.name: task.test_data for task in tasks}
     with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
         scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows)
-    kept = {task: score.record() for task, score in scores.items()}
-    return {"scores": kept, "seconds": time.time() - started, "device": device_name(device), "data": data}
+    records = {task: score.record() for task, score in scores.items()}
+    return {"scores": records, "seconds": time.time() - started, "device": device_name(device), "data": data}
 
 
 def _require_one_worker(resources: ResourcesConfig) -> None:

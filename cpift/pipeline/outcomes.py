@@ -55,4 +55,4 @@ def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Score]] | Non
     """Scores by model and task of a trial that has made them all, be its models' weights there or dropped."""
     models = scored_models(run, model)
     needed = [*own_models(run, model).values(), *map(run.artifacts.evaluate, models)]
-    return scores_of(run, models) if all(made.complete for made in needed) else None
+    return scores_of(run, models) if all(artifact.complete for artifact in needed) else None

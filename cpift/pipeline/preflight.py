@@ -179,5 +179,5 @@ def _check_output(output: Path) -> list[Problem]:
 def trainings(config: RunConfig) -> tuple[TrainingConfig, ...]:
     """The fine-tunes that a run of this config may do."""
     staged = config.backbone_source == "staged"
-    found = (config.probe, config.backbone.training or config.probe if staged else None, config.integration)
-    return tuple(training for training in found if training is not None)
+    asked = (config.probe, config.backbone.training or config.probe if staged else None, config.integration)
+    return tuple(training for training in asked if training is not None)

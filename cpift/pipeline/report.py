@@ -58,9 +58,9 @@ def gather(run: Pipeline) -> ReportData:
     grouping = run.group()
     regions = read_summary(run.artifacts.regions.path)["regions"]
     model = Checkpoint(run.artifacts.base.path)
-    made = run.outputs()
-    record = read_json(made["fuse"].path / FUSION_RECORD)
-    fits = {title: read_training(artifact.path) for title, artifact in _fits(made).items()}
+    outputs = run.outputs()
+    record = read_json(outputs["fuse"].path / FUSION_RECORD)
+    fits = {title: read_training(artifact.path) for title, artifact in _fits(outputs).items()}
     rows = [sentence for title, fit in fits.items() for sentence in use_sentences(title, fit.get("rows", ()))]
     tasks, models = [task.name for task in run.config.tasks], run.models()
     by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
@@ -88,7 +88,7 @@ def gather(run: Pipeline) -> ReportData:
         slerp=record["tensors"],
         curves={title: fit["log"] for title, fit in fits.items()},
         checks=_checks(record, fits["integration"]),
-        provenance=[artifact.manifest() for artifact in made.values()],
+        provenance=[artifact.manifest() for artifact in outputs.values()],
         warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
         rows=[sentence for sentence, _ in rows],
         headline=verdict_sentence(tasks, scores),
@@ -97,7 +97,7 @@ def gather(run: Pipeline) -> ReportData:
         halves=by_task,
         mean_halves=means,
         tokens=tokens_by_model(
-            made, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
+            outputs, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
         ),
         samples=samples(run.config.tasks, scores),
     )
@@ -111,9 +111,9 @@ def _prompt(tasks: Sequence[TaskConfig]) -> str:
     return shown if len(shown) <= _LONGEST_PROMPT else repr([{"role": "user", "content": "Hello"}])
 
 
-def _fits(made: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    fits = {title: artifact for title, artifact in made.items() if artifact.stage in ("probe", "backbone")}
-    return fits | {"integration": made["integrate"]}
+def _fits(outputs: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    fits = {title: artifact for title, artifact in outputs.items() if artifact.stage in ("probe", "backbone")}
+    return fits | {"integration": outputs["integrate"]}
 
 
 def _checks(record: Mapping[str, Any], integration: TrainingRecord) -> list[Check]:
@@ -133,12 +133,12 @@ def _checks(record: Mapping[str, Any], integration: TrainingRecord) -> list[Chec
 
 
 def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, RegionRecord]) -> list[str]:
-    found = [*grouping, *shared_rows(run.config)]
+    texts = [*grouping, *shared_rows(run.config)]
     for task, region in regions.items():
         if region["count"] < region["requested"]:
             share = region["count"] / region["space"]
-            found.append(
+            texts.append(
                 f"task {task}: only {share:.3%} of the elements moved at all, fewer than p = {run.config.regions.p:g}; "
                 "its core region holds those. Train the probe longer, or keep checkpoints in float32"
             )
-    return found
+    return texts

@@ -73,13 +73,13 @@ def check_written(config: RunConfig, stage: str | None, download: bool = True) -
     inputs = _inputs(config, stage, scored, folder)
     if inputs is None:
         return _look(config, stage, download, scored, folder)
-    found = remembered("rows", inputs, lambda: _plain(_look(config, stage, download, scored, folder)), holds=_holds)
-    problems = [Problem(**problem) for problem in found["problems"]]
-    return RowChecks(**{**found, "problems": problems, "unlearnt": set(found["unlearnt"])})
+    record = remembered("rows", inputs, lambda: _plain(_look(config, stage, download, scored, folder)), holds=_holds)
+    problems = [Problem(**problem) for problem in record["problems"]]
+    return RowChecks(**{**record, "problems": problems, "unlearnt": set(record["unlearnt"])})
 
 
-def _plain(found: RowChecks) -> dict[str, Any]:
-    return asdict(found) | {"unlearnt": sorted(found.unlearnt)}
+def _plain(checks: RowChecks) -> dict[str, Any]:
+    return asdict(checks) | {"unlearnt": sorted(checks.unlearnt)}
 
 
 def _of_model(error: CheckpointError) -> list[Problem]:
@@ -106,60 +106,60 @@ def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | N
     return [model, str(folder), rows, fields, stage, scored, template, codes]
 
 
-def _holds(found: Mapping[str, Any]) -> bool:
-    return not found["problems"] and found["day"] in ("", date.today().isoformat())
+def _holds(record: Mapping[str, Any]) -> bool:
+    return not record["problems"] and record["day"] in ("", date.today().isoformat())
 
 
 def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, folder: Path | None) -> RowChecks:
-    found = RowChecks()
+    checks = RowChecks()
     renderer().start()  # while the imports go on here
     try:
         tokenizer = tokenizer_at_hand(config, folder)
     except CheckpointError as error:
-        found.problems += _of_model(error)
-        return found
+        checks.problems += _of_model(error)
+        return checks
     if tokenizer is None:
-        found.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
-        return found
+        checks.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
+        return checks
     if _TODAY in str(tokenizer.chat_template):
-        found.day = date.today().isoformat()
+        checks.day = date.today().isoformat()
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
-            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, stage))
+            _check_train(checks, task, task.train_data, tokenizer, _lengths(config, task, stage))
     here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
-    if found.unlearnt and here and not found.problems:
-        found.problems += _unlearnt_samples(config, tokenizer, found.unlearnt)
+    if checks.unlearnt and here and not checks.problems:
+        checks.problems += _unlearnt_samples(config, tokenizer, checks.unlearnt)
     for task in config.tasks:
         if scored and (download or task.test_data.hub is None):
-            _check_test(found, task, config.evaluation, tokenizer)
+            _check_test(checks, task, config.evaluation, tokenizer)
     if folder is not None:
-        _check_model(found, config, folder, tokenizer, stage)
-    found.problems = one_per_kind(found.problems)
-    return found
+        _check_model(checks, config, folder, tokenizer, stage)
+    checks.problems = one_per_kind(checks.problems)
+    return checks
 
 
 def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """As `check_written`, of all training rows and of nothing else. Raises DataError with every problem."""
-    found = RowChecks()
+    checks = RowChecks()
     for task in config.tasks:
         if task.train is not None:
-            _check_train(found, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
-    if found.problems:
-        raise DataError("training rows", one_per_kind(found.problems))
+            _check_train(checks, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
+    if checks.problems:
+        raise DataError("training rows", one_per_kind(checks.problems))
 
 
 def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
     """`max_length` of the fine-tunes that use a task's rows, by the config's field."""
-    found = {}
+    lengths = {}
     if task.checkpoint is None and config.probe is not None:
-        found["probe.max_length"] = config.probe.max_length
+        lengths["probe.max_length"] = config.probe.max_length
     if config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
         name = "backbone.training" if config.backbone.training else "probe"
         if training := config.backbone.training or config.probe:
-            found[f"{name}.max_length"] = training.max_length
+            lengths[f"{name}.max_length"] = training.max_length
     if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
-        found[_INTEGRATION] = config.integration.max_length
-    return found
+        lengths[_INTEGRATION] = config.integration.max_length
+    return lengths
 
 
 def folder_at_hand(config: RunConfig) -> Path | None:
@@ -170,8 +170,8 @@ def folder_at_hand(config: RunConfig) -> Path | None:
     source = source_of(config.model)
     if source.in_place:
         return source.folder()
-    made = model.artifact(names.Names(config))
-    return made.path if made.complete else None
+    artifact = model.artifact(names.Names(config))
+    return artifact.path if artifact.complete else None
 
 
 def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
@@ -187,7 +187,7 @@ def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedToken
 
 
 def _check_model(
-    found: RowChecks, config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str | None
+    checks: RowChecks, config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, stage: str | None
 ) -> None:
     """Whether the class that config.json names can be made, and has a row for every token and place of the sample."""
     from cpift.pretrained.architecture import room
@@ -195,26 +195,26 @@ def _check_model(
     try:
         rows, places = room(folder)
     except CheckpointError as error:
-        found.problems += _of_model(error)
+        checks.problems += _of_model(error)
         return
-    largest = max(found.largest, int(tokenizer.pad_token_id or 0))
+    largest = max(checks.largest, int(tokenizer.pad_token_id or 0))
     if largest >= rows:
         what = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {rows}"
-        found.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
+        checks.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
     if places is not None:
         lengths = {name: length for task in config.tasks for name, length in _lengths(config, task, stage).items()}
         for name, length in lengths.items():
-            if min(length, found.longest) > places:
+            if min(length, checks.longest) > places:
                 what = f"{length} is more than the {places} places of the model, and there are rows so long"
-                found.problems.append(Problem(name, what, f"give at most {places}"))
-        if found.scored > places:
-            what = f"a row of {found.scored} tokens, generated ones included, exceeds the model's {places} places"
+                checks.problems.append(Problem(name, what, f"give at most {places}"))
+        if checks.scored > places:
+            what = f"a row of {checks.scored} tokens, generated ones included, exceeds the model's {places} places"
             remedy = f"give at most {places}, a smaller max_new_tokens to tasks that generate, or leave the row out"
-            found.problems.append(Problem("evaluation.max_length", what, remedy))
+            checks.problems.append(Problem("evaluation.max_length", what, remedy))
 
 
 def _check_train(
-    found: RowChecks,
+    checks: RowChecks,
     task: TaskConfig,
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,22 +228,22 @@ def _check_train(
         return
     try:
         others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
-        whole = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), found, every)
+        all_seen = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks, every)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
     if any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
-        found.unlearnt.add(task.name)
+        checks.unlearnt.add(task.name)
     for name, use in uses.items():
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
-            found.problems.append(Problem(where, what, f"raise {name}"))
-    total = {"all": whole, "in_all": next(iter(uses.values())).rows if whole else count_examples(source)}
+            checks.problems.append(Problem(where, what, f"raise {name}"))
+    total = {"all": all_seen, "in_all": next(iter(uses.values())).rows if all_seen else count_examples(source)}
     seen = {name: total | asdict(use) | {"used": use.used} for name, use in uses.items()}
-    found.rows += [{"task": task.name, "field": name} | counts for name, counts in seen.items()]
-    told = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
-    for (_, sentence), name in reversed(told.items()):
-        first = "" if whole else "of the first rows, "
-        found.notes.append(f"{where} at {name} = {uses[name].max_length}: {first}{sentence}")
+    checks.rows += [{"task": task.name, "field": name} | counts for name, counts in seen.items()]
+    sentences = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
+    for (_, sentence), name in reversed(sentences.items()):
+        first = "" if all_seen else "of the first rows, "
+        checks.notes.append(f"{where} at {name} = {uses[name].max_length}: {first}{sentence}")
 
 
 def _sampled(
@@ -251,7 +251,7 @@ def _sampled(
     tokenizer: PreTrainedTokenizerBase,
     uses: Collection[RowUse],
     others: Collection[RowUse],
-    found: RowChecks,
+    checks: RowChecks,
     every: bool,
 ) -> bool:
     """Count the first rows, and more where none of those would be learnt from. Whether these are all.
@@ -266,23 +266,23 @@ def _sampled(
             longest = example if longest is None or size_of(example) > size_of(longest) else longest
             continue
         with checked_templates() if every and number > SAMPLE and not shapes.newest else nullcontext():
-            bad += not _counted(example, tokenizer, uses if counted else others, found)
+            bad += not _counted(example, tokenizer, uses if counted else others, checks)
         if bad == _SHOWN:
             return False
     if longest is not None:
-        _counted(longest, tokenizer, others, found)
+        _counted(longest, tokenizer, others, checks)
     return all(use.rows == number for use in uses)
 
 
-def _counted(example: Example, tokenizer: PreTrainedTokenizerBase, uses: Iterable[RowUse], found: RowChecks) -> bool:
+def _counted(example: Example, tokenizer: PreTrainedTokenizerBase, uses: Iterable[RowUse], checks: RowChecks) -> bool:
     """Whether a row can be written; if it can, it is counted."""
     try:
         row = tokenise(example, tokenizer, UNCUT)
     except DataError as error:
-        found.problems += error.problems
+        checks.problems += error.problems
         return False
-    found.longest = max(found.longest, len(row["input_ids"]))
-    found.largest = max(found.largest, *row["input_ids"])
+    checks.longest = max(checks.longest, len(row["input_ids"]))
+    checks.largest = max(checks.largest, *row["input_ids"])
     for use in uses:
         use.add(len(row["input_ids"]), learnable({"labels": row["labels"][: use.max_length]}))
     return True
@@ -315,11 +315,11 @@ def _learnt(example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -
 
 
 def _check_test(
-    found: RowChecks, task: TaskConfig, settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+    checks: RowChecks, task: TaskConfig, settings: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     from cpift.evaluation.rows import check_rows
 
     try:
-        found.scored = max(found.scored, check_rows(tokenizer, [task], settings, SAMPLE))
+        checks.scored = max(checks.scored, check_rows(tokenizer, [task], settings, SAMPLE))
     except DataError as error:
-        found.problems += error.problems[:_SHOWN]
+        checks.problems += error.problems[:_SHOWN]

@@ -74,7 +74,7 @@ class Run:
         artifacts: Iterable[Artifact],
         title: str,
         specs: Callable[[], Sequence[FitSpec]],
-        finish: Finish = lambda made, out: None,
+        finish: Finish = lambda artifact, out: None,
     ) -> None:
         """Run the fine-tunes whose artifacts are missing, and keep what each exported."""
         artifacts = list(artifacts)

@@ -79,10 +79,10 @@ def runs_below(folder: Path) -> list[Path]:
     """The folder itself if it is a run; else the runs in it and in its folders."""
     if is_run(folder):
         return [folder]
-    found = []
+    runs = []
     for path in _folders(folder):
-        found += [path] if is_run(path) else [below for below in _folders(path) if is_run(below)]
-    return found
+        runs += [path] if is_run(path) else [below for below in _folders(path) if is_run(below)]
+    return runs
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -103,15 +103,15 @@ def size_of(folder: Path) -> int:
 
 def files_below(folder: Path) -> dict[tuple[int, int], tuple[int, int, int]]:
     """By device and inode: bytes, names that it has in all, and names below this folder."""
-    found: dict[tuple[int, int], tuple[int, int, int]] = {}
+    sizes: dict[tuple[int, int], tuple[int, int, int]] = {}
     for place, _, names in os.walk(folder, onerror=lambda error: None):
         for name in names:
             with suppress(OSError):
                 status = os.lstat(os.path.join(place, name))
                 if stat.S_ISREG(status.st_mode):
                     key = (status.st_dev, status.st_ino)
-                    found[key] = (status.st_size, status.st_nlink, found.get(key, (0, 0, 0))[2] + 1)
-    return found
+                    sizes[key] = (status.st_size, status.st_nlink, sizes.get(key, (0, 0, 0))[2] + 1)
+    return sizes
 
 
 def last_change(folder: Path) -> float:
@@ -170,8 +170,8 @@ def _left_over(folder: Path) -> Iterator[Freed]:
                 yield Freed(path, size_of(path), "left by an interrupted build")
     for path in _folders(folder / ".work"):
         stage, _, name = path.name.partition("-")
-        made = folder / stage / name
-        if stage in STAGES and _NAME.fullmatch(name) and not made.is_symlink() and _complete(made):
+        folder_made = folder / stage / name
+        if stage in STAGES and _NAME.fullmatch(name) and not folder_made.is_symlink() and _complete(folder_made):
             yield Freed(path, size_of(path), "work on what is complete")
 
 

@@ -39,8 +39,8 @@ class SharedWork:
         """θ0, probes, regions and groups: what decides which points are one trial."""
         for run in _distinct(self.runs, lambda run: run.artifacts.base.fingerprint):
             base = run.pretrained()
-            made = run.artifacts.probes.values() or [run.artifacts.evaluate(run.artifacts.base)]
-            if not all(artifact.complete for artifact in made):
+            first = run.artifacts.probes.values() or [run.artifacts.evaluate(run.artifacts.base)]
+            if not all(artifact.complete for artifact in first):
                 probe.check_data(run, base)
         self._probes()
         self._regions()
@@ -54,7 +54,7 @@ class SharedWork:
 
     def _probes(self) -> None:
         wanted: dict[Path, Wanted] = {}
-        for run in _distinct(self.runs, lambda run: [made.fingerprint for made in run.artifacts.probes.values()]):
+        for run in _distinct(self.runs, lambda run: [probed.fingerprint for probed in run.artifacts.probes.values()]):
             base = run.pretrained()
             for artifact, spec in zip(run.artifacts.probes.values(), probe.specs(run, base), strict=True):
                 wanted.setdefault(artifact.path, (artifact, spec, run))
@@ -70,7 +70,7 @@ class SharedWork:
                 wanted[artifact.path] = (artifact, titled_backbone(run, groups, artifact), run)
         return list(wanted.values())
 
-    def train(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda made, out: None) -> None:
+    def train(self, title: str, wanted: Sequence[Wanted], finish: Finish = lambda artifact, out: None) -> None:
         """Make what is missing: runs that ask for other resources one after the other, all others side by side."""
         missing = [entry for entry in wanted if not entry[0].has_weights]
         if not missing:
@@ -142,7 +142,9 @@ class SharedWork:
             self._score([entry for entry in missing if not entry[0].complete])
 
     def _score(self, entries: Sequence[tuple[Artifact, ModelRef, Pipeline]]) -> None:
-        titled = {f"{model.title} [{made.fingerprint[:6]}]": (made, model, run) for made, model, run in entries}
+        titled = {
+            f"{model.title} [{artifact.fingerprint[:6]}]": (artifact, model, run) for artifact, model, run in entries
+        }
 
         def keep(title: str, result: Evaluation) -> None:
             keep_scores(titled[title][0], result, changes[title])
@@ -151,8 +153,8 @@ class SharedWork:
         if entries:
             require_sound((model.path for _, model, _ in entries), entries[0][0].root, self.view.warn)
             scorings = [
-                evaluate.scoring(run, title, evaluate.loadable(run, model, made))
-                for title, (made, model, run) in titled.items()
+                evaluate.scoring(run, title, evaluate.loadable(run, model, artifact))
+                for title, (artifact, model, run) in titled.items()
             ]
             self.engine.evaluate(scorings, keep, self.view.progress)
 
@@ -165,7 +167,7 @@ def titled_backbone(run: Pipeline, groups: Groups, artifact: Artifact) -> FitSpe
 
 def _distinct(runs: Iterable[Pipeline], key: Callable[[Pipeline], Any]) -> list[Pipeline]:
     """One run for each distinct key."""
-    found: dict[str, Pipeline] = {}
+    by_key: dict[str, Pipeline] = {}
     for run in runs:
-        found.setdefault(digest(key(run)), run)
-    return list(found.values())
+        by_key.setdefault(digest(key(run)), run)
+    return list(by_key.values())

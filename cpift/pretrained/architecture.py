@@ -51,8 +51,8 @@ def model_config(folder: Path) -> PreTrainedConfig:
 def effective_config(folder: Path) -> dict[str, Any]:
     """`model_config` as JSON has its values, nested configurations too. Raises CheckpointError."""
     source = _source(folder)
-    found = remembered("effective config", source.text, lambda: json.dumps(_config(source).to_dict(), default=str))
-    values: dict[str, Any] = json.loads(found)
+    config = remembered("effective config", source.text, lambda: json.dumps(_config(source).to_dict(), default=str))
+    values: dict[str, Any] = json.loads(config)
     return values
 
 
@@ -69,10 +69,10 @@ def untrainable(folder: Path, where: str) -> list[Problem]:
     """Why the model in a folder can be merged, but not trained on rows of text; empty if it can be trained."""
     try:
         source = _source(folder)
-        found = [] if _plain(source) else remembered("untrainable", source.text, lambda: _untrainable(source))
+        reasons = [] if _plain(source) else remembered("untrainable", source.text, lambda: _untrainable(source))
     except CheckpointError as error:
         return [Problem(where, problem.what, problem.remedy) for problem in error.problems]
-    return [Problem(where, what, remedy) for what, remedy in found]
+    return [Problem(where, what, remedy) for what, remedy in reasons]
 
 
 def _untrainable(source: _Source) -> list[tuple[str, str]]:
@@ -94,12 +94,12 @@ def tied_names(folder: Path) -> Mapping[str, str]:
     """
     source = _source(folder)
     plain = _plain(source)
-    found: Mapping[str, str] = (
+    names: Mapping[str, str] = (
         plain.ties if plain else remembered("tied names", source.text, lambda: _tied_names(source))
     )
-    if found:
+    if names:
         _require_readable(source)
-    return found
+    return names
 
 
 def _tied_names(source: _Source) -> dict[str, str]:
@@ -193,8 +193,10 @@ def stored_transposed(folder: Path, module: str) -> bool | None:
 @lru_cache(maxsize=16)
 def _products(source: _Source) -> dict[str, bool]:
     """`stored_transposed` of every matrix product by its module's name."""
-    found: dict[str, bool] = remembered("stored transposed", source.text, lambda: _stored_transposed(_skeleton(source)))
-    return found
+    transposed: dict[str, bool] = remembered(
+        "stored transposed", source.text, lambda: _stored_transposed(_skeleton(source))
+    )
+    return transposed
 
 
 def _stored_transposed(network: PreTrainedModel) -> dict[str, bool]:
@@ -226,13 +228,13 @@ def config_text(folder: Path) -> str:
 
 def _source(folder: Path) -> _Source:
     try:
-        found = read_object(folder / CONFIG, MODEL_CONFIG)
+        config = read_object(folder / CONFIG, MODEL_CONFIG)
     except OSError as error:
         problem = Problem(CONFIG, f"cannot be read ({type(error).__name__}: {error})", "restore the file")
         raise CheckpointError(f"model {folder}", [problem]) from error
     except UnreadableError as error:
         raise CheckpointError(f"model {folder}", [error.problem(CONFIG)]) from error
-    return _Source(json.dumps(found), folder)
+    return _Source(json.dumps(config), folder)
 
 
 @lru_cache(maxsize=16)

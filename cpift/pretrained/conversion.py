@@ -132,8 +132,8 @@ class Traced:
         return self
 
     def narrow(self, dim: int, start: int, length: int) -> Traced:
-        kept = (block.narrowed(dim, start, length) for block in self.blocks)
-        return Traced(_put(tuple(self.shape), dim, length), [block for block in kept if block is not None])
+        blocks = (block.narrowed(dim, start, length) for block in self.blocks)
+        return Traced(_put(tuple(self.shape), dim, length), [block for block in blocks if block is not None])
 
     def squeeze(self, dim: int) -> Traced:
         dim %= self.ndim
@@ -224,19 +224,19 @@ def converted(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> tuple[d
 
 def _run(converter: Any, target: str, network: PreTrainedModel) -> dict[str, Traced]:
     try:
-        made = converter.convert(target, model=network, config=network.config)
+        tensors = converter.convert(target, model=network, config=network.config)
     except Untraceable as error:
         what = f"is made by {', '.join(map(str, converter.operations))} when it is loaded, which uses {error}"
         raise CheckpointError("checkpoint", [Problem(target, what, RESAVE)]) from error
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    return {name: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
 
 
-def not_given(network: PreTrainedModel, given: Mapping[str, Traced]) -> Iterator[str]:
+def not_given(network: PreTrainedModel, traced: Mapping[str, Traced]) -> Iterator[str]:
     """Parameters that no tensor gives, those that are tied together by their first name."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    yield from (same[0] for same in names.values() if not any(name in given for name in same))
+    yield from (same[0] for same in names.values() if not any(name in traced for name in same))
 
 
 def wrapping_prefix(network: PreTrainedModel, tensors: Mapping[str, Shape]) -> str:

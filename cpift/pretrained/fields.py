@@ -139,11 +139,11 @@ def computing_problems(base: Path, tune: Path) -> list[Problem]:
     remedy = (
         "give tunes that compute as θ0 does; if this one was trained with θ0's value, write that into its config.json"
     )
-    found = [difference for difference in config_differences(base, tune) if difference.effect == "computes"]
-    for difference in found:
+    differences = [difference for difference in config_differences(base, tune) if difference.effect == "computes"]
+    for difference in differences:
         if difference.field == "model_type":  # all else follows from it
             return [Problem(f"config.json, {difference.field}", difference.what, "use fine-tunes of one model")]
-    return [Problem(f"config.json, {difference.field}", difference.what, remedy) for difference in found]
+    return [Problem(f"config.json, {difference.field}", difference.what, remedy) for difference in differences]
 
 
 def setting_notes(base: Path, tune: Path) -> Iterator[str]:
@@ -226,11 +226,11 @@ def _generation(folder: Path) -> dict[str, Any]:
     """Settings of generation: the file's, or what transformers takes from config.json where there is no file."""
     file = folder / GENERATION
     try:
-        found = read_object(file, MODEL_CONFIG) if file.is_file() else _from_config(folder)
+        config = read_object(file, MODEL_CONFIG) if file.is_file() else _from_config(folder)
     except UnreadableError as error:
         raise CheckpointError(f"model {folder}", [error.problem(GENERATION)]) from error
     defaults = remembered("generation defaults", [], _generation_defaults)
-    return {name: value for name, value in found.items() if value is not None and value != defaults.get(name)}
+    return {name: value for name, value in config.items() if value is not None and value != defaults.get(name)}
 
 
 def _generation_defaults() -> dict[str, Any]:

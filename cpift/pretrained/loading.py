@@ -40,15 +40,15 @@ def code_problems(folder: Path, where: str) -> list[Problem]:
     if unreadable:
         return unreadable
     config = _object(folder / "config.json")
-    found = [*_architecture(config, where), *_kernels(config, where), *tokenizer_problems(folder, where)]
+    problems = [*_architecture(config, where), *_kernels(config, where), *tokenizer_problems(folder, where)]
     for name in _PROCESSORS:
         if "auto_map" in _object(folder / name):
             remedy = f"{_NEVER}: remove auto_map from {name} if text is all that the model is used for"
-            found.append(Problem(f"{where}, {name}", "names a processor that is code (auto_map)", remedy))
+            problems.append(Problem(f"{where}, {name}", "names a processor that is code (auto_map)", remedy))
     if (folder / _GENERATION).exists():
         remedy = f"{_NEVER}: move the folder {_GENERATION} away, then the model generates as transformers has it"
-        found.append(Problem(f"{where}, {_GENERATION}", "holds code that generates in the model's place", remedy))
-    return found
+        problems.append(Problem(f"{where}, {_GENERATION}", "holds code that generates in the model's place", remedy))
+    return problems
 
 
 def tokenizer_problems(folder: Path, where: str) -> list[Problem]:
@@ -117,9 +117,9 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     bare = MODEL_MAPPING.get(type(config), None)
     named = [getattr(_transformers(), str(name), None) for name in config.architectures or ()]
     known = [table[type(config)] for table in (more, text) if type(config) in table]
-    for found in (*(candidate for candidate in named if candidate is not bare), *known):
-        if isinstance(found, type) and issubclass(found, _transformers().PreTrainedModel):
-            return found
+    for class_name in (*(candidate for candidate in named if candidate is not bare), *known):
+        if isinstance(class_name, type) and issubclass(class_name, _transformers().PreTrainedModel):
+            return class_name
     what = f"{config.architectures}, model_type {config.model_type!r}: transformers has no class that generates text"
     raise CheckpointError("model", [Problem("config.json, architectures", what, "use another model")])
 

@@ -46,10 +46,10 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **rest: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found: Metadata = _Layout(file).load()
-        found.storage_meta = found.storage_meta or StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+            metadata: Metadata = _Layout(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class _Planner(DefaultLoadPlanner):

@@ -29,21 +29,21 @@ def chat_template(folder: Path) -> str | None:
         if (folder / TEMPLATE).is_file():
             return read_bytes(folder / TEMPLATE, MODEL_CONFIG.size).decode("utf-8")
         path = folder / "tokenizer_config.json"
-        found = read_object(path, MODEL_CONFIG).get("chat_template") if path.is_file() else None
+        stated = read_object(path, MODEL_CONFIG).get("chat_template") if path.is_file() else None
     except (UnreadableError, UnicodeDecodeError, OSError):
         return None
-    if isinstance(found, list):  # several by name
+    if isinstance(stated, list):  # several by name
         named = {
-            str(template.get("name")): template.get("template") for template in found if isinstance(template, dict)
+            str(template.get("name")): template.get("template") for template in stated if isinstance(template, dict)
         }
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        stated = named.get("default")
+    return stated if isinstance(stated, str) else None
 
 
 def shared_template(backbone: Path, tunes: Iterable[Path]) -> str | None:
     """The template that all tunes have, where the backbone has none of its own."""
-    found = {chat_template(folder) for folder in tunes}
-    return found.pop() if chat_template(backbone) is None and len(found) == 1 else None
+    templates = {chat_template(folder) for folder in tunes}
+    return templates.pop() if chat_template(backbone) is None and len(templates) == 1 else None
 
 
 def template_note(base: Path, tune: Path) -> str | None:
@@ -64,11 +64,11 @@ def _tokens(folder: Path) -> Any:
     """What of tokenizer.json decides the tokens, in one way of writing; the hash of one that cannot be read."""
     path = folder / _TOKENIZER
     try:
-        found = {key: value for key, value in read_object(path, INDEX).items() if key not in (*_BATCHES, "version")}
+        parts = {key: value for key, value in read_object(path, INDEX).items() if key not in (*_BATCHES, "version")}
     except UnreadableError:
         return file_sha256(path)
-    model = found.get("model")
+    model = parts.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):  # older files join the two of a merge
         merges = [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in model["merges"]]
-        found["model"] = {**model, "merges": merges}
-    return found
+        parts["model"] = {**model, "merges": merges}
+    return parts

@@ -60,8 +60,8 @@ def file_name(parameter: str, names: set[str]) -> str | None:
     if parameter in names:
         return parameter
     end = ".".join(parameter.split(".")[-2:])
-    found = [name for name in names if name == end or name.endswith(f".{end}")]
-    return found[0] if len(found) == 1 else None
+    matching = [name for name in names if name == end or name.endswith(f".{end}")]
+    return matching[0] if len(matching) == 1 else None
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,11 +46,11 @@ REFERENCE = Marker(MUTED, "o", filled=False)
 
 
 @rc_context(PLOT_STYLE)
-def kept_panel(title: str, found: Mapping[str, Retained], looks: Mapping[str, Marker], right: float) -> Plot:
+def kept_panel(title: str, shares: Mapping[str, Retained], looks: Mapping[str, Marker], right: float) -> Plot:
     """One line a model, the last one on top: its retention in percent, from 0 to `right`, and the interval. Dashed: the
     own probe, 100 %. Dotted: θ0, where `found` has "base"."""
-    figure, axes = new_figure(f"kept {title}", 3.5, 0.72 + 0.19 * len(found))
-    for place, (model, retained) in enumerate(found.items()):
+    figure, axes = new_figure(f"kept {title}", 3.5, 0.72 + 0.19 * len(shares))
+    for place, (model, retained) in enumerate(shares.items()):
         look = looks[model]
         if 100 * retained.share > right:
             spot = (right, place)
@@ -61,17 +61,17 @@ def kept_panel(title: str, found: Mapping[str, Retained], looks: Mapping[str, Ma
             axes.hlines(place, 100 * low, 100 * high, color=look.colour, linewidth=1.6)
         face = look.colour if look.filled else "none"
         axes.plot([100 * retained.share], [place], look.marker, color=look.colour, markerfacecolor=face, clip_on=False)
-    _references(axes, found.get("base"), right)
-    axes.set_yticks(range(len(found)), [_short(model) for model in found])
+    _references(axes, shares.get("base"), right)
+    axes.set_yticks(range(len(shares)), [_short(model) for model in shares])
     axes.tick_params(axis="y", pad=6)  # a mark at 0 lies half beside the axis
-    axes.set_ylim(-0.7, len(found) - 0.3)
+    axes.set_ylim(-0.7, len(shares) - 0.3)
     axes.set_xlim(0, right)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     figure.suptitle(_short(title, 26), x=0.01, ha="left", fontsize=9.5)  # the axes may be too narrow for either
     axes.set_xlabel("% of the own probe", loc="right")
     axes.set_title(" ", fontsize=7)  # room for the names of the lines
-    rows = [[model, retained.text] for model, retained in reversed(list(found.items()))]
+    rows = [[model, retained.text] for model, retained in reversed(list(shares.items()))]
     return Plot(as_svg(figure, axes, f"Retention on {title}"), ["model", "retention"], rows)
 
 
@@ -88,11 +88,11 @@ def _references(axes: Axes, base: Retained | None, right: float) -> None:
         axes.annotate(name, place, (0, 2), over, "offset points", color=MUTED, ha=side, va="bottom", fontsize=8)
 
 
-def right_end(found: Sequence[Retained]) -> float:
+def right_end(shares: Sequence[Retained]) -> float:
     """Where axes that show all these end, in percent. What is far above a probe would leave the others no room: its
     place is beyond the end, and the panel says how far."""
-    largest = max([1.0, *(retained.share for retained in found)])
-    ends = max([0.0, *(retained.share + (retained.half or 0.0) for retained in found)])
+    largest = max([1.0, *(retained.share for retained in shares)])
+    ends = max([0.0, *(retained.share + (retained.half or 0.0) for retained in shares)])
     return min(_FURTHEST, 100 * max(1.1, 1.05 * largest, min(1.03 * ends, 1.4 * largest)))
 
 

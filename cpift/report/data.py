@@ -159,15 +159,15 @@ def summary(data: ReportData) -> dict[str, Any]:
         },
         "models": {
             model: {
-                "mean_retention": found.mean if found else None,
+                "mean_retention": figures.mean if figures else None,
                 "mean_retention_half_interval": data.mean_halves.get(model),
-                "worst_task": found.worst_task if found else None,
-                "worst_retention": found.worst if found else None,
+                "worst_task": figures.worst_task if figures else None,
+                "worst_retention": figures.worst if figures else None,
                 "training_tokens": total_tokens(data, model) if model in data.tokens else None,
                 "mean_loss": _finite(mean(score["loss"] for score in data.scores[model].values())),
                 "scores": {task: _plain(score) for task, score in data.scores[model].items()},
             }
-            for model, found in standings.items()
+            for model, figures in standings.items()
         },
         "groups": data.groups,
         "checks_passed": not any(check["passed"] is False for check in data.checks),
@@ -196,15 +196,15 @@ def _plain(score: Score) -> Score:
 def verdict(data: ReportData) -> list[str]:
     """The verdict in one sentence; what the probes learnt, if that is in doubt; what the last model did against each of
     the others; and how little one run proves."""
-    final, found = data.models[-1], [data.headline] if data.headline else []
-    found += sentences(learning_of(data.tasks, data.scores))
+    final, texts = data.models[-1], [data.headline] if data.headline else []
+    texts += sentences(learning_of(data.tasks, data.scores))
     for rival, name in (("base", "θ0"), ("fused", "the fused model"), ("backbone", "the backbone alone")):
         if rival in data.models and rival != final:
-            found.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))
+            texts.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))
     probes = {task: probe_of(task) for task in data.tasks if probe_of(task) in data.models}
     if probes:
-        found.append(_against(data, final, "each task's own probe", probes))
-    return [*found, _caveat(data, final)]
+        texts.append(_against(data, final, "each task's own probe", probes))
+    return [*texts, _caveat(data, final)]
 
 
 def _against(data: ReportData, model: str, name: str, rivals: Mapping[str, str]) -> str:
@@ -219,8 +219,8 @@ def _against(data: ReportData, model: str, name: str, rivals: Mapping[str, str])
 
 def _outcomes(signs: Mapping[str, int]) -> str:
     words = {1: "better on", 0: "equal on", -1: "worse on"}
-    tasks = {sign: [task for task, found in signs.items() if found == sign] for sign in words}
-    return "; ".join(f"{words[sign]} {_count(found, len(signs))}" for sign, found in tasks.items() if found)
+    tasks = {sign: [task for task, outcome in signs.items() if outcome == sign] for sign in words}
+    return "; ".join(f"{words[sign]} {_count(count, len(signs))}" for sign, count in tasks.items() if count)
 
 
 def _count(tasks: Sequence[str], total: int) -> str:

@@ -24,8 +24,10 @@ Halves = dict[str, dict[str, float]]
 
 def tokens_of(artifacts: Sequence[Artifact]) -> int | None:
     """Input tokens that fine-tunes among these artifacts saw; None where one was made before they were counted."""
-    found = [read_training(made.path).get("tokens") for made in artifacts if (made.path / RESULT).is_file()]
-    return None if None in found else sum(sum(stages) for stages in found if stages is not None)
+    counts = [
+        read_training(artifact.path).get("tokens") for artifact in artifacts if (artifact.path / RESULT).is_file()
+    ]
+    return None if None in counts else sum(sum(stages) for stages in counts if stages is not None)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -40,10 +42,10 @@ def halves(tasks: Sequence[str], scores: Mapping[str, Mapping[str, Score]]) -> t
     by_task: Halves = {}
     means = {}
     for model in scores:
-        found = {task: half for task in learnt if (half := _half(scores, model, [task]))}
-        if found:
-            by_task[model] = found
-        if len(found) and (half := _half(scores, model, learnt)):
+        halves_by_task = {task: half for task in learnt if (half := _half(scores, model, [task]))}
+        if halves_by_task:
+            by_task[model] = halves_by_task
+        if len(halves_by_task) and (half := _half(scores, model, learnt)):
             means[model] = half
     return by_task, means
 
@@ -56,12 +58,14 @@ def _half(scores: Mapping[str, Mapping[str, Score]], model: str, tasks: Sequence
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_by_model(made: Mapping[str, Artifact], models: Mapping[str, str], base: str) -> dict[str, dict[str, Any]]:
+def tokens_by_model(
+    artifacts: Mapping[str, Artifact], models: Mapping[str, str], base: str
+) -> dict[str, dict[str, Any]]:
     """By model and fine-tune that it took, the input tokens of that: see `ReportData.tokens`.
 
     made: every artifact of a run by title. models: by title, the fingerprint of what is scored. base: that of θ0.
     """
-    by_print = {artifact.fingerprint: (title, artifact) for title, artifact in made.items()}
+    by_print = {artifact.fingerprint: (title, artifact) for title, artifact in artifacts.items()}
     return {model: dict(_behind(fingerprint, model, by_print, base)) for model, fingerprint in models.items()}
 
 
@@ -88,7 +92,7 @@ def _behind(
 def samples(tasks: Sequence[TaskConfig], scores: Mapping[str, Mapping[str, Score]]) -> list[Sample]:
     """The first test rows of every task that has replies, and what each model said, but for probes of other tasks."""
     probes = {probe_of(task.name): task.name for task in tasks}
-    found = []
+    shown_samples = []
     for task in tasks:
         shown = [model for model in scores if probes.get(model, task.name) == task.name]
         rows = {model: scores[model][task.name].get("examples", [])[:_ROWS] for model in shown}
@@ -100,8 +104,8 @@ def samples(tasks: Sequence[TaskConfig], scores: Mapping[str, Mapping[str, Score
                     if place < len(own) and "prediction" in own[place]
                 }
                 expected = right_answer(example) if described(scores[shown[0]][task.name]).counted else example.reply
-                found += [Sample(task.name, _prompt(example), expected, said)] if said else []
-    return found
+                shown_samples += [Sample(task.name, _prompt(example), expected, said)] if said else []
+    return shown_samples
 
 
 def _prompt(example: Example) -> str:

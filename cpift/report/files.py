@@ -95,8 +95,8 @@ def report_md(data: ReportData) -> str:
 def _retention(data: ReportData) -> tuple[list[str], list[list[str]]]:
     rows = []
     for model in data.models:
-        found = standing(data, model)
-        mean = "–" if found is None else share(found.mean, data.mean_halves.get(model))
+        summary = standing(data, model)
+        mean = "–" if summary is None else share(summary.mean, data.mean_halves.get(model))
         cells = [share(retention(data, model, task), data.halves.get(model, {}).get(task)) for task in data.tasks]
         rows.append([markdown(model), mean, *cells])
     return ["model", "mean", *map(markdown, data.tasks)], rows
@@ -107,11 +107,11 @@ def _scores(data: ReportData) -> tuple[list[str], list[list[str]]]:
     head = ["model", *(f"{markdown(task)}, {markdown(metric.title)}" for task, metric in metrics.items())]
     rows = []
     for model in data.models:
-        found = [data.scores[model][task] for task in data.tasks]
-        losses = [f"{score['loss']:.3f}" for score in found]
+        scores = [data.scores[model][task] for task in data.tasks]
+        losses = [f"{score['loss']:.3f}" for score in scores]
         cells = [
             loss if score["score"] is None else f"{100 * score['score']:.1f} ({loss})"
-            for score, loss in zip(found, losses, strict=True)
+            for score, loss in zip(scores, losses, strict=True)
         ]
         rows.append([markdown(model), *cells])
     return head, rows

@@ -39,9 +39,9 @@ def document(name: str, kind: str, subtitle: str, lead: str, sections: Mapping[s
 def table(head: Sequence[str], rows: Iterable[str], caption: str, kind: str = "") -> str:
     columns = "".join(f'<th scope="col"{" class=left" if i == 0 else ""}>{cell}</th>' for i, cell in enumerate(head))
     width = " widest" if len(head) > _WIDEST else " wide" if len(head) > _WIDE else ""  # smaller where it is printed
-    told = f"<caption>{caption}</caption>" if caption else ""
+    title = f"<caption>{caption}</caption>" if caption else ""
     return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}{width}">{told}'
+        f'<div class="scroll" tabindex="0"><table class="{kind}{width}">{title}'
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

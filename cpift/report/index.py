@@ -66,21 +66,21 @@ def _keep(folder: Path, kind: ReportKind, page: str) -> Path:
 
 
 def _config(page: str, section: str) -> str:
-    found = re.search(rf'<section id="{section}">.*?<pre><code>(.*?)</code></pre>', page, re.DOTALL)
-    return text_of(found[1]) if found else ""
+    match = re.search(rf'<section id="{section}">.*?<pre><code>(.*?)</code></pre>', page, re.DOTALL)
+    return text_of(match[1]) if match else ""
 
 
 def _index(folder: Path, newest: Path) -> str:
-    kept = [report for kind in (RUN, SWEEP) for report in _kept(folder / REPORTS, kind)]
-    kept.sort(key=lambda report: (report.file != newest, -report.file.stat().st_mtime_ns, report.file.name))
+    reports = [report for kind in (RUN, SWEEP) for report in _kept(folder / REPORTS, kind)]
+    reports.sort(key=lambda report: (report.file != newest, -report.file.stat().st_mtime_ns, report.file.name))
     rows = [
         f'<tr><th scope="row"><a href="{REPORTS}/{html(report.file.name)}">{html(report.title)}</a></th>'
-        f'<td class="left">{report.subtitle}</td><td class="left">{html(_differences(report, kept[0]))}</td></tr>'
-        for report in kept
+        f'<td class="left">{report.subtitle}</td><td class="left">{html(_differences(report, reports[0]))}</td></tr>'
+        for report in reports
     ]
     caption = "One report a configuration; the newest first. Fields: as there, and in brackets as in the newest."
     shown = table(["report", "what", "fields that differ from the newest"], rows, caption)
-    count = f"{len(kept)} report{'s' if len(kept) > 1 else ''}"
+    count = f"{len(reports)} report{'s' if len(reports) > 1 else ''}"
     return document(folder.name, "CPI-FT reports", count, "", {"reports": ("Reports", shown)})
 
 
@@ -105,8 +105,8 @@ def _differences(report: PastReport, newest: PastReport) -> str:
         return "newest"
     mine, theirs = _flat(report.config), _flat(newest.config)
     names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
-    told = [f"{name} {mine.get(name, '–')} ({theirs.get(name, '–')})" for name in names[:_SHOWN]]
-    return "; ".join(told + ([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []))
+    parts = [f"{name} {mine.get(name, '–')} ({theirs.get(name, '–')})" for name in names[:_SHOWN]]
+    return "; ".join(parts + ([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []))
 
 
 def _flat(config: str) -> dict[str, Any]:

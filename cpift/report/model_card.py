@@ -73,8 +73,10 @@ def model_card(
 def _what(kind: str, config: RunConfig) -> str:
     if kind == "fused" and not config.fusion.isolates:
         return f"A language model merged by {config.fusion.method_name} from fine-tunes of one model, with cpift."
-    made = "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
-    return f"A language model {made}: {entry(_KINDS, kind, 'model')}."
+    sentence = (
+        "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
+    )
+    return f"A language model {sentence}: {entry(_KINDS, kind, 'model')}."
 
 
 def _tested(config: RunConfig) -> str:
@@ -139,10 +141,10 @@ def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
 def _origin_of(task: TaskConfig) -> str:
     if task.checkpoint is None:
         return rows_of(task.train_data).origin
-    given = task.checkpoint
-    if given.hub is not None:
-        return f"given: {code(given.hub)}, revision {code(given.revision or 'main')}"
-    return f"given: {code(given.path.name if given.path else '')}"
+    checkpoint = task.checkpoint
+    if checkpoint.hub is not None:
+        return f"given: {code(checkpoint.hub)}, revision {code(checkpoint.revision or 'main')}"
+    return f"given: {code(checkpoint.path.name if checkpoint.path else '')}"
 
 
 def _recipe(kind: str, config: RunConfig) -> str:
@@ -166,8 +168,8 @@ def _recipe(kind: str, config: RunConfig) -> str:
 
 
 def _fusion(fusion: FusionConfig) -> str:
-    told = markdown(method_named(fusion.method).described(fusion))
-    return f"Fusion: {told}." if fusion.isolates else f"Merged by {fusion.method_name} onto θ0: {told}."
+    settings = markdown(method_named(fusion.method).described(fusion))
+    return f"Fusion: {settings}." if fusion.isolates else f"Merged by {fusion.method_name} onto θ0: {settings}."
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:

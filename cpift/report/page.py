@@ -77,9 +77,9 @@ def _scores(data: ReportData) -> str:
 
 def _scores_row(data: ReportData, model: str) -> str:
     cells = "".join(_score_cell(data, model, task) for task in data.tasks)
-    found = standing(data, model)
-    mean = f"{found.mean:.1%}" if found else "–"
-    worst = f"{found.worst:.1%}<small>{html(found.worst_task)}</small>" if found else "–"
+    summary = standing(data, model)
+    mean = f"{summary.mean:.1%}" if summary else "–"
+    worst = f"{summary.worst:.1%}<small>{html(summary.worst_task)}</small>" if summary else "–"
     last = ' class="final"' if model == data.models[-1] else ""
     return f'<tr{last}><th scope="row">{html(model)}</th>{cells}<td>{mean}</td><td>{worst}</td></tr>'
 
@@ -88,9 +88,9 @@ def _score_cell(data: ReportData, model: str, task: str) -> str:
     score = data.scores[model][task]
     best = all(compare(score, data.scores[other][task]) >= 0 for other in data.models)
     main = f"{score['loss']:.3f}" if score["score"] is None else f"{100 * score['score']:.1f}"
-    kept = retention(data, model, task)
+    share = retention(data, model, task)
     notes = [f"loss {score['loss']:.3f}"] if score["score"] is not None else []
-    notes += [] if kept is None else [f"{kept:.0%}"]
+    notes += [] if share is None else [f"{share:.0%}"]
     own = ' class="own"' if model == probe_of(task) else ""
     text = f"<strong>{main}</strong>" if best else main
     return f"<td{own}>{_marks(data, model, task, score)}{text}<small>{' · '.join(notes)}</small></td>"
@@ -170,11 +170,11 @@ def _grouping_sentence(data: ReportData) -> str:
 def _cores(data: ReportData) -> str:
     rows = []
     for task in data.tasks:
-        found, space = data.regions[task], sum(row["numel"] for row in data.cores[task])
-        share = found["count"] / space if space else 0.0
-        threshold = "–" if found["threshold"] is None else f"{found['threshold']:.3g}"
+        summary, space = data.regions[task], sum(row["numel"] for row in data.cores[task])
+        share = summary["count"] / space if space else 0.0
+        threshold = "–" if summary["threshold"] is None else f"{summary['threshold']:.3g}"
         rows.append(
-            f'<tr><th scope="row">{html(task)}</th><td>{found["count"]:,}</td><td>{found["requested"]:,}</td>'
+            f'<tr><th scope="row">{html(task)}</th><td>{summary["count"]:,}</td><td>{summary["requested"]:,}</td>'
             f"<td>{share:.3%}</td><td>{threshold}</td></tr>"
         )
     head = ["task", "core elements", "requested", "share", "smallest |Δ| in the core"]
@@ -265,6 +265,6 @@ def _versions(data: ReportData) -> str:
             used.setdefault(package, set()).add(str(version))
         if row.get("platform"):
             used.setdefault("platform", set()).add(str(row["platform"]))
-    lines = (f"{name}: {' and '.join(sorted(found))}" for name, found in sorted(used.items()))
+    lines = (f"{name}: {' and '.join(sorted(versions))}" for name, versions in sorted(used.items()))
     items = "".join(f"<li>{html(line)}</li>" for line in lines)
     return f"<details><summary>Versions</summary><ul>{items}</ul></details>" if items else ""

@@ -42,11 +42,11 @@ def _panels(data: ReportData) -> str:
     learning = learning_of(data.tasks, data.scores)
     by_task = {task: kept_on(data, task) for task in judged(learning)}
     mean = _mean(data) if len(data.tasks) > 1 else {}
-    right = right_end([retained for found in (mean, *by_task.values()) for retained in found.values()])
+    right = right_end([retained for shares in (mean, *by_task.values()) for retained in shares.values()])
     looks = {model: look_of(data, model) for model in data.models}
     count = len(judged(learning))
     drawn = [(f"mean of {count} task{'s' * (count > 1)}", mean)] if mean else []
-    panels = [figure(kept_panel(title, found, looks, right), "") for title, found in drawn]
+    panels = [figure(kept_panel(title, shares, looks, right), "") for title, shares in drawn]
     for task in data.tasks:
         if task in by_task:
             panels.append(figure(kept_panel(task, by_task[task], looks, right), ""))
@@ -65,15 +65,15 @@ def _not_drawn(task: str, why: str) -> str:
 
 def kept_on(data: ReportData, task: str) -> dict[str, Retained]:
     """By model, in the order of the data, what it keeps on a judged task."""
-    found = {model: retention(data, model, task) for model in data.models}
+    shares = {model: retention(data, model, task) for model in data.models}
     halves = {model: data.halves.get(model, {}).get(task) for model in data.models}
-    return {model: Retained(share, halves[model]) for model, share in found.items() if share is not None}
+    return {model: Retained(share, halves[model]) for model, share in shares.items() if share is not None}
 
 
 def _mean(data: ReportData) -> dict[str, Retained]:
-    found = {model: standing(data, model) for model in data.models}
+    standings = {model: standing(data, model) for model in data.models}
     return {
-        model: Retained(mean.mean, data.mean_halves.get(model)) for model, mean in found.items() if mean is not None
+        model: Retained(mean.mean, data.mean_halves.get(model)) for model, mean in standings.items() if mean is not None
     }
 
 
@@ -144,11 +144,11 @@ def _parts(parts: dict[str, int | None]) -> str:
     if not parts:
         return "none: not trained here"
     probes = [count for title, count in parts.items() if title.startswith("probe ")]
-    told = {title: count for title, count in parts.items() if not title.startswith("probe ") or len(probes) < 2}
+    shown = {title: count for title, count in parts.items() if not title.startswith("probe ") or len(probes) < 2}
     if len(probes) > 1:
         known = [count for count in probes if count is not None]
-        told = {f"{len(probes)} probes": sum(known) if len(known) == len(probes) else None} | told
-    return ", ".join(f"{title} {'not counted' if count is None else f'{count:,}'}" for title, count in told.items())
+        shown = {f"{len(probes)} probes": sum(known) if len(known) == len(probes) else None} | shown
+    return ", ".join(f"{title} {'not counted' if count is None else f'{count:,}'}" for title, count in shown.items())
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------

@@ -88,21 +88,21 @@ def angle_histogram(slerp: Sequence[Mapping[str, Any]]) -> Plot:
 @rc_context(PLOT_STYLE)
 def angles_by_layer(slerp: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Plot:
     """Median angle of each block's tensors, one line a fold; fold k takes in the k-th task's fine-tune."""
-    found: dict[int, dict[int, list[float]]] = {}
+    by_layer: dict[int, dict[int, list[float]]] = {}
     for row in slerp:
         layer = layer_of(row["tensor"])
         for fold, angle in enumerate(row.get("angles", ()) if layer is not None else ()):
-            found.setdefault(fold, {}).setdefault(int(layer or 0), []).append(angle)
-    if not found:
+            by_layer.setdefault(fold, {}).setdefault(int(layer or 0), []).append(angle)
+    if not by_layer:
         return Plot()
-    middle = {fold: {layer: median(layers[layer]) for layer in sorted(layers)} for fold, layers in found.items()}
+    middle = {fold: {layer: median(layers[layer]) for layer in sorted(layers)} for fold, layers in by_layer.items()}
     figure, axes = new_figure("angles by layer", 4.6, 2.6)
     for fold, points in middle.items():
         axes.plot(list(points), list(points.values()), label=legend_label(tasks[fold]), **series_style(fold))
     axes.set(xlabel="layer", ylabel="median angle Ω, radians")
     axes.set_ylim(bottom=0)
     _whole_numbers(axes, list(middle[0]))
-    svg = as_svg(figure, axes, "Median angle by layer", len(found), "fold of task")
+    svg = as_svg(figure, axes, "Median angle by layer", len(by_layer), "fold of task")
     head = ["layer", *(tasks[fold] for fold in middle)]
     rows = [
         [str(layer), *(f"{points[layer]:.4g}" if layer in points else "–" for points in middle.values())]
@@ -123,7 +123,7 @@ def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> Plot:
     style = series_style(0) | {"marker": "o" if len(rows) < 15 else None}
     stages = [row.get("stage") for row in rows]
     for stage in dict.fromkeys(stages):
-        places = [place for place, found in enumerate(stages) if found == stage]
+        places = [place for place, at in enumerate(stages) if at == stage]
         axes.plot([steps[place] for place in places], [rows[place]["loss"] for place in places], **style)
     for start in starts[1:]:
         axes.axvline(start, color=MUTED, linestyle=":", linewidth=1)

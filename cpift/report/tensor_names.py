@@ -25,8 +25,8 @@ _PATTERNS = (
 
 def layer_of(name: str) -> int | None:
     """The number of the block a parameter belongs to; None outside blocks (embedding, final norm, head)."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
 
 
 def kind_of(name: str) -> str:

@@ -125,10 +125,10 @@ def _head(data: ReportData, task: str, mark: str) -> Text:
 
 
 def _standing(data: ReportData, model: str) -> tuple[str, str | Text]:
-    found = standing(data, model)
-    if found is None:
+    mean = standing(data, model)
+    if mean is None:
         return "–", "–"
-    return f"{found.mean:.1%}", Text.assemble(f"{found.worst:.1%}\n", (found.worst_task, "dim"))
+    return f"{mean.mean:.1%}", Text.assemble(f"{mean.worst:.1%}\n", (mean.worst_task, "dim"))
 
 
 def _cell(data: ReportData, model: str, task: str) -> Text:

@@ -143,10 +143,10 @@ def _holds_rows(value: object) -> bool:
 
 def _remedy(names: Collection[str]) -> str:
     lacking = [name for name in ("prompt", "completion") if name not in names]
-    if found := columns_for(names):
+    if columns := columns_for(names):
         written = ", ".join(
             f'{name}: "{template}"'
-            for name, template in found.items()
+            for name, template in columns.items()
             if name in lacking or name != template.strip("{}")
         )
         return f"columns: {{{written}}}"

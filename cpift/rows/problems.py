@@ -39,9 +39,9 @@ class RowProblems:
 
     def problems(self, total: int) -> list[Problem]:
         """One problem a kind. `total`: rows that were looked at."""
-        found = list(self._kinds.values())
-        listed = [self._counted(kind, total) for kind in found[:_SHOWN]]
-        more = sum(kind.rows for kind in found[_SHOWN:])
+        kinds = list(self._kinds.values())
+        listed = [self._counted(kind, total) for kind in kinds[:_SHOWN]]
+        more = sum(kind.rows for kind in kinds[_SHOWN:])
         return listed + ([Problem("and", f"{more} more rows with other problems")] if more else [])
 
     def _counted(self, kind: _Kind, total: int) -> Problem:

@@ -24,8 +24,8 @@ class Shapes:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         template: Any = tokenizer.chat_template
         written = " ".join(template.values()) if isinstance(template, dict) else str(template or "")
-        found = {one or two for one, two in _LITERALS.findall(written)}
-        marks = {part for text in found for part in text.split("\\n") if not part.replace(" ", "").isalnum()}
+        literals = {one or two for one, two in _LITERALS.findall(written)}
+        marks = {part for text in literals for part in text.split("\\n") if not part.replace(" ", "").isalnum()}
         self._marks = sorted(mark for mark in marks if len(mark) >= 3)
         self._seen: set[Any] = set()
         self.newest = False  # whether the row that came last was the first of its shape

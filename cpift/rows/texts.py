@@ -100,9 +100,9 @@ class _Text:
                 return ""
 
     def take(self, sign: str) -> None:
-        found = self.after()
-        if found != sign:
-            what = f"has {found!r} where {sign!r} belongs" if found else f"ends where {sign!r} belongs"
+        text = self.after()
+        if text != sign:
+            what = f"has {text!r} where {sign!r} belongs" if text else f"ends where {sign!r} belongs"
             raise UnreadableError(f"is no JSON array: {what}", "mend it, or download it again", str(self._path))
         self._at += 1
 

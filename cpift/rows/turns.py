@@ -132,13 +132,13 @@ def _content(content: Any, where: str) -> str:
 
 
 def _part(part: Any, where: str) -> str:
-    kept = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    if kept.get("type") != "text" or not isinstance(kept.get("text"), str):
-        kind = repr(kept.get("type")) if kept else type(part).__name__
+    fields = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    if fields.get("type") != "text" or not isinstance(fields.get("text"), str):
+        kind = repr(fields.get("type")) if fields else type(part).__name__
         raise RowError(f"{where}: only parts of type 'text' with their text are trained on, not {kind}")
-    if more := sorted(set(kept) - {"type", "text"}):
+    if more := sorted(set(fields) - {"type", "text"}):
         raise RowError(f"{where}: field {more[0]!r} has no meaning here; take it out")
-    return str(kept["text"])
+    return str(fields["text"])
 
 
 def _trained(known: dict[str, Any], role: str, where: str) -> bool:
@@ -182,10 +182,10 @@ def _function(raw: Any, where: str) -> dict[str, Any]:
 def _known(raw: Any, names: Sequence[str], where: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise RowError(f"{where} must be an object, not {type(raw).__name__}")
-    kept = {str(key): value for key, value in raw.items() if value is not None}
-    if unknown := sorted(set(kept) - set(names)):
+    fields = {str(key): value for key, value in raw.items() if value is not None}
+    if unknown := sorted(set(fields) - set(names)):
         raise RowError(f"{where}: field {unknown[0]!r} has no meaning here; known: {', '.join(names)}")
-    return kept
+    return fields
 
 
 def _arguments(raw: Any, where: str) -> dict[str, Any]:

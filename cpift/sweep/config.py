@@ -231,9 +231,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
         no_device(base)
         + _check_space(sweep)
         + [
-            found
+            problem
             for objective in config.objectives
-            if (found := figure_problem(objective.figure, metrics, "objectives"))
+            if (problem := figure_problem(objective.figure, metrics, "objectives"))
         ]
     )
     if problems:
@@ -246,9 +246,9 @@ def _check_space(sweep: Sweep) -> list[Problem]:
     problems = []
     for name, values in sweep.config.space.items():
         for value in (values.low, values.high) if isinstance(values, Range) else values:
-            whole = isinstance(values, Range) and values.integer
+            integral = isinstance(values, Range) and values.integer
             try:
-                sweep.run({name: int(value) if whole else value}, sweep.seeds[0])
+                sweep.run({name: int(value) if integral else value}, sweep.seeds[0])
             except ConfigError as error:
                 problems += [Problem(f"space.{name}", f"{shown(value)}: {problem}") for problem in error.problems]
     return problems

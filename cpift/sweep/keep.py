@@ -76,31 +76,33 @@ class Keeper:
 
     def _value(self, runs: Runs) -> float:
         model, objective = self._sweep.config.model, self._sweep.config.objectives[0]
-        found: list[Mapping[str, float]] = []
+        by_run: list[Mapping[str, float]] = []
         for run in runs:
             scores = known_scores(run, model)
-            found += [] if scores is None else [figures(scores, [task.name for task in run.config.tasks], model)]
-        if len(found) < len(runs) or not all(objective.figure in by_name for by_name in found):
+            by_run += [] if scores is None else [figures(scores, [task.name for task in run.config.tasks], model)]
+        if len(by_run) < len(runs) or not all(objective.figure in by_name for by_name in by_run):
             return -math.inf
-        return objective.sign * mean(by_name[objective.figure] for by_name in found)
+        return objective.sign * mean(by_name[objective.figure] for by_name in by_run)
 
     def _drop(self, titles: set[str], of_equals: int | None) -> None:
         """`of_equals`: how many of equally good trials keep their weights."""
-        spared = {made.path for runs in (self._to_come or {}).values() for run in runs for _, made in self._own(run)}
+        spared = {
+            artifact.path for runs in (self._to_come or {}).values() for run in runs for _, artifact in self._own(run)
+        }
         for ended in self._best()[:of_equals]:
-            spared |= {made.path for run in ended.runs for _, made in self._own(run)}
+            spared |= {artifact.path for run in ended.runs for _, artifact in self._own(run)}
         for ended in self._ended.values():
             for run in ended.runs:
-                for title, made in self._own(run):
-                    if title in titles and made.path not in spared and self._may_go(run, title, made):
-                        self.freed += made.drop_weights(self._remake(ended.fields, run))
+                for title, artifact in self._own(run):
+                    if title in titles and artifact.path not in spared and self._may_go(run, title, artifact):
+                        self.freed += artifact.drop_weights(self._remake(ended.fields, run))
 
     def _own(self, run: Pipeline) -> Iterable[tuple[str, Artifact]]:
         return own_models(run, self._sweep.config.model).items()
 
-    def _may_go(self, run: Pipeline, title: str, made: Artifact) -> bool:
-        scored = made.complete and run.artifacts.evaluate(ModelRef.of(title, made)).complete
-        return scored and made.manifest().get("made_for") == self._maker
+    def _may_go(self, run: Pipeline, title: str, artifact: Artifact) -> bool:
+        scored = artifact.complete and run.artifacts.evaluate(ModelRef.of(title, artifact)).complete
+        return scored and artifact.manifest().get("made_for") == self._maker
 
     def _best(self) -> list[_Ended]:
         best = max((ended.value for ended in self._ended.values()), default=-math.inf)

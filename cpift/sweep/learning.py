@@ -40,12 +40,12 @@ def learning_said(runs: Sequence[Pipeline]) -> list[str]:
         for sentence in sentences(learning):
             said.setdefault(sentence, set()).add(run.config.seed)
     several = len({run.config.seed for run in runs}) > 1
-    found = [
+    texts = [
         f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}: {text}" if several else text
         for text, seeds in said.items()
     ]
     if any(len(tasks) > 1 for tasks in judged_by_seed.values()):
-        found.append(
+        texts.append(
             "Trials differ in which tasks their probes learnt: their mean retentions are over different tasks."
         )
-    return found
+    return texts

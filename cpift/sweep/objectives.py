@@ -46,11 +46,11 @@ def _mean_loss(run: ScoredRun, model: str) -> Value:
 
 
 def _mean_retention(run: ScoredRun, model: str) -> Value:
-    return None if (found := standing(run, model)) is None else found.mean
+    return None if (retained := standing(run, model)) is None else retained.mean
 
 
 def _worst_retention(run: ScoredRun, model: str) -> Value:
-    return None if (found := standing(run, model)) is None else found.worst
+    return None if (retained := standing(run, model)) is None else retained.worst
 
 
 OF_RUN: Mapping[str, OfRun] = {
@@ -68,7 +68,7 @@ DESCRIPTION = f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{ki
 
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
     """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
-    run = ScoredRun(list(tasks), {title: dict(found) for title, found in scores.items()})
+    run = ScoredRun(list(tasks), {title: dict(by_task) for title, by_task in scores.items()})
     every: dict[str, Value] = {name: figure.value(run, model) for name, figure in OF_RUN.items()}
     for task in tasks:
         every |= {f"task.{task}.{kind}": figure.value(run, model, task) for kind, figure in OF_TASK.items()}
@@ -84,20 +84,20 @@ def figure_named(name: str) -> OfRun | OfTask | None:
 
 def less_is_better(name: str) -> bool:
     """Of what is no figure, whatever an older record holds, False."""
-    found = figure_named(name)
-    return found is not None and found.less
+    figure = figure_named(name)
+    return figure is not None and figure.less
 
 
 def figure_problem(name: str, metrics: Mapping[str, str], where: str) -> Problem | None:
     """Why a run with these tasks has no such figure. metrics: by task."""
-    found = figure_named(name)
-    if found is None:
+    figure = figure_named(name)
+    if figure is None:
         return Problem(where, f"{name!r} is no figure", DESCRIPTION)
-    if isinstance(found, OfRun):
+    if isinstance(figure, OfRun):
         return None
     task = name.removeprefix("task.").rpartition(".")[0]
     if task not in metrics:
         return Problem(where, f"{name!r}: there is no task {task!r}", f"the run has {', '.join(metrics)}")
-    if found.scored and metric_of(metrics[task]).by_loss:
+    if figure.scored and metric_of(metrics[task]).by_loss:
         return Problem(where, f"{name!r}: the metric of {task} is its loss", f"write task.{task}.loss")
     return None

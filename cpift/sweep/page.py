@@ -240,8 +240,8 @@ def _own_figure(data: SweepData, task: str) -> str:
 
 def _references(data: SweepData) -> str:
     rows = []
-    for title, found in data.references.items():
-        cells = "".join(f"<td>{_figure_cell(found.get(name))}</td>" for name, _ in data.objectives)
+    for title, figures in data.references.items():
+        cells = "".join(f"<td>{_figure_cell(figures.get(name))}</td>" for name, _ in data.objectives)
         rows.append(f'<tr><th scope="row">{html(title)}</th>{cells}</tr>')
     heads = ["model", *(html(_label(name)) for name, _ in data.objectives)]
     return table(heads, rows, "For comparison: θ0 (base) and the probes, which all trials share", "scores")
@@ -269,15 +269,15 @@ def _reuse(data: SweepData) -> str:
 
 
 def _best_note(data: SweepData) -> str:
-    told = {
+    notes = {
         "all": "",
         "best": "Of the other trials' models only the scores are kept; their manifests name the command that makes "
         "each of them again.",
         "scores": "Of the trials' models only the scores are kept; cpift {command} makes this one again.",
     }
     there = entry(KEEPS, data.keep, "keep").best
-    found = "cpift {command} takes it as it is, and finds everything made." if there else ""
-    note = f"{found} {told[data.keep]}".strip()
+    effect = "cpift {command} takes it as it is, and finds everything made." if there else ""
+    note = f"{effect} {notes[data.keep]}".strip()
     return note.format(command=remaking(data.model))
 
 

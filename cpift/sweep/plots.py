@@ -29,11 +29,11 @@ def lines(data: SweepData, figure: str, x: str, by: str | None, ylabel: str) -> 
         every = [values_at(data, figure, {x: value} | here) for value in data.space[x]]
         for row, cell in zip(table, every, strict=True):
             row.append(interval_text(cell))
-        found = [(spot, estimate) for spot, estimate in zip(spots, every, strict=True) if estimate is not None]
-        if found:
+        drawn = [(spot, estimate) for spot, estimate in zip(spots, every, strict=True) if estimate is not None]
+        if drawn:
             shift = (place - (len(groups) - 1) / 2) * 0.04  # so that bars do not hide each other
             label = None if by is None else _text(group)
-            _line(axes, [spot + shift for spot, _ in found], [estimate for _, estimate in found], place, label)
+            _line(axes, [spot + shift for spot, _ in drawn], [estimate for _, estimate in drawn], place, label)
     axes.set_xticks(spots, [_text(value) for value in data.space[x]])
     axes.set(xlabel=x, ylabel=ylabel)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no figure is negative
@@ -53,8 +53,8 @@ def interval_text(estimate: Estimate | None) -> str:
 def trials(data: SweepData, most: int) -> Plot:
     """The first objective of the best trials, the best on top, with intervals over seeds. Dotted: θ0."""
     name, sign = data.objectives[0]
-    found = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, name)) is not None]
-    ranked = sorted(found, key=lambda pair: -sign * pair[1].mean)[:most]
+    drawn = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, name)) is not None]
+    ranked = sorted(drawn, key=lambda pair: -sign * pair[1].mean)[:most]
     if not ranked:
         return Plot()
     drawing, axes = new_figure("trials", 4.4, 0.8 + 0.2 * len(ranked))
@@ -92,12 +92,12 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], place: int, label: str | None) -> None:
-    means = [estimate.mean for estimate in found]
+def _line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], place: int, label: str | None) -> None:
+    means = [estimate.mean for estimate in estimates]
     axes.plot(x, means, label=label and legend_label(label), **series_style(place))
     bars = [
         (at, estimate)
-        for at, estimate in zip(x, found, strict=True)
+        for at, estimate in zip(x, estimates, strict=True)
         if estimate.low is not None and estimate.high is not None
     ]
     for at, estimate in bars:
@@ -198,12 +198,12 @@ def pareto(data: SweepData) -> Plot:
 def parallel_coordinates(data: SweepData) -> Plot:
     """Every finished trial as a line through its fields' values to the first objective; the best ones stand out."""
     figure, sign = data.objectives[0]
-    found = [(trial, estimate.mean) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
-    ranked = sorted(found, key=lambda pair: sign * pair[1])
+    drawn = [(trial, estimate.mean) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
+    ranked = sorted(drawn, key=lambda pair: sign * pair[1])
     best = {trial.number for trial, _ in ranked[-max(1, len(ranked) // 5) :]}
     drawing, axes = new_figure("parallel coordinates", 8.0, 3.0)
     names = list(data.space)
-    low, high = min(mean for _, mean in found), max(mean for _, mean in found)
+    low, high = min(mean for _, mean in drawn), max(mean for _, mean in drawn)
     for trial, mean in ranked:
         height = (mean - low) / (high - low) if high > low else 0.5
         _coordinates(axes, data, names, trial, height, trial.number in best)

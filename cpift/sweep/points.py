@@ -44,13 +44,13 @@ def check_points(sweep: Sweep, stage: str) -> None:
     points: list[Fields] = [{name: value} for name, values in listed.items() for value in values]
     if sweep.config.search.method != "optuna":
         points = choose_points(sweep.config)
-    found: dict[Problem, Fields] = {}
+    where: dict[Problem, Fields] = {}
     for point in points:
         config = sweep.run(point, sweep.seeds[0])
         for problem in (*missing(config, stage), *check_methods(config, stage)):
-            found.setdefault(problem, point)
-    if found:
-        problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in found.items()]
+            where.setdefault(problem, point)
+    if where:
+        problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in where.items()]
         raise ConfigError(f"sweep {sweep.name}", problems)
 
 
@@ -74,16 +74,16 @@ def _draw(values: Sequence[Value] | Range, source: random.Random) -> Value:
     if not isinstance(values, Range):
         return source.choice(values)
     if values.log:
-        found = math.exp(source.uniform(math.log(values.low), math.log(values.high)))
+        value = math.exp(source.uniform(math.log(values.low), math.log(values.high)))
     else:
-        found = source.uniform(values.low, values.high)
-    return round(found) if values.integer else float(f"{found:.4g}")  # as many digits as a table shows
+        value = source.uniform(values.low, values.high)
+    return round(value) if values.integer else float(f"{value:.4g}")  # as many digits as a table shows
 
 
 def group_points(points: Sequence[Fields], runs: Sequence[Sequence[Pipeline]], model: str) -> list[Trial]:
     """Trials in the order of their first points. `runs`: each point's pipelines, one a seed, groups already made;
     model: the one that is judged."""
-    found: dict[tuple[str, ...], list[int]] = {}
+    by_outcome: dict[tuple[str, ...], list[int]] = {}
     for place, pipelines in enumerate(runs):
-        found.setdefault(tuple(outcome(run, model).fingerprint for run in pipelines), []).append(place)
-    return [Trial(tuple(points[i] for i in places), tuple(runs[places[0]])) for places in found.values()]
+        by_outcome.setdefault(tuple(outcome(run, model).fingerprint for run in pipelines), []).append(place)
+    return [Trial(tuple(points[i] for i in places), tuple(runs[places[0]])) for places in by_outcome.values()]

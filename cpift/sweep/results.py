@@ -83,7 +83,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
 
 def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
     attempt, done = tried.attempt, tried.attempt.status == "done"
-    own = {made.path: made for run in tried.runs for made in own_artifacts(sweep, run)} if done else {}
+    own = {artifact.path: artifact for run in tried.runs for artifact in own_artifacts(sweep, run)} if done else {}
     return TrialRow(
         number=number,
         points=attempt.points,
@@ -91,14 +91,17 @@ def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
         reason=attempt.reason,
         groups=[[list(group) for group in run.group().groups] for run in tried.runs] if done else [],
         figures=_figures(sweep, tried.runs, lambda run: trial_models(run, sweep.config.model)) if done else {},
-        seconds=sum(made.manifest()["seconds"] for made in own.values()),
+        seconds=sum(artifact.manifest()["seconds"] for artifact in own.values()),
     )
 
 
 def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
     """What a trial makes and no other one asks for, as a rule: fused and final model and their scores."""
     models = own_models(run, sweep.config.model)
-    return [*models.values(), *(run.artifacts.evaluate(ModelRef.of(title, made)) for title, made in models.items())]
+    return [
+        *models.values(),
+        *(run.artifacts.evaluate(ModelRef.of(title, artifact)) for title, artifact in models.items()),
+    ]
 
 
 def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunConfig], Pipeline]) -> bool:
@@ -109,13 +112,13 @@ def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[Run
     # Without groups the later ones have no name.
     if not all(artifact.complete for artifacts in first for artifact in artifacts):
         return False
-    return all(made.complete for run in runs for made in _made(sweep, run))
+    return all(artifact.complete for run in runs for artifact in _made(sweep, run))
 
 
 def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     """Every artifact of a run that took part in the sweep."""
-    made = order.outputs(run.artifacts, run.known(), *order.FIRST).values()
-    yield from (artifact for artifact in made if artifact.stage in _STAGES)
+    artifacts = order.outputs(run.artifacts, run.known(), *order.FIRST).values()
+    yield from (artifact for artifact in artifacts if artifact.stage in _STAGES)
     models = scored_models(run, sweep.config.model)
     yield from (*own_models(run, sweep.config.model).values(), *evaluate.outputs(run.artifacts, models).values())
 
@@ -124,14 +127,14 @@ def _figures(
     sweep: Sweep, runs: Sequence[Pipeline], models: Callable[[Pipeline], list[ModelRef]]
 ) -> dict[str, dict[str, Estimate]]:
     """Every figure of these models, over the seeds."""
-    found: dict[str, list[dict[str, float]]] = {}
+    by_model: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         chosen = models(run)
         scores = scores_of(run, [*shared_models(run), *chosen])
         for model in chosen:
             tasks = [task.name for task in run.config.tasks]
-            found.setdefault(model.title, []).append(figures(scores, tasks, model.title))
-    return {title: estimates(repeats, sweep.config.confidence) for title, repeats in found.items()}
+            by_model.setdefault(model.title, []).append(figures(scores, tasks, model.title))
+    return {title: estimates(repeats, sweep.config.confidence) for title, repeats in by_model.items()}
 
 
 def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, Estimate]]:
@@ -140,11 +143,11 @@ def _references(sweep: Sweep, runs: Sequence[Pipeline]) -> dict[str, dict[str, E
 
 def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
     """One a distinct regions artifact, in the order of p and seed, with every absolute τ that was tried on it."""
-    found: dict[Path, tuple[float, int, Grouping, set[float]]] = {}
+    by_folder: dict[Path, tuple[float, int, Grouping, set[float]]] = {}
     for trial in tried:
         for run in trial.runs:
             grouping, p = run.group(), run.config.regions.p
-            entry = found.setdefault(run.artifacts.regions.path, (p, run.config.seed, grouping, set()))
+            entry = by_folder.setdefault(run.artifacts.regions.path, (p, run.config.seed, grouping, set()))
             entry[3].update(_threshold(point, grouping) for point in trial.attempt.points)
     return [
         Overlaps(
@@ -154,7 +157,7 @@ def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
             chance=grouping.chance,
             taus=sorted(taus),
         )
-        for p, seed, grouping, taus in sorted(found.values(), key=lambda entry: entry[:2])
+        for p, seed, grouping, taus in sorted(by_folder.values(), key=lambda entry: entry[:2])
     ]
 
 
@@ -167,26 +170,32 @@ def _threshold(point: Fields, grouping: Grouping) -> float:
 def _reuse(sweep: Sweep, tried: Sequence[_Tried]) -> list[Reuse]:
     """What a separate run of every point with every seed would have made, beside what was made."""
     needed: dict[str, list[float]] = {stage: [] for stage in _STAGES}
-    made: dict[str, dict[Path, float]] = {stage: {} for stage in _STAGES}
+    seconds_by_stage: dict[str, dict[Path, float]] = {stage: {} for stage in _STAGES}
     for trial in tried:
         for artifact in (artifact for run in trial.runs for artifact in _made(sweep, run)):
-            seconds = made[artifact.stage].get(artifact.path) or float(artifact.manifest()["seconds"])
-            made[artifact.stage][artifact.path] = seconds
+            seconds = seconds_by_stage[artifact.stage].get(artifact.path) or float(artifact.manifest()["seconds"])
+            seconds_by_stage[artifact.stage][artifact.path] = seconds
             needed[artifact.stage] += [seconds] * len(trial.attempt.points)
     return [
-        Reuse(stage, len(needed[stage]), len(made[stage]), sum(needed[stage]), sum(made[stage].values()))
+        Reuse(
+            stage,
+            len(needed[stage]),
+            len(seconds_by_stage[stage]),
+            sum(needed[stage]),
+            sum(seconds_by_stage[stage].values()),
+        )
         for stage in _STAGES
         if needed[stage]
     ]
 
 
 def _space(sweep: Sweep, attempts: Sequence[Attempt]) -> dict[str, list[Any]]:
-    found = {}
+    space = {}
     for name in sweep.config.space:
         values = list(dict.fromkeys(point[name] for attempt in attempts for point in attempt.points))
         numbers = all(isinstance(value, (int, float)) for value in values)
-        found[name] = sorted(values) if numbers else values
-    return found
+        space[name] = sorted(values) if numbers else values
+    return space
 
 
 def _sweep_yaml(sweep: Sweep) -> str:
@@ -237,7 +246,9 @@ def summary(data: SweepData) -> dict[str, Any]:
 
 
 def _plain(figures: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
-    return {model: {name: estimate.__dict__ for name, estimate in found.items()} for model, found in figures.items()}
+    return {
+        model: {name: estimate.__dict__ for name, estimate in by_name.items()} for model, by_name in figures.items()
+    }
 
 
 def results_table(data: SweepData, rows: int = 12) -> Table:
@@ -264,10 +275,12 @@ def results_table(data: SweepData, rows: int = 12) -> Table:
     return table
 
 
-def _cell(found: Estimate | None) -> str | Text:
-    if found is None:
+def _cell(estimate: Estimate | None) -> str | Text:
+    if estimate is None:
         return "–"
-    return Text.assemble(f"{found.mean:.4f}", ("" if found.low is None else f" ±{found.mean - found.low:.3f}", "dim"))
+    return Text.assemble(
+        f"{estimate.mean:.4f}", ("" if estimate.low is None else f" ±{estimate.mean - estimate.low:.3f}", "dim")
+    )
 
 
 def failures(data: SweepData) -> list[str]:

@@ -91,11 +91,11 @@ def trials_at(data: SweepData, point: Mapping[str, Any]) -> list[TrialRow]:
 
 def trial_at(data: SweepData, point: Mapping[str, Any], figure: str | None = None) -> TrialRow | None:
     """The best of `trials_at` by a figure (default: the first objective), else the first of them."""
-    found = trials_at(data, point)
+    trials = trials_at(data, point)
     name = figure or data.objectives[0][0]
-    scored = [(trial, estimate) for trial in found if (estimate := judged(data, trial, name)) is not None]
+    scored = [(trial, estimate) for trial in trials if (estimate := judged(data, trial, name)) is not None]
     if not scored:
-        return found[0] if found else None
+        return trials[0] if trials else None
     return max(scored, key=lambda pair: _sign(data, name) * pair[1].mean)[0]
 
 
@@ -112,17 +112,17 @@ def _sign(data: SweepData, figure: str) -> int:
 def best_trial(data: SweepData) -> TrialRow | None:
     """The finished trial with the best mean of the first objective; of equals the first."""
     figure, sign = data.objectives[0]
-    found = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
-    return max(found, key=lambda pair: sign * pair[1].mean)[0] if found else None
+    scored = [(trial, estimate) for trial in data.trials if (estimate := judged(data, trial, figure)) is not None]
+    return max(scored, key=lambda pair: sign * pair[1].mean)[0] if scored else None
 
 
 def pareto_front(data: SweepData) -> list[TrialRow]:
     """Finished trials that no other one beats in one objective without losing in another."""
     vectors = {}
     for trial in data.trials:
-        found = [judged(data, trial, figure) for figure, _ in data.objectives]
-        if all(estimate is not None for estimate in found):
-            pairs = zip(found, data.objectives, strict=True)
+        estimates = [judged(data, trial, figure) for figure, _ in data.objectives]
+        if all(estimate is not None for estimate in estimates):
+            pairs = zip(estimates, data.objectives, strict=True)
             vectors[trial.number] = [sign * estimate.mean for estimate, (_, sign) in pairs if estimate is not None]
     return [
         trial

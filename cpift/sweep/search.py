@@ -143,11 +143,11 @@ def _done(sweep: Sweep, trial: Trial) -> bool:
 
 
 def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, dict[str, Any]]) -> Attempt:
-    found = results.get(digest(trial.fields), {})
+    result = results.get(digest(trial.fields), {})
     points = [dict(point) for point in trial.points]
     if _done(sweep, trial):
         return Attempt(points, "done", "")
-    return Attempt(points, "failed" if found.get("error") else "stopped", found.get("error") or "")
+    return Attempt(points, "failed" if result.get("error") else "stopped", result.get("error") or "")
 
 
 def _tune(
@@ -164,8 +164,8 @@ def _tune(
         trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
         grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
-    found = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
-    return {digest(result["fields"]): result for result in found}
+    tried = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
+    return {digest(result["fields"]): result for result in tried}
 
 
 def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:

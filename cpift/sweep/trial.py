@@ -44,8 +44,8 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         torch.set_num_threads(sweep.base.resources.most_threads)
         with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
             view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
-            for rung, found in enumerate(rungs(sweep, fields, view), start=1):
-                tune.report({"rung": rung} | found)
+            for rung, means in enumerate(rungs(sweep, fields, view), start=1):
+                tune.report({"rung": rung} | means)
     except CpiftError as error:
         failures.mkdir(parents=True, exist_ok=True)
         write_text(marker, str(error))
@@ -54,8 +54,8 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
 
 def point_of(config: dict[str, Any]) -> Fields:
     """The point of a trial, which Tune gives to it under `fields` or field by field."""
-    found: Fields = config.get("fields", config)
-    return found
+    fields: Fields = config.get("fields", config)
+    return fields
 
 
 def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
@@ -64,15 +64,15 @@ def failure_file(failures: Path, fields: Mapping[str, Any]) -> Path:
 
 def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[str, float]]:
     """The objectives' means after each seed; for ASHA first those of the fused model, before any integration."""
-    found: list[dict[str, float]] = []
+    by_seed: list[dict[str, float]] = []
     maker, integrates = sweep_record(sweep).name, entry(INTEGRATES, sweep.config.model, "model")
     for number, seed in enumerate(sweep.seeds):
         config = sweep.run(fields, seed)
         run = Pipeline(config, engine_for(config), view, maker)
         if number == 0 and sweep.config.search.kind.stops_early and integrates:
             yield _means(sweep, [_figures(run, "fused")])
-        found.append(_figures(run, sweep.config.model))
-        yield _means(sweep, found)
+        by_seed.append(_figures(run, sweep.config.model))
+        yield _means(sweep, by_seed)
 
 
 def asks_ray(resources: ResourcesConfig) -> bool:
@@ -98,12 +98,12 @@ def _figures(run: Pipeline, model: str) -> dict[str, float]:
     return figures(scores, [task.name for task in run.config.tasks], model)
 
 
-def _means(sweep: Sweep, found: list[dict[str, float]]) -> dict[str, float]:
+def _means(sweep: Sweep, by_seed: list[dict[str, float]]) -> dict[str, float]:
     names = [objective.figure for objective in sweep.config.objectives]
     for name in names:
-        if any(name not in means for means in found):
+        if any(name not in means for means in by_seed):
             raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is exactly 0)")
-    return {name: mean(by_name[name] for by_name in found) for name in names}
+    return {name: mean(by_name[name] for by_name in by_seed) for name in names}
 
 
 class _BoardView(View):

@@ -23,8 +23,8 @@ def _what_was_tried(data: SweepData) -> str:
     fields = " and ".join(
         [", ".join(list(data.space)[:-1]), list(data.space)[-1]] if len(data.space) > 1 else data.space
     )
-    merged = data.points - len(data.trials)
-    same = f"; {merged} came to the same groups and models as another and were not computed again" if merged else ""
+    equal = data.points - len(data.trials)
+    same = f"; {equal} came to the same groups and models as another and were not computed again" if equal else ""
     stopped = sum(trial.status == "stopped" for trial in data.trials)
     early = f" ASHA stopped {stopped} of the trials early." if stopped else ""
     return f"{data.points} points over {fields} were {len(data.trials)} different trials{same}.{early}"
@@ -33,9 +33,9 @@ def _what_was_tried(data: SweepData) -> str:
 def _best(data: SweepData, best: TrialRow) -> Iterator[str]:
     figure, sign = data.objectives[0]
     point = ", ".join(f"{name} = {values_of(best, name)}" for name in data.space)
-    found = judged(data, best, figure)
-    assert found is not None
-    yield f"Best by {figure.replace('_', ' ')}: trial {best.number} ({point}), {_words(found, data)}."
+    estimate_of_best = judged(data, best, figure)
+    assert estimate_of_best is not None
+    yield f"Best by {figure.replace('_', ' ')}: trial {best.number} ({point}), {_words(estimate_of_best, data)}."
     others = [
         (sign * estimate.mean, trial, estimate)
         for trial in data.trials
@@ -43,7 +43,7 @@ def _best(data: SweepData, best: TrialRow) -> Iterator[str]:
     ]
     if others:
         _, second, estimate = max(others, key=lambda entry: entry[0])
-        yield f"Next: trial {second.number}, {_words(estimate, data)}.{_overlap(found, estimate)}"
+        yield f"Next: trial {second.number}, {_words(estimate, data)}.{_overlap(estimate_of_best, estimate)}"
 
 
 def values_of(trial: TrialRow, name: str) -> str:
@@ -74,11 +74,11 @@ def _rivals(data: SweepData, best: TrialRow) -> Iterator[str]:
     rivals = {"the staged backbone alone": best.figures.get("backbone"), "θ0": data.references.get("base")}
     if data.model == "final":
         rivals["the fused model before integration"] = best.figures.get("fused")
-    for name, found in rivals.items():
-        if found is not None and figure in found:
-            gap = sign * (own.mean - found[figure].mean)
+    for name, trial in rivals.items():
+        if trial is not None and figure in trial:
+            gap = sign * (own.mean - trial[figure].mean)
             word = "better than" if gap > 0 else "worse than" if gap < 0 else "equal to"
-            yield f"Its {data.model} model is {word} {name} in the same trial ({found[figure].mean:.3f})."
+            yield f"Its {data.model} model is {word} {name} in the same trial ({trial[figure].mean:.3f})."
 
 
 def _caveats(data: SweepData) -> Iterator[str]:

@@ -75,7 +75,7 @@ def text_of(page: str) -> str:
 
 def markdown(text: str) -> str:
     """Inline text of a page in Markdown, in a paragraph, a heading or a table's cell."""
-    escaped = _SPECIAL.sub(lambda found: f"\\{found[0]}", one_line(text).strip())
+    escaped = _SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(text).strip())
     return _ENTITY.sub("&amp;", _NUMBERED.sub(r"\1\\\2", escaped))
 
 
@@ -97,8 +97,8 @@ def _visible(char: str) -> str:
 def _plain_signs(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
-    return "".join(_SIGNS.get(char) or char.encode("unicode_escape").decode("ascii") for char in found), error.end
+    bytes_there = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(char) or char.encode("unicode_escape").decode("ascii") for char in bytes_there), error.end
 
 
 codecs.register_error(PLAIN_SIGNS, _plain_signs)

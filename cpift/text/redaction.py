@@ -67,10 +67,10 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 def redacted(text: str) -> str:
     """The text with every secret in it replaced by ***."""
     for pattern in _ADDRESSES:
-        text = pattern.sub(lambda found: f"{found['kept']}{HIDDEN}@", text)
+        text = pattern.sub(lambda match: f"{match['kept']}{HIDDEN}@", text)
     for pattern in (_QUERY, _PAIR):
-        text = pattern.sub(lambda found: f"{found['kept']}{HIDDEN}", text)
-    text = _ASSIGNED.sub(lambda found: f"{found['kept'] or found['header']}{HIDDEN}", _TOKENS.sub(HIDDEN, text))
+        text = pattern.sub(lambda match: f"{match['kept']}{HIDDEN}", text)
+    text = _ASSIGNED.sub(lambda match: f"{match['kept'] or match['header']}{HIDDEN}", _TOKENS.sub(HIDDEN, text))
     return re.sub(rf"[^{_END}]+", lambda run: HIDDEN if _veiled(run[0]) else run[0], text)
 
 
@@ -143,7 +143,7 @@ def _unveiled(text: str) -> str:
     """Decoded from percents, entities and backslashes, several times where need be, and in the letters that others
     stand for (fullwidth ones)."""
     for _ in range(16):
-        further = text_of(unquote(_ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)))
+        further = text_of(unquote(_ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)))
         if further == text:
             break
         text = further

@@ -15,11 +15,11 @@ def parse_size(value: object) -> int:
     """Bytes from a number or text such as 512MiB, 5GB or 1.5G (1 GB = 10⁹, 1 GiB = 2³⁰). Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    found = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([A-Za-z]*)\s*", str(value))
-    unit = next((factor for name, factor in _UNITS.items() if found and name.lower() == found[2].lower()), None)
-    if found is None or unit is None:
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([A-Za-z]*)\s*", str(value))
+    unit = next((factor for name, factor in _UNITS.items() if match and name.lower() == match[2].lower()), None)
+    if match is None or unit is None:
         raise ValueError(f"{value!r} is no size: write for example 512MiB or 5GB")
-    return int(float(found[1]) * unit)
+    return int(float(match[1]) * unit)
 
 
 def show_size(count: float) -> str:

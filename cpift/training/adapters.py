@@ -27,7 +27,7 @@ def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
     return []
 
 
-def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Path | None = None) -> PreTrainedModel:
+def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Path | None = None) -> PreTrainedModel:
     """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `kept`.
 
     Raises:
@@ -44,8 +44,8 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    if kept is not None:
-        return load_adapter(model, kept, config)
+    if saved is not None:
+        return load_adapter(model, saved, config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -59,5 +59,5 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, kept: Pat
 
 def merge_adapters(model: Any) -> PreTrainedModel:
     """W + (alpha / rank)·B·A in place of W; a model without adapters as it is."""
-    whole: PreTrainedModel = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    return whole
+    merged_model: PreTrainedModel = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return merged_model

@@ -120,12 +120,12 @@ def _sharded(spec: FitSpec) -> bool:
     return spec.resources.sharded and workers_here() > 1
 
 
-def _load(spec: FitSpec, kept: Path | None) -> PreTrainedModel:
+def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
-    source = spec.model if kept is None or lora else kept
+    source = spec.model if saved is None or lora else saved
     model = load_sharded(source, torch.float32, _device(spec)) if _sharded(spec) else load_model(source, torch.float32)
-    return with_adapters(model, lora, spec.seed, kept) if lora else model
+    return with_adapters(model, lora, spec.seed, saved) if lora else model
 
 
 def _resume(checkpoint: Path | None) -> _StageState:
@@ -273,9 +273,9 @@ class _Follower(TrainerCallback):
                     f"{self._spec.title}: the loss is {logs['loss']} at step {state.global_step}. "
                     "Lower `learning_rate` or `max_grad_norm`, or look for broken rows in the data"
                 )
-            kept = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self._progress.log.append(cast(LogRow, {"stage": self._index, "step": state.global_step} | kept))
-            _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, kept)
+            figures = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self._progress.log.append(cast(LogRow, {"stage": self._index, "step": state.global_step} | figures))
+            _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -98,22 +98,22 @@ def read_json(path: Path, limits: Limits = RECORD) -> Any:
 
 def read_object(path: Path, limits: Limits) -> dict[str, Any]:
     """As `read_json`, where only an object of names and values makes sense."""
-    found = read_json(path, limits)
-    if not isinstance(found, dict):
-        raise UnreadableError(f"holds {_words(found)}, not an object of fields", subject=str(path))
-    return found
+    content = read_json(path, limits)
+    if not isinstance(content, dict):
+        raise UnreadableError(f"holds {_words(content)}, not an object of fields", subject=str(path))
+    return content
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
     """Which file of the same folder has each tensor, from an index of shards. Raises as `read_json`."""
-    found = read_object(path, INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    weight_map = read_object(path, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableError("has no weight_map of tensors and files", "download it again", str(path))
-    for name, file in found.items():
+    for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
             what = f"has {shown(name)} in {shown(file)}, which is no file of its folder"
             raise UnreadableError(what, "name the files beside the index", str(path))
-    return found
+    return weight_map
 
 
 def read_with(path: Path, limits: Limits, parse: Callable[[bytes, Limits], Any]) -> Any:
@@ -217,9 +217,9 @@ def _decoder(limits: Limits) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
     raise UnreadableError(f"has {shown(twice)} twice", "keep one of the two")

@@ -83,19 +83,19 @@ class Patterns:
 
     def _reached(self, places: list[tuple[Any, ...]], starts: list[int], text: str, at: int) -> set[int]:
         """Where letters are waited for, or the end (the number of places), without reading one."""
-        seen, found, waiting = set(starts), set(), starts
+        seen, reached, waiting = set(starts), set(), starts
         while waiting:
             place = waiting.pop()
             kind, what = places[place] if place < len(places) else ("end", None)
             if kind in ("letter", "end"):
-                found.add(place)
+                reached.add(place)
                 continue
             steps = what if kind == "go" else [place + 1] if what(text, at) else []
             fresh = [step for step in steps if step not in seen]
             self._left -= 1
             seen.update(fresh)
             waiting += fresh
-        return found
+        return reached
 
 
 class _Program:

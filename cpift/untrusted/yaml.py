@@ -176,8 +176,8 @@ class _Loader(_Base):  # type: ignore[misc]  # a type checker cannot know which 
             if name in seen:
                 raise UnreadableError(f"has {shown(name)} twice{_place(key)}", "keep one of the two")
             seen.add(name)
-        found: dict[str, Any] = super().construct_mapping(node, deep)
-        return found
+        mapping: dict[str, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _place(at: Any) -> str:

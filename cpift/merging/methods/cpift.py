@@ -230,27 +230,27 @@ class Fusion(MergeMethod):
     def definition(self, info: TensorInfo) -> Definition:
         vectors, width = self._vectors(info), self.row_width(self.config, info)
         if width:
-            found = self._defined_by_row(vectors, width)
+            wanted = self._defined_by_row(vectors, width)
         else:
             folds = self._model_folds if self.vector.model else self._folds(runs_of(vectors, info.numel))
-            found = combined(vectors, folds)
-        return self._from_origin(found, info.name) if self.from_origin else found
+            wanted = combined(vectors, folds)
+        return self._from_origin(wanted, info.name) if self.from_origin else wanted
 
     def _vectors(self, info: TensorInfo) -> Vectors:
         """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
 
         def vectors(start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
             sources, core = self.sources(info.name, start, stop), self.union(info.name, start, stop)
-            kept = ~unpack_mask(core, stop - start).numpy()
-            found = [source.double().numpy() for source in sources]
-            found = [vector - found[0] for vector in found[1:]] if self.from_origin else found
-            return [vector * kept for vector in found], np.flatnonzero(kept)
+            rest = ~unpack_mask(core, stop - start).numpy()
+            values = [source.double().numpy() for source in sources]
+            values = [vector - values[0] for vector in values[1:]] if self.from_origin else values
+            return [vector * rest for vector in values], np.flatnonzero(rest)
 
         return vectors
 
-    def _from_origin(self, found: Definition, name: str) -> Definition:
+    def _from_origin(self, of_updates: Definition, name: str) -> Definition:
         def values(start: int, stop: int) -> Expected:
-            moved = found(start, stop)
+            moved = of_updates(start, stop)
             origin = elements_at(self.pretrained, name, start, moved.places)
             scale = moved.scale + (1 + moved.gain) * np.abs(origin)  # `merged` combines θ, not θ − θ0
             return replace(moved, values=moved.values + origin, scale=scale)
@@ -261,14 +261,14 @@ class Fusion(MergeMethod):
         """For elements of whole rows."""
 
         def values(start: int, stop: int) -> Expected:
-            found, places = vectors(start, stop)
+            of_rows, places = vectors(start, stop)
             rows = []
             for first in range(0, stop - start, width):
-                row = [vector[first : first + width] for vector in found]
+                row = [vector[first : first + width] for vector in of_rows]
                 rows.append(expected(row, self._folds(_once(row)), places))
             fields = ([row.values for row in rows], [row.scale for row in rows], [row.gain for row in rows])
-            whole, scale, gain = (np.concatenate(field)[places] for field in fields)
-            return Expected(whole, places, scale, gain)
+            values_there, scale, gain = (np.concatenate(field)[places] for field in fields)
+            return Expected(values_there, places, scale, gain)
 
         return values
 

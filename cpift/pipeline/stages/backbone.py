@@ -49,7 +49,7 @@ def make(run: Run) -> ModelRef:
 def _named_by_user(run: Run) -> ModelRef:
     """A backbone that the user names: a local directory or a hub id."""
     source, local = run.config.backbone.source, Path(run.config.backbone.source).is_dir()
-    given = ModelConfig(
+    config = ModelConfig(
         path=Path(source) if local else None,
         hub=None if local else source,
         revision=run.config.backbone.revision,
@@ -57,19 +57,19 @@ def _named_by_user(run: Run) -> ModelRef:
         gguf=None,
         scratch=None,
     )
-    if run.config.merges_only and given.dtype == "auto":
-        return run.artifacts.input_model("backbone", "backbone.source", given)
-    given = pinned(given)
-    copied = model.copy_of(run.artifacts, "backbone.source", "backbone", given)
-    run.make(copied, _GIVEN, lambda out: model.copy(given, out))
+    if run.config.merges_only and config.dtype == "auto":
+        return run.artifacts.input_model("backbone", "backbone.source", config)
+    config = pinned(config)
+    copied = model.copy_of(run.artifacts, "backbone.source", "backbone", config)
+    run.make(copied, _GIVEN, lambda out: model.copy(config, out))
     return ModelRef.of("backbone", copied)
 
 
 def spec(run: Run, base: ModelRef, groups: Groups, staged: Artifact) -> FitSpec:
     """Multi-stage SFT from θ0, group after group, nothing frozen."""
     training, stages = run.config.backbone_training, stages_of(groups, None)
-    found = fit_spec(run.artifacts, "backbone", base, training, stages, staged)
-    return replace(found, threads=threads_alone(run.artifacts))
+    staged_fit = fit_spec(run.artifacts, "backbone", base, training, stages, staged)
+    return replace(staged_fit, threads=threads_alone(run.artifacts))
 
 
 def title(names: Names) -> str:

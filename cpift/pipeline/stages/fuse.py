@@ -209,10 +209,10 @@ def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Mer
     if not is_json(folder / SUMMARY):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        kept = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
+        regions_config = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
         mark = merging.mark if merging else None
         streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
-        write_regions(inputs.pretrained, inputs.tuned, kept, {kept.p: folder}, streaming)
+        write_regions(inputs.pretrained, inputs.tuned, regions_config, {regions_config.p: folder}, streaming)
     return folder
 
 

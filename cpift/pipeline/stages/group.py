@@ -34,10 +34,10 @@ def grouping(names: Names) -> Grouping | None:
     """What came out if it has been made, else None."""
     if not artifact(names).complete:
         return None
-    kept = read_json(artifact(names).path / "groups.json")
-    groups = tuple(tuple(group) for group in kept["groups"])
-    jaccard = np.array(kept["jaccard"])
-    return Grouping(tuple(kept["tasks"]), jaccard, kept["chance"], kept["tau"], groups, tuple(kept["warnings"]))
+    record = read_json(artifact(names).path / "groups.json")
+    groups = tuple(tuple(group) for group in record["groups"])
+    jaccard = np.array(record["jaccard"])
+    return Grouping(tuple(record["tasks"]), jaccard, record["chance"], record["tau"], groups, tuple(record["warnings"]))
 
 
 @unless_damaged
@@ -45,19 +45,19 @@ def make(run: Run) -> Grouping:
     """Task groups in stage order; what is to be said of them is said once."""
     selected = regions.make(run)
     run.make(artifact(run.artifacts), "task groups", lambda out: build(run, selected, out))
-    found = grouping(run.artifacts)
-    assert found is not None
-    for warning in set(found.warnings) - run.said:
+    grouped = grouping(run.artifacts)
+    assert grouped is not None
+    for warning in set(grouped.warnings) - run.said:
         run.view.warn(warning)
-    run.said.update(found.warnings)
-    return found
+    run.said.update(grouped.warnings)
+    return grouped
 
 
 def build(run: Run, selected: Artifact, out: Path) -> None:
     """Group the tasks by their cores' overlaps."""
-    found, tasks = read_summary(selected.path), [task.name for task in run.config.tasks]
-    places = [found["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
-    overlaps = np.array(found["overlaps"])[np.ix_(places, places)]
+    summary, tasks = read_summary(selected.path), [task.name for task in run.config.tasks]
+    places = [summary["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
+    overlaps = np.array(summary["overlaps"])[np.ix_(places, places)]
     grouped = group_tasks(tasks, overlaps, run.config.regions.p, run.config.groups, run.config.seed)
     write_json(out / "groups.json", asdict(grouped) | {"jaccard": grouped.jaccard.tolist()})
 

@@ -82,13 +82,13 @@ def check_data(run: Run, base: ModelRef) -> None:
 
 def specs(run: Run, base: ModelRef) -> list[FitSpec]:
     """One single-stage fine-tune from θ0 a task."""
-    found = []
+    fits = []
     for task, artifact in artifacts(run.artifacts).items():
         stages = (StageSpec((task,)),)
         spec = fit_spec(run.artifacts, f"probe {task}", base, run.config.probe_training, stages, artifact)
         own = run.config.resources.overridden(run.config.task(task).resources)
-        found.append(replace(spec, resources=own, threads=own.threads))
-    return found
+        fits.append(replace(spec, resources=own, threads=own.threads))
+    return fits
 
 
 def title(names: Names) -> str:

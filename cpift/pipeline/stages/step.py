@@ -21,6 +21,6 @@ class Step:
 
 def step_of(artifact: Artifact, detail: str) -> Step:
     """What a plan says of an artifact."""
-    found = artifact.state()
-    detail = f"{found.why}: it will be set aside and made again" if found.kind == "damaged" else detail
-    return Step(artifact.stage, artifact.label, _STATES[found.kind], detail)
+    state = artifact.state()
+    detail = f"{state.why}: it will be set aside and made again" if state.kind == "damaged" else detail
+    return Step(artifact.stage, artifact.label, _STATES[state.kind], detail)
