@@ -2,9 +2,10 @@
 # make test       set up, lint, check types, run all tests
 # make test-fast  the tests that take seconds
 # make smoke      the whole method on a tiny model made on the spot
+# make gpu-check  ten minutes on a GPU: are its bits right, and how fast is it? Needs torch, Triton and numpy alone
 # make docs       build the site of docs/ into site/, to be opened from disk; strictly, and without the net
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke docs test test-fast lint format clean
+.PHONY: help setup demo smoke gpu-check docs test test-fast lint format clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -42,6 +43,10 @@ demo: $(VENV)/.demo-ready
 
 smoke: $(VENV)/.package
 	$(BIN)/cpift run configs/smoke.yaml
+
+# With the Python that is there, and its torch: nothing is set up.
+gpu-check:
+	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu
 
 # The site needs nothing of what a run needs: torch is not fetched for it.
 $(VENV)/.docs-ready: pyproject.toml constraints.txt

@@ -26,8 +26,8 @@ def as_gpu(target: str = "sm_90") -> Iterator[Counter[str]]:
             launches[kernel.__name__] += 1
             interpret(kernel, *args, **options)
 
-        followed, able = patch.object(dispatch, "_cpu", lambda device: "triton"), patch.object(common, "launch", launch)
-        with followed, able:
+        followed = patch.multiple(dispatch, _cpu=lambda device: "triton", _triton=lambda device: "triton")
+        with followed, patch.object(common, "launch", launch):
             yield launches
 
 

@@ -26,7 +26,7 @@ from cpift_kernels.triton import apply, bracket, freeze, gram, held, offline, ov
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ptx.device import interpreted_ptx, reachable
+from tests.ptx.device import interpreted_ptx
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = pytest.mark.slow
@@ -319,14 +319,13 @@ class TestFreeze:
         moved = [[_unaligned(x + 1) if place % 2 else x + 1 for place, x in enumerate(values)] for _ in range(2)]
         results = []
         for make, mine in zip((held.hold_masked, held_module.hold_masked_reference), moved, strict=True):
-            with reachable([*values, *words, *mine]):
-                one = make(values, words)
-                one.restore_(mine)
-                restored = [x.clone() for x in mine]
-                one.zero_(3, mine[3])
-                one.replace(4, values[4] * 2)
-                one.pull_(mine, [0.25, 0.25, 0.5, 0.5, 0.5, 0.75])
-                results.append((one.count, [*restored, *mine]))
+            one = make(values, words)
+            one.restore_(mine)
+            restored = [x.clone() for x in mine]
+            one.zero_(3, mine[3])
+            one.replace(4, values[4] * 2)
+            one.pull_(mine, [0.25, 0.25, 0.5, 0.5, 0.5, 0.75])
+            results.append((one.count, [*restored, *mine]))
         assert results[0][0] == results[1][0]
         assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
@@ -334,9 +333,8 @@ class TestFreeze:
         """It allocates nothing and reads nothing back: what a captured graph needs."""
         values = _list_of_tensors()
         words = [_masks(x.numel(), 1)[0] for x in values]
-        with reachable([*values, *words]):
-            one = held.hold_masked(values, words)
-            one.pull_(values, [0.5] * len(values))
+        one = held.hold_masked(values, words)
+        one.pull_(values, [0.5] * len(values))
         with _Operations() as operations:
             steps = [
                 offline.record(lambda: one.restore_(values)),

@@ -12,7 +12,6 @@ from cpift_kernels import pack_mask
 from cpift.errors import CpiftError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved, snapshot
 from tests.helpers.as_gpu import as_gpu
-from tests.ptx.device import reachable
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=False),
@@ -74,21 +73,20 @@ def test_kernels_of_a_gpu_hold_and_pull_the_same_bits() -> None:
         with as_gpu() if on_gpu else nullcontext(Counter()) as launches:
             model = network(torch.bfloat16)
             masks = packed(bool_masks(model, 0.3))
-            with reachable([*model.parameters(), *masks.values()]):
-                origin = {name: p.detach() + 1 for name, p in model.named_parameters()}
-                freezer = ElementFreezer(model, masks)
-                anchor = ElementAnchor(model, masks, 4.0, origin.__getitem__)
-                optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-                held_still = snapshot(model, masks)
-                with freezer, anchor:
-                    freezer.attach(optimizer)
-                    before = launches["move_list_kernel"]
-                    train(model, optimizer, steps=2, accumulate=1)
-                    assert count_moved(held_still, snapshot(model, masks)) == 0
-                    anchor.attach(optimizer)
-                    train(model, optimizer, steps=1, accumulate=1)
-                assert launches["move_list_kernel"] - before == (5 if on_gpu else 0)  # three put back, one pulled
-                results.append([p.detach() for p in model.parameters()])
+            origin = {name: p.detach() + 1 for name, p in model.named_parameters()}
+            freezer = ElementFreezer(model, masks)
+            anchor = ElementAnchor(model, masks, 4.0, origin.__getitem__)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+            held_still = snapshot(model, masks)
+            with freezer, anchor:
+                freezer.attach(optimizer)
+                before = launches["move_list_kernel"]
+                train(model, optimizer, steps=2, accumulate=1)
+                assert count_moved(held_still, snapshot(model, masks)) == 0
+                anchor.attach(optimizer)
+                train(model, optimizer, steps=1, accumulate=1)
+            assert launches["move_list_kernel"] - before == (5 if on_gpu else 0)  # three put back, one pulled
+            results.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

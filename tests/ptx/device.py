@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +13,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from cpift_kernels.triton import common
+from cpift_kernels.triton.held import HeldOnGpu
 from cpift_kernels.triton.offline import TARGETS, Launch, compile_launch, describe
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Buffer, Dense, Memory
@@ -86,7 +88,8 @@ def _value(argument: Tensor | int, memory: Memory, bases: dict[int, int], buffer
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     """The whole storage."""
-    data: NDArray[np.uint8] = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    with _disable_current_modes():  # of no account to a test that watches torch's operations
+        data: NDArray[np.uint8] = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
     return data
 
 
@@ -107,5 +110,11 @@ def interpreted_ptx(target: str) -> Iterator[None]:
         if described.programs:
             run_launch(described, target)
 
-    with patch.object(common, "launch", launch):
+    move = HeldOnGpu._move
+
+    def reaching(held: HeldOnGpu, values: Sequence[Tensor], *args: Any, **options: Any) -> None:
+        with reachable([*values, *held._words]):
+            move(held, values, *args, **options)
+
+    with patch.object(common, "launch", launch), patch.object(HeldOnGpu, "_move", reaching):
         yield
