@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: release for name in PACKAGES if (release := _version(name))},
         "device": device(),
     }
 
@@ -58,12 +58,12 @@ def commit() -> str:
 def device() -> dict[str, Any]:
     """The processor, the cores this process may use, the memory, and the GPU if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
-    found["simd"] = torch.backends.cpu.get_cpu_capability()
+    described: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
+    described["simd"] = torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    return found
+        described["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return described
 
 
 def _git(*arguments: str) -> str:

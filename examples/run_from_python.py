@@ -21,7 +21,7 @@ def main(config: str, in_process: bool) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [one for one in sys.argv[1:] if one != "--in-process"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--in-process"]
     if len(arguments) != 1:
         sys.exit(__doc__)
     try:

@@ -121,11 +121,11 @@ def _header(file: Path) -> object:
     """What is taken here, the safetensors library takes too, and reads the same of it."""
     from safetensors import safe_open
 
-    found = {info.name: info.shape for info in read_header(file)}
+    shapes = {info.name: info.shape for info in read_header(file)}
     with safe_open(file, framework="numpy") as opened:
         theirs = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    assert found == theirs, (found, theirs)
-    return found
+    assert shapes == theirs, (shapes, theirs)
+    return shapes
 
 
 def _adapter(file: Path) -> object:

@@ -85,7 +85,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _fields(section: type[BaseModel], places: Mapping[type[BaseModel], str]) -> str:
     """The table of a section's fields, without those that the section that it extends has."""
-    parents = [one for one in section.__mro__[1:] if one in places]
+    parents = [parent for parent in section.__mro__[1:] if parent in places]
     inherited = set(parents[0].model_fields) if parents else set()
     rows = [
         (f"`{name}`", _type(field.annotation, field.metadata, places), _default(field), _meaning(field))
@@ -98,7 +98,7 @@ def _fields(section: type[BaseModel], places: Mapping[type[BaseModel], str]) -> 
 
 def _meaning(field: FieldInfo) -> str:
     """Its description; of a section without one what the section says of itself."""
-    return _plain(field.description or next((one.__doc__ or "" for one in _models_in(field.annotation)), ""))
+    return _plain(field.description or next((section.__doc__ or "" for section in _models_in(field.annotation)), ""))
 
 
 def _default(field: FieldInfo) -> str:
@@ -119,7 +119,7 @@ def _default_of(field: FieldInfo) -> Any:
 def _size(nbytes: int) -> str:
     """Bytes as a file would have them, exactly."""
     units = {2**30: "GiB", 2**20: "MiB", 10**9: "GB", 10**6: "MB", 1: ""}
-    unit = next(one for one in units if nbytes % one == 0)
+    unit = next(size for size in units if nbytes % size == 0)
     return f"{nbytes // unit}{units[unit]}"
 
 
@@ -130,7 +130,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_shown, value))}]"
     if isinstance(value, BaseModel):
-        return f"{{{', '.join(f'{name}: {_shown(one)}' for name, one in value if one is not None)}}}"
+        return f"{{{', '.join(f'{name}: {_shown(element)}' for name, element in value if element is not None)}}}"
     return f'"{value}"' if value == "*" else f"{value}"
 
 
@@ -139,7 +139,7 @@ def _type(annotation: Any, marks: Iterable[Any], places: Mapping[type[BaseModel]
     if any(isinstance(mark, BeforeValidator) for mark in marks) and annotation is int:
         return "bytes, or text such as 512MiB"
     if origin is Annotated:
-        inner = [one for mark in parts[1:] for one in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
+        inner = [part for mark in parts[1:] for part in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
         return _type(parts[0], [*inner, *marks], places)
     if origin in (Union, UnionType):
         kinds = [_type(part, (), places) for part in parts if part is not NoneType]
@@ -157,18 +157,18 @@ def _type(annotation: Any, marks: Iterable[Any], places: Mapping[type[BaseModel]
 
 
 def _bounds(marks: Iterable[Any], counted: tuple[str, str] = ("characters", "character")) -> str:
-    found = []
+    bounds = []
     for mark in marks:
         for name, sign in _BOUNDS.items():
             bound = getattr(mark, name, None)
             if bound is not None and abs(bound) < _COUNTED:
-                found.append(f"{sign} {bound:g}")
+                bounds.append(f"{sign} {bound:g}")
         if isinstance(mark, annotated_types.MinLen | annotated_types.MaxLen):
             least = isinstance(mark, annotated_types.MinLen)
-            found.append(
+            bounds.append(
                 f"at {'least' if least else 'most'} {(many := getattr(mark, _LENGTHS[least]))} {counted[many == 1]}"
             )
-    return f", {', '.join(found)}" if found else ""
+    return f", {', '.join(bounds)}" if bounds else ""
 
 
 def _link(title: str) -> str:
@@ -182,7 +182,7 @@ def _link(title: str) -> str:
 def _metrics() -> str:
     """What `tasks.*.metric` may be."""
     passes = ("", "the loss", "the loss, replies", "the loss, replies, the judge")
-    rows = [(f"`{name}`", one.title, one.needs, passes[one.passes]) for name, one in METRICS.items()]
+    rows = [(f"`{name}`", metric.title, metric.needs, passes[metric.passes]) for name, metric in METRICS.items()]
     own = "Of `tasks.*.metric`; or [one of your own](extending/metric.md), which reads replies."
     table = _table(("metric", "score", "what a row needs beside its prompt", "what is computed"), rows)
     return f"## Metrics\n\n{own}\n\n{table}\n"
@@ -193,11 +193,11 @@ def _methods() -> str:
     methods = [
         (
             f"`{name}`",
-            f"{one.formula} ({one.source})",
-            _said(one),
-            ", ".join(f"`{field}`" for field in one.fields) or "none",
+            f"{method.formula} ({method.source})",
+            _said(method),
+            ", ".join(f"`{field}`" for field in method.fields) or "none",
         )
-        for name, one in METHODS.items()
+        for name, method in METHODS.items()
     ]
     rules = [(f"`{name}`", rule.formula) for name, rule in CONFLICTS.items()]
     measures = [(f"`{name}`", measure.formula) for name, measure in MEASURES.items()]
@@ -220,8 +220,8 @@ def _methods() -> str:
 
 def _said(method: type[MergeMethod]) -> str:
     """What else decides the result, and how often everything is read before it is written."""
-    found = ["θ0"] * method.needs_base + ["the seed"] * method.seeded
-    return f"{' and '.join(found) or 'nothing'}; {method.reads + 1} reads"
+    needs = ["θ0"] * method.needs_base + ["the seed"] * method.seeded
+    return f"{' and '.join(needs) or 'nothing'}; {method.reads + 1} reads"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def _said(method: type[MergeMethod]) -> str:
 
 def _commands() -> str:
     group = typer.main.get_command(app)
-    found = list(_leaves(group, "cpift"))
-    return "\n".join(["## Commands\n", *(_command(name, command) for name, command in found)])
+    leaves = list(_leaves(group, "cpift"))
+    return "\n".join(["## Commands\n", *(_command(name, command) for name, command in leaves)])
 
 
 def _leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -242,33 +242,34 @@ def _leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _command(name: str, command: Any) -> str:
     kinds = {
-        one.name: str(one.annotation) for one in inspect.signature(command.callback, eval_str=True).parameters.values()
+        parameter.name: str(parameter.annotation)
+        for parameter in inspect.signature(command.callback, eval_str=True).parameters.values()
     }
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
-    usage = " ".join([name, *(_word(one) for one in arguments), "[OPTIONS]"])
-    rows = [(f"`{_word(one)}`", _plain(_help(one))) for one in arguments]
-    rows += [(_flags(one, kinds[one.name]), _plain(_help(one))) for one in options]
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option" and param.name != "help"]
+    usage = " ".join([name, *(_word(argument) for argument in arguments), "[OPTIONS]"])
+    rows = [(f"`{_word(argument)}`", _plain(_help(argument))) for argument in arguments]
+    rows += [(_flags(option, kinds[option.name]), _plain(_help(option))) for option in options]
     table = f"\n{_table(('', 'what'), rows)}\n" if rows else ""
     return f"### {name}\n\n{_plain(command.help or '')}\n\n```text\n{usage}\n```\n{table}"
 
 
-def _word(one: Any) -> str:
+def _word(param: Any) -> str:
     """An argument, as the usage has it."""
-    name = one.metavar or one.name.upper()
-    return name if one.required or name.startswith("[") else f"[{name}]"
+    name = param.metavar or param.name.upper()
+    return name if param.required or name.startswith("[") else f"[{name}]"
 
 
-def _flags(one: Any, kind: str) -> str:
+def _flags(param: Any, kind: str) -> str:
     """An option's names, with what stands for its value."""
-    value = one.metavar or next((word for part, word in _VALUES.items() if part in kind), "TEXT")
-    return ", ".join(f"`{name}{'' if one.is_flag else f' {value}'}`" for name in [*one.opts, *one.secondary_opts])
+    value = param.metavar or next((word for part, word in _VALUES.items() if part in kind), "TEXT")
+    return ", ".join(f"`{name}{'' if param.is_flag else f' {value}'}`" for name in [*param.opts, *param.secondary_opts])
 
 
-def _help(one: Any) -> str:
-    default = one.default
+def _help(param: Any) -> str:
+    default = param.default
     shown = isinstance(default, (str, int, float, Enum)) and not isinstance(default, bool) and default != ""
-    text = one.help or ""
+    text = param.help or ""
     return f"{text} [default: {default}]" if shown and "[default" not in text else text
 
 
@@ -290,19 +291,22 @@ def _public(name: str, value: Any) -> str:
 
 def _signature(value: Any) -> str:
     """Names, kinds and defaults, one a line where they are many; types are in the source, and editors show them."""
-    found = [one.replace(annotation=inspect.Parameter.empty) for one in inspect.signature(value).parameters.values()]
-    return str(inspect.Signature(found))
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(value).parameters.values()
+    ]
+    return str(inspect.Signature(parameters))
 
 
 def _members(value: Any) -> str:
     """Public methods and properties of a class, a line each."""
     if not isinstance(value, type):
         return ""
-    own = {name: one for name, one in vars(value).items() if not name.startswith("_")}
+    own = {name: member for name, member in vars(value).items() if not name.startswith("_")}
     rows = [
-        (f"`{name}`", _plain(one.__doc__.split("\n\n")[0]))
-        for name, one in own.items()
-        if (callable(one) or isinstance(one, property | classmethod | staticmethod)) and one.__doc__
+        (f"`{name}`", _plain(member.__doc__.split("\n\n")[0]))
+        for name, member in own.items()
+        if (callable(member) or isinstance(member, property | classmethod | staticmethod)) and member.__doc__
     ]
     return f"\n{_table(('member', 'what'), rows)}\n" if rows else ""
 
@@ -313,7 +317,7 @@ def _members(value: Any) -> str:
 def _plain(text: str) -> str:
     """Help and docstrings as Markdown: one line a paragraph, without rich's marks; what is no code means nothing."""
     text = re.sub(r"\[/?(?:bold|italic|dim)?\]", "", inspect.cleandoc(text))
-    text = re.sub(r"[ \n]*\n[ ]*(?!\n)", lambda found: "\n\n" if found[0].count("\n") > 1 else " ", text)
+    text = re.sub(r"[ \n]*\n[ ]*(?!\n)", lambda match: "\n\n" if match[0].count("\n") > 1 else " ", text)
     parts = re.split(r"(`+[^`]+`+)", text)
     return "".join(part if part.startswith("`") else part.replace("*", r"\*").replace("<", "&lt;") for part in parts)
 

@@ -30,9 +30,10 @@ _READ = {
 
 def limits_table() -> str:
     """What each reader of JSON and YAML takes at most."""
-    found = {name: one for name, one in vars(untrusted).items() if isinstance(one, untrusted.Limits)}
+    limits = {name: limit for name, limit in vars(untrusted).items() if isinstance(limit, untrusted.Limits)}
     rows = [
-        f"| {_READ[name]} | {one.size:,} | {one.values:,} | {one.depth} | {one.digits} |" for name, one in found.items()
+        f"| {_READ[name]} | {limit.size:,} | {limit.values:,} | {limit.depth} | {limit.digits} |"
+        for name, limit in limits.items()
     ]
     head = "| what is read | bytes | values | levels | digits of a whole number |"
     return "\n".join([head, "|---|--:|--:|--:|--:|", *rows])
@@ -106,12 +107,12 @@ def _becomes(row: dict[str, Any], columns: dict[str, str]) -> str:
         example = parse_row(row, columns)
     except RowError as error:
         return f"refused: {ascii(str(error))[1:-1]}"
-    told = []
+    parts = []
     for turn in example.messages:
         extra = "".join(f", {name} {value!r}" for name, value in turn.turn.items() if name not in ("role", "content"))
-        told.append(f"{turn.role} {turn.content!r}{extra}" + ("" if turn.trained else ", not trained on"))
+        parts.append(f"{turn.role} {turn.content!r}{extra}" + ("" if turn.trained else ", not trained on"))
     fields = any(turn.fields for turn in example.messages if turn.role != "tool")
-    return "; ".join(told) + (" (refused where the chat template does not write it)" if fields else "")
+    return "; ".join(parts) + (" (refused where the chat template does not write it)" if fields else "")
 
 
 TABLES["rows"] = rows
@@ -120,7 +121,7 @@ TABLES["rows"] = rows
 def formats() -> str:
     """Files of rows: what is read, by what of it, and what is refused by name."""
     packed = ", ".join(name for name, _ in row_formats.COMPRESSIONS.values())
-    binary = ", ".join(sorted({one.title for one in row_formats.BINARY.values()}))
+    binary = ", ".join(sorted({kind.title for kind in row_formats.BINARY.values()}))
     tables = ", ".join(dict.fromkeys(row_formats.TABLES.values()))
     lines = ["| file | known by |", "|---|---|"]
     lines += [
@@ -144,7 +145,7 @@ def written(text: str) -> str:
     """The document with every table as the code has it."""
     for name, table in TABLES.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda found, table=table: f"{found[1]}{table().rstrip()}\n{found[2]}", text)  # type: ignore[misc]
+        text = marked.sub(lambda match, table=table: f"{match[1]}{table().rstrip()}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
 

@@ -82,8 +82,8 @@ def trials(seed: int) -> Iterator[dict[str, Any]]:
     for contender in (AVERAGE, TIES, CPIFT, SFT):
         for value in contender.values:
             model = MAKERS[contender.name](shared, run, value)
-            found = scores | scored(shared, run, [model])
-            yield line(seed, contender, value, condensed(found), model.title)
+            all_scores = scores | scored(shared, run, [model])
+            yield line(seed, contender, value, condensed(all_scores), model.title)
 
 
 def average(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
@@ -104,7 +104,9 @@ def integrated(shared: SharedWork, run: Pipeline, value: float) -> ModelRef:
     artifact = order.outputs(own.artifacts, own.known())["integrate"]
     spec = integrate.spec(own, fused, groups, artifact)
     shared.train(
-        f"integration, {value:g}", [(artifact, spec, own)], lambda made, out: add_card(own, "final", groups, made, out)
+        f"integration, {value:g}",
+        [(artifact, spec, own)],
+        lambda output, out: add_card(own, "final", groups, output, out),
     )
     return ModelRef.of("final", artifact)
 
@@ -161,19 +163,19 @@ def line(seed: int, contender: Contender, value: float, scores: Mapping[str, Any
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Every trial's mean retention, and of each method the value with the best mean over seeds."""
-    seeds = list(dict.fromkeys(one["seed"] for one in lines))
+    seeds = list(dict.fromkeys(row["seed"] for row in lines))
     head = ["method", "field", "value", *(f"seed {seed}" for seed in seeds), "mean", ""]
     rows = [head, ["---"] * len(head)]
-    for method in dict.fromkeys(one["method"] for one in lines):
-        found: dict[float, list[float]] = {}
+    for method in dict.fromkeys(row["method"] for row in lines):
+        by_value: dict[float, list[float]] = {}
         for one in lines:
             if one["method"] == method:
-                found.setdefault(one["value"], []).append(one["retention"])
-        best = max(found, key=lambda value: mean(found[value]))
-        field = next(one["field"] for one in lines if one["method"] == method)
-        for value, kept_by_seed in found.items():
+                by_value.setdefault(one["value"], []).append(one["retention"])
+        best = max(by_value, key=lambda value: mean(by_value[value]))
+        field = next(row["field"] for row in lines if row["method"] == method)
+        for value, kept_by_seed in by_value.items():
             chosen = "chosen" if field and value == best else ""
-            shown = [f"{one:.1%}" for one in (*kept_by_seed, mean(kept_by_seed))]
+            shown = [f"{share:.1%}" for share in (*kept_by_seed, mean(kept_by_seed))]
             rows.append([method, field or "–", f"{value:g}" if field else "–", *shown, chosen])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("what", help="record: the sweep's folder; write: the sweep's name")
     options = parser.parse_args()
     if options.action == "record":
-        found = json.loads((Path(options.what) / "sweep.json").read_text(encoding="utf-8"))
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(found)]
-        write_text(RESULTS / f"sweep_{found['name']}.jsonl", "".join(lines))
+        record = json.loads((Path(options.what) / "sweep.json").read_text(encoding="utf-8"))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(record)]
+        write_text(RESULTS / f"sweep_{record['name']}.jsonl", "".join(lines))
         return
     rows = read(RESULTS / f"sweep_{options.what}.jsonl")
     about = SWEEPS / f"{options.what}_about.md"
@@ -45,24 +45,26 @@ def main() -> None:
     )
 
 
-def rows_of(found: dict[str, Any]) -> Rows:
+def rows_of(record: dict[str, Any]) -> Rows:
     """`found`: a sweep.json."""
-    head = {name: found[name] for name in ("name", "points", "seeds", "confidence", "tasks")}
-    figures = {"references": _values(found["references"], found["tasks"])}
+    head = {name: record[name] for name in ("name", "points", "seeds", "confidence", "tasks")}
+    figures = {"references": _values(record["references"], record["tasks"])}
     trials = [
-        {name: one[name] for name in ("number", "points", "groups", "status", "seconds")}
-        | {"figures": _values(one["figures"], found["tasks"])}
-        for one in found["trials"]
+        {name: trial[name] for name in ("number", "points", "groups", "status", "seconds")}
+        | {"figures": _values(trial["figures"], record["tasks"])}
+        for trial in record["trials"]
     ]
-    return [head | figures | {"reuse": found["reuse"], "environment": environment()}, *trials]
+    return [head | figures | {"reuse": record["reuse"], "environment": environment()}, *trials]
 
 
 def _values(figures: dict[str, Any], tasks: dict[str, str]) -> dict[str, dict[str, list[float]]]:
     """Each task's own figure and the retentions, one value a seed."""
     wanted = {"mean_retention", "worst_retention", *(figure_of(task, metric) for task, metric in tasks.items())}
     return {
-        model: {name: [round(value, 6) for value in one["values"]] for name, one in found.items() if name in wanted}
-        for model, found in figures.items()
+        model: {
+            name: [round(value, 6) for value in figure["values"]] for name, figure in by_name.items() if name in wanted
+        }
+        for model, by_name in figures.items()
     }
 
 
@@ -113,10 +115,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _cell(figure: str, one: Estimate) -> str:
+def _cell(figure: str, value: Estimate) -> str:
     scale, digits = (1, 3) if figure.endswith(".loss") else (100, 1)
-    spread = "" if one.low is None else f" ±{scale * (one.mean - one.low):.{digits}f}"
-    return f"{scale * one.mean:.{digits}f}{spread}"
+    spread = "" if value.low is None else f" ±{scale * (value.mean - value.low):.{digits}f}"
+    return f"{scale * value.mean:.{digits}f}{spread}"
 
 
 def _at(trials: Rows, figure: str, model: str, fields: Mapping[str, Any]) -> list[list[float]]:
@@ -147,28 +149,28 @@ def _difference(head: dict[str, Any], trials: Rows, figure: str, name: str, low:
 
 def _gap(head: dict[str, Any], figure: str, above: Sequence[float], below: Sequence[float]) -> str:
     """The mean difference of values that are paired by seed."""
-    found = estimate([a - b for a, b in zip(above, below, strict=True)], head["confidence"])
+    gap = estimate([a - b for a, b in zip(above, below, strict=True)], head["confidence"])
     scale, digits = (1, 3) if figure.endswith(".loss") else (100, 1)
-    text = f"{scale * found.mean:+.{digits}f}"
-    if found.low is None or found.high is None:
+    text = f"{scale * gap.mean:+.{digits}f}"
+    if gap.low is None or gap.high is None:
         return text
-    text += f" [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+    text += f" [{scale * gap.low:+.{digits}f}, {scale * gap.high:+.{digits}f}]"
+    return f"**{text}**" if gap.low > 0 or gap.high < 0 else text
 
 
 def _models(head: dict[str, Any], trials: Rows, names: dict[str, str]) -> str:
     """θ0 and the probes; over all points the backbone, the fused and the final model, and what the last step adds."""
     lines = [
-        [title, *(_cell(figure, estimate(found[figure], head["confidence"])) for figure in names)]
-        for title, found in head["references"].items()
+        [title, *(_cell(figure, estimate(figures[figure], head["confidence"])) for figure in names)]
+        for title, figures in head["references"].items()
     ]
     means = {
         model: [[mean(seed) for seed in zip(*_at(trials, f, model, {}), strict=True)] for f in names]
         for model in MODELS
         if all(model in row["figures"] for row in trials)
     }
-    for model, found in means.items():
-        cells = [_cell(f, estimate(m, head["confidence"])) for f, m in zip(names, found, strict=True)]
+    for model, by_task in means.items():
+        cells = [_cell(f, estimate(m, head["confidence"])) for f, m in zip(names, by_task, strict=True)]
         lines.append([f"{model}, mean over points", *cells])
     for model in list(means)[:-1] if "final" in means else []:
         pairs = zip(names, means["final"], means[model], strict=True)
@@ -183,8 +185,10 @@ def _grid(head: dict[str, Any], trials: Rows, fields: dict[str, list[Any]], figu
     (rows, down), (columns, across) = fields.items()
     lines = []
     for r in down:
-        found = [_at(trials, figure, "final", {rows: r, columns: c}) for c in across]
-        cells = [_cell(figure, estimate(one[0], head["confidence"])) if one else "–" for one in found]
+        trials_there = [_at(trials, figure, "final", {rows: r, columns: c}) for c in across]
+        cells = [
+            _cell(figure, estimate(repeats[0], head["confidence"])) if repeats else "–" for repeats in trials_there
+        ]
         lines.append([shown(r), *cells])
     return f"## Final model: {title}\n\n" + _table([f"{rows} ↓, {columns} →", *map(shown, across)], lines)
 
@@ -196,7 +200,11 @@ def _groups(trials: Rows) -> str:
             ", ".join(f"{name} {shown(value)}" for name, value in point.items()) for point in row["points"]
         )
         lines.append(
-            [str(row["number"]), points, "<br>".join(" → ".join(" + ".join(g) for g in one) for one in row["groups"])]
+            [
+                str(row["number"]),
+                points,
+                "<br>".join(" → ".join(" + ".join(g) for g in groups) for groups in row["groups"]),
+            ]
         )
     return "One line a seed, in the order of the stages.\n\n" + _table(["trial", "points", "groups"], lines)
 
@@ -204,13 +212,13 @@ def _groups(trials: Rows) -> str:
 def _cost(head: dict[str, Any]) -> str:
     lines = [
         [
-            one["stage"],
-            str(one["needed"]),
-            str(one["made"]),
-            f"{one['seconds_needed']:.0f}",
-            f"{one['seconds_made']:.0f}",
+            stage["stage"],
+            str(stage["needed"]),
+            str(stage["made"]),
+            f"{stage['seconds_needed']:.0f}",
+            f"{stage['seconds_made']:.0f}",
         ]
-        for one in head["reuse"]
+        for stage in head["reuse"]
     ]
     note = "Outputs and seconds of the stages' own work, beside what a separate run of every point and seed would make."
     return f"{note}\n\n" + _table(["stage", "in separate runs", "made", "s in separate runs", "s"], lines)

@@ -117,11 +117,11 @@ def gram(s: Setting) -> Workload:
     models, excluded = s.models(), ck.union_mask(s.masks())
     expected: list[Tensor] = []
 
-    def check(found: Tensor) -> None:
+    def check(result: Tensor) -> None:
         if not expected:
             expected.append(ck.masked_gram(models[0], models[1:], excluded, backend="reference"))
         norms = expected[0].diagonal(dim1=1, dim2=2).sqrt()
-        assert bool(((found - expected[0]).abs() <= 1e-6 * norms[:, :, None] * norms[:, None, :]).all())
+        assert bool(((result - expected[0]).abs() <= 1e-6 * norms[:, :, None] * norms[:, None, :]).all())
 
     def plain() -> Tensor:
         kept = ~ck.unpack_mask(excluded, s.elements)
@@ -147,13 +147,13 @@ def apply(s: Setting) -> Workload:
         ck.fused_apply(out, models, scale, [None, *masks], backend=backend)
         return out
 
-    def check(found: Tensor) -> None:
+    def check(result: Tensor) -> None:
         epsilon = torch.finfo(s.dtype).eps
         for part in chunks(s.elements):
             words = [mask[part.start // 32 : (part.stop + 31) // 32] for mask in masks]
-            want, values = torch.empty_like(found[part]), [model[part] for model in models]
+            want, values = torch.empty_like(result[part]), [model[part] for model in models]
             ck.fused_apply(want, values, scale, [None, *words], backend="reference")
-            error = (found[part].float() - want.float()).abs()
+            error = (result[part].float() - want.float()).abs()
             assert bool((error <= epsilon * want.float().abs() + 1e-6).all())
         out.fill_(float("nan"))
 
@@ -193,18 +193,18 @@ def slerp(s: Setting) -> Workload:
     if theirs:
         rivals["mergekit"] = theirs.run
 
-    def close(found: Tensor, expected: Callable[[slice], Tensor], tolerance: float = 0.0) -> None:
+    def close(result: Tensor, expected: Callable[[slice], Tensor], tolerance: float = 0.0) -> None:
         """Within two units in the last place of the summands (coefficients are fp32), or the relative tolerance."""
         allowed = max(2 * torch.finfo(s.dtype).eps, tolerance)
         for part in chunks(s.elements):
             summands = scale * sum(model[part].double().abs() for model in models)
-            assert bool(((found[part].double() - expected(part)).abs() <= allowed * summands).all())
+            assert bool(((result[part].double() - expected(part)).abs() <= allowed * summands).all())
 
-    def check(found: Tensor) -> None:
-        close(found, lambda part: scale * (models[0][part].double() + models[1][part].double()))
+    def check(result: Tensor) -> None:
+        close(result, lambda part: scale * (models[0][part].double() + models[1][part].double()))
         if theirs:
             theirs.run()
-            close(theirs.result(), lambda part: found[part].double(), 1e-4)  # it takes LERP from cosΩ = 0.9995 on
+            close(theirs.result(), lambda part: result[part].double(), 1e-4)  # it takes LERP from cosΩ = 0.9995 on
 
     return Workload(
         bytes=2 * sum(map(_nbytes, models)) + _nbytes(out),
@@ -224,8 +224,8 @@ def overlap(s: Setting) -> Workload:
     masks = s.masks()
     expected = ck.overlap_counts([[m] for m in masks], backend="reference")
 
-    def check(found: Tensor) -> None:
-        assert torch.equal(found, expected)
+    def check(result: Tensor) -> None:
+        assert torch.equal(result, expected)
 
     return Workload(
         bytes=sum(map(_nbytes, masks)),

@@ -67,8 +67,8 @@ class Probe:
         """Their names, and the step of those that are whole."""
         if self.store is not None:
             return self.store.checkpoints()
-        found = {path.name: path for place in PLACES for path in sorted(self.output.glob(f".work/*/{place}"))}
-        return {name: step_of(path / "trainer_state.json") for name, path in found.items()}
+        by_name = {path.name: path for place in PLACES for path in sorted(self.output.glob(f".work/*/{place}"))}
+        return {name: step_of(path / "trainer_state.json") for name, path in by_name.items()}
 
     def processes(self, name: str, root: int | None = None) -> list[int]:
         """Descendants whose command line holds `name`, oldest first."""
@@ -115,10 +115,10 @@ Kill = Callable[[Probe, random.Random], str | None]
 
 def sigkill(name: str) -> Kill:
     def kill(probe: Probe, rng: random.Random) -> str | None:
-        found = probe.processes(name)
-        if not found:
+        processes = probe.processes(name)
+        if not processes:
             return None
-        pid = rng.choice(found)
+        pid = rng.choice(processes)
         what = command_line(pid)
         os.kill(pid, signal.SIGKILL)
         return what[:60]
@@ -161,20 +161,20 @@ def fill_memory(probe: Probe, rng: random.Random) -> str | None:
 
 def limit_memory(probe: Probe, rng: random.Random) -> str | None:
     """Let the worker's next allocations fail; some libraries then end it, in others it stands still for ever."""
-    found = probe.processes(WORKER)
-    if not found:
+    workers = probe.processes(WORKER)
+    if not workers:
         return None
-    size = int(Path(f"/proc/{found[0]}/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-    resource.prlimit(found[0], resource.RLIMIT_AS, (size - 2**28, size - 2**28))
-    return f"address space of {command_line(found[0])[:40]}"
+    size = int(Path(f"/proc/{workers[0]}/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    resource.prlimit(workers[0], resource.RLIMIT_AS, (size - 2**28, size - 2**28))
+    return f"address space of {command_line(workers[0])[:40]}"
 
 
 def stop(probe: Probe, rng: random.Random) -> str | None:
-    found = probe.processes(WORKER)
-    if not found:
+    workers = probe.processes(WORKER)
+    if not workers:
         return None
-    os.kill(found[0], signal.SIGSTOP)
-    return f"stopped, not killed: {command_line(found[0])[:40]}"
+    os.kill(workers[0], signal.SIGSTOP)
+    return f"stopped, not killed: {command_line(workers[0])[:40]}"
 
 
 def set_threshold(probe: Probe) -> None:

@@ -59,13 +59,13 @@ def cluster(workers: int, folder: Path) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder / "ray")}
-    made = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": STORE})
+    ray_cluster = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": STORE})
     for _ in range(workers):
-        made.add_node(num_cpus=1, object_store_memory=STORE)
+        ray_cluster.add_node(num_cpus=1, object_store_memory=STORE)
     try:
-        yield made.address
+        yield ray_cluster.address
     finally:
-        made.shutdown()
+        ray_cluster.shutdown()
 
 
 def run(file: Path, out: Path, address: str | None, kill: Kill | None) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def worker_below(root: int) -> Kill:
     """Kills one process that runs a task of a stage."""
 
     def kill(stage: str) -> str | None:
-        found = [pid for pid in descendants(root) if command_line(pid).startswith(TASK[stage])]
-        if not found:
+        pids = [pid for pid in descendants(root) if command_line(pid).startswith(TASK[stage])]
+        if not pids:
             return None
-        os.kill(found[-1], signal.SIGKILL)
+        os.kill(pids[-1], signal.SIGKILL)
         return f"SIGKILL to {TASK[stage]}"
 
     return kill
@@ -123,11 +123,11 @@ def experiment(name: str, file: Path, folder: Path) -> dict[str, Any]:
         if workers:
             address = held.enter_context(cluster(workers, folder))
             kill = worker_below(os.getpid()) if name == "killed" else None
-        found = run(file, out, address, kill)
+        outcome = run(file, out, address, kill)
     kept = hashes(out)
     shutil.rmtree(out)
     together = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    return {"run": name, "workers": workers} | found | {"sha256": together, "files": kept}
+    return {"run": name, "workers": workers} | outcome | {"sha256": together, "files": kept}
 
 
 def main() -> None:

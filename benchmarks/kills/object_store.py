@@ -42,9 +42,9 @@ class ObjectStore:
         """Ray Train's checkpoints of any run in it by name, and the step of those whose state is there."""
         store = self.open()
         entries = store.get_file_info(FileSelector(BUCKET, recursive=True))
-        folders = [one.path for one in entries if one.type == FileType.Directory]
-        found = [path for path in folders if path.rpartition("/")[2].startswith("checkpoint_")]
-        return {path.rpartition("/")[2]: _step(store, path) for path in sorted(found)}
+        folders = [entry.path for entry in entries if entry.type == FileType.Directory]
+        complete = [path for path in folders if path.rpartition("/")[2].startswith("checkpoint_")]
+        return {path.rpartition("/")[2]: _step(store, path) for path in sorted(complete)}
 
 
 def _step(store: S3FileSystem, checkpoint: str) -> int | None:

@@ -16,11 +16,11 @@ def descendants(root: int) -> list[int]:
             with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
                 parents[int(folder.name)] = int(fields[1])
-    found, level = [], [root]
+    pids, level = [], [root]
     while level:
         level = [pid for pid, parent in parents.items() if parent in level]
-        found += level
-    return sorted(found)
+        pids += level
+    return sorted(pids)
 
 
 def command_line(pid: int) -> str:

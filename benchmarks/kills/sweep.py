@@ -82,11 +82,11 @@ def kill_node(process: subprocess.Popen[bytes]) -> None:
 
 def manifests(output: Path) -> dict[str, dict[str, Any]]:
     """Every finished artifact's manifest by its name; hashes and time stay in it when its weights are dropped."""
-    found = {}
+    by_folder = {}
     for path in output.glob("*/*/manifest.json"):
         if not path.parent.name.startswith("."):
-            found[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+            by_folder[f"{path.parts[-3]}/{path.parts[-2]}"] = json.loads(path.read_text(encoding="utf-8"))
+    return by_folder
 
 
 def made(manifest: dict[str, Any]) -> tuple[Any, Any]:
@@ -139,8 +139,8 @@ class Driver:
 
 
 def best(output: Path) -> Any:
-    found = json.loads((output / "sweep.json").read_text(encoding="utf-8"))
-    return next(trial["points"] for trial in found["trials"] if trial["number"] == found["best"])
+    record = json.loads((output / "sweep.json").read_text(encoding="utf-8"))
+    return next(trial["points"] for trial in record["trials"] if trial["number"] == record["best"])
 
 
 def weights(manifest: dict[str, Any]) -> dict[str, str]:
@@ -156,9 +156,9 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output.absolute()
     output.mkdir(parents=True)
-    found = experiment(options.sweep, options.undisturbed, output, options.ray_dir)
-    append("kill_sweep", [found])
-    print(json.dumps(found, indent=1))
+    outcome = experiment(options.sweep, options.undisturbed, output, options.ray_dir)
+    append("kill_sweep", [outcome])
+    print(json.dumps(outcome, indent=1))
 
 
 def experiment(sweep: str, undisturbed: Path, output: Path, ray_dir: Path) -> dict[str, Any]:

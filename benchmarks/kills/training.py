@@ -137,28 +137,28 @@ def cluster(probe: Probe, *, at_once: bool = True) -> Iterator[Kill]:
     """
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
-    probe.environment["RAY_ADDRESS"] = made.address
+    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [ray_cluster.add_node(num_cpus=1) for _ in range(2)]
+    probe.environment["RAY_ADDRESS"] = ray_cluster.address
 
     def kill(probe: Probe, rng: random.Random) -> str | None:
         if len(nodes) == 1:
-            nodes.append(made.add_node(num_cpus=1))
+            nodes.append(ray_cluster.add_node(num_cpus=1))
             return JOINED
         for node in nodes:
             raylet = node.all_processes["raylet"][0].process.pid
             if probe.processes(WORKER, root=raylet):
                 nodes.remove(node)
-                made.remove_node(node, allow_graceful=False)
+                ray_cluster.remove_node(node, allow_graceful=False)
                 if at_once:
-                    nodes.append(made.add_node(num_cpus=1))
+                    nodes.append(ray_cluster.add_node(num_cpus=1))
                 return "node of the worker"
         return None
 
     try:
         yield kill
     finally:
-        made.shutdown()
+        ray_cluster.shutdown()
 
 
 def experiment(name: str, kind: Kind, file: Path, folder: Path, undisturbed: Probe, seed: int) -> dict[str, Any]:
@@ -194,16 +194,16 @@ def same(probe: Probe, undisturbed: Probe) -> dict[str, Any]:
 def elastic(probe: Probe, undisturbed: Probe) -> dict[str, Any]:
     """What holds where the number of workers changed."""
     alone = probe.logged_steps(0) - probe.logged_steps(1)
-    found, wanted = probe.losses(), undisturbed.losses()
-    assert found.keys() == wanted.keys()
-    apart = {step: abs(found[step] / wanted[step] - 1) for step in wanted}
+    losses, wanted = probe.losses(), undisturbed.losses()
+    assert losses.keys() == wanted.keys()
+    apart = {step: abs(losses[step] / wanted[step] - 1) for step in wanted}
     worst, last = max(apart, key=lambda step: apart[step]), max(apart)
     return {
         "undisturbed_sha256": undisturbed.digest(),
         "logged_alone": [min(alone), max(alone), len(alone)] if alone else [],
         "steps": last,
         "worst_loss": {"step": worst, "apart": round(apart[worst], 6)},
-        "last_loss": {"here": round(found[last], 5), "undisturbed": round(wanted[last], 5)},
+        "last_loss": {"here": round(losses[last], 5), "undisturbed": round(wanted[last], 5)},
     }
 
 

@@ -105,35 +105,35 @@ def merge_with_peft(work: Path, task: str) -> None:
     partial.rename(out)
 
 
-def fuse(work: Path, given: str) -> tuple[Path, Path]:
+def fuse(work: Path, form: str) -> tuple[Path, Path]:
     """The folders of the regions and of the model that the three commands make of `work`/<given>/<task>."""
     config = {
-        "name": given,
+        "name": form,
         "model": {"path": str(work / "base")},
-        "tasks": [{"name": task, "checkpoint": {"path": str(work / given / task)}} for task in TASKS],
+        "tasks": [{"name": task, "checkpoint": {"path": str(work / form / task)}} for task in TASKS],
         "regions": {"p": 0.05},
         "backbone": {"source": "pretrained"},
-        "output": str(work / f"fused-{given}"),
+        "output": str(work / f"fused-{form}"),
     }
-    file = work / f"{given}.yaml"
+    file = work / f"{form}.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     for command in ("regions", "group", "fuse"):
         print(f"cpift {command} {file.name}", flush=True)
         subprocess.run([sys.executable, "-m", "cpift.cli", command, file], check=True)
-    (regions,), (model,) = (work / f"fused-{given}").glob("regions/*"), (work / f"fused-{given}").glob("fuse/*")
+    (regions,), (model,) = (work / f"fused-{form}").glob("regions/*"), (work / f"fused-{form}").glob("fuse/*")
     return regions, model
 
 
 def sum_rounding(adapter: Path) -> dict[str, torch.Tensor]:
     """By parameter: how far two fp32 evaluations of θ0 + scaling · B·A may be apart, scaling · Σ|B||A| · 2(r + 2)u."""
     factors, scaling = load_file(adapter / ADAPTER_WEIGHTS), LORA.alpha / LORA.rank
-    found = {}
+    roundings = {}
     for key, a in factors.items():
         if key.endswith(".lora_A.weight"):
             b = factors[key.replace(".lora_A.", ".lora_B.")]
             name = key.removeprefix("base_model.model.").replace(".lora_A.", ".")
-            found[name] = scaling * (b.abs() @ a.abs()) * (2 * (LORA.rank + 2) * 2.0**-24)
-    return found
+            roundings[name] = scaling * (b.abs() @ a.abs()) * (2 * (LORA.rank + 2) * 2.0**-24)
+    return roundings
 
 
 def difference(
@@ -171,23 +171,23 @@ def difference(
 
 def _swapped(regions: Sequence[Path], name: str, numel: int) -> torch.Tensor:
     """Bool [numel]: elements that are in a task's core in one of two folders of regions and not in the other."""
-    found = torch.zeros(numel, dtype=torch.bool)
+    swapped = torch.zeros(numel, dtype=torch.bool)
     for task in TASKS if regions else ():
         one, other = (read_mask(folder, task, name) for folder in regions)
         if one is not None and other is not None:
-            found |= unpack_mask(one ^ other, numel)
-    return found
+            swapped |= unpack_mask(one ^ other, numel)
+    return swapped
 
 
 def cores(one: Path, other: Path) -> dict[str, dict[str, int]]:
     """By task: elements of the core, and how many of them the other has not."""
-    found = {}
+    counts = {}
     for task in TASKS:
         region = read_summary(one)["regions"][task]
         pairs = ((read_mask(one, task, name), read_mask(other, task, name)) for name in region["cores"])
         only = sum(count_mask(a & ~b) for a, b in pairs if a is not None and b is not None)
-        found[task] = {"core": region["count"], "not_in_other": only}
-    return found
+        counts[task] = {"core": region["count"], "not_in_other": only}
+    return counts
 
 
 def answers(model_folder: Path, data: Path, count: int) -> Iterator[dict[str, str]]:
@@ -212,10 +212,10 @@ def run(work: Path, steps: int) -> dict[str, Any]:
     for task in TASKS:
         train(work, task, steps)
         merge_with_peft(work, task)
-    fused = {given: fuse(work, given) for given in ("adapters", "merged")}
+    fused = {form: fuse(work, form) for form in ("adapters", "merged")}
     regions = [folder for folder, _ in fused.values()]
     base = Checkpoint(work / "base")
-    pairs = {task: [open_checkpoint(work / given / task, base) for given in fused] for task in TASKS}
+    pairs = {task: [open_checkpoint(work / form / task, base) for form in fused] for task in TASKS}
     models = [Checkpoint(model) for _, model in fused.values()]
     rounding = {task: sum_rounding(work / "adapters" / task) for task in TASKS}
     return {

@@ -167,10 +167,10 @@ class _Watcher(threading.Thread):
         known: set[int] = set()
         while not self._over.wait(POLL_SECONDS):
             tree = set(_tree(self._pid))
-            found = [memory for pid in tree & known if (memory := _memory(pid))]
+            memories = [memory for pid in tree & known if (memory := _memory(pid))]
             known = tree
-            self.anonymous = max(self.anonymous, sum(anonymous for anonymous, _ in found))
-            self.resident = max(self.resident, sum(resident for _, resident in found))
+            self.anonymous = max(self.anonymous, sum(anonymous for anonymous, _ in memories))
+            self.resident = max(self.resident, sum(resident for _, resident in memories))
 
     def stop(self) -> None:
         self._over.set()
@@ -213,7 +213,7 @@ def ours(work: Path, size: str, case: str, budget: str, *options: str) -> list[s
     config = {
         "name": case,
         "model": {"path": str(work / size / "base")},
-        "tasks": [{"name": name, "checkpoint": given} for name, given in folders.items()],
+        "tasks": [{"name": name, "checkpoint": folder} for name, folder in folders.items()],
         "regions": {"p": 0.01},
         "backbone": {"source": "pretrained"},
         "fusion": {"method": "slerp"} if case == "slerp" else {},
@@ -247,7 +247,7 @@ def rows(
         for tool, command in ((tool, command) for tool, command in runs.items() if tool in tools):
             shutil.rmtree(work / "out", ignore_errors=True)
             warm(folders)
-            found = measure(command, {"HF_HUB_OFFLINE": "1"})
+            measured = measure(command, {"HF_HUB_OFFLINE": "1"})
             yield {
                 "case": case,
                 "tool": MERGEKIT if tool == "mergekit" else tool,
@@ -255,8 +255,8 @@ def rows(
                 "parameters": parameters,
                 "models_read": read,
                 "budget": None if tool == "mergekit" else budget,
-                "ns_per_parameter_read": round(1e9 * found.wall / (parameters * read), 3),
-                **{key: round(value, 3) for key, value in asdict(found).items()},
+                "ns_per_parameter_read": round(1e9 * measured.wall / (parameters * read), 3),
+                **{key: round(value, 3) for key, value in asdict(measured).items()},
             }
             shutil.rmtree(work / "out", ignore_errors=True)
 

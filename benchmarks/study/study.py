@@ -140,14 +140,17 @@ def run(options: argparse.Namespace) -> None:
     with engine.session():
         if options.study == "tiny":
             train_tiny_base(Path(options.output or ROOT / "runs" / "study-tiny").absolute(), engine)
-        made = load(options.study, options)
-        preflight(made.base, stage="run")
+        comparison = load(options.study, options)
+        preflight(comparison.base, stage="run")
         if options.plan:
-            print(f"{len(methods_of(made))} methods, seeds {made.seeds}, results in {made.base.output_dir}")
+            folder = comparison.base.output_dir
+            print(f"{len(methods_of(comparison))} methods, seeds {comparison.seeds}, results in {folder}")
             return
         path = RESULTS / f"{options.study}.jsonl"
         known = read_record(path) if path.is_file() else None
-        work = ComparisonWork(made, engine, View(), {(row.method, row.seed) for row in known.rows} if known else ())
+        work = ComparisonWork(
+            comparison, engine, View(), {(row.method, row.seed) for row in known.rows} if known else ()
+        )
         try:
             work.make()
         finally:  # out of hours or killed by a failure, what is finished goes into the record
@@ -199,8 +202,8 @@ def _before(name: str) -> list[str]:
     if not path.is_file():
         return []
     about = (HERE / f"about_{name}_before.md").read_text(encoding="utf-8")
-    told = "\n".join(f"- {claim}" for claim in Findings(read_record(path)).verdict())
-    return [f"### What an earlier set-up showed\n\n{about}\n{told}\n"]
+    claims = "\n".join(f"- {claim}" for claim in Findings(read_record(path)).verdict())
+    return [f"### What an earlier set-up showed\n\n{about}\n{claims}\n"]
 
 
 def nats_a_row(record: Record, method: str, task: str) -> list[float]:
@@ -293,14 +296,14 @@ def check(options: argparse.Namespace) -> None:
     print("The document agrees with its records" + (" and these with the artifacts" if options.artifacts else ""))
 
 
-def _check_artifacts(record: Record, made: Comparison) -> None:
+def _check_artifacts(record: Record, comparison: Comparison) -> None:
     """Make every row of a record again, of these seeds, from the scores that lie in the artifacts."""
-    rows = {(row.method, row.seed): row for row in record.rows if row.seed in made.seeds}
-    others = {(method.name, seed) for method in methods_of(made) for seed in made.seeds} - set(rows)
-    work = ComparisonWork(made, NoEngine(), quiet(), others)
+    rows = {(row.method, row.seed): row for row in record.rows if row.seed in comparison.seeds}
+    others = {(method.name, seed) for method in methods_of(comparison) for seed in comparison.seeds} - set(rows)
+    work = ComparisonWork(comparison, NoEngine(), quiet(), others)
     work.make()
     if {(row.method, row.seed): row for row in work.record().rows} != rows:
-        raise CpiftError(f"{made.name}.jsonl is not what the artifacts hold")
+        raise CpiftError(f"{comparison.name}.jsonl is not what the artifacts hold")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

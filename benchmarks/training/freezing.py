@@ -73,9 +73,9 @@ class Clock:
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*arguments: Any) -> Any:
             started = time.perf_counter()
-            found = call(*arguments)
+            result = call(*arguments)
             self.seconds[name] += time.perf_counter() - started
-            return found
+            return result
 
         return clocked
 
@@ -109,7 +109,7 @@ def figures(
 ) -> dict[str, Any]:
     """Of all steps but the first of each kind, which warms up."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    median = {kind: statistics.median(found[1:]) for kind, found in (times | inside).items()}
+    median = {kind: statistics.median(seconds[1:]) for kind, seconds in (times | inside).items()}
     ratios = [frozen / free - 1 for free, frozen in zip(times["without"][1:], times["with"][1:], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     return {

@@ -90,7 +90,9 @@ def _handler() -> Any:
 
     @intrinsic
     def pointer(context: Any, address: Any) -> Any:
-        return types.voidptr(address), lambda _, builder, __, given: builder.inttoptr(given[0], cgutils.voidptr_t)
+        return types.voidptr(address), lambda _, builder, __, arguments: builder.inttoptr(
+            arguments[0], cgutils.voidptr_t
+        )
 
     @cfunc(types.void(types.int32, types.CPointer(types.int64), types.voidptr))
     def handle(number: Any, info: Any, context: Any) -> None:

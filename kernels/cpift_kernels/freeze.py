@@ -72,15 +72,15 @@ def scatter_masked_(
     """
     resolved = _resolve(backend, values, words, saved)
     if saved.dim() != 1 or saved.dtype != values.dtype or not saved.is_contiguous():
-        given = f"{saved.dtype} {tuple(saved.shape)}"
-        raise ValueError(f"saved is {given}; pass what gather_masked gave, {values.dtype} and 1-D")
+        what = f"{saved.dtype} {tuple(saved.shape)}"
+        raise ValueError(f"saved is {what}; pass what gather_masked gave, {values.dtype} and 1-D")
     implementation(resolved, scatter_masked_reference_)(values, words, saved, starts=starts)
 
 
-def saved_mismatch(given: int, expected: int) -> ValueError:
+def saved_mismatch(numel: int, expected: int) -> ValueError:
     """The error of a `saved` of the wrong length, in the words that every backend uses."""
     return ValueError(
-        f"saved holds {given} values, the mask {expected} bits; pass what gather_masked gave for this mask"
+        f"saved holds {numel} values, the mask {expected} bits; pass what gather_masked gave for this mask"
     )
 
 

@@ -151,16 +151,16 @@ class _Reference(Selection):
         """By task, for every k alike: |Δ| of the range, fp32 in linear order."""
         import torch
 
-        found: dict[tuple[int, int], list[Tensor]] = {(task, 0): [] for task in range(self.models.tasks)}
+        values: dict[tuple[int, int], list[Tensor]] = {(task, 0): [] for task in range(self.models.tasks)}
         for tensor, start, stop in self.pieces(part):
             base = self.models.load(0, tensor, start, stop).float()
             for task in range(self.models.tasks):
                 magnitude = (self.models.load(task + 1, tensor, start, stop).float() - base).abs()
                 if not magnitude.isfinite().all():
                     raise nonfinite_update(tensor, task)
-                found[task, 0].append(magnitude)
+                values[task, 0].append(magnitude)
             self.models.release(tensor, start, stop)
-        return {key: torch.cat(parts) for key, parts in found.items()}
+        return {key: torch.cat(parts) for key, parts in values.items()}
 
     def marking(self, masks: Masks) -> Mark:
         return lambda ranges, brackets: (self.mark(part, brackets, masks) for part in ranges)
@@ -171,10 +171,10 @@ class _Reference(Selection):
         import torch
 
         brackets = np.zeros((self.models.tasks, len(self.counts), 4), np.int64)  # of no use here
-        found = list((mark or self.marking(masks))(ranges, brackets))
+        marked = list((mark or self.marking(masks))(ranges, brackets))
         cores = []
         for task in range(self.models.tasks):
-            magnitude = torch.cat([torch.zeros(0), *(part[task, 0] for part in found)])
+            magnitude = torch.cat([torch.zeros(0), *(part[task, 0] for part in marked)])
             tops = [top_elements(magnitude, list(self.models.sizes), count) for count in self.counts]
             for k, top in enumerate(tops):
                 for tensor, words in enumerate(top.words):

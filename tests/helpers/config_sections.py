@@ -17,9 +17,9 @@ def sections(root: type[BaseModel]) -> set[type[BaseModel]]:
         for part in get_args(annotation):
             yield from inside(part)
 
-    found, open_ones = set(), {root}
+    reached, open_ones = set(), {root}
     while open_ones:
-        one = open_ones.pop()
-        found.add(one)
-        open_ones |= {part for field in one.model_fields.values() for part in inside(field.annotation)} - found
-    return found
+        section = open_ones.pop()
+        reached.add(section)
+        open_ones |= {part for field in section.model_fields.values() for part in inside(field.annotation)} - reached
+    return reached

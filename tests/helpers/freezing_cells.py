@@ -39,8 +39,10 @@ def _adafactor(parameters: Any) -> torch.optim.Optimizer:
 def _adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
     import bitsandbytes
 
-    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=1)
-    return made
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=1
+    )
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Make] = {
@@ -217,8 +219,10 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def values(self) -> dict[str, torch.Tensor]:
-        found = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in parameters.items()
+        }
 
 
 def measure(cell: Cell, folder: Path) -> dict[str, float]:

@@ -61,7 +61,7 @@ def hub() -> Iterator[Hub]:
             if not self._known():
                 return
             _, owner, name, *_, file = self.path.split("?")[0].split("/")
-            files = made.repositories[f"{owner}/{name}"].files
+            files = served.repositories[f"{owner}/{name}"].files
             self.send_response(200)
             self.send_header("X-Repo-Commit", hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest())
             self.send_header("ETag", f'"{hashlib.sha256(files[file]).hexdigest()}"')
@@ -77,12 +77,12 @@ def hub() -> Iterator[Hub]:
             name = "/".join(self.path.split("?")[0].split("/")[3:5])
             if not self._known():
                 return
-            found = made.repositories.get(name)
-            if found is None:
+            repository = served.repositories.get(name)
+            if repository is None:
                 self._answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
                 return
-            siblings = [{"rfilename": one} for one in found.files]
-            self._answer(200, {"id": name, "private": found.private, "sha": "0" * 40, "siblings": siblings})
+            siblings = [{"rfilename": file} for file in repository.files]
+            self._answer(200, {"id": name, "private": repository.private, "sha": "0" * 40, "siblings": siblings})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -92,31 +92,31 @@ def hub() -> Iterator[Hub]:
             if parts[2:4] == ["repos", "create"]:
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
-                made.repositories[name] = Repository(asked.get("private") or asked.get("visibility") == "private")
-                self._answer(200, {"url": f"{made.address}/{name}"})
+                served.repositories[name] = Repository(asked.get("private") or asked.get("visibility") == "private")
+                self._answer(200, {"url": f"{served.address}/{name}"})
             elif parts[2] == "validate-yaml":
                 self._answer(200, {"errors": [], "warnings": []})
             elif parts[5] == "preupload":
-                files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
-                self._answer(200, {"files": [one | {"shouldIgnore": False} for one in files]})
+                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+                self._answer(200, {"files": [file | {"shouldIgnore": False} for file in files]})
             else:
                 self._commit("/".join(parts[3:5]), body)
 
         def _commit(self, name: str, body: bytes) -> None:
-            repository = made.repositories[name]
+            repository = served.repositories[name]
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     repository.files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "deletedFile":
                     del repository.files[value["path"]]
-            self._answer(200, {"commitUrl": f"{made.address}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
+            self._answer(200, {"commitUrl": f"{served.address}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made = Hub(f"http://127.0.0.1:{server.server_address[1]}")
+    served = Hub(f"http://127.0.0.1:{server.server_address[1]}")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield made
+        yield served
     finally:
         server.shutdown()
         server.server_close()

@@ -43,5 +43,5 @@ def objects(uri: str) -> dict[str, int]:
     from pyarrow.fs import FileSelector, FileSystem
 
     store, path = FileSystem.from_uri(uri)
-    found = store.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
-    return {entry.path: entry.size for entry in found if entry.is_file}
+    infos = store.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+    return {entry.path: entry.size for entry in infos if entry.is_file}

@@ -27,10 +27,10 @@ def run_of(**rows: dict[str, list[Any]]) -> Scores:
     """Scores of the tasks `right`, of rows of 0 or 1, and `loss`, of losses over two tokens each, by model."""
     return {
         model.replace("_", " "): {
-            "right": scored("number", one["right"]),
-            "loss": scored("loss", [(value, 2) for value in one["loss"]]),
+            "right": scored("number", values["right"]),
+            "loss": scored("loss", [(value, 2) for value in values["loss"]]),
         }
-        for model, one in rows.items()
+        for model, values in rows.items()
     }
 
 

@@ -29,12 +29,12 @@ class HeldOnCpu(HeldElements):
 
     def _listed(self) -> list[tuple[int, int, int, int]]:
         """See `restore_items`; spans without a set bit are left out."""
-        found = []
+        items = []
         for place, (spans, saved, starts) in enumerate(zip(self._spans, self._saved, self._starts, strict=True)):
             for (first, last), (begin, end) in zip(spans, pairwise(starts.tolist()), strict=True):
                 if end > begin:
-                    found.append((place, first, last, saved.data_ptr() + saved.element_size() * begin))
-        return found
+                    items.append((place, first, last, saved.data_ptr() + saved.element_size() * begin))
+        return items
 
     @property
     def nbytes(self) -> int:

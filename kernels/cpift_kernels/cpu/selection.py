@@ -51,13 +51,13 @@ def _mark_and_finish(
     segments: Segments, masks: list[list[list[Tensor]]], words: Ints, counts: Sequence[int], brackets: Ints
 ) -> dict[tuple[int, int], CoreMask]:
     """One pass over the models; the cores of the tasks and k whose bracket did not miss."""
-    found = mark_all(segments, words, brackets)
+    candidates = mark_all(segments, words, brackets)
 
     def finish(key: tuple[int, int]) -> CoreMask | None:
         task, k = key
-        return _finish(masks[task][k], counts[k], brackets[key], words[key], found[key])
+        return _finish(masks[task][k], counts[k], brackets[key], words[key], candidates[key])
 
-    return {key: core for key, core in zip(found, in_threads(finish, found), strict=True) if core is not None}
+    return {key: core for key, core in zip(candidates, in_threads(finish, candidates), strict=True) if core is not None}
 
 
 def _new_masks(pretrained: Sequence[Tensor]) -> list[Tensor]:
@@ -70,14 +70,14 @@ def _new_mask(words: int) -> Tensor:
     return torch.from_numpy(np.empty(words, np.int32))  # numpy asks for huge pages, torch does not
 
 
-def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, found: Candidates) -> CoreMask | None:
+def _finish(masks: list[Tensor], requested: int, bracket: Ints, words: Ints, candidates: Candidates) -> CoreMask | None:
     """Add the largest candidates to the mask; None if the bracket missed."""
-    kept = elements_kept(bracket, requested, found.marked, len(found.keys))
+    kept = elements_kept(bracket, requested, candidates.marked, len(candidates.keys))
     if kept is None:
         return None
     if kept == 0:
         return CoreMask(masks, 0, requested, math.inf)
-    least = _set_largest(words, found.per_segment, found.keys, found.places, kept - found.marked)
+    least = _set_largest(words, candidates.per_segment, candidates.keys, candidates.places, kept - candidates.marked)
     return CoreMask(masks, kept, requested, float(np.int32(least).view(np.float32)))
 
 

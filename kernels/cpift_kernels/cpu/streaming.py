@@ -71,14 +71,14 @@ class BracketSelection(Selection):
         words = np.empty((self.models.tasks, len(self.counts), int(sizes.sum())), np.uint32)
         offsets = np.cumsum(sizes) - sizes
         addresses = np.array([[row.ctypes.data for row in task] for task in words], np.int64)[:, :, None] + 4 * offsets
-        found = mark_item((0, last - first), window, addresses, brackets)
+        candidates = mark_item((0, last - first), window, addresses, brackets)
         del held
         for tensor, start, stop in self.pieces(part):
             at = int(offsets[np.flatnonzero(window.tensor == tensor)[0]])
-            for task, k in found:
+            for task, k in candidates:
                 masks.store(task, k, tensor, start // 32, words[task, k, at : at + (stop - start + 31) // 32])
             self.models.release(tensor, start, stop)
-        return found
+        return candidates
 
     def _window(self, part: Range) -> tuple[Segments, list[Tensor]]:
         """The segments of a range, loaded; and the tensors, which must outlive it."""
@@ -123,8 +123,8 @@ class BracketSelection(Selection):
                 brackets[done][0] = SKIP
             with ExitStack() as stack:
                 pools = {wanted: _Pool(stack, spill) for wanted in wanted_of(brackets)}
-                for part, found in zip(ranges, mark(ranges, brackets), strict=True):
-                    for wanted, piece in found.items():
+                for part, marked in zip(ranges, mark(ranges, brackets), strict=True):
+                    for wanted, piece in marked.items():
                         pools[wanted].add(part, piece)
                 for (task, k), pool in pools.items():
                     core = self._finish(task, k, brackets[task, k], pool, masks)
@@ -169,16 +169,16 @@ class _Pool:
     def _file(self) -> Any:
         return self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
-    def add(self, part: Range, found: Candidates) -> None:
-        self.marked += found.marked
-        self.held += len(found.keys)
-        self._parts.append((part, len(found.keys), found.per_segment))
+    def add(self, part: Range, candidates: Candidates) -> None:
+        self.marked += candidates.marked
+        self.held += len(candidates.keys)
+        self._parts.append((part, len(candidates.keys), candidates.per_segment))
         if self._files:
-            found.keys.tofile(self._files[0])
-            found.places.tofile(self._files[1])
+            candidates.keys.tofile(self._files[0])
+            candidates.places.tofile(self._files[1])
         else:
-            self._keys.append(found.keys)
-            self._places.append(found.places)
+            self._keys.append(candidates.keys)
+            self._places.append(candidates.places)
 
     @cached_property
     def keys(self) -> NDArray[np.int32]:
