@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from cpift.evaluation.metrics import Reply as Reply
     from cpift.merge_folder import MergeResult as MergeResult
     from cpift.merging.base import MergeMethod as MergeMethod
-    from cpift.merging.base import UpdateMerge as UpdateMerge
-    from cpift.merging.base import WeightedMerge as WeightedMerge
     from cpift.merging.conflicts import Claims as Claims
     from cpift.merging.conflicts import ConflictRule as ConflictRule
+    from cpift.merging.forms import UpdateMerge as UpdateMerge
+    from cpift.merging.forms import WeightedMerge as WeightedMerge
     from cpift.method.cores import Core as Core
     from cpift.method.cores import Cores as Cores
     from cpift.method.freeze_callback import FreezeCallback as FreezeCallback
@@ -47,7 +47,8 @@ _HOMES = {
     "method.freeze_callback": ("FreezeCallback", "frozen"),
     "evaluation.metrics": ("Metric", "Reply"),
     "merge_folder": ("MergeResult",),
-    "merging.base": ("MergeMethod", "UpdateMerge", "WeightedMerge"),
+    "merging.base": ("MergeMethod",),
+    "merging.forms": ("UpdateMerge", "WeightedMerge"),
     "merging.conflicts": ("Claims", "ConflictRule"),
 }  # module → the names that are public here
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}

@@ -14,7 +14,7 @@ from cpift.checkpoints import slices as streaming
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig
 from cpift.errors import CheckpointError, CpiftError
-from cpift.merging import base as merging_base
+from cpift.merging import forms
 from cpift.merging.base import FusionInputs
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
@@ -77,7 +77,7 @@ def test_bytes_are_those_of_the_definition_however_it_is_cut(
     inputs = inputs_of(tmp_path, random_models(tasks, dtype))
     whole = merged(tmp_path / "whole", inputs, method=name, **fields)
     monkeypatch.setattr(streaming, "SLICE", 64)
-    monkeypatch.setattr(merging_base, "_RUN", 32)
+    monkeypatch.setattr(forms, "_RUN", 32)
     sliced = merged(tmp_path / "sliced", inputs, method=name, **fields)
     for tensor in SIZES:
         a, b = whole.tensor(tensor), sliced.tensor(tensor)

@@ -13,7 +13,7 @@ from cpift.checkpoints import slices as streaming
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.errors import CpiftError
-from cpift.merging import base as merging_base
+from cpift.merging import forms
 from cpift.merging.base import FusionInputs, MergeMethod
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
@@ -128,7 +128,7 @@ def test_dare_keeps_its_share_whatever_the_slices(tmp_path: Path, monkeypatch: p
     config = FusionConfig(method="dare", density=0.25)
     whole = merged(tmp_path / "whole", Dare(inputs_of(base, tuned), config, 3), base)
     monkeypatch.setattr(streaming, "SLICE", 64)
-    monkeypatch.setattr(merging_base, "_RUN", 32)
+    monkeypatch.setattr(forms, "_RUN", 32)
     sliced = merged(tmp_path / "sliced", Dare(inputs_of(base, tuned), config, 3), base)
     assert all(torch.equal(whole.tensor(name), sliced.tensor(name)) for name in base.names)
     other = merged(tmp_path / "other", Dare(inputs_of(base, tuned), config, 4), base)

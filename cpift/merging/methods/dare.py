@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.config.run import FusionConfig
-from cpift.merging.base import Contender, FusionInputs, UpdateMerge
+from cpift.merging.base import Contender, FusionInputs
+from cpift.merging.forms import UpdateMerge
 from cpift.merging.peft_formulas import merge_utilities
 
 if TYPE_CHECKING:

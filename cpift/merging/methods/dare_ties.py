@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpift.merging.base import UpdateMerge
+from cpift.merging.forms import UpdateMerge
 from cpift.merging.methods.dare import survives
 
 if TYPE_CHECKING:

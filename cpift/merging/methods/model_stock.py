@@ -13,8 +13,8 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import WeightedMerge
 from cpift.merging.definition import Definition, runs_of, vectors_of, weighted
+from cpift.merging.forms import WeightedMerge
 
 
 class ModelStock(WeightedMerge):

@@ -9,7 +9,7 @@ import numpy as np
 
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
-from cpift.merging.base import UpdateMerge
+from cpift.merging.forms import UpdateMerge
 
 if TYPE_CHECKING:
     import torch

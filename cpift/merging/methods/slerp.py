@@ -12,8 +12,9 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Contender, WeightedMerge
+from cpift.merging.base import Contender
 from cpift.merging.definition import Definition, combined, runs_of, sequential_slerp, vectors_of
+from cpift.merging.forms import WeightedMerge
 
 
 class Slerp(WeightedMerge):

@@ -6,8 +6,9 @@ import numpy as np
 
 from cpift.checkpoints.writing import TensorRecord
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Contender, WeightedMerge
+from cpift.merging.base import Contender
 from cpift.merging.definition import Definition, vectors_of, weighted
+from cpift.merging.forms import WeightedMerge
 
 
 class TaskArithmetic(WeightedMerge):

@@ -10,7 +10,8 @@ import numpy as np
 from cpift_kernels import unpack_mask
 
 from cpift.config.run import FusionConfig
-from cpift.merging.base import Contender, FusionInputs, Materials, UpdateMerge
+from cpift.merging.base import Contender, FusionInputs, Materials
+from cpift.merging.forms import UpdateMerge
 from cpift.merging.peft_formulas import merge_utilities
 from cpift.method.masks import RegionMasks
 

@@ -1,0 +1,110 @@
+"""The two forms that most ways to merge have: weighted sums of models, and formulas over updates.
+
+`WeightedMerge` is Σ c·θ with the same c for a whole tensor; `UpdateMerge` is θ0 and what a formula makes of θi − θ0,
+element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from cpift_kernels import fused_apply
+
+from cpift.checkpoints.finite import all_finite, require_finite
+from cpift.checkpoints.writing import TensorRecord
+from cpift.errors import CpiftError
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.base import Merged, MergeMethod, own_code
+from cpift.merging.definition import Definition, Expected, in_fp64
+
+if TYPE_CHECKING:
+    import torch
+
+_RUN = 1 << 18  # elements whose updates are held in fp32 at once, a multiple of 32
+
+
+class WeightedMerge(MergeMethod):
+    """Any merge that is Σ c_m·θ_m with the same c for a whole tensor."""
+
+    on_gpu = True
+
+    @abstractmethod
+    def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
+        """One factor for each of `models`, and a record."""
+
+    def merged(self, info: TensorInfo) -> Merged:
+        import torch
+
+        with own_code(self, f"coefficients of tensor {info.name}"):
+            factors, record = self.coefficients(info)
+        if len(factors) != len(self.models) or not all(map(math.isfinite, factors)):
+            what = f"merge method {self.config.method_name}: tensor {info.name}: coefficients {factors}"
+            raise CpiftError(f"{what} → give a finite number for each of {len(self.models)} models")
+        used = [(model, factor) for model, factor in zip(self.models, factors, strict=True) if factor != 0.0]
+        used = used or [(self.models[0], 0.0)]
+        scale = torch.tensor([[factor for _, factor in used]], dtype=torch.float64)
+
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            sources = [model.slice(info.name, start, stop) for model, _ in used]
+            fused_apply(out, sources, scale, [None] * len(sources))
+
+        return record, fill
+
+
+class UpdateMerge(MergeMethod):
+    """Merges of updates θi − θ0 (fp32) by a formula that needs them element by element."""
+
+    def merged(self, info: TensorInfo) -> Merged:
+        def fill(start: int, stop: int, out: torch.Tensor) -> None:
+            for first, last in ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN)):
+                origin = self.pretrained.slice(info.name, first, last).float()
+                updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
+                with own_code(self, f"tensor {info.name}, elements {first} to {last - 1}"):
+                    update = self.update(info.name, first, last, updates)
+                self._require_update(update, info.name, first, last)
+                out[first - start : last - start] = origin + update
+
+        return None, fill
+
+    def _require_update(self, update: Any, name: str, start: int, stop: int) -> None:
+        """Raise CpiftError for what cannot be added to θ0; CheckpointError where it is a model that is not finite."""
+        import torch
+
+        where = f"merge method {self.config.method_name}: tensor {name}, elements {start} to {stop - 1}"
+        if not isinstance(update, torch.Tensor):
+            raise CpiftError(f"{where}: gives a {type(update).__name__} → give a tensor")
+        if tuple(update.shape) != (stop - start,) or update.dtype != torch.float32:
+            what = f"gives {str(update.dtype).removeprefix('torch.')} {list(update.shape)}"
+            raise CpiftError(f"{where}: {what} → give float32 [{stop - start}], an element each")
+        if not all_finite(update):
+            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
+                require_finite(label, model, [name])
+            raise CpiftError(f"{where}: gives NaN or Inf of finite models → mend its formula")
+
+    @property
+    def magnifies(self) -> float:
+        """By how much an update may be larger than those it is made of; rounding is judged by it."""
+        return 1 / self.config.density if "density" in self.fields else 1.0
+
+    @abstractmethod
+    def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        """fp32 [stop - start], what is added to θ0; updates: fp32, one a task."""
+
+    @abstractmethod
+    def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
+        """The same in fp64, [stop - start], as the formula has it; updates: fp64 [N, stop - start]."""
+
+    def definition(self, info: TensorInfo) -> Definition:
+        def values(start: int, stop: int) -> Expected:
+            origin = in_fp64(self.pretrained, info.name, start, stop)
+            tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
+            updates = np.stack([vector - origin for vector in tuned])
+            scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) * self.magnifies
+            values_wanted = origin + self.defined_update(info.name, start, stop, updates)
+            return Expected(values_wanted, np.arange(stop - start), scale)
+
+        return values
