@@ -141,6 +141,16 @@ def apply(x: Inputs) -> None:
     close("fused elements", out, wanted, torch.finfo(x.dtype).eps * wanted.double().abs() + 2.0**-22 * summands)
 
 
+def magnitudes(x: Inputs) -> None:
+    base, tuned = (model[-1] for model in x.models()[:2])
+    found = ck.delta_magnitudes(x.there(base), x.there(tuned), backend="triton")
+    wanted = ck.delta_magnitudes(base, tuned, backend="reference")
+    same("largest", found.largest, wanted.largest)
+    same("changed", found.changed, wanted.changed)
+    for name in ("l1", "squares", "origin_squares"):
+        close(name, getattr(found, name), getattr(wanted, name), 2.0**-40 * getattr(wanted, name))
+
+
 def freezing(x: Inputs) -> None:
     values, mask = x.models()[0][-1], x.masks()[0][-1]
     there, words = x.there(values), x.there(mask)
@@ -181,6 +191,7 @@ OPERATIONS: dict[str, Callable[[Inputs], None]] = {
     "resolve_conflicts": conflicts,
     "masked_gram": gram,
     "fused_apply": apply,
+    "delta_magnitudes": magnitudes,
     "gather, zero, scatter": freezing,
     "hold_masked": holding,
 }

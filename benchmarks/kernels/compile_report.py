@@ -84,7 +84,9 @@ def row(name: str, dtype: str, target: str, tasks: int, parameters: float) -> tu
 def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
     """Whether the tensors that the program must read arrive by 128-bit loads alone."""
     item = 1 / 8 if entry.name == "overlap" else catalog.DTYPES[entry.dtype].itemsize
-    tensors = {"overlap": entry.tasks} | dict.fromkeys(("zero", "gather", "scatter", "zero_blocks", "hold"), 1)
+    tensors = {"overlap": entry.tasks, "magnitudes": 2} | dict.fromkeys(
+        ("zero", "gather", "scatter", "zero_blocks", "hold"), 1
+    )
     wanted = tensors.get(entry.name, 1 + min(entry.tasks, 8))
     loops = entry.launch.arguments.get("TILES", 1)
     return bool(code.loads[128] >= wanted * entry.elements / entry.launch.threads / loops * item / 16)

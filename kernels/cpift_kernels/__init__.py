@@ -12,6 +12,7 @@ from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
 from .gram import masked_gram
 from .held import HeldElements, hold_masked
 from .low_rank import add_low_rank
+from .magnitudes import Magnitudes, delta_magnitudes
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
 from .selection import CoreMask, select_cores
@@ -23,6 +24,7 @@ __all__ = [
     "Core",
     "CoreMask",
     "HeldElements",
+    "Magnitudes",
     "Mark",
     "Marked",
     "Masks",
@@ -32,6 +34,7 @@ __all__ = [
     "SlerpResult",
     "add_low_rank",
     "count_mask",
+    "delta_magnitudes",
     "fused_apply",
     "gather_masked",
     "hold_masked",

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from cpift_kernels import Magnitudes
 from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -86,3 +87,12 @@ def _angle(a: Tensor, b: Tensor) -> float:
         return 0.0
     a, b = a / a.norm(), b / b.norm()
     return 2 * math.atan2(float((a - b).norm()), float((a + b).norm()))
+
+
+def same_magnitudes(found: Magnitudes, wanted: Magnitudes) -> None:
+    """Largest and counts bit for bit; sums as closely as `cpift_kernels.magnitudes` says."""
+    assert torch.equal(found.largest, wanted.largest)
+    assert torch.equal(found.changed, wanted.changed)
+    for mine, its in ((getattr(found, name), getattr(wanted, name)) for name in ("l1", "squares", "origin_squares")):
+        assert mine.dtype == torch.float64
+        assert bool(((mine - its).abs() <= 2.0**-40 * its).all())

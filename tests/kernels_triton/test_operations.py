@@ -18,14 +18,16 @@ from cpift_kernels import apply as apply_module
 from cpift_kernels import freeze as freeze_module
 from cpift_kernels import gram as gram_module
 from cpift_kernels import held as held_module
+from cpift_kernels import magnitudes as magnitudes_module
 from cpift_kernels import overlap as overlap_module
 from cpift_kernels.masks import pack_mask, unpack_mask
 from cpift_kernels.selection import select_cores_reference
 from cpift_kernels.slerp import slerp_coefficients
-from cpift_kernels.triton import apply, bracket, freeze, gram, held, offline, overlap, selection
+from cpift_kernels.triton import apply, bracket, freeze, gram, held, magnitudes, offline, overlap, selection
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.kernel_cases import same_magnitudes
 from tests.ptx.device import interpreted_ptx
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -244,6 +246,15 @@ class TestApply:
         assert (close | (out.isnan() & expected.isnan())).all()
         differs = (out != expected) & ~expected.isnan()
         assert dtypes[0] == torch.float32 or differs.float().mean() < 0.002
+
+
+class TestMagnitudes:
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("size", SIZES)
+    def test_blocks(self, size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        origin, tuned = _models([size], dtypes, 1, moved=0.5)
+        got = magnitudes.delta_magnitudes(origin[0], tuned[0][0])
+        same_magnitudes(got, magnitudes_module.delta_magnitudes_reference(origin[0], tuned[0][0]))
 
 
 class TestOverlapAndConflicts:

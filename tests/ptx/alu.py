@@ -232,7 +232,7 @@ def _conversions() -> dict[str, Operation]:
         "u64.u16",
         "s32.s64",
     ]
-    pairs += ["f32.f16", "f64.f32", "rn.f16.f32", "rn.f32.f64"]
+    pairs += ["f32.f16", "f64.f16", "f64.f32", "rn.f16.f32", "rn.f32.f64"]
     for pair in pairs:
         to, source = pair.split(".")[-2:]
         table[f"cvt.{pair}"] = Operation(to, (source,), _as(to))

@@ -33,21 +33,21 @@ from .emit import (
 )
 
 
-class _Lanes(types.Type):
-    """Numba type of a vector of 32 int32 or float32."""
+class Lanes(types.Type):
+    """Numba type of a vector of 32 numbers."""
 
     def __init__(self, name: str, llvm: ir.Type) -> None:
         super().__init__(name=f"lanes_{name}")
         self.llvm = llvm
 
 
-@register_model(_Lanes)
+@register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, lanes: _Lanes) -> None:
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
         super().__init__(manager, lanes, lanes.llvm)  # type: ignore[no-untyped-call]  # numba declares no types
 
 
-INTS, FLOATS = _Lanes("int32", INT_LANES), _Lanes("float32", FLOAT_LANES)
+INTS, FLOATS = Lanes("int32", INT_LANES), Lanes("float32", FLOAT_LANES)
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, storage: types.Type) -> ir.Value:

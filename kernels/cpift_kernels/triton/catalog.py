@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import apply, freeze, gram, held, overlap, selection
+from ..magnitudes import BLOCK as MAGNITUDES_BLOCK
+from . import apply, freeze, gram, held, magnitudes, overlap, selection
 from .bracket import NOTHING, Bracket
 from .common import elements
 from .offline import Launch, record
@@ -98,6 +99,7 @@ _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "scatter": lambda x: _move(x, restore=True),
     "zero_blocks": _zero_blocks,
     "hold": _hold,
+    "magnitudes": lambda x: magnitudes.delta_magnitudes(x.origin, x.tuned[0]),
     "count": lambda x: freeze.mask_starts(x.masks[0], SIZE),
 }
 KERNELS = tuple(_ACTIONS)
@@ -147,6 +149,7 @@ def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
         "scatter": (mask + item * (2 * touched + CORE), mask + 2 * item * CORE),
         "zero_blocks": (mask + 4 / freeze.BLOCK + 2 * item * touched, mask + item * CORE),
         "hold": (mask + 40 / freeze.BLOCK + item * (2 * touched + CORE), mask + 2 * item * CORE),
+        "magnitudes": (2 * item + 32 / MAGNITUDES_BLOCK, 2 * item + 32 / MAGNITUDES_BLOCK),
         "count": (mask, mask),
     }
     return table[name]
