@@ -19,6 +19,7 @@ from cpift.config import loading as config_loading
 from cpift.config.code import code_lines
 from cpift.config.paths import is_path
 from cpift.config.run import RunConfig
+from cpift.config.variation import Fields
 from cpift.console.view import View, quiet
 from cpift.disk.files import folder_made
 from cpift.errors import ConfigError, Problem
@@ -204,7 +205,7 @@ def merge_state_dicts(
     return merge_dicts(base, models, backbone, fields)
 
 
-def _with_cores(fields: dict[str, Any], cores: Cores | None) -> dict[str, Any]:
+def _with_cores(fields: Fields, cores: Cores | None) -> Fields:
     """The fields of a merge with those that its cores were selected by. Raises ConfigError where they contradict."""
     if cores is None:
         return fields
@@ -234,9 +235,9 @@ def _loaded(config: StrPath | RunConfig, overrides: Mapping[str, Any]) -> RunCon
     return load_config(config, **overrides)
 
 
-def _changes(overrides: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def _changes(overrides: Mapping[str, Any], before: str = "") -> Fields:
     """Fields by dotted name; a mapping sets fields of its section, and paths are meant from the working directory."""
-    changes: dict[str, Any] = {}
+    changes: Fields = {}
     for name, value in overrides.items():
         field = f"{before}{name}"
         if isinstance(value, Mapping) and field not in _MAPPINGS:

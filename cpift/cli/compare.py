@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from cpift.console.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from cpift.config.run import ResourcesConfig
+    from cpift.config.variation import Fields
     from cpift.pipeline.engine import Engine
 
 
@@ -49,7 +50,7 @@ def compare(
     """
     from cpift.compare.config import load_comparison
 
-    changes: dict[str, Any] = {"output": output} if output else {}
+    changes: Fields = {"output": output} if output else {}
     changes |= {} if seeds is None else {"seeds": _seeds(seeds)}
     changes |= {} if budget is None else {"budgets": [budget]}
     comparison = load_comparison(config, overrides or [], changes)

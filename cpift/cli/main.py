@@ -34,6 +34,7 @@ from cpift.text.redaction import redacted
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
+    from cpift.config.variation import Fields
     from cpift.console.view import View
     from cpift.evaluation.scores import Score
     from cpift.pipeline.pipeline import Pipeline
@@ -84,7 +85,7 @@ cli_push.register(app, "Everything")
 
 
 def _load(
-    config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str, tell: Callable[[str], None]
+    config: Path, overrides: list[str] | None, changes: Fields, stage: str, tell: Callable[[str], None]
 ) -> RunConfig:
     """Load a config with fields changed and check it for a stage. `tell` gets what has to be said before."""
     from cpift.config.loading import load_config
@@ -96,7 +97,7 @@ def _load(
     return run
 
 
-def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str, view: View) -> Pipeline:
+def _open(config: Path, overrides: list[str] | None, changes: Fields, stage: str, view: View) -> Pipeline:
     """The pipeline of a checked config, on Ray where something is trained or scored."""
     view.waiting("checking the configuration, the models and the data")
     run = _load(config, overrides, changes, stage, view.note)
@@ -115,7 +116,7 @@ def _open(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
     return Pipeline(run, NoEngine(merging_for(run.resources)), view, baselines=OF_RUNS)
 
 
-def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> tuple[Pipeline, Any]:
+def _made(config: Path, overrides: list[str] | None, changes: Fields, stage: str) -> tuple[Pipeline, Any]:
     """The pipeline of a config, and what `stage` of it gives: made with all it needs while the run's folder is held.
 
     What is waited for is shown from the first moment on.
@@ -135,7 +136,7 @@ def _made(config: Path, overrides: list[str] | None, changes: dict[str, Any], st
             return pipeline, getattr(pipeline, stage)()
 
 
-def _stage(config: Path, overrides: list[str] | None, changes: dict[str, Any], stage: str) -> Any:
+def _stage(config: Path, overrides: list[str] | None, changes: Fields, stage: str) -> Any:
     """What a stage gives."""
     return _made(config, overrides, changes, stage)[1]
 
@@ -203,7 +204,7 @@ def fuse(
     say(f"Fused model: {_stage(config, overrides, changes, 'fuse').path}")
 
 
-def _changes(output: Path | None, memory_budget: str | None = None, distributed: bool = False) -> dict[str, Any]:
+def _changes(output: Path | None, memory_budget: str | None = None, distributed: bool = False) -> Fields:
     """What these options set, as they were typed."""
     stated = {"output": None if output is None else str(output), "resources.memory_budget": memory_budget}
     return {field: value for field, value in stated.items() if value is not None} | (

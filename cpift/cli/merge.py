@@ -17,6 +17,7 @@ from cpift.text.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
+    from cpift.config.variation import Fields
 
 _KINDS: Mapping[str, Any] = {
     "value": str | None,
@@ -119,12 +120,12 @@ def _parsed(name: str, text: str) -> Any:
         raise ConfigError("merge", [error.problem(f"--{name.replace('_', '-')}")]) from None
 
 
-def _settings(overrides: list[str]) -> dict[str, Any]:
+def _settings(overrides: list[str]) -> Fields:
     """Fields by dotted name, of `--set FIELD=VALUE`. Raises ConfigError."""
     from cpift.untrusted.json import UnreadableError
     from cpift.untrusted.yaml import parse_yaml
 
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
     for text in overrides:
         field, equals, value = text.partition("=")
         if not equals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from cpift.text.units import show_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cpift.data.use import RowFacts
     from cpift.pipeline.plan import Plan
 
 
@@ -68,7 +69,7 @@ def _print_plan(planned: Plan, root: Path, idle: str | None) -> None:
             console.print(note)
 
 
-def _lost(row: Mapping[str, Any]) -> bool:
+def _lost(row: RowFacts) -> bool:
     return bool(row["cut"] or row["left_out"])
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cpift.compare.budgets import BUDGETS, Budgets, Groups
 from cpift.compare.config import Budget, Comparison
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
+from cpift.config.variation import Fields
 from cpift.data.tasks import count_examples
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
@@ -25,13 +26,13 @@ from cpift.pipeline.stages import integrate, order
 
 Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
 
-MERGES: dict[str, dict[str, Any]] = {
+MERGES: dict[str, Fields] = {
     method.contender.name: {"fusion.method": name}
     | {f"fusion.{field}": at for field, at in method.contender.fields.items()}
     for name, method in METHODS.items()
     if method.contender is not None
 }
-PARTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, Fields] = {
     "no transplant": {"fusion.transplant": False},
     "no SLERP": {"fusion.omega": 0.0},
     "no fusion": {"fusion.transplant": False, "fusion.omega": 0.0},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
+from cpift.config.variation import Fields
 from cpift.disk.files import write_text
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.measures import References, Scores, TaskItems, bootstrap
@@ -65,7 +66,7 @@ class Row:
     seed: int
     budget: str | None
     pair: tuple[str, str] | None
-    fields: dict[str, Any]
+    fields: Fields
     groups: list[list[str]]
     tokens: int | None
     seconds: float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from cpift.compare.budgets import Budgets, NotCounted
 from cpift.compare.methods import together
@@ -12,10 +11,11 @@ from cpift.config.inputs import Section
 from cpift.config.loading import with_fields
 from cpift.config.run import RunConfig
 from cpift.config.tasks import BASELINES, SftBaseline
+from cpift.config.variation import Fields
 from cpift.console.view import quiet
+from cpift.data.use import RowFacts
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
-from cpift.pipeline.costs import RowFacts
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.pipeline import Baselines, Pipeline
@@ -48,7 +48,7 @@ def fits_beside(run: Pipeline) -> list[Fit]:
 OF_RUNS = Baselines(make_baselines, fits_beside)
 
 
-def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: RowFacts = ()) -> Plan:
+def plan_all(artifacts: StageArtifacts, notes: Sequence[str] = (), rows: Sequence[RowFacts] = ()) -> Plan:
     """The plan of a run with its baselines; `notes`, `rows`: of `preflight`. No rows are counted."""
     return plan(artifacts, notes, _steps(artifacts), rows)
 
@@ -80,7 +80,7 @@ def _chosen(config: RunConfig) -> dict[str, Section]:
 # ---- merges ----------------------------------------------------------------------------------------------------------
 
 
-def _merge_fields(name: str, settings: Section) -> dict[str, Any]:
+def _merge_fields(name: str, settings: Section) -> Fields:
     """The method with what it says of itself, weights by task left aside: all fields else are the run's own."""
     own = {f"fusion.{field}": value for field, value in settings.model_dump(exclude_none=True).items()}
     return {"fusion.method": name, "fusion.weight": 1.0, "fusion.weights": {}, "fusion.t": 0.5} | own
@@ -98,7 +98,7 @@ def _merge_of(config: RunConfig, name: str, settings: Section) -> Artifact:
     return own.fuse((), own.base)
 
 
-def _beside(run: Pipeline, fields: dict[str, Any]) -> Pipeline:
+def _beside(run: Pipeline, fields: Fields) -> Pipeline:
     """The run with other fields, on the same engine; what both make is told of once."""
     config = with_fields(run.config, fields, _SUBJECT)
     own = Pipeline(config, run.engine, run.view, run.artifacts.maker)

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict, cast
 
 LOST = 0.1  # a larger share of rows left out or cut is worth a warning
+
+
+class UseRecord(TypedDict):
+    """`RowUse` as training.json keeps it."""
+
+    max_length: int
+    rows: int
+    left_out: int
+    cut: int
+    used: int
+
+
+class RowFacts(UseRecord):
+    """The rows of a task in one fine-tune, as a plan has them; of the first `rows` of `in_all` where `all` is false."""
+
+    task: str
+    field: str  # of the config: which `max_length`
+    all: bool
+    in_all: int
+    tokens: int  # of the rows that are used
 
 
 @dataclass
@@ -34,9 +54,8 @@ class RowUse:
         return max(self.left_out, self.cut) > LOST * self.rows
 
     @property
-    def record(self) -> dict[str, int]:
-        """As training.json keeps it."""
-        return asdict(self) | {"used": self.used}
+    def record(self) -> UseRecord:
+        return cast(UseRecord, asdict(self) | {"used": self.used})
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> RowUse:
@@ -50,7 +69,7 @@ class RowUse:
         return f"{self.used:,} of {self.rows:,} rows used{cut}{left_out}"
 
 
-def use_sentences(title: str, record: Sequence[Mapping[str, Mapping[str, int]]]) -> Iterator[tuple[str, bool]]:
+def use_sentences(title: str, record: Sequence[Mapping[str, UseRecord]]) -> Iterator[tuple[str, bool]]:
     """A sentence for each task of a fine-tune, and whether it is a warning; `record`: by stage, from training.json."""
     for stage in record:
         for task, counts in stage.items():

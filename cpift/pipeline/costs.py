@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cpift.config.run import ResourcesConfig, RunConfig, TrainingConfig
+from cpift.data.use import RowFacts
 from cpift.pipeline.identity import StageArtifacts
 from cpift.training.speed import known_speed
-
-RowFacts = Sequence[Mapping[str, Any]]  # `RowChecks.rows`
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class FitCost:
     seconds: float | None
 
 
-def fit_costs(artifacts: StageArtifacts, rows: RowFacts, parameters: int | None) -> list[FitCost]:
+def fit_costs(artifacts: StageArtifacts, rows: Sequence[RowFacts], parameters: int | None) -> list[FitCost]:
     """Of every fine-tune of a run, in order."""
     return list(_costs(artifacts, rows, parameters))
 
@@ -48,7 +46,7 @@ def total_seconds(config: RunConfig, costs: Sequence[FitCost]) -> float | None:
     return sum(probes) / at_once + sum(cost.seconds or 0.0 for cost in costs if cost.stage != "probe")
 
 
-def _costs(artifacts: StageArtifacts, rows: RowFacts, parameters: int | None) -> Iterator[FitCost]:
+def _costs(artifacts: StageArtifacts, rows: Sequence[RowFacts], parameters: int | None) -> Iterator[FitCost]:
     config, threads = artifacts.config, artifacts.config.resources.threads
     names = [task.name for task in config.tasks]
     grouping = artifacts.known_grouping() if config.fusion.isolates or config.integration is not None else None
@@ -76,7 +74,7 @@ class _Seen:
     mean: float | None
 
 
-def _of(rows: RowFacts, field: str, tasks: Sequence[str]) -> _Seen:
+def _of(rows: Sequence[RowFacts], field: str, tasks: Sequence[str]) -> _Seen:
     facts = [row for row in rows if row["field"] == field and row["task"] in tasks and row["rows"] and row["used"]]
     if {row["task"] for row in facts} != set(tasks):
         return _Seen(None, None)

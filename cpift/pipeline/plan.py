@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cpift.config.run import RunConfig
+from cpift.data.use import RowFacts
 from cpift.errors import entry
 from cpift.models.sources import source_of
-from cpift.pipeline.costs import FitCost, RowFacts, fit_costs, total_seconds
+from cpift.pipeline.costs import FitCost, fit_costs, total_seconds
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.preflight import trainings
 from cpift.pipeline.stages import order
@@ -36,12 +36,12 @@ class Plan:
     notes: tuple[str, ...]
     device: str = ""
     fits: tuple[FitCost, ...] = ()  # fine-tunes of the run itself
-    rows: tuple[Mapping[str, Any], ...] = ()  # of each task in each fine-tune
+    rows: tuple[RowFacts, ...] = ()  # of each task in each fine-tune
     seconds: float | None = None  # of the fine-tunes that are to do; None where that was never measured here
 
 
 def plan(
-    artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: RowFacts = ()
+    artifacts: StageArtifacts, notes: Sequence[str] = (), beside: Iterable[Step] = (), rows: Sequence[RowFacts] = ()
 ) -> Plan:
     """The steps of a run in order, what is cached, and what it costs.
 

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cpift.config.code import code_of
 from cpift.config.needs import NEEDS
 from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
 from cpift.data.templates import checked_templates, renderer
 from cpift.data.tokenise import UNCUT, learnable, tokenise
-from cpift.data.use import RowUse
+from cpift.data.use import RowFacts, RowUse
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
 from cpift.rows.problems import one_per_kind
@@ -43,7 +43,7 @@ class RowChecks:
     day: str = ""  # on which the chat template writes this, where it writes the date
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of each task and field, see `_check_train`
+    rows: list[RowFacts] = field(default_factory=list)  # of each task and field
 
 
 @dataclass
@@ -55,6 +55,10 @@ class _Sampled(RowUse):
     def add(self, length: int, learnable: bool) -> None:
         super().add(length, learnable)
         self.tokens += min(length, self.max_length) * learnable
+
+    def facts(self, task: str, name: str, every: bool, total: int) -> RowFacts:
+        where = {"task": task, "field": name, "all": every, "in_all": total}
+        return cast(RowFacts, where | asdict(self) | {"used": self.used})
 
 
 def check_written(config: RunConfig, stage: str | None, download: bool = True) -> RowChecks:
@@ -223,7 +227,7 @@ def _check_train(
     every: bool = False,
 ) -> None:
     where = f"tasks.{task.name}.train"
-    uses: dict[str, RowUse] = {name: _Sampled(length) for name, length in lengths.items()}
+    uses = {name: _Sampled(length) for name, length in lengths.items()}
     if not uses:
         return
     try:
@@ -237,9 +241,8 @@ def _check_train(
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
             checks.problems.append(Problem(where, what, f"raise {name}"))
-    total = {"all": all_seen, "in_all": next(iter(uses.values())).rows if all_seen else count_examples(source)}
-    seen = {name: total | asdict(use) | {"used": use.used} for name, use in uses.items()}
-    checks.rows += [{"task": task.name, "field": name} | counts for name, counts in seen.items()]
+    total = next(iter(uses.values())).rows if all_seen else count_examples(source)
+    checks.rows += [use.facts(task.name, name, all_seen, total) for name, use in uses.items()]
     sentences = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
     for (_, sentence), name in reversed(sentences.items()):
         first = "" if all_seen else "of the first rows, "

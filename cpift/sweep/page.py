@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from cpift.config.variation import shown
+from cpift.config.variation import Fields, shown
 from cpift.errors import entry
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of
@@ -109,7 +108,7 @@ def _heat(data: SweepData, name: str, rows: str, columns: str) -> str:
 
 
 def _heat_cell(
-    data: SweepData, estimate: Estimate | None, point: dict[str, Any], sign: int, best: float, low: float, span: float
+    data: SweepData, estimate: Estimate | None, point: Fields, sign: int, best: float, low: float, span: float
 ) -> str:
     trial = trial_at(data, point)
     if estimate is None:

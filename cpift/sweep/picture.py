@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from cpift.config.variation import shown
+from cpift.config.variation import Fields, shown
 from cpift.report.html import figure
 from cpift.sweep import plots
 from cpift.sweep.scores import SweepData, remaking
@@ -34,7 +32,7 @@ def last_line(text: str) -> str:
     return (text.strip() or "no reason given").splitlines()[-1]
 
 
-def _point(point: dict[str, Any]) -> str:
+def _point(point: Fields) -> str:
     return ", ".join(f"{name} = {shown(value)}" for name, value in point.items())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 from cpift.config.identity import identity_of, recorded
 from cpift.config.loading import with_fields
@@ -43,8 +43,15 @@ def read_attempts(record: Artifact) -> list[Attempt]:
     return [Attempt(**attempt) for attempt in read_json(record.path / "attempts.json")]
 
 
+class TrialResult(TypedDict):
+    """What Tune knows of a trial: its point, and why it failed, empty if it did not."""
+
+    fields: Fields
+    error: str
+
+
 def attempts_of(
-    sweep: Sweep, results: Mapping[str, dict[str, Any]], pipeline: Callable[[RunConfig], Pipeline]
+    sweep: Sweep, results: Mapping[str, TrialResult], pipeline: Callable[[RunConfig], Pipeline]
 ) -> list[Attempt]:
     """Trials of a search that chose its points as it went: those of one outcome are put together afterwards."""
     points = [result["fields"] for result in results.values() if not result["error"]]
@@ -60,7 +67,7 @@ def attempts_of(
 
 def pinned(sweep: Sweep) -> Sweep:
     """The sweep with hub revisions fixed to today's commits, so that all its runs mean the same and none asks again."""
-    base, fields = sweep.base, dict[str, Any]()
+    base, fields = sweep.base, Fields()
     if base.model.hub is not None:
         fields["model.revision"] = resolve_revision("model", base.model.hub, base.model.revision)
     for number, task in enumerate(base.tasks):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cpift.config.variation import Fields
 from cpift.evaluation.estimates import Estimate
 from cpift.sweep.objectives import less_is_better
 
@@ -15,7 +16,7 @@ class TrialRow:
     """One trial: the points of the space that came to it, and how it went."""
 
     number: int
-    points: list[dict[str, Any]]
+    points: list[Fields]
     status: str  # done | stopped (early, by ASHA) | failed
     reason: str
     groups: list[list[list[str]]]  # one a seed, in stage order

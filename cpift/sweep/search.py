@@ -34,7 +34,7 @@ from cpift.sweep.config import Range, Sweep
 from cpift.sweep.keep import Keeper
 from cpift.sweep.learning import require_objectives
 from cpift.sweep.points import Trial, choose_points, group_points
-from cpift.sweep.record import Attempt, attempts_of, pinned, read_attempts, sweep_record
+from cpift.sweep.record import Attempt, TrialResult, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep.results import all_there, own_artifacts
 from cpift.sweep.trial import asks_ray, failure_file, point_of, run_trial
 from cpift.text.units import show_size
@@ -142,18 +142,19 @@ def _done(sweep: Sweep, trial: Trial) -> bool:
     return all(artifact.complete for run in trial.runs for artifact in own_artifacts(sweep, run))
 
 
-def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, dict[str, Any]]) -> Attempt:
-    result = results.get(digest(trial.fields), {})
+def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, TrialResult]) -> Attempt:
+    result = results.get(digest(trial.fields))
     points = [dict(point) for point in trial.points]
     if _done(sweep, trial):
         return Attempt(points, "done", "")
-    return Attempt(points, "failed" if result.get("error") else "stopped", result.get("error") or "")
+    error = "" if result is None else result["error"]
+    return Attempt(points, "failed" if error else "stopped", error)
 
 
 def _tune(
     sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, keeper: Keeper, view: View
-) -> dict[str, dict[str, Any]]:
-    """Run trials to their end; by digest of its fields each one's fields and error."""
+) -> dict[str, TrialResult]:
+    """Run trials to their end; by digest of its fields each one's result."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     storage = record.work_dir
@@ -168,8 +169,7 @@ def _tune(
     return {digest(result["fields"]): result for result in tried}
 
 
-def _read_result(result: tune.Result, failures: Path) -> dict[str, Any]:
-    """A trial's fields and, if it failed, why."""
+def _read_result(result: tune.Result, failures: Path) -> TrialResult:
     fields = point_of(result.config or {})
     marker = failure_file(failures, fields)
     reason = marker.read_text(encoding="utf-8") if marker.is_file() else str(result.error)

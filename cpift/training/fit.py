@@ -30,6 +30,7 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
 from cpift.console.progress import Message, OnProgress
 from cpift.data.tasks import CompletionCollator
+from cpift.data.use import UseRecord
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
 from cpift.errors import StageError
@@ -78,7 +79,7 @@ class _StageState:
     frozen: list[FrozenRow] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
     seconds: float = 0.0
-    rows: list[dict[str, dict[str, int]]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
+    rows: list[dict[str, UseRecord]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
 
 
 def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
@@ -146,7 +147,7 @@ def _run_stage(
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
-    uses: dict[str, dict[str, int]] = {}
+    uses: dict[str, UseRecord] = {}
     progress.rows = [*progress.rows[:index], uses]
     follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
     with tracked(

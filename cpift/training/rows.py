@@ -23,7 +23,7 @@ from cpift.data.tasks import (
     tokenised_dataset,
 )
 from cpift.data.templates import checked_templates
-from cpift.data.use import RowUse
+from cpift.data.use import RowUse, UseRecord
 from cpift.rows.examples import Example
 from cpift.training.spec import FitSpec
 
@@ -37,7 +37,7 @@ def stage_data(
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    uses: dict[str, dict[str, int]] | None = None,
+    uses: dict[str, UseRecord] | None = None,
 ) -> Dataset:
     """The rows that a stage goes over in every epoch, with column `input_ids` among others; kept in `folder`.
 

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 from cpift.config.run import ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.config.training import Freeze, Tracker
+from cpift.data.use import UseRecord
 from cpift.disk.files import read_json
 from cpift.errors import entry
 
@@ -40,7 +41,7 @@ class _Later(TypedDict, total=False):
 
     title: str
     tokens: list[int]  # input tokens seen, by stage
-    rows: list[dict[str, dict[str, int]]]  # by stage and task, see `data.use.RowUse.record`
+    rows: list[dict[str, UseRecord]]  # by stage and task
     precision: str
 
 
