@@ -31,7 +31,7 @@ from cpift.cluster.fits import run_fits
 from cpift.cluster.session import ray_session
 from cpift.config.loading import load_config
 from cpift.config.run import RunConfig
-from cpift.console.progress import Message
+from cpift.console.progress import ProgressMessage
 from cpift.console.view import View
 from cpift.disk.files import file_sha256
 from cpift.pipeline.inprocess import InProcessEngine
@@ -54,7 +54,7 @@ def timed(work: Callable[[], Any]) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def nothing(message: Message) -> None:
+def nothing(message: ProgressMessage) -> None:
     pass
 
 

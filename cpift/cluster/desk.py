@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from cpift.cluster.work_queue import Outcome, WorkItem, WorkQueue
-from cpift.console.progress import Message
+from cpift.console.progress import ProgressMessage
 from cpift.errors import first_line
 
 CLOSED = "closed"  # what a worker takes from a desk that hands out no more
@@ -27,7 +27,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._queue, self._closed = WorkQueue(), False
-        self._latest: dict[str, Message] = {}
+        self._latest: dict[str, ProgressMessage] = {}
         self._workers: dict[str, Any] = {}  # by their actor's id
         self._put, self._ended = asyncio.Event(), asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -66,10 +66,10 @@ class Desk:
         self._put.set()
         self._ended.set()
 
-    async def post(self, message: Message) -> None:
+    async def post(self, message: ProgressMessage) -> None:
         self._latest[message["title"]] = message
 
-    async def look(self, seconds: float) -> tuple[list[Message], dict[str, Outcome]]:
+    async def look(self, seconds: float) -> tuple[list[ProgressMessage], dict[str, Outcome]]:
         """Progress and outcomes since the last look, after so many seconds or as soon as something has ended."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._ended.wait(), seconds)

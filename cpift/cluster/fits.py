@@ -34,7 +34,7 @@ from cpift.cluster.session import (
 )
 from cpift.cluster.storage import RUN, FitStorage
 from cpift.config.run import ResourcesConfig
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.disk.files import write_text
 from cpift.errors import CpiftError, StageError, explain_os_error
 from cpift.training.spec import RESULT, FitSpec
@@ -223,7 +223,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         saved = ray.train.Checkpoint.from_directory(str(folder)) if main else None
         ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode)
 
-    def on_progress(message: Message) -> None:
+    def on_progress(message: ProgressMessage) -> None:
         alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
         if main:
             board.post.remote(message)

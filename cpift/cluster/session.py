@@ -14,7 +14,7 @@ import ray
 
 from cpift.config.run import ResourcesConfig
 from cpift.console.ending import handlers_kept, stopping
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.errors import CpiftError, StageError, explain_os_error, first_line
 
 NAMESPACE = "cpift"
@@ -158,12 +158,12 @@ class ProgressBoard:
     """Collects the latest progress message of every running piece of work."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Message] = {}
+        self._latest: dict[str, ProgressMessage] = {}
 
-    def post(self, message: Message) -> None:
+    def post(self, message: ProgressMessage) -> None:
         self._latest[message["title"]] = message
 
-    def take(self) -> list[Message]:
+    def take(self) -> list[ProgressMessage]:
         messages, self._latest = list(self._latest.values()), {}
         return messages
 

@@ -28,7 +28,7 @@ from cpift.cluster.session import (
     use_assigned_gpus,
 )
 from cpift.config.run import ResourcesConfig
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.evaluation.scores import OnResult
 from cpift.merging.engine import Merging
 from cpift.pipeline.engine import Scoring
@@ -120,7 +120,7 @@ def _fit_task(spec: FitSpec, board_name: str) -> None:
     board = ray.get_actor(board_name, namespace=NAMESPACE)
     with ended_if_stuck(spec.resources.hang_timeout, sys.stderr) as alive:
 
-        def on_progress(message: Message) -> None:
+        def on_progress(message: ProgressMessage) -> None:
             alive(message["step"] < message["steps"])
             board.post.remote(message)
 

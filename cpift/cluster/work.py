@@ -15,7 +15,7 @@ from ray import cloudpickle
 from cpift.cluster.desk import CLOSED
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.work_queue import Outcome, WorkItem
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.errors import CpiftError, explain_os_error
 from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import fit_here, give_back_memory, score_here
@@ -72,7 +72,7 @@ def _fit(spec: FitSpec, post: OnProgress) -> None:
         ended_if_stuck(spec.resources.hang_timeout, log) as alive,
     ):
 
-        def on_progress(message: Message) -> None:
+        def on_progress(message: ProgressMessage) -> None:
             alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
             post(message)
 

@@ -15,9 +15,9 @@ from cpift.lazy import handed_out
 
 if TYPE_CHECKING:
     from cpift.console.ending import ended_in_order as ended_in_order
-    from cpift.console.progress import Message as Message
     from cpift.console.progress import OnProgress as OnProgress
     from cpift.console.progress import Progress as Progress
+    from cpift.console.progress import ProgressMessage as ProgressMessage
     from cpift.console.progress import read_progress as read_progress
     from cpift.console.screen import duration as duration
     from cpift.console.terminal import Terminal as Terminal

@@ -24,7 +24,7 @@ _LIMITS = Limits(size=1 << 24, values=500_000, constants=("NaN", "Infinity", "-I
 STATES = ("running", "finished", "failed", "stopped")
 
 
-class Message(TypedDict, total=False):
+class ProgressMessage(TypedDict, total=False):
     """What a worker says of its piece of work: `title` and `done`, and what there is to say of such work. Or `waiting`
     alone: for what everything waits."""
 
@@ -39,7 +39,7 @@ class Message(TypedDict, total=False):
     waiting: str
 
 
-OnProgress = Callable[[Message], None]
+OnProgress = Callable[[ProgressMessage], None]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Piece:
 
     title: str
     done: float = 0.0
-    message: Message = field(default_factory=Message)
+    message: ProgressMessage = field(default_factory=ProgressMessage)
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _parsed(record: dict[str, Any]) -> Progress:
     record["done"] = [Done(str(step["title"]), _seconds(step["seconds"])) for step in record["done"]]
     record["pieces"] = {
         str(name): Piece(
-            str(piece["title"]), min(max(float(piece["done"]), 0.0), 1.0), cast(Message, dict(piece["message"]))
+            str(piece["title"]), min(max(float(piece["done"]), 0.0), 1.0), cast(ProgressMessage, dict(piece["message"]))
         )
         for name, piece in record["pieces"].items()
     }

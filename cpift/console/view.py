@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from cpift.console.progress import Done, Message, Piece, Progress, write_progress
+from cpift.console.progress import Done, Piece, Progress, ProgressMessage, write_progress
 from cpift.console.screen import done_line, screen, summary
 from cpift.console.terminal import Terminal
 from cpift.text.redaction import redacted
@@ -121,7 +121,7 @@ class View:
         """Take away the bar of work that has ended, where many pieces follow each other within one step."""
         self.state.pieces = {name: piece for name, piece in self.state.pieces.items() if name != title}
 
-    def progress(self, message: Message) -> None:
+    def progress(self, message: ProgressMessage) -> None:
         """A message of a worker: `title`, `done` in 0..1, and what else there is to say (loss, step, task); or
         `waiting`, for what everything waits."""
         if "waiting" in message:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpift.config.columns import ColumnError, Template, fill
-from cpift.rows.kinds import NUMBERS, Kind, kind_of
+from cpift.rows.kinds import NUMBERS, RowKind, kind_of
 from cpift.rows.turns import Message, RowError, check_links, parse_turn
 from cpift.untrusted.json import ROW, UnreadableError, parse_json, require_limits
 
@@ -87,7 +87,7 @@ def options_otherwise(row: Mapping[str, Any], columns: Mapping[str, Template]) -
     return answered or (lines is not False and lines != list(choices))
 
 
-def _messages(fields: Mapping[str, Any], kind: Kind) -> tuple[Message, ...]:
+def _messages(fields: Mapping[str, Any], kind: RowKind) -> tuple[Message, ...]:
     messages = _to_last_reply([parse_turn(item, place) for place, item in enumerate(kind.turns(fields))])
     if messages[-1].role != "assistant":
         what = f"the last message must be the assistant's reply, not the {messages[-1].role}'s"

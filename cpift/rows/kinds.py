@@ -15,7 +15,7 @@ NUMBERS = (bool, int, float, decimal.Decimal)
 
 
 @dataclass(frozen=True)
-class Kind:
+class RowKind:
     """Rows with all columns of `needs` (null is absent) and none of `without`."""
 
     title: str
@@ -107,14 +107,14 @@ def _plain(fields: Fields) -> list[Any]:
 
 
 # The first that fits is taken.
-KINDS: tuple[Kind, ...] = (
-    Kind("messages", ("messages",), _messages),
-    Kind("prompt and completion", ("prompt", "completion"), _prompt),
-    Kind("prompt and answer", ("prompt", "answer"), _prompt),
-    Kind("ShareGPT", ("conversations",), _sharegpt),
-    Kind("Alpaca", ("instruction", "output"), _instructed("input", "output")),
-    Kind("Dolly", ("instruction", "response"), _instructed("context", "response")),
-    Kind(
+KINDS: tuple[RowKind, ...] = (
+    RowKind("messages", ("messages",), _messages),
+    RowKind("prompt and completion", ("prompt", "completion"), _prompt),
+    RowKind("prompt and answer", ("prompt", "answer"), _prompt),
+    RowKind("ShareGPT", ("conversations",), _sharegpt),
+    RowKind("Alpaca", ("instruction", "output"), _instructed("input", "output")),
+    RowKind("Dolly", ("instruction", "response"), _instructed("context", "response")),
+    RowKind(
         "plain text",
         ("text",),
         _plain,
@@ -124,7 +124,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kind_of(fields: Fields) -> Kind:
+def kind_of(fields: Fields) -> RowKind:
     """Raises RowError, with the columns that there are, where no kind fits."""
     there = {name for name, value in fields.items() if value is not None}
     for kind in KINDS:

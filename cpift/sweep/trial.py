@@ -16,7 +16,7 @@ from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.tasks import TaskEngine
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.config.variation import Fields, describe
-from cpift.console.progress import Message
+from cpift.console.progress import ProgressMessage
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
@@ -113,7 +113,7 @@ class _BoardView(View):
         super().__init__(quiet().console)
         self._trial, self._board, self._alive = trial, board, alive
 
-    def progress(self, message: Message) -> None:
+    def progress(self, message: ProgressMessage) -> None:
         if "waiting" in message:
             return
         self._alive(message.get("step", 0) < message.get("steps", 0))  # between training steps; an evaluation has none

@@ -28,7 +28,7 @@ from transformers import (
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
-from cpift.console.progress import Message, OnProgress
+from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.tasks import CompletionCollator
 from cpift.data.use import UseRecord
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
@@ -303,7 +303,7 @@ class _Follower(TrainerCallback):
         stages = len(self._spec.stages)
         done = self._index + state.global_step / max(state.max_steps, 1)
         self._hooks.on_progress(
-            Message(
+            ProgressMessage(
                 title=self._spec.title, done=done / stages, stage=self._index, stages=stages, loss=last,
                 step=state.global_step, steps=state.max_steps,
             )
