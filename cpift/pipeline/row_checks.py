@@ -232,7 +232,7 @@ def _check_train(
         return
     try:
         others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
-        all_seen = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks, every)
+        rows = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks, every)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
     if any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
@@ -241,8 +241,8 @@ def _check_train(
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
             checks.problems.append(Problem(where, what, f"raise {name}"))
-    total = next(iter(uses.values())).rows if all_seen else count_examples(source)
-    checks.rows += [use.facts(task.name, name, all_seen, total) for name, use in uses.items()]
+    all_seen = all(use.rows == rows for use in uses.values())
+    checks.rows += [use.facts(task.name, name, all_seen, rows) for name, use in uses.items()]
     sentences = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
     for (_, sentence), name in reversed(sentences.items()):
         first = "" if all_seen else "of the first rows, "
@@ -256,8 +256,9 @@ def _sampled(
     others: Collection[RowUse],
     checks: RowChecks,
     every: bool,
-) -> bool:
-    """Count the first rows, and more where none of those would be learnt from. Whether these are all.
+) -> int:
+    """Count the first rows, and more where none of those would be learnt from. Returns how many rows there are, as far
+    as they were read: to the end, if nothing was wrong with them.
 
     Of the others one of each shape is written, for its template may refuse it, and the longest; with `every` all are
     counted, those of a shape that was written before in this process.
@@ -271,10 +272,10 @@ def _sampled(
         with checked_templates() if every and number > SAMPLE and not shapes.newest else nullcontext():
             bad += not _counted(example, tokenizer, uses if counted else others, checks)
         if bad == _SHOWN:
-            return False
+            return number
     if longest is not None:
         _counted(longest, tokenizer, others, checks)
-    return all(use.rows == number for use in uses)
+    return number
 
 
 def _counted(example: Example, tokenizer: PreTrainedTokenizerBase, uses: Iterable[RowUse], checks: RowChecks) -> bool:

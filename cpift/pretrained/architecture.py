@@ -193,6 +193,8 @@ def stored_transposed(folder: Path, module: str) -> bool | None:
 @lru_cache(maxsize=16)
 def _products(source: _Source) -> dict[str, bool]:
     """`stored_transposed` of every matrix product by its module's name."""
+    if plain := _plain(source):
+        return plain.transposed
     transposed: dict[str, bool] = remembered(
         "stored transposed", source.text, lambda: _stored_transposed(_skeleton(source))
     )

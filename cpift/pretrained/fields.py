@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, Problem
-from cpift.pretrained.architecture import effective_config, reads_field
+from cpift.pretrained.architecture import effective_config, known_class, reads_field
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object
 
 Effect = Literal["computes", "meant", "silent"]
@@ -162,7 +162,21 @@ def config_differences(base: Path, tune: Path) -> list[Difference]:
         return []
     if (base / "config.json").read_bytes() == (tune / "config.json").read_bytes():
         return []
+    if _known_alike(base, tune):
+        return []
     return list(_differences(effective_config(base), effective_config(tune), lambda name: _effect(base, name)))
+
+
+def _known_alike(base: Path, tune: Path) -> bool:
+    """Whether two config.json of a class that need not be asked differ in silent fields alone."""
+    mine, theirs = known_class(base), known_class(tune)
+    if mine is None or theirs is None:
+        return False
+    one, other = (
+        {name: value for name, value in known.config.items() if FIELDS.get(name) != "silent"}
+        for known in (mine, theirs)
+    )
+    return one == other
 
 
 def _effect(base: Path, name: str) -> Effect:
@@ -173,10 +187,13 @@ def _effect(base: Path, name: str) -> Effect:
 def generation_differences(base: Path, tune: Path) -> list[Difference]:
     """Every field in which generation_config.json of two folders differs, defaults filled in."""
     mine, theirs = (_generation(folder) for folder in (base, tune))
+    if mine == theirs:
+        return []
+    mine, theirs = (_without_defaults(settings) for settings in (mine, theirs))
     return [
         Difference(name, mine.get(name), theirs.get(name), "meant")
         for name in sorted(mine.keys() | theirs.keys())
-        if name not in _GENERATION_SILENT.split() and mine.get(name) != theirs.get(name)
+        if mine.get(name) != theirs.get(name)
     ]
 
 
@@ -229,8 +246,13 @@ def _generation(folder: Path) -> dict[str, Any]:
         config = read_object(file, MODEL_CONFIG) if file.is_file() else _from_config(folder)
     except UnreadableError as error:
         raise CheckpointError(f"model {folder}", [error.problem(GENERATION)]) from error
+    silent = _GENERATION_SILENT.split()
+    return {name: value for name, value in config.items() if value is not None and name not in silent}
+
+
+def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     defaults = remembered("generation defaults", [], _generation_defaults)
-    return {name: value for name, value in config.items() if value is not None and value != defaults.get(name)}
+    return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
 
 def _generation_defaults() -> dict[str, Any]:

@@ -27,11 +27,18 @@ class PlainClass:
     ties: Mapping[str, str]  # tied name → the parameter that it is
     embeddings: tuple[str, ...]  # with a row for every token
     vocabulary: int
+    config: Mapping[str, Any]  # as the file has it
 
     @property
     def own(self) -> dict[str, Shape]:
         """Of what is no other's tied name."""
         return {name: shape for name, shape in self.shapes.items() if name not in self.ties}
+
+    @property
+    def transposed(self) -> dict[str, bool]:
+        """Of every matrix product by its module's name, whether its weight is [inputs, outputs]."""
+        names = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        return {name.removesuffix(".weight"): name == self.embeddings[0] for name in names}
 
 
 @lru_cache(maxsize=16)
@@ -47,7 +54,7 @@ def plain_class(text: str) -> PlainClass | None:
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer(kind, config, sizes).items()}
     shapes |= {"model.norm.weight": _shape("h", sizes), head: _shape("v h", sizes)}
     ties = {head: embedding} if config.get("tie_word_embeddings", kind.tied) else {}
-    return PlainClass(shapes, ties, (embedding, head), config["vocab_size"])
+    return PlainClass(shapes, ties, (embedding, head), config["vocab_size"], config)
 
 
 def _layer(kind: Kind, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Shape]:

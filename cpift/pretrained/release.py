@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from cpift.disk.facts import releases
@@ -20,12 +21,13 @@ def checked_release() -> str | None:
 
 
 def without_index() -> None:
-    """Have files of transformers imported in this process without what `import transformers` does first: read the
-    source of every model. For a process that needs one of them, and nothing of the library's top."""
+    """Have files of `transformers.utils` imported in this process without what their packages import first: the names
+    of all models, the hub's client. For a process that needs such a file and nothing else of the library."""
     spec, release = importlib.util.find_spec("transformers"), checked_release()
     if spec is None or release is None or "transformers" in sys.modules:
         return
-    package = ModuleType("transformers")
-    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
-    package.__version__ = release  # type: ignore[attr-defined]  # its files ask for it
-    sys.modules["transformers"] = package
+    folder = Path(next(iter(spec.submodule_search_locations or ())))
+    for name, place in (("transformers", folder), ("transformers.utils", folder / "utils")):
+        package = ModuleType(name)
+        package.__path__, package.__version__ = [str(place)], release  # type: ignore[attr-defined]  # its files ask for it
+        sys.modules[name] = package

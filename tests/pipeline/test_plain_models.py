@@ -18,11 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from cpift.config.loading import load_config
 from cpift.errors import CpiftError
+from cpift.merging.planning import given_notes
 from cpift.pipeline.preflight import examined
 from cpift.pretrained import plain
 from cpift.pretrained.plain_tokenizer import plain_tokenizer
+from tests.helpers.merges import config_file
 
 Edit = Callable[[Path], object]
+Check = Callable[[Path], str]
+Said = Callable[..., str]
 
 
 def fields(name: str, **changes: Any) -> Edit:
@@ -94,11 +98,30 @@ REFUSED: dict[str, Edit] = {
 }
 
 
-@pytest.fixture
-def said(models: Path, tmp_path: Path, smoke_config: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """What a plan says of an edited model, its classes asked or not; what was said before is not taken."""
+MERGED: dict[str, Edit] = {  # of a tune
+    "as it is": lambda folder: None,
+    "saved by another release": config(transformers_version="4.40.0", use_cache=False, dtype="float32"),
+    "an older way to write": config(rope_parameters=..., rope_theta=10000.0),
+    "other positions": config(rope_parameters={"rope_theta": 5.0, "rope_type": "default"}),
+    "an end of its own": config(eos_token_id=[257, 3]),
+    "generates otherwise": fields("generation_config.json", do_sample=True, top_k=50),
+    "lacks a tensor": weights(lambda one: one.pop(NORM)),
+    "a smaller vocabulary": REFUSED["a smaller vocabulary"],
+    "untied": lambda folder: (
+        config(tie_word_embeddings=False)(folder),
+        weights(lambda one: one.update({HEAD: one[EMBEDDING].clone()}))(folder),
+    ),
+    "another copy of what is tied": weights(lambda one: one.update({HEAD: one[EMBEDDING] + 1})),
+    "wrapped": TAKEN["wrapped"],
+    "an unknown activation": config(hidden_act="none"),
+}
 
-    def say(edit: Edit, place: str, *, asks: bool) -> str:
+
+@pytest.fixture
+def said(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """What a run's check says of an edited model, its classes asked or not; what was said before is not taken."""
+
+    def say(edit: Edit, place: str, run: Check, *, asks: bool) -> str:
         folder = tmp_path / place
         if not folder.exists():
             shutil.copytree(models / "base", folder)
@@ -109,10 +132,7 @@ def said(models: Path, tmp_path: Path, smoke_config: Path, monkeypatch: pytest.M
                 patch.setattr(plain, "checked_release", lambda: None)
             plain.plain_class.cache_clear()
             try:
-                task = {"name": "a", "metric": "number"}
-                task |= {split: {"procedural": "addition", "size": 4} for split in ("train", "test")}
-                changes = {"model": {"path": str(folder)}, "tasks": [task], "output": str(tmp_path / "out")}
-                return str(asdict(examined(load_config(smoke_config, [], changes))))
+                return run(folder)
             except CpiftError as error:
                 return str(error)
             finally:
@@ -121,19 +141,52 @@ def said(models: Path, tmp_path: Path, smoke_config: Path, monkeypatch: pytest.M
     return say
 
 
-def test_what_is_taken_is_taken_with_the_same_words(said: Callable[..., str], tmp_path: Path) -> None:
+@pytest.fixture
+def train(tmp_path: Path, smoke_config: Path) -> Check:
+    """The check of a run that trains from a model."""
+    task = {"name": "a", "metric": "number"}
+    task |= {split: {"procedural": "addition", "size": 4} for split in ("train", "test")}
+
+    def check(folder: Path) -> str:
+        changes = {"model": {"path": str(folder)}, "tasks": [task], "output": str(tmp_path / "out")}
+        return str(asdict(examined(load_config(smoke_config, [], changes))))
+
+    return check
+
+
+@pytest.fixture
+def merge(models: Path, tmp_path: Path) -> Check:
+    """The check of a merge with a tune, and its notes."""
+
+    def check(folder: Path) -> str:
+        tasks = [{"name": folder.name, "checkpoint": {"path": str(folder)}} for folder in (models / "one", folder)]
+        run = load_config(config_file(tmp_path, models, tasks=tasks), [], {})
+        return str(asdict(examined(run, stage="fuse"))) + "\n".join(given_notes(run))
+
+    return check
+
+
+def test_what_is_taken_is_taken_with_the_same_words(said: Said, train: Check, tmp_path: Path) -> None:
     for number, (name, edit) in enumerate(TAKEN.items()):
-        found = said(edit, str(number), asks=False)
+        found = said(edit, str(number), train, asks=False)
         assert found.startswith("{'longest'"), name
-        assert said(edit, str(number), asks=True) == found, name
+        assert said(edit, str(number), train, asks=True) == found, name
         assert plain_tokenizer(tmp_path / str(number)) is not None, name
 
 
-def test_what_is_refused_is_refused_with_the_same_words(said: Callable[..., str]) -> None:
+def test_what_is_refused_is_refused_with_the_same_words(said: Said, train: Check) -> None:
     for number, (name, edit) in enumerate(REFUSED.items()):
-        found = said(edit, str(number), asks=False)
+        found = said(edit, str(number), train, asks=False)
         assert "→" in found, name
-        assert said(edit, str(number), asks=True) == found, name
+        assert said(edit, str(number), train, asks=True) == found, name
+
+
+def test_a_merge_says_the_same(said: Said, merge: Check) -> None:
+    found = {name: said(edit, f"m{place}", merge, asks=False) for place, (name, edit) in enumerate(MERGED.items())}
+    asked = {name: said(edit, f"m{place}", merge, asks=True) for place, (name, edit) in enumerate(MERGED.items())}
+    assert asked == found
+    refused = ("other positions", "lacks a tensor", "a smaller vocabulary", "another copy of what is tied")
+    assert {name for name, text in found.items() if "→" in text} == {*refused, "an unknown activation"}
 
 
 def test_neither_torch_nor_transformers_is_loaded_to_plan(models: Path, tmp_path: Path, smoke_config: Path) -> None:

@@ -16,6 +16,7 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import unloadable, unwritable
 from cpift.errors import CheckpointError
 from cpift.pretrained import architecture, plain
+from cpift.pretrained.fields import config_differences, generation_differences
 from cpift.pretrained.kinds import FIELDS, KINDS
 from cpift.pretrained.plain import plain_class
 from cpift.pretrained.release import CHECKED
@@ -23,6 +24,7 @@ from tests.helpers.kinds import config_of
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 DEFAULT = {"rope_theta": 10_000.0, "rope_type": "default"}
+MODULES = ("lm_head", "model.embed_tokens", "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm", "none")
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
@@ -52,6 +54,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "embeddings": architecture.embedding_names(folder),
         "vocabulary": architecture.vocabulary_size(folder),
         "room": tuple(architecture.room(folder)),
+        "transposed": {name: architecture.stored_transposed(folder, name) for name in MODULES},
     }
 
 
@@ -61,6 +64,7 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def ask() -> None:
         monkeypatch.setattr(architecture, "plain_class", lambda text: None)
+        architecture._products.cache_clear()
 
     return ask
 
@@ -80,6 +84,31 @@ def test_a_class_says_the_same_itself(kind: str, tmp_path: Path, asking: Callabl
         assert one is not None
         assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == one.shapes
         assert facts_of(folder) == facts
+        assert architecture._products(architecture._source(folder)) == one.transposed
+
+
+SILENT = {"use_cache": False, "dtype": "float16", "transformers_version": "4.30.0", "attention_dropout": 0.5}
+SILENT |= {"tie_word_embeddings": True, "_name_or_path": "x", "initializer_range": 0.5, "vocab_size": 48}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_what_differs_silently_differs_silently_for_the_class(
+    kind: str, tmp_path: Path, asking: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"bos_token_id": 1, "tie_word_embeddings": False}
+    base, tune = (
+        folder_of(tmp_path / name, config_of(kind, **{**said, **more})) for name, more in (("a", {}), ("b", SILENT))
+    )
+    other = folder_of(tmp_path / "other", config_of(kind, **said, rope_theta=2.0))
+    for folder, changes in ((base, {}), (tune, {"use_cache": False, "transformers_version": "4.30.0"})):
+        (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_p": 0.5} | changes))
+    with monkeypatch.context() as patch:
+        patch.setattr("cpift.pretrained.fields.effective_config", None)  # nobody asks
+        patch.setattr("cpift.pretrained.fields.remembered", None)
+        assert config_differences(base, tune) == generation_differences(base, tune) == []
+    assert config_differences(base, other) != []
+    asking()
+    assert config_differences(base, tune) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
