@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cpift.disk.facts import remembered
 from cpift.errors import CheckpointError, DataError, Problem
 from cpift.formats.sizes import folder_problems
+from cpift.pretrained.gguf import read_once
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object
 
 if TYPE_CHECKING:
@@ -149,8 +150,9 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerB
     if problems := tokenizer_problems(file.parent, str(file.parent)):
         raise CheckpointError(f"model {file}", problems)
     safely: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    loaded = library.AutoModelForCausalLM.from_pretrained(file.parent, **safely, **arguments)
-    return loaded, load_gguf_tokenizer(file)
+    with read_once():
+        loaded = library.AutoModelForCausalLM.from_pretrained(file.parent, **safely, **arguments)
+        return loaded, load_gguf_tokenizer(file)
 
 
 def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
