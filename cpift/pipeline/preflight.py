@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,9 +118,18 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
         model = Checkpoint(folder)
     except CheckpointError:
         return []  # `check_model` and `check_given` say what is wrong with it
-    problems = untrainable(model.folder, where) if trains else []
+    problems = [*untrainable(model.folder, where), *_check_packing(config, model.folder)] if trains else []
     problems = problems or unloadable(model, where)
     return problems or (unwritable(model, where) if trains else [])
+
+
+def _check_packing(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    from cpift.pretrained.attention import mixing
+
+    fits = {"probe": config.probe, "backbone": config.backbone.training, "integration": config.integration}
+    for section, training in fits.items():
+        if training is not None and training.packing:
+            yield from mixing(folder, f"{section}.packing")
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

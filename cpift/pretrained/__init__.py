@@ -3,7 +3,7 @@
 `loading` is the only place that has transformers, peft, datasets or lm-eval load anything. `architecture` (the
 class of a `config.json`), `plain`, `kinds`, `plain_tokenizer`, `release` (what is known of common classes and is not
 asked of them), `conversion` (how transformers renames a file's tensors), `fields` (what each field of `config.json`
-means), `tying`, `tokenizer_files`, `sharded_state`.
+means), `attention` (which keep the examples of one row apart), `gguf`, `tying`, `tokenizer_files`, `sharded_state`.
 
     >>> from cpift.pretrained import untied_config
     >>> untied_config({"model_type": "llama", "tie_word_embeddings": True})

@@ -29,15 +29,16 @@ from transformers import (
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
 from cpift.console.progress import OnProgress, ProgressMessage
-from cpift.data.tasks import CompletionCollator
 from cpift.data.use import UseRecord
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
-from cpift.errors import StageError
+from cpift.errors import CheckpointError, StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
 from cpift.models.sources import load_model, load_tokenizer
+from cpift.pretrained.attention import mixing
 from cpift.training.adapters import merge_adapters, with_adapters
+from cpift.training.batches import Abilities, Batches
 from cpift.training.fsdp import (
     ShardedTrainer,
     WholeTrainer,
@@ -93,6 +94,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     origin = Checkpoint(spec.model)
     layout = checkpoint_layout(origin)
     require_whole(layout, spec.model)
+    if spec.training.packing and (problems := mixing(spec.model, "packing")):  # of a GGUF file nobody knew before
+        raise CheckpointError(spec.title, problems)
     model = _load(spec, hooks.resume_from if progress.stage_done else None)
     tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
@@ -157,7 +160,7 @@ def _run_stage(
             model=model,
             args=_arguments(spec, index),
             train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}", uses),
-            data_collator=CompletionCollator(tokenizer),
+            data_collator=Batches(tokenizer, Abilities.of(model)),
             callbacks=[follower, *curves],
         )
         trainer.remove_callback(PrinterCallback)  # progress and log are ours

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.initialization import no_init_weights
 
 from cpift.checkpoints.checkpoint import Checkpoint
@@ -30,6 +30,7 @@ from cpift.devices import Device
 from cpift.formats.safetensors import TensorInfo
 from cpift.pretrained.loading import empty_network
 from cpift.pretrained.sharded_state import read_state
+from cpift.training.batches import BatchTrainer
 
 _SHARDS, _SCHEDULE = "shards", "schedule.pt"
 
@@ -131,7 +132,7 @@ def _untied_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
 
 
-class WholeTrainer(Trainer):
+class WholeTrainer(BatchTrainer):
     """A Trainer that resumes through transformers' conversion: its own way passes over tensors whose names in the file
     are not those of the class, the experts of every layer among them, and trains on with the weights it has."""
 
@@ -143,7 +144,7 @@ class WholeTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(BatchTrainer):
     """A Trainer whose checkpoints hold sharded weights and moments; any number of workers can read them again."""
 
     def __init__(self, *, args: TrainingArguments, **rest: Any):

@@ -16,7 +16,7 @@ from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, stages_of
 
-VERSION = 1
+VERSION = 2
 _TITLES = {"staged": "staged backbone", "pretrained": ""}
 _GIVEN = "given backbone"
 

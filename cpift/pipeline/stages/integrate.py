@@ -16,7 +16,7 @@ from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import STEPS_PER, FitSpec, stages_of
 
-VERSION = 1
+VERSION = 2
 # `integration.stages` → the groups that are trained one after the other
 STAGES: dict[str, Callable[[Groups], Groups]] = {
     "groups": lambda groups: groups,

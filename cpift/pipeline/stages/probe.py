@@ -16,7 +16,7 @@ from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, StageSpec
 
-VERSION = 1
+VERSION = 2
 
 
 @once
