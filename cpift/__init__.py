@@ -11,6 +11,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 if TYPE_CHECKING:
     from cpift.api import RunResult as RunResult
+    from cpift.api import diff as diff
     from cpift.api import extract_lora as extract_lora
     from cpift.api import load_config as load_config
     from cpift.api import merge as merge
@@ -32,15 +33,18 @@ if TYPE_CHECKING:
     from cpift.merging.conflicts import ConflictRule as ConflictRule
     from cpift.merging.forms import UpdateMerge as UpdateMerge
     from cpift.merging.forms import WeightedMerge as WeightedMerge
+    from cpift.method.changes import Change as Change
     from cpift.method.cores import Core as Core
     from cpift.method.cores import Cores as Cores
     from cpift.method.freeze_callback import FreezeCallback as FreezeCallback
     from cpift.method.freeze_callback import frozen as frozen
+    from cpift.model_diff import ModelDiff as ModelDiff
 
     __version__: str
 
 _HOMES = {
-    "api": ("RunResult", "extract_lora", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
+    "api": ("RunResult", "diff", "extract_lora", "load_config", "merge", "merge_state_dicts", "plan", "regions", "run"),
+    "method.changes": ("Change",),
     "method.cores": ("Core", "Cores"),
     "checkpoints.lora_extraction": ("Extraction",),
     "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
@@ -50,10 +54,12 @@ _HOMES = {
     "merging.base": ("MergeMethod",),
     "merging.forms": ("UpdateMerge", "WeightedMerge"),
     "merging.conflicts": ("Claims", "ConflictRule"),
+    "model_diff": ("ModelDiff",),
 }  # module → the names that are public here
 _PUBLIC = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Change",
     "CheckpointError",
     "Claims",
     "ConfigError",
@@ -67,12 +73,14 @@ __all__ = [
     "MergeMethod",
     "MergeResult",
     "Metric",
+    "ModelDiff",
     "Reply",
     "RunResult",
     "StageError",
     "UpdateMerge",
     "WeightedMerge",
     "__version__",
+    "diff",
     "extract_lora",
     "frozen",
     "load_config",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from cpift.checkpoints.lora_extraction import Extraction
     from cpift.merging.engine import Merging
+    from cpift.model_diff import ModelDiff
     from cpift.pipeline.engine import Engine
 
 StrPath = str | os.PathLike[str]
@@ -185,6 +186,17 @@ def extract_lora(
     from cpift.adapter_folder import extract_into
 
     return extract_into(base, tuned, out, rank, _view(progress))
+
+
+def diff(base: StrPath, tuned: StrPath, *, vocabulary: str = "error", progress: ShowProgress = False) -> ModelDiff:
+    """What a fine-tune changed: by tensor and by layer × module how many elements, the largest |Δ|, its L2.
+
+    base: a model folder or hub id; tuned: the same, or a LoRA adapter. vocabulary: `base` compares the tokens that
+    `base` has where `tuned` has others. Both are read once, in slices. Raises ConfigError and CheckpointError.
+    """
+    from cpift.model_diff import model_diff
+
+    return model_diff(base, tuned, vocabulary, _view(progress))
 
 
 def merge_state_dicts(

@@ -37,7 +37,7 @@ ROWS = [
     {"report"},
     {"pipeline"},
     {"cluster", "merge_folder", "hub_card"},
-    {"compare", "sweep", "adapter_folder", "publish"},
+    {"compare", "sweep", "adapter_folder", "model_diff", "publish"},
     {"init", "api"},
     {"cli"},
 ]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpift import __version__
+from cpift.cli import change as cli_change
 from cpift.cli import check as cli_check
 from cpift.cli import compare as cli_compare
 from cpift.cli import data as cli_data
-from cpift.cli import extract as cli_extract
 from cpift.cli import init as cli_init
 from cpift.cli import many as cli_many
 from cpift.cli import plan as cli_plan
@@ -80,7 +80,7 @@ def _options(
 
 cli_init.register(app, "Everything")
 register_merge(app, "Everything")
-cli_extract.register(app, "Everything")
+cli_change.register(app, "Everything")
 cli_push.register(app, "Everything")
 
 

@@ -2,7 +2,8 @@
 
 `regions` (C_i: where task i moved the model most; stage 2), `measures` (most of what, among which elements), `groups`
 (overlap → connected components → order; stage 3), `freezing` (θ ← θ + Δθ ⊙ M under any optimizer; stage 6), `masks`
-(regions as files), `cores` (regions as Python objects), `freeze_callback` (freezing in anybody's trainer).
+(regions as files), `cores` (regions as Python objects), `freeze_callback` (freezing in anybody's trainer), `changes`
+(what a fine-tune changed, by tensor).
 
     >>> import numpy as np
     >>> from cpift.config.run import GroupsConfig

@@ -1,0 +1,86 @@
+"""What a fine-tune changed, by tensor, and by layer and kind of module: `cpift diff` and `cpift.diff`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cpift.checkpoints.checkpoint import require_same_layout
+from cpift.checkpoints.opening import VOCABULARIES, locate, model_files, open_models, pinned
+from cpift.config.inputs import CheckpointConfig
+from cpift.console.view import View
+from cpift.disk.guarded import guarded_reads
+from cpift.errors import CheckpointError, ConfigError, Problem
+from cpift.merge_folder import given_source
+from cpift.method.changes import Change, changes, together
+from cpift.report.tensor_names import KINDS, kind_of, layer_of
+
+_SUBJECT, _TITLE = "diff", "comparing"
+Cell = tuple[int | None, str]  # layer (None outside layers) and kind of module, one of KINDS
+
+
+@dataclass(frozen=True)
+class ModelDiff:
+    """What `tuned` changed of `base`, as they were given. tensors: by name, in name order."""
+
+    base: str
+    tuned: str
+    tensors: Mapping[str, Change] = field(repr=False)
+
+    @cached_property
+    def whole(self) -> Change:
+        """Of all tensors together."""
+        return together(self.tensors.values())
+
+    @cached_property
+    def modules(self) -> dict[Cell, Change]:
+        """By layer and kind of module, layers first and in order; what the model does not have has no entry."""
+        parts: dict[Cell, list[Change]] = {}
+        for name, change in self.tensors.items():
+            parts.setdefault((layer_of(name), kind_of(name)), []).append(change)
+        order = sorted(parts, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
+        return {cell: together(parts[cell]) for cell in order}
+
+    def of_kind(self, kind: str) -> Change:
+        """Of all modules of a kind."""
+        return together(change for (_, of), change in self.modules.items() if of == kind)
+
+    def record(self) -> dict[str, Any]:
+        """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
+        modules = [{"layer": layer, "module": kind, **_figures(at)} for (layer, kind), at in self.modules.items()]
+        tensors = [{"tensor": name, **_figures(change)} for name, change in self.tensors.items()]
+        head = {"format": 1, "base": self.base, "tuned": self.tuned}
+        return {**head, **_figures(self.whole), "modules": modules, "tensors": tensors}
+
+
+def _figures(change: Change) -> dict[str, Any]:
+    return {**asdict(change), "share": change.share, "relative": change.relative}
+
+
+def model_diff(base: str | os.PathLike[str], tuned: str | os.PathLike[str], vocabulary: str, view: View) -> ModelDiff:
+    """Read both models once, in slices.
+
+    base, tuned: model folders, adapters (tuned alone) or hub ids (`org/name@revision`). vocabulary: `error`, or `base`
+    for a fine-tune with other tokens, of which those that `base` has are compared. Raises ConfigError for arguments,
+    CheckpointError for models that do not fit each other and for values that are not finite.
+    """
+    problems = list[Problem]()
+    sources = {name: given_source(name, model, problems) for name, model in (("base", base), ("tuned", tuned))}
+    if vocabulary not in VOCABULARIES:
+        problems.append(Problem("vocabulary", f"is {vocabulary!r}", f"one of {', '.join(VOCABULARIES)}"))
+    if problems:
+        raise ConfigError(_SUBJECT, problems)
+    with view.stage(_TITLE, [_TITLE]):
+        theirs, mine = (locate(pinned(CheckpointConfig(**sources[name]))) for name in ("base", "tuned"))
+        with guarded_reads(_TITLE, [*model_files(theirs), *model_files(mine)]):
+            pretrained, opened = open_models(theirs, {"tuned": mine}, vocabulary)
+            require_same_layout(pretrained, opened)
+            found = changes(
+                pretrained, opened["tuned"], lambda done, of: view.progress({"title": _TITLE, "done": done / of})
+            )
+    if not found:
+        raise CheckpointError(str(base), [Problem("its tensors", "hold no floating-point values", "give a model")])
+    return ModelDiff(os.fspath(base), os.fspath(tuned), found)
