@@ -262,7 +262,7 @@ def _changes(overrides: Mapping[str, Any], before: str = "") -> Fields:
     return changes
 
 
-_MAPPINGS = {"fusion.weights", "model.chat_template_kwargs"}  # whose keys are no fields
+_MAPPINGS = {"fusion.weights", "fusion.densities", "model.chat_template_kwargs"}  # whose keys are no fields
 
 
 def _view(progress: ShowProgress) -> View:

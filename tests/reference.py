@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 import cpift
 from cpift.cli.main import app
 from cpift.compare.config import CompareConfig
+from cpift.config.fusion import Plain
 from cpift.config.run import RunConfig
 from cpift.evaluation.metrics import METRICS
 from cpift.merging.base import MergeMethod
@@ -138,6 +139,8 @@ def _type(annotation: Any, marks: Iterable[Any], places: Mapping[type[BaseModel]
     marks, origin, parts = list(marks), get_origin(annotation), get_args(annotation)
     if any(isinstance(mark, BeforeValidator) for mark in marks) and annotation is int:
         return "bytes, or text such as 512MiB"
+    if any(isinstance(mark, BeforeValidator) for mark in marks) and annotation == Plain:
+        return "setting"
     if origin is Annotated:
         inner = [part for mark in parts[1:] for part in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
         return _type(parts[0], [*inner, *marks], places)

@@ -83,7 +83,8 @@ def _chosen(config: RunConfig) -> dict[str, Section]:
 def _merge_fields(name: str, settings: Section) -> Fields:
     """The method with what it says of itself, weights by task left aside: all fields else are the run's own."""
     own = {f"fusion.{field}": value for field, value in settings.model_dump(exclude_none=True).items()}
-    return {"fusion.method": name, "fusion.weight": 1.0, "fusion.weights": {}, "fusion.t": 0.5} | own
+    plain = {"weight": 1.0, "weights": {}, "densities": {}, "normalize": None, "scale": 1.0, "t": 0.5}
+    return {"fusion.method": name} | {f"fusion.{field}": value for field, value in plain.items()} | own
 
 
 def _merged(run: Pipeline, name: str, settings: Section) -> Artifact:

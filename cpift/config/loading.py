@@ -13,11 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cpift.config.code import place_words, with_short_words
-from cpift.config.other_tools import answered
 from cpift.config.paths import expand_paths, is_path, resolve_paths
 from cpift.config.problems import problems_of
 from cpift.config.run import RunConfig
 from cpift.errors import ConfigError, Problem
+from cpift.other_tools.answers import answered
 from cpift.text.redaction import HIDDEN, holds_secret, redacted_values, secret_fields
 from cpift.untrusted.json import CONFIG, UnreadableError
 from cpift.untrusted.values import kind_of

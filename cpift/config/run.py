@@ -12,10 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cpift.config.code import Conflict, Method
+from cpift.config.fusion import FusionConfig
 from cpift.config.identity import FITS, identity
 from cpift.config.inputs import (
-    Bytes,
     CheckpointConfig,
     DataSource,
     ModelConfig,
@@ -28,7 +27,6 @@ from cpift.config.inputs import (
 from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
 from cpift.config.training import IntegrationConfig, ResourcesConfig, Tracker, TrainingConfig
 from cpift.config.words import MeasureName, ScopeName
-from cpift.extensions import short_name
 
 __all__ = [
     "BackboneConfig",
@@ -112,94 +110,6 @@ class BackboneConfig(Section):
     )
 
 
-class FusionConfig(Section):
-    """Transplant and SLERP; or another way to merge, to compare with."""
-
-    method: Method = Field(
-        "cpift",
-        **identity("merge"),
-        description="cpift: the paper's; the others merge θ1..θN onto θ0, with no regions and no backbone; or one of "
-        "your own, `module:attribute` (docs/extending)",
-    )
-    weight: float = Field(
-        1.0,
-        **identity("merge"),
-        description="of every task: linear and karcher (normalised), λ of task_arithmetic, ties, dare and dare_ties",
-    )
-    weights: dict[str, float] = Field(
-        **identity("merge"),
-        default_factory=dict,
-        description="by task, where they differ from `weight`",
-    )
-    density: Fraction = Field(
-        0.2, **identity("merge"), description="share of each update that ties, dare and dare_ties keep"
-    )
-    trim: ScopeName = Field(
-        "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
-    )
-    t: float = Field(
-        0.5,
-        **identity("merge"),
-        ge=0,
-        le=1,
-        description="slerp of two tasks: 0 is the first, 1 the second; of more, each weighs the same; nearswap: the "
-        "most that an element moves",
-    )
-    omega: Literal["uniform"] | Annotated[float, Field(ge=0, le=1)] = Field(
-        "uniform",
-        **identity("fuse"),
-        description="uniform: ω_i = 1/(i+1), every model weighs the same; a number: the paper's fixed ω",
-    )
-    epsilon: float = Field(
-        1e-6, **identity("fuse", "merge"), ge=0, description="radians; LERP where the angle is smaller"
-    )
-    granularity: Literal["tensor", "row", "model"] = Field(
-        "tensor", **identity("fuse"), description="what has an angle of its own"
-    )
-    space: Literal["weights", "delta"] = Field(
-        "weights",
-        **identity("fuse"),
-        description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
-    )
-    conflict: Conflict = Field(
-        "magnitude",
-        **identity("fuse"),
-        description="where an element is core of several tasks: magnitude: the largest update wins; last: the later "
-        "stage; mean: their mean; agree: the largest if all pull one way, else none of them transplants it; or one of "
-        "your own, `module:attribute` (docs/extending)",
-    )
-    transplant: bool = Field(
-        True,
-        **identity("fuse", absent=True, swept=True),
-        description="false: no cores, SLERP everywhere, to see what the transplant does",
-    )
-    vocabulary: Literal["error", "base"] = Field(
-        "error",
-        **identity("merge"),
-        description="where models have other numbers of tokens, base: those of θ0, with its rows where missing",
-    )
-    shard_size: Bytes = Field(
-        5 * 10**9,
-        **identity("fuse", "merge"),
-        description="most bytes of one file of the fused model, for example 5GB",
-    )
-
-    @property
-    def method_name(self) -> str:
-        """As people and records have it: of a user's own without the place of its file."""
-        return short_name(self.method)
-
-    @property
-    def conflict_name(self) -> str:
-        """The same of the conflict rule."""
-        return short_name(self.conflict)
-
-    @property
-    def isolates(self) -> bool:
-        """Whether it transplants core regions into a backbone, as the paper does; else it merges θ1..θN onto θ0."""
-        return self.method == "cpift"
-
-
 class RunConfig(Section):
     """A whole run of CPI-FT."""
 
@@ -273,9 +183,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _weights_name_tasks(self) -> RunConfig:
         known = {task.name for task in self.tasks}
-        for name in self.fusion.weights:
-            if name not in known:
-                raise ValueError(f"fusion.weights: {name!r} is no task; there are {', '.join(sorted(known))}")
+        for field, named in (("weights", self.fusion.weights), ("densities", self.fusion.densities)):
+            if unknown := [name for name in named if name not in known]:
+                raise ValueError(f"fusion.{field}: {unknown[0]!r} is no task; there are {', '.join(sorted(known))}")
         return self
 
     @model_validator(mode="after")

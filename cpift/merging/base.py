@@ -17,11 +17,13 @@ from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.slices import Piece, pieces
 from cpift.checkpoints.writing import TensorRecord
+from cpift.config.fusion import shown_setting
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.checks import Check, OnElements
 from cpift.merging.definition import Definition
+from cpift.merging.settings import Settings
 from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
@@ -98,11 +100,24 @@ class MergeMethod(ABC):
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
-        if problems := self.problems(config, list(inputs.tuned)):
-            raise ProblemsError(f"merge by {config.method_name}", problems)
         self.pretrained, self.tuned, self._seed = inputs.pretrained, dict(inputs.tuned), seed
+        self._fusion = Settings(config, list(inputs.pretrained.tensors))
+        if problems := self._fusion.problems(self.problems, list(inputs.tuned)):
+            raise ProblemsError(f"merge by {config.method_name}", problems)
+        self._set(config)
+
+    def _set(self, config: FusionConfig) -> None:
         self.config = cast(FusionConfig, Declared(config, self.fields))
-        self.weights = [config.weights.get(task, config.weight) for task in inputs.tuned]
+        self.weights = [config.weights.get(task, config.weight) for task in self.tuned]
+        self.densities = [config.densities.get(task, config.density) for task in self.tuned]
+
+    def at(self, name: str) -> Self:
+        """The method as one tensor is merged: with numbers where its settings differ over layers or by filter."""
+        if not self._fusion.vary:
+            return self
+        other = copy.copy(self)
+        other._set(self._fusion.at(name))
+        return other
 
     @classmethod
     def make(cls, materials: Materials) -> Self:
@@ -117,7 +132,8 @@ class MergeMethod(ABC):
     @classmethod
     def described(cls, config: FusionConfig) -> str:
         """By what it is set, for people."""
-        return ", ".join(_SETTINGS[name](config) for name in cls.fields if name in _SETTINGS)
+        said = (_SETTINGS[name](config) for name in cls.fields if name in _SETTINGS)
+        return ", ".join(one for one in said if one)
 
     @classmethod
     def row_width(cls, config: FusionConfig, info: TensorInfo) -> int:
@@ -164,7 +180,7 @@ class MergeMethod(ABC):
         """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
 
         It may run while another tensor is being written."""
-        return self.merged(info) if self.merges(info) else (None, copy_of(*self.rest, info))
+        return self.at(info.name).merged(info) if self.merges(info) else (None, copy_of(*self.rest, info))
 
     @abstractmethod
     def merged(self, info: TensorInfo) -> Merged:
@@ -224,15 +240,20 @@ def copy_of(label: str, model: Checkpoint, info: TensorInfo) -> Fill:
     return fill
 
 
-def _weights_said(config: FusionConfig) -> str:
-    own = "".join(f", {task} {weight:g}" for task, weight in config.weights.items())
-    return f"weight {config.weight:g}{own}"
+def _said(field: str, by_task: str) -> Callable[[FusionConfig], str]:
+    def said(config: FusionConfig) -> str:
+        own = (f", {task} {shown_setting(value)}" for task, value in getattr(config, by_task).items())
+        return f"{field} {shown_setting(getattr(config, field))}{''.join(own)}"
+
+    return said
 
 
 # How a field is said; one that is not here goes without saying.
 _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
-    "weight": _weights_said,
-    "density": lambda config: f"density {config.density:g}",
-    "t": lambda config: f"t = {config.t:g}",
+    "weight": _said("weight", "weights"),
+    "density": _said("density", "densities"),
+    "normalize": lambda config: {None: "", True: "normalised", False: "not normalised"}[config.normalize],
+    "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
+    "t": lambda config: f"t = {shown_setting(config.t)}",
     "epsilon": lambda config: f"LERP below {config.epsilon:g} rad",
 }

@@ -6,7 +6,9 @@ element by element.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from cpift_kernels import fused_apply
 
 from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.writing import TensorRecord
-from cpift.errors import CpiftError
+from cpift.config.fusion import FusionConfig
+from cpift.errors import CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Merged, MergeMethod, own_code
 from cpift.merging.definition import Definition, Expected, in_fp64
@@ -88,7 +91,8 @@ class UpdateMerge(MergeMethod):
     @property
     def magnifies(self) -> float:
         """By how much an update may be larger than those it is made of; rounding is judged by it."""
-        return 1 / self.config.density if "density" in self.fields else 1.0
+        kept = min(self.densities) if "density" in self.fields else 1.0
+        return max(abs(self.config.scale), 1.0) / kept if "scale" in self.fields else 1 / kept
 
     @abstractmethod
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -108,3 +112,55 @@ class UpdateMerge(MergeMethod):
             return Expected(values_wanted, np.arange(stop - start), scale)
 
         return values
+
+
+# ---- weights that are divided by their sum or not (`fusion.normalize`) -----------------------------------------------
+
+_NONE = 1e-8  # a sum of weights that counts as 0
+
+
+def summed(weights: Sequence[float], config: FusionConfig) -> list[float]:
+    """Factors of updates that are added up: λ·w, with `normalize` λ·w / Σ w."""
+    if not config.normalize:
+        return list(weights) if config.scale == 1 else [config.scale * weight for weight in weights]
+    return [config.scale * weight / sum(weights) for weight in weights]
+
+
+def sum_problems(config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+    """Why weights that are numbers cannot be normalised."""
+    weights = [config.weights.get(task, config.weight) for task in tasks]
+    if not config.normalize or abs(sum(weights)) > _NONE:
+        return []
+    return [Problem("fusion.weights", f"sum to {sum(weights):g}, and `normalize` divides by it", "give others")]
+
+
+def agreed(updates: torch.Tensor, weights: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """fp32 [n]: Σ w·u of the updates whose sign Σ w·u has, with `normalize` divided by their Σ w; updates [N, n] and
+    weights [N, 1] in fp64, in which updates that cancel out do so in the definition too."""
+    import torch
+
+    moved = updates * weights
+    agrees = moved.sign() == torch.where(_in_turn(moved) >= 0, 1.0, -1.0)
+    found: torch.Tensor = (moved * agrees).sum(0)
+    if normalize:
+        total = (weights * agrees).sum(0)
+        found = found / torch.where(total.abs() < _NONE, 1.0, total)
+    return found.float()
+
+
+def defined_agreed(updates: np.ndarray, weights: np.ndarray, normalize: bool) -> np.ndarray:
+    """The same in fp64; weights [N]."""
+    moved = weights[:, None] * updates
+    up = _in_turn(moved) >= 0
+    agrees = np.where(up, moved > 0, moved < 0)
+    found: np.ndarray = np.einsum("ij,ij->j", moved, agrees)
+    if not normalize:
+        return found
+    total = weights @ agrees
+    mean: np.ndarray = found / np.where(np.abs(total) < _NONE, 1.0, total)
+    return mean
+
+
+def _in_turn(moved: Any) -> Any:
+    """The sum over the first axis, one after another: in which order decides on which side of 0 it ends."""
+    return functools.reduce(operator.add, moved)

@@ -13,6 +13,9 @@ from typing import Any, Literal, TypedDict
 
 from cpift.config.words import ConflictName, MeasureName, MergeName, ScopeName, listed
 
+# A number, a gradient over layers, or cases `{"filter": part of a name, "value": …}`: see `config.fusion`.
+Setting = float | Sequence[float] | Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Option:
@@ -30,6 +33,9 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
     "density": Option("fusion.density", "share of each update that ties, dare and dare_ties keep"),
+    "densities": Option("fusion.densities", "by task, where they differ from --density", "pairs"),
+    "normalize": Option("fusion.normalize", "whether weights are divided by their sum"),
+    "scale": Option("fusion.scale", "λ, which the merged update of task_arithmetic, ties and dare is multiplied by"),
     "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),
     "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second; nearswap: the most that an element moves"),
     "omega": Option("fusion.omega", "cpift: `uniform`, every model weighs the same, or a fixed number"),
@@ -75,11 +81,14 @@ class MethodFields(TypedDict, total=False):
     """Keywords that decide the values of a merge (sections `fusion`, `groups`)."""
 
     method: MergeName | str
-    weight: float
-    weights: Mapping[str, float]
-    density: float
+    weight: Setting
+    weights: Mapping[str, Setting]
+    density: Setting
+    densities: Mapping[str, Setting]
+    normalize: bool | None
+    scale: float
     trim: ScopeName
-    t: float
+    t: Setting
     omega: Literal["uniform"] | float
     epsilon: float
     granularity: Literal["tensor", "row", "model"]

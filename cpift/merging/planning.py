@@ -16,6 +16,7 @@ from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import METHODS, method_named
+from cpift.merging.settings import Settings
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
 from cpift.pretrained.loading import code_problems
@@ -59,12 +60,21 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
                 conflict_named(config.fusion.conflict)
         except ConfigError as error:
             return list(error.problems)
-        problems += method.problems(config.fusion, tasks)
+        problems += Settings(config.fusion, _tensors(config)).problems(method.problems, tasks)
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
             problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")
     return problems
+
+
+def _tensors(config: RunConfig) -> list[str]:
+    """The names of θ0's tensors, where it is at hand and can be read."""
+    try:
+        folder = at_hand(config.model)
+        return list(Checkpoint(folder).tensors) if folder is not None else []
+    except (CpiftError, OSError):
+        return []  # `check_given` says what is wrong with it
 
 
 def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:

@@ -22,6 +22,7 @@ from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS
 from cpift.merging.registry import method_named
+from cpift.merging.settings import write_trimmed
 from cpift.method.groups import group_tasks
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
@@ -76,11 +77,12 @@ def _method(
             grouping = group_tasks(list(tuned), overlaps, config.regions.p, config.groups, config.seed)
             priority = [task for group in grouping.groups for task in group]
     inputs = FusionInputs(pretrained, backbone, tuned, regions, priority)
-    largest = config.regions.model_copy(
-        update={"p": config.fusion.density, "scope": config.fusion.trim, "measure": "update"}
-        | {"include": ("*",), "exclude": ()}
-    )
-    materials = Materials(inputs, config.fusion, config.seed, lambda: select(largest))
+
+    def trimmed() -> Path:
+        write_trimmed(pretrained, tuned, config.fusion, folder, Streaming())
+        return folder
+
+    materials = Materials(inputs, config.fusion, config.seed, trimmed)
     return method_named(config.fusion.method).make(materials)
 
 

@@ -48,7 +48,7 @@ def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
     count = wrong = 0
     for info in chosen:
         with own_code(method, f"the definition of tensor {info.name}"):
-            definition = method.definition(info)
+            definition = method.at(info.name).definition(info)
         for start, stop in _windows(method, info):
             with own_code(method, f"the definition of tensor {info.name}, elements {start} to {stop - 1}"):
                 expected = definition(start, stop)

@@ -98,7 +98,7 @@ def select_regions_many(
     names = _checked_space(pretrained, tuned, config)
     sizes, chosen = [pretrained.tensors[name].numel for name in names], list(dict.fromkeys(ps))
     masks = MasksInMemory(len(tuned), len(chosen), sizes)
-    cores = _select(pretrained, tuned, config, names, chosen, masks, Streaming())
+    cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, Streaming())
     return _regions(tuned, names, sizes, chosen, cores, masks)
 
 
@@ -119,9 +119,37 @@ def write_regions(
     streaming = streaming or Streaming()
     with MaskFiles.create(paths, names, sizes) as masks:
         spill = next(iter(folders.values()))
-        cores = _select(pretrained, tuned, config, names, chosen, masks, replace(streaming, spill=spill))
+        spilling = replace(streaming, spill=spill)
+        cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, spilling)
         for p, regions in _regions(tuned, names, sizes, chosen, cores, masks).items():
             _write_summary(regions, folders[p])
+
+
+def write_shares(
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    share: Callable[[str, str], float],
+    folder: Path,
+    streaming: Streaming,
+) -> None:
+    """`write_regions` into one folder, with a p for every task and tensor, `share(task, name)`; `config.p` is not
+    looked at. With scope `global` that of a task's first tensor is for all. θ0 is read once for each task."""
+    names = _checked_space(pretrained, tuned, config)
+    sizes = [pretrained.tensors[name].numel for name in names]
+    streaming = replace(streaming, spill=folder)
+    with MaskFiles.create([[folder / f"{task}.safetensors"] for task in tuned], names, sizes) as masks:
+        of_tasks = [
+            _select(pretrained, {task: model}, config, names, _own(share, task), _OneTask(masks, number), streaming)
+            for number, (task, model) in enumerate(tuned.items())
+        ]
+        cores = [[part for one in block for part in one] for block in zip(*of_tasks, strict=True)]
+        p = sum(part[0].requested for block in cores for part in block) / max(len(tuned) * sum(sizes), 1)
+        _write_summary(_regions(tuned, names, sizes, [p], cores, masks)[p], folder)
+
+
+def _own(share: Callable[[str, str], float], task: str) -> Callable[[str], Sequence[float]]:
+    return lambda name: [share(task, name)]
 
 
 @dataclass(frozen=True)
@@ -144,15 +172,15 @@ def _select(
     tuned: Mapping[str, Checkpoint],
     config: RegionsConfig,
     names: Sequence[str],
-    ps: Sequence[float],
+    ps: Callable[[str], Sequence[float]],
     masks: Masks,
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
-    """[block][task][p]."""
+    """[block][task][p]; ps: by the first tensor of a block."""
     measure, regions = measure_named(config.measure), []
     for first, last in scope_named(config.scope).blocks(len(names)):
         models = measure([pretrained, *tuned.values()], names[first:last])
-        selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps])
+        selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps(names[first])])
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
         mark = streaming.mark(selection, block) if streaming.mark else None
         ranges = selection.ranges_within(streaming.budget)
@@ -176,6 +204,20 @@ class _OneTensor:
 
     def words(self, task: int, k: int, tensor: int) -> np.ndarray:
         return self.masks.words(task, k, self.number)
+
+
+@dataclass(frozen=True)
+class _OneTask:
+    """The masks of one task, as those of a selection that has no other."""
+
+    masks: Masks
+    number: int
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self.masks.store(self.number, k, tensor, first, words)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self.masks.words(self.number, k, tensor)
 
 
 def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:

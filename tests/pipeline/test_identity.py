@@ -205,6 +205,8 @@ OTHER: dict[str, Any] = {
     "evaluation.judge.key_variable": "JUDGE_API_KEY",
     "probe.lora.targets": ["q_proj"],
     "fusion.weights": {"addition": 2.0},
+    "fusion.densities": {"addition": 0.3},
+    "fusion.normalize": True,
     "evaluation.judge.url": "http://elsewhere/v1",
     "backbone.training": {"steps": 3},
     "resources.threads_per_worker": 3,

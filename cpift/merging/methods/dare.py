@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.config.run import FusionConfig
+from cpift.errors import Problem
 from cpift.merging.base import Contender, FusionInputs
-from cpift.merging.forms import UpdateMerge
+from cpift.merging.forms import UpdateMerge, sum_problems, summed
 from cpift.merging.peft_formulas import merge_utilities
 
 if TYPE_CHECKING:
@@ -23,10 +24,14 @@ class Dare(UpdateMerge):
 
     formula = "θ0 + Σ λ_i·(θi − θ0)·b / d, b ~ Bernoulli(d)"
     source = "arXiv 2311.03099"
-    fields = ("weight", "weights", "density")
+    fields = ("weight", "weights", "density", "densities", "normalize", "scale")
     seeded = True
     extra = "peft"
     contender = Contender("DARE (density 0.5, λ 0.4)", {"density": 0.5, "weight": 0.4})
+
+    @classmethod
+    def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        return sum_problems(config, tasks)
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         super().__init__(inputs, config, seed)
@@ -35,21 +40,21 @@ class Dare(UpdateMerge):
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        density = self.config.density
         kept = [
-            torch.where(torch.from_numpy(self._survives(task, name, start, stop)), update / density, 0.0)
-            for task, update in zip(self.tuned, updates, strict=True)
+            torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update / density, 0.0)
+            for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
         ]
-        merged: torch.Tensor = self._formulas.task_arithmetic(kept, torch.tensor(self.weights))
+        factors = torch.tensor(summed(self.weights, self.config))
+        merged: torch.Tensor = self._formulas.task_arithmetic(kept, factors)
         return merged
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
-        kept = np.stack([self._survives(task, name, start, stop) for task in self.tuned])
-        found: np.ndarray = (updates * kept / self.config.density * np.array(self.weights)[:, None]).sum(0)
+        pairs = zip(self.tuned, self.densities, strict=True)
+        kept = np.stack([survives(self.seed, task, name, start, stop, density) / density for task, density in pairs])
+        total = sum(self.weights) if self.config.normalize else 1.0
+        factors = np.array(self.weights)[:, None] * self.config.scale / total
+        found: np.ndarray = (updates * kept * factors).sum(0)
         return found
-
-    def _survives(self, task: str, name: str, start: int, stop: int) -> np.ndarray:
-        return survives(self.seed, task, name, start, stop, self.config.density)
 
 
 def survives(seed: int, task: str, name: str, start: int, stop: int, density: float) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpift.merging.forms import UpdateMerge
+from cpift.merging.forms import UpdateMerge, agreed, defined_agreed
 from cpift.merging.methods.dare import survives
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class DareTies(UpdateMerge):
 
     formula = "θ0 + λ·mean of (θi − θ0)·b / d that agree in sign, b ~ Bernoulli(d)"
     source = "arXiv 2311.03099, 2306.01708"
-    fields = ("weight", "weights", "density")
+    fields = ("weight", "weights", "density", "densities", "normalize", "scale")
     seeded = True
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -27,22 +27,29 @@ class DareTies(UpdateMerge):
 
         kept = torch.stack(
             [
-                torch.where(torch.from_numpy(self._survives(task, name, start, stop)), update, 0.0)
-                for task, update in zip(self.tuned, updates, strict=True)
+                torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update, 0.0)
+                for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
             ]
         )
-        elected = torch.where(kept.double().sum(0) >= 0, 1.0, -1.0)
+        exact = torch.tensor([self.weights, self.densities], dtype=torch.float64)[:, :, None]
+        if self.config.normalize is not None:
+            return self.config.scale * agreed(kept.double() / exact[1], exact[0], self.config.normalize)
+        weights, densities = exact.float()
+        # One density for all changes no sign: dropped updates are elected as they are.
+        alike = len(set(self.densities)) == 1
+        elected = torch.where((kept.double() if alike else kept.double() / exact[1]).sum(0) >= 0, 1.0, -1.0)
         agrees = kept.sign() == elected
-        weights = torch.tensor(self.weights)[:, None] / self.config.density
-        return (kept * weights * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+        found: torch.Tensor = (kept * (weights / densities) * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+        return found if self.config.scale == 1 else found * self.config.scale
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
-        dropped = updates * np.stack([self._survives(task, name, start, stop) for task in self.tuned])
-        rescaled, up = dropped / self.config.density, dropped.sum(0) >= 0
+        pairs = list(zip(self.tuned, self.densities, strict=True))
+        dropped = updates * np.stack([survives(self.seed, task, name, start, stop, density) for task, density in pairs])
+        rescaled = dropped / np.array(self.densities)[:, None]
+        if self.config.normalize is not None:
+            return self.config.scale * defined_agreed(rescaled, np.array(self.weights), self.config.normalize)
+        up = (dropped if len(set(self.densities)) == 1 else rescaled).sum(0) >= 0
         agrees = np.where(up, rescaled > 0, rescaled < 0)
         sums = np.einsum("i,ij,ij->j", np.array(self.weights), rescaled, agrees)
-        found: np.ndarray = sums / np.maximum(agrees.sum(0), 1)
+        found: np.ndarray = self.config.scale * sums / np.maximum(agrees.sum(0), 1)
         return found
-
-    def _survives(self, task: str, name: str, start: int, stop: int) -> np.ndarray:
-        return survives(self.seed, task, name, start, stop, self.config.density)

@@ -18,21 +18,25 @@ from cpift.merging.forms import WeightedMerge
 class Linear(WeightedMerge):
     """The weighted mean of the fine-tunes."""
 
-    formula = "Σ w_i·θi / Σ w_i"
+    formula = "Σ w_i·θi / Σ w_i; not `normalize`: Σ w_i·θi"
     source = "arXiv 2203.05482"
-    fields = ("weight", "weights")
+    fields = ("weight", "weights", "normalize")
     needs_base = False
     contender = Contender("linear average", {})
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
         weights = [config.weights.get(task, config.weight) for task in tasks]
-        if abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
+        if config.normalize is False or abs(sum(weights)) > 1e-9 * sum(map(abs, weights)):
             return []
         return [Problem("fusion.weights", f"sum to {sum(weights):g}, and linear divides by it", "give others")]
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
-        return [weight / sum(self.weights) for weight in self.weights], None
+        total = 1.0 if self.config.normalize is False else sum(self.weights)
+        return [weight / total for weight in self.weights], None
 
     def definition(self, info: TensorInfo) -> Definition:
-        return weighted(vectors_of(self.models, info), np.array(self.weights) / sum(self.weights))
+        weights = np.array(self.weights)
+        return weighted(
+            vectors_of(self.models, info), weights if self.config.normalize is False else weights / weights.sum()
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_models
 from cpift.config.identity import identity_of
-from cpift.config.run import RegionsConfig, RunConfig
+from cpift.config.run import RunConfig
 from cpift.console.progress import OnProgress
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
@@ -24,9 +24,10 @@ from cpift.merging.checks import OnElements, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, seeded
+from cpift.merging.settings import write_trimmed
 from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
-from cpift.method.regions import Streaming, write_regions
+from cpift.method.regions import Streaming
 from cpift.models.sources import configured_template
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone as backbones
@@ -209,10 +210,9 @@ def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Mer
     if not is_json(folder / SUMMARY):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        regions_config = RegionsConfig(p=config.fusion.density, scope=config.fusion.trim)
         mark = merging.mark if merging else None
         streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
-        write_regions(inputs.pretrained, inputs.tuned, regions_config, {regions_config.p: folder}, streaming)
+        write_trimmed(inputs.pretrained, inputs.tuned, config.fusion, folder, streaming)
     return folder
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpift.config.mergekit import of_experts, of_mergekit
 from cpift.errors import Problem
+from cpift.other_tools.mergekit import of_experts, of_mergekit
 from cpift.untrusted.values import Raw, command, is_list, is_word, mapping
 
 _OWN = frozenset({"tasks", "run", "space"})  # a file with one of these is meant to be ours

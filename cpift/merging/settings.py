@@ -1,0 +1,87 @@
+"""The settings of a merge tensor by tensor: what is a list or has filters in the config is a number at each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.fusion import places_of, unmet, value_at, varies
+from cpift.config.run import FusionConfig, RegionsConfig
+from cpift.errors import Problem
+from cpift.method.regions import Streaming, write_regions, write_shares
+
+SINGLE = ("weight", "density", "t")
+BY_TASK = ("weights", "densities")
+Problems = Callable[[FusionConfig, Sequence[str]], list[Problem]]
+
+
+def settings_of(config: FusionConfig) -> dict[str, object]:
+    """Every setting by field, of those by task `weights.TASK`."""
+    return {name: getattr(config, name) for name in SINGLE} | {
+        f"{name}.{task}": value for name in BY_TASK for task, value in getattr(config, name).items()
+    }
+
+
+class Settings:
+    """A config, and what it is at each tensor of a model of these names."""
+
+    def __init__(self, config: FusionConfig, names: Sequence[str]):
+        self._config, self._names = config, names  # none: of a model that is not at hand
+        self.vary = any(varies(value) for value in settings_of(config).values())
+        self._places = places_of(names) if self.vary else {}
+
+    def at(self, name: str) -> FusionConfig:
+        """The config with a number for every setting; fields that no case reaches are as they stand."""
+        if not self.vary:
+            return self._config
+        place = self._places[name]
+        single = {field: value_at(getattr(self._config, field), name, place) for field in SINGLE}
+        by_task = {
+            field: {task: value_at(value, name, place) for task, value in getattr(self._config, field).items()}
+            for field in BY_TASK
+        }
+        return self._config.model_copy(update={**single, **by_task})
+
+    def problems(self, of_method: Problems, tasks: Sequence[str]) -> list[Problem]:
+        """What is wrong with it for this model: filters that meet no tensor, and what the method says of a tensor."""
+        found = [
+            Problem(f"fusion.{field}", what, remedy)
+            for field, value in settings_of(self._config).items()
+            for what, remedy in unmet(value, self._names)
+        ]
+        fusion = self._config
+        if fusion.trim == "global" and any(map(varies, (fusion.density, *fusion.densities.values()))):
+            what = "is `global`, and a density that differs over layers is of each tensor"
+            found.append(Problem("fusion.trim", what, "set fusion.trim: tensor, or give one number a model"))
+        return found or self._of_tensors(of_method, tasks)
+
+    def _of_tensors(self, of_method: Problems, tasks: Sequence[str]) -> list[Problem]:
+        if not self.vary:
+            return of_method(self._config, tasks)
+        seen: set[str] = set()
+        for name in self._names:
+            made = self.at(name)
+            key = repr(settings_of(made))
+            if key not in seen and (found := of_method(made, tasks)):
+                return [Problem(f"{one.where} at {name}", one.what, one.remedy) for one in found]
+            seen.add(key)
+        return []
+
+
+def write_trimmed(
+    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: FusionConfig, folder: Path, streaming: Streaming
+) -> None:
+    """Fill an empty folder with the masks of what TIES keeps: of every task the largest updates, found as core regions
+    are, by its density at each tensor."""
+    if not config.densities and not varies(config.density):
+        alike = RegionsConfig(p=config.density, scope=config.trim)
+        write_regions(pretrained, tuned, alike, {alike.p: folder}, streaming)
+        return
+    settings = Settings(config, list(pretrained.tensors))
+
+    def share(task: str, name: str) -> float:
+        made = settings.at(name)
+        return made.densities.get(task, made.density)
+
+    write_shares(pretrained, tuned, RegionsConfig(scope=config.trim), share, folder, streaming)
