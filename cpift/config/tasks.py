@@ -190,7 +190,7 @@ class BaselinesConfig(Section):
     linear: AverageBaseline | None = Field(None, **identity(), description="the fine-tunes' average")
     slerp: SlerpBaseline | None = Field(None, **identity())
     task_arithmetic: ArithmeticBaseline | None = Field(None, **identity())
-    ties: TiesBaseline | None = Field(None, **identity(), description="needs the `peft` extra, as dare does")
+    ties: TiesBaseline | None = Field(None, **identity())
     dare: DareBaseline | None = Field(None, **identity())
     full_sft: SftBaseline | None = Field(
         None, **identity(), description="needs rows of every task and `integration`, and no probe that is given"

@@ -6,9 +6,7 @@ element by element.
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from cpift.errors import CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Merged, MergeMethod, own_code
 from cpift.merging.definition import Definition, Expected, in_fp64
+from cpift.merging.signs import NONE
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +58,10 @@ class WeightedMerge(MergeMethod):
 
 
 class UpdateMerge(MergeMethod):
-    """Merges of updates θi − θ0 (fp32) by a formula that needs them element by element."""
+    """Merges of updates by a formula that needs them element by element.
+
+    An update is θi − θ0, rounded to fp32 once. The definition is of the same updates, so that both choose the same
+    elements where they compare them."""
 
     def merged(self, info: TensorInfo) -> Merged:
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
@@ -106,7 +108,7 @@ class UpdateMerge(MergeMethod):
         def values(start: int, stop: int) -> Expected:
             origin = in_fp64(self.pretrained, info.name, start, stop)
             tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
-            updates = np.stack([vector - origin for vector in tuned])
+            updates = np.stack([vector - origin for vector in tuned]).astype(np.float32).astype(np.float64)
             scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) * self.magnifies
             values_wanted = origin + self.defined_update(info.name, start, stop, updates)
             return Expected(values_wanted, np.arange(stop - start), scale)
@@ -115,8 +117,6 @@ class UpdateMerge(MergeMethod):
 
 
 # ---- weights that are divided by their sum or not (`fusion.normalize`) -----------------------------------------------
-
-_NONE = 1e-8  # a sum of weights that counts as 0
 
 
 def summed(weights: Sequence[float], config: FusionConfig) -> list[float]:
@@ -129,38 +129,6 @@ def summed(weights: Sequence[float], config: FusionConfig) -> list[float]:
 def sum_problems(config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
     """Why weights that are numbers cannot be normalised."""
     weights = [config.weights.get(task, config.weight) for task in tasks]
-    if not config.normalize or abs(sum(weights)) > _NONE:
+    if not config.normalize or abs(sum(weights)) > NONE:
         return []
     return [Problem("fusion.weights", f"sum to {sum(weights):g}, and `normalize` divides by it", "give others")]
-
-
-def agreed(updates: torch.Tensor, weights: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """fp32 [n]: Σ w·u of the updates whose sign Σ w·u has, with `normalize` divided by their Σ w; updates [N, n] and
-    weights [N, 1] in fp64, in which updates that cancel out do so in the definition too."""
-    import torch
-
-    moved = updates * weights
-    agrees = moved.sign() == torch.where(_in_turn(moved) >= 0, 1.0, -1.0)
-    found: torch.Tensor = (moved * agrees).sum(0)
-    if normalize:
-        total = (weights * agrees).sum(0)
-        found = found / torch.where(total.abs() < _NONE, 1.0, total)
-    return found.float()
-
-
-def defined_agreed(updates: np.ndarray, weights: np.ndarray, normalize: bool) -> np.ndarray:
-    """The same in fp64; weights [N]."""
-    moved = weights[:, None] * updates
-    up = _in_turn(moved) >= 0
-    agrees = np.where(up, moved > 0, moved < 0)
-    found: np.ndarray = np.einsum("ij,ij->j", moved, agrees)
-    if not normalize:
-        return found
-    total = weights @ agrees
-    mean: np.ndarray = found / np.where(np.abs(total) < _NONE, 1.0, total)
-    return mean
-
-
-def _in_turn(moved: Any) -> Any:
-    """The sum over the first axis, one after another: in which order decides on which side of 0 it ends."""
-    return functools.reduce(operator.add, moved)

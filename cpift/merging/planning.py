@@ -25,7 +25,7 @@ from cpift.text.units import show_size
 
 _BYTES_A_SECOND = 1e9  # assumed of the disk
 _BACKBONE = "backbone.source"
-_TIMES = {1: "once", 2: "twice", 3: "three times"}
+_TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 

@@ -27,6 +27,7 @@ from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import write_json
 from cpift.errors import ConfigError, StageError
+from cpift.merging.registry import METHODS
 from cpift.pipeline.engine import NoEngine, Scoring
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
@@ -441,6 +442,8 @@ def test_baselines_that_cannot_be_made_are_refused(
     changes: dict[str, Any], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = changes.pop("absent", None)
+    for name in ("ties", "dare"):
+        monkeypatch.setattr(METHODS[name], "extra", "peft")
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == absent else find(name, *more))
     with pytest.raises(ConfigError) as caught:

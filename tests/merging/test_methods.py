@@ -22,6 +22,7 @@ from cpift.merging.methods.linear import Linear
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
 from cpift.merging.methods.ties import Ties
+from cpift.merging.signs import defined_elected, elected
 from cpift.merging.verify import verify
 from cpift.method.regions import write_regions
 from tests.helpers.checkpoints import random_tensors, save_checkpoint
@@ -122,8 +123,21 @@ def test_ties_is_that_of_peft(tmp_path: Path) -> None:
         torch.testing.assert_close(out.tensor(name).flatten(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_ties_of_signs_are_elected_as_the_definition_elects_them() -> None:
+    """Sums of 0, sums that fp32 rounds to 0 or to the other side, and updates that are 0."""
+    updates = [
+        [1.0, 1.0, 1.0, 0.0, 2.0**-30],
+        [2.0**-30, -1.0, 2.0**-30, 0.0, 1.0],
+        [-1.0, 0.0, -1.0 - 2.0**-23, 0.0, -1.0],
+    ]
+    ones, config = [1.0] * 3, FusionConfig()
+    found = elected([torch.tensor(update) for update in updates], ones, ones, config)
+    defined = defined_elected(np.array(updates), ones, ones, config)
+    assert found.tolist() == [0.5, 1.0, -1.0 - 2.0**-23, 0.0, 0.5]
+    np.testing.assert_allclose(found.double().numpy(), defined, rtol=2**-23)
+
+
 def test_dare_keeps_its_share_whatever_the_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft.utils.merge_utils")
     base, tuned = fine_tunes(tmp_path)
     config = FusionConfig(method="dare", density=0.25)
     whole = merged(tmp_path / "whole", Dare(inputs_of(base, tuned), config, 3), base)

@@ -10,9 +10,8 @@ import numpy as np
 
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
-from cpift.merging.base import Contender, FusionInputs
+from cpift.merging.base import Contender
 from cpift.merging.forms import UpdateMerge, sum_problems, summed
-from cpift.merging.peft_formulas import merge_utilities
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +25,11 @@ class Dare(UpdateMerge):
     source = "arXiv 2311.03099"
     fields = ("weight", "weights", "density", "densities", "normalize", "scale")
     seeded = True
-    extra = "peft"
     contender = Contender("DARE (density 0.5, λ 0.4)", {"density": 0.5, "weight": 0.4})
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
         return sum_problems(config, tasks)
-
-    def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
-        super().__init__(inputs, config, seed)
-        self._formulas = merge_utilities()
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
@@ -45,8 +39,7 @@ class Dare(UpdateMerge):
             for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
         ]
         factors = torch.tensor(summed(self.weights, self.config))
-        merged: torch.Tensor = self._formulas.task_arithmetic(kept, factors)
-        return merged
+        return (torch.stack(kept) * factors[:, None]).sum(0)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
         pairs = zip(self.tuned, self.densities, strict=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpift.merging.forms import UpdateMerge, agreed, defined_agreed
+from cpift.merging.forms import UpdateMerge
 from cpift.merging.methods.dare import survives
+from cpift.merging.signs import defined_elected, elected
 
 if TYPE_CHECKING:
     import torch
@@ -25,31 +26,13 @@ class DareTies(UpdateMerge):
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        kept = torch.stack(
-            [
-                torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update, 0.0)
-                for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
-            ]
-        )
-        exact = torch.tensor([self.weights, self.densities], dtype=torch.float64)[:, :, None]
-        if self.config.normalize is not None:
-            return self.config.scale * agreed(kept.double() / exact[1], exact[0], self.config.normalize)
-        weights, densities = exact.float()
-        # One density for all changes no sign: dropped updates are elected as they are.
-        alike = len(set(self.densities)) == 1
-        elected = torch.where((kept.double() if alike else kept.double() / exact[1]).sum(0) >= 0, 1.0, -1.0)
-        agrees = kept.sign() == elected
-        found: torch.Tensor = (kept * (weights / densities) * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-        return found if self.config.scale == 1 else found * self.config.scale
+        kept = [
+            torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update, 0.0)
+            for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
+        ]
+        return elected(kept, self.weights, self.densities, self.config)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
-        pairs = list(zip(self.tuned, self.densities, strict=True))
-        dropped = updates * np.stack([survives(self.seed, task, name, start, stop, density) for task, density in pairs])
-        rescaled = dropped / np.array(self.densities)[:, None]
-        if self.config.normalize is not None:
-            return self.config.scale * defined_agreed(rescaled, np.array(self.weights), self.config.normalize)
-        up = (dropped if len(set(self.densities)) == 1 else rescaled).sum(0) >= 0
-        agrees = np.where(up, rescaled > 0, rescaled < 0)
-        sums = np.einsum("i,ij,ij->j", np.array(self.weights), rescaled, agrees)
-        found: np.ndarray = self.config.scale * sums / np.maximum(agrees.sum(0), 1)
-        return found
+        pairs = zip(self.tuned, self.densities, strict=True)
+        kept = updates * np.stack([survives(self.seed, task, name, start, stop, density) for task, density in pairs])
+        return defined_elected(kept, self.weights, self.densities, self.config)

@@ -27,6 +27,7 @@ class Karcher(WeightedMerge):
     formula = "Σ w_i·‖θi‖ · u, u where Σ w_i·log_u(θi/‖θi‖) = 0 on the sphere; Σ w_i = 1"
     source = "Karcher 1977"
     fields = ("weight", "weights")
+    reads = 1
     needs_base = False
 
     @classmethod

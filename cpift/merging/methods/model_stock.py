@@ -24,6 +24,7 @@ class ModelStock(WeightedMerge):
     formula = "θ0 + t·mean(θi − θ0), t = N·cosα / (1 + (N − 1)·cosα), α the angle between updates"
     source = "arXiv 2403.19522"
     fields = ()
+    reads = 1
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:

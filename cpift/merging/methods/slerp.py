@@ -23,6 +23,7 @@ class Slerp(WeightedMerge):
     formula = "SLERP(θ1, θ2, t); of more, one after another by ω_i = 1/(i+1)"
     source = "Shoemake 1985"
     fields = ("t", "epsilon")
+    reads = 1
     needs_base = False
     contender = Contender("SLERP", {})
 

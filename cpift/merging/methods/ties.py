@@ -11,8 +11,8 @@ from cpift_kernels import unpack_mask
 
 from cpift.config.run import FusionConfig
 from cpift.merging.base import Contender, FusionInputs, Materials
-from cpift.merging.forms import UpdateMerge, agreed, defined_agreed
-from cpift.merging.peft_formulas import merge_utilities
+from cpift.merging.forms import UpdateMerge
+from cpift.merging.signs import defined_elected, elected
 from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
@@ -27,14 +27,12 @@ class Ties(UpdateMerge):
     source = "arXiv 2306.01708"
     fields = ("weight", "weights", "density", "densities", "trim", "normalize", "scale")
     reads = 1
-    extra = "peft"
     contender = Contender("TIES (density 0.2)", {"density": 0.2})
     masks: RegionMasks
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, trimmed: Path):
         super().__init__(inputs, config)
         self.masks = RegionMasks(trimmed, list(self.tuned))
-        self._formulas = merge_utilities()
 
     @classmethod
     def make(cls, materials: Materials) -> Self:
@@ -47,21 +45,9 @@ class Ties(UpdateMerge):
             torch.where(unpack_mask(self.masks.words(task, name, start, stop), stop - start), update, 0.0)
             for task, update in zip(self.tuned, updates, strict=True)
         ]
-        stacked = torch.stack(kept)
-        if self.config.normalize is not None:
-            exact = torch.tensor(self.weights, dtype=torch.float64)[:, None]
-            return self.config.scale * agreed(stacked.double(), exact, self.config.normalize)
-        weights = torch.tensor(self.weights)
-        agreeing = self._formulas.calculate_majority_sign_mask(stacked, method="total")
-        merged: torch.Tensor = self._formulas.disjoint_merge(stacked * weights[:, None], agreeing)
-        return merged if self.config.scale == 1 else merged * self.config.scale
+        return elected(kept, self.weights, [1.0] * len(kept), self.config)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
         words = [self.masks.words(task, name, start, stop) for task in self.tuned]
         trimmed = updates * np.stack([unpack_mask(mask, stop - start).numpy() for mask in words])
-        if self.config.normalize is not None:
-            return self.config.scale * defined_agreed(trimmed, np.array(self.weights), self.config.normalize)
-        agrees = np.sign(trimmed) == np.where(trimmed.sum(0) >= 0, 1, -1)
-        sums = (trimmed * np.array(self.weights)[:, None] * agrees).sum(0)
-        found: np.ndarray = self.config.scale * sums / np.maximum(agrees.sum(0), 1)
-        return found
+        return defined_elected(trimmed, self.weights, [1.0] * len(trimmed), self.config)
