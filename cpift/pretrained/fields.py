@@ -172,11 +172,9 @@ def _known_alike(base: Path, tune: Path) -> bool:
     mine, theirs = known_class(base), known_class(tune)
     if mine is None or theirs is None:
         return False
-    one, other = (
-        {name: value for name, value in known.config.items() if FIELDS.get(name) != "silent"}
-        for known in (mine, theirs)
-    )
-    return one == other
+    names = {name for name in (*mine.said, *theirs.said) if FIELDS.get(name) != "silent"}
+    both = [{name: known.said[name] for name in names if name in known.said} for known in (mine, theirs)]
+    return both[0] == both[1]
 
 
 def _effect(base: Path, name: str) -> Effect:

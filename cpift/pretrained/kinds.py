@@ -21,6 +21,7 @@ class Kind:
     biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by the field that says so: which matrices
     tied: bool = False  # where config.json does not say
     padding: int | None = None  # the padding token, where it does not say
+    unused: tuple[str, ...] = ()  # fields that are of no use with the values that FIELDS and `fields` let pass
 
 
 def whole_number(value: Any) -> bool:
@@ -168,6 +169,7 @@ _QWEN = {
     "layer_types": _list_of("full_attention"),
     "max_window_layers": whole_number,
 }
+_NO_WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 
 KINDS: Mapping[str, Kind] = {
     "llama": Kind(
@@ -184,13 +186,14 @@ KINDS: Mapping[str, Kind] = {
         biased={**_ATTENTION, "mlp_bias": tuple(_GATED)},
     ),
     "mistral": Kind("MistralForCausalLM", _LLAMA, _TWO, {**_SILU, **_WINDOW, "head_dim": _whole_or_none}),
-    "qwen2": Kind("Qwen2ForCausalLM", _LLAMA, _TWO, _QWEN, biased={"": tuple(_QKV)}),
+    "qwen2": Kind("Qwen2ForCausalLM", _LLAMA, _TWO, _QWEN, biased={"": tuple(_QKV)}, unused=_NO_WINDOW),
     "qwen3": Kind(
         "Qwen3ForCausalLM",
         _LLAMA,
         {**_TWO, **_HEADS},
         {**_QWEN, "attention_bias": _flag, "head_dim": whole_number},
         biased=_ATTENTION,
+        unused=_NO_WINDOW,
     ),
     "gemma": Kind("GemmaForCausalLM", _LLAMA, _TWO, _GEMMA, biased=_ATTENTION, tied=True, padding=0),
     "gemma2": Kind("Gemma2ForCausalLM", _LLAMA, _FOUR, {**_GEMMA, **_GEMMA2}, biased=_ATTENTION, tied=True, padding=0),
@@ -246,6 +249,7 @@ KINDS: Mapping[str, Kind] = {
         biased={**_ATTENTION, "mlp_bias": tuple(_GATED)},
         tied=True,
         padding=128004,
+        unused=("use_sliding_window", "layer_types"),
     ),
     "granite": Kind(
         "GraniteForCausalLM",

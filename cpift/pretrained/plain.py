@@ -27,7 +27,7 @@ class PlainClass:
     ties: Mapping[str, str]  # tied name → the parameter that it is
     embeddings: tuple[str, ...]  # with a row for every token
     vocabulary: int
-    config: Mapping[str, Any]  # as the file has it
+    said: Mapping[str, Any]  # config.json in one way of writing: where two are equal, they mean the same
 
     @property
     def own(self) -> dict[str, Shape]:
@@ -54,7 +54,7 @@ def plain_class(text: str) -> PlainClass | None:
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer(kind, config, sizes).items()}
     shapes |= {"model.norm.weight": _shape("h", sizes), head: _shape("v h", sizes)}
     ties = {head: embedding} if config.get("tie_word_embeddings", kind.tied) else {}
-    return PlainClass(shapes, ties, (embedding, head), config["vocab_size"], config)
+    return PlainClass(shapes, ties, (embedding, head), config["vocab_size"], _said(kind, config, sizes))
 
 
 def _layer(kind: Kind, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -77,6 +77,19 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
         "f": queries + 2 * keys,
         "g": 2 * inner,
     }
+
+
+def _said(kind: Kind, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """config.json with some defaults of its class, and its rotary positions as newer releases write them."""
+    said = {"attention_bias": False, "mlp_bias": False, **config, "head_dim": sizes["d"]}
+    for name in kind.unused:
+        said.pop(name, None)
+    if kind.padding is None and said.get("pad_token_id") is None:
+        said.pop("pad_token_id", None)
+    if "rope_parameters" not in kind.fields and "rope_theta" in said:
+        scaling = said.pop("rope_scaling", None) or {"rope_type": "default"}
+        said["rope_parameters"] = {"rope_theta": said.pop("rope_theta"), **scaling}
+    return said
 
 
 def _takes(kind: Kind, config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import unloadable, unwritable
 from cpift.errors import CheckpointError
 from cpift.pretrained import architecture, plain
+from cpift.pretrained import fields as model_fields
 from cpift.pretrained.fields import config_differences, generation_differences
 from cpift.pretrained.kinds import FIELDS, KINDS
 from cpift.pretrained.plain import plain_class
@@ -109,6 +110,44 @@ def test_what_differs_silently_differs_silently_for_the_class(
     assert config_differences(base, other) != []
     asking()
     assert config_differences(base, tune) == []
+
+
+def alike(base: dict[str, Any], tune: dict[str, Any], folder: Path) -> bool:
+    """Whether two configs are known to mean the same; then their class says so."""
+    folders = [folder_of(folder / name, config) for name, config in (("base", base), ("tune", tune))]
+    if not model_fields._known_alike(*folders):
+        return False
+    mine, theirs = (architecture.load_config(one).to_dict() for one in folders)
+    assert list(model_fields._differences(mine, theirs, lambda name: model_fields._effect(folders[0], name))) == []
+    return True
+
+
+AS_ON_THE_HUB: dict[str, Any] = {  # by releases of transformers before 5
+    "rope_theta": 1000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "torch_dtype": "float16",
+    "sliding_window": 8,
+    "use_sliding_window": False,
+    "max_window_layers": 2,
+    "no_rope_layers": [1, 0],
+    "no_rope_layer_interval": 2,
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_known_to_mean_the_same_does(kind: str, tmp_path: Path) -> None:
+    gemma = kind.startswith("gemma")
+    base = config_of(kind, **AS_ON_THE_HUB | ({"hidden_act": "gelu_pytorch_tanh"} if gemma else {}))
+    for value in VALUES:
+        for name in {**FIELDS, **KINDS[kind].fields}:
+            if plain_class(json.dumps(base | {name: value})) is not None:
+                alike(base, base | {name: value}, tmp_path)
+    architecture.load_config(folder_of(tmp_path, base)).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert alike(base, saved | {"use_cache": False}, tmp_path) is not (gemma or kind == "phi3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
