@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def rows_of(record: dict[str, Any]) -> Rows:
-    """`found`: a sweep.json."""
+    """`record`: a sweep.json."""
     head = {name: record[name] for name in ("name", "points", "seeds", "confidence", "tasks")}
     figures = {"references": _values(record["references"], record["tasks"])}
     trials = [

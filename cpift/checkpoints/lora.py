@@ -80,7 +80,7 @@ class LoraCheckpoint(Checkpoint):
 
     @property
     def stored_by_class(self) -> bool:
-        """Whether the file's own `fan_in_fan_out` says otherwise than the class of a module that is adapted."""
+        """Whether the file's own `fan_in_fan_out` contradicts the class of a module that is adapted."""
         flag = bool(self._settings.get("fan_in_fan_out"))
         return any(
             update.transposed != (flag or "lora_embedding_" in update.left.name) for update in self._updates.values()

@@ -97,7 +97,7 @@ def has_apart(base: Checkpoint, folder: Path) -> bool:
 
 
 def backbone_apart(where: str) -> Problem:
-    """What is wrong with a backbone alone that `has_apart`: core regions are of tied tensors then."""
+    """The problem of a backbone that alone `has_apart`: core regions are then those of tied tensors."""
     what = "has its embedding and output layer apart, while θ0 and all tunes have one tensor for both"
     return Problem(where, what, "give a backbone that ties them, or a θ0 that does not")
 

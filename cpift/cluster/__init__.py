@@ -6,9 +6,9 @@ sweeps and comparisons. `placement` says which fine-tunes fit at once. `merging`
 range; `stored_merge` is what differs over an object store. `session` is the connection, `storage` where checkpoints go,
 `submit` sends jobs, `choice` says where a run's merges are computed.
 
-    >>> from cpift.cluster import Outcome, Piece, WorkQueue
+    >>> from cpift.cluster import Outcome, WorkItem, WorkQueue
     >>> queue = WorkQueue()
-    >>> queue.put([Piece("probe a", b"...", failures=1)])
+    >>> queue.put([WorkItem("probe a", b"...", failures=1)])
     >>> _ = queue.take("worker 1")
     >>> queue.lose("worker 1", "its node left")  # so that another one takes it
     >>> _ = queue.take("worker 2")

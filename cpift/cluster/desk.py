@@ -23,7 +23,7 @@ ENDED = (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError)
 
 @ray.remote(num_cpus=0)
 class Desk:
-    """Hands out work, notices workers that end, keeps the latest progress of each piece until somebody looks."""
+    """Hands out work, notices workers that end, keeps the latest progress of each item until somebody looks."""
 
     def __init__(self) -> None:
         self._queue, self._closed = WorkQueue(), False
@@ -32,8 +32,8 @@ class Desk:
         self._put, self._ended = asyncio.Event(), asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
-    async def put(self, pieces: Sequence[WorkItem]) -> None:
-        self._queue.put(pieces)
+    async def put(self, items: Sequence[WorkItem]) -> None:
+        self._queue.put(items)
         self._put.set()
 
     async def close(self, now: bool) -> None:
@@ -44,7 +44,7 @@ class Desk:
             ray.kill(self._workers[worker])
 
     async def take(self, worker: str, actor: Any) -> Any:
-        """A piece's content, CLOSED, or after a while None: ask again."""
+        """An item's content, CLOSED, or after a while None: ask again."""
         self._workers[worker] = actor
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())

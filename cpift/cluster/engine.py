@@ -29,7 +29,7 @@ from cpift.cluster.session import (
     started_here,
     use_assigned_gpus,
 )
-from cpift.cluster.work import piece_of
+from cpift.cluster.work import item_of
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.console.ending import stopping
 from cpift.console.progress import OnProgress
@@ -132,7 +132,7 @@ class RayEngine:
             run_fits(todo, self._resources, on_progress)
             return
         group = self._group_of(kind, todo, on_progress)
-        failed = group.run([piece_of(spec) for spec in todo], lambda title, _: None, on_progress)
+        failed = group.run([item_of(spec) for spec in todo], lambda title, _: None, on_progress)
         if self._resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
             group.dismiss()
         raise_failures(failed, f"Logs: {todo[0].logs.parent}")
@@ -143,7 +143,7 @@ class RayEngine:
             self._leave_group()
             evaluate_models(scorings, on_result, on_progress)
             return
-        failed = group.run([piece_of(scoring) for scoring in scorings], on_result, on_progress)
+        failed = group.run([item_of(scoring) for scoring in scorings], on_result, on_progress)
         group.dismiss()
         if self._session is not None and started_here():
             self._ending = threading.Thread(target=self._end, args=(self._session,), daemon=True)

@@ -123,15 +123,15 @@ class FitGroup:
         self._thread.start()
 
     def run(
-        self, pieces: Sequence[WorkItem], on_result: Callable[[str, Any], None], on_progress: OnProgress
+        self, items: Sequence[WorkItem], on_result: Callable[[str, Any], None], on_progress: OnProgress
     ) -> dict[str, BaseException | None]:
         """Do all of it, as many at once as there are workers; by title what failed. `on_result` gets each result as
         soon as it is there."""
         failures: dict[str, BaseException | None] = {}
         self._busy = True  # and so it stays where the caller is interrupted
-        _answer(self._desk.put.remote(pieces))
+        _answer(self._desk.put.remote(items))
         seen = time.monotonic()
-        while len(failures) < len(pieces):
+        while len(failures) < len(items):
             seen = time.monotonic() if self._has_room() else seen
             if time.monotonic() - seen > _ROOM_SECONDS:
                 raise StageError(f"no node had room for a worker for {_ROOM_SECONDS:g} s: were nodes lost? {KEPT}")
@@ -145,7 +145,7 @@ class FitGroup:
                     on_result(title, outcome.result)
             if not self._thread.is_alive():
                 lost = self._error or StageError("the group of workers ended")
-                failures |= {piece.title: lost for piece in pieces if piece.title not in failures}
+                failures |= {item.title: lost for item in items if item.title not in failures}
         self._busy = False
         return failures
 

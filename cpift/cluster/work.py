@@ -24,7 +24,7 @@ from cpift.training.spec import FitSpec
 _SCORING_FAILURES = 2  # workers that end under the evaluation of one model before it has failed
 
 
-def piece_of(work: FitSpec | Scoring) -> WorkItem:
+def item_of(work: FitSpec | Scoring) -> WorkItem:
     """For a desk, which does not look into it."""
     failures = work.resources.max_failures if isinstance(work, FitSpec) else _SCORING_FAILURES
     return WorkItem(work.title, cloudpickle.dumps(work), failures)

@@ -12,7 +12,7 @@ maps that survive a truncated file), `direct_io`, `object_store`.
     ...     made = Artifact(Path(folder), "group", "", {}, {"tau": 0.1}, 1)
     ...     with made.build() as out:  # it gets its name when the block ends without an error
     ...         _ = (out / "groups.json").write_text("[]")
-    ...     made.whole, read_json(made.path / "manifest.json")["fields"]
+    ...     made.has_weights, read_json(made.path / "manifest.json")["fields"]
     (True, {'tau': 0.1})
 """
 

@@ -69,7 +69,7 @@ class Contender:
 
 
 class Destination(Protocol):
-    """Where slices of models and masks come to."""
+    """Where slices of models and masks are read to."""
 
     def model(self, model: Checkpoint) -> Checkpoint:
         """The same model; slices of it lie there."""
@@ -131,9 +131,9 @@ class MergeMethod(ABC):
 
     @classmethod
     def described(cls, config: FusionConfig) -> str:
-        """By what it is set, for people."""
+        """Its settings in words."""
         said = (_SETTINGS[name](config) for name in cls.fields if name in _SETTINGS)
-        return ", ".join(one for one in said if one)
+        return ", ".join(text for text in said if text)
 
     @classmethod
     def row_width(cls, config: FusionConfig, info: TensorInfo) -> int:
@@ -152,7 +152,7 @@ class MergeMethod(ABC):
         return [*([self.pretrained] if self.needs_base else []), *self.tuned.values()]
 
     def placed(self, at: Destination) -> Self:
-        """A copy of it whose models and masks are read to where `at` has them."""
+        """A copy that reads its models and masks to `at`."""
         other = copy.copy(self)
         other.pretrained = at.model(self.pretrained)
         other.tuned = {task: at.model(model) for task, model in self.tuned.items()}
@@ -184,7 +184,7 @@ class MergeMethod(ABC):
 
     @abstractmethod
     def merged(self, info: TensorInfo) -> Merged:
-        """`tensor` of one that it merges."""
+        """As `tensor`, of a tensor that is merged."""
 
     @abstractmethod
     def definition(self, info: TensorInfo) -> Definition:
@@ -201,7 +201,7 @@ class MergeMethod(ABC):
 
 @contextmanager
 def own_code(method: MergeMethod, where: str) -> Iterator[None]:
-    """What a user's method raises is an error of theirs, with the place; of ours it is what it is."""
+    """An error in a user's method names the method and the place; one in ours is raised as it is."""
     try:
         yield
     except CpiftError:
@@ -214,7 +214,7 @@ def own_code(method: MergeMethod, where: str) -> Iterator[None]:
 
 
 class Declared:
-    """A config of which a method reads what it declares: by that it is known what a merge depends on."""
+    """A config that gives a method only the fields that it declares: a merge depends on no others."""
 
     def __init__(self, config: FusionConfig, fields: Sequence[str]):
         self._config, self._fields = config, (*fields, "method", "method_name")

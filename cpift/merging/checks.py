@@ -21,7 +21,7 @@ OnElements = Callable[[int, str], None]  # elements since the last call, and the
 
 
 def failures(checks: Sequence[Check]) -> list[str]:
-    """The checks that failed, in words. One that had nothing to compare has not."""
+    """The checks that failed, in words. One that had nothing to compare did not fail."""
     return [f"{check['name']}: {check['detail']}" for check in checks if check["passed"] is False]
 
 

@@ -130,8 +130,8 @@ def conflict_named(word: str) -> type[ConflictRule]:
 
 
 def by_stage(word: str) -> bool:
-    """Whether what a rule gives depends on the order of stages: of a user's rule it is taken for granted, for it is not
-    imported to name an output."""
+    """Whether a rule's result depends on the order of stages. A user's rule is taken to: it is not imported to name an
+    output."""
     return word not in CONFLICTS or CONFLICTS[word].by_stage
 
 

@@ -106,7 +106,7 @@ def _fill(
 
 @contextmanager
 def drained(writing: WriteBehind) -> Iterator[None]:
-    """Also after an error nothing may be written to a file that is being closed."""
+    """Wait for what is being written, after an error too: the file is about to be closed."""
     try:
         yield
     finally:

@@ -181,7 +181,7 @@ def _complete(path: Path) -> bool:
 
 
 def free(freed: Freed, root: Path) -> None:
-    """Delete it, as `freeable` found it; to be called by who holds the run's folder."""
+    """Delete what `freeable` found. The caller holds the run's folder."""
     if freed.artifact is None:
         shutil.rmtree(freed.path)
     else:

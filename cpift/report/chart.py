@@ -48,7 +48,7 @@ REFERENCE = Marker(MUTED, "o", filled=False)
 @rc_context(PLOT_STYLE)
 def kept_panel(title: str, shares: Mapping[str, Retained], looks: Mapping[str, Marker], right: float) -> Plot:
     """One line a model, the last one on top: its retention in percent, from 0 to `right`, and the interval. Dashed: the
-    own probe, 100 %. Dotted: θ0, where `found` has "base"."""
+    own probe, 100 %. Dotted: θ0, where `shares` has "base"."""
     figure, axes = new_figure(f"kept {title}", 3.5, 0.72 + 0.19 * len(shares))
     for place, (model, retained) in enumerate(shares.items()):
         look = looks[model]

@@ -63,7 +63,7 @@ def tokens_by_model(
 ) -> dict[str, dict[str, Any]]:
     """By model and fine-tune that it took, the input tokens of that: see `ReportData.tokens`.
 
-    made: every artifact of a run by title. models: by title, the fingerprint of what is scored. base: that of θ0.
+    artifacts: every artifact of a run by title. models: by title, the fingerprint of what is scored. base: that of θ0.
     """
     by_print = {artifact.fingerprint: (title, artifact) for title, artifact in artifacts.items()}
     return {model: dict(_behind(fingerprint, model, by_print, base)) for model, fingerprint in models.items()}

@@ -72,7 +72,7 @@ class SweepData:
 
 
 def remaking(model: str) -> str:
-    """The command that makes a sweep's judged model of a config again."""
+    """The command that makes the judged model of a config again."""
     return {"final": "run", "fused": "evaluate"}[model]
 
 

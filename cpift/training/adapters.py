@@ -28,7 +28,7 @@ def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Path | None = None) -> PreTrainedModel:
-    """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `kept`.
+    """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `saved`.
 
     Raises:
         CheckpointError: no module has a name that ends in one of the targets.

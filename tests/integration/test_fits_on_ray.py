@@ -16,7 +16,7 @@ import pytest
 from cpift.cluster.fits import parallel_fits, run_fits
 from cpift.cluster.group import FitGroup, servable
 from cpift.cluster.session import ray_session
-from cpift.cluster.work import piece_of
+from cpift.cluster.work import item_of
 from cpift.config.inputs import ScratchModel
 from cpift.config.run import ModelConfig, ResourcesConfig
 from cpift.config.tasks import EvaluationConfig
@@ -122,7 +122,7 @@ def test_of_a_group_one_worker_is_replaced_and_the_others_go_on(base: Path, undi
     assert kind is not None
     group = FitGroup(kind, 2, SMALL, tmp_path / "group")
     try:
-        failed = group.run([piece_of(work) for work in (one, other, bad)], lambda title, result: None, kill)
+        failed = group.run([item_of(work) for work in (one, other, bad)], lambda title, result: None, kill)
         assert {title for title, error in failed.items() if error is not None} == {"bad"}
         assert str(failed["bad"]).startswith("bad: the loss is")
         assert [weights(work.export) for work in (one, other)] == [undisturbed] * 2
@@ -133,7 +133,7 @@ def test_of_a_group_one_worker_is_replaced_and_the_others_go_on(base: Path, undi
 
         scores: dict[str, Any] = {}  # by the workers that trained
         scoring = Scoring("scored", one.export, one.tasks, EvaluationConfig(max_length=64), SMALL)
-        assert group.run([piece_of(scoring)], scores.__setitem__, kill) == {"scored": None}
+        assert group.run([item_of(scoring)], scores.__setitem__, kill) == {"scored": None}
         assert scores["scored"]["scores"] == score_here(scoring, kill)["scores"]
     finally:
         group.close()

@@ -22,7 +22,7 @@ _GIVEN = "given backbone"
 
 
 def artifact(names: Names, groups: Groups) -> Artifact | None:
-    """Named by θ0, the rows of all tasks, the groups, and how it is trained. None where no staged one is trained."""
+    """Named by θ0, the rows of all tasks, the groups, and how it is trained. None where none is trained."""
     config = names.config
     if config.backbone_source != "staged":
         return None

@@ -40,7 +40,7 @@ def artifact(names: Names, model: ModelRef) -> Artifact:
 
 
 def check_rows(run: Run) -> None:
-    """Where all probes are given no fine-tune has looked at the data before fusion: do it here."""
+    """Look at the data before fusion where no fine-tune has: all probes are given."""
     if not run.config.trained and not artifact(run.artifacts, pretrained.base(run.artifacts)).complete:
         probe.check_data(run, pretrained.make(run))
 

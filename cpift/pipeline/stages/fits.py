@@ -21,7 +21,7 @@ def training_fields(
 
 
 def threads_alone(names: Names) -> int:
-    """Of a fine-tune that runs beside no other."""
+    """Threads of a fine-tune that runs beside no other."""
     return names.config.resources.threads_alone or names.config.resources.threads
 
 

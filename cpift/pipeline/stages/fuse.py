@@ -45,8 +45,8 @@ FUSION_RECORD = "fusion.json"
 
 
 def artifact(names: Names, groups: Groups, backbone: ModelRef) -> Artifact:
-    """Named by θ0, θ1..θN, their regions, θ_base, and how they are fused; of the groups by those of a conflict rule
-    that asks for stages. Of other methods than cpift, neither groups nor backbone nor regions matter."""
+    """Named by θ0, θ1..θN, their regions, θ_base, and how they are fused; by the groups too where the conflict rule
+    depends on stages. Other methods than cpift depend on neither groups nor backbone nor regions."""
     config = names.config
     if not config.fusion.isolates:
         return _merged(names)
@@ -70,7 +70,7 @@ def _merged(names: Names) -> Artifact:
 
 
 def known_artifact(names: Names, known: Known) -> Artifact | None:
-    """None where nobody can tell yet what it is named by."""
+    """`artifact`; None while something that names it is not known yet."""
     if not names.config.fusion.isolates:
         return _merged(names)
     if known.groups is None or known.backbone is None:

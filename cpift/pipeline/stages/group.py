@@ -42,7 +42,7 @@ def grouping(names: Names) -> Grouping | None:
 
 @unless_damaged
 def make(run: Run) -> Grouping:
-    """Task groups in stage order; what is to be said of them is said once."""
+    """Task groups in stage order; what there is to warn of is said once."""
     selected = regions.make(run)
     run.make(artifact(run.artifacts), "task groups", lambda out: build(run, selected, out))
     grouped = grouping(run.artifacts)

@@ -35,7 +35,7 @@ def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
 
 @unless_damaged
 def make(run: Run, beside: Sequence[Fit] = ()) -> ModelRef:
-    """The final model. `beside`: fine-tunes that are trained at the same time, where this one is."""
+    """The final model. `beside`: fine-tunes that are trained at the same time, if this one is to be trained."""
     groups, fused = group.make(run).groups, fuse.make(run)
     final = artifact(run.artifacts, groups, fuse.artifact(run.artifacts, groups, backbone.make(run)))
     others = () if final.has_weights else beside

@@ -19,7 +19,7 @@ VERSION = 1
 
 @once
 def source(names: Names) -> ModelConfig:
-    """Where θ0 comes from; of the hub, at one commit."""
+    """Where θ0 comes from; a hub repository at one commit."""
     return pinned(names.config.model)
 
 

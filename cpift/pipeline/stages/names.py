@@ -42,7 +42,7 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Known:
-    """What later outputs are named by and no config says: the groups that came out, and θ_base. None: not known yet."""
+    """What names later outputs and stands in no config: the groups that came out, and θ_base. None: not known yet."""
 
     groups: Groups | None
     backbone: ModelRef | None
@@ -79,7 +79,7 @@ class Names:
         return ModelRef(title, folder, value)
 
     def code(self, fields: str) -> dict[str, str]:
-        """The user's code that fields of these names name; of ours nothing."""
+        """Fingerprints of the user's code that fields which begin so name; our own code has none."""
         named = {field: extension for field, extension in _extensions(self).items() if field.startswith(fields)}
         return {f"code {field}": self._code_at(field, extension) for field, extension in named.items()}
 
@@ -99,13 +99,13 @@ class Names:
 
     @property
     def template_fields(self) -> dict[str, Any]:
-        """The chat template that the config says; θ0's copy has it, models that are read where they lie have not."""
+        """The chat template of the config: θ0's copy has it, models that are read where they lie do not."""
         lines = list(decided_by(self.config.model))
         return {"chat template": lines} if lines else {}
 
 
 def once(look: Callable[[Names], Result]) -> Callable[[Names], Result]:
-    """Looked for once for each run: what is named by files keeps the name that they had then."""
+    """Looked up once a run, so that an output keeps the name that its input files gave it then."""
 
     @wraps(look)
     def looked_up(names: Names) -> Result:

@@ -16,7 +16,7 @@ from cpift.pipeline.stages.step import Step
 
 
 class Stage(Protocol):
-    """What the file of a stage says; what it does is its own."""
+    """What the file of every stage has; how it does its work is its own."""
 
     VERSION: int  # raised when its code starts to give another result: what was made before is then made anew
 
@@ -27,10 +27,10 @@ class Stage(Protocol):
         """Its lines of a plan."""
 
     def outputs(self, names: Names, known: Known) -> dict[str, Artifact]:
-        """What it makes, made or not, by title."""
+        """Its outputs by title, finished or not."""
 
     def models(self, names: Names, known: Known) -> list[ModelRef]:
-        """The models that it adds to those which are scored, made or not."""
+        """Its models that are scored, finished or not."""
 
 
 ORDER: Mapping[str, Stage] = {
@@ -74,7 +74,7 @@ def plan(names: Names) -> Iterator[Step]:
 
 
 def looked_up(names: Names) -> Known:
-    """What is known without anything being made; of a backbone that the user names only the run itself tells."""
+    """What is known before anything is made. A backbone that the user names is known to the run alone."""
     grouping = group.grouping(names) if regions.wanted(names.config) else None
     groups = None if grouping is None else grouping.groups
     source = names.config.backbone_source
