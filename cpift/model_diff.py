@@ -16,10 +16,9 @@ from cpift.disk.guarded import guarded_reads
 from cpift.errors import CheckpointError, ConfigError, Problem
 from cpift.merge_folder import given_source
 from cpift.method.changes import Change, changes, together
-from cpift.report.tensor_names import KINDS, kind_of, layer_of
+from cpift.report.tensor_names import Cell, by_module
 
 _SUBJECT, _TITLE = "diff", "comparing"
-Cell = tuple[int | None, str]  # layer (None outside layers) and kind of module, one of KINDS
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,8 @@ class ModelDiff:
 
     @cached_property
     def modules(self) -> dict[Cell, Change]:
-        """By layer and kind of module, layers first and in order; what the model does not have has no entry."""
-        parts: dict[Cell, list[Change]] = {}
-        for name, change in self.tensors.items():
-            parts.setdefault((layer_of(name), kind_of(name)), []).append(change)
-        order = sorted(parts, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
-        return {cell: together(parts[cell]) for cell in order}
+        """By layer and kind of module, as `report.tensor_names.by_module` has it."""
+        return by_module(self.tensors)
 
     def of_kind(self, kind: str) -> Change:
         """Of all modules of a kind."""

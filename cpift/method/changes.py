@@ -1,14 +1,16 @@
 """What a fine-tune changed: of every tensor how many elements, by how much, and how much that is of the weight.
 
-|θt − θ0| is taken in fp32, as core regions are selected by it; sums are fp64 (`cpift_kernels.delta_magnitudes`), added
-block after block. Models are read in slices: a tensor need not fit in memory.
+|θt − θ0| is taken in fp32, as core regions are selected by it; sums are fp64 (`cpift_kernels.delta_magnitudes`). Models
+are read in slices: a tensor need not fit in memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from cpift_kernels import delta_magnitudes
 
@@ -18,6 +20,10 @@ from cpift.checkpoints.slices import pieces, sweep
 from cpift.errors import CheckpointError, Problem
 from cpift.formats.safetensors import TensorInfo
 
+if TYPE_CHECKING:
+    import torch
+
+BLOCK, SEGMENT = 1 << 12, 1 << 18  # elements that a kernel sums together, and that one sum is kept of
 OnElements = Callable[[int, int], None]  # elements measured so far, of all
 
 
@@ -59,6 +65,61 @@ def together(parts: Iterable[Change]) -> Change:
     )
 
 
+class ChangesInPassing:
+    """Measures what is read of fine-tunes anyway: slices that begin at multiples of SEGMENT, in any order and thread.
+
+    Sums are kept by segment, so that they do not depend on how the reading was cut.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[int, str], dict[int, _Part]] = {}
+
+    def __call__(self, task: int, name: str, start: int, origin: torch.Tensor, tuned: torch.Tensor) -> None:
+        """Elements from `start` on of tensor `name` of θ0 and of a task's fine-tune; the same again change nothing."""
+        self._parts.setdefault((task, name), {})[start] = _part(origin, tuned)
+
+    def of(self, task: int, sizes: Mapping[str, int]) -> dict[str, Change] | None:
+        """What changed of tensors of these sizes, by name; None where some of it was not read here."""
+        found = {name: list(self._parts.get((task, name), {}).items()) for name in sizes}
+        read = {name: sum(part.elements for _, part in parts) for name, parts in found.items()}
+        if read != dict(sizes):
+            return None
+        return {name: _joined([part for _, part in sorted(parts, key=itemgetter(0))]) for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of one slice, as `Change`; sums [3][segments] of |Δ|, Δ² and θ0²."""
+
+    elements: int
+    changed: int
+    largest: float
+    sums: list[list[float]]
+
+
+def _part(origin: torch.Tensor, tuned: torch.Tensor) -> _Part:
+    from torch.nn.functional import pad
+
+    blocks, together = delta_magnitudes(origin, tuned), SEGMENT // BLOCK
+    sums = [
+        pad(of_blocks, (0, -len(of_blocks) % together)).view(-1, together).sum(1).tolist()
+        for of_blocks in (blocks.l1, blocks.squares, blocks.origin_squares)
+    ]
+    return _Part(len(tuned), int(blocks.changed.sum()), float(blocks.largest.max()), sums)
+
+
+def _joined(parts: Sequence[_Part]) -> Change:
+    l1, squares, origin_squares = (math.fsum(x for part in parts for x in part.sums[column]) for column in range(3))
+    return Change(
+        sum(part.elements for part in parts),
+        sum(part.changed for part in parts),
+        max(part.largest for part in parts),
+        l1,
+        math.sqrt(squares),
+        math.sqrt(origin_squares),
+    )
+
+
 def changes(base: Checkpoint, tuned: Checkpoint, on_elements: OnElements | None = None) -> dict[str, Change]:
     """By name what changed of every floating-point tensor that has elements; both models have the same tensors.
 
@@ -87,12 +148,8 @@ def _require_finite(base: Checkpoint, tuned: Checkpoint, beyond: list[str]) -> N
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, info: TensorInfo) -> Change:
-    parts = []
-    for start, stop in sweep([base, tuned], info, pieces(info.numel)):
-        blocks = delta_magnitudes(base.slice(info.name, start, stop), tuned.slice(info.name, start, stop))
-        squares, origin_squares = (float(sums.sum()) for sums in (blocks.squares, blocks.origin_squares))
-        roots = math.sqrt(squares), math.sqrt(origin_squares)
-        parts.append(
-            Change(stop - start, int(blocks.changed.sum()), float(blocks.largest.max()), float(blocks.l1.sum()), *roots)
-        )
-    return together(parts)
+    parts = [
+        _part(base.slice(info.name, start, stop), tuned.slice(info.name, start, stop))
+        for start, stop in sweep([base, tuned], info, pieces(info.numel))
+    ]
+    return _joined(parts)

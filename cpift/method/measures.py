@@ -10,6 +10,7 @@ import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.errors import entry
+from cpift.method.changes import ChangesInPassing
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ class Update:
 
     models: Sequence[Checkpoint]  # θ0 first
     names: Sequence[str]
+    passing: ChangesInPassing | None = None  # measures what is loaded
 
     @property
     def sizes(self) -> list[int]:
@@ -35,7 +37,11 @@ class Update:
         return len(self.models) - 1
 
     def load(self, model: int, tensor: int, start: int, stop: int) -> torch.Tensor:
-        return self.models[model].slice(self.names[tensor], start, stop)
+        values = self.models[model].slice(self.names[tensor], start, stop)
+        if model and self.passing is not None:
+            origin = self.models[0].slice(self.names[tensor], start, stop)
+            self.passing(model - 1, self.names[tensor], start, origin, values)
+        return values
 
     def gather(self, model: int, tensor: int, starts: np.ndarray, length: int) -> torch.Tensor:
         return self.models[model].gather(self.names[tensor], starts, length)

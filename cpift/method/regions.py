@@ -25,6 +25,7 @@ from cpift.checkpoints.slices import DEFAULT_BUDGET
 from cpift.config.run import RegionsConfig
 from cpift.disk.files import write_json
 from cpift.errors import CheckpointError, Problem
+from cpift.method.changes import ChangesInPassing
 from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory
 from cpift.method.measures import measure_named, scope_named
 from cpift.untrusted.json import shown
@@ -155,11 +156,12 @@ def _own(share: Callable[[str, str], float], task: str) -> Callable[[str], Seque
 @dataclass(frozen=True)
 class Streaming:
     """How a selection reads: `budget` in bytes for buffers; `mark` does the marking elsewhere, given the selection of
-    each block; `spill` is a folder for candidates."""
+    each block; `spill` is a folder for candidates; `passing` measures the changes that are read here."""
 
     budget: int = DEFAULT_BUDGET
     spill: Path | None = None
     mark: Callable[[Selection, Masks], Mark] | None = None
+    passing: ChangesInPassing | None = None
 
 
 def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig) -> tuple[str, ...]:
@@ -179,7 +181,7 @@ def _select(
     """[block][task][p]; ps: by the first tensor of a block."""
     measure, regions = measure_named(config.measure), []
     for first, last in scope_named(config.scope).blocks(len(names)):
-        models = measure([pretrained, *tuned.values()], names[first:last])
+        models = measure([pretrained, *tuned.values()], names[first:last], streaming.passing)
         selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps(names[first])])
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
         mark = streaming.mark(selection, block) if streaming.mark else None

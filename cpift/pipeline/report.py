@@ -20,9 +20,11 @@ from cpift.merging.checks import Check
 from cpift.method.masks import RegionRecord, read_summary
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.fuse import FUSION_RECORD
+from cpift.pipeline.stages.regions import read_changes
 from cpift.report.data import ReportData
 from cpift.report.facts import halves, samples, tokens_by_model
 from cpift.report.model_card import write_model_card
+from cpift.report.moves import moves_of
 from cpift.report.write import write_run
 from cpift.training.spec import TrainingRecord, read_training
 
@@ -96,6 +98,7 @@ def gather(run: Pipeline) -> ReportData:
         prompt=_prompt(run.config.tasks),
         halves=by_task,
         mean_halves=means,
+        moves={task: moves_of(tensors) for task, tensors in read_changes(run.artifacts.regions.path).items()},
         tokens=tokens_by_model(
             outputs, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
         ),

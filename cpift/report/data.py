@@ -24,6 +24,7 @@ from cpift.evaluation.retention import (
 )
 from cpift.evaluation.scores import Score
 from cpift.merging.checks import Check
+from cpift.report.moves import Move
 from cpift.training.spec import LogRow
 
 LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
@@ -77,6 +78,7 @@ class ReportData:
         default_factory=dict
     )  # model -> fine-tune that it took -> input tokens, None where nobody counted them
     samples: list[Sample] = field(default_factory=list)
+    moves: dict[str, list[Move]] = field(default_factory=dict)  # by task, where its probe moved θ0; empty if not known
 
 
 class Scored(Protocol):

@@ -12,6 +12,7 @@ from cpift.evaluation.scores import Score
 from cpift.report import plots
 from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
 from cpift.report.html import document, duration, figure, table
+from cpift.report.moves import moves_tables
 from cpift.report.picture import lead, picture, replies, tokens
 from cpift.text.escaping import html
 from cpift.training.spec import LogRow
@@ -185,6 +186,7 @@ def _cores(data: ReportData) -> str:
         + figure(plots.density_by_layer(data.cores), "Core density by layer: share of its parameters in the core.")
         + figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
         + "</div>"
+        + moves_tables(data.moves)
     )
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+
+from cpift.method.changes import Change, together
 
 KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "norm", "embed", "head", "other")
+
+Cell = tuple[int | None, str]  # layer (None outside layers) and kind of module
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # The first pattern that matches decides; names follow the decoder families of transformers.
@@ -32,3 +37,12 @@ def layer_of(name: str) -> int | None:
 def kind_of(name: str) -> str:
     """The module kind, one of `KINDS`."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), "other")
+
+
+def by_module(tensors: Mapping[str, Change]) -> dict[Cell, Change]:
+    """Changes by layer and kind, layers first and in order; what the model does not have has no entry."""
+    parts: dict[Cell, list[Change]] = {}
+    for name, change in tensors.items():
+        parts.setdefault((layer_of(name), kind_of(name)), []).append(change)
+    order = sorted(parts, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
+    return {cell: together(parts[cell]) for cell in order}

@@ -30,6 +30,7 @@ from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CheckpointError, ConfigError
 from cpift.evaluation.scoring import evaluate_model
 from cpift.merging.planning import given_notes
+from cpift.method.changes import changes
 from cpift.models.sources import load_model
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
@@ -37,6 +38,7 @@ from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.plan import plan
 from cpift.pipeline.preflight import preflight
+from cpift.pipeline.stages.regions import CHANGES, read_changes
 from cpift.sweep.config import load_sweep
 from cpift.sweep.points import check_points
 from tests.helpers.merges import config_file
@@ -77,6 +79,14 @@ def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, mod
     with torch.inference_mode():
         assert bool(network(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
     assert "given: `one`" in (out / "README.md").read_text()
+
+
+def test_regions_keep_what_the_fine_tunes_changed(tmp_path: Path, models: Path) -> None:
+    folder = Pipeline(opened(tmp_path, models), NoEngine()).regions().path
+    base = Checkpoint(models / "base")
+    assert read_changes(folder) == {task: changes(base, Checkpoint(models / task)) for task in ("one", "two")}
+    (folder / CHANGES).unlink()  # as in a run from before
+    assert read_changes(folder) == {}
 
 
 def test_the_same_command_again_does_nothing_and_another_file_is_noticed(tmp_path: Path, models: Path) -> None:

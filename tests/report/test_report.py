@@ -15,10 +15,12 @@ from rich.console import Console
 
 from cpift.config.run import RunConfig
 from cpift.disk.top_files import REPORTS, RUN_FILES
+from cpift.method.changes import Change
 from cpift.report import chart as report_chart
 from cpift.report import plots as report_plots
 from cpift.report.data import compare, retention, standing, verdict
 from cpift.report.model_card import license_of, model_card, write_model_card
+from cpift.report.moves import moves_of
 from cpift.report.tensor_names import kind_of, layer_of
 from cpift.report.write import ReportData, scores_table, summary, write_run
 from tests.helpers.reports import Page, made_up_run, score
@@ -146,6 +148,22 @@ def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
     failing = replace(data, checks=[{"name": "frozen", "passed": False, "detail": "3 moved"}])
     write_run(failing, tmp_path)
     assert "✗ FAILED" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_shows_where_tasks_moved_the_model_if_it_is_known(data: ReportData, tmp_path: Path) -> None:
+    write_run(data, tmp_path)
+    assert "moved θ0</summary>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
+    tensors = {name: Change(8, 4, 0.5, 1.0, l2, 2.0) for name, l2 in zip(names, (1.0, 0.5, 0.25), strict=True)}
+    tensors["model.layers.1.self_attn.q_proj.bias"] = Change(8, 4, 0.5, 1.0, 1.0, 0.0)
+    write_run(replace(data, moves={"a": moves_of(tensors), "<b>": moves_of(tensors)}), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert text.count("moved θ0</summary>") == 2
+    assert "Where the probe of &lt;b&gt; moved θ0" in text
+    assert 'rgba(var(--heat), 0.550)">50</td>' in text
+    assert 'rgba(var(--heat), 0.138)">12</td>' in text
+    assert '<th scope="row">1</th><td>new</td><td style="background: rgba(var(--heat), 0.275)">25</td><td></td>' in text
 
 
 def test_page_is_the_same_for_the_same_data(data: ReportData, tmp_path: Path) -> None:

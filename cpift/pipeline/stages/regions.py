@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
 from cpift.config.identity import identity_of
-from cpift.config.run import RunConfig
+from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import write_json
-from cpift.method.regions import Streaming, write_regions
+from cpift.disk.files import read_json, write_json
+from cpift.method.changes import Change, ChangesInPassing
+from cpift.method.regions import Streaming, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
 from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
@@ -18,6 +21,7 @@ from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
 VERSION = 1
+CHANGES = "changes.json"
 
 
 def wanted(config: RunConfig) -> bool:
@@ -55,11 +59,34 @@ def select(run: Run, outputs: Mapping[float, Path]) -> None:
     folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.vocabulary)
     mark = run.merging.mark if run.merging else None
-    streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark)
+    passing = ChangesInPassing() if mark is None else None  # elsewhere models pass by other machines or a GPU
+    streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark, passing=passing)
     write_regions(opened, others, run.config.regions, outputs, streaming)
+    changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
     described = describe_inputs({"pretrained": base, **tuned}, hashed=run.config.resources.verify)
     for out in outputs.values():
         write_json(out / INPUTS_RECORD, described)
+        if changed:
+            write_json(out / CHANGES, changed)
+
+
+def _changes(
+    passing: ChangesInPassing, base: Checkpoint, tasks: list[str], config: RegionsConfig
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By task and tensor what its fine-tune changed."""
+    sizes = {name: numel for name in parameter_space(base, config) if (numel := base.tensors[name].numel)}
+    found = {task: passing.of(number, sizes) for number, task in enumerate(tasks)}
+    return {
+        task: {name: asdict(change) for name, change in tensors.items()} for task, tensors in found.items() if tensors
+    }
+
+
+def read_changes(folder: Path) -> dict[str, dict[str, Change]]:
+    """By task and tensor what the regions in `folder` were selected from; empty where it was not measured."""
+    if not (folder / CHANGES).is_file():
+        return {}
+    tasks = read_json(folder / CHANGES).items()
+    return {task: {name: Change(**change) for name, change in tensors.items()} for task, tensors in tasks}
 
 
 def title(names: Names) -> str:
