@@ -9,8 +9,8 @@ may be told), `planning` (what headers tell beforehand), `signs` (what TIES does
     >>> from cpift.merging import METHODS, method_named
     >>> list(METHODS)[:3]
     ['cpift', 'linear', 'slerp']
-    >>> method_named("ties").fields
-    ('weight', 'weights', 'density', 'trim')
+    >>> method_named("slerp").fields
+    ('t', 'epsilon')
 """
 
 from typing import TYPE_CHECKING

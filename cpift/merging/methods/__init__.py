@@ -4,9 +4,9 @@
 `dare_ties`, `nearswap`, `model_stock`, `karcher`. What all have in common is `merging.base`, what most have is
 `merging.forms`; by name they stand in `merging.registry.METHODS`.
 
-    >>> from cpift.merging.methods import Linear, Slerp
-    >>> Linear.fields, Slerp.fields
-    (('weight', 'weights'), ('t', 'epsilon'))
+    >>> from cpift.merging.methods import Dare, Linear
+    >>> Dare.seeded, Linear.seeded  # whether the run's seed decides the result
+    (True, False)
 """
 
 from typing import TYPE_CHECKING
