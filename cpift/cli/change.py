@@ -108,7 +108,9 @@ def _table(found: ModelDiff, show: str) -> Table:
 
 def _percent(share: float | None) -> str:
     """Without a sign; `new` where the weight was 0."""
-    return "new" if share is None else f"{100 * share:.3g}"
+    if share is None:
+        return "new"
+    return f"{100 * share:.0f}" if share >= 1 else f"{100 * share:.3g}"
 
 
 def extract_lora(

@@ -52,4 +52,5 @@ def _table(rows: Sequence[Move]) -> tuple[list[str], list[str]]:
 def _cell(share: float | None, most: float) -> str:
     if share is None:
         return "<td>new</td>"
-    return f'<td style="background: rgba(var(--heat), {0.55 * share / most:.3f})">{100 * share:.2g}</td>'
+    shown = f"{100 * share:.0f}" if share >= 1 else f"{100 * share:.2g}"
+    return f'<td style="background: rgba(var(--heat), {0.55 * share / most:.3f})">{shown}</td>'

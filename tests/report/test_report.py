@@ -156,13 +156,15 @@ def test_page_shows_where_tasks_moved_the_model_if_it_is_known(data: ReportData,
     names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
     tensors = {name: Change(8, 4, 0.5, 1.0, l2, 2.0) for name, l2 in zip(names, (1.0, 0.5, 0.25), strict=True)}
     tensors["model.layers.1.self_attn.q_proj.bias"] = Change(8, 4, 0.5, 1.0, 1.0, 0.0)
-    write_run(replace(data, moves={"a": moves_of(tensors), "<b>": moves_of(tensors)}), tmp_path)
+    farther = moves_of(tensors | {"lm_head.weight": Change(8, 8, 9.0, 60.0, 24.0, 2.0)})
+    write_run(replace(data, moves={"a": moves_of(tensors), "<b>": farther}), tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert Page(text).open == []
     assert text.count("moved θ0</summary>") == 2
     assert "Where the probe of &lt;b&gt; moved θ0" in text
     assert 'rgba(var(--heat), 0.550)">50</td>' in text
     assert 'rgba(var(--heat), 0.138)">12</td>' in text
+    assert 'rgba(var(--heat), 0.550)">1200</td>' in text
     assert '<th scope="row">1</th><td>new</td><td style="background: rgba(var(--heat), 0.275)">25</td><td></td>' in text
 
 
