@@ -102,6 +102,18 @@ class FusionConfig(Section):
     trim: ScopeName = Field(
         "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
     )
+    threshold: float = Field(
+        1e-5, **identity("merge", absent=1e-5), ge=0, description="ram: an update that is no larger is no change"
+    )
+    selectivity: float = Field(
+        0.4,
+        **identity("merge", absent=0.4),
+        ge=0,
+        description="consensus: a task needs an element where its update is at least so many times what others add",
+    )
+    agreement: int = Field(
+        2, **identity("merge", absent=2), ge=1, description="consensus: tasks that have to need an element to move it"
+    )
     t: Blend = Field(
         0.5,
         **identity("merge"),
@@ -122,7 +134,7 @@ class FusionConfig(Section):
     space: Literal["weights", "delta"] = Field(
         "weights",
         **identity("fuse"),
-        description="SLERP of the models themselves (paper), or of their updates, θi − θ0",
+        description="SLERP of the models themselves (paper), or of their updates, θi − θ0; nuslerp and multislerp too",
     )
     conflict: Conflict = Field(
         "magnitude",

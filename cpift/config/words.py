@@ -9,7 +9,22 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 MergeName = Literal[
-    "cpift", "linear", "task_arithmetic", "slerp", "ties", "dare", "dare_ties", "nearswap", "model_stock", "karcher"
+    "cpift",
+    "linear",
+    "task_arithmetic",
+    "slerp",
+    "ties",
+    "dare",
+    "dare_ties",
+    "nearswap",
+    "model_stock",
+    "karcher",
+    "ram",
+    "magmax",
+    "consensus",
+    "localize_stitch",
+    "nuslerp",
+    "multislerp",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]

@@ -255,5 +255,9 @@ _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
     "normalize": lambda config: {None: "", True: "normalised", False: "not normalised"}[config.normalize],
     "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
     "t": lambda config: f"t = {shown_setting(config.t)}",
+    "threshold": lambda config: f"threshold {config.threshold:g}",
+    "selectivity": lambda config: f"selectivity {config.selectivity:g}",
+    "agreement": lambda config: f"agreement {config.agreement}",
+    "space": lambda config: f"of {config.space}",
     "epsilon": lambda config: f"LERP below {config.epsilon:g} rad",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,16 @@ def vectors_of(models: Sequence[Checkpoint], info: TensorInfo) -> Vectors:
     )
 
 
+def moves_of(models: Sequence[Checkpoint], info: TensorInfo) -> Vectors:
+    """A tensor of every model but the first, less the first's."""
+
+    def vectors(start: int, stop: int) -> tuple[list[np.ndarray], np.ndarray]:
+        origin, *others = (in_fp64(model, info.name, start, stop) for model in models)
+        return [vector - origin for vector in others], np.arange(stop - start)
+
+    return vectors
+
+
 def elements_at(model: Checkpoint, name: str, start: int, places: np.ndarray) -> np.ndarray:
     """fp64 [P]: the elements of a tensor at places [P], counted from start."""
     import torch
@@ -79,6 +89,18 @@ def combined(vectors: Vectors, folds: list[Fold]) -> Definition:
     def values(start: int, stop: int) -> Expected:
         values_of_models, places = vectors(start, stop)
         return expected([vector[places] for vector in values_of_models], folds, places)
+
+    return values
+
+
+def from_origin(of_updates: Definition, origin: Checkpoint, name: str) -> Definition:
+    """θ0 and what a definition gives of updates."""
+
+    def values(start: int, stop: int) -> Expected:
+        moved = of_updates(start, stop)
+        values_there = elements_at(origin, name, start, moved.places)
+        scale = moved.scale + (1 + moved.gain) * np.abs(values_there)  # a merge combines θ, not θ − θ0
+        return replace(moved, values=moved.values + values_there, scale=scale)
 
     return values
 

@@ -37,11 +37,14 @@ OPTIONS: Mapping[str, Option] = {
     "normalize": Option("fusion.normalize", "whether weights are divided by their sum"),
     "scale": Option("fusion.scale", "λ, which the merged update of task_arithmetic, ties and dare is multiplied by"),
     "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),
+    "threshold": Option("fusion.threshold", "ram: an update that is no larger is no change"),
+    "selectivity": Option("fusion.selectivity", "consensus: update of a task that needs an element, over the others'"),
+    "agreement": Option("fusion.agreement", "consensus: tasks that have to need an element"),
     "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second; nearswap: the most that an element moves"),
     "omega": Option("fusion.omega", "cpift: `uniform`, every model weighs the same, or a fixed number"),
     "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
     "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
-    "space": Option("fusion.space", "cpift: SLERP of `weights`, or of their `delta` to BASE"),
+    "space": Option("fusion.space", "cpift, nuslerp, multislerp: of `weights`, or of their `delta` to BASE"),
     "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}, or module:attribute"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
     "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
@@ -88,6 +91,9 @@ class MethodFields(TypedDict, total=False):
     normalize: bool | None
     scale: float
     trim: ScopeName
+    threshold: float
+    selectivity: float
+    agreement: int
     t: Setting
     omega: Literal["uniform"] | float
     epsilon: float

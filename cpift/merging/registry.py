@@ -10,13 +10,19 @@ from cpift.config.run import FusionConfig
 from cpift.errors import ConfigError, Problem
 from cpift.extensions import find, load_class, short_name
 from cpift.merging.base import MergeMethod
+from cpift.merging.methods.consensus import Consensus
 from cpift.merging.methods.cpift import Fusion
 from cpift.merging.methods.dare import Dare
 from cpift.merging.methods.dare_ties import DareTies
 from cpift.merging.methods.karcher import Karcher
 from cpift.merging.methods.linear import Linear
+from cpift.merging.methods.localize_stitch import LocalizeStitch
+from cpift.merging.methods.magmax import MagMax
 from cpift.merging.methods.model_stock import ModelStock
+from cpift.merging.methods.multislerp import MultiSlerp
 from cpift.merging.methods.nearswap import NearSwap
+from cpift.merging.methods.nuslerp import NuSlerp
+from cpift.merging.methods.ram import Ram
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
 from cpift.merging.methods.ties import Ties
@@ -32,6 +38,12 @@ METHODS: dict[str, type[MergeMethod]] = {
     "nearswap": NearSwap,
     "model_stock": ModelStock,
     "karcher": Karcher,
+    "ram": Ram,
+    "magmax": MagMax,
+    "consensus": Consensus,
+    "localize_stitch": LocalizeStitch,
+    "nuslerp": NuSlerp,
+    "multislerp": MultiSlerp,
 }
 
 
@@ -66,6 +78,11 @@ def _unsaid(method: type[MergeMethod]) -> Iterator[tuple[str, str]]:
             yield f"`fields` has {name!r}", f"one of {', '.join(READABLE)}"
     if method.extra and method.extra not in EXTRAS:
         yield f"`extra` is {method.extra!r}", f"one of {', '.join(EXTRAS)}; import what else it needs in its module"
+
+
+def named_also(word: str) -> tuple[str, ...]:
+    """Fields of `fusion` that a merge by this method is named by, beside those that every merge is."""
+    return tuple(name for name in METHODS[word].fields if name not in READABLE) if word in METHODS else ()
 
 
 def seeded(word: str) -> bool:

@@ -1,7 +1,8 @@
 """One file a way to merge: its formula, where it is from, what writes it, and its definition in fp64.
 
 `cpift` (the paper's: cores transplanted, the rest by SLERP), `linear`, `task_arithmetic`, `slerp`, `ties`, `dare`,
-`dare_ties`, `nearswap`, `model_stock`, `karcher`. What all have in common is `merging.base`, what most have is
+`dare_ties`, `nearswap`, `model_stock`, `karcher`, `nuslerp`, `multislerp`, `ram`, `magmax`, `consensus` and
+`localize_stitch`. What all have in common is `merging.base`, what most have is
 `merging.forms`; by name they stand in `merging.registry.METHODS`.
 
     >>> from cpift.merging.methods import Dare, Linear

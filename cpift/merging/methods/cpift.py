@@ -34,8 +34,8 @@ from cpift.merging.definition import (
     Runs,
     Vectors,
     combined,
-    elements_at,
     expected,
+    from_origin,
     runs_of,
     sequential_slerp,
 )
@@ -234,7 +234,7 @@ class Fusion(MergeMethod):
         else:
             folds = self._model_folds if self.vector.model else self._folds(runs_of(vectors, info.numel))
             wanted = combined(vectors, folds)
-        return self._from_origin(wanted, info.name) if self.from_origin else wanted
+        return from_origin(wanted, self.pretrained, info.name) if self.from_origin else wanted
 
     def _vectors(self, info: TensorInfo) -> Vectors:
         """θ_base, θ1..θN (less θ0 in delta space), 0 in the cores; and the places in no core."""
@@ -247,15 +247,6 @@ class Fusion(MergeMethod):
             return [vector * rest for vector in values], np.flatnonzero(rest)
 
         return vectors
-
-    def _from_origin(self, of_updates: Definition, name: str) -> Definition:
-        def values(start: int, stop: int) -> Expected:
-            moved = of_updates(start, stop)
-            origin = elements_at(self.pretrained, name, start, moved.places)
-            scale = moved.scale + (1 + moved.gain) * np.abs(origin)  # `merged` combines θ, not θ − θ0
-            return replace(moved, values=moved.values + origin, scale=scale)
-
-        return values
 
     def _defined_by_row(self, vectors: Vectors, width: int) -> Definition:
         """For elements of whole rows."""

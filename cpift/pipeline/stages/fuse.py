@@ -23,7 +23,7 @@ from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.checks import OnElements, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
-from cpift.merging.registry import method_named, seeded
+from cpift.merging.registry import method_named, named_also, seeded
 from cpift.merging.settings import write_trimmed
 from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
@@ -63,6 +63,7 @@ def _merged(names: Names) -> Artifact:
     fusion = names.config.fusion
     fields = identity_of(fusion, "merge") | names.template_fields | {"method": fusion.method_name}
     fields |= identity_of(names.config.resources, "merge")
+    fields |= {name: getattr(fusion, name) for name in named_also(fusion.method)}
     if seeded(fusion.method):
         fields["seed"] = names.config.seed
     inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names) | names.code("fusion.method")
