@@ -10,22 +10,22 @@ from cpift.config.run import FusionConfig
 from cpift.errors import ConfigError, Problem
 from cpift.extensions import find, load_class, short_name
 from cpift.merging.base import MergeMethod
-from cpift.merging.methods.consensus import Consensus
 from cpift.merging.methods.cpift import Fusion
-from cpift.merging.methods.dare import Dare
-from cpift.merging.methods.dare_ties import DareTies
 from cpift.merging.methods.karcher import Karcher
 from cpift.merging.methods.linear import Linear
-from cpift.merging.methods.localize_stitch import LocalizeStitch
-from cpift.merging.methods.magmax import MagMax
 from cpift.merging.methods.model_stock import ModelStock
 from cpift.merging.methods.multislerp import MultiSlerp
-from cpift.merging.methods.nearswap import NearSwap
 from cpift.merging.methods.nuslerp import NuSlerp
-from cpift.merging.methods.ram import Ram
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
-from cpift.merging.methods.ties import Ties
+from cpift.merging.updates.consensus import Consensus
+from cpift.merging.updates.dare import Dare
+from cpift.merging.updates.dare_ties import DareTies
+from cpift.merging.updates.localize_stitch import LocalizeStitch
+from cpift.merging.updates.magmax import MagMax
+from cpift.merging.updates.nearswap import NearSwap
+from cpift.merging.updates.ram import Ram
+from cpift.merging.updates.ties import Ties
 
 METHODS: dict[str, type[MergeMethod]] = {
     "cpift": Fusion,

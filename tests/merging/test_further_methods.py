@@ -19,8 +19,8 @@ from cpift.merging import forms
 from cpift.merging.base import FusionInputs
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
-from cpift.merging.methods.dare import survives
 from cpift.merging.registry import method_named
+from cpift.merging.updates.dare import survives
 from cpift.merging.verify import verify
 from tests.helpers.checkpoints import save_checkpoint
 

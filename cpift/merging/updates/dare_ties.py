@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.merging.forms import UpdateMerge
-from cpift.merging.methods.dare import survives
 from cpift.merging.signs import defined_elected, elected
+from cpift.merging.updates.dare import survives
 
 if TYPE_CHECKING:
     import torch
