@@ -159,7 +159,7 @@ def given_source(task: str, where: Any, problems: list[Problem]) -> dict[str, st
         what = f"{text!r} is a file" if path.exists() else f"{text!r} is no model folder and no hub id"
         remedy = "give a folder with config.json and safetensors, or org/name"
         if path.suffix in (".yaml", ".yml"):  # mergekit's, for example
-            remedy = f"`cpift plan {text}` says which command it stands for"
+            remedy = f"`cpift merge {text} OUT` reads a file of mergekit's, which stands alone"
         problems.append(Problem(task, what, remedy))
     return {"hub": hub, **({"revision": revision} if revision else {})}
 

@@ -249,7 +249,8 @@ def _command(name: str, command: Any) -> str:
         for parameter in inspect.signature(command.callback, eval_str=True).parameters.values()
     }
     arguments = [param for param in command.params if param.param_type_name == "argument"]
-    options = [param for param in command.params if param.param_type_name == "option" and param.name != "help"]
+    listed = (param for param in command.params if param.param_type_name == "option" and param.name != "help")
+    options = [param for param in listed if not param.hidden]  # other tools' are told in the docs
     usage = " ".join([name, *(_word(argument) for argument in arguments), "[OPTIONS]"])
     rows = [(f"`{_word(argument)}`", _plain(_help(argument))) for argument in arguments]
     rows += [(_flags(option, kinds[option.name]), _plain(_help(option))) for option in options]

@@ -12,7 +12,7 @@ _RUN, _MERGE = (
     "`cpift run CONFIG` makes every stage",
     "`cpift merge BASE MODEL... --out FOLDER`; as a file, `cpift init merge` and `cpift fuse`",
 )
-_MERGEKIT = "`cpift plan FILE` answers mergekit's file with the `cpift merge` command that does the same"
+_MERGEKIT = "`cpift merge FILE OUT` reads mergekit's file as it is"
 _INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
 _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),

@@ -1,4 +1,4 @@
-"""`cpift merge`: checkpoints into an ordinary model folder, every field an option."""
+"""`cpift merge`: checkpoints into an ordinary model folder, every field an option, or a file of mergekit's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cpift.cli.options import say_code
 from cpift.console.terminal import say
 from cpift.errors import ConfigError, Problem
 from cpift.merging.options import OPTIONS, Option
+from cpift.other_tools.mergekit_flags import FLAGS, Flag
 from cpift.text.units import show_size
 
 if TYPE_CHECKING:
@@ -33,18 +34,33 @@ def register_merge(app: typer.Typer, panel: str) -> None:
 
     def command(**options: Any) -> None:
         fields = {name: options.pop(name) for name in OPTIONS}
-        merge(**options, fields={name: value for name, value in fields.items() if value not in (None, [])})
+        flags = {name: options.pop(_keyword(name)) for name in FLAGS}
+        set_fields = {name: value for name, value in fields.items() if value not in (None, [])}
+        merge(**options, fields=set_fields, flags={name: value for name, value in flags.items() if value is not None})
 
     own = [
         parameter
         for parameter in inspect.signature(merge, eval_str=True).parameters.values()
-        if parameter.name != "fields"
+        if parameter.name not in ("fields", "flags")
     ]
     parameters = [*own, *(_parameter(name, option) for name, option in OPTIONS.items())]
+    parameters += [_flag(name, flag) for name, flag in FLAGS.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = merge.__doc__
     app.command("merge", rich_help_panel=panel)(command)
+
+
+def _keyword(flag: str) -> str:
+    return f"mergekit_{flag.replace('-', '_')}"
+
+
+def _flag(name: str, flag: Flag) -> inspect.Parameter:
+    """An option that people know from mergekit; help does not list it."""
+    kind: Any = str | None if flag.value else bool | None
+    info = typer.Option(f"--{name}" if flag.value else f"--{name}/--no-{name}", hidden=True)
+    annotation: Any = Annotated.__class_getitem__((kind, info))  # type: ignore[attr-defined]  # a type made at run time
+    return inspect.Parameter(_keyword(name), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _parameter(name: str, option: Option) -> inspect.Parameter:
@@ -58,28 +74,44 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
 
 def merge(
     *,
-    base: Annotated[str, typer.Argument(metavar="BASE", help="the model that all were tuned from: folder or hub id")],
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL... | NAME=MODEL...", help="fine-tunes, whole or LoRA adapters: folders, hub ids"),
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE | FILE", help="the model that all were tuned from: folder or hub id; or mergekit's YAML file"
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="the folder to make")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL... | NAME=MODEL... | OUT",
+            help="fine-tunes, whole or LoRA adapters: folders, hub ids; after a file the folder to make",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="the folder to make")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="any other field of a run (repeatable)")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
     fields: Mapping[str, Any],
+    flags: Mapping[str, Any],
 ) -> None:
-    """Merge fine-tunes of one model into a model folder, without a YAML file.
+    """Merge fine-tunes of one model into a model folder: as options say, or as mergekit's YAML file does.
+
+    `cpift merge config.yml OUT` reads mergekit's fields, and takes its options. What cannot be done is one list before
+    anything is read.
 
     The folder appears under its name when it is whole and checked; nothing that exists is replaced. Partial work lies
     beside it in .NAME.merge: after a kill the same command goes on from there.
     """
-    from cpift.merge_folder import checked, merge_config, merge_into, named_models, place_of, work_of
+    from cpift.merge_folder import checked, merge_into, place_of, work_of
+    from cpift.merge_request import requested
 
-    place = place_of(out)
-    values = {name: _value(name, value) for name, value in fields.items()}
-    config = merge_config(base, named_models(models), work_of(place), values, _settings(overrides or []))
+    asked = requested(base, models or [], out)
+    place = place_of(asked.out)
+    values = {**asked.fields, **{name: _value(name, value) for name, value in fields.items()}}
+    config = asked.config(work_of(place), values, _settings(overrides or []), flags)
+    for note in asked.notes:
+        say(note)
     say_code(config)
     if dry_run:
         _tell(config, checked(config, place, download=False), place)

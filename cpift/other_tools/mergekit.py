@@ -1,260 +1,263 @@
-"""mergekit's files: the command here that does the same, and whatever differs.
+"""mergekit's files: what they ask of `cpift merge`, and one list of what it cannot do.
 
-Its meaning of a field was read in its source (`merge_methods/`, `plan.py`), defaults included.
+What a field means is as its documentation has it, the README and the guide of merge methods; `mergekit_values` has the
+values that may differ by model, layer and tensor.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cpift.errors import Problem
-from cpift.untrusted.values import Raw, command, is_list, is_word, mapping, mappings
+from cpift.other_tools.mergekit_models import Merge, Source, names_of, parameters_of, reference, sources_of, unknown
+from cpift.other_tools.mergekit_values import Place, flag, number, setting
+from cpift.untrusted.values import Raw, kind_of, mapping
 
-_LERP_BELOW = "0.0316"  # radians, where mergekit's slerp takes the straight line: cos > 0.9995
 _TEMPLATES = ("chatml", "llama3", "alpaca")
 _DTYPES = ("bfloat16", "float16", "float32")
-_STAY = "stay with mergekit for it; `cpift merge` has cpift, linear, slerp, task_arithmetic, ties and dare"
+_FIELDS = {
+    *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"),
+    *("tokenizer", "chat_template", "modules"),
+}
+_LERP_BELOW = 0.0316  # radians, where mergekit's slerp takes the straight line: cos > 0.9995
 
 
 @dataclass(frozen=True)
-class _Method:
-    """One of mergekit's `merge_method`s. ours: `--method`; settings: its options, from what was read of the file."""
+class Method:
+    """One of mergekit's `merge_method`s. ours: `--method`; others: what it has no form for, by parameter: the value
+    that changes nothing, and what cpift does."""
 
     ours: str
-    settings: Callable[[_Merge], list[str]]
     of_updates: bool = True  # merges onto base_model, which is no model to merge
-    differs: str = ""
+    by_model: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+    normalize: bool | None = None  # its default, where it differs from cpift's
+    others: tuple[tuple[str, Any, str], ...] = ()
+    least: int = 1
+    most: int = 1 << 30
+    told: str = ""
 
 
-@dataclass
-class _Merge:
-    """What a mergekit file says, read piece by piece; `left` gathers what the command cannot say."""
+_RESCALE = ("rescale", True, "cpift rescales what DARE keeps")
+_DROPS = "other elements are dropped than by mergekit, at the same density: `--seed N` for others"
+METHODS = {
+    "linear": Method("linear", False, ("weight",), ("normalize",), None),
+    "slerp": Method("slerp", False, (), ("t",), least=2, most=2),
+    "task_arithmetic": Method("task_arithmetic", True, ("weight",), ("normalize", "lambda")),
+    "ties": Method("ties", True, ("weight", "density"), ("normalize", "lambda"), True),
+    "dare_linear": Method(
+        "dare", True, ("weight", "density"), ("normalize", "lambda"), others=(_RESCALE,), told=_DROPS
+    ),
+    "dare_ties": Method(
+        "dare_ties", True, ("weight", "density"), ("normalize", "lambda"), False, (_RESCALE,), told=_DROPS
+    ),
+    "nearswap": Method("nearswap", True, (), ("t",), most=1),
+    "model_stock": Method(
+        "model_stock", True, others=(("filter_wise", False, "cpift takes one angle for each tensor"),), least=2
+    ),
+    "karcher": Method(
+        "karcher",
+        False,
+        others=(
+            ("max_iter", None, "cpift goes on until the mean stands still"),
+            ("tol", None, "cpift goes on until the mean stands still"),
+        ),
+        told="cpift goes on until the mean stands still, whatever max_iter and tol say",
+    ),
+}
+_IDLE = {"int8_mask": "cpift's masks take one bit an element"}  # decides nothing but memory
+_KNOWN = {name for one in METHODS.values() for name in (*one.by_model, *one.single, *(it[0] for it in one.others))}
 
-    raw: Raw
-    entries: list[Raw] = field(default_factory=list)
-    shared: list[Raw] = field(default_factory=list)  # `parameters` for all models, the nearest first
-    base: str = ""
-    models: list[str] = field(default_factory=list)
-    left: list[Problem] = field(default_factory=list)
 
-    def note(self, where: str, what: str, remedy: str = "") -> None:
-        self.left.append(Problem(where, what, remedy))
+def is_mergekit(raw: Raw) -> bool:
+    """Whether fields are those of a file of mergekit's, and of no run."""
+    own = {"tasks", "run", "space", "experts"} & set(raw)
+    return not own and ("merge_method" in raw or "slices" in raw or {"base_model", "models"} <= set(raw))
 
-    def number(self, name: str, default: float, entry: Raw | None = None) -> float:
-        """A parameter of one model, else of all; what is no single number is noted, and the default taken."""
-        places = [*([mapping(entry.get("parameters"))] if entry else []), *self.shared]
-        value = next((place[name] for place in places if place.get(name) is not None), default)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-        where = f"parameters.{name}"
-        if all(problem.where != where for problem in self.left):
-            self.note(where, "is no single number", "cpift merges all tensors alike: the command has the default")
-        return default
+
+def read_mergekit(raw: Raw) -> Merge:
+    """What a file asks for, with everything that cannot be done; nothing is opened."""
+    merge = Merge()
+    inside = [name for name in raw if name in _KNOWN | set(_IDLE)]
+    for name in inside:
+        merge.refuse(name, "stands outside of `parameters`, where mergekit does not look", "put it under `parameters`")
+    unknown(merge, [name for name in raw if name not in inside], _FIELDS, "")
+    method = _method(merge, raw)
+    sources = sources_of(merge, raw)
+    base = reference(merge, raw["base_model"], "base_model") if raw.get("base_model") is not None else ""
+    if method is not None:
+        kept = _onto_base(merge, method, base, sources)
+        _parameters(merge, method, raw, kept)
+    _output(merge, raw)
+    return merge
+
+
+def _method(merge: Merge, raw: Raw) -> Method | None:
+    name = raw.get("merge_method")
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    known = ", ".join(METHODS)
+    if not isinstance(name, str):
+        what = "is not there" if name is None else f"is {kind_of(name)}"
+        merge.refuse("merge_method", what, f"one of {known}")
+    else:
+        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.7)
+        merge.refuse(
+            "merge_method", f"cpift has no {name!r}", f"did you mean {close[0]!r}?" if close else f"one of {known}"
+        )
+    return None
+
+
+def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -> list[Source]:
+    """θ0, and the models that are merged onto it by name; slerp's `t` is from base_model on."""
+    if "+" in base:
+        merge.refuse("base_model", f"{base}: has an adapter, and cpift takes θ0 as it is", "merge the two beforehand")
+        base = base.partition("+")[0]
+    if not base and (method.of_updates or method.ours == "slerp"):
+        merge.refuse(
+            "base_model", "is not there, and this method is from it", "name the model that all were tuned from"
+        )
+    merge.base = base or next((one.model for one in sources if one.model), "")
+    plain = [one for one in sources if one.model != merge.base or one.adapter]
+    if method.of_updates:
+        sources = plain
+    elif method.ours == "slerp" and base:
+        sources = [*[one for one in sources if one not in plain][:1], *plain]
+        if sources[:1] == plain[:1]:
+            sources = [Source("base_model", base, "", ()), *sources]
+    if sources and not method.least <= len(sources) <= method.most:
+        wanted = f"{method.least}" if method.least == method.most else f"at least {method.least}"
+        wanted = wanted if method.most != 1 else "1"
+        merge.refuse("models", f"are {len(sources)} beside base_model's part, and it takes {wanted}", "name others")
+    for one in sources:
+        if one.adapter and one.model != merge.base:
+            what = f"{one.model}+{one.adapter}: cpift puts an adapter onto base_model, which is {merge.base}"
+            fold = f"cpift merge {one.model} {one.adapter} --method linear --out FOLDER"
+            merge.refuse(f"{one.where}.model", what, f"`{fold}`, and name FOLDER here")
+    if not sources and not merge.problems:
+        merge.refuse("models", "name no model beside base_model", "add one")
+    merge.models = dict(zip(names_of([one.adapter or one.model for one in sources]), _paths(sources), strict=True))
+    return sources
+
+
+def _paths(sources: Sequence[Source]) -> list[str]:
+    return [one.adapter or one.model for one in sources]
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _parameters(merge: Merge, method: Method, raw: Raw, sources: Sequence[Source]) -> None:
+    shared: Place = ("parameters", parameters_of(merge, raw, "")) if raw.get("parameters") is not None else ("", {})
+    places = list(dict.fromkeys(id(one) for source in sources for one in source.places))
+    known = dict.fromkeys((*method.by_model, *method.single, *(one[0] for one in method.others), *_IDLE))
+    for where, given in [shared, *_each(sources, places)]:
+        _unused(merge, method, where, given, known)
+    for name in method.by_model:
+        values = [setting(merge.problems, name, [*one.places, shared]) for one in sources]
+        _by_model(merge, name, list(merge.models), values)
+    common = [*(sources[0].places[1:] if sources else ()), shared]
+    fields = {"t": "t", "normalize": "normalize", "lambda": "scale"}
+    for name in method.single:
+        own = [place for one in sources for place in one.places[:1] if name in place[1]]
+        if name == "t":
+            value = setting(merge.problems, name, [*own[:1], *common])
+            if value is None:
+                merge.refuse("parameters.t", "is not there", "give a number from 0 to 1, a list, or cases")
+        else:
+            value = (flag if name == "normalize" else number)(merge.problems, name, [*own[:1], *common])
+            value = method.normalize if name == "normalize" and value is None else value
+        if value is not None:
+            merge.fields[fields[name]] = value
+    if method.ours == "slerp":
+        merge.fields["epsilon"] = _LERP_BELOW
+    merge.fields["method"] = method.ours
+    merge.notes += [method.told] if method.told else []
+
+
+def _each(sources: Sequence[Source], places: Sequence[int]) -> list[Place]:
+    by_id = {id(place): place for source in sources for place in source.places}
+    return [by_id[one] for one in places]
+
+
+def _unused(merge: Merge, method: Method, where: str, given: Raw, known: Iterable[str]) -> None:
+    """Parameters that the method has no use for: mergekit's own are told, others refused."""
+    for name, value in given.items():
+        inert = {one[0]: one for one in method.others}
+        if name in inert:
+            _, default, does = inert[name]
+            if default is not None and value != default:
+                merge.refuse(f"{where}.{name}", f"is {value!r:.40}, and {does}", f"leave it out, or give {default}")
+        elif name in _IDLE:
+            merge.notes.append(f"{where}.{name}: {_IDLE[name]}")
+        elif name not in known and name in _KNOWN:
+            merge.notes.append(f"{where}.{name}: is not used by {method.ours}")
+        elif name not in known:
+            unknown(merge, [name], [*known, *_KNOWN], f"{where}.")
+
+
+def _by_model(merge: Merge, name: str, tasks: Sequence[str], values: Sequence[Any]) -> None:
+    """`weight` and `density`: one for all where they are alike, else by task."""
+    given = {task: 1.0 if value is None else value for task, value in zip(tasks, values, strict=True)}
+    if len({repr(value) for value in given.values()}) == 1:
+        merge.fields[name] = next(iter(given.values()))
+    elif given:
+        merge.fields[{"weight": "weights", "density": "densities"}[name]] = given
+
+
+# ---- the merged model ------------------------------------------------------------------------------------------------
+
+
+def _output(merge: Merge, raw: Raw) -> None:
+    """dtype, tokenizer and template."""
+    for name in ("dtype", "out_dtype"):
+        if (dtype := raw.get(name)) in _DTYPES:
+            merge.fields["dtype"] = dtype
+        elif dtype is not None:
+            merge.refuse(name, f"is {dtype!r:.40}", f"one of {', '.join(_DTYPES)}")
+    _tokenizer(merge, raw)
+    template = raw.get("chat_template")
+    if template in _TEMPLATES:
+        merge.fields["chat_template"] = template
+    elif template == "auto":
+        merge.notes.append("chat_template: auto: base_model's is kept, or the one that all models share")
+    elif template is not None:
+        words = f"one of {', '.join(_TEMPLATES)}; a template of your own as a file, with --chat-template FILE"
+        merge.refuse("chat_template", f"is {template!r:.40}", words)
+
+
+def _tokenizer(merge: Merge, raw: Raw) -> None:
+    own = raw.get("tokenizer")
+    if own is not None and not isinstance(own, dict):
+        merge.refuse("tokenizer", f"is {kind_of(own)}", "give fields, for example {source: base}")
+    own = mapping(own)
+    unknown(merge, own, {"source", "tokens", "pad_to_multiple_of"}, "tokenizer.")
+    if raw.get("tokenizer_source") is not None and own.get("source") is not None:
+        merge.refuse("tokenizer_source", "stands beside tokenizer.source", "keep one of the two")
+    where = "tokenizer_source" if raw.get("tokenizer_source") is not None else "tokenizer.source"
+    source = raw.get("tokenizer_source") or own.get("source")
+    source = source.removeprefix("model:") if isinstance(source, str) else source
+    remedy = "`base` keeps base_model's tokens, with its rows where a model lacks them"
+    if source in ("base", merge.base) and source:
+        merge.fields["vocabulary"] = "base"
+    elif source is not None or (own and own.get("source") is None):
+        what = f"is {source!r:.60}" if source is not None else "is not there, which stands for a union of all tokens"
+        merge.refuse(where, f"{what}: cpift puts no tokenizers together", remedy)
+    if own.get("tokens"):
+        merge.refuse("tokenizer.tokens", "say where rows of single tokens come from", remedy)
+    if own.get("pad_to_multiple_of"):
+        merge.refuse("tokenizer.pad_to_multiple_of", f"is {own['pad_to_multiple_of']!r:.20}", remedy)
 
 
 def of_mergekit(raw: Raw) -> list[Problem]:
-    name = raw.get("merge_method")
-    method = _METHODS.get(name) if isinstance(name, str) else None
-    merge = _Merge(raw)
-    if method is None:
-        lacks = f"cpift has no {name!r}" if name is not None else "it names no merge_method"
-        return [Problem("merge_method", f"this is mergekit's file, and {lacks}", _STAY)]
-    if not _read_models(merge):
-        what = "this is mergekit's file, and it puts layers of models together, which cpift does not"
-        return [Problem("merge_method", what, _STAY), *merge.left]
-    if method.of_updates:
-        _take_base_out(merge)
-    elif method.ours == "slerp":
-        _base_first(merge)
-    if not merge.models:
-        return [Problem("models", "this is mergekit's file, and it names no model to merge", "name them there")]
-    options = [*method.settings(merge), *_output(merge)]
-    if method.differs:
-        merge.note("merge_method", f"{name}: {method.differs}")
-    models = merge.models if "--weights" not in options else [f"{a}={b}" for a, b in _named(merge.models)]
-    words = ["cpift", "merge", merge.base, *models, "--method", method.ours, *options, "--out", "merged"]
-    same = "does not quite do the same, see below" if merge.left else "does the same"
-    return [
-        Problem("merge_method", f"this is mergekit's file, and here a command {same}", command(words)),
-        *merge.left,
-    ]
-
-
-def _read_models(merge: _Merge) -> bool:
-    """Fill in models and base; False where layers of models are put together."""
-    slices = mappings(merge.raw.get("slices"))
-    if merge.raw.get("modules") or len(slices) > 1:
-        return False
-    models = merge.raw.get("models")
-    named = [model for model in models if model] if is_list(models) else []
-    merge.entries = [{"model": model} if is_word(model) else mapping(model) for model in named]
-    if slices:
-        merge.entries = [entry for entry in mappings(slices[0].get("sources")) if entry]
-        merge.shared.append(mapping(slices[0].get("parameters")))
-        ranges = {str(entry.get("layer_range")) for entry in merge.entries}
-        merge.note("slices.0.sources.layer_range", " and ".join(sorted(ranges)), "cpift merges all layers")
-        if len(ranges) > 1:
-            return False
-    merge.shared.append(mapping(merge.raw.get("parameters")))
-    merge.models = [_model(entry.get("model"), merge) for entry in merge.entries]
-    base = _model(merge.raw.get("base_model"), merge) if merge.raw.get("base_model") else ""
-    merge.base = base or next(iter(merge.models), "")
-    return True
-
-
-def _model(value: Any, merge: _Merge) -> str:
-    """A model as `cpift merge` takes it; of `model+adapter` the adapter, which is put onto BASE."""
-    if isinstance(value, Mapping):
-        inner = mapping(value.get("model"))
-        commit = f"@{inner['revision']}" if inner.get("revision") else ""
-        lora = mapping(value.get("lora")).get("path")
-        value = f"{inner.get('path', '')}{commit}" + (f"+{lora}" if lora else "")
-    if not is_word(value):
-        merge.note("models", "one of them has no name", "give it in the place of MODEL")
-        return "MODEL"
-    name, _, adapter = str(value).partition("+")
-    if adapter:
-        merge.note("models", f"{name}+{adapter}: cpift puts an adapter onto BASE", f"the same if BASE is {name}")
-    return adapter or name
-
-
-def _take_base_out(merge: _Merge) -> None:
-    if not merge.raw.get("base_model"):
-        merge.note("base_model", "is not there, and updates are from it", "put it before the models")
-    others = [(model, entry) for model, entry in zip(merge.models, merge.entries, strict=True) if model != merge.base]
-    merge.models, merge.entries = [model for model, _ in others], [entry for _, entry in others]
-
-
-def _base_first(merge: _Merge) -> None:
-    merge.models = [merge.base, *(model for model in merge.models if model != merge.base)]
-    if len(merge.models) != 2:
-        merge.note("models", f"slerp of {len(merge.models)} models", "mergekit takes two, base_model one of them")
-
-
-def _weights(merge: _Merge) -> list[float]:
-    return [merge.number("weight", 1.0, entry) for entry in merge.entries]
-
-
-def _said(merge: _Merge, weights: Sequence[float]) -> list[str]:
-    """Options for weights: none where all are cpift's default, one where they are alike."""
-    if len(set(weights)) == 1:
-        return [] if weights[0] == 1 else ["--weight", f"{weights[0]:g}"]
-    named = zip(_named(merge.models), weights, strict=True)
-    return [word for (name, _), weight in named for word in ("--weights", f"{name}={weight:g}")]
-
-
-def _linear(merge: _Merge) -> list[str]:
-    weights = _weights(merge)
-    if not merge.number("normalize", True) and abs(sum(weights) - 1) > 1e-6:
-        merge.note("parameters.normalize", "false: cpift's linear divides by the weights' sum", "use task_arithmetic")
-    return _said(merge, weights)
-
-
-def _slerp(merge: _Merge) -> list[str]:
-    return ["--t", f"{merge.number('t', 0.5):g}", "--epsilon", _LERP_BELOW]
-
-
-def _sum(merge: _Merge) -> list[str]:
-    """θ0 + λ·Σ w·Δ; with `normalize` divided by Σ w."""
-    weights, scale = _weights(merge), merge.number("lambda", 1.0)
-    total = sum(weights)
-    if merge.number("normalize", False) and abs(total) > 1e-8:
-        scale /= total
-    return _said(merge, [scale * weight for weight in weights])
-
-
-def _ties(merge: _Merge) -> list[str]:
-    """The mean of what agrees: divided by its weights in mergekit, by its number in cpift."""
-    weights = _weights(merge)
-    if not merge.number("normalize", True):
-        merge.note("parameters.normalize", "false: cpift's TIES is the mean of what agrees, not the sum")
-    if merge.number("rescale", False):
-        merge.note("parameters.rescale", "true: cpift's TIES does not scale what it kept")
-    if len(set(weights)) > 1:
-        merge.note("parameters.weight", "they differ: mergekit elects signs by weight, cpift does not")
-    return [*_density(merge), *_said(merge, _even(merge))]
-
-
-def _even(merge: _Merge) -> list[float]:
-    """Weights whose mean is `lambda`."""
-    weights, scale = _weights(merge), merge.number("lambda", 1.0)
-    total = sum(weights)
-    return [scale * (weight * len(weights) / total if total else weight) for weight in weights]
-
-
-def _dare(merge: _Merge) -> list[str]:
-    merge.note("seed", "other elements are dropped than by mergekit, at the same density", "--seed N for others")
-    return [*_density(merge), *_sum(merge)]
-
-
-def _dare_ties(merge: _Merge) -> list[str]:
-    """The mean of what agrees; mergekit sums it unless it is told to normalise."""
-    merge.note("seed", "other elements are dropped than by mergekit, at the same density", "--seed N for others")
-    if not merge.number("normalize", False):
-        merge.note("parameters.normalize", "false: cpift's dare_ties is the mean of what agrees, not the sum")
-    return [*_density(merge), *_said(merge, _even(merge))]
-
-
-def _model_stock(merge: _Merge) -> list[str]:
-    if merge.number("filter_wise", False):
-        merge.note("parameters.filter_wise", "true: cpift takes one angle for each tensor")
-    return []
-
-
-def _density(merge: _Merge) -> list[str]:
-    densities = [merge.number("density", 1.0, entry) for entry in merge.entries]
-    if len(set(densities)) > 1:
-        merge.note(
-            "parameters.density",
-            f"differs ({', '.join(f'{density:g}' for density in densities)}): cpift has one for all",
-        )
-    return ["--density", f"{densities[0]:g}"]
-
-
-def _output(merge: _Merge) -> list[str]:
-    """dtype, tokenizer and template of the merged model."""
-    raw, options = merge.raw, []
-    dtype = raw.get("out_dtype") or raw.get("dtype")
-    if dtype in _DTYPES:
-        options += ["--dtype", dtype]
-    elif dtype is not None:
-        merge.note("dtype", f"{dtype!r} is none of {', '.join(_DTYPES)}")
-    if raw.get("tokenizer") or raw.get("tokenizer_source") not in (None, "base"):
-        merge.note("tokenizer", "cpift keeps BASE's", "`--vocabulary base` where models have other numbers of tokens")
-    template = raw.get("chat_template")
-    if template in _TEMPLATES:
-        options += ["--chat-template", template]
-    elif template not in (None, "auto"):
-        merge.note("chat_template", "cpift takes BASE's", f"or one of {', '.join(_TEMPLATES)}, or a file")
-    return options
-
-
-_METHODS = {
-    "linear": _Method("linear", _linear, of_updates=False),
-    "slerp": _Method("slerp", _slerp, of_updates=False),
-    "task_arithmetic": _Method("task_arithmetic", _sum),
-    "ties": _Method("ties", _ties),
-    "dare_linear": _Method("dare", _dare),
-    "dare_ties": _Method("dare_ties", _dare_ties),
-    "nearswap": _Method("nearswap", lambda merge: ["--t", f"{merge.number('t', 0.5):g}"]),
-    "model_stock": _Method("model_stock", _model_stock),
-}
+    """The answer where a run's file is expected."""
+    what = "this is mergekit's file, which `cpift merge` reads as it is"
+    return [Problem("merge_method", what, "`cpift merge FILE OUT`, with --dry-run to check it")]
 
 
 def of_experts(raw: Raw) -> list[Problem]:
     what = "this is mergekit-moe's file, and it makes models the experts of one, which cpift does not"
-    return [Problem("experts", what, _STAY)]
-
-
-def _named(models: Sequence[str]) -> list[tuple[str, str]]:
-    """A task's name for each model: the last part of its path, with a number where two have the same."""
-    names: list[str] = []
-    for model in models:
-        name = re.sub(r"[^\w.-]+", "-", model.partition("@")[0].rstrip("/").rpartition("/")[2], flags=re.ASCII)
-        name = name.strip("-.")[:50] or "tune"
-        names.append(f"{name}-{len(names) + 1}" if name in names else name)
-    return list(zip(names, models, strict=True))
+    return [Problem("experts", what, "stay with mergekit for it")]
