@@ -42,7 +42,8 @@ def setting(above: float = -math.inf, least: float = -math.inf, most: float = ma
                 bounds += [f"at least {least:g}"] if least > -math.inf else []
                 bounds += [f"at most {most:g}"] if most < math.inf else []
                 percent = f"; a fraction: {number:g} % is {number / 100:g}" if most == 1 < number <= 100 else ""
-                raise ValueError(f"{number:g} has to be {' and '.join(bounds)}{percent}")
+                which = f"{number:g} " if isinstance(value, (list, tuple)) else ""
+                raise ValueError(f"{which}has to be {' and '.join(bounds)}{percent}")
         return value
 
     return BeforeValidator(checked, json_schema_input_type=Plain)

@@ -31,7 +31,7 @@ class Method:
     that changes nothing, and what cpift does."""
 
     ours: str
-    of_updates: bool = True  # merges onto base_model, which is no model to merge
+    of_updates: bool | None = True  # merges onto base_model, which is no model to merge; None: where there is one
     by_model: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
     normalize: bool | None = None  # its default, where it differs from cpift's
@@ -53,6 +53,27 @@ METHODS = {
     ),
     "dare_ties": Method(
         "dare_ties", True, ("weight", "density"), ("normalize", "lambda"), False, (_RESCALE,), told=_DROPS
+    ),
+    "nuslerp": Method(
+        "nuslerp",
+        None,
+        ("weight",),
+        others=(
+            ("nuslerp_flatten", True, "cpift takes a tensor as one vector"),
+            ("nuslerp_row_wise", False, "cpift takes a tensor as one vector"),
+        ),
+        least=2,
+        most=2,
+    ),
+    "multislerp": Method(
+        "multislerp",
+        None,
+        ("weight",),
+        others=(
+            ("normalize_weights", True, "cpift's weights share 1"),
+            ("eps", None, "cpift's own limits hold"),
+        ),
+        least=2,
     ),
     "nearswap": Method("nearswap", True, (), ("t",), most=1),
     "model_stock": Method(
@@ -106,7 +127,7 @@ def _method(merge: Merge, raw: Raw) -> Method | None:
     else:
         close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.7)
         merge.refuse(
-            "merge_method", f"cpift has no {name!r}", f"did you mean {close[0]!r}?" if close else f"one of {known}"
+            "merge_method", f"cpift has no {name[:60]!r}", f"did you mean {close[0]!r}?" if close else f"one of {known}"
         )
     return None
 
@@ -116,13 +137,16 @@ def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -
     if "+" in base:
         merge.refuse("base_model", f"{base}: has an adapter, and cpift takes θ0 as it is", "merge the two beforehand")
         base = base.partition("+")[0]
-    if not base and (method.of_updates or method.ours == "slerp"):
+    if not base and not merge.problems and (method.of_updates or method.ours == "slerp"):
         merge.refuse(
             "base_model", "is not there, and this method is from it", "name the model that all were tuned from"
         )
+    of_updates = method.of_updates if method.of_updates is not None else bool(base)
+    if method.of_updates is None:
+        merge.fields["space"] = "delta" if base else "weights"
     merge.base = base or next((one.model for one in sources if one.model), "")
     plain = [one for one in sources if one.model != merge.base or one.adapter]
-    if method.of_updates:
+    if of_updates:
         sources = plain
     elif method.ours == "slerp" and base:
         sources = [*[one for one in sources if one not in plain][:1], *plain]
@@ -165,7 +189,7 @@ def _parameters(merge: Merge, method: Method, raw: Raw, sources: Sequence[Source
         own = [place for one in sources for place in one.places[:1] if name in place[1]]
         if name == "t":
             value = setting(merge.problems, name, [*own[:1], *common])
-            if value is None:
+            if value is None and not any("t" in given for _, given in [*own, *common]):
                 merge.refuse("parameters.t", "is not there", "give a number from 0 to 1, a list, or cases")
         else:
             value = (flag if name == "normalize" else number)(merge.problems, name, [*own[:1], *common])

@@ -12,6 +12,9 @@ from cpift.errors import Problem
 from cpift.other_tools.mergekit_values import Place
 from cpift.untrusted.values import Raw, is_list, is_word, kind_of, mapping
 
+_LISTED = 8  # names that are told one by one
+_MOST = 17  # models of a file: as many as a run has tasks, and base_model
+
 
 @dataclass
 class Merge:
@@ -30,11 +33,14 @@ class Merge:
 
 def unknown(merge: Merge, given: Iterable[str], known: Iterable[str], where: str) -> None:
     names = sorted(known)
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-            merge.refuse(f"{where}{name}", "is no field of mergekit's that cpift knows", remedy)
+    lost = [name for name in given if name not in names]
+    for name in lost[:_LISTED]:
+        close = difflib.get_close_matches(name[:60], names, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+        merge.refuse(f"{where}{name:.60}", "is no field of mergekit's that cpift knows", remedy)
+    if len(lost) > _LISTED:
+        remedy = f"known: {', '.join(names)}"
+        merge.refuse(f"{where}{lost[_LISTED]:.60}", f"and {len(lost) - _LISTED - 1:,} more are no fields", remedy)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ def _listed(merge: Merge, given: Any, where: str, places: tuple[Place, ...]) -> 
     if not is_list(given) or not given:
         what = "is not there" if given is None else f"is {kind_of(given)}" if not is_list(given) else "is empty"
         merge.refuse(where, what, "give a list of {model: folder or hub id}")
+        return []
+    if len(given) > _MOST:
+        merge.refuse(where, f"are {len(given):,}", f"give at most {_MOST}, base_model among them")
         return []
     allowed = {"model", "parameters"} | ({"layer_range"} if "sources" in where else set())
     found = []
@@ -137,7 +146,8 @@ def names_of(models: Sequence[str]) -> list[str]:
     """A task's name for each model: the last part of its path, with a number where two have the same."""
     found: list[str] = []
     for model in models:
-        name = re.sub(r"[^\w.-]+", "-", model.partition("@")[0].rstrip("/").rpartition("/")[2], flags=re.ASCII)
+        last = model.rstrip("/").rpartition("/")[2].partition("@")[0]  # of an address no name and no password
+        name = re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII)
         name = name.strip("-.")[:50] or "tune"
         low = [one.lower() for one in found]
         found.append(f"{name}-{len(found) + 1}" if name.lower() in low else name)

@@ -227,7 +227,12 @@ def test_what_is_wrong_has_a_name(text: str, told: str) -> None:
             "merge_method: linear\nmodels: [one, two]\nparameters: {weight: [{filter: atn, value: 1}, {value: 2}]}",
             "the filter 'atn' is in no tensor's name",
         ),
-        ("merge_method: linear\nmodels: [" + "one," * 40 + "]", "tasks: may have at most"),
+        ("merge_method: linear\nmodels: [" + "one," * 4000 + "]", "models: are 4,000 → give at most 17"),
+        ("merge_method: linear\nmodels: [one]\n" + "".join(f"k{i}: 1\n" for i in range(500)), "k8: and 491 more"),
+        (
+            "merge_method: linear\nmodels: ['https://me:secret@host/x', one]",
+            "  - x: 'https://***@host/x' is no",
+        ),
         ("merge_method: linear\nmodels: [one, nowhere]", "'nowhere' is no model folder and no hub id"),
         ("tasks: []", "is a run's file"),
         ("base_model: a\nexperts: []", "mergekit-moe's file"),
@@ -239,6 +244,16 @@ def test_a_hostile_file_is_refused_and_leaves_nothing(text: str, told: str, here
         merge("hostile.yml", "out")
     assert told in str(caught.value)
     assert not [path for path in here.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize(("base", "space"), [("base_model: c\n", "delta"), ("", "weights")])
+def test_a_base_that_is_optional_says_what_is_interpolated(base: str, space: str) -> None:
+    text = f"merge_method: nuslerp\n{base}models: [{{model: a, parameters: {{weight: 1}}}}, {{model: b}}]\n"
+    read = read_mergekit(parse_yaml(text + "parameters: {weight: [0, 1]}"))
+    assert not read.problems
+    assert read.fields == {"space": space, "weights": {"a": 1, "b": [0, 1]}, "method": "nuslerp"}
+    (problem,) = read_mergekit(parse_yaml(text + "parameters: {nuslerp_flatten: false}")).problems
+    assert "parameters.nuslerp_flatten: is False, and cpift takes a tensor as one vector" in str(problem)
 
 
 def test_mergekits_options_are_understood_or_answered() -> None:
