@@ -16,7 +16,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
@@ -25,7 +26,7 @@ from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 from cpift.disk.files import digest, file_sha256
-from cpift.errors import ConfigError, Problem
+from cpift.errors import ConfigError, CpiftError, Problem, explain_os_error
 
 ExtensionKind = Literal["metrics", "methods", "conflicts"]
 Made = TypeVar("Made")
@@ -226,6 +227,19 @@ def _line_of(error: BaseException, file: Path) -> str:
         trace = trace.tb_next
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     return f"line {line}: " if line else ""
+
+
+@contextmanager
+def own_code(code: type, where: str) -> Iterator[None]:
+    """Around what a class does: an error in a user's says where, one in ours or of the system is raised as it is."""
+    try:
+        yield
+    except CpiftError:
+        raise
+    except Exception as error:
+        if code.__module__.startswith("cpift.") or explain_os_error(error):
+            raise
+        raise CpiftError(f"{where}: {type(error).__name__}: {error} → mend its code") from error
 
 
 def _error(word: str, what: str, remedy: str) -> ConfigError:

@@ -93,6 +93,8 @@ class Metric:
         """Why a row cannot be scored, and the remedy."""
         try:
             fault = None if self.problem is None else self.problem(example)
+            if fault is not None and [type(text) for text in fault] != [str, str]:
+                raise TypeError(f"gives {_shown(fault)}, neither None nor two texts")
         except Exception as error:
             fault = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
         return fault or (_no_prompt(example) if self.generates else None)

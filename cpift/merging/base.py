@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -20,6 +20,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.fusion import shown_setting
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
+from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.checks import Check, OnElements
 from cpift.merging.definition import Definition
@@ -102,7 +103,7 @@ class MergeMethod(ABC):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
         self.pretrained, self.tuned, self._seed = inputs.pretrained, dict(inputs.tuned), seed
         self._fusion = Settings(config, list(inputs.pretrained.tensors))
-        if problems := self._fusion.problems(self.problems, list(inputs.tuned)):
+        if problems := self._fusion.problems(self.asked, list(inputs.tuned)):
             raise ProblemsError(f"merge by {config.method_name}", problems)
         self._set(config)
 
@@ -122,7 +123,17 @@ class MergeMethod(ABC):
     @classmethod
     def make(cls, materials: Materials) -> Self:
         """The method over a run's models."""
-        return cls(materials.inputs, materials.config, materials.seed)
+        with own_code(cls, f"merge method {materials.config.method_name}: __init__"):
+            return cls(materials.inputs, materials.config, materials.seed)
+
+    @classmethod
+    def asked(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
+        """`problems`. Raises CpiftError where a user's class gives anything else."""
+        with own_code(cls, f"merge method {config.method_name}: problems"):
+            found = list(cls.problems(config, tasks))
+            if not all(isinstance(one, Problem) for one in found):
+                raise TypeError(f"gives {found}, no list of Problem")
+        return found
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
@@ -159,6 +170,10 @@ class MergeMethod(ABC):
         other.masks = None if self.masks is None else at.masks(self.masks)
         return other
 
+    def named(self, where: str) -> AbstractContextManager[None]:
+        """Around what a user's method may do wrong at a place."""
+        return own_code(type(self), f"merge method {self.config.method_name}: {where}")
+
     def prepare(self) -> list[TensorRecord]:
         """Whole-model statistics, before the first tensor; returns records of them."""
         return []
@@ -180,7 +195,16 @@ class MergeMethod(ABC):
         """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
 
         It may run while another tensor is being written."""
-        return self.at(info.name).merged(info) if self.merges(info) else (None, copy_of(*self.rest, info))
+        if not self.merges(info):
+            return None, copy_of(*self.rest, info)
+        with self.named(f"tensor {info.name}"):
+            record, fill = self.at(info.name).merged(info)
+
+        def named_fill(start: int, stop: int, out: torch.Tensor) -> None:
+            with self.named(f"tensor {info.name}, elements {start} to {stop - 1}"):
+                fill(start, stop, out)
+
+        return record, named_fill
 
     @abstractmethod
     def merged(self, info: TensorInfo) -> Merged:
@@ -197,20 +221,6 @@ class MergeMethod(ABC):
     def checks(self, written: Checkpoint, progress: OnElements) -> list[Check]:
         """What else has to hold of the merged model."""
         return []
-
-
-@contextmanager
-def own_code(method: MergeMethod, where: str) -> Iterator[None]:
-    """An error in a user's method names the method and the place; one in ours is raised as it is."""
-    try:
-        yield
-    except CpiftError:
-        raise
-    except Exception as error:
-        if type(method).__module__.startswith("cpift."):
-            raise
-        what = f"merge method {method.config.method_name}: {where}: {type(error).__name__}: {error}"
-        raise CpiftError(f"{what} → mend the method") from error
 
 
 class Declared:

@@ -12,7 +12,7 @@ from cpift_kernels import pack_mask, resolve_conflicts, union_mask, unpack_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.errors import CpiftError
-from cpift.extensions import find, load_class, short_name
+from cpift.extensions import find, load_class, own_code, short_name
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,9 @@ def by_stage(word: str) -> bool:
 def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tensor]:
     """What each task donates. Raises CpiftError for a rule, called `word`, whose masks do not fit the claims."""
     where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
-    owners, cores = list(rule.owners(claims)), claims.cores
+    cores = claims.cores
+    with own_code(type(rule), where):
+        owners = list(rule.owners(claims))
     if len(owners) != len(cores):
         raise CpiftError(f"{where}: gives {len(owners)} masks → give one for each of {len(cores)} tasks, in order")
     for (task, core), mask in zip(cores.items(), owners, strict=True):
@@ -152,16 +154,17 @@ def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tens
 
 def remaining(rule: ConflictRule, claims: Claims, word: str) -> Claims:
     """The claims without what a rule takes from all cores. Raises CpiftError for a mask that does not fit."""
-    excluded = rule.excluded(claims)
+    where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
+    with own_code(type(rule), f"{where}: excluded"):
+        excluded = rule.excluded(claims)
     if excluded is None:
         return claims
-    where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
     _require_mask(excluded, next(iter(claims.cores.values())), f"{where}: excluded")
     return claims.without(excluded)
 
 
 def _require_mask(mask: Any, like: torch.Tensor, where: str) -> None:
-    fits = getattr(mask, "dtype", None) == like.dtype and getattr(mask, "shape", None) == like.shape
+    fits = all(getattr(mask, field, None) == getattr(like, field) for field in ("dtype", "shape", "device"))
     if not fits:
         what = f"{getattr(mask, 'dtype', type(mask).__name__)} {list(getattr(mask, 'shape', ()))}"
         raise CpiftError(f"{where}: {what} → give a packed mask, int32 {list(like.shape)}, as `pack_mask` makes it")

@@ -59,7 +59,8 @@ def merge(
     records = {shard.name: kept_record(shard, out, made_from) for shard in shards}
     missing = [shard for shard in shards if records[shard.name] is None]
     require_room(out, sum(info.nbytes for shard in missing for info in shard.tensors))
-    of_model = method.prepare() if missing else []
+    with method.named("prepare"):
+        of_model = method.prepare() if missing else []
     for shard in shards:
         if records[shard.name] is not None:
             progress(sum(info.numel for info in shard.tensors), shard.name)

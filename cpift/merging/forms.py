@@ -19,7 +19,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.fusion import FusionConfig
 from cpift.errors import CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Merged, MergeMethod, own_code
+from cpift.merging.base import Merged, MergeMethod
 from cpift.merging.definition import Definition, Expected, in_fp64
 from cpift.merging.signs import NONE
 
@@ -41,7 +41,7 @@ class WeightedMerge(MergeMethod):
     def merged(self, info: TensorInfo) -> Merged:
         import torch
 
-        with own_code(self, f"coefficients of tensor {info.name}"):
+        with self.named(f"coefficients of tensor {info.name}"):
             factors, record = self.coefficients(info)
         if len(factors) != len(self.models) or not all(map(math.isfinite, factors)):
             what = f"merge method {self.config.method_name}: tensor {info.name}: coefficients {factors}"
@@ -68,9 +68,9 @@ class UpdateMerge(MergeMethod):
             for first, last in ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN)):
                 origin = self.pretrained.slice(info.name, first, last).float()
                 updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
-                with own_code(self, f"tensor {info.name}, elements {first} to {last - 1}"):
+                with self.named(f"tensor {info.name}, elements {first} to {last - 1}"):
                     update = self.update(info.name, first, last, updates)
-                self._require_update(update, info.name, first, last)
+                    self._require_update(update, info.name, first, last)
                 out[first - start : last - start] = origin + update
 
         return None, fill

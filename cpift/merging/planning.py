@@ -60,7 +60,7 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
                 conflict_named(config.fusion.conflict)
         except ConfigError as error:
             return list(error.problems)
-        problems += Settings(config.fusion, _tensors(config)).problems(method.problems, tasks)
+        problems += Settings(config.fusion, _tensors(config)).problems(method.asked, tasks)
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):

@@ -18,7 +18,7 @@ from cpift.checkpoints.finite import is_finite
 from cpift.checkpoints.layout import loading_faults
 from cpift.checkpoints.slices import Piece
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import MergeMethod, own_code
+from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Check, OnElements, compared
 from cpift.merging.definition import elements_at
 from cpift.text.units import show_size
@@ -48,10 +48,10 @@ def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
     chosen = sorted(fit, key=lambda info: hashlib.sha256(info.name.encode()).digest())[:_TENSORS]
     count = wrong = 0
     for info in chosen:
-        with own_code(method, f"the definition of tensor {info.name}"):
+        with method.named(f"the definition of tensor {info.name}"):
             definition = method.at(info.name).definition(info)
         for start, stop in _windows(method, info):
-            with own_code(method, f"the definition of tensor {info.name}, elements {start} to {stop - 1}"):
+            with method.named(f"the definition of tensor {info.name}, elements {start} to {stop - 1}"):
                 expected = definition(start, stop)
             allowed = (
                 2 * _EPSILON[info.kind] * np.abs(expected.values)

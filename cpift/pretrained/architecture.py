@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 _SENSES = ("vision", "audio", "vq", "image", "video", "text_encoder")  # beginnings of the names of nested configs
+_ELSEWHERE = "train it elsewhere and give its tunes (tasks.*.checkpoint); merging takes it"
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ def _untrainable(source: _Source) -> list[tuple[str, str]]:
     text, _ = generating_classes()
     senses = [name for name in config.sub_configs if name.startswith(_SENSES)]
     if config.get_text_config() is config and not senses and network in (text.get(type(config), None), *text.values()):
-        return []
+        if "loss_function" in inspect.unwrap(network.forward).__code__.co_names:
+            return []
+        # Decoders of translation models and other old classes: they compare the logits at a token with that token.
+        what = f"is a {network.__name__}, and its class does not use transformers' loss of the next token"
+        return [(what, _ELSEWHERE)]
     also = f" ({', '.join(senses)})" if senses else ""
     what = f"is a {network.__name__}{also}, and only models of text alone are trained"
-    remedy = "train it elsewhere and give its tunes (tasks.*.checkpoint); merging takes it"
-    return [(what, remedy)]
+    return [(what, _ELSEWHERE)]
 
 
 def tied_names(folder: Path) -> Mapping[str, str]:

@@ -275,6 +275,13 @@ def test_a_vision_language_model_is_not_trained(tmp_path: Path) -> None:
     assert untrainable(saved(tmp_path / "text", "mixtral"), "model.path") == []
 
 
+def test_a_class_with_a_loss_of_its_own_is_not_trained(tmp_path: Path) -> None:
+    """Its loss would be of each token at that token, so that copying is learnt."""
+    (tmp_path / "config.json").write_text('{"model_type": "mbart", "architectures": ["MBartForCausalLM"]}')
+    (problem,) = untrainable(tmp_path, "model.path")
+    assert "is a MBartForCausalLM, and its class does not use transformers' loss" in problem.what
+
+
 def fusion_of(tmp_path: Path, **resources: Any) -> Pipeline:
     """A fusion of two tunes of a mixture of experts, larger than 2 MiB."""
     if not (tmp_path / "base").exists():

@@ -86,6 +86,8 @@ def test_a_check_that_fails_names_its_row_too() -> None:
     what, remedy = metric.wrong_with(REPLIES[0].example) or ("", "")
     assert what.startswith("metric 'mine' fails on it (AttributeError: ")
     assert remedy == "mend its `problem`"
+    wordy = Metric("mine", each(len), problem=lambda example: "long")  # type: ignore[arg-type,return-value]
+    assert "TypeError: gives 'long', neither None nor two texts" in str(wordy.wrong_with(REPLIES[0].example))
     assert list(Metric("mine", lambda replies: (1.0 for _ in replies)).scored(REPLIES, "t")) == [1.0] * 3  # type: ignore[arg-type, return-value]
 
 

@@ -41,6 +41,7 @@ class First(ConflictRule):
         return found
 """
 UPDATE = "return sum(updates) / (2 * len(updates))"
+FORMULA = "formula, source, fields"
 DEFINED = "return updates.mean(0) / 2"
 OWNERS = "return found"
 
@@ -97,10 +98,14 @@ def test_plan_says_whose_code_it_is_and_the_merge_is_checked(here: Path, models:
         (UPDATE, "return updates[0][:3]", "gives float32 [3] → give float32 [96]"),
         (UPDATE, "return 0.5", "gives a float → give a tensor"),
         (UPDATE, "return updates[0] / 0 * 0", "gives NaN or Inf of finite models → mend its formula"),
-        (UPDATE, "return updates[9]", "IndexError: list index out of range → mend the method"),
+        (UPDATE, "return updates[9]", "IndexError: list index out of range → mend its code"),
         (UPDATE, "return updates[0] * self.config.density", "reads fusion.density → name it in `fields`"),
         (UPDATE, "return updates[0] * self.seed", "reads the seed → say `seeded = True`"),
+        (UPDATE, "return updates[0].to('meta')", "RuntimeError: "),
         (DEFINED, "return updates[9]", "the definition of tensor"),
+        (FORMULA, f"prepare = lambda self: 1 / 0\n    {FORMULA}", "prepare: ZeroDivisionError: "),
+        (FORMULA, f"__init__ = lambda *_: {{}}[1]\n    {FORMULA}", "__init__: KeyError: 1"),
+        (FORMULA, f"problems = lambda *_: 'few'\n    {FORMULA}", "problems: TypeError: gives ['f', 'e', "),
     ],
 )
 def test_what_a_method_must_not_give_is_refused_by_name(here: Path, old: str, new: str, said: str) -> None:
@@ -163,6 +168,9 @@ def test_a_conflict_rule_of_ones_own_decides_shared_elements(here: Path) -> None
         ("return [core.bool() for core in found]", "give a packed mask, int32"),
         ("return [found[0] | found[1], found[1]]", "task one donates what its core does not hold"),
         ("return [found[0], found[1] & 0]", "an element of a core has no owner"),
+        ("return [core.to('meta') for core in found]", "give a packed mask, int32"),
+        ("return None", "elements 0 to .*: TypeError: .* → mend its code"),
+        ("return found\n\n    def excluded(self, claims): return 1 / 0", "excluded: ZeroDivisionError: "),
     ],
 )
 def test_masks_that_do_not_fit_are_refused_by_name(here: Path, new: str, said: str) -> None:

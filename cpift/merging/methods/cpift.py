@@ -22,6 +22,7 @@ from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import entry
+from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Destination, FusionInputs, Merged, MergeMethod
 from cpift.merging.checks import Check, OnElements, check_copied
@@ -78,7 +79,9 @@ class Fusion(MergeMethod):
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         super().__init__(inputs, config, seed)
         self.inputs = inputs
-        self._conflict = conflict_named(config.conflict)()
+        rule = conflict_named(config.conflict)
+        with own_code(rule, f"conflict rule {config.conflict_name}: __init__"):
+            self._conflict = rule()
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
         self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
