@@ -20,6 +20,7 @@ from cpift.disk.artifact_state import read_manifest, state_of
 from cpift.disk.artifacts import CARD
 from cpift.disk.files import MANIFEST, file_sha256, json_text
 from cpift.errors import ConfigError, Problem, StageError
+from cpift.formats.safetensors import DtypeError, FormatError, read_header
 from cpift.hub import HUB_ID, upload
 from cpift.hub_card import card_of
 from cpift.pretrained.architecture import CONFIG
@@ -73,7 +74,10 @@ def publication(source: Path, repository: str) -> Publication:
     run, folder = (source, _last_model(source)) if (source / "summary.json").is_file() else (None, source)
     if folder is None or not _weights(folder):
         remedy = "give the output folder of a finished run, or a folder with config.json and safetensors"
-        problems.append(Problem(str(source), "holds no model", remedy))
+        if run is not None and folder is not None:
+            remedy = "`cpift run` of its file makes it again"
+        what = "holds no model" if folder in (None, source) else f"lacks its model, {folder}"
+        problems.append(Problem(str(source), what, remedy))
     if problems or folder is None:
         raise ConfigError("push", problems)
     _require_sound(folder)
@@ -96,7 +100,8 @@ def _listed(record: Path) -> set[str]:
 
 def _last_model(run: Path) -> Path | None:
     name = read_object(run / "summary.json", MODEL_CONFIG).get("model")
-    return run / name if isinstance(name, str) else None
+    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return run / name if inside else None
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -128,15 +133,26 @@ def _without_places(path: Path) -> Path | str:
 
 
 def _require_sound(folder: Path) -> None:
-    """Raise StageError where the bytes are not those that were written."""
-    if not (folder / MANIFEST).exists():
-        return  # somebody else's model, whose hashes nobody kept
+    """Raise StageError where the bytes are not those that were written, or weights are no whole file."""
+    if not (folder / MANIFEST).exists():  # somebody else's model, whose hashes nobody kept
+        for file in (file for file in _weights(folder) if file.suffix == ".safetensors"):
+            _require_whole(file)
+        return
     try:
         state = state_of(folder, read_manifest(folder)["fingerprint"], thorough=True)
     except ValueError as error:
         raise StageError(f"{folder}: {error} → make the model again") from None
     if state.kind != "whole":
         raise StageError(f"{folder}: {state.why} → `cpift check` says what is damaged; the run makes it again")
+
+
+def _require_whole(file: Path) -> None:
+    try:
+        read_header(file)
+    except DtypeError:
+        pass  # of a model that we could not merge, and whole
+    except FormatError as error:
+        raise StageError(f"{file}: {error} → get it again") from None
 
 
 def _record(folder: Path, files: Mapping[str, Path | str]) -> str:

@@ -20,6 +20,8 @@ from cpift.errors import ConfigError, CpiftError, StageError
 from cpift.publish import publication
 from tests.helpers.hub_server import TOKEN, Hub, Repository, hub
 
+WEIGHTS = b"\x60" + bytes(7) + b"{}".ljust(96)  # a file of no tensors
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
@@ -35,7 +37,7 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "inputs.json", "fusion.json"):
         (folder / name).write_text("{}")
-    (folder / "model.safetensors").write_bytes(bytes(100))
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     for name in ("notes.py", "notes.txt", "trainer_state.json", "optimizer.safetensors"):
         (folder / name).write_text("secret = 1")
     (folder / ".hidden.json").write_text("{}")
@@ -59,7 +61,7 @@ def test_a_folder_becomes_a_private_repository_and_again_the_same(server: Hub, m
     assert found.private
     wanted = {"config.json", "tokenizer.json", "model.safetensors", "README.md", "cpift.json"}
     assert set(found.files) == wanted
-    assert found.files["model.safetensors"] == bytes(100)
+    assert found.files["model.safetensors"] == WEIGHTS
     card = found.files["README.md"].decode()
     assert "license: mit" in card
     assert "# My model" in card
@@ -174,7 +176,7 @@ def test_places_of_this_machine_are_not_sent(model: Path) -> None:
 
     adapter = model.parent / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/somebody/base"}')
     assert not any("somebody" in str(content) for content in publication(adapter, "me/model").files.values())
 
@@ -184,6 +186,20 @@ def test_what_is_no_whole_model_is_not_sent(missing: str, model: Path) -> None:
     (model / missing).unlink()
     with pytest.raises(ConfigError, match="holds no model"):
         publication(model, "me/model")
+
+
+def test_weights_that_are_no_whole_file_are_not_sent(model: Path) -> None:
+    """A download that broke off, or Git LFS's pointer in its place."""
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CpiftError, match=r"model\.safetensors"):
+        publication(model, "me/model")
+
+
+def test_a_run_says_which_model_it_lacks(tmp_path: Path) -> None:
+    for name, said in (("fuse/a", "lacks its model, .*fuse/a → `cpift run`"), ("../fuse/a", "holds no model")):
+        write_json(tmp_path / "summary.json", {"model": name})
+        with pytest.raises(ConfigError, match=said):
+            publication(tmp_path, "me/model")
 
 
 def test_a_file_that_is_no_json_is_named(model: Path) -> None:
