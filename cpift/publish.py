@@ -100,8 +100,9 @@ def _listed(record: Path) -> set[str]:
 
 def _last_model(run: Path) -> Path | None:
     name = read_object(run / "summary.json", MODEL_CONFIG).get("model")
-    inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-    return run / name if inside else None
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    return run / name
 
 
 def _weights(folder: Path) -> list[Path]:

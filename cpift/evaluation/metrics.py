@@ -69,6 +69,8 @@ class Metric:
         """Raises ValueError for what could not be computed, or would mislead."""
         if (self.scores is not None) + self.by_loss + self.by_options + self.by_judge != 1:
             raise ValueError(f"metric {self.title!r}: give `scores`, a function of replies")
+        if not isinstance(self.title, str) or not (self.scores is None or callable(self.scores)):
+            raise ValueError(f"metric {self.title!r}: give a text as `title`, and a function as `scores`")
         low, high = self.range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"metric {self.title!r}: range {self.range!r} → give two numbers, the lower first")

@@ -65,6 +65,7 @@ def test_what_is_no_score_is_refused_by_row(scores: Callable[[Sequence[Reply]], 
     [
         ({}, "give `scores`"),
         ({"scores": len, "by_loss": True}, "give `scores`"),
+        ({"scores": 3}, "a function as `scores`"),
         ({"scores": len, "range": (1.0, 1.0)}, r"range (1.0, 1.0) → give two numbers, the lower first"),
         ({"scores": len, "range": (0.0, math.inf)}, "give two numbers"),
         ({"scores": len, "chance": 50}, "chance 50 is not within range (0.0, 1.0)"),
