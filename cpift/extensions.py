@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -236,8 +237,9 @@ def own_code(code: type, where: str) -> Iterator[None]:
         yield
     except CpiftError:
         raise
-    except Exception as error:
-        if code.__module__.startswith("cpift.") or explain_os_error(error):
+    except (Exception, SystemExit) as error:  # a user's `exit()` is no end of ours; SIGTERM's, by Ray's handler, is
+        ended = isinstance(error, SystemExit) and error.code == signal.SIGTERM
+        if ended or code.__module__.startswith("cpift.") or explain_os_error(error):
             raise
         raise CpiftError(f"{where}: {type(error).__name__}: {error} → mend its code") from error
 

@@ -97,7 +97,7 @@ class Metric:
             fault = None if self.problem is None else self.problem(example)
             if fault is not None and [type(text) for text in fault] != [str, str]:
                 raise TypeError(f"gives {_shown(fault)}, neither None nor two texts")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault = f"metric {self.title!r} fails on it ({type(error).__name__}: {error})", "mend its `problem`"
         return fault or (_no_prompt(example) if self.generates else None)
 
@@ -114,7 +114,7 @@ class Metric:
         try:
             results: Any = self.scores(replies)
             results = list(results) if isinstance(results, Iterator) else results  # else it would fail later
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._refused(subject, *self._failed(replies, error)) from error
         try:
             values = list(results)
@@ -138,13 +138,13 @@ class Metric:
         low, high = self.range
         return (value - low) / (high - low)
 
-    def _failed(self, replies: Sequence[Reply], error: Exception) -> tuple[str, str, str]:
+    def _failed(self, replies: Sequence[Reply], error: BaseException) -> tuple[str, str, str]:
         """Which row it is, where it fails on one alone too."""
         said, remedy = f"{type(error).__name__}: {error}", "mend the metric, or leave such rows out"
         for number, reply in enumerate(replies, start=1):
             try:
                 cast(ScoreReplies, self.scores)([reply])
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return f"row {number}", f"reply {_shown(reply.text)}: {type(alone).__name__}: {alone}", remedy
         return "all rows together", said, remedy
 

@@ -37,6 +37,10 @@ def fails(replies: Sequence[Reply]) -> list[float]:
     return [1 / len(reply.text) for reply in replies]
 
 
+def leaves(replies: Sequence[Reply]) -> list[float]:
+    raise SystemExit(3)
+
+
 def fails_together(replies: Sequence[Reply]) -> list[float]:
     return [1.0] if len(replies) == 1 else [1.0 / 0]
 
@@ -52,6 +56,7 @@ def fails_together(replies: Sequence[Reply]) -> list[float]:
         (lambda replies: [None, 0, 0], "row 1: metric 'mine' gives None, its range"),
         (lambda replies: 1.0, "scores: metric 'mine': gives 1.0, which is no list → give one for each reply"),
         (fails, "row 3: metric 'mine': reply '': ZeroDivisionError: division by zero → mend the metric"),
+        (leaves, f"row 1: metric 'mine': reply {REPLIES[0].text!r}: SystemExit: 3"),
         (fails_together, "all rows together: metric 'mine': ZeroDivisionError: float division by zero"),
     ],
 )

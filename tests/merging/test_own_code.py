@@ -99,6 +99,7 @@ def test_plan_says_whose_code_it_is_and_the_merge_is_checked(here: Path, models:
         (UPDATE, "return 0.5", "gives a float → give a tensor"),
         (UPDATE, "return updates[0] / 0 * 0", "gives NaN or Inf of finite models → mend its formula"),
         (UPDATE, "return updates[9]", "IndexError: list index out of range → mend its code"),
+        (UPDATE, "raise SystemExit(3)", "SystemExit: 3 → mend its code"),
         (UPDATE, "return updates[0] * self.config.density", "reads fusion.density → name it in `fields`"),
         (UPDATE, "return updates[0] * self.seed", "reads the seed → say `seeded = True`"),
         (UPDATE, "return updates[0].to('meta')", "RuntimeError: "),
