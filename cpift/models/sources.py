@@ -6,8 +6,10 @@ no code from a checkpoint is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from cpift.config.run import ModelConfig
 from cpift.data.chat_templates import TEMPLATES, check_template
 from cpift.data.chat_templates import decided_by as template_decided_by
 from cpift.disk.files import file_sha256
-from cpift.errors import CheckpointError, Problem, entry
+from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.formats.gguf import read_gguf
 from cpift.formats.sizes import gguf_problems, memory_problem
 from cpift.hub import cached_folder, download, resolve_revision
@@ -44,6 +46,7 @@ __all__ = [
     "load_tokenizer",
     "materialise",
     "model_fingerprint",
+    "read_ahead",
     "source_files",
     "source_of",
 ]
@@ -102,6 +105,22 @@ def configured_template(model: ModelConfig) -> str | None:
         return None
     tokenizer = source_of(model).tokenizer()
     return None if tokenizer is None else str(tokenizer.chat_template)
+
+
+def read_ahead(model: ModelConfig) -> threading.Thread:
+    """Hash the files of a model's folder beside what the caller does, for `model_fingerprint`; join it before that.
+
+    Of other sources nothing is read. What cannot be read here is told to who asks for the fingerprint.
+    """
+
+    def read() -> None:
+        with contextlib.suppress(OSError, CpiftError):
+            for file in source_of(model).files() if model.path is not None else ():
+                file_sha256(file)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
 
 
 class _Folder(Source):

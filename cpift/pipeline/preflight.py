@@ -40,7 +40,7 @@ def examined(
     from cpift.evaluation.checks import check_task
     from cpift.merging.on_device import check_device
     from cpift.merging.planning import check_budget, check_given, check_methods
-    from cpift.models.sources import check_model
+    from cpift.models.sources import check_model, read_ahead
     from cpift.pipeline.row_checks import RowChecks, check_written
     from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
@@ -61,6 +61,7 @@ def examined(
     if not folder:
         problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
         problems += check_lock(config.output_dir)
+    reading = None if problems or config.merges_only else read_ahead(config.model)  # while rows are looked at
     shared = SharedRows()
     for split in ("test", "train"):
         for task in config.tasks:
@@ -68,6 +69,8 @@ def examined(
     written = RowChecks() if problems else check_written(config, stage, download)
     if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
+    if reading is not None:
+        reading.join()
     written.notes = [*written.notes, *shared.notes()]
     return written
 
