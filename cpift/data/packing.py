@@ -6,7 +6,7 @@ that where they are given no attention mask and no cache, with every attention i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,22 @@ def packed_rows(examples: Iterable[dict[str, Any]], max_length: int) -> Iterator
         length = len(example["input_ids"])
         row = next((row for row in open_rows if len(row["input_ids"]) + length <= max_length), None)
         if row is None:
-            row = {"input_ids": [], "labels": [], "position_ids": []}
+            row = new_row()
             open_rows.append(row)
             if len(open_rows) > _OPEN:
                 fullest = max(range(_OPEN), key=lambda at: len(open_rows[at]["input_ids"]))
                 yield open_rows.pop(fullest)
-        row["input_ids"] += example["input_ids"]
-        row["labels"] += [_IGNORED, *example["labels"][1:]]
-        row["position_ids"] += range(length)
+        append(row, example)
     yield from open_rows
+
+
+def new_row() -> dict[str, list[int]]:
+    """A row without an example."""
+    return {"input_ids": [], "labels": [], "position_ids": []}
+
+
+def append(row: dict[str, list[int]], example: Mapping[str, list[int]]) -> None:
+    """Put an example behind those of a row. Its first token is nobody's label, for the token before it is another's."""
+    row["input_ids"] += example["input_ids"]
+    row["labels"] += [_IGNORED, *example["labels"][1:]]
+    row["position_ids"] += range(len(example["input_ids"]))

@@ -131,6 +131,11 @@ def learnable(row: Mapping[str, Sequence[int]]) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])
 
 
+def padded_length(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the longest row, rounded up to a multiple of 8."""
+    return -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+
+
 class CompletionCollator:
     """Pads a batch on the right to its longest row, rounded up to a multiple of 8 tokens."""
 
@@ -147,8 +152,7 @@ class CompletionCollator:
         """
         import torch
 
-        longest = max(len(row["input_ids"]) for row in features)
-        shape = (len(features), -(-longest // 8) * 8)
+        shape = (len(features), padded_length(features))
         input_ids = torch.full(shape, self.pad_token_id)
         extra = "position_ids" if "position_ids" in features[0] else "attention_mask"
         beside = torch.zeros(shape, dtype=torch.long)

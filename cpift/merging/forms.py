@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cpift_kernels import fused_apply
+from cpift_kernels import fused_apply, masked_gram
 
 from cpift.checkpoints.finite import all_finite, require_finite
+from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.fusion import FusionConfig
 from cpift.errors import CpiftError, Problem
@@ -37,6 +38,23 @@ class WeightedMerge(MergeMethod):
     @abstractmethod
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         """One factor for each of `models`, and a record."""
+
+    def gram(self, info: TensorInfo) -> torch.Tensor:
+        """fp64 [M, M]: the products of (first of `models`, others − first) over a whole tensor, read in slices.
+
+        Raises CheckpointError naming a model that is not finite.
+        """
+        import torch
+
+        total = torch.zeros(len(self.models), len(self.models), dtype=torch.float64)
+        for start, stop in sweep(self.models, info, self.pieces(info)):
+            first, *others = (model.slice(info.name, start, stop) for model in self.models)
+            total += masked_gram(first, others, None)[0]
+        if not total.isfinite().all():
+            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
+                if model in self.models:
+                    require_finite(label, model, [info.name])
+        return total
 
     def merged(self, info: TensorInfo) -> Merged:
         import torch

@@ -16,7 +16,8 @@ import torch
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from cpift.data.tokenise import IGNORED, CompletionCollator
+from cpift.data.packing import append, new_row
+from cpift.data.tokenise import IGNORED, CompletionCollator, padded_length
 from cpift.pretrained.attention import keeps_apart
 
 if TYPE_CHECKING:
@@ -66,18 +67,15 @@ class Batches:
         lengths, width = [len(row["input_ids"]) for row in rows], self._abilities.width
         if not width or "position_ids" in rows[0]:
             return False
-        tokens, longest = sum(lengths), -(-max(lengths) // 8) * 8
+        tokens, longest = sum(lengths), padded_length(rows)
         return tokens * (6 * width + tokens) < len(rows) * longest * (6 * width + longest)
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> Batch:
-    """All rows as one. The first token of each is nobody's label, for the token before it is another row's."""
-    found: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+    joined = new_row()
     for row in rows:
-        found["input_ids"] += row["input_ids"]
-        found["position_ids"] += range(len(row["input_ids"]))
-        found["labels"] += [IGNORED, *row["labels"][1:]]
-    batch = {name: torch.tensor([values]) for name, values in found.items()}
+        append(joined, row)
+    batch = {name: torch.tensor([values]) for name, values in joined.items()}
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 

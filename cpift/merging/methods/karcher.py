@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from cpift_kernels import masked_gram
 
-from cpift.checkpoints.finite import require_finite
-from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
@@ -38,16 +35,8 @@ class Karcher(WeightedMerge):
         return [Problem("fusion.weights", f"are {weights}: a mean takes none below 0, and not all 0", "give others")]
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
-        import torch
-
         size = len(self.tuned)
-        gram = torch.zeros(size, size, dtype=torch.float64)
-        for start, stop in sweep(self.models, info, self.pieces(info)):
-            first, *others = (model.slice(info.name, start, stop) for model in self.models)
-            gram += masked_gram(first, others, None)[0]
-        if not gram.isfinite().all():
-            for task, model in self.tuned.items():
-                require_finite(task, model, [info.name])
+        gram = self.gram(info)
         whole = np.eye(size)  # of (θ1, θ2 − θ1, …) the products of (θ1, θ2, …)
         whole[:, 0] = 1.0
         products = whole @ gram.numpy() @ whole.T

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from cpift_kernels import masked_gram
 
-from cpift.checkpoints.finite import require_finite
-from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
@@ -40,14 +37,7 @@ class ModelStock(WeightedMerge):
         import torch
 
         size = len(self.tuned)
-        gram = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-        for start, stop in sweep(self.models, info, self.pieces(info)):
-            first, *others = (model.slice(info.name, start, stop) for model in self.models)
-            gram += masked_gram(first, others, None)[0]
-        if not gram.isfinite().all():
-            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
-                require_finite(label, model, [info.name])
-        of_updates = gram[1:, 1:]  # the Gram matrix is of (θ0, θ1 − θ0, …)
+        of_updates = self.gram(info)[1:, 1:]  # the Gram matrix is of (θ0, θ1 − θ0, …)
         norms = of_updates.diagonal().sqrt()
         cosines = (of_updates / torch.outer(norms, norms)).nan_to_num(0.0)
         cosine = float((cosines.sum() - cosines.trace()) / (size * (size - 1)))

@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from cpift_kernels import masked_gram
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.finite import require_finite
-from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem
@@ -41,19 +38,11 @@ class MultiSlerp(WeightedMerge):
         return [*([self.pretrained] if self.config.space == "delta" else []), *self.tuned.values()]
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
-        import torch
 
-        size, delta = len(self.models), self.config.space == "delta"
-        gram = torch.zeros(size, size, dtype=torch.float64)
-        for start, stop in sweep(self.models, info, self.pieces(info)):
-            first, *others = (model.slice(info.name, start, stop) for model in self.models)
-            gram += masked_gram(first, others, None)[0]
-        if not gram.isfinite().all():
-            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
-                require_finite(label, model, [info.name])
-        whole = np.eye(size)
+        gram, delta = self.gram(info).numpy(), self.config.space == "delta"
+        whole = np.eye(len(gram))
         whole[:, 0] = 1.0  # of (θ1, θ2 − θ1, …) the products of (θ1, θ2, …)
-        products = gram[1:, 1:].numpy() if delta else whole @ gram.numpy() @ whole.T
+        products = gram[1:, 1:] if delta else whole @ gram @ whole.T
         shares = np.array(self.weights) / sum(self.weights)
         norms = np.sqrt(np.maximum(np.diagonal(products), 0.0))
         along = np.divide(shares, norms, out=np.zeros_like(shares), where=norms > 0)

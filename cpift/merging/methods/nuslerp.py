@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpift_kernels import masked_gram, slerp_coefficients
+from cpift_kernels import slerp_coefficients
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.finite import require_finite
-from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
@@ -47,19 +45,7 @@ class NuSlerp(WeightedMerge):
         return self.weights[1] / sum(self.weights)
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
-        import torch
-
-        size = len(self.models)
-        gram = torch.zeros(1, size, size, dtype=torch.float64)
-        for start, stop in sweep(self.models, info, self.pieces(info)):
-            first, *others = (model.slice(info.name, start, stop) for model in self.models)
-            gram += masked_gram(first, others, None)
-        try:
-            result = slerp_coefficients(gram, [self.factor], self.config.epsilon, space=self.config.space)
-        except ValueError:
-            for label, model in {"θ0": self.pretrained, **self.tuned}.items():
-                require_finite(label, model, [info.name])
-            raise
+        result = slerp_coefficients(self.gram(info)[None], [self.factor], self.config.epsilon, space=self.config.space)
         angles, lerp = result.angles[0].tolist(), result.lerp[0].double().tolist()
         record = TensorRecord(tensor=info.name, numel=info.numel, core=0, angles=angles, lerp=lerp)
         return result.coefficients[0].tolist(), record

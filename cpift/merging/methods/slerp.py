@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpift_kernels import masked_gram, slerp_coefficients
+from cpift_kernels import slerp_coefficients
 
-from cpift.checkpoints.finite import require_finite
-from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
@@ -40,19 +38,7 @@ class Slerp(WeightedMerge):
         return [self.config.t] if len(self.tuned) == 2 else [1 / (i + 1) for i in range(1, len(self.tuned))]
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
-        import torch
-
-        size = len(self.tuned)
-        gram = torch.zeros(1, size, size, dtype=torch.float64)
-        for start, stop in sweep(self.models, info, self.pieces(info)):
-            first, *others = (model.slice(info.name, start, stop) for model in self.models)
-            gram += masked_gram(first, others, None)
-        try:
-            result = slerp_coefficients(gram, self.factors, self.config.epsilon)
-        except ValueError:
-            for task, model in self.tuned.items():
-                require_finite(task, model, [info.name])
-            raise
+        result = slerp_coefficients(self.gram(info)[None], self.factors, self.config.epsilon)
         angles, lerp = result.angles[0].tolist(), result.lerp[0].double().tolist()
         record = TensorRecord(tensor=info.name, numel=info.numel, core=0, angles=angles, lerp=lerp)
         return result.coefficients[0].tolist(), record
