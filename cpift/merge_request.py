@@ -9,8 +9,8 @@ from typing import Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import at_hand
-from cpift.config.fusion import layer_of
 from cpift.config.run import RunConfig
+from cpift.config.settings import layer_of
 from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.merge_folder import merge_config, named_models
 from cpift.other_tools.answers import answered

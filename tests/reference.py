@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 import cpift
 from cpift.cli.main import app
 from cpift.compare.config import CompareConfig
-from cpift.config.fusion import Plain
 from cpift.config.run import RunConfig
+from cpift.config.settings import Plain
 from cpift.evaluation.metrics import METRICS
 from cpift.merging.base import MergeMethod
 from cpift.merging.conflicts import CONFLICTS

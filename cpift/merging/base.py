@@ -17,8 +17,8 @@ from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.slices import Piece, pieces
 from cpift.checkpoints.writing import TensorRecord
-from cpift.config.fusion import shown_setting
 from cpift.config.run import FusionConfig
+from cpift.config.settings import shown_setting
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 
 from cpift.config.words import ConflictName, MeasureName, MergeName, ScopeName, listed
 
-# A number, a gradient over layers, or cases `{"filter": part of a name, "value": …}`: see `config.fusion`.
+# A number, a gradient over layers, or cases `{"filter": part of a name, "value": …}`: see `config.settings`.
 Setting = float | Sequence[float] | Sequence[Mapping[str, Any]]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.config.fusion import places_of, unmet, value_at, varies
 from cpift.config.run import FusionConfig, RegionsConfig
+from cpift.config.settings import places_of, unmet, value_at, varies
 from cpift.errors import Problem
 from cpift.method.regions import Streaming, write_regions, write_shares
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cpift
-from cpift.config.fusion import places_of, shown_setting, value_at
 from cpift.config.run import FusionConfig
+from cpift.config.settings import places_of, shown_setting, value_at
 from cpift.errors import ConfigError, ProblemsError
 
 NAMES = ("model.embed.weight", *(f"model.layers.{n}.{part}.w" for n in range(3) for part in ("attn", "mlp")), "head.w")

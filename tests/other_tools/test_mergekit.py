@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.cli.main import app
-from cpift.config.fusion import layer_of
+from cpift.config.settings import layer_of
 from cpift.errors import ConfigError
 from cpift.merging.registry import METHODS as OURS
 from cpift.other_tools.mergekit import METHODS, read_mergekit
