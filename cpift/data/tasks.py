@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cpift.config.inputs import HeldSource
 from cpift.config.run import DataSource
 from cpift.config.training import Mixing
+from cpift.data.kept_rows import rows_once
 from cpift.data.sources import rows_of
 from cpift.data.tokenise import CompletionCollator, count_tokens, tokenise, tokenised_dataset
 from cpift.disk.facts import remembered
-from cpift.disk.files import digest
+from cpift.disk.files import digest, file_identity
 from cpift.disk.input_watch import unchanged
 from cpift.errors import ChangedInput, DataError, Problem, entry
 from cpift.rows.examples import Example, Message, RowError, options_otherwise, parse_row
@@ -44,6 +45,7 @@ __all__ = [
 ]
 Item = TypeVar("Item")
 _HELD: dict[str, int] = {}
+_NEWLY_READ_OF: dict[str, dict[str, int]] = {}
 # A letter alone, which may stand for an option; and signs that part lines for Python, and no option from the next.
 _NEW_OPTIONS = re.compile(rb':\s*"\s*[A-Z]\s*"|[\x0b\x0c\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9]|\\(?:f|u00|u202)')
 # In a file's bytes; arguments only as text.
@@ -91,6 +93,10 @@ def _find_last_held(source: HeldSource) -> int:
 
 
 def _read(source: DataSource) -> Iterator[Example]:
+    return rows_once(source, lambda: _parsed(source))
+
+
+def _parsed(source: DataSource) -> Iterator[Example]:
     name, bad, number = rows_of(source).description, RowProblems(), 0
     for number, row in enumerate(islice(rows_of(source).rows(), source.limit), start=1):
         try:
@@ -138,8 +144,7 @@ def source_fingerprint(source: DataSource) -> str:
     if isinstance(source, HeldSource):
         identity |= {"holdout": source.holdout.model_dump(), "held": source.held}
     if source.file is not None and is_json_lines(source.file):  # all that earlier versions read
-        identity |= {"turns": 2} if _read_otherwise(source) else {}
-        identity |= {"choices": 2} if _options_otherwise(source) else {}
+        identity |= _newly_read(source)
     return digest(identity)
 
 
@@ -201,6 +206,16 @@ def balanced_sample(examples_by_task: Sequence[Sequence[Item]], per_task: int | 
         random.Random(f"{seed}/{place}").sample(examples, min(wanted, len(examples)))
         for place, examples in enumerate(examples_by_task)
     ]
+
+
+def _newly_read(source: DataSource) -> dict[str, int]:
+    """By what is read otherwise than by earlier versions, 2; found out once for a file that stays as it is."""
+    assert source.file is not None
+    where = digest([file_identity(source.file), source.model_dump(mode="json")])
+    if where not in _NEWLY_READ_OF:
+        otherwise = {"turns": _read_otherwise(source), "choices": _options_otherwise(source)}
+        _NEWLY_READ_OF[where] = {name: 2 for name, newly in otherwise.items() if newly}
+    return _NEWLY_READ_OF[where]
 
 
 def _read_otherwise(source: DataSource) -> bool:

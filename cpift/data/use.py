@@ -69,6 +69,22 @@ class RowUse:
         return f"{self.used:,} of {self.rows:,} rows used{cut}{left_out}"
 
 
+@dataclass
+class TokenUse(RowUse):
+    """With the tokens of the rows that are used, each up to `max_length`."""
+
+    tokens: int = 0
+
+    def add(self, length: int, learnable: bool) -> None:
+        super().add(length, learnable)
+        self.tokens += min(length, self.max_length) * learnable
+
+    def facts(self, task: str, name: str, every: bool, total: int) -> RowFacts:
+        """name: the field that gives `max_length`. every: whether all rows were counted, `total` of them."""
+        where = {"task": task, "field": name, "all": every, "in_all": total}
+        return cast(RowFacts, where | asdict(self) | {"used": self.used})
+
+
 def use_sentences(title: str, record: Sequence[Mapping[str, UseRecord]]) -> Iterator[tuple[str, bool]]:
     """A sentence for each task of a fine-tune, and whether it is a warning; `record`: by stage, from training.json."""
     for stage in record:

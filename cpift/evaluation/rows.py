@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from cpift.config.run import TaskConfig
@@ -41,7 +42,7 @@ def check_rows(
     settings: EvaluationConfig,
     first: int | None = None,
 ) -> int:
-    """Find test rows that could not be scored, of all or of the first ones and the longest, with θ0's tokenizer alone.
+    """Find rows that could not be scored, with θ0's tokenizer alone: of all, or of the `first` texts and the longest.
 
     Returns the most tokens that the model sees of a row, those included that it may generate.
 
@@ -66,12 +67,11 @@ def check_rows(
 def scored_rows(
     tokenizer: PreTrainedTokenizerBase, settings: EvaluationConfig, task: TaskConfig, first: int | None = None
 ) -> list[ScoredRow]:
-    """The task's test rows, tokenised; every unusable one is reported at once. first: of so many, and the longest."""
+    """The task's test rows, tokenised; every unusable one is reported at once. first: of so many texts, a reply or
+    an option each, and the longest row."""
     examples = load_examples(task.test_data)[: settings.limit]
-    places = list(range(len(examples)))
-    if first is not None and first < len(places):
-        places = [*places[:first], max(places[first:], key=lambda place: size_of(examples[place]))]
     metric = load_metric(task.metric)
+    places = _first(examples, first, metric.by_options)
     rows = [_tokenised(tokenizer, examples[place], metric.by_options) for place in places]
     if not rows:
         problem = Problem(f"tasks.{task.name}.test", "no test rows", "give at least one")
@@ -83,6 +83,14 @@ def scored_rows(
     if bad:
         raise DataError(f"evaluation of {task.name}", bad.problems(len(rows)))
     return [replace(row, reply=_cut(row.reply, settings.max_length)) for row in rows]
+
+
+def _first(examples: Sequence[Example], texts: int | None, by_options: bool) -> list[int]:
+    """Places of the rows with so many texts, and of the longest of the others; None: of all rows."""
+    sizes = accumulate(1 + len(example.choices) * by_options for example in examples)
+    rows = sum(texts is None or size <= texts for size in sizes)
+    others = range(rows, len(examples))
+    return [*range(rows), *([max(others, key=lambda place: size_of(examples[place]))] if others else [])]
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, example: Example, by_options: bool) -> ScoredRow:

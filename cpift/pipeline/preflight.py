@@ -36,12 +36,13 @@ def examined(
     Hub data sets are downloaded to look at their rows, unless `download` is False. `writes`: the files that the command
     writes at the top of the output folder, if not those of its stage. Raises ConfigError with every problem found.
     """
+    from cpift.data.kept_rows import kept_rows
     from cpift.data.shared_rows import SharedRows
     from cpift.evaluation.checks import check_task
     from cpift.merging.on_device import check_device
     from cpift.merging.planning import check_budget, check_given, check_methods
     from cpift.models.sources import check_model, read_ahead
-    from cpift.pipeline.row_checks import RowChecks, check_written
+    from cpift.pipeline.row_checks import RowChecks, ask_ahead, check_written
     from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
@@ -62,11 +63,14 @@ def examined(
         problems += check_top(config.output_dir, _written(config, stage) if writes is None else writes)
         problems += check_lock(config.output_dir)
     reading = None if problems or config.merges_only else read_ahead(config.model)  # while rows are looked at
+    if not problems:
+        ask_ahead(config, stage)
     shared = SharedRows()
-    for split in ("test", "train"):
-        for task in config.tasks:
-            problems += check_task(task, download=download, splits=(split,), see=shared.see)
-    written = RowChecks() if problems else check_written(config, stage, download)
+    with kept_rows():
+        for split in ("test", "train"):
+            for task in config.tasks:
+                problems += check_task(task, download=download, splits=(split,), see=shared.see)
+        written = RowChecks() if problems else check_written(config, stage, download)
     if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
     if reading is not None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cpift.config.code import code_of
 from cpift.config.needs import NEEDS
 from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
 from cpift.data.templates import checked_templates, renderer
 from cpift.data.tokenise import UNCUT, learnable, tokenise
-from cpift.data.use import RowFacts, RowUse
-from cpift.disk.facts import remembered
+from cpift.data.use import RowFacts, RowUse, TokenUse
+from cpift.disk.facts import recalled, remembered
 from cpift.errors import CheckpointError, CpiftError, DataError, Problem
 from cpift.rows.problems import one_per_kind
 from cpift.rows.shapes import Shapes, size_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cpift.config.run import DataSource, EvaluationConfig, RunConfig, TaskConfig
     from cpift.rows.examples import Example
 
-SAMPLE = 128  # rows of a task that `plan` writes in the chat template
+SAMPLE = 128  # texts of each source of a task that `plan` writes in the chat template
 _SHOWN = 5
 _INTEGRATION = "integration.max_length"
 _TODAY = "strftime_now"  # what transformers lets templates ask for the time
@@ -46,40 +46,38 @@ class RowChecks:
     rows: list[RowFacts] = field(default_factory=list)  # of each task and field
 
 
-@dataclass
-class _Sampled(RowUse):
-    """With the tokens of the rows that are used, each up to `max_length`."""
-
-    tokens: int = 0
-
-    def add(self, length: int, learnable: bool) -> None:
-        super().add(length, learnable)
-        self.tokens += min(length, self.max_length) * learnable
-
-    def facts(self, task: str, name: str, every: bool, total: int) -> RowFacts:
-        where = {"task": task, "field": name, "all": every, "in_all": total}
-        return cast(RowFacts, where | asdict(self) | {"used": self.used})
-
-
 def check_written(config: RunConfig, stage: str | None, download: bool = True) -> RowChecks:
     """The first rows of every task in the chat template of θ0, if its tokenizer is at hand without a download.
 
     stage: what is to be made, None: all of the run. download: whether rows of hub data sets are fetched to look at.
     What was found good is kept by all that it depends on, and not looked at again.
     """
-    scored = NEEDS[stage or "run"].scores and config.scores
-    if not scored and not any(_lengths(config, task, stage) for task in config.tasks):
-        return RowChecks()
     try:
-        folder = folder_at_hand(config)
+        if not _wanted(config, stage):
+            return RowChecks()
+        inputs = _inputs(config, stage)
     except CheckpointError as error:
         return RowChecks(problems=_of_model(error))
-    inputs = _inputs(config, stage, scored, folder)
     if inputs is None:
-        return _look(config, stage, download, scored, folder)
-    record = remembered("rows", inputs, lambda: _plain(_look(config, stage, download, scored, folder)), holds=_holds)
+        return _look(config, stage, download)
+    record = remembered("rows", inputs, lambda: _plain(_look(config, stage, download)), holds=_holds)
     problems = [Problem(**problem) for problem in record["problems"]]
     return RowChecks(**{**record, "problems": problems, "unlearnt": set(record["unlearnt"])})
+
+
+def ask_ahead(config: RunConfig, stage: str | None) -> None:
+    """Start the process that will write rows for `check_written`, which takes a while, if any will be written."""
+    with suppress(CpiftError):
+        if _wanted(config, stage) and not ((inputs := _inputs(config, stage)) and recalled("rows", inputs)):
+            renderer().start()
+
+
+def _scored(config: RunConfig, stage: str | None) -> bool:
+    return bool(NEEDS[stage or "run"].scores and config.scores)
+
+
+def _wanted(config: RunConfig, stage: str | None) -> bool:
+    return _scored(config, stage) or any(_lengths(config, task, stage) for task in config.tasks)
 
 
 def _plain(checks: RowChecks) -> dict[str, Any]:
@@ -90,12 +88,13 @@ def _of_model(error: CheckpointError) -> list[Problem]:
     return [Problem(f"model, {problem.where}", problem.what, problem.remedy) for problem in error.problems]
 
 
-def _inputs(config: RunConfig, stage: str | None, scored: bool, folder: Path | None) -> list[Any] | None:
-    """Everything that decides `_look`, as JSON; None where that is not on this machine, or cannot be read."""
+def _inputs(config: RunConfig, stage: str | None) -> list[Any] | None:
+    """Everything that decides `_look`, as JSON; None where some is not here or unreadable. Raises CheckpointError."""
     from cpift.checkpoints.opening import quick_fingerprint
     from cpift.data.chat_templates import decided_by
     from cpift.models.sources import source_of
 
+    folder, scored = folder_at_hand(config), _scored(config, stage)
     both = (source for task in config.tasks for source in (task.source("train"), task.source("test")))
     sources = [source for source in both if source is not None]
     if any(source.hub for source in sources) or (folder is None and source_of(config.model).in_place):
@@ -114,11 +113,11 @@ def _holds(record: Mapping[str, Any]) -> bool:
     return not record["problems"] and record["day"] in ("", date.today().isoformat())
 
 
-def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, folder: Path | None) -> RowChecks:
-    checks = RowChecks()
+def _look(config: RunConfig, stage: str | None, download: bool) -> RowChecks:
+    checks, folder = RowChecks(), folder_at_hand(config)
     renderer().start()  # while the imports go on here
     try:
-        tokenizer = tokenizer_at_hand(config, folder)
+        tokenizer = _tokenizer(config, folder)
     except CheckpointError as error:
         checks.problems += _of_model(error)
         return checks
@@ -134,7 +133,7 @@ def _look(config: RunConfig, stage: str | None, download: bool, scored: bool, fo
     if checks.unlearnt and here and not checks.problems:
         checks.problems += _unlearnt_samples(config, tokenizer, checks.unlearnt)
     for task in config.tasks:
-        if scored and (download or task.test_data.hub is None):
+        if _scored(config, stage) and (download or task.test_data.hub is None):
             _check_test(checks, task, config.evaluation, tokenizer)
     if folder is not None:
         _check_model(checks, config, folder, tokenizer, stage)
@@ -178,8 +177,8 @@ def folder_at_hand(config: RunConfig) -> Path | None:
     return artifact.path if artifact.complete else None
 
 
-def tokenizer_at_hand(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
-    """θ0's tokenizer, to write and count rows; None where it would have to be downloaded.
+def _tokenizer(config: RunConfig, folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """θ0's, to write and count rows; None where it would have to be downloaded.
 
     Raises CheckpointError where it cannot be used.
     """
@@ -227,7 +226,7 @@ def _check_train(
     every: bool = False,
 ) -> None:
     where = f"tasks.{task.name}.train"
-    uses = {name: _Sampled(length) for name, length in lengths.items()}
+    uses = {name: TokenUse(length) for name, length in lengths.items()}
     if not uses:
         return
     try:
