@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.data.on_disk import rows_on_disk
-from cpift.data.templates import rendered
 from cpift.data.use import RowUse
+from cpift.data.written import refused, written
 from cpift.errors import DataError, Problem
-from cpift.rows.examples import Example, Message
-from cpift.rows.turns import LINKS
+from cpift.rows.examples import Example
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-_WRITES = dict.fromkeys(("tools", "tool calls"), "use the template of a model trained on them")
-_THOUGHTS = ("</think>", "<think>", "</thought>", "<thought>", "</seed:think>", "[/THINK]")  # written into a content
 UNCUT = 1 << 30  # a `max_length` of no row
 IGNORED = -100  # the label that cross entropy leaves out
-_MARK = "\ue000reply{}\ue001"  # private-use characters, so that no template treats them specially
 
 
 @dataclass(frozen=True)
@@ -64,16 +58,14 @@ def tokenise(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     if example.plain:
         ids = _plain(example.reply, tokenizer)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    written = _Written(example, tokenizer)
-    text = written.text
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    conversation = written(example, tokenizer)
+    encoded = tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     special = _special_ids(tokenizer)
     for turn, message in enumerate(example.messages):
         if message.role == "assistant" and message.trained:
-            span = written.call_span(turn) if message.tool_calls else written.reply_span(turn)
-            first, last = _token_span(example, ids, offsets, span, special)
+            first, last = _token_span(example, ids, offsets, conversation.span(turn), special)
             labels[first : last + 1] = ids[first : last + 1]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -165,115 +157,6 @@ class CompletionCollator:
         return {"input_ids": input_ids, extra: beside, "labels": labels}
 
 
-class _Written:
-    """An example in a tokenizer's chat template: all that is asked of the template for it, in one go.
-
-    Raises, naming the row:
-        DataError: the template fails, or leaves something out that the model would then be expected to know.
-    """
-
-    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
-        self._example, self._ends, self._mark = example, tokenizer.all_special_tokens, _absent_mark(example)
-        asked = {"text": _conversation(example.messages, example.tools)}
-        asked |= {what: _conversation(*left) for what, left in _left_out(example).items()}
-        for turn, message in enumerate(example.messages):
-            if message.role == "assistant" and message.trained:
-                asked |= _of_reply(example, turn, self._mark)
-        self._texts = dict(zip(asked, self._rendered(tokenizer, list(asked.values())), strict=True))
-        self.text = self._texts["text"]
-        for what in _left_out(example):
-            if self._texts[what] == self.text:
-                raise _refused(example, f"it does not write {what}", _WRITES.get(what, "take it out of the rows"))
-
-    def _rendered(self, tokenizer: PreTrainedTokenizerBase, conversations: list[dict[str, Any]]) -> list[str]:
-        try:
-            template = tokenizer.get_chat_template(None, conversations[0]["tools"])
-            return rendered(template, tokenizer.special_tokens_map, conversations)
-        except ValueError as error:  # a TemplateError, or a tokenizer with several templates and no default
-            raise _refused(self._example, f"it {error}", "change the row, or use another template") from None
-
-    def reply_span(self, turn: int) -> tuple[int, int]:
-        """First and one-past-last character of what the model writes in an assistant turn, up to its content's end.
-
-        The content is located by rendering a mark in its place. A template may write something between the generation
-        prompt and the content (an empty thought, say): the model has to write that too.
-        """
-        content = self._example.messages[turn].content
-        before, mark_there, after = self._texts[f"marked {turn}"].partition(self._mark)
-        end = len(self.text) - len(after)
-        unchanged = mark_there and self.text[: len(before)] == before and self.text[end:] == after
-        if not unchanged or self.text[len(before) : end].strip() != content.strip():
-            thought = next((mark for mark in _THOUGHTS if mark in content), None)
-            what = f"the assistant's text of message {turn} does not appear in it as it is"
-            if thought:
-                remedy = f"give the thought as the turn's `reasoning_content`, and the content without {thought}"
-                raise _refused(self._example, f"{what}, for it takes the {thought} part for a thought", remedy)
-            raise _refused(self._example, what, "use one that keeps contents unchanged")
-        prompt = self._texts[f"prompt {turn}"]
-        return (len(prompt) if before.startswith(prompt) else len(before)), end
-
-    def call_span(self, turn: int) -> tuple[int, int]:
-        """`reply_span` of a turn that calls tools: all that the template writes of it after the generation prompt."""
-        prompt, through = self._texts[f"prompt {turn}"], self._texts[f"through {turn}"]
-        if not through.startswith(prompt) or not self.text.startswith(through):
-            what = f"the tool calls of message {turn} are written otherwise when more turns follow"
-            raise _refused(self._example, what, "use one whose turns do not depend on later ones")
-        ends = [through.rfind(token, len(prompt)) for token in self._ends]
-        return len(prompt), max(*ends, len(prompt))
-
-
-def _conversation(messages: Sequence[Message], tools: Sequence[str], *, prompt: bool = False) -> dict[str, Any]:
-    return {
-        "messages": [message.turn for message in messages],
-        "tools": [json.loads(tool) for tool in tools] or None,
-        "add_generation_prompt": prompt,
-    }
-
-
-def _absent_mark(example: Example) -> str:
-    """A text that no message of the example holds."""
-    marks = (_MARK.format(number or "") for number in itertools.count())
-    return next(mark for mark in marks if not any(mark in message.content for message in example.messages))
-
-
-def _of_reply(example: Example, turn: int, mark: str) -> dict[str, dict[str, Any]]:
-    """What shows where an assistant's turn begins and ends."""
-    messages, tools = example.messages, example.tools
-    asked = {f"prompt {turn}": _conversation(messages[:turn], tools, prompt=True)}
-    if messages[turn].tool_calls:
-        return asked | {f"through {turn}": _conversation(messages[: turn + 1], tools)}
-    marked = [*messages[:turn], replace(messages[turn], content=mark), *messages[turn + 1 :]]
-    return asked | {f"marked {turn}": _conversation(marked, tools)}
-
-
-def _left_out(example: Example) -> dict[str, tuple[Sequence[Message], Sequence[str]]]:
-    """The example without each thing that a template may not know; its text must then be another.
-
-    A tool's answer is told by its place among the answers too (`turns.check_links`): its names may be left out.
-    """
-    messages, tools = example.messages, example.tools
-    asked: dict[str, tuple[Sequence[Message], Sequence[str]]] = {"tools": (messages, ())} if tools else {}
-    if any(message.tool_calls for message in messages):
-        asked["tool calls"] = [replace(message, tool_calls="") for message in messages], tools
-    names = {name for message in messages if message.fields for name in message.other if not _linked(message, name)}
-    for name in sorted(names):
-        asked[f"`{name}`"] = [_without(message, name) for message in messages], tools
-    return asked
-
-
-def _linked(message: Message, name: str) -> bool:
-    return message.role == "tool" and name in LINKS
-
-
-def _without(message: Message, name: str) -> Message:
-    fields = {key: value for key, value in message.other.items() if key != name or _linked(message, name)}
-    return replace(message, fields=json.dumps(fields) if fields else "")
-
-
-def _refused(example: Example, what: str, remedy: str) -> DataError:
-    return DataError("chat template", [Problem(example.place or "chat template", f"chat template: {what}", remedy)])
-
-
 def _token_span(
     example: Example,
     ids: Sequence[int],
@@ -288,7 +171,7 @@ def _token_span(
     last = next(after, None)
     if last is None:
         what = "it writes no special token after the assistant's text, so a model could not learn to stop"
-        raise _refused(example, what, "end assistant turns with eos_token")
+        raise refused(example, what, "end assistant turns with eos_token")
     return first, last
 
 
