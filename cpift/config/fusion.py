@@ -28,7 +28,8 @@ class FusionConfig(Section):
     weight: Setting = Field(
         1.0,
         **identity("merge"),
-        description="of every task: linear and karcher (normalised), λ of task_arithmetic, ties, dare and dare_ties",
+        description="of every task: linear and karcher (normalised), λ of task_arithmetic, ties, dare, breadcrumbs and "
+        "their like",
     )
     weights: dict[str, Setting] = Field(
         **identity("merge"),
@@ -36,7 +37,7 @@ class FusionConfig(Section):
         description="by task, where they differ from `weight`",
     )
     density: Share = Field(
-        0.2, **identity("merge"), description="share of each update that ties, dare and dare_ties keep"
+        0.2, **identity("merge"), description="share of each update that ties, dare, breadcrumbs and their like keep"
     )
     densities: dict[str, Share] = Field(
         **identity("merge", absent={}),
@@ -53,13 +54,32 @@ class FusionConfig(Section):
     scale: float = Field(
         1.0,
         **identity("merge", absent=1.0),
-        description="λ: what the merged update of task_arithmetic, ties, dare and dare_ties is multiplied by",
+        description="λ: what the merged update is multiplied by, of all methods that add one to θ0 by a formula",
     )
     trim: ScopeName = Field(
-        "tensor", **identity("merge"), description="ties: keep the largest of each tensor, or of all"
+        "tensor", **identity("merge"), description="ties and breadcrumbs: keep the largest of each tensor, or of all"
+    )
+    gamma: float = Field(
+        0.01,
+        **identity("merge", absent=0.01),
+        ge=0,
+        lt=1,
+        description="breadcrumbs and breadcrumbs_ties: share of each update that is left out, its largest elements",
     )
     threshold: float = Field(
-        1e-5, **identity("merge", absent=1e-5), ge=0, description="ram: an update that is no larger is no change"
+        1e-5,
+        **identity("merge", absent=1e-5),
+        ge=0,
+        description="ram and ram_plus: an update that is no larger is no change",
+    )
+    rescale: float = Field(
+        0.1,
+        **identity("merge", absent=0.1),
+        ge=0,
+        description="ram_plus: r, by how much what one task alone changed grows with its share of shared elements",
+    )
+    rescale_limit: float = Field(
+        0.2, **identity("merge", absent=0.2), ge=0, description="ram_plus: the most that this share counts"
     )
     selectivity: float = Field(
         0.4,
@@ -85,7 +105,9 @@ class FusionConfig(Section):
         1e-6, **identity("fuse", "merge"), ge=0, description="radians; LERP where the angle is smaller"
     )
     granularity: Literal["tensor", "row", "model"] = Field(
-        "tensor", **identity("fuse"), description="what has an angle of its own"
+        "tensor",
+        **identity("fuse"),
+        description="what has an angle of its own; ram_plus: what shared elements are counted in, tensor or model",
     )
     space: Literal["weights", "delta"] = Field(
         "weights",

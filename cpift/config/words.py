@@ -25,6 +25,9 @@ MergeName = Literal[
     "localize_stitch",
     "nuslerp",
     "multislerp",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "ram_plus",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]

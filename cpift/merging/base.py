@@ -24,7 +24,7 @@ from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.checks import Check, OnElements
 from cpift.merging.definition import Definition
-from cpift.merging.settings import Settings
+from cpift.merging.settings import Largest, Settings
 from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class FusionInputs:
 
 @dataclass(frozen=True)
 class Materials:
-    """What a method may be made from. `trimmed`: the masks of the largest updates, made when asked for."""
+    """What a method may be made from. `trimmed`: masks by task, a folder a share, made when asked for."""
 
     inputs: FusionInputs
     config: FusionConfig
     seed: int
-    trimmed: Callable[[], Path]
+    trimmed: Callable[[Largest], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,9 @@ _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
     "normalize": lambda config: {None: "", True: "normalised", False: "not normalised"}[config.normalize],
     "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
     "t": lambda config: f"t = {shown_setting(config.t)}",
+    "gamma": lambda config: f"γ {config.gamma:g}",
     "threshold": lambda config: f"threshold {config.threshold:g}",
+    "rescale": lambda config: f"rescaled by {config.rescale:g}, at most for {config.rescale_limit:g}",
     "selectivity": lambda config: f"selectivity {config.selectivity:g}",
     "agreement": lambda config: f"agreement {config.agreement}",
     "space": lambda config: f"of {config.space}",

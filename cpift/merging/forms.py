@@ -15,7 +15,7 @@ import numpy as np
 from cpift_kernels import fused_apply, masked_gram
 
 from cpift.checkpoints.finite import all_finite, require_finite
-from cpift.checkpoints.slices import sweep
+from cpift.checkpoints.slices import Piece, sweep
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.fusion import FusionConfig
 from cpift.errors import CpiftError, Problem
@@ -83,15 +83,25 @@ class UpdateMerge(MergeMethod):
 
     def merged(self, info: TensorInfo) -> Merged:
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
-            for first, last in ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN)):
-                origin = self.pretrained.slice(info.name, first, last).float()
-                updates = [model.slice(info.name, first, last).float() - origin for model in self.tuned.values()]
+            for first, last in self.runs(info, start, stop):
+                origin, updates = self.updates(info.name, first, last)
                 with self.named(f"tensor {info.name}, elements {first} to {last - 1}"):
                     update = self.update(info.name, first, last, updates)
                     self._require_update(update, info.name, first, last)
                 out[first - start : last - start] = origin + update
 
         return None, fill
+
+    def runs(self, info: TensorInfo, start: int, stop: int) -> list[Piece]:
+        """A slice cut into what is held in fp32 at once; between rows where these may not be cut."""
+        width = self.row_width(self.config, info)
+        step = max(_RUN // width, 1) * width if width else _RUN
+        return [(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+    def updates(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """fp32 [stop - start]: θ0, and the updates."""
+        origin = self.pretrained.slice(name, start, stop).float()
+        return origin, [model.slice(name, start, stop).float() - origin for model in self.tuned.values()]
 
     def _require_update(self, update: Any, name: str, start: int, stop: int) -> None:
         """Raise CpiftError for what cannot be added to θ0; CheckpointError where it is a model that is not finite."""
@@ -126,12 +136,18 @@ class UpdateMerge(MergeMethod):
         def values(start: int, stop: int) -> Expected:
             origin = in_fp64(self.pretrained, info.name, start, stop)
             tuned = [in_fp64(model, info.name, start, stop) for model in self.tuned.values()]
-            updates = np.stack([vector - origin for vector in tuned]).astype(np.float32).astype(np.float64)
+            updates = rounded_updates(origin, tuned)
             scale = np.max(np.abs([origin, *tuned]), axis=0, initial=0.0) * self.magnifies
             values_wanted = origin + self.defined_update(info.name, start, stop, updates)
             return Expected(values_wanted, np.arange(stop - start), scale)
 
         return values
+
+
+def rounded_updates(origin: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:
+    """fp64 [N, n]: θi − θ0, rounded to fp32 once."""
+    found: np.ndarray = np.stack([vector - origin for vector in tuned]).astype(np.float32).astype(np.float64)
+    return found
 
 
 # ---- weights that are divided by their sum or not (`fusion.normalize`) -----------------------------------------------

@@ -29,21 +29,26 @@ class Option:
 OPTIONS: Mapping[str, Option] = {
     "method": Option("fusion.method", f"{listed(MergeName)}, or module:attribute [default: cpift]"),
     "weight": Option(
-        "fusion.weight", "of every task: linear and karcher, λ of task_arithmetic, ties, dare and dare_ties"
+        "fusion.weight", "of every task: linear and karcher, λ of task_arithmetic, ties, dare and their like"
     ),
     "weights": Option("fusion.weights", "by task, where they differ from --weight", "pairs"),
-    "density": Option("fusion.density", "share of each update that ties, dare and dare_ties keep"),
+    "density": Option("fusion.density", "share of each update that ties, dare, breadcrumbs and their like keep"),
     "densities": Option("fusion.densities", "by task, where they differ from --density", "pairs"),
     "normalize": Option("fusion.normalize", "whether weights are divided by their sum"),
-    "scale": Option("fusion.scale", "λ, which the merged update of task_arithmetic, ties and dare is multiplied by"),
-    "trim": Option("fusion.trim", "ties: keep the largest of each `tensor`, or of all (`global`)"),
-    "threshold": Option("fusion.threshold", "ram: an update that is no larger is no change"),
+    "scale": Option("fusion.scale", "λ, which the merged update is multiplied by"),
+    "trim": Option("fusion.trim", "ties, breadcrumbs: keep the largest of each `tensor`, or of all (`global`)"),
+    "gamma": Option("fusion.gamma", "breadcrumbs: share of each update that is left out, its largest elements"),
+    "threshold": Option("fusion.threshold", "ram, ram_plus: an update that is no larger is no change"),
+    "rescale": Option("fusion.rescale", "ram_plus: growth of what one task alone changed, by what it shares"),
+    "rescale_limit": Option("fusion.rescale_limit", "ram_plus: the most that its shared over its own elements count"),
     "selectivity": Option("fusion.selectivity", "consensus: update of a task that needs an element, over the others'"),
     "agreement": Option("fusion.agreement", "consensus: tasks that have to need an element"),
     "t": Option("fusion.t", "slerp of two: 0 is the first, 1 the second; nearswap: the most that an element moves"),
     "omega": Option("fusion.omega", "cpift: `uniform`, every model weighs the same, or a fixed number"),
     "epsilon": Option("fusion.epsilon", "radians below which SLERP is LERP"),
-    "granularity": Option("fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`"),
+    "granularity": Option(
+        "fusion.granularity", "cpift: what has an angle: `tensor`, `row` or `model`; ram_plus: what is counted in"
+    ),
     "space": Option("fusion.space", "cpift, nuslerp, multislerp: of `weights`, or of their `delta` to BASE"),
     "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}, or module:attribute"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
@@ -91,7 +96,10 @@ class MethodFields(TypedDict, total=False):
     normalize: bool | None
     scale: float
     trim: ScopeName
+    gamma: float
     threshold: float
+    rescale: float
+    rescale_limit: float
     selectivity: float
     agreement: int
     t: Setting

@@ -18,6 +18,8 @@ from cpift.merging.methods.multislerp import MultiSlerp
 from cpift.merging.methods.nuslerp import NuSlerp
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
+from cpift.merging.updates.breadcrumbs import Breadcrumbs
+from cpift.merging.updates.breadcrumbs_ties import BreadcrumbsTies
 from cpift.merging.updates.consensus import Consensus
 from cpift.merging.updates.dare import Dare
 from cpift.merging.updates.dare_ties import DareTies
@@ -25,6 +27,7 @@ from cpift.merging.updates.localize_stitch import LocalizeStitch
 from cpift.merging.updates.magmax import MagMax
 from cpift.merging.updates.nearswap import NearSwap
 from cpift.merging.updates.ram import Ram
+from cpift.merging.updates.ram_plus import RamPlus
 from cpift.merging.updates.ties import Ties
 
 METHODS: dict[str, type[MergeMethod]] = {
@@ -44,6 +47,9 @@ METHODS: dict[str, type[MergeMethod]] = {
     "localize_stitch": LocalizeStitch,
     "nuslerp": NuSlerp,
     "multislerp": MultiSlerp,
+    "breadcrumbs": Breadcrumbs,
+    "breadcrumbs_ties": BreadcrumbsTies,
+    "ram_plus": RamPlus,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cpift.checkpoints.checkpoint import Checkpoint
@@ -69,19 +70,31 @@ class Settings:
         return []
 
 
-def write_trimmed(
-    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: FusionConfig, folder: Path, streaming: Streaming
-) -> None:
-    """Fill an empty folder with the masks of what TIES keeps: of every task the largest updates, found as core regions
-    are, by its density at each tensor."""
+# The share of a tensor's elements that is wanted, by the config as it is at that tensor, and the task.
+Share = Callable[[FusionConfig, str], float]
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Elements that a method needs masks of: of each model those that lie furthest from the origin, once a share."""
+
+    origin: Checkpoint
+    models: Mapping[str, Checkpoint]
+    shares: Sequence[Share]
+
+
+def write_trimmed(wanted: Largest, config: FusionConfig, folders: Sequence[Path], streaming: Streaming) -> None:
+    """Fill empty folders, one a share, with the masks of the elements that are wanted, found as core regions are: in
+    one pass where every task and tensor has the same shares, which differ."""
+    regions = RegionsConfig(scope=config.trim)
     if not config.densities and not varies(config.density):
-        alike = RegionsConfig(p=config.density, scope=config.trim)
-        write_regions(pretrained, tuned, alike, {alike.p: folder}, streaming)
+        by_share = {share(config, ""): folder for share, folder in zip(wanted.shares, folders, strict=True)}
+        write_regions(wanted.origin, wanted.models, regions, by_share, streaming)
         return
-    settings = Settings(config, list(pretrained.tensors))
+    settings = Settings(config, list(wanted.origin.tensors))
 
-    def share(task: str, name: str) -> float:
+    def shares(task: str, name: str) -> list[float]:
         made = settings.at(name)
-        return made.densities.get(task, made.density)
+        return [share(made, task) for share in wanted.shares]
 
-    write_shares(pretrained, tuned, RegionsConfig(scope=config.trim), share, folder, streaming)
+    write_shares(wanted.origin, wanted.models, regions, shares, folders, streaming)

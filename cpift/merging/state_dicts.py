@@ -22,7 +22,7 @@ from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS
 from cpift.merging.registry import method_named
-from cpift.merging.settings import write_trimmed
+from cpift.merging.settings import Largest, write_trimmed
 from cpift.method.groups import group_tasks
 from cpift.method.masks import read_summary
 from cpift.method.regions import Streaming, write_regions
@@ -78,9 +78,12 @@ def _method(
             priority = [task for group in grouping.groups for task in group]
     inputs = FusionInputs(pretrained, backbone, tuned, regions, priority)
 
-    def trimmed() -> Path:
-        write_trimmed(pretrained, tuned, config.fusion, folder, Streaming())
-        return folder
+    def trimmed(wanted: Largest) -> list[Path]:
+        folders = [folder / str(number) for number in range(len(wanted.shares))]
+        for one in folders:
+            one.mkdir()
+        write_trimmed(wanted, config.fusion, folders, Streaming())
+        return folders
 
     materials = Materials(inputs, config.fusion, config.seed, trimmed)
     return method_named(config.fusion.method).make(materials)

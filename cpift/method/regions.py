@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,7 +101,7 @@ def select_regions_many(
     sizes, chosen = [pretrained.tensors[name].numel for name in names], list(dict.fromkeys(ps))
     masks = MasksInMemory(len(tuned), len(chosen), sizes)
     cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, Streaming())
-    return _regions(tuned, names, sizes, chosen, cores, masks)
+    return dict(zip(chosen, _regions(tuned, names, sizes, chosen, cores, masks), strict=True))
 
 
 def write_regions(
@@ -122,35 +123,36 @@ def write_regions(
         spill = next(iter(folders.values()))
         spilling = replace(streaming, spill=spill)
         cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, spilling)
-        for p, regions in _regions(tuned, names, sizes, chosen, cores, masks).items():
-            _write_summary(regions, folders[p])
+        for regions, folder in zip(_regions(tuned, names, sizes, chosen, cores, masks), folders.values(), strict=True):
+            _write_summary(regions, folder)
 
 
 def write_shares(
     pretrained: Checkpoint,
     tuned: Mapping[str, Checkpoint],
     config: RegionsConfig,
-    share: Callable[[str, str], float],
-    folder: Path,
+    shares: Callable[[str, str], Sequence[float]],
+    folders: Sequence[Path],
     streaming: Streaming,
 ) -> None:
-    """`write_regions` into one folder, with a p for every task and tensor, `share(task, name)`; `config.p` is not
-    looked at. With scope `global` that of a task's first tensor is for all. θ0 is read once for each task."""
+    """`write_regions` with a p for every folder, task and tensor, `shares(task, name)`; `config.p` is not looked at.
+    With scope `global` those of a task's first tensor are for all. θ0 is read once for each task."""
     names = _checked_space(pretrained, tuned, config)
     sizes = [pretrained.tensors[name].numel for name in names]
-    streaming = replace(streaming, spill=folder)
-    with MaskFiles.create([[folder / f"{task}.safetensors"] for task in tuned], names, sizes) as masks:
+    streaming = replace(streaming, spill=folders[0])
+    paths = [[folder / f"{task}.safetensors" for folder in folders] for task in tuned]
+    with MaskFiles.create(paths, names, sizes) as masks:
         of_tasks = [
-            _select(pretrained, {task: model}, config, names, _own(share, task), _OneTask(masks, number), streaming)
+            _select(pretrained, {task: model}, config, names, partial(shares, task), _OneTask(masks, number), streaming)
             for number, (task, model) in enumerate(tuned.items())
         ]
         cores = [[part for one in block for part in one] for block in zip(*of_tasks, strict=True)]
-        p = sum(part[0].requested for block in cores for part in block) / max(len(tuned) * sum(sizes), 1)
-        _write_summary(_regions(tuned, names, sizes, [p], cores, masks)[p], folder)
-
-
-def _own(share: Callable[[str, str], float], task: str) -> Callable[[str], Sequence[float]]:
-    return lambda name: [share(task, name)]
+        ps = [
+            sum(part[k].requested for block in cores for part in block) / max(len(tuned) * sum(sizes), 1)
+            for k in range(len(folders))
+        ]
+        for regions, folder in zip(_regions(tuned, names, sizes, ps, cores, masks), folders, strict=True):
+            _write_summary(regions, folder)
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,11 @@ def _regions(
     ps: Sequence[float],
     cores: list[list[list[Core]]],
     masks: Masks,
-) -> dict[float, dict[str, CoreRegion]]:
+) -> list[dict[str, CoreRegion]]:
+    """By p, in their order, and task."""
     import torch
 
-    regions: dict[float, dict[str, CoreRegion]] = {p: {} for p in ps}
+    regions: list[dict[str, CoreRegion]] = [{} for _ in ps]
     for i, task in enumerate(tasks):
         for k, p in enumerate(ps):
             words = {name: torch.from_numpy(masks.words(i, k, t)) for t, name in enumerate(names)}
@@ -258,7 +261,7 @@ def _regions(
                 threshold=min(part.threshold for part in parts),
                 cores=dict(zip(names, counts, strict=True)),
             )
-            regions[p][task] = CoreRegion(summary, words)
+            regions[k][task] = CoreRegion(summary, words)
     return regions
 
 

@@ -7,8 +7,8 @@ values that may differ by model, layer and tensor.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cpift.errors import Problem
@@ -34,6 +34,7 @@ class Method:
     of_updates: bool | None = True  # merges onto base_model, which is no model to merge; None: where there is one
     by_model: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)  # one for the whole merge: its name here, and there
     normalize: bool | None = None  # its default, where it differs from cpift's
     others: tuple[tuple[str, Any, str], ...] = ()
     least: int = 1
@@ -41,19 +42,17 @@ class Method:
     told: str = ""
 
 
+_TRIMMED = ("weight", "density")
+_SUMMED = ("normalize", "lambda")
 _RESCALE = ("rescale", True, "cpift rescales what DARE keeps")
 _DROPS = "other elements are dropped than by mergekit, at the same density: `--seed N` for others"
 METHODS = {
-    "linear": Method("linear", False, ("weight",), ("normalize",), None),
+    "linear": Method("linear", False, ("weight",), ("normalize",)),
     "slerp": Method("slerp", False, (), ("t",), least=2, most=2),
     "task_arithmetic": Method("task_arithmetic", True, ("weight",), ("normalize", "lambda")),
-    "ties": Method("ties", True, ("weight", "density"), ("normalize", "lambda"), True),
-    "dare_linear": Method(
-        "dare", True, ("weight", "density"), ("normalize", "lambda"), others=(_RESCALE,), told=_DROPS
-    ),
-    "dare_ties": Method(
-        "dare_ties", True, ("weight", "density"), ("normalize", "lambda"), False, (_RESCALE,), told=_DROPS
-    ),
+    "ties": Method("ties", True, _TRIMMED, _SUMMED, normalize=True),
+    "dare_linear": Method("dare", True, _TRIMMED, _SUMMED, others=(_RESCALE,), told=_DROPS),
+    "dare_ties": Method("dare_ties", True, _TRIMMED, _SUMMED, normalize=False, others=(_RESCALE,), told=_DROPS),
     "nuslerp": Method(
         "nuslerp",
         None,
@@ -75,6 +74,10 @@ METHODS = {
         ),
         least=2,
     ),
+    "breadcrumbs": Method("breadcrumbs", True, _TRIMMED, _SUMMED, {"gamma": "gamma"}),
+    "breadcrumbs_ties": Method("breadcrumbs_ties", True, _TRIMMED, _SUMMED, {"gamma": "gamma"}, False),
+    "ram": Method("ram", numbers={"epsilon": "threshold"}),
+    "ramplus_tl": Method("ram_plus", numbers={"epsilon": "threshold", "r": "rescale", "alpha": "rescale_limit"}),
     "nearswap": Method("nearswap", True, (), ("t",), most=1),
     "model_stock": Method(
         "model_stock", True, others=(("filter_wise", False, "cpift takes one angle for each tensor"),), least=2
@@ -90,7 +93,11 @@ METHODS = {
     ),
 }
 _IDLE = {"int8_mask": "cpift's masks take one bit an element"}  # decides nothing but memory
-_KNOWN = {name for one in METHODS.values() for name in (*one.by_model, *one.single, *(it[0] for it in one.others))}
+_KNOWN = {
+    name
+    for one in METHODS.values()
+    for name in (*one.by_model, *one.single, *one.numbers, *(it[0] for it in one.others))
+}
 
 
 def is_mergekit(raw: Raw) -> bool:
@@ -177,15 +184,17 @@ def _paths(sources: Sequence[Source]) -> list[str]:
 def _parameters(merge: Merge, method: Method, raw: Raw, sources: Sequence[Source]) -> None:
     shared: Place = ("parameters", parameters_of(merge, raw, "")) if raw.get("parameters") is not None else ("", {})
     places = list(dict.fromkeys(id(one) for source in sources for one in source.places))
-    known = dict.fromkeys((*method.by_model, *method.single, *(one[0] for one in method.others), *_IDLE))
+    known = dict.fromkeys(
+        (*method.by_model, *method.single, *method.numbers, *(one[0] for one in method.others), *_IDLE)
+    )
     for where, given in [shared, *_each(sources, places)]:
         _unused(merge, method, where, given, known)
     for name in method.by_model:
         values = [setting(merge.problems, name, [*one.places, shared]) for one in sources]
         _by_model(merge, name, list(merge.models), values)
     common = [*(sources[0].places[1:] if sources else ()), shared]
-    fields = {"t": "t", "normalize": "normalize", "lambda": "scale"}
-    for name in method.single:
+    fields = {"t": "t", "normalize": "normalize", "lambda": "scale", **method.numbers}
+    for name in (*method.single, *method.numbers):
         own = [place for one in sources for place in one.places[:1] if name in place[1]]
         if name == "t":
             value = setting(merge.problems, name, [*own[:1], *common])
@@ -193,6 +202,8 @@ def _parameters(merge: Merge, method: Method, raw: Raw, sources: Sequence[Source
                 merge.refuse("parameters.t", "is not there", "give a number from 0 to 1, a list, or cases")
         else:
             value = (flag if name == "normalize" else number)(merge.problems, name, [*own[:1], *common])
+            if len({repr(given[name]) for _, given in own}) > 1:
+                merge.refuse(f"{own[0][0]}.{name}", "differs between models", "give one number for the whole merge")
             value = method.normalize if name == "normalize" and value is None else value
         if value is not None:
             merge.fields[fields[name]] = value

@@ -53,6 +53,20 @@ CASES = {
     "multislerp": Case("multislerp", {}, {"space": "delta"}, (0.5, 1.0, 0.25), ulps=4),
     "multislerp of weights": Case("multislerp", weights=(0.5, 1.0, 0.25), base=False, ulps=4),
     "ram": Case("ram", {"epsilon": 0.05}, {"threshold": 0.05}),
+    "ram_plus": Case(
+        "ramplus_tl",
+        {"epsilon": 0.05, "r": 0.5, "alpha": 2.0},
+        {"threshold": 0.05, "rescale": 0.5, "rescale_limit": 2.0},
+    ),
+    "breadcrumbs": Case(
+        "breadcrumbs", {"density": 0.385, "gamma": 0.1}, {"density": 0.385, "gamma": 0.1}, (0.5, 1.0, 0.25)
+    ),
+    "breadcrumbs_ties": Case(
+        "breadcrumbs_ties",
+        {"density": 0.385, "gamma": 0.1, "lambda": 0.7},
+        {"density": 0.385, "gamma": 0.1, "scale": 0.7, "normalize": False},
+        (0.5, 1.0, 0.25),
+    ),
 }
 
 
@@ -69,7 +83,7 @@ def ours(case: Case, name: str) -> torch.Tensor:
     base, *tuned = models(len(case.weights))
     named = {f"t{task}": {"w": values} for task, values in enumerate(tuned)}
     fields: dict[str, Any] = {"weights": dict(zip(named, case.weights, strict=True)), **case.ours}
-    if case.theirs in ("nearswap", "model_stock", "ram") or len(set(case.weights)) == 1:
+    if len(set(case.weights)) == 1:
         del fields["weights"]
     return cpift.merge_state_dicts({"w": base}, named, method=name.split()[0], **fields)["w"]
 

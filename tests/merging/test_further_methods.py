@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig
 from cpift.errors import CheckpointError, CpiftError
 from cpift.merging import forms
-from cpift.merging.base import FusionInputs
+from cpift.merging.base import FusionInputs, Materials
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
 from cpift.merging.registry import method_named
+from cpift.merging.settings import Largest, write_trimmed
 from cpift.merging.updates.dare import survives
 from cpift.merging.verify import verify
+from cpift.method.regions import Streaming
 from tests.helpers.checkpoints import save_checkpoint
 
 SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "cube": (3, 5, 7), "none": (0, 4)}
@@ -36,13 +39,22 @@ def inputs_of(folder: Path, models: list[Mapping[str, torch.Tensor]]) -> FusionI
 def merged(folder: Path, inputs: FusionInputs, seed: int = 0, **fields: Any) -> Checkpoint:
     """The merge of `inputs`, which has to pass its own checks."""
     config = FusionConfig(**fields)
-    method = method_named(config.method)(inputs, config, seed)
+    trimmed = folder.with_name(f"{folder.name}.trimmed")
+    method = method_named(config.method).make(Materials(inputs, config, seed, partial(masks_of, config, trimmed)))
     folder.mkdir()
     merge(method, inputs.backbone, folder, "inputs", shard_size=10**9)
     checks = verify(method, inputs.backbone, folder)
     assert not failures(checks)
     assert any("fp64" in check["name"] and check["passed"] for check in checks)
     return Checkpoint(folder)
+
+
+def masks_of(config: FusionConfig, folder: Path, wanted: Largest) -> list[Path]:
+    folders = [folder / str(number) for number in range(len(wanted.shares))]
+    for one in folders:
+        one.mkdir(parents=True)
+    write_trimmed(wanted, config, folders, Streaming())
+    return folders
 
 
 def vectors(*values: list[float]) -> list[Mapping[str, torch.Tensor]]:
@@ -69,6 +81,9 @@ CASES = {
     "ram": (3, {"threshold": 0.1}),
     "magmax": (3, {"scale": 0.7}),
     "consensus": (3, {"weights": {"t1": 0.5}}),
+    "breadcrumbs": (3, {"density": 0.5, "gamma": 0.1, "weights": {"t1": 0.5}, "normalize": True}),
+    "breadcrumbs_ties": (3, {"density": 0.5, "gamma": 0.1, "densities": {"t1": 0.95}, "trim": "global"}),
+    "ram_plus": (3, {"threshold": 0.1, "rescale": 1.0, "rescale_limit": 5.0, "granularity": "model"}),
     "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
     "multislerp": (3, {"weights": {"t1": 0.5}, "space": "delta"}),
 }

@@ -115,7 +115,7 @@ def test_ties_is_that_of_peft(tmp_path: Path) -> None:
     (tmp_path / "trimmed").mkdir()
     write_regions(base, tuned, RegionsConfig(p=0.3, scope="tensor"), {0.3: tmp_path / "trimmed"})
     config = FusionConfig(method="ties", density=0.3, weight=0.7)
-    out = merged(tmp_path / "out", Ties(inputs_of(base, tuned), config, tmp_path / "trimmed"), base)
+    out = merged(tmp_path / "out", Ties(inputs_of(base, tuned), config, [tmp_path / "trimmed"]), base)
     for name in ("embed.weight", "layers.0.q.weight", "cube"):
         origin = base.tensor(name)
         updates = [(model.tensor(name) - origin).flatten() for model in tuned.values()]

@@ -75,7 +75,7 @@ def fused(
 ) -> dict[str, torch.Tensor]:
     base, tuned = models
     inputs, config = FusionInputs(base, base, tuned, regions, list(tuned)), FusionConfig(**fields)
-    method = method_named(config.method).make(Materials(inputs, config, 0, lambda: regions))
+    method = method_named(config.method).make(Materials(inputs, config, 0, lambda wanted: [regions]))
     out.mkdir()
     merge(method, base, out, "inputs", shard_size=10**9, shards_by=shards_by)
     written = Checkpoint(out)

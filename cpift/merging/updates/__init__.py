@@ -1,6 +1,7 @@
 """Ways to merge that look at updates θi − θ0 element by element; a file each, with what `merging.methods` says of one.
 
-`ties`, `dare`, `dare_ties`, `nearswap`, `ram`, `magmax`, `consensus` and `localize_stitch`.
+`ties`, `dare`, `dare_ties`, `breadcrumbs`, `breadcrumbs_ties`, `nearswap`, `ram`, `ram_plus`, `magmax`, `consensus` and
+`localize_stitch`.
 
     >>> from cpift.merging.updates import Dare, Ties
     >>> Dare.seeded, Ties.seeded

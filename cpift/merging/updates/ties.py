@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -20,8 +20,8 @@ class Ties(TrimmedMerge):
 
     formula = "θ0 + λ·mean of the largest updates that agree in sign"
     source = "arXiv 2306.01708"
-    fields = ("weight", "weights", "density", "densities", "trim", "normalize", "scale")
-    contender = Contender("TIES (density 0.2)", {"density": 0.2})
+    fields: ClassVar[tuple[str, ...]] = ("weight", "weights", "density", "densities", "trim", "normalize", "scale")
+    contender: ClassVar[Contender | None] = Contender("TIES (density 0.2)", {"density": 0.2})
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch

@@ -24,7 +24,7 @@ from cpift.merging.checks import OnElements, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, named_also, seeded
-from cpift.merging.settings import write_trimmed
+from cpift.merging.settings import Largest, write_trimmed
 from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
 from cpift.method.regions import Streaming
@@ -202,19 +202,21 @@ _TOUCH = "it has the size and time of the other: `touch` it, so that regions are
 
 def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> MergeMethod:
     """The method that `fusion.method` names, over these models."""
-    trimmed = partial(_trimmed, config, inputs, work / "trimmed", merging)
+    trimmed = partial(_trimmed, config, work / "trimmed", merging)
     return method_named(config.fusion.method).make(Materials(inputs, config.fusion, config.seed, trimmed))
 
 
-def _trimmed(config: RunConfig, inputs: FusionInputs, folder: Path, merging: Merging | None) -> Path:
-    """The masks of what TIES keeps: the largest updates, as core regions are found; made if they are not there."""
-    if not is_json(folder / SUMMARY):
+def _trimmed(config: RunConfig, folder: Path, merging: Merging | None, wanted: Largest) -> list[Path]:
+    """The masks of the elements that a method wants, a folder a share; made if they are not all there."""
+    folders = [folder / str(number) for number in range(len(wanted.shares))]
+    if not all(is_json(one / SUMMARY) for one in folders):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        for one in folders:
+            one.mkdir(parents=True)
         mark = merging.mark if merging else None
         streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
-        write_trimmed(inputs.pretrained, inputs.tuned, config.fusion, folder, streaming)
-    return folder
+        write_trimmed(wanted, config.fusion, folders, streaming)
+    return folders
 
 
 def _counted(on_progress: OnProgress, title: str, elements: int) -> OnElements:
