@@ -91,6 +91,12 @@ class RayMerging:
         with ray_session(self._resources):
             return self._merge_all(method, shards, out, made_from, budget, progress)
 
+    def placed(self, method: MergeMethod) -> MergeMethod:
+        """Itself, ready to be sent: a user's method or conflict rule goes to workers as it was loaded here."""
+        for module in modules_beside():
+            ray.cloudpickle.register_pickle_by_value(module)
+        return method
+
     def publish(self, folder: Path, fingerprint: str) -> None:
         """Add what a finished model has beside its shards to those in the object store, if there is one."""
         if self._store is not None:
@@ -101,8 +107,7 @@ class RayMerging:
     ) -> dict[str, ShardRecord]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None
-        for module in modules_beside():  # a user's method or conflict rule goes to the workers as it was loaded here
-            ray.cloudpickle.register_pickle_by_value(module)
+        method = self.placed(method)
         held = ray.put(method if store is None else with_stored_masks(method, store))
         pending = {
             self._options(_merge, places, position[shard.tensors[0].name]).remote(

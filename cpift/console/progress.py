@@ -42,6 +42,18 @@ class ProgressMessage(TypedDict, total=False):
 OnProgress = Callable[[ProgressMessage], None]
 
 
+def counted(on_progress: OnProgress, title: str, elements: int) -> Callable[[int, str], None]:
+    """Progress of work that goes over so many elements, told of how many more, and of which tensor."""
+    done = 0
+
+    def on_elements(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        on_progress({"title": title, "done": min(done / max(elements, 1), 1.0), "task": name})
+
+    return on_elements
+
+
 @dataclass
 class Done:
     """A step that has ended: by work, or because everything was there."""

@@ -3,7 +3,8 @@
 A stage's output is the folder `<output>/<stage>/<label>-<fingerprint>`; the fingerprint is a hash of its inputs and of
 every field it depends on. The folder appears under that name only when it is whole, with `manifest.json` in it: work is
 done in a `.partial` neighbour and renamed. So "exists" means "complete", and the same run again finds everything done.
-A sweep may drop a model's weights once they are scored: it stays complete, and who needs the weights makes them again.
+A sweep may drop a model's weights once they are scored, or never write them: it is complete, and who needs the weights
+makes them again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ from cpift.errors import ChangedInput, DamagedInput, StageError
 
 CARD = "README.md"  # beside a model; written anew when the model has been scored, so no hash holds it
 _PACKAGES = ("cpift", "torch", "transformers", "ray", "triton", "numpy", "numba", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """Weights that an output is complete without: they were used where they were made. `remake`: see `drop_weights`."""
+
+    files: Mapping[str, tuple[int, str]]  # what each would be: bytes, sha256
+    remake: str
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,11 @@ class Artifact:
         return read_manifest(self.path)
 
     @contextmanager
-    def build(self, device: str = "cpu", seconds: float = 0.0) -> Iterator[Path]:
+    def build(self, device: str = "cpu", seconds: float = 0.0, unwritten: Unwritten | None = None) -> Iterator[Path]:
         """Give a folder to write into; when the block ends without an error, complete it with its manifest.
 
-        `seconds`: work done for it elsewhere, before the block. What dropped weights left behind is replaced.
+        `seconds`: work done for it elsewhere, before the block. unwritten: weights that stay out of the folder; it is
+        then as if they had been dropped. What dropped weights left behind is replaced.
         """
         partial = self.path.with_name(f".{self.path.name}.partial")
         _remove(partial)
@@ -114,7 +124,7 @@ class Artifact:
             if not error.resumable:
                 self.discard_work()
             raise
-        write_manifest(partial, self._manifest(partial, started, device))
+        write_manifest(partial, self._manifest(partial, started, device, unwritten))
         _sync_folder(partial)
         left = self.path.with_name(f".{self.path.name}.left")
         _remove(left)
@@ -185,7 +195,7 @@ class Artifact:
                 warn(f"{self.title}: {self.path} is damaged ({state.why}): set aside as {aside.name}, made again")
         return state.kind == "damaged"
 
-    def _manifest(self, folder: Path, started: float, device: str) -> Manifest:
+    def _manifest(self, folder: Path, started: float, device: str, unwritten: Unwritten | None) -> Manifest:
         outputs = {name: sha256 for name, sha256 in folder_hashes(folder).items() if name != CARD}
         manifest: Manifest = {
             "stage": self.stage,
@@ -205,6 +215,10 @@ class Artifact:
         }
         if self.maker:
             manifest["made_for"] = self.maker
+        if unwritten is not None:
+            manifest["outputs"] = outputs | {name: sha256 for name, (_, sha256) in unwritten.files.items()}
+            sizes = {name: size for name, (size, _) in unwritten.files.items()}
+            manifest["dropped"] = {"files": sizes, "remake": unwritten.remake}
         return manifest
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from cpift.disk.files import read_json
 from cpift.evaluation.estimates import Estimate
@@ -40,6 +40,7 @@ class Score(TypedDict, total=False):
 
 class _Later(TypedDict, total=False):
     data: dict[str, str]  # by task, what its rows were
+    merged: Any  # of a model that was merged to be scored, its `merging.in_memory.MergeRecord`
 
 
 class Evaluation(_Later):

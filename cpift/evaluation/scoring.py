@@ -64,17 +64,21 @@ def evaluate_model(
     *,
     device: Device = "cpu",
     on_progress: OnScored | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, TaskScore]:
     """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
 
     Weights are kept in float32, products computed as `settings.precision` says.
+    `tensors`: the weights by the names of files, where `path` has none; they are taken out of it.
     `on_progress(task, done, total)` counts rows scored plus, where the metric needs them, rows generated.
 
     Raises:
         DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
     """
     tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32)
+    model = load_model(path, torch.float32, tensors)
+    if tensors is not None:
+        tensors.clear()  # those that are no part of the model now need no room
     if (dtype := _products(settings, device)) != torch.float32:
         _narrow(model, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's `to`

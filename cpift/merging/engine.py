@@ -29,6 +29,7 @@ from cpift.merging.base import Merged, MergeMethod
 from cpift.merging.checks import OnElements
 
 if TYPE_CHECKING:
+    import torch
     from cpift_kernels import Mark, Masks, Selection
 
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
@@ -82,36 +83,66 @@ def merge_shards(
     with WriteBehind(largest, depth) as writing:
 
         def write(shard: Shard) -> ShardRecord:
-            return write_shard(shard, out, made_from, lambda file: _fill(method, shard, file, writing, progress))
+            return write_shard(
+                shard, out, made_from, lambda file: fill_shard(method, shard, _ToFile(file, writing), progress)
+            )
 
         return {shard.name: write(shard) for shard in shards}
 
 
-def _fill(
-    method: MergeMethod, shard: Shard, file: FileWriter, writing: WriteBehind, progress: OnElements
-) -> ShardRecord:
+class Target(Protocol):
+    """Where the slices of a merged file go, in the order of the file."""
+
+    def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """Room [stop - start] for elements of a tensor, to be filled and given to `write`."""
+
+    def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
+        """Take a buffer that is filled, some time before `drain` returns."""
+
+    def drain(self) -> None:
+        """Wait until all is taken; raises what went wrong."""
+
+
+class _ToFile:
+    """A file that is written behind the merge."""
+
+    def __init__(self, file: FileWriter, writing: WriteBehind):
+        self._file, self._writing = file, writing
+
+    def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        return self._writing.buffer(stop - start, info.dtype)
+
+    def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
+        self._writing.write(self._file, info.name, start, values)
+
+    def drain(self) -> None:
+        self._writing.drain()
+
+
+def fill_shard(method: MergeMethod, shard: Shard, target: Target, progress: OnElements) -> ShardRecord:
+    """Merge every tensor of a shard into `target`."""
     records: list[TensorRecord] = []
-    with guarded_reads(shard.name), drained(writing):
+    with guarded_reads(shard.name), drained(target):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
             for start, stop in sweep(method.models, info, method.pieces(info)):
-                out = writing.buffer(stop - start, info.dtype)
+                out = target.buffer(info, start, stop)
                 fill(start, stop, out)
-                writing.write(file, info.name, start, out)
+                target.write(info, start, out)
                 progress(stop - start, info.name)
-        writing.drain()
+        target.drain()
         for model in method.models:
             model.require_unchanged()
     return {"tensors": records}
 
 
 @contextmanager
-def drained(writing: WriteBehind) -> Iterator[None]:
+def drained(target: Target) -> Iterator[None]:
     """Wait for what is being written, after an error too: the file is about to be closed."""
     try:
         yield
     finally:
-        writing.drain()
+        target.drain()
 
 
 def _looked_ahead(method: MergeMethod, infos: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, Merged]]:
@@ -160,6 +191,9 @@ class Merging(Protocol):
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merge_shards`."""
+
+    def placed(self, method: MergeMethod) -> MergeMethod:
+        """The method as it computes where merges run, filling tensors in this machine's memory."""
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """The finished model is in `folder`: what was merged elsewhere can be completed there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cpift_kernels import stream_cores
 
@@ -77,8 +77,12 @@ class DeviceMerging:
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
+        return merge_shards(self.placed(method), shards, out, made_from, budget, progress)
+
+    def placed(self, method: MergeMethod) -> MergeMethod:
+        """It computes on the device and fills tensors of the host, where it has such a form."""
         on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method
-        return merge_shards(on_device, shards, out, made_from, budget, progress)
+        return cast("MergeMethod", on_device)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """It lies where it was written."""
@@ -89,7 +93,7 @@ class _OnDevice:
 
     def __init__(self, method: MergeMethod, device: torch.device):
         self._host, self._placed, self._device = method, method.placed(_Placed(device)), device
-        self.models = method.models
+        self.models, self.prepare = method.models, self._placed.prepare
 
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._host.pieces(info)

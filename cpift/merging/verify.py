@@ -38,8 +38,13 @@ def verify(
 ) -> list[Check]:
     """Check the checkpoint in `folder`, which `method` made with the layout of `like`."""
     written = Checkpoint(folder)
-    checks = [_accounted(like, written), *method.checks(written, progress)]
-    return [*checks, check_definition(method, written), _finite(written)]
+    accounted, *of_values = verify_values(method, like, written)
+    return [accounted, *method.checks(written, progress), *of_values]
+
+
+def verify_values(method: MergeMethod, like: Checkpoint, merged: Checkpoint) -> list[Check]:
+    """What is looked at of a merged model whether or not it is on the disk: not every core beside its donor."""
+    return [_accounted(like, merged), check_definition(method, merged), _finite(merged)]
 
 
 def check_definition(method: MergeMethod, written: Checkpoint) -> Check:

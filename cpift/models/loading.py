@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    path: Path, dtype: torch.dtype | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """The model in a local safetensors directory, in evaluation mode, in its own dtype unless one is given.
+
+    tensors: by the names of files, in the place of the directory's; its files beside them decide what is made of them.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than config.json says.
@@ -27,8 +31,9 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     with pretrained.no_progress_bars(), _checkpoint_errors(path):
         loaded: Any = pretrained.load_network(
             path,
+            tensors,
             dtype=dtype or "auto",
-            key_mapping=key_mapping(path),
+            key_mapping=key_mapping(path) if tensors is None else None,  # merged ones have the names of the class
             ignore_mismatched_sizes=True,  # so that they are listed; _checked_network refuses them
             output_loading_info=True,
         )

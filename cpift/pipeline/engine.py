@@ -25,19 +25,24 @@ from cpift.training.speed import keep_speed
 
 if TYPE_CHECKING:
     from cpift.merging.engine import Merging
+    from cpift.merging.in_memory import MergeInMemory
 
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A model to be scored on every task, as a FitSpec is one to be trained. `resources`: what it may use."""
+    """A model to be scored on every task, as a FitSpec is one to be trained. `resources`: what it may use.
+
+    merge: what makes its weights, where `path` has none.
+    """
 
     title: str
     path: Path
     tasks: tuple[TaskConfig, ...]
     settings: EvaluationConfig
     resources: ResourcesConfig
+    merge: MergeInMemory | None = None
 
 
 class Engine(Protocol):
@@ -55,7 +60,7 @@ class Engine(Protocol):
         """Run every FitSpec, `resources.parallel` of the first at once; each leaves its model in its `export`."""
 
     def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
-        """Score every model; a result, by title, holds `scores`, `seconds`, `device` and `data`."""
+        """Score every model; a result, by title, is as `Evaluation` has it."""
 
 
 class NoEngine:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift.config.run import ResourcesConfig
-from cpift.console.progress import OnProgress
+from cpift.console.progress import OnProgress, counted
 from cpift.disk.files import link_or_copy
 from cpift.errors import CpiftError
 from cpift.evaluation.scores import Evaluation, OnResult
@@ -25,6 +25,7 @@ from cpift.pipeline.engine import Scoring
 from cpift.training.spec import RESULT, FitSpec
 
 if TYPE_CHECKING:
+    from cpift.merging.checks import OnElements
     from cpift.merging.engine import Merging
 
 
@@ -56,7 +57,8 @@ class InProcessEngine:
 
 
 def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
-    """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were."""
+    """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were; of one that is
+    merged for it, `merged`."""
     import torch
 
     from cpift.checkpoints.opening import model_files
@@ -72,14 +74,27 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
         share = (order.index(task) + done / max(total, 1)) / len(order)
         on_progress({"title": title, "done": share, "task": task})
 
+    tensors, merged = scoring.merge.make(_merging(scoring, on_progress)) if scoring.merge else (None, None)
     torch.set_num_threads(scoring.resources.threads)
     device = compute_device(scoring.resources.gpus_per_worker)
     started = time.time()
     rows = {task.name: task.test_data for task in tasks}
     with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
-        scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows)
+        scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows, tensors=tensors)
     records = {task: score.record() for task, score in scores.items()}
-    return {"scores": records, "seconds": time.time() - started, "device": device_name(device), "data": data}
+    seconds = time.time() - started
+    return {
+        "scores": records,
+        "seconds": seconds,
+        "device": device_name(device),
+        "data": data,
+        "merged": merged,
+    }
+
+
+def _merging(scoring: Scoring, on_progress: OnProgress) -> OnElements:
+    assert scoring.merge is not None
+    return counted(on_progress, f"{scoring.title}: fusion", scoring.merge.like.numel)
 
 
 def _require_one_worker(resources: ResourcesConfig) -> None:

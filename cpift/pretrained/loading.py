@@ -10,7 +10,6 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,8 +63,10 @@ def require_no_code(folder: Path) -> None:
         raise CheckpointError(f"model {folder}", problems)
 
 
-def load_network(folder: Path, **arguments: Any) -> Any:
+def load_network(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any) -> Any:
     """`from_pretrained` of a local folder of safetensors, by `class_of` its config; `arguments` are passed on.
+
+    tensors: by the names of files, in the place of those that the folder has. They become the network's own.
 
     Raises CheckpointError where the folder needs its own code, or is an adapter's.
     """
@@ -73,10 +74,23 @@ def load_network(folder: Path, **arguments: Any) -> Any:
     if (folder / "adapter_config.json").exists():  # transformers would load another model, and the adapter into it
         problem = Problem(str(folder), "holds an adapter's config beside the model", "move adapter_config.json away")
         raise CheckpointError(f"model {folder}", [problem])
-    kind: Any = class_of(load_config(folder))
+    config = load_config(folder)
+    kind: Any = class_of(config)
+    if tensors is not None:
+        given = {"config": config, "state_dict": dict(tensors), "generation_config": _generation_config(folder)}
+        return kind.from_pretrained(None, trust_remote_code=False, **given, **arguments)
     return kind.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
     )
+
+
+def _generation_config(folder: Path) -> Any:
+    """What `from_pretrained` gives the model in a folder: how it generates, and where that ends."""
+    known: Any = _transformers().GenerationConfig
+    try:
+        return known.from_pretrained(folder, local_files_only=True)
+    except OSError:  # older models have it in config.json
+        return known.from_pretrained(folder, "config.json", local_files_only=True, _from_model_config=True)
 
 
 def loading_info(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
@@ -201,18 +215,6 @@ def hub_rows(repository: str, subset: str | None, **arguments: Any) -> Any:
         problem = Problem("hub", f"{repository!r} {what}", "give an id on the hub; local rows are JSON lines in `file`")
         raise DataError(f"hub data set {repository}", [problem])
     return load_dataset(repository, subset, trust_remote_code=False, **arguments)
-
-
-def package_folder(name: str) -> Path | None:
-    """The folder of an installed package, dotted or not, None if there is none. Nothing of it is imported."""
-    first, *rest = name.split(".")
-    if not all(part.isidentifier() for part in (first, *rest)) or first == "__main__":
-        return None
-    spec = importlib.util.find_spec(first)
-    for part in rest:  # find_spec of a dotted name would import what stands before the last dot
-        spec = None if spec is None else PathFinder.find_spec(part, spec.submodule_search_locations)
-    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(locations[0]) if locations else None
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> Iterator[Problem]:

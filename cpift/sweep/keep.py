@@ -1,7 +1,8 @@
 """Which trials' weights a sweep keeps: of the models that only one trial needs, those of the best config by default.
 
 A model of a trial is dropped once it is scored, no trial that is still to come has it among its own, and none of the
-best so far has. What trials share (θ0, probes, backbones) is never dropped, nor what another sweep or run has made.
+best so far has. A fused model that no trial integrates is not even written, but for the best one at the end. What
+trials share (θ0, probes, backbones) is never dropped, nor what another sweep or run has made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cpift.config.variation import Fields
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import digest
 from cpift.errors import entry
-from cpift.pipeline.outcomes import known_scores, own_models
+from cpift.pipeline.outcomes import INTEGRATES, known_scores, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.names import ModelRef
 from cpift.sweep.config import KEEPS, Sweep
@@ -26,6 +27,12 @@ from cpift.sweep.record import Attempt, sweep_record
 from cpift.sweep.scores import remaking
 
 Runs = Sequence[Pipeline]
+
+
+def hands_over(sweep: Sweep) -> bool:
+    """Whether trials score their fused models in memory: none is integrated, and not all are kept."""
+    every = entry(KEEPS, sweep.config.keep, "keep").every
+    return not every and not entry(INTEGRATES, sweep.config.model, "model")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,13 @@ class Keeper:
                 self._add(attempt.points[0])
         self._drop({"fused", "final"}, of_equals=1)
 
+    def to_write(self) -> Runs:
+        """After `finish`: the best trial's runs whose fused models were scored and never written."""
+        if not hands_over(self._sweep):
+            return []
+        runs = [run for ended in self._best()[:1] for run in ended.runs]
+        return [run for run in runs if not own_models(run, "fused")["fused"].has_weights]
+
     def _add(self, fields: Fields) -> None:
         runs = self._runs(fields)
         self._ended[digest(fields)] = _Ended(fields, runs, self._value(runs))
@@ -95,7 +109,7 @@ class Keeper:
             for run in ended.runs:
                 for title, artifact in self._own(run):
                     if title in titles and artifact.path not in spared and self._may_go(run, title, artifact):
-                        self.freed += artifact.drop_weights(self._remake(ended.fields, run))
+                        self.freed += artifact.drop_weights(remake_command(self._sweep, ended.fields, run.config.seed))
 
     def _own(self, run: Pipeline) -> Iterable[tuple[str, Artifact]]:
         return own_models(run, self._sweep.config.model).items()
@@ -109,8 +123,9 @@ class Keeper:
         none = not entry(KEEPS, self._sweep.config.keep, "keep").best or best == -math.inf
         return [] if none else [ended for ended in self._ended.values() if ended.value == best]
 
-    def _remake(self, fields: Fields, run: Pipeline) -> str:
-        best = self._sweep.base.output_dir / "best.yaml"
-        values = {**fields, "seed": run.config.seed}
-        command = ["cpift", remaking(self._sweep.config.model), str(best)]
-        return shlex.join([*command, *(f"--set={name}={value}" for name, value in values.items())])
+
+def remake_command(sweep: Sweep, fields: Fields, seed: int) -> str:
+    """What makes the weights of a trial's models again."""
+    values = {**fields, "seed": seed}
+    command = ["cpift", remaking(sweep.config.model), str(sweep.base.output_dir / "best.yaml")]
+    return shlex.join([*command, *(f"--set={name}={value}" for name, value in values.items())])

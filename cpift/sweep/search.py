@@ -57,7 +57,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
     record = sweep_record(sweep)
     if record.complete and all_there(sweep, read_attempts(record), pipeline):
         view.cached(f"sweep {sweep.name}")
-        _tidy(Keeper(sweep, pipeline, ()), read_attempts(record), view)
+        _tidy(sweep, Keeper(sweep, pipeline, ()), read_attempts(record), view)
         return read_attempts(record)
     if record.complete:  # of a sweep whose outputs somebody deleted
         shutil.rmtree(record.path)
@@ -95,12 +95,15 @@ def _search_planned(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]
     else:
         view.cached(f"{len(trials)} trials")
     attempts = [_attempt(sweep, trial, record, results) for trial in trials]
-    _tidy(keeper, attempts, view)
+    _tidy(sweep, keeper, attempts, view)
     return attempts
 
 
-def _tidy(keeper: Keeper, attempts: Sequence[Attempt], view: View) -> None:
+def _tidy(sweep: Sweep, keeper: Keeper, attempts: Sequence[Attempt], view: View) -> None:
+    """Drop what need not be kept, and write what is to be and only was in memory."""
     keeper.finish(attempts)
+    for run in keeper.to_write():
+        Pipeline(run.config, run.engine, view, sweep_record(sweep).name).fuse()
     if keeper.freed:
         view.note(f"Dropped {show_size(keeper.freed)} of trials' weights (`keep: all` in the sweep's file keeps them)")
 
@@ -114,7 +117,7 @@ def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attem
     keeper = Keeper(sweep, pipeline, None)
     results = _tune(sweep, record, space, sweep.config.search.samples or 1, keeper, view)
     attempts = attempts_of(sweep, results, pipeline)
-    _tidy(keeper, attempts, view)
+    _tidy(sweep, keeper, attempts, view)
     return attempts
 
 

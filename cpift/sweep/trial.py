@@ -24,7 +24,9 @@ from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.stages.handover import score_fused
 from cpift.sweep.config import Sweep
+from cpift.sweep.keep import hands_over, remake_command
 from cpift.sweep.objectives import figures
 from cpift.sweep.record import sweep_record
 from cpift.training.tracking import ended_if_stuck
@@ -70,8 +72,8 @@ def rungs(sweep: Sweep, fields: Mapping[str, Any], view: View) -> Iterator[dict[
         config = sweep.run(fields, seed)
         run = Pipeline(config, engine_for(config), view, maker)
         if number == 0 and sweep.config.search.kind.stops_early and integrates:
-            yield _means(sweep, [_figures(run, "fused")])
-        by_seed.append(_figures(run, sweep.config.model))
+            yield _means(sweep, [_figures(sweep, fields, run, "fused")])
+        by_seed.append(_figures(sweep, fields, run, sweep.config.model))
         yield _means(sweep, by_seed)
 
 
@@ -89,11 +91,16 @@ def engine_for(config: RunConfig) -> Engine:
     return TaskEngine(resources, own_cpus=False) if asks_ray(resources) else InProcessEngine()
 
 
-def _figures(run: Pipeline, model: str) -> dict[str, float]:
+def _figures(sweep: Sweep, fields: Mapping[str, Any], run: Pipeline, model: str) -> dict[str, float]:
     """Makes only what has no scores yet: a model that was scored may have lost its weights since."""
     scores = known_scores(run, model)
     if scores is None:
-        (run.integrate if entry(INTEGRATES, model, "model") else run.fuse)()
+        if entry(INTEGRATES, model, "model"):
+            run.integrate()
+        elif hands_over(sweep):
+            score_fused(run, remake_command(sweep, dict(fields), run.config.seed))
+        else:
+            run.fuse()
         scores = run.evaluate(scored_models(run, model))
     return figures(scores, [task.name for task in run.config.tasks], model)
 

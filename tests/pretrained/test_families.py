@@ -113,6 +113,12 @@ def merge_and_verify(origin: Checkpoint, tuned: dict[str, Checkpoint], tmp_path:
     assert [check["passed"] for check in checks[-2:]] == [True, True]
     cored = checks[1]
     assert (cored["passed"], "0 differ" in cored["detail"]) == (True, True), cored
+    written = Checkpoint(out)
+    read, given = load_model(out), load_model(out, tensors={name: written.tensor(name) for name in written.names})
+    assert type(given) is type(read)
+    assert given.generation_config.to_dict() == read.generation_config.to_dict()
+    for name, values in read.state_dict().items():
+        assert torch.equal(given.state_dict()[name], values), name
 
 
 class _Stopped(Exception):

@@ -23,6 +23,7 @@ from cpift.data.tasks import read_examples
 from cpift.errors import CheckpointError, CpiftError, DataError
 from cpift.models.sources import materialise
 from cpift.pretrained import loading as pretrained
+from cpift.pretrained.gguf import package_folder
 from tests.helpers.sources import sources
 
 SIZE = ScratchModel(hidden_size=16, intermediate_size=16, layers=1, heads=2, max_length=64, seed=1)
@@ -249,7 +250,7 @@ def test_packages_are_located_and_not_imported(tmp_path: Path, monkeypatch: pyte
         plant(tmp_path / "planted_package" / name / "__init__.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("planted_package", "planted_package.inner", "planted_package.inner.deep"):
-        assert pretrained.package_folder(name) == tmp_path.joinpath(*name.split("."))
+        assert package_folder(name) == tmp_path.joinpath(*name.split("."))
     for name in (
         "planted_package.none",
         "planted_package.none.x",
@@ -261,7 +262,7 @@ def test_packages_are_located_and_not_imported(tmp_path: Path, monkeypatch: pyte
         "sys",
         "json.decoder",
     ):
-        assert pretrained.package_folder(name) is None, name
+        assert package_folder(name) is None, name
     assert not list(tmp_path.rglob("ran"))
     assert not [name for name in sys.modules if name.startswith("planted_package")]
 

@@ -33,11 +33,12 @@ class Here(Copies):
 
     def evaluate(self, scorings: Any, on_result: Any, on_progress: Any) -> None:
         for scoring in scorings:
-            weights = load_file(scoring.path / "model.safetensors")
+            made = scoring.merge.make() if scoring.merge else (load_file(scoring.path / "model.safetensors"), None)
+            weights, merged = made
             loss = 1.0 + 1 / sum(float(tensor.abs().mean()) for tensor in weights.values())  # noise "learns"
             score = {"metric": "loss", "score": None, "loss": loss, "tokens": 1, "rows": 1}
             scores = {task.name: score for task in scoring.tasks}
-            on_result(scoring.title, {"scores": scores, "seconds": 1.0, "device": "cpu"})
+            on_result(scoring.title, {"scores": scores, "seconds": 1.0, "device": "cpu", "merged": merged})
 
 
 def here(config: RunConfig) -> Pipeline:
@@ -143,6 +144,42 @@ def test_what_a_coming_trial_needs_is_not_dropped(tmp_path: Path) -> None:
     go(sweep, second.fields)
     keeper.ended(second.fields)
     assert weights(sweep) == set()
+
+
+def test_of_fused_models_that_are_only_scored_the_best_is_written(tmp_path: Path) -> None:
+    sweep = load(tmp_path, model="fused", space={"fusion.omega": [0.2, 0.5]}, objectives=["mean_loss"])
+    trials = trials_of(sweep)
+    for trial in trials:
+        go(sweep, trial.fields)
+    assert weights(sweep) == set()
+    assert all(known_scores(run, "fused") for trial in trials for run in trial.runs)
+    keeper = Keeper(sweep, here, ())
+    keeper.finish(attempts(trials))
+    (best,) = keeper.to_write()
+    hashes = own_models(best, "fused")["fused"].manifest()["outputs"]
+    best.fuse()
+    assert weights(sweep) == {own_models(best, "fused")["fused"].path}
+    assert own_models(best, "fused")["fused"].manifest()["outputs"]["model.safetensors"] == hashes["model.safetensors"]
+    assert keeper.to_write() == []
+    value = {run: figures_of(run) for trial in trials for run in trial.runs}
+    assert value[next(run for run in value if run.config == best.config)] == min(value.values())
+
+
+def figures_of(run: Pipeline) -> float:
+    scores = known_scores(run, "fused")
+    assert scores is not None
+    return sum(score["loss"] for score in scores["fused"].values())
+
+
+@pytest.mark.parametrize(("keep", "written"), [("all", 2), ("scores", 0)])
+def test_as_many_fused_models_are_written_as_are_kept(tmp_path: Path, keep: str, written: int) -> None:
+    sweep = load(tmp_path, model="fused", space={"fusion.omega": [0.2, 0.5]}, objectives=["mean_loss"], keep=keep)
+    trials = trials_of(sweep)
+    for trial in trials:
+        go(sweep, trial.fields)
+    keeper = Keeper(sweep, here, ())
+    keeper.finish(attempts(trials))
+    assert (len(weights(sweep)), keeper.to_write()) == (written, [])
 
 
 def test_a_search_keeps_fused_models_until_its_end(tmp_path: Path) -> None:

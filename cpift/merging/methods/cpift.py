@@ -25,9 +25,8 @@ from cpift.errors import entry
 from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Destination, FusionInputs, Merged, MergeMethod
-from cpift.merging.checks import Check, OnElements, check_copied
+from cpift.merging.checks import Check, OnElements, Operands, check_copied, check_cores
 from cpift.merging.conflicts import Claims, conflict_named, owned, remaining
-from cpift.merging.core_checks import Operands, check_cores
 from cpift.merging.definition import (
     Definition,
     Expected,

@@ -6,7 +6,8 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_models
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
-from cpift.console.progress import OnProgress
+from cpift.console.progress import counted
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
 from cpift.disk.files import is_json, link_or_copy, read_json, write_json
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
-from cpift.merging.checks import OnElements, failures
+from cpift.merging.checks import failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, named_also, seeded
@@ -82,26 +83,41 @@ def known_artifact(names: Names, known: Known) -> Artifact | None:
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a fusion is made from, all of it there. `fused`: what it makes. read: the folders that are read for it."""
+
+    fused: Artifact
+    groups: Groups
+    backbone: ModelRef
+    read: Sequence[Path]
+
+
 @unless_damaged
 def make(run: Run) -> ModelRef:
     """The fused model; or another merge of the probes, which needs no regions and no backbone."""
-    tuned = probe.make(run)
-    if run.config.fusion.isolates:
-        groups, backbone = group.make(run).groups, backbones.make(run)
-    else:
-        groups, backbone = (), model.make(run)
-    fused = artifact(run.artifacts, groups, backbone)
-    read = [model.base(run.artifacts).path, backbone.path, *(probed.path for probed in tuned.values())]
-    run.make(fused, title(run.artifacts), lambda out: build(run, fused, groups, backbone, out), read)
+    sources = prepare(run)
+    fused = run.make(sources.fused, title(run.artifacts), lambda out: _build(run, sources, out), sources.read)
     if run.merging:
         run.merging.publish(fused.path, fused.fingerprint)
     return ModelRef.of("fused", fused)
 
 
-def build(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, out: Path) -> None:
+def prepare(run: Run) -> Sources:
+    """Everything that comes before, made if it is not there."""
+    tuned = probe.make(run)
+    if run.config.fusion.isolates:
+        groups, backbone = group.make(run).groups, backbones.make(run)
+    else:
+        groups, backbone = (), model.make(run)
+    read = [model.base(run.artifacts).path, backbone.path, *(probed.path for probed in tuned.values())]
+    return Sources(artifact(run.artifacts, groups, backbone), groups, backbone, read)
+
+
+def _build(run: Run, sources: Sources, out: Path) -> None:
     """Fuse, check the result and keep the record beside it."""
-    fuse_models(run, fused, groups, backbone, out)
-    add_card(run, "fused", groups, fused, out)
+    fuse_models(run, sources, out)
+    add_card(run, "fused", sources.groups, sources.fused, out)
 
 
 def add_card(run: Run, kind: str, groups: Groups, artifact: Artifact, out: Path) -> None:
@@ -113,30 +129,34 @@ def add_card(run: Run, kind: str, groups: Groups, artifact: Artifact, out: Path)
 
 
 def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInputs:
-    """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only."""
+    """Every model of a fusion, opened for reading; `regions` is of use for CPI-FT's own method only.
+
+    Raises CheckpointError for models that do not fit.
+    """
     base, vocabulary = model.base(names), names.config.fusion.vocabulary
     folders = {task: probed.path for task, probed in probe.tuned(names).items()}
     pretrained, tuned = open_models(base.path, folders, vocabulary)
     if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
         raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
-    return FusionInputs(
+    inputs = FusionInputs(
         pretrained=pretrained,
         backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained, vocabulary),
         tuned=tuned,
         regions=regions.artifact(names).path,
         priority=[task for group in groups for task in group],
     )
+    inputs.check()
+    return inputs
 
 
-def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, out: Path) -> None:
+def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     """Write the fused model into `out`, with the record of what happened and of what was checked.
 
     Shards are made in the artifact's work folder and stay there if this is interrupted. Raises CheckpointError for
     models that do not fit, StageError if the result is not what it has to be: it is then beside `out`, set aside.
     """
-    config, names, merging, said = run.config, run.artifacts, run.merging, run.view.progress
-    inputs = open_inputs(names, groups, backbone)
-    inputs.check()
+    config, fused, merging, said = run.config, sources.fused, run.merging, run.view.progress
+    inputs = open_inputs(run.artifacts, sources.groups, sources.backbone)
     method = method_of(config, inputs, fused.work_dir, merging)
     shards = fused.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
@@ -147,24 +167,16 @@ def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, o
         fused.fingerprint,
         shard_size=config.fusion.shard_size,
         budget=config.resources.memory_budget,
-        progress=_counted(said, "fusion", inputs.backbone.numel),
+        progress=counted(said, "fusion", inputs.backbone.numel),
         shards_by=merging.merge_shards if merging else None,
     )
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
-    tuned = probe.tuned(names)
-    if template := configured_template(config.model) or shared_template(
-        backbone.path, [probed.path for probed in tuned.values()]
-    ):
-        (out / TEMPLATE).write_text(template, encoding="utf-8")
-    models = {"pretrained": model.base(names), "backbone": backbone, **tuned}
-    described = describe_inputs(models, hashed=config.resources.verify)
-    _require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, fused)
-    write_json(out / INPUTS_RECORD, described)
+    write_beside(run.artifacts, sources, out)
     checks = []
     if config.resources.verify:
-        checks = verify(method, inputs.backbone, out, _counted(said, "verification", inputs.backbone.numel))
+        checks = verify(method, inputs.backbone, out, counted(said, "verification", inputs.backbone.numel))
         checks.append(check_loads(out, config.resources.memory_budget))
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
     if failed := failures(checks):
@@ -173,6 +185,23 @@ def fuse_models(run: Run, fused: Artifact, groups: Groups, backbone: ModelRef, o
             "the fused model is not what it has to be; it is kept as "
             + "\n  - ".join([f"{aside}, with the checks in {FUSION_RECORD}", *failed])
         )
+
+
+def write_beside(names: Names, sources: Sources, out: Path) -> None:
+    """Write into `out` what a fused model has beside its weights and their companions: its chat template, and what it
+    was made from.
+
+    Raises ChangedInput where core regions were selected from other bytes.
+    """
+    tuned, config = probe.tuned(names), names.config
+    if template := configured_template(config.model) or shared_template(
+        sources.backbone.path, [probed.path for probed in tuned.values()]
+    ):
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
+    models = {"pretrained": model.base(names), "backbone": sources.backbone, **tuned}
+    described = describe_inputs(models, hashed=config.resources.verify)
+    _require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
+    write_json(out / INPUTS_RECORD, described)
 
 
 def _set_aside(out: Path, artifact: Artifact) -> Path:
@@ -217,18 +246,6 @@ def _trimmed(config: RunConfig, folder: Path, merging: Merging | None, wanted: L
         streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
         write_trimmed(wanted, config.fusion, folders, streaming)
     return folders
-
-
-def _counted(on_progress: OnProgress, title: str, elements: int) -> OnElements:
-    """Progress of work that goes over so many elements."""
-    done = 0
-
-    def on_elements(count: int, name: str) -> None:
-        nonlocal done
-        done += count
-        on_progress({"title": title, "done": min(done / max(elements, 1), 1.0), "task": name})
-
-    return on_elements
 
 
 # ---- what is said of it ----------------------------------------------------------------------------------------------
