@@ -27,7 +27,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.hub import HUB_ID
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS, tune_names
-from cpift.merging.registry import METHODS
+from cpift.merging.registry import METHODS, OF_ALL
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
@@ -120,7 +120,7 @@ def _unused(fields: Mapping[str, Any]) -> dict[str, str]:
     method = str(fields.get("method", "cpift"))
     if method not in METHODS:
         return {}
-    known = {f"fusion.{name}" for name in (*METHODS[method].fields, "method", "vocabulary", "shard_size")}
+    known = {f"fusion.{name}" for name in (*METHODS[method].fields, *OF_ALL)}
     isolates = ("regions.", "groups.", "backbone.") if method == "cpift" else ()
     unused = [
         name

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.opening import at_hand
+from cpift.checkpoints.opening import at_hand, locate, pinned
+from cpift.checkpoints.stacked import layers_in
 from cpift.config.run import RunConfig
-from cpift.config.settings import layer_of
 from cpift.errors import ConfigError, CpiftError, Problem
 from cpift.merge_folder import merge_config, named_models
+from cpift.merging.stacks.planning import check_stack
 from cpift.other_tools.answers import answered
 from cpift.other_tools.mergekit import is_mergekit, read_mergekit
 from cpift.other_tools.mergekit_flags import understood
-from cpift.other_tools.mergekit_models import Merge
+from cpift.other_tools.mergekit_models import OF_SLICES, Merge
 from cpift.untrusted.json import UnreadableError
 from cpift.untrusted.values import kind_of
 from cpift.untrusted.yaml import read_yaml_file
@@ -34,40 +35,67 @@ class Request:
     subject: str = "merge"
     fields: Mapping[str, Any] = field(default_factory=dict)
     layers: int | None = None
+    slices: Sequence[Mapping[str, Any]] = ()
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def config(
-        self, output: Path, fields: Mapping[str, Any], settings: Mapping[str, Any], flags: Mapping[str, Any]
+        self,
+        output: Path,
+        fields: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        download: bool = False,
     ) -> RunConfig:
-        """The run that merges them. fields and settings: of options; flags: mergekit's. Raises ConfigError with
-        everything that is wrong with file and options."""
+        """The run that merges them. fields and settings: of options; flags: mergekit's; download: whether θ0 may be, to
+        count its layers. Raises ConfigError with everything that is wrong with file and options."""
         asked = understood(flags, fields.get("dtype"))
         self.notes += asked.notes
         problems = [*self.problems, *asked.problems]
         config = None
         try:
-            config = merge_config(self.base, self.models, output, fields, {**asked.settings, **settings})
-            problems += self._layers(config)
+            config = self._config(output, fields, {**asked.settings, **settings}, download)
+            problems += check_stack(config) if problems and config.fusion.slices else []
         except ConfigError as error:  # of a file that is half understood, what follows says nothing
             problems += [] if self.problems else error.problems
         if problems or config is None:
             raise ConfigError(self.subject, problems)
         return config
 
-    def _layers(self, config: RunConfig) -> list[Problem]:
-        folder = at_hand(config.model)
-        if self.layers is None or folder is None:
-            return []
+    def _config(
+        self, output: Path, fields: Mapping[str, Any], settings: Mapping[str, Any], download: bool
+    ) -> RunConfig:
+        """One slice of all layers is a merge of whole models."""
+        plain = merge_config(self.base, self.models, output, fields, settings)
+        if not self.slices or "slices" in fields:
+            return plain
+        count = self._count(plain, download) if self.layers is not None else None
+        if self.layers is not None and count in (None, self.layers):
+            if count is None:
+                self.notes.append(f"{self.subject}: layers are counted once the models are downloaded")
+            return plain
+        return merge_config(self.base, self.models, output, self._of_slices(fields), settings)
+
+    def _of_slices(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with slices, which have some of them for themselves, unless an option says otherwise."""
+        own = {name for name in OF_SLICES if name in fields and fields[name] != self.fields.get(name)}
+        gone = {*own, *({"weight"} if "weights" in own else ()), *({"density"} if "densities" in own else ())}
+
+        def without(part: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in part.items() if name not in gone}
+
+        slices = [without(one) | {"sources": [without(source) for source in one["sources"]]} for one in self.slices]
+        return {name: value for name, value in fields.items() if name not in OF_SLICES or name in own} | {
+            "slices": slices
+        }
+
+    def _count(self, config: RunConfig, download: bool) -> int | None:
+        """How many layers θ0 has; None where it is not at hand, or the plan says what is wrong with it."""
         try:
-            found = [layer for name in Checkpoint(folder).tensors if (layer := layer_of(name)) is not None]
+            folder = locate(pinned(config.model)) if download else at_hand(config.model)
+            return None if folder is None else layers_in(Checkpoint(folder))
         except (CpiftError, OSError):
-            return []  # the plan says what is wrong with it
-        count = 1 + max((number for _, number in found), default=-1)
-        if count == self.layers:
-            return []
-        what = f"is [0, {self.layers}], and {config.model.path or config.model.hub} has {count} layers"
-        return [Problem("slices.0.sources.layer_range", what, f"cpift merges all: give [0, {count}], or `models`")]
+            return None
 
 
 def requested(base: str, models: Sequence[str], out: Path | None) -> Request:
@@ -91,7 +119,9 @@ def _of_file(path: Path, rest: list[str], out: Path | None) -> Request:
     place = out if out is not None else Path(rest[0])
     notes = [f"{path}: {note}" for note in dict.fromkeys(merge.notes)]
     problems = list(dict.fromkeys(merge.problems))
-    return Request(merge.base, merge.models, place, str(path), merge.fields, merge.layers, notes, problems)
+    return Request(
+        merge.base, merge.models, place, str(path), merge.fields, merge.layers, merge.slices, notes, problems
+    )
 
 
 def _read(path: Path) -> Merge:

@@ -158,7 +158,7 @@ def test_what_no_table_holds_is_refused_by_name(name: str) -> None:
 
 def test_a_method_says_what_it_is() -> None:
     """What a plan, a fingerprint, a card and the reference ask a class for is there, and names real fields."""
-    of_fusion = set(FusionConfig.model_fields) - {"method", "vocabulary", "shard_size"}
+    of_fusion = set(FusionConfig.model_fields) - set(registry.OF_ALL)
     for name, method in registry.METHODS.items():
         assert not method.__abstractmethods__, f"{name}: {', '.join(method.__abstractmethods__)}"
         assert method.formula, name

@@ -42,6 +42,7 @@ class Checkpoint:
     """
 
     prefix = ""  # what the files' names have before those that are read (`prefix_of`)
+    rewritten: Mapping[str, Any] = {}  # small files that a model like this has otherwise; None: it has it not
 
     def __init__(
         self, folder: Path, ties: Mapping[str, str] | None = None, apart: bool = False, prefix: str | None = None
@@ -226,10 +227,10 @@ class Checkpoint:
         """What is wrong where a tied tensor is there twice and the two differ; reads both, in slices."""
         for target, copy in self._copies.items():
             source = self.tensors[self.ties[target]]
-            if copy.shape != source.shape or (wrong := self._compare(copy, source)) != (0, 0.0):
-                how = "in shape" if copy.shape != source.shape else f"in {wrong[0]:,} of {copy.numel:,} elements"
-                by = "" if copy.shape != source.shape else f" (by up to {wrong[1]:.3g})"
-                what = f"differs from {source.name} {how}{by}, but the model's configuration ties the two"
+            wrong = self._compare(copy, source) if copy.shape == source.shape else None
+            if wrong != (0, 0.0):
+                how = f"in {wrong[0]:,} of {copy.numel:,} elements (by up to {wrong[1]:.3g})" if wrong else "in shape"
+                what = f"differs from {source.name} {how}, but the model's configuration ties the two"
                 remedy = (
                     "if both are meant, set tie_word_embeddings: false; if not, save the model again with transformers"
                 )
@@ -301,10 +302,8 @@ def differences(base: Checkpoint, other: Checkpoint) -> list[Problem]:
     if len(shapes) <= _SHAPES_LISTED:
         return problems + [Problem(name, what, _ONE_MODEL) for name, what in shapes.items()]
     first, what = next(iter(shapes.items()))
-    return [
-        *problems,
-        Problem("its tensors", f"{len(shapes)} have another shape than in θ0 ({first} {what})", _ONE_MODEL),
-    ]
+    said_of_all = f"{len(shapes)} have another shape than in θ0 ({first} {what})"
+    return [*problems, Problem("its tensors", said_of_all, _ONE_MODEL)]
 
 
 def _some(names: Sequence[str]) -> str:

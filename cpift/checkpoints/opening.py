@@ -65,18 +65,18 @@ def _has_weights(folder: Path) -> bool:
 
 
 def open_models(
-    base: Path, others: Mapping[str, Path], vocabulary: str = "error"
+    base: Path, others: Mapping[str, Path], vocabulary: str = "error", whole: bool = True
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """θ0 and models that are to be compared with it, all with the same tensors. Raises CheckpointError.
 
     What θ0 ties is one tensor in every model, unless one of them has it apart: then it is two in every model, in θ0 two
-    of the same values. vocabulary: see `open_checkpoint`.
+    of the same values. vocabulary, whole: see `open_checkpoint`.
     """
     pretrained = Checkpoint(base)
     problems = [
         Problem(f"{label}: {problem.where}", problem.what, problem.remedy)
         for label, folder in others.items()
-        if folder != base and not (folder / ADAPTER_CONFIG).is_file() and pretrained.config
+        if whole and folder != base and not (folder / ADAPTER_CONFIG).is_file() and pretrained.config
         for problem in computing_problems(base, folder)
     ]
     if problems:
@@ -84,7 +84,7 @@ def open_models(
     apart = any(has_apart(pretrained, folder) for folder in others.values() if folder != base)
     pretrained = pretrained.apart() if apart else pretrained
     return pretrained, {
-        label: pretrained if folder == base else open_checkpoint(folder, pretrained, vocabulary)
+        label: pretrained if folder == base else open_checkpoint(folder, pretrained, vocabulary, whole)
         for label, folder in others.items()
     }
 
@@ -102,19 +102,22 @@ def backbone_apart(where: str) -> Problem:
     return Problem(where, what, "give a backbone that ties them, or a θ0 that does not")
 
 
-def open_checkpoint(folder: Path, base: Checkpoint | None = None, vocabulary: str = "error") -> Checkpoint:
+def open_checkpoint(
+    folder: Path, base: Checkpoint | None = None, vocabulary: str = "error", whole: bool = True
+) -> Checkpoint:
     """A model folder, or an adapter's folder as the model it makes of `base`; under the names that `base` has for the
     same model. Raises CheckpointError.
 
     vocabulary: `base` fits a model with another number of tokens to `base`, `error` opens it as it is. Where `base`
-    ties nothing, or has tied tensors apart, what is opened has them apart too.
+    ties nothing, or has tied tensors apart, what is opened has them apart too. whole: all of its layers are `base`'s;
+    else it has its own names, and any number of layers.
     """
     if base is not None and (folder / ADAPTER_CONFIG).is_file():
         model: Checkpoint = LoraCheckpoint(folder, base)
     else:
         model = Checkpoint(folder)
         model = model.apart() if base is not None and (base.is_apart or not base.ties) else model
-        model = model if base is None else in_layout_of(base, model)
+        model = model if base is None or not whole else in_layout_of(base, model)
     fits = base is None or not entry(VOCABULARIES, vocabulary, "fusion.vocabulary") or not resized(base, model)
     return model if fits or base is None else FittedCheckpoint(model, base)
 

@@ -282,9 +282,14 @@ def companions(folder: Path) -> Iterator[Path]:
 
 
 def copy_companions(model: Checkpoint, out: Path) -> None:
-    """Copy a model's small files; where its tied tensors are apart, the copy's config.json ties them no longer."""
+    """Copy a model's small files, but for those that it has `rewritten`; where its tied tensors are apart, the copy's
+    config.json ties them no longer."""
     for path in companions(model.folder):
-        shutil.copyfile(path, out / path.name)
+        if path.name not in model.rewritten:
+            shutil.copyfile(path, out / path.name)
+    for name, content in model.rewritten.items():
+        if content is not None:
+            write_json(out / name, content)
     if model.is_apart and model.ties:
         write_json(out / "config.json", untied_config(model.config))
         if tied := tied_names(out):

@@ -109,7 +109,7 @@ def merge(
     asked = requested(base, models or [], out)
     place = place_of(asked.out)
     values = {**asked.fields, **{name: _value(name, value) for name, value in fields.items()}}
-    config = asked.config(work_of(place), values, _settings(overrides or []), flags)
+    config = asked.config(work_of(place), values, _settings(overrides or []), flags, not dry_run)
     for note in asked.notes:
         say(note)
     say_code(config)

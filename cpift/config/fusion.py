@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from cpift.config.code import Conflict, Method
 from cpift.config.identity import identity
@@ -12,6 +12,57 @@ from cpift.config.inputs import Bytes, Section
 from cpift.config.settings import Blend, Setting, Share
 from cpift.config.words import ScopeName
 from cpift.extensions import short_name
+
+
+class SourceConfig(Section):
+    """Layers of one model in a slice. Settings: in place of the slice's."""
+
+    model: str = Field(**identity("merge", absent=None), description="a task's name, or pretrained: θ0")
+    layer_range: tuple[Annotated[int, Field(ge=0)], int] = Field(
+        **identity("merge", absent=None), description="[first, one after the last], counted from 0"
+    )
+    weight: Setting | None = Field(None, **identity("merge", absent=None), description="as fusion.weight")
+    density: Share | None = Field(None, **identity("merge", absent=None), description="as fusion.density")
+
+    @field_validator("layer_range")
+    @classmethod
+    def _has_layers(cls, layers: tuple[int, int]) -> tuple[int, int]:
+        if layers[0] >= layers[1]:
+            raise ValueError(f"[{layers[0]}, {layers[1]}] has no layer; give [first, one after the last]")
+        return layers
+
+
+class SliceConfig(Section):
+    """Layers that follow one another in the merged model, of one model or merged of several. Settings: in place of
+    those of all slices; a gradient goes from the slice's first layer to its last."""
+
+    sources: tuple[SourceConfig, ...] = Field(
+        **identity("merge", absent=None),
+        min_length=1,
+        max_length=17,
+        description="models, and as many layers of each",
+    )
+    weight: Setting | None = Field(None, **identity("merge", absent=None), description="as fusion.weight")
+    density: Share | None = Field(None, **identity("merge", absent=None), description="as fusion.density")
+    t: Blend | None = Field(None, **identity("merge", absent=None), description="as fusion.t")
+    normalize: bool | None = Field(None, **identity("merge", absent=None), description="as fusion.normalize")
+    scale: float | None = Field(None, **identity("merge", absent=None), description="as fusion.scale")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SliceConfig:
+        names = [source.model for source in self.sources]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} stands twice in one slice; a slice is merged of different models")
+        if len({source.layer_range[1] - source.layer_range[0] for source in self.sources}) > 1:
+            ranges = ", ".join(f"{source.model} {list(source.layer_range)}" for source in self.sources)
+            raise ValueError(f"sources have other numbers of layers ({ranges}); give as many of each")
+        return self
+
+    @property
+    def layers(self) -> int:
+        """How many."""
+        first, last = self.sources[0].layer_range
+        return last - first
 
 
 class FusionConfig(Section):
@@ -130,6 +181,13 @@ class FusionConfig(Section):
         "error",
         **identity("merge"),
         description="where models have other numbers of tokens, base: those of θ0, with its rows where missing",
+    )
+    slices: tuple[SliceConfig, ...] = Field(
+        (),
+        **identity("merge", absent=[]),
+        max_length=1000,
+        description="layers of models one after another, each slice merged of its sources; embeddings are the first "
+        "slice's, what comes after the layers the last one's; empty: all layers of all models",
     )
     shard_size: Bytes = Field(
         5 * 10**9,

@@ -189,6 +189,29 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _slices_are_of_given_models(self) -> RunConfig:
+        if not self.fusion.slices:
+            return self
+        if self.fusion.isolates:
+            raise ValueError("fusion.slices: cpift's core regions are of whole models; name another fusion.method")
+        for field, given in (("integration", self.integration), ("baselines", self.baselines)):
+            if given is not None:
+                raise ValueError(f"{field}: is of whole models, and fusion.slices makes another; leave one of them out")
+        known = ["pretrained", *(task.name for task in self.tasks)]
+        if known.count("pretrained") > 1:
+            raise ValueError("fusion.slices: `pretrained` is θ0 there, and a task has this name; name it otherwise")
+        named = [source.model for one in self.fusion.slices for source in one.sources]
+        if unknown := [name for name in named if name not in known]:
+            raise ValueError(f"fusion.slices: {unknown[0]!r} is no model; there are {', '.join(known)}")
+        if idle := [name for name in known[1:] if name not in named]:
+            raise ValueError(f"fusion.slices: have no layers of tasks.{idle[0]}; leave that task out")
+        if trained := [task.name for task in self.trained]:
+            raise ValueError(
+                f"fusion.slices: tasks.{trained[0]} has no `checkpoint`, and layers are taken of given ones"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _probes_can_be_had(self) -> RunConfig:
         for task in self.trained:
             if task.train is None:

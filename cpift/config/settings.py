@@ -114,6 +114,13 @@ def fits(pattern: str, name: str) -> bool:
     return pattern == "*" or pattern in name
 
 
+def met(value: Any, names: Sequence[str]) -> Any:
+    """A setting without the cases whose filter is in none of these names; as it is where there are no names."""
+    if not names or not filters_of(value):
+        return value
+    return tuple(case for case in value if any(fits(str(case.get("filter", "*")), name) for name in names))
+
+
 def filters_of(value: Any) -> list[str]:
     """The filters of its cases."""
     cases = value if isinstance(value, (list, tuple)) else ()
@@ -144,15 +151,15 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return (name[: found.start(1)], int(found[1])) if found else None
 
 
-def places_of(names: Iterable[str]) -> dict[str, float]:
-    """Where each tensor lies, from 0 for its stack's first layer to 1 for the last. Outside of layers embeddings are
+def places_of(names: Iterable[str], first: int = 0) -> dict[str, float]:
+    """Where each tensor lies, from 0 for its stack's layer `first` to 1 for the last. Outside of layers embeddings are
     at 0, all else (the last norm, the output layer) at 1."""
     layers = {name: layer_of(name) for name in names}
     last: dict[str, int] = {}
     for found in filter(None, layers.values()):
         last[found[0]] = max(last.get(found[0], 0), found[1])
     return {
-        name: found[1] / max(last[found[0]], 1) if found else 0.0 if _FIRST.search(name) else 1.0
+        name: (found[1] - first) / max(last[found[0]] - first, 1) if found else 0.0 if _FIRST.search(name) else 1.0
         for name, found in layers.items()
     }
 

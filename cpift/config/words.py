@@ -28,6 +28,7 @@ MergeName = Literal[
     "breadcrumbs",
     "breadcrumbs_ties",
     "ram_plus",
+    "passthrough",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]

@@ -45,6 +45,7 @@ class FusionInputs:
     tuned: Mapping[str, Checkpoint]
     regions: Path
     priority: Sequence[str]
+    first_layer: int = 0
 
     def check(self) -> None:
         """Raise CheckpointError if a model does not fit the pre-trained one."""
@@ -88,7 +89,7 @@ class MergeMethod(ABC):
 
     formula: ClassVar[str]
     source: ClassVar[str]  # the paper
-    fields: ClassVar[tuple[str, ...]]  # of `fusion`, beside `method`, `vocabulary` and `shard_size`
+    fields: ClassVar[tuple[str, ...]]  # of `fusion`, beside those of every merge
     seeded: ClassVar[bool] = False  # whether the run's seed decides the result
     needs_base: ClassVar[bool] = True  # whether θ0's values decide it
     reads: ClassVar[int] = 0  # times that every model is read before the pass that writes
@@ -102,7 +103,7 @@ class MergeMethod(ABC):
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
         self.pretrained, self.tuned, self._seed = inputs.pretrained, dict(inputs.tuned), seed
-        self._fusion = Settings(config, list(inputs.pretrained.tensors))
+        self._fusion = Settings(config, list(inputs.pretrained.tensors), inputs.first_layer)
         if problems := self._fusion.problems(self.asked, list(inputs.tuned)):
             raise ProblemsError(f"merge by {config.method_name}", problems)
         self._set(config)

@@ -125,13 +125,13 @@ def fill_shard(method: MergeMethod, shard: Shard, target: Target, progress: OnEl
     with guarded_reads(shard.name), drained(target):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
-            for start, stop in sweep(method.models, info, method.pieces(info)):
+            for start, stop in sweep(method.at(info.name).models, info, method.pieces(info)):
                 out = target.buffer(info, start, stop)
                 fill(start, stop, out)
                 target.write(info, start, out)
                 progress(stop - start, info.name)
         target.drain()
-        for model in method.models:
+        for model in {id(one): one for info in shard.tensors for one in method.at(info.name).models}.values():
             model.require_unchanged()
     return {"tensors": records}
 

@@ -44,6 +44,9 @@ def check_device(config: RunConfig) -> list[Problem]:
         problems.append(Problem(where, "is `cuda`, and on a cluster regions and fusion are computed on CPUs", remedy))
     elif not visible_gpus():
         problems.append(Problem(where, "is `cuda`, and torch sees no GPU here", "use `cpu`, or a torch for this GPU"))
+    if config.fusion.slices:
+        what = "is `cuda`, and slices of layers are merged on CPUs alone"
+        problems.append(Problem(where, what, "use `cpu`, or leave fusion.slices out"))
     able = {"method": [name for name, method in METHODS.items() if method.on_gpu], "conflict": list(CONFLICTS)}
     for field, words in able.items():  # without what users bring, which was written for the CPU
         if (word := getattr(config.fusion, field)) not in words:
@@ -94,6 +97,9 @@ class _OnDevice:
     def __init__(self, method: MergeMethod, device: torch.device):
         self._host, self._placed, self._device = method, method.placed(_Placed(device)), device
         self.models, self.prepare = method.models, self._placed.prepare
+
+    def at(self, name: str) -> MergeMethod:
+        return self._host.at(name)
 
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._host.pieces(info)

@@ -53,6 +53,9 @@ OPTIONS: Mapping[str, Option] = {
     "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}, or module:attribute"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
     "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
+    "slices": Option(
+        "fusion.slices", "layers of models one after another: a list of {sources: [{model, layer_range}]}"
+    ),
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
     "p": Option("regions.p", "cpift: core fraction; 1 % is 0.01"),
     "scope": Option("regions.scope", "cpift: the top p of all parameters (`global`), or of each `tensor`"),
@@ -124,6 +127,7 @@ class MergeFields(MethodFields, total=False):
     """Every keyword of a merge of checkpoints."""
 
     vocabulary: Literal["error", "base"]
+    slices: Sequence[Mapping[str, Any]]
     shard_size: int | str
     backbone: str
     backbone_revision: str

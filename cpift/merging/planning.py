@@ -17,6 +17,8 @@ from cpift.formats.safetensors import DTYPES
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import METHODS, method_named
 from cpift.merging.settings import Settings
+from cpift.merging.stacks.inputs import slice_problems
+from cpift.merging.stacks.planning import check_stack, stack_notes
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
 from cpift.pretrained.loading import code_problems
@@ -40,13 +42,13 @@ def check_given(config: RunConfig) -> list[Problem]:
     base, problems = _opened(folder, None, f"model.{config.model.kind}")
     if base is None:
         return problems
-    pretrained = _laid_out(base, config)
+    pretrained, whole = _laid_out(base, config), not config.fusion.slices
     for where, folder in _given(config):
-        opened, more = _opened(folder, pretrained, where, config.fusion.vocabulary)
+        opened, more = _opened(folder, pretrained, where, config.fusion.vocabulary, whole)
         problems += more
-        if opened is not None:
+        if opened is not None and whole:
             problems += _misfits(pretrained, opened, where)
-    return problems
+    return problems or ([] if whole else check_stack(config))
 
 
 def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
@@ -60,7 +62,10 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
                 conflict_named(config.fusion.conflict)
         except ConfigError as error:
             return list(error.problems)
-        problems += Settings(config.fusion, _tensors(config)).problems(method.asked, tasks)
+        if config.fusion.slices:
+            problems += slice_problems(config.fusion)
+        else:
+            problems += Settings(config.fusion, _tensors(config)).problems(method.asked, tasks)
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
@@ -123,7 +128,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
     base = Checkpoint(folder)
     pretrained = _laid_out(base, config)
     opened = {
-        where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary))
+        where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary, not config.fusion.slices))
         for where, folder in _given(config)
     }
     for where, (folder, model) in opened.items():
@@ -140,6 +145,8 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
+    if config.fusion.slices:
+        yield from stack_notes(config)
     yield _costs(config, [pretrained, *(model for _, model in opened.values())])
 
 
@@ -181,7 +188,7 @@ def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:
 
 
 def _opened(
-    folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error"
+    folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error", whole: bool = True
 ) -> tuple[Checkpoint | None, list[Problem]]:
     if problems := code_problems(folder, where):
         return None, problems
@@ -189,7 +196,7 @@ def _opened(
         if base is None and (folder / ADAPTER_CONFIG).is_file():
             require_plain(folder)
             return None, []
-        model = open_checkpoint(folder, base, vocabulary)
+        model = open_checkpoint(folder, base, vocabulary, whole)
         unequal = [
             Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in model.unequal_copies()
         ]

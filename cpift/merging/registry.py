@@ -16,6 +16,7 @@ from cpift.merging.methods.linear import Linear
 from cpift.merging.methods.model_stock import ModelStock
 from cpift.merging.methods.multislerp import MultiSlerp
 from cpift.merging.methods.nuslerp import NuSlerp
+from cpift.merging.methods.passthrough import Passthrough
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
 from cpift.merging.updates.breadcrumbs import Breadcrumbs
@@ -50,14 +51,15 @@ METHODS: dict[str, type[MergeMethod]] = {
     "breadcrumbs": Breadcrumbs,
     "breadcrumbs_ties": BreadcrumbsTies,
     "ram_plus": RamPlus,
+    "passthrough": Passthrough,
 }
 
 
+# Fields of `fusion` that every merge has, whatever its method.
+OF_ALL = ("method", "vocabulary", "slices", "shard_size")
 # What a merge of any method is named by; a method reads of these, and of no other field.
 READABLE = tuple(
-    name
-    for name, mark in marks_of(FusionConfig).items()
-    if "merge" in mark["named"] and name not in ("method", "vocabulary", "shard_size")
+    name for name, mark in marks_of(FusionConfig).items() if "merge" in mark["named"] and name not in OF_ALL
 )
 
 

@@ -27,10 +27,11 @@ def settings_of(config: FusionConfig) -> dict[str, object]:
 class Settings:
     """A config, and what it is at each tensor of a model of these names."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]):
+    def __init__(self, config: FusionConfig, names: Sequence[str], first: int = 0):
+        """first: the number of the first layer."""
         self._config, self._names = config, names  # none: of a model that is not at hand
         self.vary = any(varies(value) for value in settings_of(config).values())
-        self._places = places_of(names) if self.vary else {}
+        self._places = places_of(names, first) if self.vary else {}
 
     def at(self, name: str) -> FusionConfig:
         """The config with a number for every setting; fields that no case reaches are as they stand."""
@@ -83,7 +84,9 @@ class Largest:
     shares: Sequence[Share]
 
 
-def write_trimmed(wanted: Largest, config: FusionConfig, folders: Sequence[Path], streaming: Streaming) -> None:
+def write_trimmed(
+    wanted: Largest, config: FusionConfig, folders: Sequence[Path], streaming: Streaming, first: int = 0
+) -> None:
     """Fill empty folders, one a share, with the masks of the elements that are wanted, found as core regions are: in
     one pass where every task and tensor has the same shares, which differ."""
     regions = RegionsConfig(scope=config.trim)
@@ -91,7 +94,7 @@ def write_trimmed(wanted: Largest, config: FusionConfig, folders: Sequence[Path]
         by_share = {share(config, ""): folder for share, folder in zip(wanted.shares, folders, strict=True)}
         write_regions(wanted.origin, wanted.models, regions, by_share, streaming)
         return
-    settings = Settings(config, list(wanted.origin.tensors))
+    settings = Settings(config, list(wanted.origin.tensors), first)
 
     def shares(task: str, name: str) -> list[float]:
         made = settings.at(name)

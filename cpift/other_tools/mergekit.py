@@ -7,13 +7,22 @@ values that may differ by model, layer and tensor.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from cpift.errors import Problem
-from cpift.other_tools.mergekit_models import Merge, Source, names_of, parameters_of, reference, sources_of, unknown
-from cpift.other_tools.mergekit_values import Place, flag, number, setting
+from cpift.other_tools.mergekit_models import (
+    THETA0,
+    Merge,
+    Method,
+    Source,
+    names_of,
+    parameters_of,
+    reference,
+    sources_of,
+    unknown,
+)
+from cpift.other_tools.mergekit_parameters import IDLE, by_models, slice_of, told
+from cpift.other_tools.mergekit_values import Place
 from cpift.untrusted.values import Raw, kind_of, mapping
 
 _TEMPLATES = ("chatml", "llama3", "alpaca")
@@ -22,24 +31,6 @@ _FIELDS = {
     *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"),
     *("tokenizer", "chat_template", "modules"),
 }
-_LERP_BELOW = 0.0316  # radians, where mergekit's slerp takes the straight line: cos > 0.9995
-
-
-@dataclass(frozen=True)
-class Method:
-    """One of mergekit's `merge_method`s. ours: `--method`; others: what it has no form for, by parameter: the value
-    that changes nothing, and what cpift does."""
-
-    ours: str
-    of_updates: bool | None = True  # merges onto base_model, which is no model to merge; None: where there is one
-    by_model: tuple[str, ...] = ()
-    single: tuple[str, ...] = ()
-    numbers: Mapping[str, str] = field(default_factory=dict)  # one for the whole merge: its name here, and there
-    normalize: bool | None = None  # its default, where it differs from cpift's
-    others: tuple[tuple[str, Any, str], ...] = ()
-    least: int = 1
-    most: int = 1 << 30
-    told: str = ""
 
 
 _TRIMMED = ("weight", "density")
@@ -91,8 +82,8 @@ METHODS = {
         ),
         told="cpift goes on until the mean stands still, whatever max_iter and tol say",
     ),
+    "passthrough": Method("passthrough", False, ("scale",), most=1),
 }
-_IDLE = {"int8_mask": "cpift's masks take one bit an element"}  # decides nothing but memory
 _KNOWN = {
     name
     for one in METHODS.values()
@@ -109,16 +100,23 @@ def is_mergekit(raw: Raw) -> bool:
 def read_mergekit(raw: Raw) -> Merge:
     """What a file asks for, with everything that cannot be done; nothing is opened."""
     merge = Merge()
-    inside = [name for name in raw if name in _KNOWN | set(_IDLE)]
+    inside = [name for name in raw if name in _KNOWN | set(IDLE)]
     for name in inside:
         merge.refuse(name, "stands outside of `parameters`, where mergekit does not look", "put it under `parameters`")
     unknown(merge, [name for name in raw if name not in inside], _FIELDS, "")
     method = _method(merge, raw)
-    sources = sources_of(merge, raw)
+    slices = sources_of(merge, raw)
     base = reference(merge, raw["base_model"], "base_model") if raw.get("base_model") is not None else ""
     if method is not None:
-        kept = _onto_base(merge, method, base, sources)
-        _parameters(merge, method, raw, kept)
+        shared: Place = ("parameters", parameters_of(merge, raw, "")) if raw.get("parameters") is not None else ("", {})
+        base = _base(merge, method, base, slices)
+        kept = [_onto_base(merge, method, base, sources) for sources in slices]
+        _name(merge, kept)
+        told(merge, method, kept, shared, _KNOWN)
+        if len(kept) == 1:
+            by_models(merge, method, kept[0], shared)
+        if any(one.layers for sources in slices for one in sources):
+            merge.slices = [slice_of(merge, method, *both, shared) for both in zip(slices, kept, strict=True)]
     _output(merge, raw)
     return merge
 
@@ -139,8 +137,8 @@ def _method(merge: Merge, raw: Raw) -> Method | None:
     return None
 
 
-def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -> list[Source]:
-    """θ0, and the models that are merged onto it by name; slerp's `t` is from base_model on."""
+def _base(merge: Merge, method: Method, base: str, slices: Sequence[Sequence[Source]]) -> str:
+    """base_model as far as it can be taken; θ0 is it, or else the first model."""
     if "+" in base:
         merge.refuse("base_model", f"{base}: has an adapter, and cpift takes θ0 as it is", "merge the two beforehand")
         base = base.partition("+")[0]
@@ -148,21 +146,28 @@ def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -
         merge.refuse(
             "base_model", "is not there, and this method is from it", "name the model that all were tuned from"
         )
-    of_updates = method.of_updates if method.of_updates is not None else bool(base)
     if method.of_updates is None:
         merge.fields["space"] = "delta" if base else "weights"
-    merge.base = base or next((one.model for one in sources if one.model), "")
+    merge.base = base or next((one.model for sources in slices for one in sources if one.model), "")
+    return base
+
+
+def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -> list[Source]:
+    """Of a slice the models that are merged onto it; slerp's `t` is from base_model on."""
     plain = [one for one in sources if one.model != merge.base or one.adapter]
-    if of_updates:
+    if method.of_updates or (method.of_updates is None and base):
         sources = plain
     elif method.ours == "slerp" and base:
         sources = [*[one for one in sources if one not in plain][:1], *plain]
         if sources[:1] == plain[:1]:
-            sources = [Source("base_model", base, "", ()), *sources]
+            layers = plain[0].layers if plain else None
+            sources = [Source("base_model", base, "", (), layers), *sources]
+    where = sources[0].where.rpartition(".sources")[0] if sources else ""
     if sources and not method.least <= len(sources) <= method.most:
         wanted = f"{method.least}" if method.least == method.most else f"at least {method.least}"
         wanted = wanted if method.most != 1 else "1"
-        merge.refuse("models", f"are {len(sources)} beside base_model's part, and it takes {wanted}", "name others")
+        what = f"are {len(sources)} beside base_model's part, and it takes {wanted}"
+        merge.refuse(f"{where}.sources" if where else "models", what, "name others")
     for one in sources:
         if one.adapter and one.model != merge.base:
             what = f"{one.model}+{one.adapter}: cpift puts an adapter onto base_model, which is {merge.base}"
@@ -170,77 +175,15 @@ def _onto_base(merge: Merge, method: Method, base: str, sources: list[Source]) -
             merge.refuse(f"{one.where}.model", what, f"`{fold}`, and name FOLDER here")
     if not sources and not merge.problems:
         merge.refuse("models", "name no model beside base_model", "add one")
-    merge.models = dict(zip(names_of([one.adapter or one.model for one in sources]), _paths(sources), strict=True))
     return sources
 
 
-def _paths(sources: Sequence[Source]) -> list[str]:
-    return [one.adapter or one.model for one in sources]
-
-
-# ---- parameters ------------------------------------------------------------------------------------------------------
-
-
-def _parameters(merge: Merge, method: Method, raw: Raw, sources: Sequence[Source]) -> None:
-    shared: Place = ("parameters", parameters_of(merge, raw, "")) if raw.get("parameters") is not None else ("", {})
-    places = list(dict.fromkeys(id(one) for source in sources for one in source.places))
-    known = dict.fromkeys(
-        (*method.by_model, *method.single, *method.numbers, *(one[0] for one in method.others), *_IDLE)
-    )
-    for where, given in [shared, *_each(sources, places)]:
-        _unused(merge, method, where, given, known)
-    for name in method.by_model:
-        values = [setting(merge.problems, name, [*one.places, shared]) for one in sources]
-        _by_model(merge, name, list(merge.models), values)
-    common = [*(sources[0].places[1:] if sources else ()), shared]
-    fields = {"t": "t", "normalize": "normalize", "lambda": "scale", **method.numbers}
-    for name in (*method.single, *method.numbers):
-        own = [place for one in sources for place in one.places[:1] if name in place[1]]
-        if name == "t":
-            value = setting(merge.problems, name, [*own[:1], *common])
-            if value is None and not any("t" in given for _, given in [*own, *common]):
-                merge.refuse("parameters.t", "is not there", "give a number from 0 to 1, a list, or cases")
-        else:
-            value = (flag if name == "normalize" else number)(merge.problems, name, [*own[:1], *common])
-            if len({repr(given[name]) for _, given in own}) > 1:
-                merge.refuse(f"{own[0][0]}.{name}", "differs between models", "give one number for the whole merge")
-            value = method.normalize if name == "normalize" and value is None else value
-        if value is not None:
-            merge.fields[fields[name]] = value
-    if method.ours == "slerp":
-        merge.fields["epsilon"] = _LERP_BELOW
-    merge.fields["method"] = method.ours
-    merge.notes += [method.told] if method.told else []
-
-
-def _each(sources: Sequence[Source], places: Sequence[int]) -> list[Place]:
-    by_id = {id(place): place for source in sources for place in source.places}
-    return [by_id[one] for one in places]
-
-
-def _unused(merge: Merge, method: Method, where: str, given: Raw, known: Iterable[str]) -> None:
-    """Parameters that the method has no use for: mergekit's own are told, others refused."""
-    for name, value in given.items():
-        inert = {one[0]: one for one in method.others}
-        if name in inert:
-            _, default, does = inert[name]
-            if default is not None and value != default:
-                merge.refuse(f"{where}.{name}", f"is {value!r:.40}, and {does}", f"leave it out, or give {default}")
-        elif name in _IDLE:
-            merge.notes.append(f"{where}.{name}: {_IDLE[name]}")
-        elif name not in known and name in _KNOWN:
-            merge.notes.append(f"{where}.{name}: is not used by {method.ours}")
-        elif name not in known:
-            unknown(merge, [name], [*known, *_KNOWN], f"{where}.")
-
-
-def _by_model(merge: Merge, name: str, tasks: Sequence[str], values: Sequence[Any]) -> None:
-    """`weight` and `density`: one for all where they are alike, else by task."""
-    given = {task: 1.0 if value is None else value for task, value in zip(tasks, values, strict=True)}
-    if len({repr(value) for value in given.values()}) == 1:
-        merge.fields[name] = next(iter(given.values()))
-    elif given:
-        merge.fields[{"weight": "weights", "density": "densities"}[name]] = given
+def _name(merge: Merge, slices: Sequence[Sequence[Source]]) -> None:
+    """Every model that is merged, by the name of a task."""
+    paths = [one.path for sources in slices for one in sources]
+    paths = paths if len(slices) == 1 else list(dict.fromkeys(paths))
+    names = (f"{name}-tuned" if name == THETA0 else name for name in names_of(paths))
+    merge.models = dict(zip(names, paths, strict=True))
 
 
 # ---- the merged model ------------------------------------------------------------------------------------------------

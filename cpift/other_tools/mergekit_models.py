@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,22 +13,45 @@ from cpift.other_tools.mergekit_values import Place
 from cpift.untrusted.values import Raw, is_list, is_word, kind_of, mapping
 
 _LISTED = 8  # names that are told one by one
+OF_SLICES = ("weight", "weights", "density", "densities", "t", "normalize", "scale")  # what each slice has for itself
+THETA0 = "pretrained"  # base_model in `fusion.slices`
+_MOST_SLICES = 1000
 _MOST = 17  # models of a file: as many as a run has tasks, and base_model
 
 
 @dataclass
 class Merge:
-    """What a file asks for. fields: keywords of `cpift.merge`; problems: what cannot be done; notes: what differs."""
+    """What a file asks for. fields: keywords of `cpift.merge`; problems: what cannot be done; notes: what differs.
+
+    Where slices say something, they have the place of OF_SLICES among the fields."""
 
     base: str = ""
     models: dict[str, str] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
-    layers: int | None = None  # that θ0 has to have, where the file names a range
+    layers: int | None = None  # of θ0 with which `slices` say nothing: one slice of all layers
+    slices: list[dict[str, Any]] = field(default_factory=list)  # `fusion.slices`, where the file names ranges
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, where: str, what: str, remedy: str) -> None:
         self.problems.append(Problem(where, what, remedy))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of mergekit's `merge_method`s. ours: `--method`; others: what it has no form for, by parameter: the value
+    that changes nothing, and what cpift does."""
+
+    ours: str
+    of_updates: bool | None = True  # merges onto base_model, which is no model to merge; None: where there is one
+    by_model: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)  # one for the whole merge: its name here, and there
+    normalize: bool | None = None  # its default, where it differs from cpift's
+    others: tuple[tuple[str, Any, str], ...] = ()
+    least: int = 1
+    most: int = 1 << 30
+    told: str = ""
 
 
 def unknown(merge: Merge, given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -45,35 +68,42 @@ def unknown(merge: Merge, given: Iterable[str], known: Iterable[str], where: str
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is merged: where the file has it, its name and adapter, and its own parameters, nearest first."""
+    """A model that is merged: where the file has it, its name and adapter, its own parameters, nearest first, and its
+    layers, where they are named: the first, and the one after the last."""
 
     where: str
     model: str
     adapter: str
     places: tuple[Place, ...]
+    layers: tuple[int, int] | None = None
+
+    @property
+    def path(self) -> str:
+        return self.adapter or self.model
 
 
-def sources_of(merge: Merge, raw: Raw) -> list[Source]:
+def sources_of(merge: Merge, raw: Raw) -> list[list[Source]]:
+    """The sources of every slice; of `models`, those of the one slice that they stand for."""
     if raw.get("modules") is not None:
         merge.refuse("modules", "name parts of models of several kinds", "cpift merges one language model at a time")
     slices, models = raw.get("slices"), raw.get("models")
     if slices is not None and models is not None:
         merge.refuse("slices", "stand beside `models`", "keep one of the two")
     if slices is None:
-        return _listed(merge, models, "models", ())
+        return [_listed(merge, models, "models", ())]
     if not is_list(slices) or not all(isinstance(one, dict) for one in slices) or not slices:
         merge.refuse("slices", f"is {kind_of(slices)}, not slices", "give a list of {sources: [...]}")
         return []
-    if len(slices) > 1:
-        what = f"are {len(slices)}: cpift puts no layers of models one after another"
-        merge.refuse("slices", what, "give one slice of all layers, or `models`")
+    if len(slices) > _MOST_SLICES:
+        merge.refuse("slices", f"are {len(slices):,}", f"give at most {_MOST_SLICES:,}")
+        return []
+    found = []
     for number_, one in enumerate(slices):
-        unknown(merge, one, {"sources", "parameters"}, f"slices.{number_}.")
-    first = slices[0]
-    places = (("slices.0.parameters", parameters_of(merge, first, "slices.0")),)
-    found = _listed(merge, first.get("sources"), "slices.0.sources", places)
-    if len(slices) == 1:
-        _ranges(merge, first.get("sources"))
+        at = f"slices.{number_}"
+        unknown(merge, one, {"sources", "parameters"}, f"{at}.")
+        places = ((f"{at}.parameters", parameters_of(merge, one, at)),)
+        found.append(_listed(merge, one.get("sources"), f"{at}.sources", places))
+        _ranges(merge, found[-1], at, alone=len(slices) == 1)
     return found
 
 
@@ -97,7 +127,7 @@ def _listed(merge: Merge, given: Any, where: str, places: tuple[Place, ...]) -> 
         name = reference(merge, entry.get("model"), f"{at}.model")
         model, _, adapter = name.partition("+")
         own = (f"{at}.parameters", parameters_of(merge, entry, at))
-        found.append(Source(at, model, adapter, (own, *places)))
+        found.append(Source(at, model, adapter, (own, *places), _layers(merge, entry.get("layer_range"), at)))
     return found
 
 
@@ -108,22 +138,23 @@ def parameters_of(merge: Merge, entry: Raw, where: str) -> Raw:
     return mapping(given)
 
 
-def _ranges(merge: Merge, sources: Any) -> None:
-    """A range of all layers says nothing; another cannot be had. How many there are is known when θ0 is opened."""
-    ranges = []
-    for number_, one in enumerate(sources if is_list(sources) else []):
-        given = mapping(one).get("layer_range")
-        whole = is_list(given) and len(given) == 2 and all(type(end) is int for end in given) and given[0] < given[1]
-        if given is not None and (not whole or given[0] < 0):
-            remedy = "give [first, one after the last], for example [0, 32]"
-            merge.refuse(f"slices.0.sources.{number_}.layer_range", f"is {given!r:.60}", remedy)
-        elif given is not None:
-            ranges.append(tuple(given))
-    if len(set(ranges)) > 1 or any(first for first, _ in ranges):
-        what = f"is {' and '.join(str(list(one)) for one in dict.fromkeys(ranges))}: cpift merges all layers"
-        merge.refuse("slices.0.sources.layer_range", what, "give every source [0, number of layers], or `models`")
-    elif ranges:
-        merge.layers = ranges[0][1]
+def _layers(merge: Merge, value: Any, where: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if is_list(value) and len(value) == 2 and all(type(end) is int for end in value) and 0 <= value[0] < value[1]:
+        return value[0], value[1]
+    merge.refuse(f"{where}.layer_range", f"is {value!r:.60}", "give [first, one after the last], for example [0, 32]")
+    return None
+
+
+def _ranges(merge: Merge, sources: Sequence[Source], where: str, alone: bool) -> None:
+    """One slice of all layers says nothing. How many there are is known when θ0 is opened."""
+    ranges = {one.layers for one in sources}
+    if alone and (None in ranges or (len(ranges) == 1 and all(one[0] == 0 for one in ranges if one))):
+        merge.layers = next((one[1] for one in ranges if one), None)
+    elif None in ranges and not merge.problems:
+        remedy = "give [first, one after the last] to each source"
+        merge.refuse(f"{where}.sources", "have no layer_range, and there are several slices", remedy)
 
 
 def reference(merge: Merge, value: Any, where: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from cpift.untrusted.yaml import parse_yaml
 
 FILES = sorted((Path(__file__).parent / "mergekit").glob("*.yml"))
 REFUSED: dict[str, tuple[str, ...]] = {
-    "frankenmerge": ("merge_method: cpift has no 'passthrough'", "slices: are 2: cpift puts no layers of models"),
     "union_tokenizer": (
         "tokenizer.source: is 'union': cpift puts no tokenizers together",
         "tokenizer.tokens: say where rows of single tokens come from",
@@ -37,13 +36,22 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "multimodal": ("modules: name parts of models", "models: is not there"),
     "part_of_the_layers": (
-        "slices.0.sources.layer_range: is [0, 32], and",
-        "has 2 layers → cpift merges all: give [0, 2]",
+        "fusion.slices.0.sources.0.layer_range: is [0, 32], and one has 2 layers → end at 2 at most",
         "pad_to_multiple_of: is no field of mergekit's",
         "int8_mask: stands outside of `parameters`",
     ),
 }
-VERIFIED = ("linear", "ties_gradient", "dare_ties")  # by its definition too, which reads settings by tensor
+VERIFIED = (
+    "linear",
+    "ties_gradient",
+    "dare_ties",
+    "ties_of_layers",
+)  # by its definition too, which reads settings by tensor
+LAYERS = {  # of what comes out: the models and layers that each is of
+    "frankenmerge": [("one", 0), ("one", 1), ("two", 1)],
+    "depth_up": [("base", 0), ("base", 1), ("base", 1)],
+    "ties_of_layers": [("base", 0), ("base", 0), ("base", 1)],
+}
 MERGED = [path.stem for path in FILES if path.stem not in REFUSED]
 
 
@@ -85,12 +93,38 @@ def test_a_file_is_planned_and_merged(name: str, here: Path) -> None:
     assert not (here / "out").exists()
     merge(file(name), "out", *([] if name in VERIFIED else ["--no-verify"]))
     base, out = Checkpoint(here / "base"), Checkpoint(here / "out")
-    assert {n: x.shape for n, x in out.tensors.items()} == {n: x.shape for n, x in base.tensors.items()}
+    layers = LAYERS.get(name, [("base", 0), ("base", 1)])
+    assert {n: x.shape for n, x in out.tensors.items()} == {n: base.tensors[m].shape for n, m in named(base, layers)}
+    assert out.config["num_hidden_layers"] == len(layers)
     dtype = parse_yaml(file(name).read_text())
     kind = {"float16": "F16", "float32": "F32"}.get(dtype.get("out_dtype") or dtype.get("dtype"), "BF16")
     assert {info.kind for info in out.tensors.values()} == {kind}
     if name in WANTED:
         compare(here, WANTED[name])
+
+
+def named(model: Checkpoint, layers: Sequence[tuple[str, int]]) -> Iterator[tuple[str, str]]:
+    """Names of a model of such layers, with those of a model that they are taken from."""
+    yield from ((name, name) for name in model.names if layer_of(name) is None)
+    for number, (_, of) in enumerate(layers):
+        before = f"model.layers.{of}."
+        yield from ((f"model.layers.{number}.{n[len(before) :]}", n) for n in model.names if n.startswith(before))
+
+
+@pytest.mark.parametrize("name", ["frankenmerge", "depth_up"])
+def test_layers_are_those_of_their_models(name: str, here: Path) -> None:
+    told = merge(file(name), "out", "--no-verify")
+    layers, out = LAYERS[name], Checkpoint(here / "out")
+    models = {label: Checkpoint(here / label) for label in ("base", "one", "two")}
+    for new, old in named(models["base"], layers):
+        source = models[layers[layer[1] if (layer := layer_of(new)) else 0 if "embed" in new else -1][0]]
+        wanted = source.tensor(old).to(out.tensors[new].dtype)
+        nothing = name == "depth_up" and new.startswith("model.layers.2.") and ("o_proj" in new or "down_proj" in new)
+        assert torch.equal(out.tensor(new), torch.zeros_like(wanted) if nothing else wanted), new
+    assert "Merged model" in told
+    planned = merge(file(name), "other", "--dry-run")
+    assert "Layers: 3, of " in planned
+    assert f"Parameters: {out.numel:,}" in planned
 
 
 Models = dict[str, torch.Tensor]
@@ -187,7 +221,11 @@ def test_what_cannot_be_done_is_one_list(name: str, here: Path) -> None:
         ("merge_method: linear\nslices: []", "slices: is a list, not slices"),
         ("merge_method: linear\nslices: [{sources: 3}]", "slices.0.sources: is a number"),
         ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [4, 2]}]}]", "layer_range: is [4, 2]"),
-        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 2]}]}]", "cpift merges all layers"),
+        ("merge_method: linear\nslices: [{sources: [a]}, {sources: [a]}]", "slices.0.sources: have no layer_range"),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [1, 2]}, {model: b}]}]",
+            "slices.0.sources: are 2 beside base_model's part, and it takes 1",
+        ),
         ("merge_method: linear\nmodels: [a]\nslices: [{sources: [a]}]", "slices: stand beside `models`"),
         ("merge_method: linear\nmodels: [a]\nout_dtype: 16", "out_dtype: is 16"),
         ("merge_method: linear\nmodels: [a]\ntokenizer: union", "tokenizer: is a text"),

@@ -233,6 +233,7 @@ ELSEWHERE = {
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("file", "hub", "subset", "revision")),
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("streaming", "data_files")),
     "fusion.method",  # gives an output of another kind
+    "fusion.slices",  # of given checkpoints: merging/test_stacks.py
     # given in parts, each of which has its own line
     *("model", "tasks", "model.scratch", "regions", "groups", "backbone", "fusion", "integration", "evaluation"),
     *("probe", "resources", "tasks.resources", "probe.mixing", "integration.mixing", "backbone.training"),

@@ -26,6 +26,8 @@ from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, named_also, seeded
 from cpift.merging.settings import Largest, write_trimmed
+from cpift.merging.stacks.inputs import Part, StackInputs, stack_inputs
+from cpift.merging.stacks.method import StackMerge
 from cpift.merging.verify import check_loads, verify
 from cpift.method.masks import SUMMARY
 from cpift.method.regions import Streaming
@@ -135,7 +137,10 @@ def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInput
     """
     base, vocabulary = model.base(names), names.config.fusion.vocabulary
     folders = {task: probed.path for task, probed in probe.tuned(names).items()}
-    pretrained, tuned = open_models(base.path, folders, vocabulary)
+    fusion = names.config.fusion
+    pretrained, tuned = open_models(base.path, folders, vocabulary, whole=not fusion.slices)
+    if fusion.slices:
+        return stack_inputs(fusion, pretrained, tuned)
     if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
         raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
     inputs = FusionInputs(
@@ -231,11 +236,19 @@ _TOUCH = "it has the size and time of the other: `touch` it, so that regions are
 
 def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> MergeMethod:
     """The method that `fusion.method` names, over these models."""
-    trimmed = partial(_trimmed, config, work / "trimmed", merging)
-    return method_named(config.fusion.method).make(Materials(inputs, config.fusion, config.seed, trimmed))
+
+    def trimmed(part: Part, wanted: Largest) -> list[Path]:
+        return _trimmed(config, part, work / part.folder, merging, wanted)
+
+    if isinstance(inputs, StackInputs):
+        return StackMerge.of(inputs, config.seed, trimmed)
+    whole = Part(config.fusion, inputs)
+    return method_named(config.fusion.method).make(
+        Materials(inputs, config.fusion, config.seed, partial(trimmed, whole))
+    )
 
 
-def _trimmed(config: RunConfig, folder: Path, merging: Merging | None, wanted: Largest) -> list[Path]:
+def _trimmed(config: RunConfig, part: Part, folder: Path, merging: Merging | None, wanted: Largest) -> list[Path]:
     """The masks of the elements that a method wants, a folder a share; made if they are not all there."""
     folders = [folder / str(number) for number in range(len(wanted.shares))]
     if not all(is_json(one / SUMMARY) for one in folders):
@@ -244,7 +257,7 @@ def _trimmed(config: RunConfig, folder: Path, merging: Merging | None, wanted: L
             one.mkdir(parents=True)
         mark = merging.mark if merging else None
         streaming = Streaming(budget=config.resources.memory_budget, mark=mark)
-        write_trimmed(wanted, config.fusion, folders, streaming)
+        write_trimmed(wanted, part.config, folders, streaming, part.inputs.first_layer)
     return folders
 
 

@@ -1,0 +1,93 @@
+"""Before slices of layers are merged: everything that headers and config.json tell of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpift.checkpoints.checkpoint import Checkpoint, first_problems
+from cpift.checkpoints.layout import is_buffer, layout_of
+from cpift.checkpoints.opening import at_hand, open_models
+from cpift.config.fusion import SliceConfig
+from cpift.config.run import RunConfig
+from cpift.errors import CpiftError, Problem, ProblemsError
+from cpift.merging.registry import method_named
+from cpift.merging.settings import Settings
+from cpift.merging.stacks.inputs import StackInputs, stack_inputs
+from cpift.pretrained.architecture import CONFIG, skeleton
+from cpift.pretrained.plain import plain_class
+from cpift.pretrained.tying import untied_config
+
+_WHERE = "fusion.slices"
+
+
+def open_stack(config: RunConfig) -> StackInputs | None:
+    """The models of a stack; None where one of them has to be downloaded. Raises ProblemsError."""
+    base = at_hand(config.model)
+    given = {task.name: at_hand(task.checkpoint) for task in config.tasks if task.checkpoint is not None}
+    folders = {name: folder for name, folder in given.items() if folder is not None}
+    if base is None or len(folders) < len(config.tasks):
+        return None
+    return stack_inputs(config.fusion, *open_models(base, folders, config.fusion.vocabulary, whole=False))
+
+
+def check_stack(config: RunConfig) -> list[Problem]:
+    """Every problem of a stack whose models are at hand."""
+    if config.model.path is None and config.model.hub is None:
+        what = f"take layers of models as their files have them, and θ0 is made of model.{config.model.kind}"
+        return [Problem(_WHERE, what, "give model.path or model.hub: transformers saves it as a folder")]
+    try:
+        inputs = open_stack(config)
+        if inputs is None:
+            return []
+        inputs.check()
+        return [*_of_settings(inputs), *class_problems(inputs.backbone)]
+    except ProblemsError as error:
+        return list(error.problems)
+    except (CpiftError, OSError) as error:
+        return [Problem(_WHERE, str(error), "check the paths")]
+
+
+def _of_settings(inputs: StackInputs) -> Iterator[Problem]:
+    for part in inputs.parts:
+        settings = Settings(part.config, part.inputs.pretrained.names, part.inputs.first_layer)
+        for one in settings.problems(method_named(part.config.method).asked, list(part.inputs.tuned)):
+            yield Problem(f"{_WHERE}.{part.number}: {one.where}", one.what, one.remedy)
+
+
+def class_problems(stack: Checkpoint) -> list[Problem]:
+    """Parameters that the class of the new config.json has otherwise than the layers that were put together."""
+    config = untied_config(stack.config) if stack.is_apart and stack.ties else stack.config
+    shapes = {info.name: info.shape for info in stack.tensors.values() if info.floating}
+    plain = plain_class(json.dumps(config))
+    if plain is not None:
+        wrong = sorted(name for name in plain.own.keys() | shapes.keys() if plain.own.get(name) != shapes.get(name))
+    else:
+        with tempfile.TemporaryDirectory(prefix="cpift-config-") as folder:
+            (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            network = skeleton(Path(folder))
+        layout = layout_of(network, shapes)
+        spare = [name for name in layout.unloaded if not is_buffer(network, name)]
+        wrong = [*layout.missing, *(problem.where for problem in layout.misfits), *spare]
+    what, remedy = "is not as the class of the model that is asked for has it", "take layers of models of one kind"
+    return first_problems([Problem(f"{_WHERE}: {name}", what, remedy) for name in wrong], 8)
+
+
+def stack_notes(config: RunConfig) -> Iterator[str]:
+    """Layers and parameters of what comes out, and whose the tensors outside of layers are."""
+    inputs = open_stack(config)
+    if inputs is None:
+        yield "Layers are counted when all models are downloaded"
+        return
+    slices, stack = config.fusion.slices, inputs.backbone
+    yield f"Layers: {sum(one.layers for one in slices)}, of {'; '.join(map(_said, slices))}"
+    first, last = (" and ".join(source.model for source in one.sources) for one in (slices[0], slices[-1]))
+    head = "as the embedding, which it is tied to" if stack.ties and not stack.is_apart else f"of {last}"
+    yield f"Embedding of {first}, last norm of {last}, output layer {head}; {stack.numel:,} parameters"
+
+
+def _said(one: SliceConfig) -> str:
+    ranges = ((source.model, *source.layer_range) for source in one.sources)
+    return " with ".join(f"{model} {first}–{end - 1}" for model, first, end in ranges)
