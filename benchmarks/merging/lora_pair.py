@@ -87,6 +87,7 @@ def train(work: Path, task: str, steps: int) -> None:
         resources=ResourcesConfig(),
         export=work / "trained" / task,
         scratch=work / "scratch" / task,
+        tokens=work / "tokens",
         logs=work / "logs",
     )
     log = fit(replace(spec, tracking=()), FitHooks(on_checkpoint=keep))["log"]

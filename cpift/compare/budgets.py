@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cpift.compare.config import Budget
@@ -117,6 +115,5 @@ class Budgets:
 
 
 def _counted(spec: FitSpec, index: int) -> tuple[int, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        lengths = list(count_tokens(stage_data(spec, index, load_tokenizer(spec.model), Path(folder))))
+    lengths = list(count_tokens(stage_data(spec, index, load_tokenizer(spec.model))))
     return len(lengths), sum(lengths)

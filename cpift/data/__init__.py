@@ -1,8 +1,9 @@
 """Tasks' rows as tokens: loaded, checked, sampled, mixed, written in the model's chat template, packed.
 
 `tasks` (rows of a task), `sources` (files, the hub, a generator), `templates` and `chat_templates`, `written` (a
-conversation as text, and where its replies are), `tokenise` (token ids with labels), `packing`, `on_disk`, `use` (how
-much of the rows a fine-tune learns from), `preview`, `shared_rows`.
+conversation as text, and where its replies are), `tokenise` (token ids with labels), `token_files` and `token_workers`
+(made once, by several processes), `packing`, `on_disk`, `use` (how much of the rows a fine-tune learns from),
+`preview`, `shared_rows`.
 
     >>> from cpift.config.inputs import DataSource
     >>> from cpift.data import load_examples

@@ -7,32 +7,18 @@ that where they are given no attention mask and no cache, with every attention i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from cpift.data.on_disk import rows_on_disk
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from typing import Any
 
 _OPEN = 64  # rows that still take examples; more would fill rows better and mix near and far examples more
 _IGNORED = -100
 
 
-def packed(dataset: Iterable[dict[str, Any]], max_length: int, file: Path | None = None) -> Dataset:
-    """Rows of at most `max_length` tokens with columns `input_ids`, `labels` and `position_ids`, kept in `file`.
-
-    Every example of `dataset` (columns `input_ids` and `labels`) is in one row, whole: the first of the open rows that
-    has room for it. The first token of an example is nobody's label, for the token before it is another example's.
-    """
-    from datasets import Dataset
-
-    rows = packed_rows(dataset, max_length)
-    return rows_on_disk(rows, file) if file else Dataset.from_list(list(rows))
-
-
 def packed_rows(examples: Iterable[dict[str, Any]], max_length: int) -> Iterator[dict[str, list[int]]]:
-    """The rows of `packed`, each as soon as it is full."""
+    """Rows of at most `max_length` tokens with columns `input_ids`, `labels` and `position_ids`, each once it is full.
+
+    Every example (with `input_ids` and `labels`) is in one row, whole: the first of the open rows that has room for it.
+    The first token of an example is nobody's label, for the token before it is another example's.
+    """
     open_rows: list[dict[str, list[int]]] = []
     for example in examples:
         length = len(example["input_ids"])

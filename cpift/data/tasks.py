@@ -14,7 +14,7 @@ from cpift.config.run import DataSource
 from cpift.config.training import Mixing
 from cpift.data.kept_rows import rows_once
 from cpift.data.sources import rows_of
-from cpift.data.tokenise import CompletionCollator, count_tokens, tokenise, tokenised_dataset
+from cpift.data.tokenise import CompletionCollator, count_tokens, tokenise
 from cpift.disk.facts import remembered
 from cpift.disk.files import digest, file_identity
 from cpift.disk.input_watch import unchanged
@@ -37,11 +37,9 @@ __all__ = [
     "count_examples",
     "load_examples",
     "mixture",
-    "pick_examples",
     "read_examples",
     "source_fingerprint",
     "tokenise",
-    "tokenised_dataset",
 ]
 Item = TypeVar("Item")
 _HELD: dict[str, int] = {}
@@ -120,13 +118,6 @@ def load_examples(source: DataSource) -> list[Example]:
 def count_examples(source: DataSource) -> int:
     """How many `read_examples` gives."""
     return sum(1 for _ in read_examples(source))
-
-
-def pick_examples(source: DataSource, rows: Sequence[int]) -> list[Example]:
-    """The examples in these places, counted from 0, in the order of `rows`; the others are read and let go."""
-    places = {row: place for place, row in enumerate(rows)}
-    examples = {places[row]: example for row, example in enumerate(read_examples(source)) if row in places}
-    return [examples[place] for place in range(len(rows))]
 
 
 def source_fingerprint(source: DataSource) -> str:

@@ -24,6 +24,7 @@ from cpift.pretrained.release import without_index
 SECONDS = 10.0  # of processor time for the renderings of one row
 MEMORY = 2**29  # bytes, beyond what the child has after its imports
 TEXT = 2**24  # characters of one rendering
+ASKS_TODAY = "strftime_now"  # what transformers lets templates ask for the time
 _SHOWN = 300  # of a template's own message
 _checked = contextvars.ContextVar("checked", default=False)
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.data.on_disk import rows_on_disk
-from cpift.data.use import RowUse
 from cpift.data.written import refused, written
 from cpift.errors import DataError, Problem
 from cpift.rows.examples import Example
@@ -19,7 +15,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
 UNCUT = 1 << 30  # a `max_length` of no row
 IGNORED = -100  # the label that cross entropy leaves out
 
@@ -74,42 +69,6 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     end = int(tokenizer.eos_token_id)
     return ids if ids and ids[-1] == end else [*ids, end]
-
-
-def tokenised_dataset(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    file: Path | None = None,
-    use: RowUse | None = None,
-) -> Dataset:
-    """A map-style data set with columns `input_ids` and `labels`, in the examples' order.
-
-    `file`: where its rows are kept, 8 bytes a token, so that neither they nor the examples are ever all in memory.
-    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out, and counted in `use`.
-
-    Raises:
-        DataError: no example is left.
-    """
-    from datasets import Dataset
-
-    use = RowUse(max_length) if use is None else use
-
-    def rows() -> Iterator[dict[str, list[int]]]:
-        for example in examples:
-            uncut = tokenise(example, tokenizer, UNCUT)
-            row = {name: ids[:max_length] for name, ids in uncut.items()}
-            use.add(len(uncut["input_ids"]), learnable(row))
-            if learnable(row):
-                yield row
-
-    dataset = rows_on_disk(rows(), file) if file else Dataset.from_list(list(rows()))
-    if not use.used:
-        remedy = "raise max_length"
-        raise DataError("training data", [Problem("max_length", f"no reply begins within {max_length} tokens", remedy)])
-    if use.left_out:
-        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", use.left_out, use.rows, max_length)
-    return dataset
 
 
 def count_tokens(dataset: Dataset) -> Iterator[int]:

@@ -30,6 +30,7 @@ from cpift.disk.files import (
 )
 
 STAGES = ("model", "probe", "regions", "group", "backbone", "fuse", "integrate", "evaluate", "sweep")
+TOKENS = "tokens"  # in the work folder, beside what stages go on from: training rows as tokens
 SMALL = 1 << 22  # bytes up to which a file is hashed whenever it is looked at
 _HASH = re.compile("[0-9a-f]{64}")
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}  # no permission would help

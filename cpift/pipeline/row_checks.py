@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cpift.config.code import code_of
 from cpift.config.needs import NEEDS
 from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
-from cpift.data.templates import checked_templates, renderer
+from cpift.data.templates import ASKS_TODAY, checked_templates, renderer
 from cpift.data.tokenise import UNCUT, learnable, tokenise
 from cpift.data.use import RowFacts, RowUse, TokenUse
 from cpift.disk.facts import recalled, remembered
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SAMPLE = 128  # texts of each source of a task that `plan` writes in the chat template
 _SHOWN = 5
 _INTEGRATION = "integration.max_length"
-_TODAY = "strftime_now"  # what transformers lets templates ask for the time
 
 
 @dataclass
@@ -124,7 +123,7 @@ def _look(config: RunConfig, stage: str | None, download: bool) -> RowChecks:
     if tokenizer is None:
         checks.notes.append("Rows are written in the chat template once the model is there, before anything is trained")
         return checks
-    if _TODAY in str(tokenizer.chat_template):
+    if ASKS_TODAY in str(tokenizer.chat_template):
         checks.day = date.today().isoformat()
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
@@ -141,14 +140,22 @@ def _look(config: RunConfig, stage: str | None, download: bool) -> RowChecks:
     return checks
 
 
-def check_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """As `check_written`, of all training rows and of nothing else. Raises DataError with every problem."""
-    checks = RowChecks()
+def keep_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As `check_written`, of all training rows and of nothing else: as tokens they are kept in `folder` for those who
+    train. Raises DataError with what is wrong with them."""
+    from cpift.data.token_files import TokenFiles
+
+    checks, kept = RowChecks(), TokenFiles(folder, tokenizer)
+    wanted = []
     for task in config.tasks:
-        if task.train is not None:
-            _check_train(checks, task, task.train_data, tokenizer, _lengths(config, task, None), every=True)
+        lengths = _lengths(config, task, None) if task.train is not None else {}
+        if lengths and not kept.has(fingerprint := source_fingerprint(task.train_data), max(lengths.values())):
+            wanted.append((task.train_data, fingerprint, max(lengths.values())))
+            _check_train(checks, task, task.train_data, tokenizer, lengths)
     if checks.problems:
         raise DataError("training rows", one_per_kind(checks.problems))
+    for source, fingerprint, length in wanted:
+        kept.rows(source, fingerprint, length)
 
 
 def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
@@ -222,8 +229,6 @@ def _check_train(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     lengths: Mapping[str, int],
-    *,
-    every: bool = False,
 ) -> None:
     where = f"tasks.{task.name}.train"
     uses = {name: TokenUse(length) for name, length in lengths.items()}
@@ -231,7 +236,7 @@ def _check_train(
         return
     try:
         others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
-        rows = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks, every)
+        rows = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
     if any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
@@ -254,22 +259,19 @@ def _sampled(
     uses: Collection[RowUse],
     others: Collection[RowUse],
     checks: RowChecks,
-    every: bool,
 ) -> int:
     """Count the first rows, and more where none of those would be learnt from. Returns how many rows there are, as far
     as they were read: to the end, if nothing was wrong with them.
 
-    Of the others one of each shape is written, for its template may refuse it, and the longest; with `every` all are
-    counted, those of a shape that was written before in this process.
+    Of the others one of each shape is written, for its template may refuse it, and the longest.
     """
     shapes, bad, number, longest = Shapes(tokenizer), 0, 0, None
     for number, example in enumerate(examples, start=1):
-        counted = every or number <= SAMPLE or not all(use.used for use in uses)
+        counted = number <= SAMPLE or not all(use.used for use in uses)
         if not shapes.add(example) and not counted:
             longest = example if longest is None or size_of(example) > size_of(longest) else longest
             continue
-        with checked_templates() if every and number > SAMPLE and not shapes.newest else nullcontext():
-            bad += not _counted(example, tokenizer, uses if counted else others, checks)
+        bad += not _counted(example, tokenizer, uses if counted else others, checks)
         if bad == _SHOWN:
             return number
     if longest is not None:

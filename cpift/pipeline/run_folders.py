@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpift.console.progress import PLACE, Progress, read_progress
-from cpift.disk.artifact_state import STAGES
+from cpift.disk.artifact_state import STAGES, TOKENS
 from cpift.disk.artifacts import Artifact, artifact_at
 from cpift.disk.locks import is_held
 from cpift.untrusted.json import UnreadableError
@@ -169,6 +169,8 @@ def _left_over(folder: Path) -> Iterator[Freed]:
             if _LEFT.fullmatch(path.name):
                 yield Freed(path, size_of(path), "left by an interrupted build")
     for path in _folders(folder / ".work"):
+        if path.name == TOKENS:
+            yield Freed(path, size_of(path), "training rows as tokens")
         stage, _, name = path.name.partition("-")
         folder_made = folder / stage / name
         if stage in STAGES and _NAME.fullmatch(name) and not folder_made.is_symlink() and _complete(folder_made):

@@ -28,16 +28,15 @@ class Shapes:
         marks = {part for text in literals for part in text.split("\\n") if not part.replace(" ", "").isalnum()}
         self._marks = sorted(mark for mark in marks if len(mark) >= 3)
         self._seen: set[Any] = set()
-        self.newest = False  # whether the row that came last was the first of its shape
 
     def add(self, example: Example) -> bool:
         """Whether a row has a shape that none before it had."""
         turns = [self._of(message) for message in example.messages]
         shape = bool(example.tools), frozenset(zip([None, *turns], [*turns, None], strict=True))
-        self.newest = shape not in self._seen and len(self._seen) < MOST
-        if self.newest:
+        new = shape not in self._seen and len(self._seen) < MOST
+        if new:
             self._seen.add(shape)
-        return self.newest
+        return new
 
     def _of(self, message: Message) -> tuple[Any, ...]:
         fields = tuple(sorted(message.other)) if message.fields else ()

@@ -43,7 +43,6 @@ from cpift.training.fsdp import (
     ShardedTrainer,
     WholeTrainer,
     load_sharded,
-    rank_here,
     save_whole,
     workers_here,
     write_trained,
@@ -159,7 +158,7 @@ def _run_stage(
         trainer = (ShardedTrainer if _sharded(spec) else WholeTrainer)(
             model=model,
             args=_arguments(spec, index),
-            train_dataset=stage_data(spec, index, tokenizer, spec.scratch / f"rows-{rank_here()}", uses),
+            train_dataset=stage_data(spec, index, tokenizer, uses),
             data_collator=Batches(tokenizer, Abilities.of(model)),
             callbacks=[follower, *curves],
         )

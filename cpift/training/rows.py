@@ -1,65 +1,84 @@
 """The rows that a stage of a fine-tune goes over.
 
-They are read from their sources one by one and kept as tokens in files that are mapped. So a data set may be larger
-than memory and is still one that a row's number finds: workers share it out, and a resumed fine-tune goes on in it, as
-in any other. Each worker keeps its own (8 bytes a token; packed rows 12 more), so that none waits for another.
+They are kept as tokens in files that are mapped, made once for all workers and fine-tunes of a run. So a data set may
+be larger than memory and is still one that a row's number finds: workers share it out, and a resumed fine-tune goes on
+in it, as in any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpift.config.run import TaskConfig
-from cpift.data.packing import packed
-from cpift.data.tasks import (
-    balanced_sample,
-    count_examples,
-    mixture,
-    pick_examples,
-    read_examples,
-    same_rows,
-    tokenised_dataset,
-)
-from cpift.data.templates import checked_templates
-from cpift.data.use import RowUse, UseRecord
-from cpift.rows.examples import Example
+from filelock import FileLock
+
+from cpift.data.on_disk import rows_on_disk
+from cpift.data.packing import packed_rows
+from cpift.data.tasks import balanced_sample, mixture, same_rows
+from cpift.data.token_files import TokenFiles, TokenRows
+from cpift.data.use import UseRecord
+from cpift.disk.files import digest
+from cpift.errors import DataError, Problem
 from cpift.training.spec import FitSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 
 def stage_data(
-    spec: FitSpec,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    uses: dict[str, UseRecord] | None = None,
+    spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase, uses: dict[str, UseRecord] | None = None
 ) -> Dataset:
-    """The rows that a stage goes over in every epoch, with column `input_ids` among others; kept in `folder`.
+    """The rows that a stage goes over in every epoch, with columns `input_ids` and `labels` among others.
 
-    `uses` gets how many rows of each task these are (`RowUse.record`).
+    Examples whose prompt alone fills `max_length` have nothing to learn from; they are left out. `uses` gets how many
+    rows of each task these are (`RowUse.record`).
+
+    Raises:
+        DataError: no example of a task is left.
     """
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
-    length = spec.training.max_length
-    parts = []
-    with same_rows({task.name: task.train_data for task in chosen}, spec.rows):
-        for task, examples in zip(chosen, _examples(spec, chosen), strict=True):
-            use, file = RowUse(length), folder / f"stage-{index}-{task.name}.arrow"
-            with checked_templates():  # by `preflight`
-                parts.append(tokenised_dataset(examples, tokenizer, length, file, use))
-            if uses is not None:
-                uses[task.name] = use.record
+    files, length = TokenFiles(spec.tokens, tokenizer), spec.training.max_length
+    with same_rows({task.name: task.train_data for task in chosen}, spec.rows) as rows:
+        kept = [files.rows(task.train_data, rows[task.name], length) for task in chosen]
+    places = _places(spec, kept)
+    for task, tokens, places_of in zip(chosen, kept, places, strict=True):
+        record = _use(tokens, places_of)
+        if uses is not None:
+            uses[task.name] = record
+    parts = [tokens.chosen(places_of) for tokens, places_of in zip(kept, places, strict=True)]
     mixed = mixture(parts, spec.seed + index, spec.training.mixing)
-    return packed(mixed, length, folder / f"stage-{index}-packed.arrow") if spec.training.packing else mixed
+    if not spec.training.packing:
+        return mixed
+    made_of = [[tokens.name for tokens in kept], places, spec.seed + index, spec.training.mixing.model_dump()]
+    return _packed(mixed, length, spec.scratch / f"packed-{index}-{digest(made_of)[:12]}.arrow")
 
 
-def _examples(spec: FitSpec, tasks: list[TaskConfig]) -> list[Iterable[Example]]:
-    sources = [task.train_data for task in tasks]
+def _places(spec: FitSpec, kept: Sequence[TokenRows]) -> Sequence[Sequence[int] | None]:
+    """Of each task, which rows of its source are gone over; None: all."""
     if not spec.balanced:
-        return [read_examples(source) for source in sources]
-    places = balanced_sample([range(count_examples(source)) for source in sources], spec.samples_per_task, spec.seed)
-    return [pick_examples(source, rows) for source, rows in zip(sources, places, strict=True)]
+        return [None] * len(kept)
+    return balanced_sample([range(len(tokens)) for tokens in kept], spec.samples_per_task, spec.seed)
+
+
+def _use(tokens: TokenRows, places: Sequence[int] | None) -> UseRecord:
+    use = tokens.use(places)
+    if not use.used:
+        what = f"no reply begins within {use.max_length} tokens"
+        raise DataError("training data", [Problem("max_length", what, "raise max_length")])
+    if use.left_out:
+        _log.warning("%d of %d examples left out: prompt ≥ %d tokens", use.left_out, use.rows, use.max_length)
+    return use.record
+
+
+def _packed(mixed: Dataset, length: int, file: Path) -> Dataset:
+    """By the first worker that needs it; the others wait."""
+    from datasets import Dataset
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        return Dataset.from_file(str(file)) if file.is_file() else rows_on_disk(packed_rows(mixed, length), file)

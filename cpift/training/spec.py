@@ -86,6 +86,7 @@ class FitSpec:
     resources: ResourcesConfig
     export: Path
     scratch: Path
+    tokens: Path  # kept of one fine-tune for all
     logs: Path
     regions: Path | None = None
     penalty: float | None = None  # instead of freezing

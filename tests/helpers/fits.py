@@ -26,7 +26,7 @@ def fit_spec(
 ) -> FitSpec:
     """Everything it makes goes below `out`."""
     settings: dict[str, Any] = {"title": "fit", "seed": 3, "threads": 1, "resources": ResourcesConfig()} | fields
-    folders = {"export": out / "export", "scratch": out / "scratch", "logs": out / "logs"}
+    folders = {"export": out / "export", "scratch": out / "scratch", "tokens": out / "tokens", "logs": out / "logs"}
     return FitSpec(model=base, tasks=tasks, stages=stages, training=training, **folders, **settings)
 
 

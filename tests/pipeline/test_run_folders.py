@@ -67,19 +67,22 @@ def test_clean_frees_what_can_be_made_again(run: Path) -> None:
     partial = run / "probe" / f".{other.name}.partial"
     partial.mkdir()
     (partial / "x").write_bytes(b"x" * 7)
+    tokens = run / ".work" / "tokens" / "0123-512"
+    tokens.mkdir(parents=True)
+    (tokens / "rows.arrow").write_bytes(b"t" * 100)
     before = tree(run)
     said = called("clean", run, "--dry-run")
     assert (said.exit_code, tree(run)) == (0, before)
-    assert "557 B could be freed" in said.output
+    assert "657 B could be freed" in said.output
     assert called("clean", run).exit_code != 0, "nobody can be asked"
     assert tree(run) == before
-    assert "Freed 557 B" in called("clean", run, "--yes").output
+    assert "Freed 657 B" in called("clean", run, "--yes").output
     assert probe.state().kind == "dropped"
     assert probe.manifest()["dropped"]["remake"]
     assert (final / "model.safetensors").is_file()
     assert (other.work_dir / "checkpoint").is_file()
     assert len(list((run / "regions").glob("*/*.safetensors"))) == 1
-    assert not probe.work_dir.exists() and not partial.exists()  # noqa: PT018
+    assert not any(left.exists() for left in (probe.work_dir, partial, tokens.parent))
     assert "Nothing to free" in called("clean", run, "--yes").output
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig, RegionsConfig, TrainingConfig
-from cpift.data.packing import packed
+from cpift.data.packing import packed_rows
 from cpift.data.tasks import load_examples
-from cpift.data.tokenise import IGNORED, CompletionCollator, tokenised_dataset
+from cpift.data.tokenise import IGNORED, CompletionCollator
 from cpift.merging.base import FusionInputs
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
@@ -31,6 +31,7 @@ from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import FitSpec, StageSpec
 from tests.helpers.families import FAMILIES, FUSED, VISION_LANGUAGE, make_family
 from tests.helpers.fits import fit_spec, procedural, weights
+from tests.helpers.rows import tokenised_dataset
 
 TASKS = (procedural("addition", "addition", 60), procedural("reverse", "reverse", 60))
 
@@ -171,7 +172,7 @@ def test_a_packed_token_has_the_loss_that_it_has_alone(base: Path, attention: st
     model.config.use_cache = False  # as while training
     rows = tokenised_dataset(load_examples(TASKS[1].train)[:12], tokenizer, 96)
     alone = sorted(loss for row in rows for loss in losses(model, [row], tokenizer))
-    together = sorted(losses(model, list(packed(rows, 96)), tokenizer))
+    together = sorted(losses(model, list(packed_rows(rows, 96)), tokenizer))
     assert len(together) == len(alone) > 50
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=2e-5)
 

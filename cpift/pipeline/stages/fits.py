@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cpift.config.identity import identity_of
 from cpift.config.run import ResourcesConfig, TrainingConfig
+from cpift.disk.artifact_state import TOKENS
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.stages.names import ModelRef, Names, once
 from cpift.training.spec import FitSpec, StageSpec
@@ -50,11 +52,17 @@ def fit_spec(
         threads=names.config.resources.threads,
         export=artifact.work_dir / "export",
         scratch=artifact.work_dir,
+        tokens=tokens_of(names),
         logs=names.root / "logs" / title.replace(" ", "-"),
         tracking=names.config.tracking,
         resources=names.config.resources,
         rows={task: names.train_rows(task) for stage in stages for task in stage.tasks},
     )
+
+
+def tokens_of(names: Names) -> Path:
+    """Where a run's training rows are kept as tokens."""
+    return names.root / ".work" / TOKENS
 
 
 def length(training: TrainingConfig) -> str:

@@ -11,7 +11,7 @@ from cpift.config.run import CheckpointConfig, TaskConfig
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model
-from cpift.pipeline.stages.fits import fit_spec, length, training_fields
+from cpift.pipeline.stages.fits import fit_spec, length, tokens_of, training_fields
 from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, StageSpec
@@ -69,14 +69,15 @@ def make(run: Run) -> dict[str, ModelRef]:
 
 
 def check_data(run: Run, base: ModelRef) -> None:
-    """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last."""
+    """What only θ0's tokenizer can tell of the data: raise DataError before the first fine-tune, not after the last.
+    Training rows are kept as tokens meanwhile."""
     from cpift.evaluation.rows import check_rows
     from cpift.models.sources import load_tokenizer, source_of
-    from cpift.pipeline.row_checks import check_train_rows
+    from cpift.pipeline.row_checks import keep_train_rows
 
     at_hand = model.in_place(run.artifacts) and source_of(run.config.model).tokenizer()
     tokenizer = at_hand or load_tokenizer(base.path)
-    check_train_rows(run.config, tokenizer)
+    keep_train_rows(run.config, tokenizer, tokens_of(run.artifacts))
     check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
 
 
