@@ -76,7 +76,6 @@ TESTED_ELSEWHERE = {
     "rows.holdout": "data/test_data.py",
     "rows.problems": "data/test_data.py",
     "rows.shapes": "data/test_data.py",
-    "sweep.search": "integration/test_sweep_tune.py",
     "text.units": "test_errors.py",
     "training.speed": "pipeline/test_plan.py",
     "untrusted.values": "config/test_run.py",

@@ -94,9 +94,10 @@ def _seeds(text: str) -> list[int]:
 def _engine(resources: ResourcesConfig, here: bool) -> Engine:
     """Ray's, or this process."""
     if here:
+        from cpift.merging.on_device import device_merging
         from cpift.pipeline.inprocess import InProcessEngine
 
-        return InProcessEngine()
+        return InProcessEngine(device_merging(resources))
     from cpift.cluster.tasks import TaskEngine
 
     return TaskEngine(resources)

@@ -7,13 +7,13 @@ from cpift.merging.engine import Merging
 from cpift.merging.on_device import device_merging
 
 
-def merging_for(resources: ResourcesConfig, stored: bool = True) -> Merging | None:
+def merging_for(resources: ResourcesConfig, own_cpus: bool = True, stored: bool = True) -> Merging | None:
     """The cluster that the resources name, or their GPU; None for this process's processors.
 
-    stored: see `merging.merging_of`.
+    own_cpus: whether this process has any, else it asks Ray. stored: see `merging.merging_of`.
     """
-    if not resources.on_cluster:
+    if own_cpus and not resources.on_cluster:
         return device_merging(resources)
     from cpift.cluster.merging import merging_of
 
-    return merging_of(resources, stored=stored)
+    return merging_of(resources, stored)

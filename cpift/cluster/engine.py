@@ -80,7 +80,7 @@ class RayEngine:
     def __init__(self, config: RunConfig, stored: bool = True):
         """`stored`: see `merging.merging_of`."""
         self._resources, self._work = config.resources, config.output_dir / ".work"
-        self.merging: Merging | None = merging_for(config.resources, stored)
+        self.merging: Merging | None = merging_for(config.resources, stored=stored)
         self._session: ExitStack | None = None
         self._starting: threading.Event | None = None  # set when Ray and the group are there, or failed to start
         self._failed: BaseException | None = None  # to start

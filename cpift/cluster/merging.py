@@ -40,15 +40,12 @@ _RETRIES = 3
 _TASKS_A_CPU = 4  # so many tasks are cut for every processor, to even out their times
 
 
-def merging_of(resources: ResourcesConfig, own_cpus: bool = True, stored: bool = True) -> RayMerging | None:
-    """Where a run selects and merges: on the cluster that it names, else in its process (None), unless that holds no
-    CPU of its own.
+def merging_of(resources: ResourcesConfig, stored: bool = True) -> RayMerging:
+    """Where a run selects and merges as tasks of Ray.
 
     stored: whether masks and fused shards go to `resources.storage`, where that is an object store. A sweep's or a
     comparison's lie in its folder alone, for there it is decided which of them are kept.
     """
-    if not resources.on_cluster and own_cpus:
-        return None
     return RayMerging(resources if stored else resources.model_copy(update={"storage": None}))
 
 

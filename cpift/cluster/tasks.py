@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 
+from cpift.cluster.choice import merging_for
 from cpift.cluster.engine import evaluate_models
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits
-from cpift.cluster.merging import merging_of
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
@@ -44,7 +44,7 @@ class TaskEngine:
     def __init__(self, resources: ResourcesConfig, own_cpus: bool = True):
         """`resources`: where Ray is. `own_cpus`: whether regions and fusions may run in this process."""
         self._resources = resources
-        self.merging: Merging | None = merging_of(resources, own_cpus, stored=False)
+        self.merging: Merging | None = merging_for(resources, own_cpus, stored=False)
 
     def session(self) -> AbstractContextManager[None]:
         """Within another one it is free, as in a trial."""

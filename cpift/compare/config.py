@@ -24,7 +24,7 @@ from cpift.config.code import require_words
 from cpift.config.inputs import Seed
 from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
-from cpift.config.variation import Value, base_run, no_device
+from cpift.config.variation import Value, base_run
 from cpift.errors import ConfigError, Problem
 from cpift.text.escaping import markdown
 
@@ -127,7 +127,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = config.output or (base.output_dir if alone else Path("runs") / name)
     comparison = Comparison(name, config, base.model_copy(update={"output": target.absolute()}))
-    if problems := [*no_device(base), *_check_fields(comparison), *_check_names(comparison)]:
+    if problems := [*_check_fields(comparison), *_check_names(comparison)]:
         raise ConfigError(str(path), problems)
     return comparison
 

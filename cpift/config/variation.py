@@ -9,7 +9,6 @@ from typing import Any
 
 from cpift.config.loading import load_config, parse_config, with_fields
 from cpift.config.run import RunConfig
-from cpift.errors import Problem
 
 Value = str | int | float | bool
 Fields = dict[str, Any]  # a point of the space: dotted field name → value
@@ -24,14 +23,6 @@ def base_run(
     else:
         base = parse_config(dict(run), folder, subject, overrides)
     return with_fields(base, fixed, f"{subject} with `fixed`")
-
-
-def no_device(base: RunConfig) -> list[Problem]:
-    """Why points of a sweep or entries of a comparison, which share a machine, cannot have `resources.device`."""
-    if base.resources.device == "cpu":
-        return []
-    what = f"is `{base.resources.device}`, and sweeps and comparisons select and fuse on CPUs"
-    return [Problem("resources.device", what, "leave it out here")]
 
 
 def describe(fields: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from cpift.config.identity import identity
 from cpift.config.inputs import Seed
 from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
-from cpift.config.variation import Value, base_run, describe, no_device, shown
+from cpift.config.variation import Value, base_run, describe, shown
 from cpift.errors import ConfigError, Problem, entry
 from cpift.sweep.objectives import DESCRIPTION, figure_problem, less_is_better
 
@@ -228,7 +228,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
     metrics = {task.name: task.metric for task in base.tasks}
     problems = (
-        no_device(base)
+        _check_device(base)
         + _check_space(sweep)
         + [
             problem
@@ -239,6 +239,20 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     if problems:
         raise ConfigError(str(path), problems)
     return sweep
+
+
+def _check_device(base: RunConfig) -> list[Problem]:
+    """Why trials could not fuse on a GPU: each is a worker of Ray, which sees none but its own."""
+    resources = base.resources
+    if resources.device == "cpu":
+        return []
+    what, where = f"is `{resources.device}`, and ", "resources.device"
+    if resources.by_train:
+        what += "trials hold no GPU where fine-tunes have several workers or a `storage`"
+        return [Problem(where, what, "leave it out here")]
+    if not resources.gpus_per_worker:
+        return [Problem(where, what + "a trial has no GPU", "set resources.gpus_per_worker: 1, or a share of one")]
+    return []
 
 
 def _check_space(sweep: Sweep) -> list[Problem]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cpift.config.needs import missing
 from cpift.config.variation import Fields, Value, describe
 from cpift.errors import ConfigError, Problem
+from cpift.merging.on_device import check_device
 from cpift.merging.planning import check_methods
 from cpift.pipeline.outcomes import outcome
 from cpift.pipeline.pipeline import Pipeline
@@ -47,7 +48,7 @@ def check_points(sweep: Sweep, stage: str) -> None:
     where: dict[Problem, Fields] = {}
     for point in points:
         config = sweep.run(point, sweep.seeds[0])
-        for problem in (*missing(config, stage), *check_methods(config, stage)):
+        for problem in (*missing(config, stage), *check_methods(config, stage), *check_device(config)):
             where.setdefault(problem, point)
     if where:
         problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in where.items()]

@@ -20,6 +20,7 @@ from cpift.console.progress import ProgressMessage
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
+from cpift.merging.on_device import device_merging
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
@@ -86,9 +87,11 @@ def asks_ray(resources: ResourcesConfig) -> bool:
 
 
 def engine_for(config: RunConfig) -> Engine:
-    """This very process, with the CPUs that it holds, where that is enough; else Ray."""
+    """This very process, with the CPUs (and the GPU) that it holds, where that is enough; else Ray."""
     resources = config.resources
-    return TaskEngine(resources, own_cpus=False) if asks_ray(resources) else InProcessEngine()
+    if asks_ray(resources):
+        return TaskEngine(resources, own_cpus=False)
+    return InProcessEngine(device_merging(resources))
 
 
 def _figures(sweep: Sweep, fields: Mapping[str, Any], run: Pipeline, model: str) -> dict[str, float]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from cpift.config.loading import load_config
 from cpift.config.run import RunConfig
@@ -25,35 +24,22 @@ from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt
 from cpift.sweep.results import all_there, gather, write_results
 from cpift.sweep.scores import best_trial
-from tests.helpers.sweeps import Copies, load
-
-
-class Here(Copies):
-    """A model's loss follows from its weights, so they must be there to be scored."""
-
-    def evaluate(self, scorings: Any, on_result: Any, on_progress: Any) -> None:
-        for scoring in scorings:
-            made = scoring.merge.make() if scoring.merge else (load_file(scoring.path / "model.safetensors"), None)
-            weights, merged = made
-            loss = 1.0 + 1 / sum(float(tensor.abs().mean()) for tensor in weights.values())  # noise "learns"
-            score = {"metric": "loss", "score": None, "loss": loss, "tokens": 1, "rows": 1}
-            scores = {task.name: score for task in scoring.tasks}
-            on_result(scoring.title, {"scores": scores, "seconds": 1.0, "device": "cpu", "merged": merged})
+from tests.helpers.sweeps import ByWeights, load
 
 
 def here(config: RunConfig) -> Pipeline:
-    return Pipeline(config, Here(), quiet())  # type: ignore[arg-type]
+    return Pipeline(config, ByWeights(), quiet())  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_trial, "engine_for", lambda config: Here())
+    monkeypatch.setattr(sweep_trial, "engine_for", lambda config: ByWeights())
 
 
 def trials_of(sweep: Sweep) -> list[Trial]:
     points = choose_points(sweep.config)
     runs = [[here(sweep.run(point, seed)) for seed in sweep.seeds] for point in points]
-    shared = SharedWork([run for one in runs for run in one], Here(), quiet())
+    shared = SharedWork([run for one in runs for run in one], ByWeights(), quiet())
     shared.prepare()
     trials = group_points(points, runs, sweep.config.model)
     shared.complete([run for trial in trials for run in trial.runs])
