@@ -93,12 +93,14 @@ class MergeMethod(ABC):
     seeded: ClassVar[bool] = False  # whether the run's seed decides the result
     needs_base: ClassVar[bool] = True  # whether θ0's values decide it
     reads: ClassVar[int] = 0  # times that every model is read before the pass that writes
+    late: ClassVar[tuple[str, ...]] = ()  # of `fields`, those that `statistics` do not depend on
     extra: ClassVar[str] = ""  # of cpift, without which it cannot run
     contender: ClassVar[Contender | None] = None  # how comparisons have it, if they do
     on_gpu: ClassVar[bool] = False  # whether slices on a GPU are merged there
     compared_where: ClassVar[str] = "sampled elements"  # what verification holds against the definition
 
     masks: RegionMasks | None = None  # of elements that it treats in another way
+    statistics: dict[str, Any] | None = None  # by tensor, kept for merges that differ in `late` fields alone
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""

@@ -14,6 +14,8 @@ from cpift.config.loading import load_config
 from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import file_sha256, read_json
+from cpift.formats.safetensors import TensorInfo
+from cpift.merging.methods.cpift import Fusion
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import own_models, scored_models
 from cpift.pipeline.pipeline import Pipeline
@@ -115,6 +117,31 @@ def test_after_a_kill_nothing_is_complete_and_the_same_call_goes_on(
     again_run = run_in(folder)
     handover.score_fused(again_run, "remake")
     assert not again_run.worked
+
+
+def test_points_that_differ_in_omega_read_the_models_for_angles_once(
+    again: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = again("omega"), Fusion._read_gram
+    looked_at: list[str] = []
+
+    def counted(self: Fusion, info: TensorInfo) -> Any:
+        looked_at.append(info.name)
+        return read(self, info)
+
+    monkeypatch.setattr(Fusion, "_read_gram", counted)
+    monkeypatch.setattr(handover, "_KNOWN", {})
+    hashes = []
+    for omega, share in ((0.5, 1), (0.25, 1), (0.25, 2)):
+        run = run_in(folder, fusion={"omega": omega}, regions={"p": 0.1 * share})
+        handover.score_fused(run, "remake")
+        hashes.append(outputs(run)[0].manifest()["outputs"]["model.safetensors"])
+        assert len(looked_at) == share * len(set(looked_at))
+    run.fuse()
+    assert file_sha256(outputs(run)[0].path / "model.safetensors") == hashes[2]
+    second = run_in(folder, fusion={"omega": 0.25})
+    second.fuse()
+    assert file_sha256(outputs(second)[0].path / "model.safetensors") == hashes[1]
 
 
 def test_a_model_that_memory_has_no_room_for_is_written(

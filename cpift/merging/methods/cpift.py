@@ -71,6 +71,7 @@ class Fusion(MergeMethod):
     source = "CPI-FT"
     fields = ("omega", "epsilon", "granularity", "space", "conflict", "transplant")
     reads = 1
+    late = ("omega", "epsilon")
     on_gpu = True
     compared_where = "sampled elements in no core"
     masks: RegionMasks
@@ -189,7 +190,16 @@ class Fusion(MergeMethod):
     # ---- angles ------------------------------------------------------------------------------------------------------
 
     def _gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
-        """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements."""
+        """The Gram matrices [R, M, M] over the non-core elements, and the number of core elements; read once where they
+        are kept, but for those of rows, which are many."""
+        if self.statistics is None or self.vector.row:
+            return self._read_gram(info)
+        if info.name not in self.statistics:
+            self.statistics[info.name] = self._read_gram(info)
+        known: tuple[torch.Tensor, int] = self.statistics[info.name]
+        return known
+
+    def _read_gram(self, info: TensorInfo) -> tuple[torch.Tensor, int]:
         import torch
 
         by: Literal["row", "tensor"] = "row" if self.vector.row and len(info.shape) >= 2 else "tensor"

@@ -8,14 +8,16 @@ warning says that they are not; only then is every core compared with its donor.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cpift.checkpoints.opening import model_files
 from cpift.checkpoints.writing import copy_companions, write_index
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, Unwritten, claimed, require_sound
-from cpift.disk.files import link_or_copy, write_json
+from cpift.disk.files import digest, link_or_copy, write_json
 from cpift.disk.guarded import guarded_reads
 from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation
@@ -27,6 +29,10 @@ from cpift.pipeline.stages import evaluate, fuse
 from cpift.pipeline.stages.names import ModelRef
 
 _SCORED_AS = 4  # bytes a weight while it is scored: float32
+_MOST_KNOWN = 8
+# What the last fusions of this process found out about their models, by what that follows from: points that differ in
+# ω alone read them for it once.
+_KNOWN: dict[str, dict[str, Any]] = {}
 
 
 @unless_damaged
@@ -58,9 +64,19 @@ def _done(fused: Artifact, scored: Artifact) -> bool:
 def _merge(run: Run, sources: fuse.Sources) -> MergeInMemory:
     inputs = fuse.open_inputs(run.artifacts, sources.groups, sources.backbone)
     method = fuse.method_of(run.config, inputs, sources.fused.work_dir, run.merging)
+    method.statistics = _known_of(sources.fused, method.late)
     placed = run.merging.placed(method) if run.merging else method
     config = run.config
     return MergeInMemory(method, placed, inputs.backbone, config.fusion.shard_size, config.resources.verify)
+
+
+def _known_of(fused: Artifact, late: Sequence[str]) -> dict[str, Any]:
+    fields = {name: value for name, value in fused.fields.items() if name not in late}
+    key = digest([dict(fused.inputs), fields])
+    known = _KNOWN[key] = _KNOWN.pop(key, {})
+    while len(_KNOWN) > _MOST_KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    return known
 
 
 def _score(run: Run, sources: fuse.Sources, merge: MergeInMemory, scored: Artifact, remake: str) -> None:
@@ -77,7 +93,11 @@ def _score(run: Run, sources: fuse.Sources, merge: MergeInMemory, scored: Artifa
     run.begin(title)
     files = [file for read in sources.read for file in model_files(read)]
     with run.view.stage(f"{title} and its scores"), guarded_reads(fused.title, files):
-        run.engine.evaluate([scoring], keep, run.view.progress)
+        try:
+            run.engine.evaluate([scoring], keep, run.view.progress)
+        except BaseException:
+            _KNOWN.clear()  # maybe of a file that changed meanwhile
+            raise
 
 
 def _beside_weights(run: Run, sources: fuse.Sources, merge: MergeInMemory) -> Path:
