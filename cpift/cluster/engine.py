@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
 
 from cpift.cluster.choice import merging_for
-from cpift.cluster.fits import cpus_for, parallel_fits, run_fits, wait_for_room
+from cpift.cluster.fits import cpus_for, free_room, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, WorkerKind, servable
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
@@ -35,7 +35,7 @@ from cpift.console.ending import stopping
 from cpift.console.progress import OnProgress
 from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.merging.engine import Merging
-from cpift.pipeline.engine import Scoring
+from cpift.pipeline.engine import Scoring, in_parts, name_of
 from cpift.pipeline.inprocess import score_here
 from cpift.training.spec import RESULT, FitSpec
 
@@ -45,18 +45,38 @@ def evaluate_models(scorings: Sequence[Scoring], on_result: OnResult, on_progres
     if not scorings:
         return
     with ray_session(scorings[0].resources), progress_board() as (board_name, board):
-        pending = {_remote(scoring).remote(scoring, board_name): scoring.title for scoring in scorings}
-        failures: dict[str, BaseException | None] = {}
-        while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
-            show_progress(board, on_progress)
-            for reference in ready:
-                title = pending.pop(reference)
-                try:
-                    on_result(title, ray.get(reference))
-                except ray.exceptions.RayError as error:
-                    failures[title] = error
-        raise_failures(failures)
+
+        def score(some: Sequence[Scoring]) -> dict[str, BaseException | None]:
+            pending = {_remote(scoring).remote(scoring, board_name): scoring for scoring in some}
+            failures: dict[str, BaseException | None] = {}
+            while pending:
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
+                show_progress(board, on_progress)
+                for reference in ready:
+                    scoring = pending.pop(reference)
+                    try:
+                        result = ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        failures[name_of(scoring)] = error
+                    else:
+                        if scoring.part is None:
+                            on_result(scoring.title, result)
+            return failures
+
+        raise_failures(_whole_and_cut(scorings, free_room(scorings[0].resources), score))
+
+
+def _whole_and_cut(
+    scorings: Sequence[Scoring],
+    workers: int,
+    score: Callable[[Sequence[Scoring]], dict[str, BaseException | None]],
+) -> dict[str, BaseException | None]:
+    """Score with so many workers that are busy to the end; what failed, by title. What a part could not do is tried
+    again with the whole."""
+    first, cut = in_parts(scorings, workers)
+    failures = score(first)
+    titles = {scoring.title for scoring in first if scoring.part is None}
+    return {title: why for title, why in failures.items() if title in titles} | (score(cut) if cut else {})
 
 
 def _remote(scoring: Scoring) -> Any:
@@ -143,7 +163,16 @@ class RayEngine:
             self._leave_group()
             evaluate_models(scorings, on_result, on_progress)
             return
-        failed = group.run([item_of(scoring) for scoring in scorings], on_result, on_progress)
+        whole = {scoring.title for scoring in scorings}
+
+        def keep(title: str, result: Evaluation) -> None:
+            if title in whole:  # of a part there is no result
+                on_result(title, result)
+
+        def score(some: Sequence[Scoring]) -> dict[str, BaseException | None]:
+            return group.run([item_of(scoring) for scoring in some], keep, on_progress)
+
+        failed = _whole_and_cut(scorings, group.size, score)
         group.dismiss()
         if self._session is not None and started_here():
             self._ending = threading.Thread(target=self._end, args=(self._session,), daemon=True)

@@ -85,6 +85,12 @@ def _count(nodes: Nodes, resources: ResourcesConfig) -> int:
     return count
 
 
+def free_room(resources: ResourcesConfig) -> int:
+    """How many workers of these resources fit beside the work of others; 1 where they would wait for each other."""
+    count = _count(Nodes(free_resources()), resources)
+    return max(1, min(resources.parallel or count, count))
+
+
 def wait_for_room(resources: ResourcesConfig, title: str, on_progress: OnProgress) -> int:
     """How many fine-tunes of these resources fit beside the work of others; on a full cluster, as soon as one does.
 

@@ -17,7 +17,7 @@ from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.work_queue import Outcome, WorkItem
 from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.errors import CpiftError, explain_os_error
-from cpift.pipeline.engine import Scoring
+from cpift.pipeline.engine import Scoring, name_of
 from cpift.pipeline.inprocess import fit_here, give_back_memory, score_here
 from cpift.training.spec import FitSpec
 
@@ -27,7 +27,8 @@ _SCORING_FAILURES = 2  # workers that end under the evaluation of one model befo
 def item_of(work: FitSpec | Scoring) -> WorkItem:
     """For a desk, which does not look into it."""
     failures = work.resources.max_failures if isinstance(work, FitSpec) else _SCORING_FAILURES
-    return WorkItem(work.title, cloudpickle.dumps(work), failures)
+    title = work.title if isinstance(work, FitSpec) else name_of(work)
+    return WorkItem(title, cloudpickle.dumps(work), failures)
 
 
 def serve(config: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from cpift.config.run import TaskConfig
 from cpift.config.tasks import EvaluationConfig
@@ -24,7 +25,7 @@ from cpift.evaluation.judge import judge_replies
 from cpift.evaluation.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
 from cpift.evaluation.metrics import Metric, Reply, description, load_metric, right_answer
 from cpift.evaluation.rows import ScoredRow, scored_rows
-from cpift.evaluation.scores import Score, ScoredExample
+from cpift.evaluation.scores import KeptResults, RowResult, Score, ScoredExample
 from cpift.models.sources import load_model, load_tokenizer
 
 OnScored = Callable[[str, int, int], None]
@@ -48,13 +49,26 @@ class TaskScore:
         return cast(Score, record | record.pop("described"))
 
 
-@dataclass(frozen=True)
 class _Room:
-    """What every step of one evaluation needs."""
+    """What every step of one evaluation needs. The model is loaded for the first row that nobody has scored."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    settings: EvaluationConfig
+    def __init__(
+        self, path: Path, settings: EvaluationConfig, device: Device, tensors: dict[str, torch.Tensor] | None = None
+    ):
+        self.settings, self.tokenizer = settings, load_tokenizer(path)
+        self._path, self._device, self._tensors = path, device, tensors
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model = load_model(self._path, torch.float32, self._tensors)
+        if self._tensors is not None:
+            self._tensors.clear()  # those that are no part of the model now need no room
+        if (dtype := _products(self.settings, self._device)) != torch.float32:
+            _narrow(model, dtype)
+        model.to(self._device)  # type: ignore[arg-type]  # transformers wraps torch's `to`
+        # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        return model
 
 
 def evaluate_model(
@@ -65,28 +79,38 @@ def evaluate_model(
     device: Device = "cpu",
     on_progress: OnScored | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    kept: Path | None = None,
 ) -> dict[str, TaskScore]:
     """Score the model in `path` on each task's test rows. The same inputs on the same machine give the same scores.
 
     Weights are kept in float32, products computed as `settings.precision` says.
     `tensors`: the weights by the names of files, where `path` has none; they are taken out of it.
     `on_progress(task, done, total)` counts rows scored plus, where the metric needs them, rows generated.
+    `kept`: where results are put as they come, and taken from; its name stands for all that decides them.
 
     Raises:
         DataError: test rows that cannot be scored: too long for `evaluation.max_length`, or no usable answer.
     """
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32, tensors)
-    if tensors is not None:
-        tensors.clear()  # those that are no part of the model now need no room
-    if (dtype := _products(settings, device)) != torch.float32:
-        _narrow(model, dtype)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's `to`
-    # generate() fills what its own config leaves open from the model's: sampling preferences, repetition penalties.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    room = _Room(model, tokenizer, settings)
+    room, said = _Room(path, settings, device, tensors), on_progress or _silent
     with torch.no_grad(), _precision(settings, device):
-        return {task.name: _evaluate_task(room, task, on_progress or _silent) for task in tasks}
+        return {task.name: _evaluate_task(room, task, KeptResults(kept, at), said) for at, task in enumerate(tasks)}
+
+
+def score_part(
+    path: Path,
+    tasks: Sequence[TaskConfig],
+    settings: EvaluationConfig,
+    part: tuple[int, int],
+    *,
+    kept: Path,
+    device: Device = "cpu",
+    on_progress: OnScored | None = None,
+) -> None:
+    """Put results into `kept`, of part k of n: of every n-th batch of each task. `evaluate_model` finds them there."""
+    room, said = _Room(path, settings, device), on_progress or _silent
+    with torch.no_grad(), _precision(settings, device):
+        for at, task in enumerate(tasks):
+            _score_rows(room, task, _rows(room, task), KeptResults(kept, at), said, part)
 
 
 def _silent(task: str, done: int, total: int) -> None:
@@ -112,19 +136,20 @@ def _precision(settings: EvaluationConfig, device: Device) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _evaluate_task(room: _Room, task: TaskConfig, on_progress: OnScored) -> TaskScore:
+def _rows(room: _Room, task: TaskConfig) -> list[ScoredRow]:
     with checked_templates():  # see `rows.check_rows`
-        rows = scored_rows(room.tokenizer, room.settings, task)
-    metric = load_metric(task.metric)
-    total = len(rows) * metric.passes
+        return scored_rows(room.tokenizer, room.settings, task)
 
-    def on_done(done: int) -> None:
-        on_progress(task.name, done, total)
 
-    if not metric.generates:
-        results = _likelihoods(room, rows, on_done)
-    else:
-        results, texts = _replies(room, rows, task.max_new_tokens, on_done)
+def _evaluate_task(room: _Room, task: TaskConfig, kept: KeptResults, on_progress: OnScored) -> TaskScore:
+    rows, metric = _rows(room, task), load_metric(task.metric)
+    _score_rows(room, task, rows, kept, on_progress, (0, 1))
+    found = kept.all(len(rows))
+    written = [result.pop("written", []) for result in found]
+    results: list[ScoredExample] = [*found]
+    if metric.generates:
+        decoded = room.tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = [text.strip() for text in decoded]
         judged = _judged(room, task, metric, rows, texts, on_progress)
         for text, result, verdict in zip(texts, results, judged, strict=True):
             result |= {"prediction": text, **verdict}
@@ -132,6 +157,35 @@ def _evaluate_task(room: _Room, task: TaskConfig, on_progress: OnScored) -> Task
     loss = sum(result["loss"] * result["tokens"] for result in results) / tokens
     score = None if metric.by_loss else sum(result["score"] for result in results) / len(results)
     return TaskScore(task.metric_name, score, loss, tokens, len(results), results, description(task.metric))
+
+
+def _score_rows(
+    room: _Room,
+    task: TaskConfig,
+    rows: Sequence[ScoredRow],
+    kept: KeptResults,
+    on_progress: OnScored,
+    part: tuple[int, int],
+) -> None:
+    """Score what is not kept of every n-th batch, part k of n."""
+    metric, done = load_metric(task.metric), 0
+    sizes = [1 if metric.generates else max(1, len(row.options)) for row in rows]
+    batches = list(_batches(rows, sizes, room.settings.batch_size))[part[0] :: part[1]]
+    total = sum(map(len, batches)) * metric.passes
+
+    def on_done(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(task.name, done, total)
+
+    for batch in batches:
+        if kept.has(batch):
+            on_done(len(batch) * metric.passes)
+        elif metric.generates:
+            kept.add(_replies(room, rows, batch, task.max_new_tokens, on_done))
+        else:
+            kept.add(_likelihoods(room, rows, batch))
+            on_done(len(batch))
 
 
 def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -146,25 +200,21 @@ def _batches(rows: Sequence[ScoredRow], sizes: Sequence[int], limit: int) -> Ite
         yield batch
 
 
-def _likelihoods(room: _Room, rows: Sequence[ScoredRow], on_done: Callable[[int], None]) -> list[ScoredExample]:
+def _likelihoods(room: _Room, rows: Sequence[ScoredRow], batch: Sequence[int]) -> dict[int, RowResult]:
     """Loss of each row's reply; with options also the likeliest (of equals the first) and whether it is right."""
-    results: list[ScoredExample] = [{} for _ in rows]
-    done = 0
-    for batch in _batches(rows, [max(1, len(row.options)) for row in rows], room.settings.batch_size):
-        groups = [(rows[i].reply, *rows[i].options) for i in batch]
-        for i, (reply, *options) in zip(batch, likelihoods(room.model, groups), strict=True):
-            results[i] = _loss(rows[i], reply)
-            if options:
-                nll = [option.nll for option in options]
-                prediction = rows[i].example.choices[nll.index(min(nll))]
-                right = float(prediction == right_answer(rows[i].example))
-                results[i] |= {"prediction": prediction, "score": right, "option_nll": nll}
-        done += len(batch)
-        on_done(done)
+    results = {}
+    groups = [(rows[i].reply, *rows[i].options) for i in batch]
+    for i, (reply, *options) in zip(batch, likelihoods(room.model, groups), strict=True):
+        results[i] = _loss(rows[i], reply)
+        if options:
+            nll = [option.nll for option in options]
+            prediction = rows[i].example.choices[nll.index(min(nll))]
+            right = float(prediction == right_answer(rows[i].example))
+            results[i] |= {"prediction": prediction, "score": right, "option_nll": nll}
     return results
 
 
-def _loss(row: ScoredRow, reply: Likelihood) -> ScoredExample:
+def _loss(row: ScoredRow, reply: Likelihood) -> RowResult:
     tokens = row.reply.scored()
     return {"loss": reply.nll / tokens, "tokens": tokens}
 
@@ -191,25 +241,18 @@ def _judged(
 
 
 def _replies(
-    room: _Room, rows: Sequence[ScoredRow], limit: int, on_done: Callable[[int], None]
-) -> tuple[list[ScoredExample], list[str]]:
-    """Loss of each row's reply, and the greedy reply of at most `limit` tokens to its prompt, without special tokens.
-    `on_done` gets the rows scored plus the rows generated."""
+    room: _Room, rows: Sequence[ScoredRow], batch: Sequence[int], limit: int, on_done: Callable[[int], None]
+) -> dict[int, RowResult]:
+    """Loss of each row's reply, and the greedy reply of at most `limit` tokens to its prompt. `on_done` gets how many
+    rows were scored, then how many generated."""
     ends = _ends(room, rows)
-    results: list[ScoredExample] = [{} for _ in rows]
-    written: list[list[int]] = [[] for _ in rows]
-    done = 0
-    for batch in _batches(rows, [1] * len(rows), room.settings.batch_size):
-        of_replies, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
-        for i, reply in zip(batch, of_replies, strict=True):
-            results[i], written[i] = _loss(rows[i], reply), _foreseen(rows[i], reply, limit, ends)
-        done += len(batch)
-        on_done(done)
-        _finish(room, rows, batch, written, begun, limit, ends)
-        done += len(batch)
-        on_done(done)
-    texts = room.tokenizer.batch_decode(written, skip_special_tokens=True)
-    return results, [text.strip() for text in texts]
+    of_replies, begun = likelihoods_begun(room.model, [rows[i].reply for i in batch])
+    written = {i: _foreseen(rows[i], reply, limit, ends) for i, reply in zip(batch, of_replies, strict=True)}
+    on_done(len(batch))
+    _finish(room, rows, batch, written, begun, limit, ends)
+    on_done(len(batch))
+    losses = (_loss(rows[i], reply) for i, reply in zip(batch, of_replies, strict=True))
+    return {i: loss | {"written": written[i]} for i, loss in zip(batch, losses, strict=True)}
 
 
 def _foreseen(row: ScoredRow, reply: Likelihood, limit: int, ends: Collection[int]) -> list[int]:
@@ -229,7 +272,7 @@ def _finish(
     room: _Room,
     rows: Sequence[ScoredRow],
     batch: Sequence[int],
-    written: list[list[int]],
+    written: dict[int, list[int]],
     begun: Begun,
     limit: int,
     ends: Collection[int],

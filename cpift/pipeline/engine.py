@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cpift.merging.engine import Merging
     from cpift.merging.in_memory import MergeInMemory
 
+_PARTS = 8  # each of which loads the model
 Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported before its artifact is complete
 
 
@@ -34,7 +35,8 @@ Finish = Callable[[Artifact, Path], None]  # adds to what a fine-tune exported b
 class Scoring:
     """A model to be scored on every task, as a FitSpec is one to be trained. `resources`: what it may use.
 
-    merge: what makes its weights, where `path` has none.
+    merge: what makes its weights, where `path` has none. kept: where results of rows are put as they come. part: k of
+    n, which is scored and kept, and nothing else.
     """
 
     title: str
@@ -43,6 +45,27 @@ class Scoring:
     settings: EvaluationConfig
     resources: ResourcesConfig
     merge: MergeInMemory | None = None
+    kept: Path | None = None
+    part: tuple[int, int] | None = None
+
+
+def in_parts(scorings: Sequence[Scoring], workers: int) -> tuple[list[Scoring], list[Scoring]]:
+    """Work that keeps so many workers busy to the end: whole models while each has one, the others in parts; and those
+    others, to be scored once their parts are kept."""
+    cut = [scoring for scoring in scorings if scoring.kept is not None and scoring.merge is None]
+    cut = cut[len(cut) - len(scorings) % workers :] if len(scorings) % workers else []
+    parts = min(workers // len(cut), _PARTS) if cut else 1
+    if parts == 1:
+        return list(scorings), []
+    whole = [scoring for scoring in scorings if scoring not in cut]
+    return whole + [replace(scoring, part=(part, parts)) for scoring in cut for part in range(parts)], cut
+
+
+def name_of(scoring: Scoring) -> str:
+    """Of a model or of a part of it, for those who do several at once."""
+    return (
+        scoring.title if scoring.part is None else f"{scoring.title}, part {scoring.part[0] + 1} of {scoring.part[1]}"
+    )
 
 
 class Engine(Protocol):

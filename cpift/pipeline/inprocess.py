@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cpift.config.run import ResourcesConfig
 from cpift.console.progress import OnProgress, counted
-from cpift.disk.files import link_or_copy
+from cpift.disk.files import digest, link_or_copy
 from cpift.errors import CpiftError
 from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.pipeline.engine import Scoring
 from cpift.training.spec import RESULT, FitSpec
 
 if TYPE_CHECKING:
+    from cpift.devices import Device
     from cpift.merging.checks import OnElements
     from cpift.merging.engine import Merging
 
@@ -58,14 +59,14 @@ class InProcessEngine:
 
 def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
     """Score one model in this process: `scores`, `seconds`, `device` and `data`, what its rows were; of one that is
-    merged for it, `merged`."""
+    merged for it, `merged`. Of a part there are no scores: its results are kept."""
     import torch
 
     from cpift.checkpoints.opening import model_files
     from cpift.data.tasks import same_rows
     from cpift.devices import compute_device, device_name
     from cpift.disk.guarded import guarded_reads
-    from cpift.evaluation.scoring import evaluate_model
+    from cpift.evaluation.scoring import evaluate_model, score_part
 
     title, path, tasks = scoring.title, scoring.path, scoring.tasks
     order = [task.name for task in tasks]
@@ -80,7 +81,12 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
     started = time.time()
     rows = {task.name: task.test_data for task in tasks}
     with guarded_reads(f"evaluation of {title}", model_files(path)), same_rows(rows) as data:
-        scores = evaluate_model(path, tasks, scoring.settings, device=device, on_progress=on_rows, tensors=tensors)
+        how: dict[str, Any] = {"device": device, "on_progress": on_rows, "kept": _kept_results(scoring, device)}
+        scores = {}
+        if scoring.part is not None:
+            score_part(path, tasks, scoring.settings, scoring.part, **how)
+        else:
+            scores = evaluate_model(path, tasks, scoring.settings, tensors=tensors, **how)
     records = {task: score.record() for task, score in scores.items()}
     seconds = time.time() - started
     return {
@@ -90,6 +96,18 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
         "data": data,
         "merged": merged,
     }
+
+
+def _kept_results(scoring: Scoring, device: Device) -> Path | None:
+    """In a folder named by what decides results and is not part of an evaluation's name: files, device and code."""
+    from cpift.checkpoints.opening import quick_fingerprint
+    from cpift.devices import device_name, resolved
+    from cpift.disk import facts
+
+    if scoring.kept is None or facts.releases() is None:
+        return None
+    computed = [device_name(device), resolved(scoring.settings.precision, device), facts.code(), facts.releases()]
+    return scoring.kept / digest([quick_fingerprint(scoring.path), computed])[:16]
 
 
 def _merging(scoring: Scoring, on_progress: OnProgress) -> OnElements:

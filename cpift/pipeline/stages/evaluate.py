@@ -71,12 +71,14 @@ def _score(run: Run, models: Sequence[ModelRef], artifacts: Mapping[str, Artifac
     require_sound(todo.values(), run.root, run.view.warn)
     changes = {title: noted(model_files(path)) for title, path in todo.items()}
     with run.view.stage(TITLE, list(todo)):
-        run.engine.evaluate([scoring(run, title, path) for title, path in todo.items()], keep, run.view.progress)
+        scorings = [scoring(run, title, path, artifacts[title]) for title, path in todo.items()]
+        run.engine.evaluate(scorings, keep, run.view.progress)
 
 
-def scoring(run: Run, title: str, path: Path) -> Scoring:
-    """A model in a folder, to be scored as the run scores."""
-    return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources)
+def scoring(run: Run, title: str, path: Path, scored: Artifact | None = None) -> Scoring:
+    """A model in a folder, to be scored as the run scores. scored: where the work that is left by a kill is kept."""
+    kept = scored.work_dir / "results" if scored else None
+    return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources, kept=kept)
 
 
 def loadable(run: Run, model: ModelRef, scored: Artifact) -> Path:
