@@ -108,7 +108,7 @@ class FusionConfig(Section):
         description="λ: what the merged update is multiplied by, of all methods that add one to θ0 by a formula",
     )
     trim: ScopeName = Field(
-        "tensor", **identity("merge"), description="ties and breadcrumbs: keep the largest of each tensor, or of all"
+        "tensor", **identity("merge"), description="ties, breadcrumbs, sce: keep the largest of each tensor, or of all"
     )
     gamma: float = Field(
         0.01,
@@ -116,6 +116,14 @@ class FusionConfig(Section):
         ge=0,
         lt=1,
         description="breadcrumbs and breadcrumbs_ties: share of each update that is left out, its largest elements",
+    )
+    window: float = Field(
+        0.1,
+        **identity("merge", absent=0.1),
+        ge=0,
+        le=0.5,
+        description="della and della_linear: how far the chance to be kept goes from `density`, down for a row's "
+        "smallest update and up for its largest",
     )
     threshold: float = Field(
         1e-5,

@@ -29,6 +29,10 @@ MergeName = Literal[
     "breadcrumbs_ties",
     "ram_plus",
     "passthrough",
+    "della",
+    "della_linear",
+    "sce",
+    "arcee_fusion",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]

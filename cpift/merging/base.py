@@ -269,6 +269,7 @@ _SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
     "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
     "t": lambda config: f"t = {shown_setting(config.t)}",
     "gamma": lambda config: f"γ {config.gamma:g}",
+    "window": lambda config: f"window {config.window:g}",
     "threshold": lambda config: f"threshold {config.threshold:g}",
     "rescale": lambda config: f"rescaled by {config.rescale:g}, at most for {config.rescale_limit:g}",
     "selectivity": lambda config: f"selectivity {config.selectivity:g}",

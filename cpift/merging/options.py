@@ -38,6 +38,9 @@ OPTIONS: Mapping[str, Option] = {
     "scale": Option("fusion.scale", "λ, which the merged update is multiplied by"),
     "trim": Option("fusion.trim", "ties, breadcrumbs: keep the largest of each `tensor`, or of all (`global`)"),
     "gamma": Option("fusion.gamma", "breadcrumbs: share of each update that is left out, its largest elements"),
+    "window": Option(
+        "fusion.window", "della: how far the chance to be kept goes from the density, by an update's rank"
+    ),
     "threshold": Option("fusion.threshold", "ram, ram_plus: an update that is no larger is no change"),
     "rescale": Option("fusion.rescale", "ram_plus: growth of what one task alone changed, by what it shares"),
     "rescale_limit": Option("fusion.rescale_limit", "ram_plus: the most that its shared over its own elements count"),
@@ -67,7 +70,7 @@ OPTIONS: Mapping[str, Option] = {
     "order": Option("groups.order", "cpift: of groups: random, given or similarity"),
     "backbone": Option("backbone.source", "cpift: what cores go into: `pretrained` (BASE), a folder or hub id"),
     "backbone_revision": Option("backbone.revision", "cpift: branch, tag or commit of a backbone on the hub"),
-    "seed": Option("seed", "of dare and dare_ties, and of the order of groups"),
+    "seed": Option("seed", "of dare, della and their like, and of the order of groups"),
     "memory_budget": Option("resources.memory_budget", "most memory to hold, page cache apart, for example 512MiB"),
     "verify": Option("resources.verify", "read the merged model back and compare it with its inputs", "switch"),
     "dtype": Option("model.dtype", "of the merged model: auto (as BASE), bfloat16, float16 or float32"),
@@ -100,6 +103,7 @@ class MethodFields(TypedDict, total=False):
     scale: float
     trim: ScopeName
     gamma: float
+    window: float
     threshold: float
     rescale: float
     rescale_limit: float

@@ -19,17 +19,20 @@ from cpift.merging.methods.nuslerp import NuSlerp
 from cpift.merging.methods.passthrough import Passthrough
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
-from cpift.merging.updates.breadcrumbs import Breadcrumbs
-from cpift.merging.updates.breadcrumbs_ties import BreadcrumbsTies
+from cpift.merging.selected.arcee_fusion import ArceeFusion
+from cpift.merging.selected.breadcrumbs import Breadcrumbs
+from cpift.merging.selected.breadcrumbs_ties import BreadcrumbsTies
+from cpift.merging.selected.localize_stitch import LocalizeStitch
+from cpift.merging.selected.sce import Sce
+from cpift.merging.selected.ties import Ties
 from cpift.merging.updates.consensus import Consensus
 from cpift.merging.updates.dare import Dare
 from cpift.merging.updates.dare_ties import DareTies
-from cpift.merging.updates.localize_stitch import LocalizeStitch
+from cpift.merging.updates.della import Della, DellaLinear
 from cpift.merging.updates.magmax import MagMax
 from cpift.merging.updates.nearswap import NearSwap
 from cpift.merging.updates.ram import Ram
 from cpift.merging.updates.ram_plus import RamPlus
-from cpift.merging.updates.ties import Ties
 
 METHODS: dict[str, type[MergeMethod]] = {
     "cpift": Fusion,
@@ -52,6 +55,10 @@ METHODS: dict[str, type[MergeMethod]] = {
     "breadcrumbs_ties": BreadcrumbsTies,
     "ram_plus": RamPlus,
     "passthrough": Passthrough,
+    "della": Della,
+    "della_linear": DellaLinear,
+    "sce": Sce,
+    "arcee_fusion": ArceeFusion,
 }
 
 

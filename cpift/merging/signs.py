@@ -35,7 +35,7 @@ def elected(
     exact = torch.tensor([weights, densities], dtype=torch.float64)[:, :, None]
     if config.normalize is not None:
         return config.scale * _weighted(kept.double() / exact[1], exact[0], config.normalize)
-    agrees = kept.sign() == torch.where(_in_turn(kept.double() / exact[1]) >= 0, 1.0, -1.0)
+    agrees = kept.sign() == torch.where(in_turn(kept.double() / exact[1]) >= 0, 1.0, -1.0)
     factors = exact.float()
     found: torch.Tensor = (kept * (factors[0] / factors[1]) * agrees).sum(0) / agrees.sum(0).clamp(min=1)
     return found if config.scale == 1 else found * config.scale
@@ -46,7 +46,7 @@ def _weighted(updates: torch.Tensor, weights: torch.Tensor, normalize: bool) -> 
     import torch
 
     moved = updates * weights
-    agrees = moved.sign() == torch.where(_in_turn(moved) >= 0, 1.0, -1.0)
+    agrees = moved.sign() == torch.where(in_turn(moved) >= 0, 1.0, -1.0)
     found: torch.Tensor = (moved * agrees).sum(0)
     if normalize:
         total = (weights * agrees).sum(0)
@@ -60,7 +60,7 @@ def defined_elected(
     """The same in fp64 [n]; updates: fp64 [N, n]."""
     rescaled = updates / np.array(densities)[:, None]
     moved = rescaled * np.array(weights)[:, None]
-    up = _in_turn(rescaled if config.normalize is None else moved) >= 0
+    up = in_turn(rescaled if config.normalize is None else moved) >= 0
     agrees = np.where(up, rescaled > 0, rescaled < 0)
     if config.normalize is not None:
         agrees = np.where(up, moved > 0, moved < 0)
@@ -73,6 +73,6 @@ def defined_elected(
     return found
 
 
-def _in_turn(moved: Any) -> Any:
+def in_turn(moved: Any) -> Any:
     """The sum over the first axis, one after another: in which order decides on which side of 0 it ends."""
     return functools.reduce(operator.add, moved)

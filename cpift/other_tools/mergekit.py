@@ -36,6 +36,8 @@ _FIELDS = {
 _TRIMMED = ("weight", "density")
 _SUMMED = ("normalize", "lambda")
 _RESCALE = ("rescale", True, "cpift rescales what DARE keeps")
+_PRUNED = ("rescale", True, "cpift divides what is kept by its probability")
+_WINDOW = {"window": 0.15}
 _DROPS = "other elements are dropped than by mergekit, at the same density: `--seed N` for others"
 METHODS = {
     "linear": Method("linear", False, ("weight",), ("normalize",)),
@@ -44,6 +46,14 @@ METHODS = {
     "ties": Method("ties", True, _TRIMMED, _SUMMED, normalize=True),
     "dare_linear": Method("dare", True, _TRIMMED, _SUMMED, others=(_RESCALE,), told=_DROPS),
     "dare_ties": Method("dare_ties", True, _TRIMMED, _SUMMED, normalize=False, others=(_RESCALE,), told=_DROPS),
+    "della": Method(
+        "della", True, _TRIMMED, _SUMMED, {"epsilon": "window"}, False, (_PRUNED,), told=_DROPS, begins=_WINDOW
+    ),
+    "della_linear": Method(
+        "della_linear", True, _TRIMMED, _SUMMED, {"epsilon": "window"}, None, (_PRUNED,), told=_DROPS, begins=_WINDOW
+    ),
+    "sce": Method("sce", numbers={"select_topk": "density"}, begins={"density": 1.0}),
+    "arcee_fusion": Method("arcee_fusion", most=1),
     "nuslerp": Method(
         "nuslerp",
         None,

@@ -52,6 +52,7 @@ class Method:
     least: int = 1
     most: int = 1 << 30
     told: str = ""
+    begins: Mapping[str, Any] = field(default_factory=dict)  # fields of cpift with mergekit's defaults
 
 
 def unknown(merge: Merge, given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -24,6 +24,7 @@ def told(
     places = [place for sources in slices for one in sources for place in one.places]
     for where, given in [shared, *{id(place): place for place in places}.values()]:
         _unused(merge, method, (where, given), known, of_others)
+    merge.fields |= method.begins
     for name, ours in method.numbers.items():
         own = [place for place in {id(place): place for place in places}.values() if name in place[1]]
         merge.fields |= {} if (value := _one(merge, name, own, [shared], number)) is None else {ours: value}

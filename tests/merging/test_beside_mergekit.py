@@ -58,6 +58,9 @@ CASES = {
         {"epsilon": 0.05, "r": 0.5, "alpha": 2.0},
         {"threshold": 0.05, "rescale": 0.5, "rescale_limit": 2.0},
     ),
+    "sce": Case("sce", {"select_topk": 0.34}, {"density": 0.34}),
+    "sce of all": Case("sce", ours={"density": 1.0}),
+    "arcee_fusion": Case("arcee_fusion", weights=(1.0,)),
     "breadcrumbs": Case(
         "breadcrumbs", {"density": 0.385, "gamma": 0.1}, {"density": 0.385, "gamma": 0.1}, (0.5, 1.0, 0.25)
     ),

@@ -84,10 +84,14 @@ CASES = {
     "breadcrumbs": (3, {"density": 0.5, "gamma": 0.1, "weights": {"t1": 0.5}, "normalize": True}),
     "breadcrumbs_ties": (3, {"density": 0.5, "gamma": 0.1, "densities": {"t1": 0.95}, "trim": "global"}),
     "ram_plus": (3, {"threshold": 0.1, "rescale": 1.0, "rescale_limit": 5.0, "granularity": "model"}),
+    "della": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
+    "della_linear": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
+    "sce": (3, {"density": 0.3, "scale": 0.7}),
+    "arcee_fusion": (1, {}),
     "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
     "multislerp": (3, {"weights": {"t1": 0.5}, "space": "delta"}),
 }
-WHOLE = ("model_stock", "karcher", "nuslerp", "multislerp")  # sums over a tensor, which slices round otherwise
+WHOLE = ("model_stock", "karcher", "nuslerp", "multislerp", "sce")  # sums over a tensor, which slices round otherwise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -170,18 +174,18 @@ def test_a_model_that_is_not_finite_is_named(name: str, tmp_path: Path) -> None:
     tasks, fields = CASES[name]
     models = random_models(tasks, torch.float32)
     models[-1]["matrix"][3, 4] = float("nan")
+    whole = {"density": 1.0} if name == "dare_ties" else {}  # nothing is dropped before it is looked at
     with pytest.raises(CheckpointError, match="matrix: holds NaN or Inf"):
-        merged(
-            tmp_path / "out",
-            inputs_of(tmp_path, models),
-            method=name,
-            density=1.0,
-            **{k: v for k, v in fields.items() if k != "density"},
-        )
+        merged(tmp_path / "out", inputs_of(tmp_path, models), method=name, **fields | whole)
 
 
 @pytest.mark.parametrize(
-    ("name", "tasks", "said"), [("nearswap", 2, "is of one fine-tune"), ("model_stock", 1, "there is one")]
+    ("name", "tasks", "said"),
+    [
+        ("nearswap", 2, "is of one fine-tune"),
+        ("arcee_fusion", 2, "is of one fine-tune"),
+        ("model_stock", 1, "there is one"),
+    ],
 )
 def test_other_numbers_of_models_are_refused(name: str, tasks: int, said: str, tmp_path: Path) -> None:
     with pytest.raises(CpiftError, match=said):
@@ -197,6 +201,23 @@ def test_other_numbers_of_models_are_refused(name: str, tasks: int, said: str, t
         # of [3, 1] both need the first; of [3, -3] the sum is 0 and neither is small; of [5, 1] the second is.
         ({"method": "consensus", "weight": 0.5}, [[3.0, 3.0, 5.0], [2.0, -3.0, 1.0]], [2.5, 0.0, 0.0]),
         ({"method": "consensus", "agreement": 1}, [[3.0, 0.0, 5.0], [2.0, 0.0, 1.0]], [5.0, 0.0, 6.0]),
+        # t0 has 2 shared elements and 2 of its own, t1 2 and 1, of which 1.5 counts.
+        (
+            {"method": "ram_plus", "rescale": 0.5, "rescale_limit": 1.5},
+            [[1.0, 2.0, 4.0, 8.0, 0.0], [0.0, 0.0, 2.0, 4.0, 6.0]],
+            [1.5, 3.0, 3.0, 6.0, 10.5],
+        ),
+        ({"method": "breadcrumbs", "density": 0.5, "gamma": 0.25}, [[1.0, -4.0, 3.0, 2.0]], [0.0, 0.0, 3.0, 2.0]),
+        ({"method": "breadcrumbs", "density": 0.75, "gamma": 0.5}, [[1.0, -4.0, 3.0, 2.0]], [1.0, 0.0, 3.0, 2.0]),
+        # Selected are the last two; of these the tasks have 4 + 9 = 13 and 1 + 36 = 37 parts of weight.
+        (
+            {"method": "sce", "density": 0.5},
+            [[9.0, 2.0, 2.0, -3.0], [9.0, 2.5, 1.0, 6.0]],
+            [0.0, 0.0, 1.26, 6.0],
+        ),
+        # Importance goes as the update here; the quartiles of 1, 1, 1, 1, 9 are 1, and θ1 is taken from 1 on.
+        ({"method": "arcee_fusion"}, [[1.0, 1.0, 1.0, 1.0, 9.0]], [1.0, 1.0, 1.0, 1.0, 9.0]),
+        ({"method": "arcee_fusion"}, [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], [0.0] * 5 + [6.0]),
         ({"method": "nuslerp", "weights": {"t1": 0.5}}, [[1.0, 0.0], [0.0, 1.0]], [math.sqrt(3) / 2, 0.5]),
         ({"method": "multislerp"}, [[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]], [math.sqrt(2)] * 2),
     ],
@@ -206,6 +227,20 @@ def test_figures_by_hand(
 ) -> None:
     inputs = inputs_of(tmp_path, vectors([0.0] * len(wanted), *models))
     torch.testing.assert_close(merged(tmp_path / "out", inputs, **fields).tensor("w"), torch.tensor(wanted))
+
+
+def test_della_keeps_large_updates_more_often(tmp_path: Path) -> None:
+    moved = torch.arange(1, 4001) / 256
+    inputs = inputs_of(tmp_path, [{"w": torch.zeros(4, 1000)}, {"w": moved.view(4, 1000)}])
+    fields: dict[str, Any] = {"method": "della_linear", "density": 0.5, "window": 0.3}
+    found = merged(tmp_path / "out", inputs, **fields).tensor("w")
+    assert torch.equal(found, merged(tmp_path / "again", inputs, **fields).tensor("w"))
+    assert not torch.equal(found, merged(tmp_path / "other", inputs, seed=1, **fields).tensor("w"))
+    shares = (found > 0).view(4, 2, 500).float().mean(2)  # of the smaller and the larger half of each row
+    torch.testing.assert_close(shares, torch.tensor([[0.35, 0.65]] * 4), atol=0.07, rtol=0)
+    ranks = torch.arange(1000).repeat(4).view(4, 1000)
+    chances = 0.5 + 0.3 * ((2 * ranks + 1) / 1000 - 1)
+    torch.testing.assert_close(found, torch.where(found > 0, moved.view(4, 1000) / chances, 0.0))
 
 
 @pytest.mark.parametrize("space", ["weights", "delta"])
@@ -223,6 +258,9 @@ def test_what_is_averaged_are_models_or_their_updates(space: str, tmp_path: Path
     [
         ({"method": "consensus", "agreement": 3}, [[1.0], [2.0]], "no element would move"),
         ({"method": "nuslerp", "weight": 0.0}, [[1.0], [2.0]], "not all are 0"),
+        ({"method": "della", "density": 0.1, "window": 0.1}, [[1.0], [2.0]], "give less than 0.1"),
+        ({"method": "sce"}, [[1.0]], "there is one"),
+        ({"method": "ram_plus", "granularity": "row"}, [[1.0]], "give `tensor`"),
         ({"method": "nuslerp"}, [[1.0], [2.0], [3.0]], "is of two"),
         ({"method": "multislerp"}, [[1.0, 0.0], [-2.0, 0.0]], "tensor w: directions cancel out"),
     ],

@@ -20,9 +20,9 @@ from cpift.merging.engine import merge
 from cpift.merging.methods.linear import Linear
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
+from cpift.merging.selected.ties import Ties
 from cpift.merging.signs import defined_elected, elected
 from cpift.merging.updates.dare import Dare, survives
-from cpift.merging.updates.ties import Ties
 from cpift.merging.verify import verify
 from cpift.method.regions import write_regions
 from tests.helpers.checkpoints import random_tensors, save_checkpoint

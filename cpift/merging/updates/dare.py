@@ -51,10 +51,16 @@ class Dare(UpdateMerge):
 
 
 def survives(seed: int, task: str, name: str, start: int, stop: int, density: float) -> np.ndarray:
-    """Bool [stop - start]: whether each element is kept, with probability `density`; SplitMix64 of its index."""
+    """Bool [stop - start]: whether each element is kept, with probability `density`."""
+    return drawn(seed, task, name, start, stop) < np.uint64(round(density * 2**32))
+
+
+def drawn(seed: int, task: str, name: str, start: int, stop: int) -> np.ndarray:
+    """uint64 [stop - start]: of each element a number below 2³², all equally likely; SplitMix64 of its index."""
     key = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
     state = np.arange(start, stop, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(int.from_bytes(key[:8], "little"))
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((state ^ (state >> np.uint64(31))) >> np.uint64(32)) < np.uint64(round(density * 2**32))
+    found: np.ndarray = (state ^ (state >> np.uint64(31))) >> np.uint64(32)
+    return found

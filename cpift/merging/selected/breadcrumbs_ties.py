@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cpift.merging.updates.breadcrumbs import outliers, with_outliers
-from cpift.merging.updates.ties import Ties
+from cpift.merging.selected.breadcrumbs import outliers, with_outliers
+from cpift.merging.selected.ties import Ties
 
 
 class BreadcrumbsTies(Ties):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from cpift.merging.base import Contender
+from cpift.merging.selected.trimmed import TrimmedMerge
 from cpift.merging.signs import defined_elected, elected
-from cpift.merging.updates.trimmed import TrimmedMerge
 
 if TYPE_CHECKING:
     import torch

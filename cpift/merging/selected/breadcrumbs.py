@@ -11,7 +11,7 @@ import numpy as np
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.merging.forms import sum_problems, summed
-from cpift.merging.updates.trimmed import TrimmedMerge, kept_share
+from cpift.merging.selected.trimmed import TrimmedMerge, kept_share
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpift.merging.updates.trimmed import TrimmedMerge
+from cpift.merging.selected.trimmed import TrimmedMerge
 
 if TYPE_CHECKING:
     import torch
