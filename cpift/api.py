@@ -134,7 +134,7 @@ def regions(
     preflight(config, stage="regions")
     artifacts = StageArtifacts(config)
     folders = {task: model.path for task, model in artifacts.tuned.items()}
-    pretrained, tuned = open_models(artifacts.base.path, folders, config.fusion.vocabulary)
+    pretrained, tuned = open_models(artifacts.base.path, folders, config.fusion.fitted)
     shapes = {info.name: tuple(info.shape) for info in pretrained.tensors.values()}
     fingerprints = {task: model.fingerprint for task, model in artifacts.tuned.items()}
     origin = Origin(artifacts.base.fingerprint, fingerprints, config.regions, shapes)

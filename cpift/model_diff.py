@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from cpift.checkpoints.checkpoint import require_same_layout
-from cpift.checkpoints.opening import VOCABULARIES, locate, model_files, open_models, pinned
+from cpift.checkpoints.opening import FITTED, locate, model_files, open_models, pinned
 from cpift.config.inputs import CheckpointConfig
 from cpift.console.view import View
 from cpift.disk.guarded import guarded_reads
@@ -64,8 +64,8 @@ def model_diff(base: str | os.PathLike[str], tuned: str | os.PathLike[str], voca
     """
     problems = list[Problem]()
     sources = {name: given_source(name, model, problems) for name, model in (("base", base), ("tuned", tuned))}
-    if vocabulary not in VOCABULARIES:
-        problems.append(Problem("vocabulary", f"is {vocabulary!r}", f"one of {', '.join(VOCABULARIES)}"))
+    if vocabulary not in FITTED:
+        problems.append(Problem("vocabulary", f"is {vocabulary!r}", f"one of {', '.join(FITTED)}"))
     if problems:
         raise ConfigError(_SUBJECT, problems)
     with view.stage(_TITLE, [_TITLE]):

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from cpift import devices
 from cpift.checkpoints import opening as given
+from cpift.checkpoints import uniting
 from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config import needs
@@ -50,7 +51,8 @@ TABLES: dict[str, Collection[str]] = {
     "FusionConfig.granularity": fusion.VECTORS,
     "FusionConfig.space": fusion.SPACES,
     "FusionConfig.conflict": conflicts.CONFLICTS,
-    "FusionConfig.vocabulary": given.VOCABULARIES,
+    "FusionConfig.missing_tokens": uniting.BEFORE,
+    "FusionConfig.vocabulary": {**given.FITTED, **uniting.KEPT},
     "Mixing.by": data.SIZES,
     "TrainingConfig.steps_per": fit_spec.STEPS_PER,
     "IntegrationConfig.steps_per": fit_spec.STEPS_PER,

@@ -42,7 +42,7 @@ class Checkpoint:
     """
 
     prefix = ""  # what the files' names have before those that are read (`prefix_of`)
-    rewritten: Mapping[str, Any] = {}  # small files that a model like this has otherwise; None: it has it not
+    rewritten: Mapping[str, Any] = {}  # small files that a model like this has otherwise: fields, text; None: not
 
     def __init__(
         self, folder: Path, ties: Mapping[str, str] | None = None, apart: bool = False, prefix: str | None = None

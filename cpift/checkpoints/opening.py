@@ -11,8 +11,9 @@ from cpift.checkpoints.lora import LoraCheckpoint
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.lora_files import ADAPTER_WEIGHTS, unties
 from cpift.checkpoints.relaid import in_layout_of
+from cpift.checkpoints.uniting import united
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
-from cpift.config.run import CheckpointConfig, ModelConfig
+from cpift.config.run import CheckpointConfig, FusionConfig, ModelConfig, RunConfig
 from cpift.disk.files import digest, file_sha256
 from cpift.errors import CheckpointError, CpiftError, Problem, entry
 from cpift.hub import HUB_PATTERNS, download, resolve_revision, snapshot
@@ -20,7 +21,7 @@ from cpift.pretrained.fields import computing_problems
 from cpift.pretrained.loading import require_no_code
 from cpift.untrusted.json import ADAPTER, read_object, read_weight_map
 
-VOCABULARIES = {"error": False, "base": True}  # `fusion.vocabulary` → whether other tokens than θ0's are fitted to them
+FITTED = {"error": False, "base": True}  # `fusion.vocabulary` by numbers → whether other rows are fitted to θ0's
 _Source = TypeVar("_Source", bound=CheckpointConfig | ModelConfig)
 
 
@@ -89,6 +90,22 @@ def open_models(
     }
 
 
+def folders_at_hand(config: RunConfig) -> tuple[Path, dict[str, Path]] | None:
+    """θ0's folder, and by task those of given checkpoints; None where one has to be downloaded."""
+    base = at_hand(config.model)
+    given = {task.name: at_hand(task.checkpoint) for task in config.tasks if task.checkpoint is not None}
+    folders = {name: folder for name, folder in given.items() if folder is not None}
+    return None if base is None or len(folders) < len(config.tasks) else (base, folders)
+
+
+def open_merged(
+    base: Path, others: Mapping[str, Path], config: FusionConfig
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """`open_models` as a merge reads them: with one vocabulary where it goes by tokens."""
+    pretrained, tuned = open_models(base, others, config.fitted, whole=not config.slices)
+    return united(pretrained, tuned, config) if config.by_tokens else (pretrained, tuned)
+
+
 def has_apart(base: Checkpoint, folder: Path) -> bool:
     """Whether a model's embedding and output layer are tied otherwise than θ0's. Raises CheckpointError."""
     if (folder / ADAPTER_CONFIG).is_file():
@@ -118,7 +135,7 @@ def open_checkpoint(
         model = Checkpoint(folder)
         model = model.apart() if base is not None and (base.is_apart or not base.ties) else model
         model = model if base is None or not whole else in_layout_of(base, model)
-    fits = base is None or not entry(VOCABULARIES, vocabulary, "fusion.vocabulary") or not resized(base, model)
+    fits = base is None or not entry(FITTED, vocabulary, "fusion.vocabulary") or not resized(base, model)
     return model if fits or base is None else FittedCheckpoint(model, base)
 
 

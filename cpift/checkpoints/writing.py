@@ -288,7 +288,9 @@ def copy_companions(model: Checkpoint, out: Path) -> None:
         if path.name not in model.rewritten:
             shutil.copyfile(path, out / path.name)
     for name, content in model.rewritten.items():
-        if content is not None:
+        if isinstance(content, str):
+            (out / name).write_text(content, encoding="utf-8")
+        elif content is not None:
             write_json(out / name, content)
     if model.is_apart and model.ties:
         write_json(out / "config.json", untied_config(model.config))

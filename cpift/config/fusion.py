@@ -8,10 +8,36 @@ from pydantic import Field, field_validator, model_validator
 
 from cpift.config.code import Conflict, Method
 from cpift.config.identity import identity
-from cpift.config.inputs import Bytes, Section
+from cpift.config.inputs import Bytes, Name, Section
 from cpift.config.settings import Blend, Setting, Share
 from cpift.config.words import ScopeName
 from cpift.extensions import short_name
+
+THETA0, ZERO = "pretrained", "zero"  # in the place of a task's name: θ0, and no row of any model
+
+
+class TokenConfig(Section):
+    """Whose row a token has in models that lack it."""
+
+    source: str | None = Field(
+        None, **identity("merge", absent=None), description="a task's name, pretrained: θ0, or zero; default: as others"
+    )
+    token: str | None = Field(
+        None, **identity("merge", absent=None), description="another token of that model, whose row is taken"
+    )
+    token_id: int | None = Field(None, **identity("merge", absent=None), ge=0, description="the same by its number")
+    force: bool = Field(
+        False, **identity("merge", absent=False), description="in place of their own row in models that have it too"
+    )
+
+    @model_validator(mode="after")
+    def _names_one_row(self) -> TokenConfig:
+        other = self.token is not None or self.token_id is not None
+        if other and (self.source in (None, ZERO) or None not in (self.token, self.token_id)):
+            raise ValueError("give one of token and token_id, beside a source that is a model")
+        if self.force and self.source is None:
+            raise ValueError("force: has no source to be taken from; give one")
+        return self
 
 
 class SourceConfig(Section):
@@ -185,10 +211,29 @@ class FusionConfig(Section):
         **identity("fuse", absent=True, swept=True),
         description="false: no cores, SLERP everywhere, to see what the transplant does",
     )
-    vocabulary: Literal["error", "base"] = Field(
+    vocabulary: Literal["error", "base", "union", "pretrained"] | Name = Field(
         "error",
         **identity("merge"),
-        description="where models have other numbers of tokens, base: those of θ0, with its rows where missing",
+        description="where models have other tokens. base: as many rows as θ0 has, by number, with its rows where "
+        "missing; by tokens: union: θ0's and all others; pretrained: θ0's; or a task's name: that task's",
+    )
+    tokens: dict[str, TokenConfig] = Field(
+        **identity("merge", absent={}),
+        default_factory=dict,
+        max_length=100_000,
+        description="by token: whose row it has in models that lack it; one that no tokenizer has is added",
+    )
+    missing_tokens: Literal["pretrained", "mean"] = Field(
+        "pretrained",
+        **identity("merge", absent="pretrained"),
+        description="whose row models get that lack a token: pretrained: θ0's, or where it lacks it too the mean of "
+        "the tasks that have it; mean: that mean always",
+    )
+    pad_to_multiple_of: int | None = Field(
+        None,
+        **identity("merge", absent=None),
+        ge=1,
+        description="of a vocabulary by tokens: rows of the mean are added to a multiple of it",
     )
     slices: tuple[SliceConfig, ...] = Field(
         (),
@@ -202,6 +247,16 @@ class FusionConfig(Section):
         **identity("fuse", "merge"),
         description="most bytes of one file of the fused model, for example 5GB",
     )
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether rows of embeddings follow a tokenizer's tokens, not numbers."""
+        return self.vocabulary not in ("error", "base")
+
+    @property
+    def fitted(self) -> str:
+        """How models are opened, before any goes by tokens."""
+        return "error" if self.by_tokens else self.vocabulary
 
     @property
     def method_name(self) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cpift.config.fusion import FusionConfig
+from cpift.config.fusion import THETA0, ZERO, FusionConfig
 from cpift.config.identity import FITS, identity
 from cpift.config.inputs import (
     CheckpointConfig,
@@ -189,27 +189,35 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _slices_are_of_given_models(self) -> RunConfig:
-        if not self.fusion.slices:
-            return self
-        if self.fusion.isolates:
-            raise ValueError("fusion.slices: cpift's core regions are of whole models; name another fusion.method")
-        for field, given in (("integration", self.integration), ("baselines", self.baselines)):
-            if given is not None:
-                raise ValueError(f"{field}: is of whole models, and fusion.slices makes another; leave one of them out")
-        known = ["pretrained", *(task.name for task in self.tasks)]
-        if known.count("pretrained") > 1:
-            raise ValueError("fusion.slices: `pretrained` is θ0 there, and a task has this name; name it otherwise")
-        named = [source.model for one in self.fusion.slices for source in one.sources]
-        if unknown := [name for name in named if name not in known]:
-            raise ValueError(f"fusion.slices: {unknown[0]!r} is no model; there are {', '.join(known)}")
-        if idle := [name for name in known[1:] if name not in named]:
+    def _slices_and_tokens_are_of_given_models(self) -> RunConfig:
+        fusion, known = self.fusion, [THETA0, *(task.name for task in self.tasks)]
+        if not fusion.by_tokens and (fusion.tokens or fusion.pad_to_multiple_of):
+            raise ValueError("fusion.tokens, pad_to_multiple_of: are of a vocabulary by tokens; set fusion.vocabulary")
+        for field in (["slices"] if fusion.slices else []) + (["vocabulary"] if fusion.by_tokens else []):
+            self._require_merged_whole(f"fusion.{field}", known)
+        named = [source.model for one in fusion.slices for source in one.sources]
+        asked = [one.source for one in fusion.tokens.values() if one.source not in (None, ZERO)]
+        kept = [fusion.vocabulary] if fusion.by_tokens and fusion.vocabulary != "union" else []
+        for field, names in (("slices", named), ("tokens", asked), ("vocabulary", kept)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"fusion.{field}: {unknown[0]!r} is no model; there are {', '.join(known)}")
+        if fusion.slices and (idle := [name for name in known[1:] if name not in named]):
             raise ValueError(f"fusion.slices: have no layers of tasks.{idle[0]}; leave that task out")
-        if trained := [task.name for task in self.trained]:
-            raise ValueError(
-                f"fusion.slices: tasks.{trained[0]} has no `checkpoint`, and layers are taken of given ones"
-            )
         return self
+
+    def _require_merged_whole(self, field: str, known: list[str]) -> None:
+        """Whether all of a model is merged at once, and nothing goes on from it or stands beside it."""
+        if self.fusion.isolates:
+            raise ValueError(f"{field}: cpift's core regions are of θ0's layers and tokens; name another fusion.method")
+        for name, given in (("integration", self.integration), ("baselines", self.baselines)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}: is of θ0's layers and tokens, and {field} makes others; leave one of them out"
+                )
+        if twice := [name for name in (THETA0, ZERO, "union", "error") if known.count(name) > (name == THETA0)]:
+            raise ValueError(f"{field}: {twice[0]!r} is no task's name there; name the task otherwise")
+        if trained := [task.name for task in self.trained]:
+            raise ValueError(f"{field}: tasks.{trained[0]} has no `checkpoint`, and this is of given models")
 
     @model_validator(mode="after")
     def _probes_can_be_had(self) -> RunConfig:

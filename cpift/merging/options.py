@@ -55,7 +55,13 @@ OPTIONS: Mapping[str, Option] = {
     "space": Option("fusion.space", "cpift, nuslerp, multislerp: of `weights`, or of their `delta` to BASE"),
     "conflict": Option("fusion.conflict", f"cpift: shared core elements: {listed(ConflictName)}, or module:attribute"),
     "transplant": Option("fusion.transplant", "cpift: put cores into the backbone", "switch"),
-    "vocabulary": Option("fusion.vocabulary", "other numbers of tokens: `error`, or those of the `base`"),
+    "vocabulary": Option(
+        "fusion.vocabulary",
+        "other tokens: `error`, rows of the `base`; by tokens `union`, `pretrained` (BASE's), a task's",
+    ),
+    "tokens": Option("fusion.tokens", "whose row a token has in models that lack it: {TOKEN: {source, token, force}}"),
+    "missing_tokens": Option("fusion.missing_tokens", "by tokens: row where one is lacking: `pretrained` or `mean`"),
+    "pad_to_multiple_of": Option("fusion.pad_to_multiple_of", "by tokens: rows are a multiple of it"),
     "slices": Option(
         "fusion.slices", "layers of models one after another: a list of {sources: [{model, layer_range}]}"
     ),
@@ -130,7 +136,10 @@ class MethodFields(TypedDict, total=False):
 class MergeFields(MethodFields, total=False):
     """Every keyword of a merge of checkpoints."""
 
-    vocabulary: Literal["error", "base"]
+    vocabulary: Literal["error", "base", "union", "pretrained"] | str
+    tokens: Mapping[str, Mapping[str, Any]]
+    missing_tokens: Literal["pretrained", "mean"]
+    pad_to_multiple_of: int
     slices: Sequence[Mapping[str, Any]]
     shard_size: int | str
     backbone: str

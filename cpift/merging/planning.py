@@ -8,7 +8,16 @@ from pathlib import Path
 from cpift.checkpoints.checkpoint import Checkpoint, differences, first_problems
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.lora_files import require_plain
-from cpift.checkpoints.opening import at_hand, backbone_apart, describe, has_apart, open_checkpoint
+from cpift.checkpoints.opening import (
+    at_hand,
+    backbone_apart,
+    describe,
+    folders_at_hand,
+    has_apart,
+    open_checkpoint,
+    open_merged,
+)
+from cpift.checkpoints.uniting import united_notes
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.needs import NEEDS, absent_extra
 from cpift.config.run import RunConfig
@@ -44,11 +53,24 @@ def check_given(config: RunConfig) -> list[Problem]:
         return problems
     pretrained, whole = _laid_out(base, config), not config.fusion.slices
     for where, folder in _given(config):
-        opened, more = _opened(folder, pretrained, where, config.fusion.vocabulary, whole)
+        opened, more = _opened(folder, pretrained, where, config.fusion.fitted, whole)
         problems += more
-        if opened is not None and whole:
+        if opened is not None and whole and not config.fusion.by_tokens:
             problems += _misfits(pretrained, opened, where)
-    return problems or ([] if whole else check_stack(config))
+    if problems or not (config.fusion.slices or config.fusion.by_tokens):
+        return problems
+    return check_stack(config) if config.fusion.slices else _check_by_tokens(config)
+
+
+def _check_by_tokens(config: RunConfig) -> list[Problem]:
+    """Of models that are at hand, once all have one vocabulary."""
+    if (folders := folders_at_hand(config)) is None:
+        return []
+    try:
+        pretrained, tuned = open_merged(*folders, config.fusion)
+    except ProblemsError as error:
+        return list(error.problems)
+    return [p for task, model in tuned.items() for p in _misfits(pretrained, model, f"tasks.{task}.checkpoint")]
 
 
 def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
@@ -128,7 +150,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
     base = Checkpoint(folder)
     pretrained = _laid_out(base, config)
     opened = {
-        where: (folder, open_checkpoint(folder, pretrained, config.fusion.vocabulary, not config.fusion.slices))
+        where: (folder, open_checkpoint(folder, pretrained, config.fusion.fitted, not config.fusion.slices))
         for where, folder in _given(config)
     }
     for where, (folder, model) in opened.items():
@@ -141,10 +163,13 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: ties its output layer to its embedding, θ0 does not; read as two equal tensors"
         for note in _differences(base.folder, folder):
             yield f"{where}: {note}"
-        if other_tokenizer(base.folder, folder):
+        if not config.fusion.by_tokens and other_tokenizer(base.folder, folder):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
+    if config.fusion.by_tokens and all(f"tasks.{task.name}.checkpoint" in opened for task in config.tasks):
+        tuned = {task.name: opened[f"tasks.{task.name}.checkpoint"][1] for task in config.tasks}
+        yield from united_notes(pretrained, tuned, config.fusion)
     if config.fusion.slices:
         yield from stack_notes(config)
     yield _costs(config, [pretrained, *(model for _, model in opened.values())])

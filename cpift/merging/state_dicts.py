@@ -30,7 +30,19 @@ from cpift.method.regions import Streaming, write_regions
 StateDict = Mapping[str, torch.Tensor]
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 _SUBJECT = "merge_state_dicts"
-_OTHERWISE = {"backbone", "backbone_revision", "vocabulary", "slices", "shard_size", "memory_budget", "verify", "dtype"}
+_OTHERWISE = {
+    "backbone",
+    "backbone_revision",
+    "vocabulary",
+    "tokens",
+    "missing_tokens",
+    "pad_to_multiple_of",
+    "slices",
+    "shard_size",
+    "memory_budget",
+    "verify",
+    "dtype",
+}
 KEYWORDS = {name for name in OPTIONS if name not in _OTHERWISE and not name.startswith("chat_template")}
 
 

@@ -8,6 +8,7 @@ whether it takes the model.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Check, OnElements, compared
 from cpift.merging.definition import elements_at
+from cpift.pretrained.tokens import FILE, found_in
 from cpift.text.units import show_size
 
 if TYPE_CHECKING:
@@ -90,6 +92,14 @@ def _accounted(like: Checkpoint, written: Checkpoint) -> Check:
     wrong = sorted(name for name in wanted.keys() | layout.keys() if wanted.get(name) != layout.get(name))
     name = "every tensor of the inputs is in the fused model, with shape and dtype, and no other"
     return compared(name, len(wanted), wrong, f"{len(wanted)} tensors")
+
+
+def check_tokens(folder: Path, tokens: Mapping[str, int]) -> Check:
+    """Whether the tokenizer that was written has these tokens, each with its number."""
+    found = found_in(folder / FILE)
+    wrong = sorted(token for token in found.keys() | tokens.keys() if found.get(token) != tokens.get(token))
+    name = "every token of the fused model's tokenizer has the row that was made for it"
+    return compared(name, len(tokens), wrong, f"{len(tokens):,} tokens")
 
 
 def check_loads(folder: Path, memory: int) -> Check:

@@ -22,8 +22,9 @@ from cpift.other_tools.mergekit_models import (
     unknown,
 )
 from cpift.other_tools.mergekit_parameters import IDLE, by_models, slice_of, told
+from cpift.other_tools.mergekit_tokens import tokenizer_of
 from cpift.other_tools.mergekit_values import Place
-from cpift.untrusted.values import Raw, kind_of, mapping
+from cpift.untrusted.values import Raw, kind_of
 
 _TEMPLATES = ("chatml", "llama3", "alpaca")
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -206,7 +207,7 @@ def _output(merge: Merge, raw: Raw) -> None:
             merge.fields["dtype"] = dtype
         elif dtype is not None:
             merge.refuse(name, f"is {dtype!r:.40}", f"one of {', '.join(_DTYPES)}")
-    _tokenizer(merge, raw)
+    tokenizer_of(merge, raw)
     template = raw.get("chat_template")
     if template in _TEMPLATES:
         merge.fields["chat_template"] = template
@@ -215,29 +216,6 @@ def _output(merge: Merge, raw: Raw) -> None:
     elif template is not None:
         words = f"one of {', '.join(_TEMPLATES)}; a template of your own as a file, with --chat-template FILE"
         merge.refuse("chat_template", f"is {template!r:.40}", words)
-
-
-def _tokenizer(merge: Merge, raw: Raw) -> None:
-    own = raw.get("tokenizer")
-    if own is not None and not isinstance(own, dict):
-        merge.refuse("tokenizer", f"is {kind_of(own)}", "give fields, for example {source: base}")
-    own = mapping(own)
-    unknown(merge, own, {"source", "tokens", "pad_to_multiple_of"}, "tokenizer.")
-    if raw.get("tokenizer_source") is not None and own.get("source") is not None:
-        merge.refuse("tokenizer_source", "stands beside tokenizer.source", "keep one of the two")
-    where = "tokenizer_source" if raw.get("tokenizer_source") is not None else "tokenizer.source"
-    source = raw.get("tokenizer_source") or own.get("source")
-    source = source.removeprefix("model:") if isinstance(source, str) else source
-    remedy = "`base` keeps base_model's tokens, with its rows where a model lacks them"
-    if source in ("base", merge.base) and source:
-        merge.fields["vocabulary"] = "base"
-    elif source is not None or (own and own.get("source") is None):
-        what = f"is {source!r:.60}" if source is not None else "is not there, which stands for a union of all tokens"
-        merge.refuse(where, f"{what}: cpift puts no tokenizers together", remedy)
-    if own.get("tokens"):
-        merge.refuse("tokenizer.tokens", "say where rows of single tokens come from", remedy)
-    if own.get("pad_to_multiple_of"):
-        merge.refuse("tokenizer.pad_to_multiple_of", f"is {own['pad_to_multiple_of']!r:.20}", remedy)
 
 
 def of_mergekit(raw: Raw) -> list[Problem]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cpift.cli.main import app
+from cpift.pretrained.tokens import read_tokens
 from tests.helpers.toys import make_toy
 
 KEPT = Path(__file__).with_name("mergekit_files.json")
@@ -49,48 +50,94 @@ FILES: dict[str, dict[str, Any]] = {
         merge_method="linear",
     ),
 }
+PAIR: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "./one", "parameters": {"weight": 1}}]}
+PAIR["models"] += [{"model": "./other", "parameters": {"weight": 1}}]
+ONTO: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "./one", "parameters": {"weight": 0.5}}
+ONTO |= {"models": [{"model": f"./{name}"} for name in ("other", "third")]}
+FILES |= {
+    "union of tokens": PAIR | {"tokenizer_source": "union"},
+    "tokens of the base": ONTO | {"tokenizer_source": "base"},
+    "tokens of the other": PAIR | {"tokenizer": {"source": "./other"}},
+    "union onto a base": ONTO | {"tokenizer": {"source": "union"}},
+    "rows of single tokens": ONTO
+    | {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<a>": {"source": "./third"},
+                "<b>": {"source": {"kind": "zero"}, "force": True},
+                "<c>": {"source": {"kind": "model_token", "model": "./other", "token": "ab"}, "force": True},
+                "<new>": {"source": {"kind": "model_token", "model": "./one", "token_id": 2}},
+            },
+        }
+    },
+    "the mean of two": PAIR
+    | {"models": [*PAIR["models"], {"model": "./third", "parameters": {"weight": 2}}], "tokenizer_source": "union"},
+    "union of slices": slices(
+        [layers("other", 0, 2)], [layers("one", 1, 2)], [layers("other", 2, 3)], merge_method="passthrough"
+    )
+    | {"tokenizer": {"source": "union"}},
+}
 
 
 def models(folder: Path) -> None:
     make_toy(folder / "one", 1)
     make_toy(folder / "two", 2)
+    make_toy(folder / "other", 3, tokens=("<a>", "<b>"))
+    make_toy(folder / "third", 4, tokens=("<b>", "<c>", "<a>"), rows=16)
 
 
-def ours(name: str, folder: Path) -> dict[str, torch.Tensor]:
+Written = tuple[dict[str, torch.Tensor], dict[str, int]]  # tensors, and the numbers of tokens
+
+
+def ours(name: str, folder: Path) -> Written:
     (folder / "merge.yml").write_text(yaml.safe_dump(FILES[name]))
     result = CliRunner().invoke(app, ["merge", "merge.yml", "ours", "--no-verify"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return load_file(folder / "ours" / "model.safetensors")
+    return written(folder / "ours")
 
 
-def theirs(name: str, folder: Path) -> dict[str, torch.Tensor]:
+def theirs(name: str, folder: Path) -> Written:
     """What mergekit writes."""
     (folder / "theirs.yml").write_text(yaml.safe_dump(FILES[name]))
     command = [f"{ENVIRONMENT}/bin/mergekit-yaml", "theirs.yml", "theirs", "--quiet"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment, cwd=folder)
-    return load_file(folder / "theirs" / "model.safetensors")
+    return written(folder / "theirs")
 
 
-def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+def written(folder: Path) -> Written:
+    return load_file(folder / "model.safetensors"), dict(read_tokens(folder).numbers)
 
 
-def packed(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return {
+def compare(found: Written, wanted: Written) -> None:
+    """Bit for bit; rows of tokens by token, for mergekit numbers those that it adds in an order of chance."""
+    (mine, numbers), (theirs_, others) = found, wanted
+    assert mine.keys() == theirs_.keys()
+    assert numbers.keys() == others.keys()
+    for name, tensor in theirs_.items():
+        assert mine[name].dtype == tensor.dtype
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert mine[name].shape == tensor.shape
+            assert torch.equal(mine[name][list(numbers.values())], tensor[[others[token] for token in numbers]]), name
+        else:
+            assert torch.equal(mine[name], tensor), name
+
+
+def packed(given: Written) -> dict[str, Any]:
+    tensors = {
         name: [list(x.shape), base64.b64encode(x.contiguous().view(torch.uint8).numpy().tobytes()).decode()]
-        for name, x in sorted(tensors.items())
+        for name, x in sorted(given[0].items())
     }
+    return {"tensors": tensors, "tokens": given[1]}
 
 
-def unpacked(kept: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {
+def unpacked(kept: dict[str, Any]) -> Written:
+    tensors = {
         name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).view(*shape)
-        for name, (shape, text) in kept.items()
+        for name, (shape, text) in kept["tensors"].items()
     }
+    return tensors, kept["tokens"]
 
 
 @pytest.mark.parametrize("name", FILES)

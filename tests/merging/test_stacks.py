@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "fusion.slices.0: fusion.method: passthrough is of one model, and there are 2",
     ),
     "no base": ([{"sources": [source("one", 0, 3)]}], {"method": "ties"}, "have no layers of pretrained, and ties"),
-    "by cpift": ([{"sources": [source("one", 0, 3)]}], {"method": "cpift"}, "cpift's core regions are of whole models"),
+    "by cpift": ([{"sources": [source("one", 0, 3)]}], {"method": "cpift"}, "cpift's core regions are of θ0's layers"),
     "idle": ([{"sources": [source("pretrained", 0, 3)]}], {}, "have no layers of tasks.one; leave that task out"),
     "filter": (
         [{"sources": [source("one", 0, 3)]}],

@@ -22,17 +22,14 @@ from cpift.untrusted.yaml import parse_yaml
 
 FILES = sorted((Path(__file__).parent / "mergekit").glob("*.yml"))
 REFUSED: dict[str, tuple[str, ...]] = {
-    "union_tokenizer": (
-        "tokenizer.source: is 'union': cpift puts no tokenizers together",
-        "tokenizer.tokens: say where rows of single tokens come from",
-        "tokenizer.pad_to_multiple_of: is 64",
-        "chat_template: is '{% for message",
-    ),
     "foreign_adapter": (
         "models.0.model: org/other+org/lora: cpift puts an adapter onto base_model, which is org/base@main",
         "parameters.rescale: is False, and cpift rescales what DARE keeps",
         "parameters.lamda: is no field of mergekit's that cpift knows → did you mean 'lambda'?",
         "dtype: is 'int8' → one of bfloat16",
+        "tokenizer.source: is 'org/third', which is none of the models → name one of them, or union, or base",
+        "tokenizer.tokens.<x>.source: is {'kind': 'mean'} → give a model, or a kind: model_token, zero",
+        "chat_template: is '{% for message",
     ),
     "multimodal": ("modules: name parts of models", "models: is not there"),
     "part_of_the_layers": (
@@ -94,7 +91,11 @@ def test_a_file_is_planned_and_merged(name: str, here: Path) -> None:
     merge(file(name), "out", *([] if name in VERIFIED else ["--no-verify"]))
     base, out = Checkpoint(here / "base"), Checkpoint(here / "out")
     layers = LAYERS.get(name, [("base", 0), ("base", 1)])
-    assert {n: x.shape for n, x in out.tensors.items()} == {n: base.tensors[m].shape for n, m in named(base, layers)}
+    wanted = {n: base.tensors[m].shape for n, m in named(base, layers)}
+    if name == "union_tokenizer":
+        wanted |= {"model.embed_tokens.weight": (320, 64)}
+        assert out.config["vocab_size"] == 320
+    assert {n: x.shape for n, x in out.tensors.items()} == wanted
     assert out.config["num_hidden_layers"] == len(layers)
     dtype = parse_yaml(file(name).read_text())
     kind = {"float16": "F16", "float32": "F32"}.get(dtype.get("out_dtype") or dtype.get("dtype"), "BF16")
@@ -229,7 +230,14 @@ def test_what_cannot_be_done_is_one_list(name: str, here: Path) -> None:
         ("merge_method: linear\nmodels: [a]\nslices: [{sources: [a]}]", "slices: stand beside `models`"),
         ("merge_method: linear\nmodels: [a]\nout_dtype: 16", "out_dtype: is 16"),
         ("merge_method: linear\nmodels: [a]\ntokenizer: union", "tokenizer: is a text"),
-        ("merge_method: linear\nmodels: [a]\ntokenizer_source: union", "tokenizer_source: is 'union'"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer_source: b", "tokenizer_source: is 'b', which is none of the"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer_source: a\ntokenizer: {}", "tokenizer_source: stands beside"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: 3}}", "tokenizer.tokens.x: is a number"),
+        ("merge_method: linear\nmodels: [a]\ntokenizer: {pad_to_multiple_of: 0}", "pad_to_multiple_of: is 0"),
+        (
+            "merge_method: linear\nmodels: [a]\ntokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}",
+            "tokenizer.tokens.x.source: has neither token nor token_id",
+        ),
         ("merge_method: linear\nmodels: [a]\nbase_model: b+c", "base_model: b+c: has an adapter"),
     ],
 )

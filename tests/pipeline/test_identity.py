@@ -233,7 +233,8 @@ ELSEWHERE = {
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("file", "hub", "subset", "revision")),
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("streaming", "data_files")),
     "fusion.method",  # gives an output of another kind
-    "fusion.slices",  # of given checkpoints: merging/test_stacks.py
+    # of given checkpoints: merging/test_stacks.py, merging/test_vocabularies.py
+    *("fusion.slices", "fusion.tokens", "fusion.pad_to_multiple_of"),
     # given in parts, each of which has its own line
     *("model", "tasks", "model.scratch", "regions", "groups", "backbone", "fusion", "integration", "evaluation"),
     *("probe", "resources", "tasks.resources", "probe.mixing", "integration.mixing", "backbone.training"),

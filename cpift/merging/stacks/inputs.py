@@ -11,15 +11,13 @@ from typing import Any
 from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.stacked import Layers, Place, Stack, layers_in
-from cpift.config.fusion import FusionConfig, SliceConfig, SourceConfig
+from cpift.config.fusion import THETA0, FusionConfig, SliceConfig, SourceConfig
 from cpift.config.settings import met, unmet
 from cpift.errors import CheckpointError, Problem, ProblemsError
 from cpift.merging.base import FusionInputs
 from cpift.merging.registry import method_named
 from cpift.merging.settings import settings_of
 from cpift.pretrained.stacking import apart_beside_layers, require_uniform, stacked_config
-
-BASE = "pretrained"  # θ0 among the sources of a slice
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def onto_base(config: FusionConfig) -> bool:
 
 def tasks_of(config: FusionConfig, one: SliceConfig) -> list[str]:
     """The models that a slice merges, in order."""
-    return [source.model for source in one.sources if source.model != BASE or not onto_base(config)]
+    return [source.model for source in one.sources if source.model != THETA0 or not onto_base(config)]
 
 
 def config_of(config: FusionConfig, one: SliceConfig, names: Sequence[str] = ()) -> FusionConfig:
@@ -80,9 +78,9 @@ def slice_problems(config: FusionConfig) -> list[Problem]:
     found = []
     for number, one in enumerate(config.slices):
         where = f"fusion.slices.{number}"
-        if onto_base(config) and BASE not in (source.model for source in one.sources):
-            what = f"have no layers of {BASE}, and {config.method_name} merges onto them"
-            found.append(Problem(f"{where}.sources", what, f"add {{model: {BASE}, layer_range: [first, end]}}"))
+        if onto_base(config) and THETA0 not in (source.model for source in one.sources):
+            what = f"have no layers of {THETA0}, and {config.method_name} merges onto them"
+            found.append(Problem(f"{where}.sources", what, f"add {{model: {THETA0}, layer_range: [first, end]}}"))
             continue
         asked = method_named(config.method).asked(config_of(config, one), tasks_of(config, one))
         found += [Problem(f"{where}: {p.where}", p.what, p.remedy) for p in asked if not _varied(config, one)]
@@ -96,7 +94,7 @@ def _varied(config: FusionConfig, one: SliceConfig) -> bool:
 
 def stack_inputs(config: FusionConfig, base: Checkpoint, tuned: Mapping[str, Checkpoint]) -> StackInputs:
     """The parts of a stack and the model that they make. Raises CheckpointError with what keeps them apart."""
-    models = {BASE: base, **tuned}
+    models = {THETA0: base, **tuned}
     folders = {name: base.folder if _is_adapter(model) else model.folder for name, model in models.items()}
     used = {source.model: None for one in config.slices for source in one.sources}
     for name in used:
@@ -140,7 +138,7 @@ def _part(config: FusionConfig, number: int, models: Mapping[str, Checkpoint], e
         source.model: Layers(models[source.model], Place(source.layer_range[0], one.layers, at, ends[-1]))
         for source in one.sources
     }
-    origin = views.get(BASE, next(iter(views.values())))
+    origin = views.get(THETA0, next(iter(views.values())))
     tuned = {name: views[name] for name in tasks_of(config, one)}
     return Part(config_of(config, one, origin.names), FusionInputs(origin, origin, tuned, Path(), (), at), number)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.checkpoints.layout import is_buffer, layout_of
-from cpift.checkpoints.opening import at_hand, open_models
+from cpift.checkpoints.opening import folders_at_hand, open_merged
 from cpift.config.fusion import SliceConfig
 from cpift.config.run import RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
@@ -25,12 +25,8 @@ _WHERE = "fusion.slices"
 
 def open_stack(config: RunConfig) -> StackInputs | None:
     """The models of a stack; None where one of them has to be downloaded. Raises ProblemsError."""
-    base = at_hand(config.model)
-    given = {task.name: at_hand(task.checkpoint) for task in config.tasks if task.checkpoint is not None}
-    folders = {name: folder for name, folder in given.items() if folder is not None}
-    if base is None or len(folders) < len(config.tasks):
-        return None
-    return stack_inputs(config.fusion, *open_models(base, folders, config.fusion.vocabulary, whole=False))
+    folders = folders_at_hand(config)
+    return None if folders is None else stack_inputs(config.fusion, *open_merged(*folders, config.fusion))
 
 
 def check_stack(config: RunConfig) -> list[Problem]:

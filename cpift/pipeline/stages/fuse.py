@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_models
+from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_merged
+from cpift.checkpoints.united import UnitedCheckpoint
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
 from cpift.console.progress import counted
@@ -28,7 +29,7 @@ from cpift.merging.registry import method_named, named_also, seeded
 from cpift.merging.settings import Largest, write_trimmed
 from cpift.merging.stacks.inputs import Part, StackInputs, stack_inputs
 from cpift.merging.stacks.method import StackMerge
-from cpift.merging.verify import check_loads, verify
+from cpift.merging.verify import check_loads, check_tokens, verify
 from cpift.method.masks import SUMMARY
 from cpift.method.regions import Streaming
 from cpift.models.sources import configured_template
@@ -135,17 +136,20 @@ def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInput
 
     Raises CheckpointError for models that do not fit.
     """
-    base, vocabulary = model.base(names), names.config.fusion.vocabulary
+    base, fusion = model.base(names), names.config.fusion
     folders = {task: probed.path for task, probed in probe.tuned(names).items()}
-    fusion = names.config.fusion
-    pretrained, tuned = open_models(base.path, folders, vocabulary, whole=not fusion.slices)
+    pretrained, tuned = open_merged(base.path, folders, fusion)
     if fusion.slices:
-        return stack_inputs(fusion, pretrained, tuned)
+        stacked = stack_inputs(fusion, pretrained, tuned)
+        stacked.check()
+        return stacked
     if backbone.path != base.path and not pretrained.is_apart and has_apart(pretrained, backbone.path):
         raise CheckpointError(f"backbone {backbone.path}", [backbone_apart("config.json, tie_word_embeddings")])
     inputs = FusionInputs(
         pretrained=pretrained,
-        backbone=pretrained if backbone.path == base.path else open_checkpoint(backbone.path, pretrained, vocabulary),
+        backbone=pretrained
+        if backbone.path == base.path
+        else open_checkpoint(backbone.path, pretrained, fusion.fitted),
         tuned=tuned,
         regions=regions.artifact(names).path,
         priority=[task for group in groups for task in group],
@@ -183,6 +187,8 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     if config.resources.verify:
         checks = verify(method, inputs.backbone, out, counted(said, "verification", inputs.backbone.numel))
         checks.append(check_loads(out, config.resources.memory_budget))
+        if isinstance(inputs.pretrained, UnitedCheckpoint):
+            checks.append(check_tokens(out, inputs.pretrained.tokens))
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
     if failed := failures(checks):
         aside = _set_aside(out, fused)

@@ -57,7 +57,7 @@ def select(run: Run, outputs: Mapping[float, Path]) -> None:
     """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
     base, tuned = model.base(run.artifacts), probe.tuned(run.artifacts)
     folders = {task: probed.path for task, probed in tuned.items()}
-    opened, others = open_models(base.path, folders, run.config.fusion.vocabulary)
+    opened, others = open_models(base.path, folders, run.config.fusion.fitted)
     mark = run.merging.mark if run.merging else None
     passing = ChangesInPassing() if mark is None else None  # elsewhere models pass by other machines or a GPU
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark, passing=passing)

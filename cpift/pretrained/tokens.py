@@ -1,0 +1,175 @@
+"""Tokens of models by their tokenizer.json, and the tokenizer of a model that has the tokens of several.
+
+Nothing is run: the file is read as JSON. Tokens that are put to those of another model become added tokens, which are
+found in a text before it is cut by that model's own rules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cpift.errors import CheckpointError, Problem
+from cpift.untrusted.json import INDEX, MODEL_CONFIG, UnreadableError, read_object
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_PLAIN = {**dict.fromkeys(_FLAGS, False), "normalized": True}
+# Older forms of the same, which would say nothing of tokens that were added.
+_OLDER = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+_BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # that speak of tokens
+_SAVE = "save its tokenizer as tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer. content: its file; numbers: of every token; added: those that are added, by token."""
+
+    folder: Path
+    content: Mapping[str, Any]
+    numbers: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """How it writes tokens: the type of its model, and whether by bytes."""
+        parts = json.dumps([self.content.get("pre_tokenizer"), self.content.get("decoder")])
+        return str(self.content["model"].get("type")), '"ByteLevel"' in parts
+
+    @property
+    def merges(self) -> Any:
+        """What of its model decides how a text is cut, beside its tokens."""
+        found = self.content["model"].get("merges")
+        return [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in found or []]
+
+    def with_added(self, more: Mapping[str, Mapping[str, Any]]) -> Tokens:
+        """The same with tokens more, after all that there are. more: their flags."""
+        first = 1 + max(self.numbers.values(), default=-1)
+        numbers = {token: first + place for place, token in enumerate(more)}
+        added = {token: {"id": numbers[token], "content": token, **flags} for token, flags in more.items()}
+        content = {**self.content, "added_tokens": [*self.content.get("added_tokens", []), *added.values()]}
+        return Tokens(self.folder, content, {**self.numbers, **numbers}, {**self.added, **added})
+
+
+def read_tokens(folder: Path) -> Tokens:
+    """Raises CheckpointError where there is no tokenizer.json that can be read."""
+    file = folder / FILE
+    return _read_tokens(folder, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=20)
+def _read_tokens(folder: Path, changed: int) -> Tokens:
+    try:
+        content = read_object(folder / FILE, INDEX)
+        vocabulary = content["model"]["vocab"]
+        entries = vocabulary.items() if isinstance(vocabulary, dict) else ((t[0], n) for n, t in enumerate(vocabulary))
+        added = {str(one["content"]): dict(one) for one in content.get("added_tokens") or []}
+        numbers = {str(token): int(number) for token, number in entries}
+        numbers |= {token: int(one["id"]) for token, one in added.items()}
+    except FileNotFoundError:
+        problem = Problem(FILE, f"is not in {folder}", _SAVE)
+    except UnreadableError as error:
+        problem = error.problem(FILE)
+    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        problem = Problem(FILE, f"holds no tokens that can be read ({type(error).__name__}: {error})", _SAVE)
+    else:
+        return Tokens(folder, content, numbers, added)
+    raise CheckpointError(f"tokenizer of {folder}", [problem])
+
+
+def further(base: Tokens, other: Tokens, rows: int) -> dict[str, dict[str, Any]]:
+    """Tokens of a model of so many rows that `base` lacks, in their order, with their flags.
+
+    Raises CheckpointError where the two write tokens in other ways.
+    """
+    if base.kind != other.kind:
+        said = [f"{kind} {'by bytes' if by_bytes else 'by characters'}" for kind, by_bytes in (other.kind, base.kind)]
+        what = f"is {said[0]}, θ0's is {said[1]}: the same text has other tokens in the two"
+        remedy = "set fusion.vocabulary: pretrained to keep θ0's tokens, or the name of a task to keep its own"
+        raise CheckpointError(f"tokenizer of {other.folder}", [Problem(FILE, what, remedy)])
+    inside = sorted((number, token) for token, number in other.numbers.items() if number < rows)
+    return {
+        token: {flag: bool(other.added.get(token, _PLAIN).get(flag)) for flag in _FLAGS}
+        for _, token in inside
+        if token not in base.numbers
+    }
+
+
+def plain_flags() -> dict[str, Any]:
+    """Of a token that is no model's."""
+    return dict(_PLAIN)
+
+
+def differences_told(base: Tokens, other: Tokens) -> Iterator[str]:
+    """What two tokenizers say otherwise of the same texts and tokens."""
+    if base.kind == other.kind and base.merges != other.merges:
+        yield "its tokenizer cuts words otherwise: texts are cut as by the tokenizer that is kept"
+    flags = [
+        token
+        for token in base.added.keys() & other.added.keys()
+        if any(bool(base.added[token].get(flag)) != bool(other.added[token].get(flag)) for flag in _FLAGS)
+    ]
+    if flags:
+        yield f"{len(flags)} added tokens have other flags ({', '.join(sorted(flags)[:3])}): the first model's are kept"
+    mine, theirs = (_special(one.folder) for one in (base, other))
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            yield f"its {name} is {theirs[name]!r:.40}, not {mine[name]!r:.40}: that of the tokenizer that is kept"
+
+
+def _special(folder: Path) -> dict[str, Any]:
+    fields = settings_of(folder)
+    found = {name: fields[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if fields.get(name)}
+    return {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty where there is none. Raises CheckpointError."""
+    try:
+        return read_object(folder / SETTINGS, MODEL_CONFIG)
+    except FileNotFoundError:
+        return {}
+    except UnreadableError as error:
+        raise CheckpointError(f"tokenizer of {folder}", [error.problem(SETTINGS)]) from error
+
+
+def tokenizer_files(kept: Tokens, made: Tokens, moved: bool) -> dict[str, Any]:
+    """By name, the small files of a model whose tokenizer is `kept` with the tokens of `made`: fields, text, or None
+    for a file that it does not have. moved: the model's folder is another than that of `kept`."""
+    if made.numbers == kept.numbers and not moved:
+        return {}
+    fields = settings_of(kept.folder)
+    if isinstance(fields.get("added_tokens_decoder"), dict):
+        more = {token: one for token, one in made.added.items() if token not in kept.added}
+        entries = {str(one["id"]): {name: one[name] for name in ("content", *_FLAGS)} for one in more.values()}
+        fields = {**fields, "added_tokens_decoder": {**fields["added_tokens_decoder"], **entries}}
+    found = {**dict.fromkeys(_OLDER), FILE: made.content, SETTINGS: fields or None}
+    return found | ({name: _content(kept.folder / name) for name in _BESIDE} if moved else {})
+
+
+def _content(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    if file.suffix != ".json":
+        return file.read_text(encoding="utf-8")
+    try:
+        return read_object(file, MODEL_CONFIG)
+    except UnreadableError as error:
+        raise CheckpointError(f"tokenizer of {file.parent}", [error.problem(file.name)]) from error
+
+
+def found_in(file: Path) -> dict[str, int]:
+    """Every token and its number, as the library of tokenizers reads a file."""
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(file)).get_vocab())
+
+
+def rows_for(numbers: Sequence[int], multiple: int | None) -> int:
+    """Rows of an embedding with a row for each of these numbers, as many as a multiple of `multiple`."""
+    needed = 1 + max(numbers, default=-1)
+    return needed if not multiple else -(-needed // multiple) * multiple
