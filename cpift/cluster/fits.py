@@ -227,14 +227,19 @@ def _train_worker(config: dict[str, Any]) -> None:
         if context.get_world_size() > 1:
             torch.distributed.barrier()
         saved = ray.train.Checkpoint.from_directory(str(folder)) if main else None
-        ray.train.report(metrics, checkpoint=saved, checkpoint_upload_mode=mode)
+        ray.train.report(metrics, checkpoint=saved, **how)
 
     def on_progress(message: ProgressMessage) -> None:
         alive(message["step"] < message["steps"])  # what comes after a stage's last step has no known length
         if main:
             board.post.remote(message)
 
-    mode = ray.train.CheckpointUploadMode.ASYNC if spec.remote_storage else ray.train.CheckpointUploadMode.SYNC
+    def linked(saved: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        return ray.train.Checkpoint.from_directory(FitStorage.of(spec).keep(Path(saved.path), name))
+
+    modes = ray.train.CheckpointUploadMode
+    how: dict[str, Any] = {"checkpoint_upload_mode": modes.ASYNC if spec.remote_storage else modes.SYNC}
+    how |= {} if spec.remote_storage else {"checkpoint_upload_fn": linked}
     hooks = FitHooks(on_progress=on_progress, on_checkpoint=on_checkpoint, is_main=main)
     partial = spec.export.with_name(f".{spec.export.name}.partial")
     if main:

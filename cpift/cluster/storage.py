@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpift.disk.files import link_folder
 from cpift.disk.object_store import ObjectStore
 from cpift.training.spec import FitSpec
 from cpift.untrusted.json import RECORD, parse_json
@@ -39,6 +40,12 @@ class FitStorage:
             return
         except ValueError:
             self.drop()
+
+    def keep(self, folder: Path, name: str) -> Path:
+        """Give a checkpoint a name in a local storage too, without writing it a second time."""
+        target = Path(self.place) / RUN / name
+        link_folder(folder, target)
+        return target
 
     def drop(self) -> None:
         """Remove everything there."""

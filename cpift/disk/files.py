@@ -123,6 +123,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         remember_sha256(target, known)  # a further name changes the inode's time
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Second names for all files of a folder, as `link_or_copy` gives them; `target` appears when it is whole."""
+    partial = target.with_name(f".{target.name}.partial")
+    for left in (partial, target):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+    os.rename(partial, target)
+
+
 def is_json(path: Path) -> bool:
     """Whether a file is there and holds a JSON object."""
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.config.run import ResourcesConfig
 from cpift.console.progress import OnProgress, counted
-from cpift.disk.files import digest, link_or_copy
+from cpift.disk.files import digest, link_folder
 from cpift.errors import CpiftError
 from cpift.evaluation.scores import Evaluation, OnResult
 from cpift.pipeline.engine import Scoring
@@ -151,10 +151,7 @@ def _keep(folder: Path, scratch: Path) -> None:
     """Give a checkpoint a second name, which the Trainer's rotation spares, and drop the one before it."""
     before = _kept(scratch)
     number = 1 + max((int(path.name.removeprefix("kept-")) for path in before), default=0)
-    partial = scratch / ".kept.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial, copy_function=lambda source, target: link_or_copy(Path(source), Path(target)))
-    os.rename(partial, scratch / f"kept-{number:06}")
+    link_folder(folder, scratch / f"kept-{number:06}")
     for path in before:
         shutil.rmtree(path)
 

@@ -47,3 +47,15 @@ def test_dropping_is_safe_when_nothing_is_there(storage: FitStorage) -> None:
     storage.drop()
     storage.drop()
     assert not folder.parent.exists()
+
+
+def test_a_checkpoint_in_a_local_storage_is_not_written_again(tmp_path: Path) -> None:
+    storage = FitStorage.of(spec(tmp_path, tmp_path / "out"))
+    saved = tmp_path / "stage-0" / "checkpoint-2"
+    (saved / "deep").mkdir(parents=True)
+    (saved / "deep" / "weights").write_bytes(b"w")
+    for _ in range(2):  # the second time over what a crash left
+        kept = storage.keep(saved, "checkpoint_1")
+        assert kept == Path(storage.place) / RUN / "checkpoint_1"
+        assert (kept / "deep" / "weights").samefile(saved / "deep" / "weights")
+    assert [path.name for path in kept.parent.iterdir()] == ["checkpoint_1"]
