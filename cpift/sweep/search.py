@@ -27,7 +27,7 @@ from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact, claimed
 from cpift.disk.files import digest, write_json
 from cpift.errors import entry
-from cpift.pipeline.outcomes import INTEGRATES
+from cpift.pipeline.outcomes import INTEGRATES, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Range, Sweep
@@ -103,9 +103,15 @@ def _tidy(sweep: Sweep, keeper: Keeper, attempts: Sequence[Attempt], view: View)
     """Drop what need not be kept, and write what is to be and only was in memory."""
     keeper.finish(attempts)
     for run in keeper.to_write():
-        Pipeline(run.config, run.engine, view, sweep_record(sweep).name).fuse()
+        again = Pipeline(run.config, run.engine, quiet(), sweep_record(sweep).name)
+        with view.stage(f"weights of the best trial (seed {run.config.seed})"), _fused(again).compared(view.warn):
+            again.fuse()
     if keeper.freed:
         view.note(f"Dropped {show_size(keeper.freed)} of trials' weights (`keep: all` in the sweep's file keeps them)")
+
+
+def _fused(run: Pipeline) -> Artifact:
+    return own_models(run, "fused")["fused"]
 
 
 def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attempt]:
