@@ -99,6 +99,9 @@ class TrainingConfig(Section):
         ge=0,
         description="optimizer steps between checkpoints; 0 = only at stage ends",
     )
+    checkpoint_minutes: float | None = Field(
+        None, **identity(), gt=0, description="one more checkpoint where so many minutes have passed since the last"
+    )
     log_every: int = Field(5, **identity(), ge=1, description="optimizer steps between logged losses")
 
     @model_validator(mode="after")

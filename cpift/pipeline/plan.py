@@ -57,7 +57,8 @@ def plan(
     todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
     width = entry(KEPT_BYTES, source_of(config.model).dtype, "model.dtype")
     parallel = config.resources.parallel or len(config.tasks)
-    checkpoints = parallel * _CHECKPOINT_BYTES if any(t.checkpoint_every for t in trainings(config)) else 0
+    saves = any(training.checkpoint_every or training.checkpoint_minutes for training in trainings(config))
+    checkpoints = parallel * _CHECKPOINT_BYTES if saves else 0
     fits = fit_costs(artifacts, rows, parameters)
     return Plan(
         steps=steps,

@@ -28,6 +28,7 @@ from transformers import (
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, require_whole
+from cpift.config.run import TrainingConfig
 from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.use import UseRecord
 from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
@@ -48,6 +49,7 @@ from cpift.training.fsdp import (
     write_trained,
 )
 from cpift.training.rows import stage_data
+from cpift.training.spacing import Spacing
 from cpift.training.spec import RESULT, FitSpec, FrozenRow, LogRow, TrainingRecord
 from cpift.training.tracking import tracked
 
@@ -160,7 +162,7 @@ def _run_stage(
             args=_arguments(spec, index),
             train_dataset=stage_data(spec, index, tokenizer, uses),
             data_collator=Batches(tokenizer, Abilities.of(model)),
-            callbacks=[follower, *curves],
+            callbacks=[follower, *curves, *_spacing(spec.training)],
         )
         trainer.remove_callback(PrinterCallback)  # progress and log are ours
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -168,6 +170,10 @@ def _run_stage(
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
+
+
+def _spacing(training: TrainingConfig) -> list[TrainerCallback]:
+    return [Spacing(training.checkpoint_minutes)] if training.checkpoint_minutes else []
 
 
 def _stage_title(spec: FitSpec, index: int) -> str:

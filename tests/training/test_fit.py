@@ -100,6 +100,24 @@ def test_a_resumed_fit_ends_with_the_same_bits(
     ]
 
 
+def test_a_checkpoint_by_the_clock_is_one_to_go_on_from(
+    base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str]
+) -> None:
+    kept: list[Path] = []
+
+    def on_checkpoint(folder: Path, metrics: dict[str, int]) -> None:
+        if (metrics["stage"], metrics["step"]) == (1, 3):
+            kept.append(folder)
+            raise _Killed
+
+    often = spec(base, tmp_path, *TWO_STAGES, checkpoint_every=0, checkpoint_minutes=1e-6)
+    with pytest.raises(_Killed):
+        fit(often, FitHooks(on_checkpoint=on_checkpoint))
+    rarely = replace(often, training=often.training.model_copy(update={"checkpoint_minutes": 60}))
+    fit(rarely, FitHooks(resume_from=kept[0]))
+    assert weights(rarely.export) == undisturbed[1]
+
+
 @pytest.mark.slow
 def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
     base: Path, tmp_path: Path, undisturbed: tuple[dict[str, Any], str]
