@@ -33,6 +33,8 @@ MergeName = Literal[
     "della_linear",
     "sce",
     "arcee_fusion",
+    "iso_c",
+    "tsv_m",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]

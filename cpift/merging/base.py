@@ -154,6 +154,15 @@ class MergeMethod(ABC):
         """Elements of a row, where rows of this tensor may not be cut; else 0."""
         return 0
 
+    @classmethod
+    def held(cls, config: FusionConfig, info: TensorInfo, tasks: int) -> int:
+        """Bytes that are held for a tensor beside its slices while it is merged."""
+        return 0
+
+    def beside(self, info: TensorInfo) -> int:
+        """`held`, of the models that are merged."""
+        return self.held(self.config, info, len(self.tuned)) if self.merges(info) else 0
+
     @property
     def seed(self) -> int:
         if not self.seeded:

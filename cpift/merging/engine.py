@@ -79,7 +79,8 @@ def merge_shards(
         return {}
     infos = [info for shard in shards for info in shard.tensors]
     largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
-    depth = buffers_within(budget, largest, len(method.models))
+    most = max(infos, key=method.beside)
+    depth = buffers_within(budget, largest, len(method.models), method.beside(most), most.name)
     with WriteBehind(largest, depth) as writing:
 
         def write(shard: Shard) -> ShardRecord:
@@ -157,17 +158,19 @@ def _looked_ahead(method: MergeMethod, infos: Sequence[TensorInfo]) -> Iterator[
             yield info, prepared
 
 
-def buffers_within(budget: int, nbytes: int, models: int) -> int:
-    """Output buffers that fit beside what a slice takes otherwise: values of adapters, and masks of every model.
+def buffers_within(budget: int, nbytes: int, models: int, held: int = 0, name: str = "") -> int:
+    """Output buffers that fit beside what a slice takes otherwise: values of adapters, and masks of every model; and
+    what is held of the largest tensor and its like, two at a time.
 
     Raises CpiftError if it is less than two.
     """
-    beside = 2 * models * nbytes + nbytes
+    beside = 2 * models * nbytes + nbytes + 2 * held
     depth = (budget - beside) // max(nbytes, 1)
     if depth < 2:
         needed = (beside + 2 * nbytes + (1 << 20) - 1) >> 20
         raise CpiftError(
-            f"resources.memory_budget: {budget >> 20} MiB is too little to merge {models} models slice by slice → "
+            f"resources.memory_budget: {budget >> 20} MiB is too little to merge {models} models "
+            f"{f'by whole tensors, of which {name} takes {held >> 20} MiB' if held else 'slice by slice'} → "
             f"give at least {needed} MiB"
         )
     return min(depth, _DEEPEST)

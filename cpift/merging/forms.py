@@ -94,9 +94,7 @@ class UpdateMerge(MergeMethod):
 
     def runs(self, info: TensorInfo, start: int, stop: int) -> list[Piece]:
         """A slice cut into what is held in fp32 at once; between rows where these may not be cut."""
-        width = self.row_width(self.config, info)
-        step = max(_RUN // width, 1) * width if width else _RUN
-        return [(at, min(at + step, stop)) for at in range(start, stop, step)]
+        return row_runs(self.row_width(self.config, info), start, stop)
 
     def updates(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """fp32 [stop - start]: θ0, and the updates."""
@@ -142,6 +140,12 @@ class UpdateMerge(MergeMethod):
             return Expected(values_wanted, np.arange(stop - start), scale)
 
         return values
+
+
+def row_runs(width: int, start: int, stop: int) -> list[Piece]:
+    """A slice cut into runs of elements that are computed with at once; between rows where their width is given."""
+    step = max(_RUN // width, 1) * width if width else _RUN
+    return [(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
 def rounded_updates(origin: np.ndarray, tuned: Sequence[np.ndarray]) -> np.ndarray:

@@ -104,6 +104,9 @@ class _OnDevice:
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._host.pieces(info)
 
+    def beside(self, info: TensorInfo) -> int:
+        return self._host.beside(info)
+
     def tensor(self, info: TensorInfo) -> Merged:
         if not self._host.merges(info):
             return self._host.tensor(info)

@@ -129,13 +129,14 @@ def check_budget(config: RunConfig) -> list[Problem]:
         base = Checkpoint(folder)
     except (CpiftError, OSError):
         return []  # `check_given` says what is wrong with it
-    row_width, largest = method_named(config.fusion.method).row_width, 0
+    method, largest = method_named(config.fusion.method), 0
+    held = [(method.held(config.fusion, info, len(config.tasks)), info.name) for info in base.tensors.values()]
     for info in base.tensors.values():
-        parts = pieces(info.numel, row_width(config.fusion, info))
+        parts = pieces(info.numel, method.row_width(config.fusion, info))
         largest = max(largest, *((stop - start) * info.itemsize for start, stop in parts[:1]), 0)
     models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
     try:
-        buffers_within(config.resources.memory_budget, largest, models)
+        buffers_within(config.resources.memory_budget, largest, models, *max(held, default=(0, "")))
     except CpiftError as error:
         where, _, what = str(error).partition(": ")
         return [Problem(where, *what.split(" → "))]

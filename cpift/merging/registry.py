@@ -11,6 +11,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.extensions import find, load_class, short_name
 from cpift.merging.base import MergeMethod
 from cpift.merging.methods.cpift import Fusion
+from cpift.merging.methods.iso_c import IsoC
 from cpift.merging.methods.karcher import Karcher
 from cpift.merging.methods.linear import Linear
 from cpift.merging.methods.model_stock import ModelStock
@@ -19,6 +20,7 @@ from cpift.merging.methods.nuslerp import NuSlerp
 from cpift.merging.methods.passthrough import Passthrough
 from cpift.merging.methods.slerp import Slerp
 from cpift.merging.methods.task_arithmetic import TaskArithmetic
+from cpift.merging.methods.tsv_m import TsvM
 from cpift.merging.selected.arcee_fusion import ArceeFusion
 from cpift.merging.selected.breadcrumbs import Breadcrumbs
 from cpift.merging.selected.breadcrumbs_ties import BreadcrumbsTies
@@ -59,6 +61,8 @@ METHODS: dict[str, type[MergeMethod]] = {
     "della_linear": DellaLinear,
     "sce": Sce,
     "arcee_fusion": ArceeFusion,
+    "iso_c": IsoC,
+    "tsv_m": TsvM,
 }
 
 

@@ -27,7 +27,7 @@ from cpift.merging.verify import verify
 from cpift.method.regions import Streaming
 from tests.helpers.checkpoints import save_checkpoint
 
-SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "cube": (3, 5, 7), "none": (0, 4)}
+SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "wide": (16, 40), "cube": (3, 5, 7), "none": (0, 4)}
 
 
 def inputs_of(folder: Path, models: list[Mapping[str, torch.Tensor]]) -> FusionInputs:
@@ -88,10 +88,20 @@ CASES = {
     "della_linear": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
     "sce": (3, {"density": 0.3, "scale": 0.7}),
     "arcee_fusion": (1, {}),
+    "iso_c": (3, {"scale": 0.7}),
+    "tsv_m": (3, {"scale": 0.7}),
     "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
     "multislerp": (3, {"weights": {"t1": 0.5}, "space": "delta"}),
 }
-WHOLE = ("model_stock", "karcher", "nuslerp", "multislerp", "sce")  # sums over a tensor, which slices round otherwise
+WHOLE = (
+    "model_stock",
+    "karcher",
+    "nuslerp",
+    "multislerp",
+    "sce",
+    "iso_c",
+    "tsv_m",
+)  # sums over a tensor, which slices round otherwise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -270,6 +280,46 @@ def test_merges_that_would_give_nothing_are_refused(
 ) -> None:
     with pytest.raises(CpiftError, match=said):
         merged(tmp_path / "out", inputs_of(tmp_path, vectors([0.0] * len(models[0]), *models)), **fields)
+
+
+def rotated(values: list[float], columns: int, seed: int) -> torch.Tensor:
+    """fp32 [5, columns] with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [
+        torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64))[0] for n in (5, columns)
+    ]
+    made: torch.Tensor = (sides[0] * torch.tensor(values, dtype=torch.float64)) @ sides[1].T
+    return made.float()
+
+
+@pytest.mark.parametrize("columns", [4, 9])
+def test_iso_c_makes_singular_values_alike(columns: int, tmp_path: Path) -> None:
+    """Of rank 2, which the second task does not enlarge: 6 + 2 become 4 + 4."""
+    moved = rotated([3.0, 1.0], columns, 0)
+    models = [{"w": torch.zeros(5, columns), "b": torch.zeros(2)}]
+    models += [{"w": moved, "b": torch.tensor([x, 1.0])} for x in (1.0, 2.0)]
+    found = merged(tmp_path / "out", inputs_of(tmp_path, models), method="iso_c", scale=0.5)
+    torch.testing.assert_close(torch.linalg.svdvals(found.tensor("w"))[:3], torch.tensor([2.0, 2.0, 0.0]))
+    assert found.tensor("b").tolist() == [0.75, 0.5]
+
+
+@pytest.mark.parametrize("columns", [4, 9])
+def test_tsv_m_keeps_each_tasks_largest_directions(columns: int, tmp_path: Path) -> None:
+    """Two of four or five singular values a task; tasks that move other rows and columns stay as they are."""
+    one, other = torch.zeros(5, columns), torch.zeros(5, columns)
+    one[0, 0], one[1, 1], other[2, 2], other[3, 3] = 5.0, 3.0, 4.0, 2.0
+    inputs = inputs_of(tmp_path, [{"w": torch.ones(5, columns)}, {"w": 1 + one}, {"w": 1 + other}])
+    found = merged(tmp_path / "out", inputs, method="tsv_m").tensor("w")
+    torch.testing.assert_close(found, 1 + one + other)
+    alike = inputs_of(tmp_path / "alike", [{"w": torch.zeros(5, columns)}, *[{"w": one}] * 2])
+    torch.testing.assert_close(merged(tmp_path / "same", alike, method="tsv_m").tensor("w"), one)
+
+
+def test_a_matrix_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, random_models(3, torch.float32))
+    method = method_named("tsv_m").make(Materials(inputs, FusionConfig(method="tsv_m"), 0, lambda wanted: []))
+    with pytest.raises(CpiftError, match="by whole tensors, of which matrix takes 0 MiB → give at least 1 MiB"):
+        merge(method, inputs.backbone, tmp_path, "inputs", shard_size=10**9, budget=1 << 18)
 
 
 def test_localize_stitch_averages_where_regions_meet() -> None:
