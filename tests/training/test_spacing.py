@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 from cpift.training.spacing import Spacing
 
 
-@pytest.mark.parametrize(("a_step", "looks"), [(0.25, 10), (7.0, 5), (25.0, 3), (90.0, 1)])
+@pytest.mark.parametrize(("a_step", "looks"), [(0.25, 10), (7.0, 6), (25.0, 2), (90.0, 1)])
 def test_minutes_pass_between_checkpoints_and_workers_agree(a_step: float, looks: int) -> None:
     """Two workers, whose clocks went apart: for the second, time passes three times as fast."""
     now, asked, args = [0.0], [0], Any
@@ -37,4 +37,4 @@ def test_minutes_pass_between_checkpoints_and_workers_agree(a_step: float, looks
             for worker in (first, second):
                 worker.on_save(args, state, TrainerControl())
     assert all(abs(seconds - 60) <= max(a_step / 2, a_step - 60) for seconds in saved)
-    assert asked[0] <= 3 * looks
+    assert asked[0] == 3 * looks
