@@ -2,14 +2,16 @@
 
 Most templates write a turn's content as it is between words that depend on the roles alone. For each sequence of roles
 these words are asked once, with marks for contents (`_Frame`); a row's text is then rendered once, and its contents are
-found between them. Where they are not (a template that drops thoughts, a row with tools or further fields) the template
-is asked for every reply again (`asked`): as often as there are replies, each time for the whole conversation.
+found between them. Where they are not (a template that drops thoughts, a row with tools or further fields), or where a
+content has what the template may look for in it, the template is asked for every reply again (`asked`): as often as
+there are replies, each time for the whole conversation.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -50,9 +52,12 @@ def written(example: Example, tokenizer: PreTrainedTokenizerBase) -> Written:
     if example.tools or any(message.tool_calls or message.fields for message in example.messages):
         return asked(example, tokenizer)
     (text,) = _rendered(example, tokenizer, [_conversation(example.messages, ())])
-    variables = json.dumps(tokenizer.special_tokens_map)
-    frame = _frame(tokenizer.get_chat_template(), variables, tuple(message.role for message in example.messages))
-    spans = frame.spans(text, [message.content for message in example.messages]) if frame else None
+    template, variables = tokenizer.get_chat_template(), json.dumps(tokenizer.special_tokens_map)
+    contents = [message.content for message in example.messages]
+    if any(not content or any(word in content for word in _looked_for(template)) for content in contents):
+        return asked(example, tokenizer)
+    frame = _frame(template, variables, tuple(message.role for message in example.messages))
+    spans = frame.spans(text, contents) if frame else None
     return asked(example, tokenizer) if spans is None else _Framed(text, spans)
 
 
@@ -100,6 +105,16 @@ class _Frame:
             spans.append((end - own, end + len(found[0])))
             end += len(found[0]) + len(after)
         return spans if end == len(text) else None
+
+
+@lru_cache(maxsize=8)
+def _looked_for(template: str) -> frozenset[str]:
+    """What the template could find in a content, and write a generation prompt by (`/no_think`): its quoted texts, but
+    for signs alone, which are everywhere, and for single words, which are roles and fields."""
+    from jinja2 import Environment
+
+    quoted = (token.value for token in Environment().lexer.tokenize(template) if token.type == "string")
+    return frozenset(text for text in quoted if re.search("[^\\W_]", text) and not text.strip().isidentifier())
 
 
 @lru_cache(maxsize=_FRAMES)

@@ -18,6 +18,8 @@ from cpift.rows.examples import Example, Message
 
 TURN = "{{ '<|start|>' + m.role + '\\n' + %s + '<|end|>\\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"
+UNLESS_TOLD = "{% if messages[-1].content and '/x' not in messages[-1].content %}<t></t>{% endif %}{% endif %}"
+THOUGHTFUL = TURN % "('<t></t>' if m.role == 'assistant' else '') + m.content"
 TEMPLATES = {
     "plain": TURN % "m.content",
     "trimmed": TURN % "m.content | trim",
@@ -27,14 +29,16 @@ TEMPLATES = {
     "contents twice": TURN % "m.content + m.content",
     "another prompt for later turns": TURN % "('' if loop.first else '<t></t>') + m.content",
     "ends with line breaks": "{{ m.role + ':' + m.content + '\\n\\n' }}",
+    "thinks if nothing says not to": THOUGHTFUL,
     "looks for a word": TURN % "('<t>' if 'x' in messages[0].content and m.role == 'assistant' else '') + m.content",
 }
-CONTENTS = st.lists(st.sampled_from(["a", "x", " ", "\n", "</t>", "<|end|>", "assistant"]), max_size=3).map("".join)
+CONTENTS = st.lists(st.sampled_from(["a", "x", " ", "\n", "</t>", "<|end|>", "/x"]), max_size=3).map("".join)
 
 
 def tokenizer_of(template: str) -> Any:
     tokenizer = make_scratch_tokenizer(ScratchModel())
-    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}" + PROMPT
+    prompt = PROMPT.replace("{% endif %}", UNLESS_TOLD) if template is THOUGHTFUL else PROMPT
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}" + prompt
     return tokenizer
 
 
