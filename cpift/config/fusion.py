@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from cpift.config.code import Conflict, Method
 from cpift.config.identity import identity
 from cpift.config.inputs import Bytes, Name, Section
-from cpift.config.settings import Blend, Setting, Share
+from cpift.config.settings import Blend, Setting, Share, shown_setting
 from cpift.config.words import ScopeName
 from cpift.extensions import short_name
 
@@ -57,6 +57,12 @@ class SourceConfig(Section):
             raise ValueError(f"[{layers[0]}, {layers[1]}] has no layer; give [first, one after the last]")
         return layers
 
+    @property
+    def described(self) -> str:
+        """In words: the model, its layers, and settings of its own."""
+        first, end = self.layer_range
+        return f"{self.model} {first}–{end - 1}{_own(weight=self.weight, density=self.density)}"
+
 
 class SliceConfig(Section):
     """Layers that follow one another in the merged model, of one model or merged of several. Settings: in place of
@@ -89,6 +95,19 @@ class SliceConfig(Section):
         """How many."""
         first, last = self.sources[0].layer_range
         return last - first
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        own = _own(weight=self.weight, density=self.density, t=self.t, normalize=self.normalize, scale=self.scale)
+        return " with ".join(source.described for source in self.sources) + own
+
+
+def _own(**settings: object) -> str:
+    """Settings that are given, as people read them."""
+    said = (f"{name} {shown_setting(value)}" for name, value in settings.items() if value is not None)
+    text = ", ".join(said)
+    return f" ({text})" if text else ""
 
 
 class FusionConfig(Section):

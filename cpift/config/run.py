@@ -214,6 +214,9 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{name}: is of θ0's layers and tokens, and {field} makes others; leave one of them out"
                 )
+        if self.model.kind not in ("path", "hub"):
+            what = f"is of models as their files have them, and θ0 is made of model.{self.model.kind}"
+            raise ValueError(f"{field}: {what}; save it as a folder with transformers, and give model.path")
         if twice := [name for name in (THETA0, ZERO, "union", "error") if known.count(name) > (name == THETA0)]:
             raise ValueError(f"{field}: {twice[0]!r} is no task's name there; name the task otherwise")
         if trained := [task.name for task in self.trained]:

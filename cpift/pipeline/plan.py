@@ -123,14 +123,13 @@ def _unpinned(config: RunConfig) -> Iterator[str]:
 
 
 def count_parameters(artifacts: StageArtifacts) -> int | None:
-    """Number of parameters of θ0, or of the model that slices of layers make, tied tensors once, from headers alone;
-    None if that needs a download."""
+    """Number of parameters of θ0, or of a merged model with other layers or tokens, tied tensors once, from headers
+    alone; None if that needs a download."""
     from cpift.checkpoints.checkpoint import Checkpoint
-    from cpift.merging.stacks.planning import open_stack
+    from cpift.merging.stacks.planning import merged_numel
 
-    if artifacts.config.fusion.slices:
-        stack = open_stack(artifacts.config)
-        return None if stack is None else stack.backbone.numel
+    if artifacts.config.fusion.slices or artifacts.config.fusion.by_tokens:
+        return merged_numel(artifacts.config)
     if not artifacts.in_place and artifacts.model.complete:
         return Checkpoint(artifacts.model.path).numel
     return source_of(artifacts.config.model).parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def _origin_of(task: TaskConfig) -> str:
 
 
 def _recipe(kind: str, config: RunConfig) -> str:
-    lines = [_fusion(config.fusion)]
+    lines = [_fusion(config.fusion), *_layers_and_tokens(config.fusion)]
     if config.fusion.isolates or kind == "final":
         lines.insert(
             0,
@@ -170,6 +170,15 @@ def _recipe(kind: str, config: RunConfig) -> str:
 def _fusion(fusion: FusionConfig) -> str:
     settings = markdown(method_named(fusion.method).described(fusion))
     return f"Fusion: {settings}." if fusion.isolates else f"Merged by {fusion.method_name} onto θ0: {settings}."
+
+
+def _layers_and_tokens(fusion: FusionConfig) -> Iterator[str]:
+    """Where a merged model has others than θ0."""
+    if fusion.slices:
+        yield f"Layers, one slice after another: {markdown('; '.join(one.described for one in fusion.slices))}."
+    if fusion.by_tokens:
+        named = f", {len(fusion.tokens)} of them with a row that the run's file names" if fusion.tokens else ""
+        yield f"Tokens: {markdown(fusion.vocabulary)}{named}; missing rows: {fusion.missing_tokens}."
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.opening import open_merged
 from cpift.checkpoints.united import MISSING, PADDING, Rows, UnitedCheckpoint
 from cpift.checkpoints.uniting import united, united_notes
 from cpift.config.fusion import FusionConfig, TokenConfig
 from cpift.errors import CheckpointError
-from tests.helpers.toys import WIDTH, make_toy
+from tests.helpers.toys import WIDTH, formula, make_toy, write_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -103,6 +106,29 @@ def test_means_leave_the_pretrained_model_out_where_asked_for(tmp_path: Path) ->
         assert torch.equal(models["z"].tensor(EMBEDDING)[8], row)
         assert torch.equal(first.tensor(EMBEDDING), base.tensor(EMBEDDING))
         assert "lm_head.weight" not in first.tensors
+
+
+def test_an_adapter_with_new_tokens_is_a_model_of_them(toys: dict[str, Checkpoint], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_tokenizer(adapter, ("<new>",))
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config |= {"modules_to_save": ["embed_tokens", "lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    rows = formula((9, WIDTH), 5)
+    factors = {"A": torch.ones(1, WIDTH), "B": torch.ones(WIDTH, 1)}
+    tensors = {f"{before}{part}.weight": values for part, values in factors.items()}
+    tensors |= {f"base_model.model.{name}.weight": rows.clone() for name in ("model.embed_tokens", "lm_head")}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config_of = FusionConfig(method="linear", vocabulary="union")
+    base, tuned = open_merged(toys["base"].folder, {"lora": adapter, "one": toys["one"].folder}, config_of)
+    assert torch.equal(tuned["lora"].tensor(EMBEDDING)[:8], rows[:8])
+    assert torch.equal(tuned["lora"].tensor(EMBEDDING)[8], rows[8])
+    assert torch.equal(base.tensor(EMBEDDING)[8], rows[8])
+    assert torch.equal(tuned["lora"].tensor(EMBEDDING)[9:], toys["one"].tensor(EMBEDDING)[8:])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(tuned["lora"].tensor(name), (toys["base"].tensor(name).float() + 1).bfloat16())
 
 
 def test_tokens_that_a_model_has_not_are_refused_by_name(toys: dict[str, Checkpoint]) -> None:

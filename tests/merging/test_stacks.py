@@ -15,6 +15,7 @@ import cpift
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
 from cpift.config.fusion import FusionConfig, SliceConfig, SourceConfig
+from cpift.config.loading import parse_config
 from cpift.errors import ConfigError
 from cpift.merging.stacks.inputs import stack_inputs
 from cpift.merging.stacks.method import StackMerge
@@ -149,6 +150,14 @@ def test_what_cannot_be_stacked_has_a_name(kind: str, toys: Path, tmp_path: Path
         merged(toys, tmp_path / "out", slices, "one", **{"method": "passthrough", **fields})
     assert told in str(caught.value)
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+def test_a_model_that_is_made_first_has_no_layers_to_give(toys: Path) -> None:
+    slices = [{"sources": [source("one", 0, 2)]}]
+    raw = {"name": "x", "tasks": [{"name": "one", "checkpoint": {"path": str(toys / "one")}}]}
+    raw |= {"model": {"gguf": {"file": "x.gguf"}}, "fusion": {"method": "passthrough", "slices": slices}}
+    with pytest.raises(ConfigError, match=r"fusion\.slices: is of models as their files have them, and θ0 is made of"):
+        parse_config(raw, toys, "x")
 
 
 def other_width(folder: Path) -> None:

@@ -35,6 +35,7 @@ def test_a_union_is_merged_and_its_tokenizer_fits(toys: Path, tmp_path: Path) ->
     result = merged(toys, tmp_path / "out", method="ties", **fields)
     assert all(check["passed"] for check in result.checks)
     assert "has the row that was made for it" in result.checks[-1]["name"]
+    assert "Tokens: union; missing rows: pretrained." in (result.path / "README.md").read_text()
     out = Checkpoint(result.path)
     assert out.tensors[EMBEDDING].shape == out.tensors["lm_head.weight"].shape == (16, 8)
     assert out.config["vocab_size"] == 16
@@ -57,6 +58,7 @@ def test_a_tasks_tokens_come_with_what_speaks_of_them(toys: Path, tmp_path: Path
     stacked = merged(toys, tmp_path / "stacked", method="passthrough", vocabulary="union", slices=slices)
     out = Checkpoint(stacked.path)
     assert (out.config["num_hidden_layers"], out.config["vocab_size"]) == (2, 11)
+    assert "Layers, one slice after another: two 0–0; one 0–0." in (stacked.path / "README.md").read_text()
     assert torch.equal(out.tensor("lm_head.weight")[8:10], Checkpoint(toys / "one").tensor("lm_head.weight")[8:10])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.checkpoints.layout import is_buffer, layout_of
 from cpift.checkpoints.opening import folders_at_hand, open_merged
-from cpift.config.fusion import SliceConfig
 from cpift.config.run import RunConfig
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.merging.registry import method_named
@@ -31,9 +30,6 @@ def open_stack(config: RunConfig) -> StackInputs | None:
 
 def check_stack(config: RunConfig) -> list[Problem]:
     """Every problem of a stack whose models are at hand."""
-    if config.model.path is None and config.model.hub is None:
-        what = f"take layers of models as their files have them, and θ0 is made of model.{config.model.kind}"
-        return [Problem(_WHERE, what, "give model.path or model.hub: transformers saves it as a folder")]
     try:
         inputs = open_stack(config)
         if inputs is None:
@@ -78,12 +74,16 @@ def stack_notes(config: RunConfig) -> Iterator[str]:
         yield "Layers are counted when all models are downloaded"
         return
     slices, stack = config.fusion.slices, inputs.backbone
-    yield f"Layers: {sum(one.layers for one in slices)}, of {'; '.join(map(_said, slices))}"
+    yield f"Layers: {sum(one.layers for one in slices)}, of {'; '.join(one.described for one in slices)}"
     first, last = (" and ".join(source.model for source in one.sources) for one in (slices[0], slices[-1]))
     head = "as the embedding, which it is tied to" if stack.ties and not stack.is_apart else f"of {last}"
     yield f"Embedding of {first}, last norm of {last}, output layer {head}; {stack.numel:,} parameters"
 
 
-def _said(one: SliceConfig) -> str:
-    ranges = ((source.model, *source.layer_range) for source in one.sources)
-    return " with ".join(f"{model} {first}–{end - 1}" for model, first, end in ranges)
+def merged_numel(config: RunConfig) -> int | None:
+    """Parameters of a merged model with other layers or tokens than θ0; None where a model has to be downloaded."""
+    if config.fusion.slices:
+        stack = open_stack(config)
+        return None if stack is None else stack.backbone.numel
+    folders = folders_at_hand(config)
+    return None if folders is None else open_merged(*folders, config.fusion)[0].numel
