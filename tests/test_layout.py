@@ -39,6 +39,7 @@ ROWS = [
     {"cluster", "merge_folder", "hub_card"},
     {"compare", "sweep", "adapter_folder", "merge_request", "model_diff", "publish"},
     {"init", "api"},
+    {"scorecard"},
     {"cli"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
@@ -63,6 +64,7 @@ TESTED_ELSEWHERE = {
     "formats.gguf": "models/test_sources.py",
     "formats.sizes": "untrusted/test_json.py",
     "hub": "rows/test_rows.py",
+    "init.given_tests": "scorecard/test_scorecard.py",
     "init.model": "cli/test_main.py",
     "init.run": "cli/test_main.py",
     "hub_card": "test_publish.py",

@@ -30,7 +30,7 @@ def check(
     Touches nothing. Ends with 0 if all is as it was written, with 1 if something is damaged (what the same `cpift run`
     will set aside and make again), with 2 if the folder cannot be looked at.
     """
-    from cpift.disk.top_files import RUN_FILES, SWEEP_FILES, is_ours
+    from cpift.disk.top_files import RUN_FILES, SCORES_FILES, SWEEP_FILES, is_ours
 
     if not folder.is_dir():
         raise CpiftError(f"{folder} is no folder: give the output folder of a run")
@@ -41,7 +41,7 @@ def check(
         damaged = {path: why for path, why in zip(artifacts, pool.map(_damage, artifacts), strict=True) if why}
     for path in artifacts:
         say(f"{path.relative_to(folder)}: {damaged.get(path, 'as it was written')}")
-    for name in dict.fromkeys((*RUN_FILES, *SWEEP_FILES)):
+    for name in dict.fromkeys((*RUN_FILES, *SWEEP_FILES, *SCORES_FILES)):
         if os.path.lexists(folder / name) and not is_ours(folder / name):
             say(f"{name}: not as cpift wrote it (a run would refuse to replace it)")
     if damaged:

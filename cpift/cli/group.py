@@ -13,6 +13,7 @@ _RUN, _MERGE = (
     "`cpift merge BASE MODEL... --out FOLDER`; as a file, `cpift init merge` and `cpift fuse`",
 )
 _MERGEKIT = "`cpift merge FILE OUT` reads mergekit's file as it is"
+_SCORE = "`cpift evaluate CONFIG`, or `cpift evaluate MODEL... --test FILE`; on standard benchmarks `cpift standard`"
 _INIT = "`cpift init DATA --model MODEL` writes a run's file; `cpift init --example quickstart` copies the demo"
 _OTHER_WORDS = {
     **dict.fromkeys(("train", "sft", "finetune", "fine-tune", "all"), f"{_RUN}; `cpift probe` only the fine-tunes"),
@@ -21,7 +22,10 @@ _OTHER_WORDS = {
     **dict.fromkeys(
         ("mergekit-extract-lora", "extract", "lora"), "`cpift extract-lora BASE TUNED --out FOLDER` makes an adapter"
     ),
-    **dict.fromkeys(("eval", "test", "score"), "`cpift evaluate CONFIG`; on standard benchmarks `cpift standard`"),
+    **dict.fromkeys(
+        ("eval", "test", "score"),
+        "`cpift evaluate CONFIG`, or `cpift evaluate MODEL... --test FILE`; on standard benchmarks `cpift standard`",
+    ),
     **dict.fromkeys(("preprocess", "preview", "tokenize"), "`cpift data preview CONFIG`"),
     **dict.fromkeys(("validate", "dry-run", "lint"), "`cpift plan CONFIG` checks everything and touches nothing"),
     **dict.fromkeys(("verify", "fsck"), "`cpift check RUN` compares an output folder with what was recorded"),

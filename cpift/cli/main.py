@@ -24,10 +24,11 @@ from cpift.cli import plan as cli_plan
 from cpift.cli import push as cli_push
 from cpift.cli import runs as cli_runs
 from cpift.cli import schema as cli_schema
-from cpift.cli import standard as cli_standard
+from cpift.cli import score as cli_score
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
-from cpift.cli.options import Config, Output, Overrides, say_code
+from cpift.cli.options import Config, Output, Overrides, say_code, settings_of
+from cpift.cli.score import Tests, score_models
 from cpift.console.terminal import say, standard_streams
 from cpift.errors import CpiftError, explain_os_error
 from cpift.text.redaction import redacted
@@ -219,9 +220,30 @@ def integrate(config: Config, overrides: Overrides = None, output: Output = None
 
 
 @app.command(rich_help_panel=_METHOD)
-def evaluate(config: Config, overrides: Overrides = None, output: Output = None) -> None:
-    """7. Score θ0, every probe, the backbone, the fused and the final model on every task."""
-    scored = _stage(config, overrides, _changes(output), "evaluate")
+def evaluate(
+    config: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG | MODEL... | NAME=MODEL...",
+            help="the run's YAML file; or models to score on rows of --test: folders, adapters, hub ids",
+        ),
+    ],
+    tests: Tests = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="the model behind the others, scored beside them")
+    ] = None,
+    overrides: Overrides = None,
+    output: Output = None,
+) -> None:
+    """7. Score θ0, every probe, the backbone, the fused and the final model on every task; or any models on any rows.
+
+    `cpift evaluate models/a models/b --test maths=gsm8k.jsonl` needs no run's file: shapes of rows and metrics are
+    recognised as `cpift init` does. What was scored before in the folder of results is not scored again.
+    """
+    if tests or base is not None or len(config) > 1 or Path(config[0]).expanduser().is_dir():
+        score_models(config, tests or [], base, settings_of(overrides or []), output)
+        return
+    scored = _stage(Path(config[0]), overrides, _changes(output), "evaluate")
     from cpift.evaluation.retention import learning_of, sentences
 
     _warn(sentences(learning_of(list(next(iter(scored.values()))), scored)))
@@ -253,7 +275,7 @@ cli_runs.register(app, _LOOK)
 cli_plan.register(app, _LOOK)
 cli_compare.register(app, _LOOK)
 cli_schema.register(app, _LOOK)
-cli_standard.register(app, _LOOK)
+cli_score.register(app, _LOOK)
 
 
 def require_arguments(arguments: Sequence[str]) -> None:

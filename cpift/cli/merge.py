@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift.cli.options import say_code
+from cpift.cli.options import say_code, settings_of
+from cpift.cli.score import Tests, check_tests, show_scores
 from cpift.console.terminal import say
 from cpift.errors import ConfigError, Problem
 from cpift.merging.options import OPTIONS, Option
@@ -18,7 +19,8 @@ from cpift.text.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
-    from cpift.config.variation import Fields
+    from cpift.merge_request import Request
+    from cpift.scorecard.models import ToScore
 
 _KINDS: Mapping[str, Any] = {
     "value": str | None,
@@ -92,6 +94,10 @@ def merge(
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="any other field of a run (repeatable)")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
+    tests: Tests = None,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="folder for scores and their page [default: runs/scores]")
+    ] = None,
     fields: Mapping[str, Any],
     flags: Mapping[str, Any],
 ) -> None:
@@ -102,6 +108,8 @@ def merge(
 
     The folder appears under its name when it is whole and checked; nothing that exists is replaced. Partial work lies
     beside it in .NAME.merge: after a kill the same command goes on from there.
+
+    With --test the base, the models and the merge are scored, with intervals and what the merge keeps of each.
     """
     from cpift.merge_folder import checked, merge_into, place_of, work_of
     from cpift.merge_request import requested
@@ -109,10 +117,12 @@ def merge(
     asked = requested(base, models or [], out)
     place = place_of(asked.out)
     values = {**asked.fields, **{name: _value(name, value) for name, value in fields.items()}}
-    config = asked.config(work_of(place), values, _settings(overrides or []), flags, not dry_run)
+    settings = settings_of(overrides or [])
+    config = asked.config(work_of(place), values, settings, flags, not dry_run)
     for note in asked.notes:
         say(note)
     say_code(config)
+    to_score = _to_score(asked, tests, {**settings, **_template(values)}, scores, config, dry_run) if tests else None
     if dry_run:
         _tell(config, checked(config, place, download=False), place)
         return
@@ -123,6 +133,35 @@ def merge(
     if result.cached:
         say("It is there already: nothing to do.")
     say(f"Merged model: {result.path}")
+    if to_score is not None:
+        show_scores(to_score.with_merged(config.name, result.path))
+
+
+def _to_score(
+    asked: Request,
+    tests: list[str],
+    settings: Mapping[str, Any],
+    output: Path | None,
+    config: RunConfig,
+    dry_run: bool,
+) -> ToScore | None:
+    """What is scored after the merge, looked at before it; None where a dry run would have to download BASE for it."""
+    from cpift.checkpoints.opening import at_hand
+    from cpift.scorecard.models import FOLDER, to_score
+
+    if dry_run and at_hand(config.model) is None:
+        say("--test: rows are looked at once BASE is downloaded")
+        return None
+    reserved = (config.name,)
+    scored = to_score(
+        asked.models, tests, base=asked.base, settings=settings, output=output or FOLDER, reserved=reserved
+    )
+    check_tests(scored, download=not dry_run)
+    return scored
+
+
+def _template(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model.chat_template": values["chat_template"]} if "chat_template" in values else {}
 
 
 def _value(name: str, value: Any) -> Any:
@@ -150,23 +189,6 @@ def _parsed(name: str, text: str) -> Any:
         return parse_yaml(text)
     except UnreadableError as error:
         raise ConfigError("merge", [error.problem(f"--{name.replace('_', '-')}")]) from None
-
-
-def _settings(overrides: list[str]) -> Fields:
-    """Fields by dotted name, of `--set FIELD=VALUE`. Raises ConfigError."""
-    from cpift.untrusted.json import UnreadableError
-    from cpift.untrusted.yaml import parse_yaml
-
-    fields: Fields = {}
-    for text in overrides:
-        field, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError("merge", [Problem("--set", f"{text!r} has no '='", "write it as field.name=value")])
-        try:
-            fields[field.strip()] = parse_yaml(value)
-        except UnreadableError as error:
-            raise ConfigError("merge", [error.problem(f"--set {field}")]) from None
-    return fields
 
 
 def _tell(config: RunConfig, notes: list[str], place: Path) -> None:

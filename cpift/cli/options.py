@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cpift.console.terminal import say
+from cpift.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+    from cpift.config.variation import Fields
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
 Overrides = Annotated[
@@ -29,3 +32,20 @@ def say_code(*configs: BaseModel, tell: Callable[[str], None] = lambda line: say
 
     for line in dict.fromkeys(line for config in configs for line in code_lines(config)):
         tell(line)
+
+
+def settings_of(overrides: Sequence[str]) -> Fields:
+    """Fields by dotted name, of `--set FIELD=VALUE`. Raises ConfigError."""
+    from cpift.untrusted.json import UnreadableError
+    from cpift.untrusted.yaml import parse_yaml
+
+    fields: Fields = {}
+    for text in overrides:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("--set", [Problem("--set", f"{text!r} has no '='", "write it as field.name=value")])
+        try:
+            fields[field.strip()] = parse_yaml(value)
+        except UnreadableError as error:
+            raise ConfigError("--set", [error.problem(f"--set {field}")]) from None
+    return fields

@@ -21,6 +21,7 @@ from cpift.text.escaping import html
 
 RUN_FILES = ("config.yaml", "summary.json", "scores.csv", "index.html", "report.html", "report.md")
 SWEEP_FILES = ("best.yaml", "sweep.json", "trials.csv", "index.html", "sweep.html", "sweep.md")
+SCORES_FILES = ("scores.json", "index.html", "scores.html", "scores.md")
 REPORTS = "reports"  # the folder beside index.html that keeps a page of every configuration
 _LARGEST = 1 << 28  # bytes; nothing that is written here comes near
 _MARK = "written by cpift, which replaces it as long as nobody changes it; sha256 "

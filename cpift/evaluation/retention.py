@@ -119,7 +119,7 @@ def learning_of(tasks: Sequence[str], scores: Mapping[str, Mapping[str, Score]])
         probe, base = scores.get(probe_of(task), {}).get(task), scores.get("base", {}).get(task)
         if probe is not None:
             value = None if base is None else larger_is_better(base)
-            gain = probe["gain"] if "gain" in probe else _gain(probe, base)
+            gain = probe["gain"] if "gain" in probe else None if base is None else difference(probe, base)
             learning[task] = Learning(task, probe["metric"], larger_is_better(probe), value, chance_of(probe), gain)
     return learning
 
@@ -134,8 +134,8 @@ def condensed(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, 
             short.pop("examples", None)
             if (chance := chance_of(score)) is not None:
                 short["chance"] = chance
-            gain = _gain(score, scores.get("base", {}).get(task)) if model == probe_of(task) else None
-            if gain is not None:
+            base = scores.get("base", {}).get(task) if model == probe_of(task) else None
+            if base is not None and (gain := difference(score, base)) is not None:
                 short["gain"] = replace(gain, values=[])
             scores_of_model[model][task] = short
     return scores_of_model
@@ -154,13 +154,29 @@ def chance_of(score: Score) -> float | None:
     return sum(1 / count for count in options) / len(options) if options else None
 
 
-def _gain(probe: Score, base: Score | None) -> Estimate | None:
-    """Probe less θ0, paired by test row."""
-    if base is None or not probe.get("examples") or len(probe["examples"]) != len(base.get("examples", ())):
+def measured(score: Score) -> Estimate:
+    """The task's metric, or the loss where that is the metric, with its interval over test rows.
+
+    Of n rows that all have the same score, up to 1 − 0.05^(1/n) of others may have another.
+    """
+    rows = score.get("examples", ())
+    if score["score"] is None:
+        figure = weighted_mean([row["loss"] for row in rows], [row["tokens"] for row in rows], _CONFIDENCE)
+        return replace(figure, values=[])
+    figure = weighted_mean([row["score"] for row in rows], [1] * len(rows), _CONFIDENCE)
+    if figure.low is None or figure.high is None:
+        return figure
+    alike = 1 - (1 - _CONFIDENCE) ** (1 / len(rows)) if figure.low == figure.high else 0.0
+    return Estimate([], figure.mean, max(0.0, figure.low - alike), min(1.0, figure.high + alike))
+
+
+def difference(one: Score, other: Score) -> Estimate | None:
+    """By how much `one` is better, paired by test row; None where rows are not at hand."""
+    if not one.get("examples") or len(one["examples"]) != len(other.get("examples", ())):
         return None
-    pairs = list(zip(probe["examples"], base["examples"], strict=True))
-    if probe["score"] is None:
-        gains, weights = [two["loss"] - one["loss"] for one, two in pairs], [one["tokens"] for one, _ in pairs]
+    pairs = list(zip(one["examples"], other["examples"], strict=True))
+    if one["score"] is None:
+        gains, weights = [two["loss"] - own["loss"] for own, two in pairs], [own["tokens"] for own, _ in pairs]
     else:
-        gains, weights = [one["score"] - two["score"] for one, two in pairs], [1] * len(pairs)
+        gains, weights = [own["score"] - two["score"] for own, two in pairs], [1] * len(pairs)
     return weighted_mean(gains, weights, _CONFIDENCE)

@@ -1,7 +1,7 @@
 """`cpift init`: looks at files, models and rows, and writes a YAML file that runs as it stands.
 
 `files` (tasks and splits), `rows` (kinds, metrics, lengths), `model` (θ0), `run` (a run's file), `others` (merges,
-sweeps, examples).
+sweeps, examples), `given_tests` (rows that a command is given to score on).
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -21,6 +21,7 @@ from cpift.lazy import handed_out
 
 if TYPE_CHECKING:
     from cpift.init.files import TaskFiles as TaskFiles
+    from cpift.init.given_tests import GivenTest as GivenTest
     from cpift.init.model import BaseModel as BaseModel
     from cpift.init.model import base_model as base_model
     from cpift.init.others import example_files as example_files

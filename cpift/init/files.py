@@ -54,6 +54,20 @@ def tasks_of(arguments: Iterable[str]) -> list[TaskFiles]:
     return tasks
 
 
+def rows_at(argument: str) -> tuple[str, DataSource]:
+    """A name and the rows of one file, folder or hub data set. Raises ConfigError where it is none, or several."""
+    try:
+        sources = list(_sources(argument))
+    except UnreadableError as error:
+        raise ConfigError("test rows", [error.problem(argument)]) from None
+    except OSError as error:
+        raise ConfigError("test rows", [Problem(argument, error.strerror or str(error), "check the path")]) from None
+    if len(sources) > 1:
+        raise ConfigError("test rows", [Problem(argument, f"holds {len(sources)} files or splits", "give one of them")])
+    ((name, source, _),) = sources
+    return _as_name(name), source
+
+
 def _repeated(sources: list[tuple[str, DataSource, str]]) -> list[Problem]:
     """Files and splits that are given more than once: each would become a second task of the same rows."""
     same = [(source.file.resolve() if source.file else source.hub, source.split) for _, source, _ in sources]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpift.config.inputs import DataSource, Holdout
 from cpift.config.loading import one_line_yaml, parse_config
@@ -25,13 +25,16 @@ from cpift.models.sources import source_of
 from cpift.rows.shapes import size_of
 from cpift.untrusted.yaml import parse_yaml
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _MOST_LENGTH = 1024  # tokens of a training row, unless somebody raises it
 _MOST_REPLY = 256  # tokens generated
-_MOST_SCORED = 4096  # tokens of a row that is held out
+MOST_SCORED = 4096  # tokens of a row that is held out
 _SEEDS = 5  # tried before shorter rows are
 _STEPS = (20, 300)
 _BATCH = 8  # rows of a step
-_AT_ONCE = 4096  # tokens that go through the model together in training
+AT_ONCE = 4096  # tokens that go through the model together in training
 # Up to how many parameters which learning rate, for AdamW on all weights.
 _RATES = ((50_000_000, 1e-3), (2_000_000_000, 1e-4), (math.inf, 2e-5))
 
@@ -63,13 +66,14 @@ class Task:
         return f"{self.name}: {where} is {self.train.title}, {self.train.rows:,} rows{split}"
 
 
-def _rounded(value: float, to: int) -> int:
+def rounded(value: float, to: int) -> int:
+    """Up to a multiple of `to`, which is the least."""
     return max(to, math.ceil(value / to) * to)
 
 
-def _reply(lengths: Lengths) -> int:
+def reply_limit(lengths: Lengths) -> int:
     """`max_new_tokens`."""
-    return min(_MOST_REPLY, _rounded(lengths.reply * 1.25, 8))
+    return min(_MOST_REPLY, rounded(lengths.reply * 1.25, 8))
 
 
 def tasks_of(task_files: Sequence[TaskFiles], base: BaseModel) -> list[Task]:
@@ -108,11 +112,11 @@ def _task(files: TaskFiles, base: BaseModel) -> Task:
     guess = guess_metric(train) if test is None else _of_both(train, test)
     lengths = lengths_of(train, base.tokenizer)
     task = TaskConfig(
-        name=files.name, train=_with_choices(train, guess), metric=guess.metric, max_new_tokens=_reply(lengths)
+        name=files.name, train=with_choices(train, guess), metric=guess.metric, max_new_tokens=reply_limit(lengths)
     )
     if test is not None:
-        task = task.model_copy(update={"test": _with_choices(test, guess)})
-        return Task(files.name, train, test, guess, lengths, None, _longest(task, base), test.rows)
+        task = task.model_copy(update={"test": with_choices(test, guess)})
+        return Task(files.name, train, test, guess, lengths, None, longest(task, base.tokenizer), test.rows)
     holdout, scored = _fitting(task, train, base)
     tested = count_examples(task.model_copy(update={"holdout": holdout}).test_data)
     return Task(files.name, train, None, guess, lengths, holdout, scored, tested)
@@ -126,7 +130,8 @@ def _of_both(train: Look, test: Look) -> Guess:
     return other if not other.choices else Guess("loss", "training and test rows have other replies")
 
 
-def _with_choices(look: Look, guess: Guess) -> DataSource:
+def with_choices(look: Look, guess: Guess) -> DataSource:
+    """The rows, with the options that all of them have."""
     columns = dict(look.source.columns) | ({"choices": guess.choices} if guess.choices else {})
     return look.source.model_copy(update={"columns": columns})
 
@@ -134,13 +139,14 @@ def _with_choices(look: Look, guess: Guess) -> DataSource:
 _ALL = EvaluationConfig(max_length=2**30)
 
 
-def _longest(task: TaskConfig, base: BaseModel) -> int:
-    return check_rows(base.tokenizer, [task], _ALL)
+def longest(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of its longest test row, with what is generated. Raises DataError for rows that cannot be scored."""
+    return check_rows(tokenizer, [task], _ALL)
 
 
 def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, int]:
     """Rows to hold out that the model can be scored on whole, and the most tokens of one."""
-    most = min(base.places or _MOST_SCORED, _MOST_SCORED)
+    most = min(base.places or MOST_SCORED, MOST_SCORED)
     for limit in (None, *_limits(train, most, base)):
         fitting = (
             train.rows
@@ -150,7 +156,7 @@ def _fitting(task: TaskConfig, train: Look, base: BaseModel) -> tuple[Holdout, i
         rows = held_out(train) if limit is None else share_held(fitting)
         for seed in range(_SEEDS):
             holdout = Holdout(rows=rows, seed=seed, max_characters=limit)
-            scored = _longest(task.model_copy(update={"holdout": holdout}), base)
+            scored = longest(task.model_copy(update={"holdout": holdout}), base.tokenizer)
             if scored <= most:
                 return holdout, scored
     remedy = "shorten the rows, or use a model with more places"
@@ -224,17 +230,17 @@ def _task_lines(task: Task, folder: Path) -> Iterator[str]:
     yield f"  - name: {one_line_yaml(task.name)}  # {task.train.title}, {task.train.rows:,} rows"
     yield f"    metric: {task.guess.metric}  # {task.guess.why}"
     if METRICS[task.guess.metric].generates:
-        yield f"    max_new_tokens: {_reply(task.lengths)}  # 95 of 100 replies have at most {task.lengths.reply}"
-    yield f"    train: {_source(_with_choices(task.train, task.guess), folder)}"
+        yield f"    max_new_tokens: {reply_limit(task.lengths)}  # 95 of 100 replies have at most {task.lengths.reply}"
+    yield f"    train: {source_line(with_choices(task.train, task.guess), folder)}"
     if task.test is not None:
-        yield f"    test: {_source(_with_choices(task.test, task.guess), folder)}"
+        yield f"    test: {source_line(with_choices(task.test, task.guess), folder)}"
     elif task.holdout is not None:
         fields = one_line_yaml(task.holdout.model_dump(exclude_none=True))
         fits = ", of what fits the model" if task.holdout.max_characters else ""
         yield f"    holdout: {fields}  # of train{fits}; not trained on"
 
 
-def _source(source: DataSource, folder: Path) -> str:
+def source_line(source: DataSource, folder: Path) -> str:
     fields: dict[str, Any] = {}
     if source.file is not None:
         fields["file"] = _relative(source.file, folder)
@@ -252,7 +258,7 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     steps = min(max(math.ceil(smallest / _BATCH), _STEPS[0]), _STEPS[1])
     rate = next(rate for most, rate in _RATES if (base.parameters or math.inf) <= most)
     most = max(task.lengths.most for task in tasks)
-    length = min(_rounded(most, 32), _MOST_LENGTH, places)
+    length = min(rounded(most, 32), _MOST_LENGTH, places)
     rows = [tokens for task in tasks for tokens in task.lengths.rows]
     fits = sum(tokens <= length for tokens in rows) / len(rows)
     passes = steps * _BATCH / smallest
@@ -270,15 +276,15 @@ def _training(tasks: Sequence[Task], base: BaseModel) -> Iterator[str]:
     yield f"  learning_rate: {one_line_yaml(rate / 2)}"
     yield f"  max_length: {length}"
     scored = max(task.scored for task in tasks)
-    most_rows = min(16, max(1, 2 * _AT_ONCE // scored))
+    most_rows = min(16, max(1, 2 * AT_ONCE // scored))
     yield ""
     yield f"# The longest test row has {scored} tokens."
-    yield f"evaluation: {{batch_size: {most_rows}, max_length: {max(_rounded(scored, 32), 32)}}}"
+    yield f"evaluation: {{batch_size: {most_rows}, max_length: {max(rounded(scored, 32), 32)}}}"
 
 
 def _batch(length: int) -> Iterator[str]:
     """Rows of a step, as many at a time as memory allows."""
-    rows = min(_BATCH, 2 ** int(math.log2(max(1, _AT_ONCE // length))))
+    rows = min(_BATCH, 2 ** int(math.log2(max(1, AT_ONCE // length))))
     yield f"  batch_size: {rows}" + (f"  # of {_BATCH} rows a step, for memory" if rows < _BATCH else "")
     if rows < _BATCH:
         yield f"  gradient_accumulation: {_BATCH // rows}"

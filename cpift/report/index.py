@@ -29,7 +29,7 @@ class ReportKind:
     section: str
 
 
-RUN, SWEEP = ReportKind("report", "config"), ReportKind("sweep", "sweep")
+RUN, SWEEP, SCORES = ReportKind("report", "config"), ReportKind("sweep", "sweep"), ReportKind("scores", "models")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _config(page: str, section: str) -> str:
 
 
 def _index(folder: Path, newest: Path) -> str:
-    reports = [report for kind in (RUN, SWEEP) for report in _kept(folder / REPORTS, kind)]
+    reports = [report for kind in (RUN, SWEEP, SCORES) for report in _kept(folder / REPORTS, kind)]
     reports.sort(key=lambda report: (report.file != newest, -report.file.stat().st_mtime_ns, report.file.name))
     rows = [
         f'<tr><th scope="row"><a href="{REPORTS}/{html(report.file.name)}">{html(report.title)}</a></th>'

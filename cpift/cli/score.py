@@ -1,18 +1,34 @@
-"""`cpift standard`: a run's models on standard benchmarks. `cpift bench`: the kernels on this machine."""
+"""Scoring of models that are there already: `cpift evaluate MODEL… --test`, `cpift merge … --test`, and on standard
+benchmarks `cpift standard`. `cpift bench`: the kernels on this machine.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift.console.terminal import say
+from cpift.console.terminal import Terminal, say
 from cpift.disk.files import SOURCE_TREE
-from cpift.errors import CpiftError
+from cpift.errors import ConfigError, CpiftError, Problem
+
+if TYPE_CHECKING:
+    from cpift.scorecard.models import ToScore
+
+Tests = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--test",
+        metavar="NAME=FILE",
+        help="rows to score models on, of any kind that `cpift init` reads; what they are and their metric is "
+        "recognised (repeatable)",
+    ),
+]
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -20,6 +36,50 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(rich_help_panel=panel)(standard)
     as_they_are = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(rich_help_panel=panel, context_settings=as_they_are)(bench)
+
+
+def score_models(
+    models: list[str], tests: list[str], base: str | None, settings: Mapping[str, Any], output: Path | None
+) -> None:
+    """Score model folders, adapters and hub ids on files of rows, and show what came out."""
+    from cpift.merge_folder import named_models
+    from cpift.scorecard.models import FOLDER, SUBJECT, to_score
+
+    if not tests:
+        what = "is not there, and models are scored on some rows"
+        raise ConfigError(SUBJECT, [Problem("--test", what, "--test NAME=FILE, for each file of rows")])
+    asked = to_score(named_models(models), tests, base=base, settings=settings, output=output or FOLDER)
+    check_tests(asked)
+    show_scores(asked)
+
+
+def check_tests(asked: ToScore, download: bool = True, tell: Callable[[str], None] = say) -> None:
+    """Say what the tests are. Raises ConfigError with all that would end their scoring later."""
+    from cpift.scorecard.scoring import check
+
+    for test in asked.tests:
+        tell(f"{test.summary}; metric {test.guess.metric}: {test.guess.why}")
+    for note in check(asked, download):
+        tell(note)
+
+
+def show_scores(asked: ToScore) -> None:
+    """Score, write the page, and show table and sentences."""
+    from cpift.cluster.engine import RayEngine
+    from cpift.console.view import View
+    from cpift.scorecard.scoring import score
+    from cpift.scorecard.show import card_table, write_card
+
+    view = View()
+    with view.screen():
+        card = score(asked, RayEngine(asked.config, stored=False), view)
+    page = write_card(card, asked.config.output_dir)
+    for sentence in card.warnings():
+        say(f"! {sentence}", "yellow")
+    Terminal().print(card_table(card))
+    for sentence in card.sentences():
+        say(sentence)
+    say(f"Report: {page}")
 
 
 def standard(

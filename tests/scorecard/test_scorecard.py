@@ -1,0 +1,95 @@
+"""Given models on given rows: what is recognised, what is scored once, what the figures say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpift.console.view import quiet
+from cpift.errors import ConfigError
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.scorecard import Scorecard, score, to_score, write_card
+from cpift.scorecard.models import ToScore
+from cpift.scorecard.scoring import check
+from cpift.scorecard.show import card_table
+from tests.helpers.scores import scored
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Two files of rows: answers that are numbers, and plain replies."""
+    sums = [f"{n}+1?,{n + 1}" for n in range(6)]
+    (tmp_path / "sums.csv").write_text("\n".join(["question,answer", *sums]) + "\n")
+    said = [{"prompt": f"Say {word}", "completion": " ".join([word] * 40)} for word in ("red", "blue", "green")]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    return tmp_path
+
+
+def asked_of(models: Path, rows: Path, *names: str) -> ToScore:
+    tests = [f"one={rows / 'sums.csv'}", str(rows / "said.jsonl")]
+    return to_score({name: models / name for name in names}, tests, base=models / "base", output=rows / "scores")
+
+
+def test_models_are_scored_on_rows_that_are_recognised_and_once(models: Path, rows: Path) -> None:
+    asked = asked_of(models, rows, "one", "two")
+    assert [(test.name, test.guess.metric) for test in asked.tests] == [("one", "number"), ("said", "loss")]
+    assert asked.config.evaluation.max_length >= max(test.longest for test in asked.tests)
+    assert check(asked) == []
+    card = score(asked, InProcessEngine(), quiet())
+    assert card.models == ["base", "one", "two"]
+    assert card.own == {}  # `said` has no fine-tune of its name, and nothing is merged
+    merged = score(asked.with_merged("mean", models / "two"), InProcessEngine(), quiet())
+    assert merged.scores["mean"] == merged.scores["two"]
+    assert set(merged.own) == {"one", "said"}
+    assert merged.own["one"] == "one"
+    assert merged.chosen == ("said",)
+    again = score(asked.with_merged("mean", models / "two"), NoEngine(), quiet())  # which would score nothing
+    assert again.scores == merged.scores
+    page = write_card(again, rows / "scores")
+    kept = json.loads((rows / "scores" / "scores.json").read_text())
+    assert kept["models"]["one"]["scores"]["one"]["rows"] == 6
+    assert "no difference shown on" in " ".join(again.sentences())
+    assert again.sentences()[0][:40] in page.read_text()
+    assert "said.jsonl" in (rows / "scores" / "reports").glob("scores-*.html").__next__().read_text()
+
+
+def test_what_cannot_be_scored_is_one_list(models: Path, rows: Path) -> None:
+    (rows / "bad.csv").write_text("question,answer\n")
+    arguments = [f"one={rows / 'missing.csv'}", f"two={rows / 'bad.csv'}"]
+    with pytest.raises(ConfigError) as error:
+        to_score({"one": models / "one"}, arguments, base=models / "base")
+    assert [problem.where.split("=")[0] for problem in error.value.problems] == ["--test one", "--test two"]
+    with pytest.raises(ConfigError, match="base: is the name of another model here"):
+        to_score({"base": models / "one"}, [str(rows / "sums.csv")], base=models / "base")
+    with pytest.raises(ConfigError, match="sums: is the name of two tests"):
+        to_score({"one": models / "one"}, [str(rows / "sums.csv")] * 2)
+    adapter = rows / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--base MODEL"):
+        to_score({"one": adapter}, [str(rows / "sums.csv")])
+
+
+def test_a_card_says_what_the_rows_show_and_no_more() -> None:
+    right, half, none = ([1.0] * 20, [1.0, 0.0] * 10, [0.0] * 20)
+    scores = {
+        "base": {"maths": scored("number", none), "code": scored("number", half)},
+        "maths": {"maths": scored("number", right), "code": scored("number", none)},
+        "code": {"maths": scored("number", none), "code": scored("number", [*right[:18], 0.0, 0.0])},
+        "merged": {"maths": scored("number", [*right[:15], *none[:5]]), "code": scored("number", half[::-1])},
+    }
+    own = {"maths": "maths", "code": "code"}
+    card = Scorecard("merged", dict.fromkeys(own, ""), scores, "base", own, (), "merged")
+    kept = card.retention("merged")
+    assert kept is not None
+    assert kept.mean == pytest.approx((15 / 20 + 10 / 18) / 2)
+    assert card.measured("maths", "maths").low == pytest.approx(0.05 ** (1 / 20))  # all alike, and yet not certain
+    first, base, tuned = card.sentences()
+    assert first.startswith("merged keeps 65.3 % ±")
+    assert "better on maths (+75.0 [+" in base
+    assert "no difference shown on code (+0.0 [-" in base
+    assert "worse on maths (-25.0 [" in tuned
+    assert card_table(card).row_count == 4
