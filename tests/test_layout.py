@@ -35,11 +35,11 @@ ROWS = [
     {"models", "method"},
     {"merging", "training", "evaluation"},
     {"report"},
-    {"pipeline"},
+    {"pipeline", "scorecard"},
     {"cluster", "merge_folder", "hub_card"},
     {"compare", "sweep", "adapter_folder", "merge_request", "model_diff", "publish"},
     {"init", "api"},
-    {"scorecard"},
+    {"given_models"},
     {"cli"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
@@ -64,9 +64,6 @@ TESTED_ELSEWHERE = {
     "formats.gguf": "models/test_sources.py",
     "formats.sizes": "untrusted/test_json.py",
     "hub": "rows/test_rows.py",
-    "init.given_tests": "scorecard/test_scorecard.py",
-    "init.model": "cli/test_main.py",
-    "init.run": "cli/test_main.py",
     "hub_card": "test_publish.py",
     "merge_folder": "test_python_api.py",
     "merge_request": "other_tools/test_mergekit.py",

@@ -35,6 +35,7 @@ from cpift.pipeline import outcomes
 from cpift.pipeline import plan as planning
 from cpift.pipeline.stages import integrate
 from cpift.sweep import config as sweep_config
+from cpift.sweep import searching as sweep_searching
 from cpift.training import spec as fit_spec
 from cpift.training import tracking
 from tests.helpers.config_sections import sections
@@ -65,7 +66,8 @@ TABLES: dict[str, Collection[str]] = {
     "ResourcesConfig.device": get_args(devices.Device),
     "RunConfig.tracking": tracking.TRACKERS,
     "ModelConfig.dtype": planning.KEPT_BYTES,
-    "Search.method": sweep_config.SEARCHES,
+    "Search.method": sweep_searching.SEARCHES,
+    "Search.sampler": sweep_searching.SAMPLERS,
     "Objective.mode": sweep_config.MODES,
     "SweepConfig.model": outcomes.INTEGRATES,
     "SweepConfig.keep": sweep_config.KEEPS,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cpift.cli.schema import schema_of
+from cpift.cli.score import Tests
 from cpift.console.terminal import say
 from cpift.errors import ConfigError, CpiftError, Problem
 
@@ -24,7 +25,7 @@ def init(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="DATA... | merge BASE MODEL MODEL... | sweep RUN.yaml",
+            metavar="DATA... | merge BASE MODEL... | sweep RUN.yaml",
             help="files of rows (JSON, CSV, Parquet, ...), their folder, or hub data sets; or what to merge or sweep",
         ),
     ] = None,
@@ -32,6 +33,7 @@ def init(
         str | None, typer.Option("--model", help="θ0: a model folder, a .gguf file, or an id on the hub")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="the file to write; my-run.yaml if not given")] = None,
+    tests: Tests = None,
     example: Annotated[
         str | None, typer.Option("--example", metavar="NAME", help="copy an example that comes with cpift, e.g. smoke")
     ] = None,
@@ -42,16 +44,20 @@ def init(
     say why each value is what it is. Nothing that exists is replaced.
     """
     arguments = inputs or []
-    _require_meant(arguments, model, out, example)
+    _require_meant(arguments, model, out, example, tests)
     if example is not None:
         _example(example)
-    elif arguments and arguments[0] in _OTHERS:
-        _OTHERS[arguments[0]](arguments[1:], out)
+    elif arguments[:1] == ["merge"]:
+        _merge(arguments[1:], out, tests or [])
+    elif arguments[:1] == ["sweep"]:
+        _sweep(arguments[1:], out)
     else:
         _run(arguments, model, out or Path("my-run.yaml"))
 
 
-def _require_meant(arguments: Sequence[str], model: str | None, out: Path | None, example: str | None) -> None:
+def _require_meant(
+    arguments: Sequence[str], model: str | None, out: Path | None, example: str | None, tests: Sequence[str] | None
+) -> None:
     """Raise ConfigError for what would be ignored."""
     kind = (
         f"--example {example}"
@@ -62,7 +68,11 @@ def _require_meant(arguments: Sequence[str], model: str | None, out: Path | None
     )
     beside = {"--model": model, "--out": out if example is not None else None}
     beside |= {"DATA": ", ".join(arguments) or None} if example is not None else {}
+    beside |= {"--test": ", ".join(tests or []) or None} if kind != "merge" else {}
     ignored = [name for name, value in beside.items() if value is not None]
+    if kind is None and tests:
+        remedy = "files NAME_train and NAME_test are one task; --test is for `cpift init merge`"
+        raise ConfigError("init", [Problem("--test", "means nothing beside data to train on", remedy)])
     if kind is not None and ignored:
         raise ConfigError("init", [Problem(name, f"means nothing beside {kind}", "leave it out") for name in ignored])
 
@@ -94,15 +104,16 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
     say(f"Next: cpift plan {out}, then cpift run {out}")
 
 
-def _merge(models: Sequence[str], out: Path | None) -> None:
+def _merge(models: Sequence[str], out: Path | None, tests: Sequence[str]) -> None:
     from cpift.init.others import check_merge, merge_file
 
     out = out or Path("my-merge.yaml")
     _require_free(out)
-    text = merge_file(models, out, _schema_name("run"))
+    text = merge_file(models, out, _schema_name("run"), tests)
     check_merge(text, out)
     _write(out, text, "run")
-    say(f"Next: cpift plan {out}, then cpift fuse {out}")
+    then = f"cpift evaluate {out}, or cpift init sweep {out}" if tests else f"cpift fuse {out}"
+    say(f"Next: cpift plan {out}, then {then}")
 
 
 def _sweep(runs: Sequence[str], out: Path | None) -> None:
@@ -118,7 +129,7 @@ def _sweep(runs: Sequence[str], out: Path | None) -> None:
     say(f"Next: cpift sweep {out}")
 
 
-_OTHERS: dict[str, Callable[[Sequence[str], Path | None], None]] = {"merge": _merge, "sweep": _sweep}
+_OTHERS = ("merge", "sweep")
 
 
 def _example(name: str) -> None:

@@ -69,6 +69,7 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
 
     loaded = load_sweep(config, overrides or [], output)
     require_extra(loaded.config.search.method, "search.method")
+    require_extra(loaded.config.search.sampler or "", "search.sampler")
     from cpift.disk.locks import exclusive
     from cpift.pipeline.preflight import preflight
     from cpift.sweep.points import check_points
@@ -78,20 +79,28 @@ def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None)
     preflight(loaded.base, stage=stage)
     check_points(loaded, stage)
     from cpift.console.view import View
+    from cpift.scorecard.show import card_table
+    from cpift.sweep.judging import with_report_rows
     from cpift.sweep.results import failures, gather, results_table, write_results
     from cpift.sweep.scores import remaking
     from cpift.sweep.search import pipeline, run_sweep
 
     view, folder = View(), loaded.base.output_dir
     with exclusive(folder), view.recorded(folder, "sweep"):
-        data = gather(loaded, run_sweep(loaded, view), pipeline)
+        data = with_report_rows(loaded, gather(loaded, run_sweep(loaded, view), pipeline), view)
         report = write_results(data, loaded.base.output_dir)
     for sentence in data.learning:
         say(f"! {sentence}", "yellow")
     Terminal().print(results_table(data))
+    if data.reported is not None:
+        Terminal().print(card_table(data.reported))
+        say("\n".join(data.reported.sentences()))
     say(f"Report: {report}")
+    if data.best_model:
+        say(f"Best model: {data.best_model}")
     if data.best_yaml:
-        effect = "makes its model again" if not KEEPS[data.keep].best else "finds everything made"
+        made = "finds its model made" if data.reported is not None else "finds everything made"
+        effect = made if KEEPS[data.keep].best else "makes its model again"
         say(f"Best config: {report.with_name('best.yaml')} (cpift {remaking(data.model)} {effect})")
     if failed := failures(data):
         lines = "\n".join(f"  - {line}" for line in failed)

@@ -19,8 +19,8 @@ from cpift.text.units import show_size
 
 if TYPE_CHECKING:
     from cpift.config.run import RunConfig
+    from cpift.given_models import ToScore
     from cpift.merge_request import Request
-    from cpift.scorecard.models import ToScore
 
 _KINDS: Mapping[str, Any] = {
     "value": str | None,
@@ -147,7 +147,7 @@ def _to_score(
 ) -> ToScore | None:
     """What is scored after the merge, looked at before it; None where a dry run would have to download BASE for it."""
     from cpift.checkpoints.opening import at_hand
-    from cpift.scorecard.models import FOLDER, to_score
+    from cpift.given_models import FOLDER, to_score
 
     if dry_run and at_hand(config.model) is None:
         say("--test: rows are looked at once BASE is downloaded")

@@ -18,7 +18,7 @@ from cpift.disk.files import SOURCE_TREE
 from cpift.errors import ConfigError, CpiftError, Problem
 
 if TYPE_CHECKING:
-    from cpift.scorecard.models import ToScore
+    from cpift.given_models import ToScore
 
 Tests = Annotated[
     list[str] | None,
@@ -42,8 +42,8 @@ def score_models(
     models: list[str], tests: list[str], base: str | None, settings: Mapping[str, Any], output: Path | None
 ) -> None:
     """Score model folders, adapters and hub ids on files of rows, and show what came out."""
+    from cpift.given_models import FOLDER, SUBJECT, to_score
     from cpift.merge_folder import named_models
-    from cpift.scorecard.models import FOLDER, SUBJECT, to_score
 
     if not tests:
         what = "is not there, and models are scored on some rows"
@@ -55,7 +55,7 @@ def score_models(
 
 def check_tests(asked: ToScore, download: bool = True, tell: Callable[[str], None] = say) -> None:
     """Say what the tests are. Raises ConfigError with all that would end their scoring later."""
-    from cpift.scorecard.scoring import check
+    from cpift.given_models import check
 
     for test in asked.tests:
         tell(f"{test.summary}; metric {test.guess.metric}: {test.guess.why}")
@@ -67,7 +67,7 @@ def show_scores(asked: ToScore) -> None:
     """Score, write the page, and show table and sentences."""
     from cpift.cluster.engine import RayEngine
     from cpift.console.view import View
-    from cpift.scorecard.scoring import score
+    from cpift.given_models import score
     from cpift.scorecard.show import card_table, write_card
 
     view = View()

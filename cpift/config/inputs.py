@@ -300,13 +300,6 @@ class Holdout(Section):
     )
 
 
-class HeldSource(DataSource):
-    """One side of a source of which rows are held out. No section of the file: `TaskConfig.source` makes it."""
-
-    holdout: Holdout
-    held: bool  # these rows, or the others
-
-
 class CheckpointConfig(Section):
     """A fine-tune of θ0 that exists already, whole or a LoRA adapter. Exactly one of `path`, `hub`."""
 

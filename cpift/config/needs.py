@@ -40,8 +40,8 @@ NEEDS = {
     "sweep final": Need("sweep", fuses=True, integrates="always", scores=True),
 }
 # The modules that an extra brings, and which of a command's words need one; what methods need, they say themselves.
-EXTRAS = {"optuna": ("optuna",), "eval": ("lm_eval",), "peft": ("peft",)}
-_NEEDED_BY = {"optuna": "optuna", "standard": "eval"}
+EXTRAS = {"optuna": ("optuna",), "cmaes": ("optuna", "cmaes"), "eval": ("lm_eval",), "peft": ("peft",)}
+_NEEDED_BY = {"optuna": "optuna", "cmaes": "cmaes", "standard": "eval"}
 _STOPS_BEFORE = "add it; `cpift fuse`, `evaluate`, and `sweep` with `model: fused` do without"
 
 

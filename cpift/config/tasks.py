@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cpift.config.code import Metric
 from cpift.config.identity import GIVEN, ROWS, identity
-from cpift.config.inputs import CheckpointConfig, DataSource, HeldSource, Holdout, Name, Precision, Section, needed
+from cpift.config.inputs import CheckpointConfig, DataSource, Holdout, Name, Precision, Section, needed
 from cpift.config.training import TaskResources
 from cpift.extensions import short_name
 from cpift.text.redaction import is_variable
+
+
+class HeldSource(DataSource):
+    """One side of a source of which rows are held out. No section of the file: `side_of` makes it."""
+
+    holdout: Holdout
+    held: bool  # these rows, or the others
+    within: HeldSource | None = None  # the side that they are held out of; None: all rows
+
+    @property
+    def sides(self) -> list[dict[str, Any]]:
+        """What is held out of what, from all rows on."""
+        own = {"holdout": self.holdout.model_dump(), "held": self.held}
+        return [*(self.within.sides if self.within is not None else []), own]
+
+
+def side_of(source: DataSource, holdout: Holdout, held: bool) -> HeldSource:
+    """The rows of a source that are held out, or its others."""
+    plain = {name: getattr(source, name) for name in DataSource.model_fields}
+    within = source if isinstance(source, HeldSource) else None
+    return HeldSource.model_construct(**plain, holdout=holdout, held=held, within=within)
 
 
 class TaskConfig(Section):
@@ -73,10 +94,15 @@ class TaskConfig(Section):
         return short_name(self.metric)
 
     def source(self, split: Literal["train", "test"]) -> DataSource | None:
-        """Where the rows of a split come from; with `holdout` both are sides of `train`."""
-        if self.holdout is None or self.train is None:
+        """Where the rows of a split come from; with `holdout` both are sides of `train`, unless `on` chose others."""
+        chosen = split == "test" and self.test is not None
+        if self.holdout is None or self.train is None or chosen:
             return self.train if split == "train" else self.test
-        return HeldSource.model_construct(**dict(self.train), holdout=self.holdout, held=split == "test")
+        return side_of(self.train, self.holdout, held=split == "test")
+
+    def on(self, test: DataSource) -> TaskConfig:
+        """The same task, scored on other rows. No section of the file: what a sweep judges by."""
+        return self.model_copy(update={"test": test})
 
     @property
     def train_data(self) -> DataSource:

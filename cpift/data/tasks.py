@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpift.config.inputs import HeldSource
 from cpift.config.run import DataSource
+from cpift.config.tasks import HeldSource
 from cpift.config.training import Mixing
 from cpift.data.kept_rows import rows_once
 from cpift.data.sources import rows_of
@@ -65,7 +65,7 @@ def read_examples(source: DataSource) -> Iterator[Example]:
         yield from _read(source)
         return
     last = _last_held(source)
-    for example in _read(source):
+    for example in _whole(source):
         key = held_key(example, source.holdout)
         if (key is not None and key <= last) is source.held:
             yield example
@@ -74,6 +74,7 @@ def read_examples(source: DataSource) -> Iterator[Example]:
 def _last_held(source: HeldSource) -> int:
     """Up to which key rows are held out; remembered, for every split of a task asks."""
     identity = [rows_of(source).decided_by(), source.limit, source.columns, source.holdout.model_dump()]
+    identity += source.within.sides if source.within is not None else []
     where = digest(identity)
     if where not in _HELD:
         _HELD[where] = remembered("last row held out", identity, lambda: _find_last_held(source))
@@ -82,12 +83,17 @@ def _last_held(source: HeldSource) -> int:
 
 def _find_last_held(source: HeldSource) -> int:
     wanted = source.holdout.rows
-    last, rows = last_held((held_key(example, source.holdout) for example in _read(source)), wanted)
+    last, rows = last_held((held_key(example, source.holdout) for example in _whole(source)), wanted)
     if last is None:
         what = f"{wanted:,} of {rows:,} rows would be held out: too few, or none left to train on"
         problem = Problem("holdout.rows", what, "give fewer, or rows of other prompts")
         raise DataError(rows_of(source).description, [problem])
     return last
+
+
+def _whole(source: HeldSource) -> Iterator[Example]:
+    """The rows of which some are held out."""
+    return _read(source) if source.within is None else read_examples(source.within)
 
 
 def _read(source: DataSource) -> Iterator[Example]:
@@ -133,7 +139,7 @@ def source_fingerprint(source: DataSource) -> str:
     identity: dict[str, Any] = {"limit": source.limit, "columns": source.columns}
     identity |= rows_of(source).decided_by()
     if isinstance(source, HeldSource):
-        identity |= {"holdout": source.holdout.model_dump(), "held": source.held}
+        identity |= source.sides[-1] | ({"within": source.within.sides} if source.within is not None else {})
     if source.file is not None and is_json_lines(source.file):  # all that earlier versions read
         identity |= _newly_read(source)
     return digest(identity)

@@ -157,7 +157,7 @@ def chance_of(score: Score) -> float | None:
 def measured(score: Score) -> Estimate:
     """The task's metric, or the loss where that is the metric, with its interval over test rows.
 
-    Of n rows that all have the same score, up to 1 − 0.05^(1/n) of others may have another.
+    Of rows that all have the same score, `alike_half` of others may have another.
     """
     rows = score.get("examples", ())
     if score["score"] is None:
@@ -166,8 +166,13 @@ def measured(score: Score) -> Estimate:
     figure = weighted_mean([row["score"] for row in rows], [1] * len(rows), _CONFIDENCE)
     if figure.low is None or figure.high is None:
         return figure
-    alike = 1 - (1 - _CONFIDENCE) ** (1 / len(rows)) if figure.low == figure.high else 0.0
+    alike = alike_half(len(rows)) if figure.low == figure.high else 0.0
     return Estimate([], figure.mean, max(0.0, figure.low - alike), min(1.0, figure.high + alike))
+
+
+def alike_half(rows: int) -> float:
+    """Up to which share of all rows may do otherwise, where so many all do the same: 1 − 0.05^(1/n)."""
+    return float(1 - (1 - _CONFIDENCE) ** (1 / rows))
 
 
 def difference(one: Score, other: Score) -> Estimate | None:

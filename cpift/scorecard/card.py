@@ -9,7 +9,16 @@ from typing import Any
 
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import described
-from cpift.evaluation.retention import difference, judged, larger_is_better, learning_of, measured, probe_of, sentences
+from cpift.evaluation.retention import (
+    alike_half,
+    difference,
+    judged,
+    larger_is_better,
+    learning_of,
+    measured,
+    probe_of,
+    sentences,
+)
 from cpift.evaluation.scores import Score
 from cpift.evaluation.verdict import Share, share_of
 
@@ -30,6 +39,7 @@ class Scorecard:
     chosen: tuple[str, ...] = ()
     merged: str | None = None
     config: str = ""  # what was scored, as YAML
+    beside: tuple[str, ...] = ()  # models that the merge is compared with too, over all tests at once as well
 
     @property
     def models(self) -> list[str]:
@@ -68,7 +78,20 @@ class Scorecard:
             said.append(self._against(model, self.rival, dict.fromkeys(self.tests, self.rival)))
         if self.merged is not None and self.own:
             said.append(self._against(self.merged, "each test's own fine-tune", self.own))
+        for other in self.beside:
+            for model in compared:
+                said += [*self._over_all(model, other), self._against(model, other, dict.fromkeys(self.tests, other))]
         return said
+
+    def _over_all(self, model: str, other: str) -> Iterator[str]:
+        """What the rows show of mean retention."""
+        one, two = self.retention(model), self.retention(other)
+        if one is None or two is None:
+            return
+        gap = one.minus(two)
+        word = {1: "better than", -1: "worse than", 0: "no difference shown from"}[gap.sign]
+        half = "" if gap.half is None else f" ±{100 * gap.half:.1f}"
+        yield f"By mean retention {model} is {word} {other} ({100 * gap.mean:+.1f}{half} points)."
 
     def warnings(self) -> list[str]:
         """What has to be said before any mean."""
@@ -128,8 +151,11 @@ def outcome(one: Score, other: Score) -> tuple[str, str]:
     if gain is None or gain.low is None or gain.high is None:
         better = larger_is_better(one) - larger_is_better(other)
         return "too few rows to say on", f"{scale * better:+.{digits}f} {unit}"
-    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (gain.mean, gain.low, gain.high))
-    word = "better on" if gain.low > 0 else "worse on" if gain.high < 0 else "no difference shown on"
+    # Rows that all differ alike would make it certain: see `retention.measured`.
+    alike = alike_half(one["rows"]) if gain.low == gain.high and not by_loss else 0.0
+    least, most = gain.low - alike, gain.high + alike
+    middle, low, high = (f"{scale * value:+.{digits}f}" for value in (gain.mean, least, most))
+    word = "better on" if least > 0 else "worse on" if most < 0 else "no difference shown on"
     return word, f"{middle} [{low}, {high}] {unit}"
 
 

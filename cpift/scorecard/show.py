@@ -70,15 +70,27 @@ def _cells(card: Scorecard, shown: Shown = _interval) -> tuple[list[str], list[l
     return head, rows
 
 
+def card_section(card: Scorecard) -> str:
+    """The table as HTML."""
+    definition = f'<p class="muted">{html(DEFINITION)}</p>' if card.judged else ""
+    return plain_table(*_cells(card), _INTERVALS) + definition
+
+
+def card_md(card: Scorecard) -> str:
+    """The table as Markdown."""
+    head, rows = _cells(card)
+    table = md_table(list(map(markdown, head)), [list(map(markdown, row)) for row in rows])
+    return "\n\n".join([table, _INTERVALS, *([DEFINITION] if card.judged else [])])
+
+
 def _page(card: Scorecard) -> str:
     first, *others = [*card.sentences(), *card.warnings()] or [""]
     listed = "".join(f"<li>{html(text)}</li>" for text in others)
     lead = f'<div class="verdict"><p class="headline">{html(first)}</p></div>' + (
         f"<ul>{listed}</ul>" if listed else ""
     )
-    definition = f'<p class="muted">{html(DEFINITION)}</p>' if card.judged else ""
     sections = {
-        "scores": ("Scores", plain_table(*_cells(card), _INTERVALS) + definition),
+        "scores": ("Scores", card_section(card)),
         "tests": ("Tests", "".join(f"<p>{html(text)}</p>" for text in card.tests.values())),
         SCORES.section: ("What was scored", f"<pre><code>{html(card.config.strip())}</code></pre>"),
     }
@@ -86,8 +98,6 @@ def _page(card: Scorecard) -> str:
 
 
 def _md(card: Scorecard) -> str:
-    head, rows = _cells(card)
-    table = md_table(list(map(markdown, head)), [list(map(markdown, row)) for row in rows])
     said = "\n".join(f"- {markdown(text)}" for text in [*card.sentences(), *card.warnings()])
-    parts = [f"# {markdown(card.name)}", table, _INTERVALS, said, *([DEFINITION] if card.judged else [])]
+    parts = [f"# {markdown(card.name)}", said, card_md(card)]
     return "\n\n".join(part for part in parts if part) + "\n"

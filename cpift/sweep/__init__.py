@@ -1,9 +1,9 @@
 """Many runs over a space of fields, on Ray Tune, with what they share made once.
 
-`config` is a sweep's file, `points` says which are tried, `search` runs Ray Tune, `trial` is one of its trials. `keep`
-says whose weights stay, `record` how each trial went, `learning` what the probes learnt. `objectives` is the table of
-figures, `results` gathers them, `scores` has them as data. `verdict`, `picture` and `plots` show them, in a `page`
-and in text `files`.
+`config` is a sweep's file, `searching` how points are chosen and on which rows, `points` says which are tried, `search`
+runs Ray Tune, `trial` is one of its trials. `keep` says whose weights stay, `record` how each trial went, `judging`
+what probes learnt, and what rows show that the search never saw. `objectives` is the table of figures, `results`
+gathers them, `scores` has them as data. `verdict` and `plots` show them, in a `page` and in text `files`.
 
     >>> from cpift.sweep import SweepConfig, choose_points
     >>> space = {"regions.p": [0.01, 0.02], "groups.tau": [0.1]}

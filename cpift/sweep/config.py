@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,9 @@ from cpift.config.loading import read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
 from cpift.config.variation import Value, base_run, describe, shown
 from cpift.errors import ConfigError, Problem, entry
+from cpift.merging.registry import METHODS
 from cpift.sweep.objectives import DESCRIPTION, figure_problem, less_is_better
+from cpift.sweep.searching import SAMPLERS, ReportRows, Search, Sides, on, sides_of, unknown_tests
 
 
 class Range(Section):
@@ -48,22 +51,6 @@ class Range(Section):
         return self
 
 
-@dataclass(frozen=True)
-class SearchKind:
-    """What `search.method` may be."""
-
-    grids: bool = False  # without `samples` it tries every combination
-    draws: bool = False  # it takes `samples`
-    stops_early: bool = False
-    as_it_goes: bool = False  # a point follows from the results before it
-
-
-SEARCHES = {
-    "grid": SearchKind(grids=True),
-    "random": SearchKind(draws=True),
-    "asha": SearchKind(grids=True, draws=True, stops_early=True),
-    "optuna": SearchKind(draws=True, as_it_goes=True),
-}
 MODES = {"max": 1, "min": -1}
 
 
@@ -76,39 +63,6 @@ class Keep:
 
 
 KEEPS = {"best": Keep(best=True), "all": Keep(every=True, best=True), "scores": Keep()}
-
-
-class Search(Section):
-    """How points of the space are chosen."""
-
-    method: Literal["grid", "random", "asha", "optuna"] = Field(
-        "grid",
-        **identity("sweep"),
-        description="grid: every combination; random: `samples` of them; asha: as random (without `samples` as grid), "
-        "and the worse ones stop early; optuna: each point is chosen in the light of those before (extra `optuna`)",
-    )
-    samples: int | None = Field(
-        None, **identity("sweep"), ge=1, description="points to try; for grid it follows from the space"
-    )
-    seed: Seed = Field(0, **identity("sweep"), description="of the choice of points")
-    reduction: int = Field(
-        2,
-        **identity("sweep"),
-        ge=2,
-        description="asha: of so many trials that reach a rung, one goes on",
-    )
-
-    @property
-    def kind(self) -> SearchKind:
-        return entry(SEARCHES, self.method, "search.method")
-
-    @model_validator(mode="after")
-    def _samples_given(self) -> Search:
-        if not self.kind.draws and self.samples is not None:
-            raise ValueError("a grid tries every combination: leave `samples` out, or use method: random")
-        if not self.kind.grids and self.samples is None:
-            raise ValueError(f"method {self.method} needs `samples`, the number of points to try")
-        return self
 
 
 class Objective(Section):
@@ -128,10 +82,10 @@ class Objective(Section):
         return entry(MODES, self.mode or ("min" if less_is_better(self.figure) else "max"), "objectives.mode")
 
 
-def _expanded(key: str, section: type[Section]) -> BeforeValidator:
-    """A bare string stands for a section with that one field."""
+def _expanded(key: str, section: type[Section], bare: type[str] | type[float] = str) -> BeforeValidator:
+    """A bare value stands for a section with that one field."""
     return BeforeValidator(
-        lambda value: {key: value} if isinstance(value, str) else value, json_schema_input_type=str | section
+        lambda value: {key: value} if isinstance(value, bare) else value, json_schema_input_type=bare | section
     )
 
 
@@ -162,6 +116,11 @@ class SweepConfig(Section):
         **identity("sweep"),
         min_length=1,
         max_length=4,
+    )
+    report: Annotated[ReportRows, _expanded("share", ReportRows, float)] | None = Field(
+        None,
+        **identity("sweep", absent=None),
+        description="rows that the search never sees and that decide what is reported; a number is their `share`",
     )
     model: Literal["final", "fused"] = Field(
         "final",
@@ -194,6 +153,13 @@ class SweepConfig(Section):
             raise ValueError(f"seeds {list(self.seeds)} has one twice")
         if self.search.kind.stops_early and len(self.objectives) > 1:
             raise ValueError("asha stops trials by one figure: give one objective, or use another method")
+        if self.search.sampler is not None and entry(SAMPLERS, self.search.sampler, "search.sampler").numbers:
+            listed = [name for name in self.space if name not in ranges]
+            if listed or len(ranges) < 2 or len(self.objectives) > 1:
+                raise ValueError(
+                    "sampler cmaes needs two or more ranges, no list and one objective; use sampler tpe for "
+                    f"{', '.join(listed) or 'others'}"
+                )
         return self
 
 
@@ -209,9 +175,22 @@ class Sweep:
     def seeds(self) -> tuple[int, ...]:
         return self.config.seeds or (self.base.seed,)
 
+    def plain(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
+        """The run of one point with one seed, on all its test rows. Raises ConfigError where values do not fit."""
+        known = counting(fields, self.base.fusion.method)
+        return with_fields(self.base, {**known, "seed": seed}, f"sweep {self.name} at {describe(fields)}")
+
     def run(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
-        """The run of one point with one seed. Raises ConfigError where the point's values do not fit."""
-        return with_fields(self.base, {**fields, "seed": seed}, f"sweep {self.name} at {describe(fields)}")
+        """The same as the search judges it: without the rows to report on."""
+        return on(self._rows.searched, self.plain(fields, seed))
+
+    def reported(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
+        """The same on the rows to report on alone."""
+        return on(self._rows.reported, self.plain(fields, seed))
+
+    @cached_property
+    def _rows(self) -> Sides:
+        return sides_of(self.config.report, self.base.tasks)
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
@@ -222,6 +201,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     raw, folder = read_yaml(path), path.absolute().parent
     require_words(raw, folder, str(path))
     config = validated(SweepConfig, raw, str(path))
+    if config.report is not None:
+        config = config.model_copy(update={"report": config.report.below(folder)})
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name
@@ -230,6 +211,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     problems = (
         _check_device(base)
         + _check_space(sweep)
+        + unknown_tests(config.report, base.tasks)
         + [
             problem
             for objective in config.objectives
@@ -262,7 +244,18 @@ def _check_space(sweep: Sweep) -> list[Problem]:
         for value in (values.low, values.high) if isinstance(values, Range) else values:
             integral = isinstance(values, Range) and values.integer
             try:
-                sweep.run({name: int(value) if integral else value}, sweep.seeds[0])
+                with_fields(sweep.base, {name: int(value) if integral else value}, name)
             except ConfigError as error:
                 problems += [Problem(f"space.{name}", f"{shown(value)}: {problem}") for problem in error.problems]
     return problems
+
+
+def counting(fields: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The fields of a point less those of `fusion` that its merge method (`method`, unless the point names one) does
+    not look at: points that differ in them alone are one trial."""
+    method = str(fields.get("fusion.method", method))
+    if method not in METHODS:  # a user's own says nothing before it is loaded
+        return dict(fields)
+    others = {f"fusion.{name}" for other in METHODS.values() for name in other.fields}
+    others -= {f"fusion.{name}" for name in METHODS[method].fields}
+    return {name: value for name, value in fields.items() if ".".join(name.split(".")[:2]) not in others}

@@ -8,6 +8,7 @@ from typing import Any
 from cpift.config.variation import shown
 from cpift.evaluation.estimates import Estimate
 from cpift.report.files import csv_text, fenced, md_table
+from cpift.scorecard.show import card_md
 from cpift.sweep.scores import SweepData, TrialRow, judged, remaking
 from cpift.sweep.verdict import values_of, verdict
 from cpift.text.escaping import markdown
@@ -65,6 +66,8 @@ def sweep_md(data: SweepData) -> str:
         for trial in data.trials
     ]
     parts += ["## Trials", md_table(head, rows), f"Figures are of the {data.model} model."]
+    if data.reported is not None:
+        parts += ["## On rows that the search never saw", card_md(data.reported)]
     parts += ["## What follows", *(f"- {markdown(text)}" for text in others)] if others else []
     return "\n\n".join(parts) + "\n"
 

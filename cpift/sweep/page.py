@@ -9,9 +9,9 @@ from cpift.errors import entry
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of
 from cpift.report.html import document, duration, figure, table
+from cpift.scorecard.show import card_section
 from cpift.sweep import plots
 from cpift.sweep.config import KEEPS
-from cpift.sweep.picture import last_line, lead, picture
 from cpift.sweep.scores import (
     SweepData,
     TrialRow,
@@ -22,7 +22,7 @@ from cpift.sweep.scores import (
     trial_at,
     values_at,
 )
-from cpift.sweep.verdict import values_of
+from cpift.sweep.verdict import last_line, lead, picture, values_of
 from cpift.text.escaping import html
 
 _PANELS = 6  # dendrograms shown at once; the others fold away
@@ -32,6 +32,7 @@ def sweep_page(data: SweepData) -> str:
     """The whole document."""
     sections = {
         "picture": ("Every trial", picture(data)),
+        "reported": ("On rows that the search never saw", card_section(data.reported) if data.reported else ""),
         "scores": ("Scores over the space", _scores(data)),
         "tasks": ("Every task", _tasks(data)),
         "groups": ("Groups against τ", _groups(data)),

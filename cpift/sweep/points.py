@@ -47,7 +47,7 @@ def check_points(sweep: Sweep, stage: str) -> None:
         points = choose_points(sweep.config)
     where: dict[Problem, Fields] = {}
     for point in points:
-        config = sweep.run(point, sweep.seeds[0])
+        config = sweep.plain(point, sweep.seeds[0])
         for problem in (*missing(config, stage), *check_methods(config, stage), *check_device(config)):
             where.setdefault(problem, point)
     if where:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from cpift.pipeline.stages.names import ModelRef
 from cpift.report.index import SWEEP, write_page
 from cpift.sweep.config import Sweep
 from cpift.sweep.files import sweep_md, trials_csv
-from cpift.sweep.learning import learning_said
+from cpift.sweep.judging import learning_said
 from cpift.sweep.objectives import figures
 from cpift.sweep.record import Attempt
 from cpift.sweep.scores import Overlaps, Reuse, SweepData, TrialRow, best_trial, judged, pareto_front
@@ -77,8 +77,9 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
     best = best_trial(data)
     if best is None:
         return data
-    chosen = sweep.run(best.points[0], sweep.seeds[0])
-    return SweepData(**{**data.__dict__, "best_yaml": dump_config(chosen)})
+    chosen = sweep.plain(best.points[0], sweep.seeds[0])
+    model = own_models(pipeline(sweep.run(best.points[0], sweep.seeds[0])), sweep.config.model)[sweep.config.model]
+    return replace(data, best_yaml=dump_config(chosen), best_model=str(model.path) if model.has_weights else "")
 
 
 def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
@@ -240,7 +241,9 @@ def summary(data: SweepData) -> dict[str, Any]:
             for trial in data.trials
         ],
         "best": best.number if best else None,
+        "best_model": data.best_model or None,
         "pareto": [trial.number for trial in pareto_front(data)],
+        "reported": None if data.reported is None else data.reported.summary(),
         "reuse": [stage.__dict__ for stage in data.reuse],
     }
 

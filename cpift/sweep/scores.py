@@ -8,6 +8,7 @@ from typing import Any
 
 from cpift.config.variation import Fields
 from cpift.evaluation.estimates import Estimate
+from cpift.scorecard.card import Scorecard
 from cpift.sweep.objectives import less_is_better
 
 
@@ -68,6 +69,8 @@ class SweepData:
     reuse: list[Reuse]
     points: int
     started: str
+    best_model: str = ""  # its folder, where its weights are kept
+    reported: Scorecard | None = None  # on the rows that the search never saw
     learning: list[str] = field(default_factory=list)  # sentences on tasks that their own probe did not learn
 
 

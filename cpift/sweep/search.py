@@ -31,11 +31,12 @@ from cpift.pipeline.outcomes import INTEGRATES, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Range, Sweep
+from cpift.sweep.judging import require_objectives
 from cpift.sweep.keep import Keeper
-from cpift.sweep.learning import require_objectives
 from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt, TrialResult, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep.results import all_there, own_artifacts
+from cpift.sweep.searching import OptunaStudy, optuna_study
 from cpift.sweep.trial import asks_ray, failure_file, point_of, run_trial
 from cpift.text.units import show_size
 
@@ -121,7 +122,16 @@ def _search_as_it_goes(sweep: Sweep, record: Artifact, view: View) -> list[Attem
         SharedWork([pipeline(run) for run in fixed], TaskEngine(sweep.base.resources), view).prepare()
     space = {name: _domain(values) for name, values in sweep.config.space.items()}
     keeper = Keeper(sweep, pipeline, None)
-    results = _tune(sweep, record, space, sweep.config.search.samples or 1, keeper, view)
+    objectives = [(objective.figure, objective.sign) for objective in sweep.config.objectives]
+    study = optuna_study(sweep.config.search, f"{sweep.name}-{record.fingerprint[:8]}", objectives)
+    restored = tune.Tuner.can_restore(str(record.work_dir / "tune"))  # which has trials of its own to go on with
+    tried = [dict(point) for point in study.tried(close=not restored)]
+    known = [point for point in tried if all_there(sweep, [Attempt([point], "done", "")], pipeline)]
+    results: dict[str, TrialResult] = {digest(point): {"fields": point, "error": ""} for point in known}
+    left = (sweep.config.search.samples or 1) - (0 if restored else len(known))
+    if len(known) and not restored:
+        view.note(f"Going on from {len(known)} trials of the study {study.name}")
+    results |= _tune(sweep, record, space, left, keeper, view, study) if left > 0 else {}
     attempts = attempts_of(sweep, results, pipeline)
     _tidy(sweep, keeper, attempts, view)
     return attempts
@@ -161,7 +171,13 @@ def _attempt(sweep: Sweep, trial: Trial, record: Artifact, results: dict[str, Tr
 
 
 def _tune(
-    sweep: Sweep, record: Artifact, space: dict[str, Any], samples: int, keeper: Keeper, view: View
+    sweep: Sweep,
+    record: Artifact,
+    space: dict[str, Any],
+    samples: int,
+    keeper: Keeper,
+    view: View,
+    study: OptunaStudy | None = None,
 ) -> dict[str, TrialResult]:
     """Run trials to their end; by digest of its fields each one's result."""
     for name, value in _ENVIRONMENT.items():
@@ -173,7 +189,8 @@ def _tune(
         _ViewCallback.current, _ViewCallback.ended = (view, board, keeper), 0
         trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
-        grid = _restored_or_new(sweep, tune.with_resources(trainable, resources), storage, space, samples, view)
+        limited = tune.with_resources(trainable, resources)
+        grid = _restored_or_new(sweep, limited, storage, space, samples, view, study)
     tried = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
     return {digest(result["fields"]): result for result in tried}
 
@@ -186,7 +203,13 @@ def _read_result(result: tune.Result, failures: Path) -> TrialResult:
 
 
 def _restored_or_new(
-    sweep: Sweep, trainable: Any, storage: Path, space: dict[str, Any], samples: int, view: View
+    sweep: Sweep,
+    trainable: Any,
+    storage: Path,
+    space: dict[str, Any],
+    samples: int,
+    view: View,
+    study: OptunaStudy | None,
 ) -> tune.ResultGrid:
     """Go on where a killed driver left Tune; where its state is not usable, begin anew over the artifacts."""
     experiment = storage / "tune"
@@ -203,7 +226,7 @@ def _restored_or_new(
         param_space=space,
         tune_config=tune.TuneConfig(
             num_samples=samples if kind.as_it_goes else 1,
-            search_alg=_optuna(sweep) if kind.as_it_goes else None,
+            search_alg=_optuna(sweep, study) if study is not None else None,
             scheduler=_asha(sweep) if kind.stops_early else None,
             max_concurrent_trials=_concurrency(sweep),
             reuse_actors=True,  # a warm worker has torch and transformers imported
@@ -218,20 +241,17 @@ def _restored_or_new(
     ).fit()
 
 
-def _optuna(sweep: Sweep) -> Any:
-    try:
-        from ray.tune.search.optuna import OptunaSearch
+def _optuna(sweep: Sweep, study: OptunaStudy) -> Any:
+    from ray.tune.search.optuna import OptunaSearch
 
-        objectives = sweep.config.objectives
-        return OptunaSearch(
-            metric=[objective.figure for objective in objectives],
-            mode=["max" if objective.sign > 0 else "min" for objective in objectives],
-            seed=sweep.config.search.seed,
-        )
-    except (ImportError, AssertionError):
-        from cpift.errors import CpiftError
-
-        raise CpiftError("search.method optuna needs the extra: pip install 'cpift[optuna]'") from None
+    objectives = sweep.config.objectives
+    return OptunaSearch(
+        metric=[objective.figure for objective in objectives],
+        mode=["max" if objective.sign > 0 else "min" for objective in objectives],
+        sampler=study.sampler,
+        study_name=study.name,
+        storage=study.storage,
+    )
 
 
 def _asha(sweep: Sweep) -> Any:

@@ -1,12 +1,16 @@
-"""What can honestly be said of a sweep in a few sentences."""
+"""What can honestly be said of a sweep in a few sentences, and what its page shows before any table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cpift.config.variation import shown
+from cpift.config.variation import Fields, shown
 from cpift.evaluation.estimates import Estimate
-from cpift.sweep.scores import SweepData, TrialRow, best_trial, judged
+from cpift.report.html import figure
+from cpift.scorecard.card import Scorecard
+from cpift.sweep import plots
+from cpift.sweep.scores import SweepData, TrialRow, best_trial, judged, remaking
+from cpift.text.escaping import html
 
 
 def verdict(data: SweepData) -> list[str]:
@@ -16,7 +20,13 @@ def verdict(data: SweepData) -> list[str]:
     if best is None:
         return ["No trial has finished: there is nothing to compare."]
     headline = " ".join(_best(data, best))
-    return [headline, *data.learning, _what_was_tried(data), *_rivals(data, best), *_caveats(data)]
+    reported = [] if data.reported is None else _on_other_rows(data.reported)
+    return [headline, *reported, *data.learning, _what_was_tried(data), *_rivals(data, best), *_caveats(data)]
+
+
+def _on_other_rows(card: Scorecard) -> list[str]:
+    first, *others = card.sentences()
+    return [f"On rows that the search never saw: {first}", *others]
 
 
 def _what_was_tried(data: SweepData) -> str:
@@ -83,10 +93,53 @@ def _rivals(data: SweepData, best: TrialRow) -> Iterator[str]:
 
 def _caveats(data: SweepData) -> Iterator[str]:
     done = sum(trial.status == "done" for trial in data.trials)
-    if done > 1:
+    if done > 1 and data.reported is None:
         yield (
             f"The best of {done} was chosen on the test rows that it is scored on, so its score flatters it: confirm "
-            "it on other rows or other seeds."
+            "it on other rows (`report: 0.5` holds them back) or other seeds."
         )
     if len(data.seeds) == 1:
         yield "One seed: differences between trials have no interval, and small ones mean nothing."
+
+
+# ---- on the page -----------------------------------------------------------------------------------------------------
+
+_DRAWN = 24  # trials
+
+
+def lead(data: SweepData) -> str:
+    """The verdict in one piece, what failed, and the best config with the command that takes it."""
+    failed = [trial for trial in data.trials if trial.status == "failed"]
+    items = "".join(
+        f"<li>trial {trial.number} ({html(_point(trial.points[0]))}): <code>{html(last_line(trial.reason))}</code></li>"
+        for trial in failed
+    )
+    count = f"{len(failed)} of {len(data.trials)} trials failed"
+    broken = f'<p class="down"><strong>{count}</strong></p><ul>{items}</ul>' if failed else ""
+    use = ""
+    if data.best_yaml:
+        use = f"<p>Its config, in the sweep's folder:</p><pre><code>cpift {remaking(data.model)} best.yaml</code></pre>"
+    return f'<div class="verdict"><p class="headline">{html(verdict(data)[0])}</p>{broken}{use}</div>'
+
+
+def last_line(text: str) -> str:
+    """Of an error, what went wrong."""
+    return (text.strip() or "no reason given").splitlines()[-1]
+
+
+def _point(point: Fields) -> str:
+    return ", ".join(f"{name} = {shown(value)}" for name, value in point.items())
+
+
+def picture(data: SweepData) -> str:
+    """The first objective of every trial with its interval, beside θ0, and what follows from it in sentences."""
+    label = data.objectives[0][0].replace("_", " ")
+    best = "most" if data.objectives[0][1] > 0 else "least"
+    bars = f" Bars: {data.confidence:.0%} t intervals, n = {len(data.seeds)}." if len(data.seeds) > 1 else " One seed."
+    drawn = sum(trial.status == "done" for trial in data.trials)
+    first = f" The best {_DRAWN} of {drawn} trials." if drawn > _DRAWN else ""
+    axis = "Dotted: θ0. The axis begins near the least."
+    caption = f"{label} of the {data.model} model; {best} is best, on top.{first}{bars} {axis}"
+    sentences = "".join(f"<li>{html(sentence)}</li>" for sentence in verdict(data)[1:])
+    drawing = figure(plots.trials(data, _DRAWN), caption)
+    return f'<div class="narrow">{drawing}</div>' * bool(drawing) + (f"<ul>{sentences}</ul>" if sentences else "")

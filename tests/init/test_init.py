@@ -31,6 +31,7 @@ from cpift.init.others import examples, merge_file
 from cpift.init.rows import guess_metric, held_out, look_at
 from cpift.models.sources import materialise
 from cpift.pipeline.preflight import preflight
+from cpift.sweep.config import load_sweep
 
 WORDS = ["red", "blue", "green", "tree", "house", "sun", "moon", "river", "stone", "bird"]
 LONG = [" ".join(WORDS[(i * k) % 10] for k in range(40)) + f" {'xyz'[i % 3]}" for i in range(60)]
@@ -237,6 +238,7 @@ def test_what_cannot_be_used_is_told_and_nothing_is_written(
         (["sweep"], "0 given → give the file of one run"),
         (["--example", "smoke", "--model", "m"], "--model: means nothing beside --example smoke"),
         (["--example", "smoke", "a.jsonl"], "DATA: means nothing beside --example smoke"),
+        (["a.jsonl", "--test", "b.jsonl"], "--test: means nothing beside data to train on"),
         (["sweep", "a.yaml", "--model", "m"], "--model: means nothing beside sweep"),
         (["--example", "nope"], "there is none of this name → one of .*smoke"),
     ],
@@ -286,6 +288,19 @@ def test_a_merge_of_checkpoints(base: Path, tmp_path: Path, monkeypatch: pytest.
     config = config_of(tmp_path / "merge.yaml")
     assert [task.name for task in config.tasks] == ["ft", "ft-2", "ft-3"]
     assert config.merges_only
+    lines(tmp_path / "a.jsonl", TASKS["short"][0])
+    with pytest.raises(ConfigError, match="b: has no test of its name") as error:
+        invoke("merge", base, "a=x/ft", "b=ft", "--test", "a.jsonl", "--test", "c=a.jsonl", "--out", "scored.yaml")
+    assert [problem.where for problem in error.value.problems] == ["b", "--test c"]
+    invoke("merge", base, "a=x/ft", "b=ft", "--test", "a.jsonl", "--test", "b=a.jsonl", "--out", "scored.yaml")
+    scored = config_of(tmp_path / "scored.yaml")
+    assert scored.scores
+    assert [task.metric for task in scored.tasks] == ["rouge", "rouge"]
+    preflight(scored, stage="evaluate")
+    invoke("sweep", "scored.yaml", "--out", "sweep.yaml")
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    assert (sweep.config.model, sweep.config.report.share) == ("fused", 0.5)
+    assert "fusion.method" in sweep.config.space
     monkeypatch.setattr(hub, "resolve_revision", lambda kind, name, revision: "c" * 40)
     text = merge_file(["org/base", "org/a", "org/b"], tmp_path / "hub.yaml", "s")
     assert yaml.safe_load(text)["tasks"][1] == {"name": "b", "checkpoint": {"hub": "org/b", "revision": "c" * 40}}

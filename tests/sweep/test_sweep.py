@@ -12,16 +12,21 @@ import yaml
 
 from cpift.config.loading import load_config
 from cpift.console.view import quiet
+from cpift.data.tasks import load_examples, source_fingerprint
 from cpift.disk.files import read_json
 from cpift.errors import ConfigError
 from cpift.evaluation.estimates import estimate, t_quantile
 from cpift.method.masks import read_mask
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.identity import StageArtifacts
+from cpift.pipeline.inprocess import InProcessEngine
+from cpift.pipeline.outcomes import own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Sweep, load_sweep
+from cpift.sweep.judging import on_report_rows
 from cpift.sweep.points import choose_points, group_points
+from cpift.sweep.record import sweep_record
 from tests.helpers.sweeps import TASKS, Copies, load, run_fields
 
 # ---- the sweep file ------------------------------------------------------------------------------------------------
@@ -42,6 +47,11 @@ from tests.helpers.sweeps import TASKS, Copies, load, run_fields
         ({"objectives": ["task.z.loss"]}, ["no task 'z'", "a, b, c"]),
         ({"objectives": ["task.a.score"]}, ["write task.a.loss"]),
         ({"seeds": [1, 1]}, ["has one twice"]),
+        ({"search": {"storage": "sqlite:///a.db"}}, ["storage: of method optuna alone"]),
+        ({"search": {"method": "optuna", "samples": 2, "storage": "a.db"}}, ["write sqlite:///a.db"]),
+        ({"search": {"method": "optuna", "samples": 2, "sampler": "cmaes"}}, ["two or more ranges", "regions.p"]),
+        ({"report": 1.5}, ["report.share", "below 1"]),
+        ({"report": {"tests": {"z": {"file": "z.jsonl"}}}}, ["report.tests.z", "no such task"]),
         ({"spaces": {}}, ["spaces: is not a field", "did you mean 'space'?"]),
         ({"run": "nowhere.yaml"}, ["nowhere.yaml", "check the path"]),
     ],
@@ -75,6 +85,58 @@ def test_shipped_sweeps_load(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ---- points --------------------------------------------------------------------------------------------------------
+
+
+def test_fields_that_a_method_does_not_look_at_make_no_trial(tmp_path: Path) -> None:
+    space = {"fusion.method": ["linear", "ties"], "fusion.density": [0.2, 0.4], "fusion.weights.a": [0.5]}
+    sweep = load(tmp_path, space=space, model="fused")
+    merged = [sweep.run(point, 0).fusion for point in choose_points(sweep.config)]
+    assert [fusion.density for fusion in merged] == [0.2, 0.2, 0.2, 0.4]
+    assert all(fusion.weights == {"a": 0.5} for fusion in merged)
+
+
+def test_a_search_never_sees_the_rows_that_are_reported(tmp_path: Path) -> None:
+    fields = run_fields()
+    held = {"procedural": "addition", "size": 30}
+    fields["tasks"][1] = {"name": "b", "train": held, "holdout": {"rows": 10}}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "1+1?", "completion": "2"}\n')
+    report = {"share": 0.25, "tests": {"c": {"file": "other.jsonl"}}}
+    sweep = load(tmp_path, run=fields, report=report)
+    plain, seen, told = (make({}, 0) for make in (sweep.plain, sweep.run, sweep.reported))
+    for name in ("a", "b"):
+        rows = [{example.reply: example for example in load_examples(run.task(name).test_data)} for run in (seen, told)]
+        every = {example.reply for example in load_examples(plain.task(name).test_data)}
+        assert set(rows[0]) | set(rows[1]) == every
+        assert len(rows[1]) < len(rows[0])
+        prompts = [{str(example.prompt) for example in side.values()} for side in rows]
+        assert not prompts[0] & prompts[1]
+        sources = [run.task(name).test_data for run in (plain, seen, told)]
+        assert len({source_fingerprint(source) for source in sources}) == 3
+        assert seen.task(name).train_data == plain.task(name).train_data
+    assert seen.task("c").test_data == plain.task("c").test_data
+    assert told.task("c").test_data.file == other
+
+
+def test_the_best_is_reported_beside_the_run_as_it_stands(models: Path, tmp_path: Path) -> None:
+    test = {"procedural": "addition", "size": 6, "split": "test"}
+    tasks = [{"name": name, "checkpoint": {"path": str(models / name)}, "test": test} for name in ("one", "two")]
+    run = {"name": "given", "model": {"path": str(models / "base")}, "tasks": tasks, "fusion": {"method": "linear"}}
+    sweep = load(tmp_path, run=run, space={"fusion.weights.two": [0.2, 0.5]}, model="fused", report=0.5)
+    maker = sweep_record(sweep).name
+    said = [
+        on_report_rows(sweep, {"fusion.weights.two": 0.2}, lambda run, at=engine: Pipeline(run, at, quiet(), maker))
+        for engine in (InProcessEngine(), NoEngine())  # the second would score nothing
+    ]
+    assert said[0].scores == said[1].scores
+    assert list(said[0].scores) == ["base", "probe one", "probe two", "as it stands", "best"]
+    assert said[0].scores["best"]["one"]["rows"] == 3
+    assert said[0].sentences()[-1].startswith("best against as it stands: ")
+    best, stands = (Pipeline(sweep.run(at, 0), NoEngine(), quiet()) for at in ({"fusion.weights.two": 0.2}, {}))
+    (kept,), (dropped,) = own_models(best, "fused").values(), own_models(stands, "fused").values()
+    assert kept.has_weights
+    assert not dropped.has_weights
+    assert "--set=fusion.weights={}" in str(read_json(dropped.path / "manifest.json"))
 
 
 def test_a_grid_holds_every_combination_once(tmp_path: Path) -> None:

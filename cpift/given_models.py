@@ -1,4 +1,8 @@
-"""What is scored: models as arguments name them, as a run's config whose tasks are the tests."""
+"""Models that are there already, scored on rows that are given: `cpift evaluate MODEL… --test`, `cpift merge … --test`.
+
+They are scored as a run's models are: the tests are the tasks of its config. What was scored before on the same rows in
+the same way is read, not scored again.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,20 @@ from cpift.checkpoints.opening import locate, pinned
 from cpift.config.inputs import CheckpointConfig, ModelConfig
 from cpift.config.loading import dump_fields, parse_config
 from cpift.config.run import RunConfig
+from cpift.console.view import View
+from cpift.disk.locks import exclusive
+from cpift.disk.top_files import SCORES_FILES
 from cpift.errors import ConfigError, Problem
+from cpift.evaluation.retention import larger_is_better
+from cpift.evaluation.scores import Score
 from cpift.init.given_tests import GivenTest, given_tests, scoring_fields
 from cpift.merge_folder import given_source
 from cpift.models.sources import load_tokenizer, source_of
+from cpift.pipeline.engine import Engine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import examined
+from cpift.pipeline.stages import evaluate
+from cpift.scorecard.card import Scorecard
 
 SUBJECT = "scores"
 FOLDER = Path("runs/scores")
@@ -99,3 +113,33 @@ def _first_whole(models: Mapping[str, CheckpointConfig]) -> dict[str, str]:
 def _tokenizer(source: dict[str, str], template: str | None) -> Any:
     model = ModelConfig.model_validate(source | ({"chat_template": template} if template else {}))
     return source_of(model).tokenizer() or load_tokenizer(locate(model), model)
+
+
+def check(asked: ToScore, download: bool = True) -> list[str]:
+    """What is worth knowing before anything is scored. Raises ConfigError with everything wrong."""
+    return list(examined(asked.config, stage="evaluate", download=download, writes=SCORES_FILES).notes)
+
+
+def score(asked: ToScore, engine: Engine, view: View) -> Scorecard:
+    """The card of these models. A killed scoring goes on with the models that have no scores yet."""
+    run = Pipeline(asked.config, engine, view)
+    models = [run.artifacts.input_model(title, title, source) for title, source in asked.models.items()]
+    with exclusive(run.root), view.recorded(run.root, "evaluate", [evaluate.TITLE]), run.session():
+        scores = run.evaluate(models)
+    own, chosen = _own(asked, scores)
+    tests = {test.name: f"{test.summary}; {test.guess.metric}: {test.guess.why}" for test in asked.tests}
+    return Scorecard(
+        asked.merged or asked.config.name, tests, scores, asked.base, own, tuple(chosen), asked.merged, asked.yaml
+    )
+
+
+def _own(asked: ToScore, scores: Mapping[str, Mapping[str, Score]]) -> tuple[dict[str, str], list[str]]:
+    """By test the fine-tune of its name; of a merge with none the best fine-tune on its rows, and which tests these
+    are."""
+    tuned = [title for title in asked.models if title not in (asked.base, asked.merged)]
+    named = {test.name: test.name for test in asked.tests if test.name in tuned}
+    if asked.merged is None:
+        return (named if len(named) == len(asked.tests) else {}), []
+    chosen = [test.name for test in asked.tests if test.name not in named]
+    best = {test: max(tuned, key=lambda title: larger_is_better(scores[title][test])) for test in chosen}
+    return {test.name: {**named, **best}[test.name] for test in asked.tests}, chosen

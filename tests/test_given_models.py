@@ -9,13 +9,10 @@ import pytest
 
 from cpift.console.view import quiet
 from cpift.errors import ConfigError
+from cpift.given_models import ToScore, check, score, to_score
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.inprocess import InProcessEngine
-from cpift.scorecard import Scorecard, score, to_score, write_card
-from cpift.scorecard.models import ToScore
-from cpift.scorecard.scoring import check
-from cpift.scorecard.show import card_table
-from tests.helpers.scores import scored
+from cpift.scorecard.show import write_card
 
 
 @pytest.fixture
@@ -71,25 +68,3 @@ def test_what_cannot_be_scored_is_one_list(models: Path, rows: Path) -> None:
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="--base MODEL"):
         to_score({"one": adapter}, [str(rows / "sums.csv")])
-
-
-def test_a_card_says_what_the_rows_show_and_no_more() -> None:
-    right, half, none = ([1.0] * 20, [1.0, 0.0] * 10, [0.0] * 20)
-    scores = {
-        "base": {"maths": scored("number", none), "code": scored("number", half)},
-        "maths": {"maths": scored("number", right), "code": scored("number", none)},
-        "code": {"maths": scored("number", none), "code": scored("number", [*right[:18], 0.0, 0.0])},
-        "merged": {"maths": scored("number", [*right[:15], *none[:5]]), "code": scored("number", half[::-1])},
-    }
-    own = {"maths": "maths", "code": "code"}
-    card = Scorecard("merged", dict.fromkeys(own, ""), scores, "base", own, (), "merged")
-    kept = card.retention("merged")
-    assert kept is not None
-    assert kept.mean == pytest.approx((15 / 20 + 10 / 18) / 2)
-    assert card.measured("maths", "maths").low == pytest.approx(0.05 ** (1 / 20))  # all alike, and yet not certain
-    first, base, tuned = card.sentences()
-    assert first.startswith("merged keeps 65.3 % ±")
-    assert "better on maths (+75.0 [+" in base
-    assert "no difference shown on code (+0.0 [-" in base
-    assert "worse on maths (-25.0 [" in tuned
-    assert card_table(card).row_count == 4
