@@ -100,7 +100,10 @@ class TrainingConfig(Section):
         description="optimizer steps between checkpoints; 0 = only at stage ends",
     )
     checkpoint_minutes: float | None = Field(
-        None, **identity(), gt=0, description="one more checkpoint where so many minutes have passed since the last"
+        None,
+        **identity(absent=None),
+        gt=0,
+        description="one more checkpoint where so many minutes have passed since the last",
     )
     log_every: int = Field(5, **identity(), ge=1, description="optimizer steps between logged losses")
 
