@@ -34,7 +34,7 @@ from cpift.errors import CpiftError, StageError, first_line
 from cpift.extensions import modules_beside
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
-from cpift.merging.engine import merge_shards
+from cpift.merging.engine import Place, merge_shards
 
 _RETRIES = 3
 _TASKS_A_CPU = 4  # so many tasks are cut for every processor, to even out their times
@@ -88,11 +88,11 @@ class RayMerging:
         with ray_session(self._resources):
             return self._merge_all(method, shards, out, made_from, budget, progress)
 
-    def placed(self, method: MergeMethod) -> MergeMethod:
-        """Itself, ready to be sent: a user's method or conflict rule goes to workers as it was loaded here."""
+    def placing(self, method: MergeMethod) -> Place:
+        """Itself: a user's method or conflict rule goes to workers as it was loaded here."""
         for module in modules_beside():
             ray.cloudpickle.register_pickle_by_value(module)
-        return method
+        return _itself
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """Add what a finished model has beside its shards to those in the object store, if there is one."""
@@ -104,7 +104,7 @@ class RayMerging:
     ) -> dict[str, ShardRecord]:
         places, position = self._places(), _positions(method)
         store = self._place(self._store, made_from) if self._store is not None else None
-        method = self.placed(method)
+        self.placing(method)
         held = ray.put(method if store is None else with_stored_masks(method, store))
         pending = {
             self._options(_merge, places, position[shard.tensors[0].name]).remote(
@@ -146,6 +146,10 @@ class RayMerging:
         node = places[int(position * len(places))]
         near = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         return task.options(num_cpus=self._cpus, max_retries=_RETRIES, scheduling_strategy=near)
+
+
+def _itself(method: MergeMethod) -> MergeMethod:
+    return method
 
 
 def _positions(method: MergeMethod) -> dict[str, float]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
 
+Place = Callable[[MergeMethod], MergeMethod]
 MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, OnElements], dict[str, ShardRecord]]
 
 
@@ -195,8 +196,9 @@ class Merging(Protocol):
     ) -> dict[str, ShardRecord]:
         """`merge_shards`."""
 
-    def placed(self, method: MergeMethod) -> MergeMethod:
-        """The method as it computes where merges run, filling tensors in this machine's memory."""
+    def placing(self, method: MergeMethod) -> Place:
+        """What makes of this method, once it is prepared, one that computes as merges here do and fills tensors in
+        memory. Both may be sent to another process."""
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """The finished model is in `folder`: what was merged elsewhere can be completed there."""

@@ -21,7 +21,7 @@ from cpift.errors import StageError
 from cpift.formats.safetensors import TensorInfo, laid_out, raw_bytes
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Check, OnElements, failures
-from cpift.merging.engine import fill_shard
+from cpift.merging.engine import Place, fill_shard
 from cpift.merging.state_dicts import TensorsInMemory
 from cpift.merging.verify import verify_values
 
@@ -40,12 +40,12 @@ class MergeRecord:
 class MergeInMemory:
     """A merge to be made where its result is used: another process may be given it.
 
-    method: as it is defined, for the checks. placed: as it computes (`Merging.placed`). like: whose layout the result
-    has. shard_size: in bytes, of the files that it would be written to.
+    place: see `Merging.placing`. like: whose layout the result has. shard_size: in bytes, of the files that it would be
+    written to.
     """
 
     method: MergeMethod
-    placed: MergeMethod
+    place: Place | None
     like: Checkpoint
     shard_size: int
     checked: bool
@@ -66,12 +66,13 @@ class MergeInMemory:
         """
         started = time.time()
         with self.method.named("prepare"):
-            records = self.placed.prepare()
+            records = self.method.prepare()
+        placed = self.place(self.method) if self.place else self.method
         tensors: dict[str, torch.Tensor] = {}
         files = {}
         for shard in self.shards():
             target = _ToMemory(shard)
-            records = [*records, *fill_shard(self.placed, shard, target, progress)["tensors"]]
+            records = [*records, *fill_shard(placed, shard, target, progress)["tensors"]]
             files[shard.name] = target.file()
             tensors |= target.tensors
         return tensors, MergeRecord(files, records, self._checks(tensors), time.time() - started)

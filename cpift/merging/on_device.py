@@ -23,7 +23,7 @@ from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
-from cpift.merging.engine import merge_shards
+from cpift.merging.engine import Place, merge_shards
 from cpift.merging.registry import METHODS
 from cpift.method.masks import RegionMasks
 
@@ -80,10 +80,13 @@ class DeviceMerging:
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
-        return merge_shards(self.placed(method), shards, out, made_from, budget, progress)
+        return merge_shards(self._placed(method), shards, out, made_from, budget, progress)
 
-    def placed(self, method: MergeMethod) -> MergeMethod:
-        """It computes on the device and fills tensors of the host, where it has such a form."""
+    def placing(self, method: MergeMethod) -> Place:
+        """It computes on the device, where it has such a form."""
+        return self._placed
+
+    def _placed(self, method: MergeMethod) -> MergeMethod:
         on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method
         return cast("MergeMethod", on_device)
 
@@ -96,7 +99,7 @@ class _OnDevice:
 
     def __init__(self, method: MergeMethod, device: torch.device):
         self._host, self._placed, self._device = method, method.placed(_Placed(device)), device
-        self.models, self.prepare = method.models, self._placed.prepare
+        self.models = method.models
 
     def at(self, name: str) -> MergeMethod:
         return self._host.at(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from cpift.merging.base import FusionInputs
 from cpift.merging.engine import merge
 from cpift.merging.in_memory import MergeInMemory
 from cpift.merging.methods.cpift import Fusion
+from cpift.merging.on_device import DeviceMerging
 from cpift.method.regions import write_regions
+from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import save_checkpoint
 
 SHAPES = {"a.weight": (30, 70), "b.norm": (33,), "empty": (0, 4), "one": (1,)}
@@ -33,7 +36,7 @@ def recipe(tmp_path: Path) -> MergeInMemory:
     base, tuned = models.pop("base"), models
     write_regions(base, tuned, RegionsConfig(p=0.1), {0.1: tmp_path})
     fusion = Fusion(FusionInputs(base, base, tuned, tmp_path, list(tuned)), FusionConfig())
-    return MergeInMemory(fusion, fusion, base, SHARD, checked=True)
+    return MergeInMemory(fusion, None, base, SHARD, checked=True)
 
 
 def test_tensors_and_hashes_are_those_of_the_files(recipe: MergeInMemory, tmp_path: Path) -> None:
@@ -50,6 +53,20 @@ def test_tensors_and_hashes_are_those_of_the_files(recipe: MergeInMemory, tmp_pa
     for name, values in tensors.items():
         assert torch.equal(values.view(torch.uint8), written.mapped(name).view(torch.uint8)), name
     assert [check["passed"] for check in record.checks] == [True, True, True]
+
+
+def test_on_a_device_it_is_what_a_merge_there_writes(recipe: MergeInMemory, tmp_path: Path) -> None:
+    """With one angle for the whole model, which is found before anything is placed."""
+    assert isinstance(recipe.method, Fusion)
+    one, other = (Fusion(recipe.method.inputs, FusionConfig(granularity="model")) for _ in range(2))
+    merging, folder = DeviceMerging(torch.device("cpu")), tmp_path / "written"
+    folder.mkdir()
+    with as_gpu() as launches:
+        merge(one, recipe.like, folder, "inputs", shard_size=SHARD, shards_by=merging.merge_shards)
+        _, record = replace(recipe, method=other, place=merging.placing(other)).make()
+    assert launches["apply_kernel"] > 0
+    written = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
+    assert {name: sha256 for name, (_, sha256) in record.files.items()} == written
 
 
 def test_a_result_that_is_not_its_definition_is_no_result(

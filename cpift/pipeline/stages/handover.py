@@ -51,7 +51,8 @@ def score_fused(run: Run, remake: str) -> None:
             return
         require_sound(sources.read, run.root, run.view.warn)
         merge = _merge(run, sources)
-        if fits := _SCORED_AS * merge.like.numel + merge.nbytes <= available_memory():
+        fits = _SCORED_AS * merge.like.numel + merge.nbytes <= available_memory()
+        if fits:
             _score(run, sources, merge, scored, remake)
     if not fits:
         fuse.make(run)
@@ -65,12 +66,12 @@ def _merge(run: Run, sources: fuse.Sources) -> MergeInMemory:
     inputs = fuse.open_inputs(run.artifacts, sources.groups, sources.backbone)
     method = fuse.method_of(run.config, inputs, sources.fused.work_dir, run.merging)
     method.statistics = _known_of(sources.fused, method.late)
-    placed = run.merging.placed(method) if run.merging else method
-    config = run.config
-    return MergeInMemory(method, placed, inputs.backbone, config.fusion.shard_size, config.resources.verify)
+    place, config = run.merging.placing(method) if run.merging else None, run.config
+    return MergeInMemory(method, place, inputs.backbone, config.fusion.shard_size, config.resources.verify)
 
 
 def _known_of(fused: Artifact, late: Sequence[str]) -> dict[str, Any]:
+    """What is known already, or will be, of models that are fused with other values of `late` fields alone."""
     fields = {name: value for name, value in fused.fields.items() if name not in late}
     key = digest([dict(fused.inputs), fields])
     known = _KNOWN[key] = _KNOWN.pop(key, {})
