@@ -57,6 +57,9 @@ class StackMerge(MergeMethod):
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._of[info.name].pieces(info)
 
+    def beside(self, info: TensorInfo) -> int:
+        return self._of[info.name].beside(info)
+
     def tensor(self, info: TensorInfo) -> Merged:
         return self._of[info.name].tensor(info)
 
