@@ -123,8 +123,7 @@ def gram(x: Inputs) -> None:
     first, again = (ck.masked_gram(there[0], there[1:], words, backend="triton") for _ in range(2))
     same("the second time", first, again)
     wanted = ck.masked_gram(base, tuned, mask, backend="reference")
-    norms = wanted.diagonal(dim1=1, dim2=2).sqrt()
-    close("inner products", first, wanted, 1e-6 * norms[:, :, None] * norms[:, None, :])
+    same("inner products", first, wanted)
 
 
 def apply(x: Inputs) -> None:
@@ -135,10 +134,7 @@ def apply(x: Inputs) -> None:
     words = [None if mask is None else x.there(mask) for mask in masks]
     ck.fused_apply(out, [x.there(source) for source in sources], scale, words, backend="triton")
     ck.fused_apply(wanted, sources, scale, masks, backend="reference")
-    held = torch.stack([ck.unpack_mask(mask, len(wanted)) for mask in masks if mask is not None]).sum(0)
-    same("elements of one core", out.cpu()[held == 1], wanted[held == 1])
-    summands = torch.stack([source.double().abs() for source in sources]).sum(0)
-    close("fused elements", out, wanted, torch.finfo(x.dtype).eps * wanted.double().abs() + 2.0**-22 * summands)
+    same("fused elements", out, wanted)
 
 
 def magnitudes(x: Inputs) -> None:

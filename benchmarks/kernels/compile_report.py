@@ -45,8 +45,8 @@ HEADER = (
     "kernel", "dtype", "target", "128-bit", "registers", "spills", "shared B", "occupancy",
     "bytes/param", "least", "PTX instr/param", "predicted ms", "bound by",
 )  # fmt: skip
-# Kernels whose work is a few scattered elements: width is not theirs to choose.
-SCATTERED = ("collect", "count")
+# Kernels whose work is a few scattered elements, or whose order of sums decides what a thread reads.
+SCATTERED = ("collect", "count", "gram")
 
 
 def occupancy(code: MachineCode, threads: int, target: str) -> float:
@@ -88,8 +88,7 @@ def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
         ("zero", "gather", "scatter", "zero_blocks", "hold"), 1
     )
     wanted = tensors.get(entry.name, 1 + min(entry.tasks, 8))
-    loops = entry.launch.arguments.get("TILES", 1)
-    return bool(code.loads[128] >= wanted * entry.elements / entry.launch.threads / loops * item / 16)
+    return bool(code.loads[128] >= wanted * entry.elements / entry.launch.threads * item / 16)
 
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:

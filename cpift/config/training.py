@@ -221,7 +221,7 @@ class ResourcesConfig(Section):
     )
     device: Literal["cpu", "cuda"] = Field(
         "cpu",
-        **identity("fuse", "merge", absent="cpu"),
+        **identity(),
         description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
         "GPU (NVIDIA or AMD) and runs the Triton kernels there",
     )

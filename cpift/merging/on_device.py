@@ -1,7 +1,6 @@
 """Regions and fusion in GPU memory: slices are copied there, the kernels run there, masks and results come back.
 
-Core regions have the bits that the CPU selects. A fused model's may differ in the last place where SLERP takes angles:
-the Gram matrix is summed in another order. Such a model has another fingerprint.
+Core regions and merged models have the CPU's bits, and so its fingerprints.
 """
 
 from __future__ import annotations

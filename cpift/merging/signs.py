@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from cpift.config.fusion import FusionConfig
 
 if TYPE_CHECKING:
     import torch
+
+Numbers = TypeVar("Numbers", "torch.Tensor", np.ndarray)
 
 NONE = 1e-8  # a sum of weights that counts as 0
 
@@ -37,7 +39,7 @@ def elected(
         return config.scale * _weighted(kept.double() / exact[1], exact[0], config.normalize)
     agrees = kept.sign() == torch.where(in_turn(kept.double() / exact[1]) >= 0, 1.0, -1.0)
     factors = exact.float()
-    found: torch.Tensor = (kept * (factors[0] / factors[1]) * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    found: torch.Tensor = in_turn(kept * (factors[0] / factors[1]) * agrees) / agrees.sum(0).clamp(min=1)
     return found if config.scale == 1 else found * config.scale
 
 
@@ -47,9 +49,9 @@ def _weighted(updates: torch.Tensor, weights: torch.Tensor, normalize: bool) -> 
 
     moved = updates * weights
     agrees = moved.sign() == torch.where(in_turn(moved) >= 0, 1.0, -1.0)
-    found: torch.Tensor = (moved * agrees).sum(0)
+    found: torch.Tensor = in_turn(moved * agrees)
     if normalize:
-        total = (weights * agrees).sum(0)
+        total = in_turn(weights * agrees)
         found = found / torch.where(total.abs() < NONE, 1.0, total)
     return found.float()
 
@@ -73,6 +75,8 @@ def defined_elected(
     return found
 
 
-def in_turn(moved: Any) -> Any:
-    """The sum over the first axis, one after another: in which order decides on which side of 0 it ends."""
-    return functools.reduce(operator.add, moved)
+def in_turn(moved: Numbers) -> Numbers:
+    """The sum over the first axis, one after another on every processor: the order decides its last bit and, close to
+    0, its sign."""
+    total: Numbers = functools.reduce(operator.add, moved)
+    return total

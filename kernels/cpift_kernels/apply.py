@@ -4,8 +4,9 @@
     out[j] = (Σ x_m[j]) / count         if several masks hold j: fp32 sum in source order, fp32 division
     out[j] = Σ_m c[row(j), m]·x_m[j]    elsewhere: fp32 fused multiply-adds in source order, fp32 coefficients
 
-rounded to the dtype of `out` to nearest even; a NaN stays a NaN. A coefficient that is 0 leaves its source
-out of the sum, NaN and Inf included. The combination is what N-way SLERP comes to (`slerp`).
+rounded to the dtype of `out` to nearest even; a NaN stays a NaN. Every backend gives the same bits, of NaN apart. A
+coefficient that is 0 leaves its source out of the sum, NaN and Inf included. The combination is what N-way
+SLERP comes to (`slerp`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from .checks import MAX_SOURCES, check_same_shape, check_values, check_words
 from .dispatch import Backend, implementation, resolve
 from .masks import unpack_mask
+from .rounding import fma
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +29,10 @@ _CHUNK = 1 << 20
 def fused_apply_reference(
     out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, masks: Sequence[Tensor | None]
 ) -> None:
-    """`fused_apply` in plain torch; the combination is summed in fp64 and rounded once to fp32."""
+    """`fused_apply` in plain torch."""
     members = [None if words is None else unpack_mask(words, out.numel()) for words in masks]
     width = out.numel() // coefficients.shape[0] if coefficients.shape[0] else 0
-    for row, scale in enumerate(coefficients.tolist()):
+    for row, scale in enumerate(coefficients.float().tolist()):
         for start in range(row * width, (row + 1) * width, _CHUNK):
             part = slice(start, min(start + _CHUNK, (row + 1) * width))
             values = [source.reshape(-1)[part] for source in sources]
@@ -41,16 +43,16 @@ def fused_apply_reference(
 def _fuse(dtype: torch.dtype, values: list[Tensor], scale: list[float], bits: list[Tensor | None]) -> Tensor:
     import torch
 
-    combined = torch.zeros_like(values[0], dtype=torch.float64)
+    combined = torch.zeros_like(values[0], dtype=torch.float32)
     total = torch.zeros_like(values[0], dtype=torch.float32)
     holders = torch.zeros_like(values[0], dtype=torch.float32)
     for value, weight, bit in zip(values, scale, bits, strict=True):
         if weight != 0.0:
-            combined += value.double() * weight
+            combined = fma(value.float(), combined.new_tensor(weight), combined)
         if bit is not None:
             total += torch.where(bit, value.float(), 0.0)
             holders += bit
-    fused = torch.where(holders > 0, total / holders, combined.float()).to(dtype)
+    fused = torch.where(holders > 0, total / holders, combined).to(dtype)
     for value, bit in zip(values, bits, strict=True):
         if bit is not None:  # a single donor is copied, so that its bits survive, NaN payloads and −0.0 included
             fused = torch.where(bit & (holders == 1), value.to(dtype), fused)

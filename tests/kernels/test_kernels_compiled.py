@@ -109,17 +109,15 @@ for dtype in (torch.bfloat16, torch.float32):
         scatter_masked_(back, words[0][1], saved, backend=backend)
         held = hold_masked([base, base[:77]], [words[0][1], words[0][1][:3] & 8191], backend=backend)
         held.restore_([back, back[:77]])
-        words[-1] += [out, grams.float(), saved, back]
-    for found, expected in zip(*words, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(words[0][:6], words[1][:6]))
+        words[-1] += [out, grams, saved, back]
+    assert all(torch.equal(found, expected) for found, expected in zip(*words, strict=True))
 print("same")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="features of x86 processors")
-def test_a_processor_without_avx512_gets_the_same_results(tmp_path: Path) -> None:
+def test_a_processor_without_avx512_gets_the_same_bits(tmp_path: Path) -> None:
     features = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "NUMBA_CACHE_DIR": "", "NUMBA_CPU_NAME": "haswell"}
     done = subprocess.run(

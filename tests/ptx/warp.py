@@ -34,9 +34,13 @@ def shuffle(machine: Machine, instruction: Instruction, active: Active) -> None:
     if clamp != ("0" if up else "31"):
         raise PtxError(f"a segmented shuffle: {instruction.text}")
     shape = _lanes(machine, instruction, active, mask).shape
-    lane, step = np.arange(WARP), int(distance)
-    chosen = np.where(lane >= step, lane - step, lane) if up else lane ^ step
-    values = machine.read(source, "b32", active).reshape(shape)[:, chosen]
+    lane = np.arange(WARP)
+    if ".idx." in instruction.opcode:  # each lane names the one it reads
+        chosen = machine.read(distance, "b32", active).reshape(shape).astype(np.int64) % WARP
+    else:
+        step = int(distance)
+        chosen = np.broadcast_to(np.where(lane >= step, lane - step, lane) if up else lane ^ step, shape)
+    values = np.take_along_axis(machine.read(source, "b32", active).reshape(shape), chosen, 1)
     machine.write(target, values.reshape(-1), active)
 
 
@@ -49,7 +53,7 @@ def reduce(machine: Machine, instruction: Instruction, active: Active) -> None:
 
 
 def matrix(machine: Machine, instruction: Instruction, active: Active) -> None:
-    """Four 8x8 matrices of 16-bit values: lane 8m + i addresses row i of matrix m, each lane holds two of each."""
+    """8x8 matrices of 16-bit values: lane 8m + i addresses row i of matrix m, each lane holds two of each."""
     load, transposed = instruction.opcode.startswith("ld"), ".trans." in instruction.opcode
     registers, where = instruction.operands if load else instruction.operands[::-1]
     names = vector(registers)
@@ -78,8 +82,14 @@ def matrix(machine: Machine, instruction: Instruction, active: Active) -> None:
 _MATRIX = ("ldmatrix", "stmatrix")
 OPERATIONS: dict[str, Callable[[Machine, Instruction, Active], None]] = {
     "shfl.sync.bfly.b32": shuffle,
+    "shfl.sync.idx.b32": shuffle,
     "shfl.sync.up.b32": shuffle,
     "redux.sync.add.s32": reduce,
     "redux.sync.max.s32": reduce,
-    **{f"{name}.sync.aligned.m8n8.x4{trans}.shared.b16": matrix for name in _MATRIX for trans in ("", ".trans")},
+    **{
+        f"{name}.sync.aligned.m8n8.x{count}{trans}.shared.b16": matrix
+        for name in _MATRIX
+        for count in (1, 2, 4)
+        for trans in ("", ".trans")
+    },
 }

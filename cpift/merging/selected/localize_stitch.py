@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.merging.selected.trimmed import TrimmedMerge
+from cpift.merging.signs import in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class LocalizeStitch(TrimmedMerge):
         import torch
 
         held = self.kept(name, start, stop)
-        total = (torch.stack(list(updates)).double() * held).sum(0)
+        total = in_turn(torch.stack(list(updates)).double() * held)
         return (self.config.scale * total / held.sum(0).clamp(min=1)).float()
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.merging.base import Contender
 from cpift.merging.forms import UpdateMerge, sum_problems, summed
+from cpift.merging.signs import in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class Dare(UpdateMerge):
             for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
         ]
         factors = torch.tensor(summed(self.weights, self.config))
-        return (torch.stack(kept) * factors[:, None]).sum(0)
+        return in_turn(torch.stack(kept) * factors[:, None])
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
         pairs = zip(self.tuned, self.densities, strict=True)

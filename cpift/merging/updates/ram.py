@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpift.merging.forms import UpdateMerge
+from cpift.merging.signs import in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ class Ram(UpdateMerge):
 
         stacked = torch.stack(list(updates)).double()
         changed = stacked.abs() > self.config.threshold
-        return (self.config.scale * (stacked * changed).sum(0) / changed.sum(0).clamp(min=1)).float()
+        return (self.config.scale * in_turn(stacked * changed) / changed.sum(0).clamp(min=1)).float()
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
         changed = np.abs(updates) > self.config.threshold

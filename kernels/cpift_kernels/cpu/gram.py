@@ -1,8 +1,7 @@
-"""Masked Gram matrix on the CPU: one pass, all products of a run of elements in registers.
+"""Masked Gram matrix on the CPU: one pass, the running sums of all products in registers.
 
-A block of BLOCK elements is summed in fp32, 8 or 16 lanes side by side (so at most BLOCK / 8 additions long), blocks in
-fp64. A block with few elements left is summed in fp64 throughout (`gram.FEW`). Blocks, and the spans that threads take,
-are cut by position, so the sums have one order.
+A running sum (`gram`) is a lane of a register. Where a register holds fewer than there are, a block is walked again for
+the next ones, from the cache. Threads take spans of a power of two of blocks, which therefore are added before others.
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ from numba import types
 from numba.core import cgutils
 from torch import Tensor
 
-from ..gram import FEW, Granularity, row_count
+from ..gram import BLOCK, FEW, SUMS, Granularity, add_neighbours, matrices, row_count
 from .compiled import cpu_features, in_threads, inner, kernel
-from .emit import BF16, FP16, FP32, LANES, intrinsic_of_literals, load_at, load_register, prefetch
+from .emit import BF16, FP16, FP32, I32, LANES, intrinsic_of_literals, load_at, load_register, prefetch
 from .segments import storage_kind
 from .storage import MIXED, WHOLE, read
 from .vector import store
 from .words import popcount, read_word
 
-BLOCK = 1 << 12  # elements summed in fp32
-SPAN = 1 << 18  # elements of one row that one call sums, a multiple of BLOCK
-# Kernels exist for these numbers of vectors; others repeat their last vector. Each takes about a second to compile.
-SIZES = (2, 3, 4, 5, 7, 9, 13, 17)
+SPAN = 1 << 18  # elements of one row that one call sums, BLOCK times a power of two
 
 
 def masked_gram(
@@ -39,33 +35,21 @@ def masked_gram(
     rows = row_count(reference, granularity)
     width = reference.numel() // rows if rows else 0
     models = [reference, *vectors]
-    size = next(size for size in SIZES if size >= len(models))
-    models += [models[-1]] * (size - len(models))
+    size = len(models)
     kinds = np.array([storage_kind(model) for model in models], np.int64)
     storage = int(kinds[0]) if (kinds == kinds[0]).all() else 2
     addresses = np.array([model.data_ptr() for model in models], np.int64)
     words = 0 if excluded is None else excluded.data_ptr()
-    grams = np.zeros((rows, size, size))
+    step, parts = max(1, SPAN // max(width, 1)), -(-width // SPAN)
+    sums = np.zeros((rows, max(parts, 1), size * (size + 1) // 2))
     sum_rows = _sum_rows(size, storage)
 
-    def span(first: int, last: int, start: int, stop: int) -> np.ndarray:
-        part = np.zeros((last - first, size, size))
-        sum_rows(addresses, kinds, words, first, last, width, start, stop, part)
-        return part
+    def span(first: int, part: int) -> None:
+        last, start = min(first + step, rows), part * SPAN
+        sum_rows(addresses, kinds, words, first, last, width, start, min(start + SPAN, width), sums[:, part])
 
-    spans = _spans(rows, width)
-    for (first, last, _, _), part in zip(spans, in_threads(lambda s: span(*s), spans), strict=True):
-        grams[first:last] += part
-    n = len(vectors) + 1
-    return torch.from_numpy(grams[:, :n, :n].copy())
-
-
-def _spans(rows: int, width: int) -> list[tuple[int, int, int, int]]:
-    """(first row, last row, start, stop): several short rows together, or a part of a long one."""
-    if width > SPAN:
-        return [(r, r + 1, start, min(start + SPAN, width)) for r in range(rows) for start in range(0, width, SPAN)]
-    step = SPAN // max(width, 1)
-    return [(r, min(r + step, rows), 0, width) for r in range(0, rows, step)]
+    in_threads(lambda s: span(*s), [(row, part) for row in range(0, rows, step) for part in range(parts)])
+    return matrices(add_neighbours(torch.from_numpy(sums)), size)
 
 
 @cache
@@ -73,37 +57,57 @@ def _sum_rows(size: int, storage: int) -> Callable[..., Any]:
     """The kernel for `size` vectors that are stored as `storage` (2, fp32, also takes mixed ones)."""
     marker = (BF16, FP16, FP32)[storage]
     element = 4 if storage == 2 else 2
+    products = size * (size + 1) // 2
 
     def sum_rows(addresses, kinds, words, first, last, width, start, stop, out):  # type: ignore[no-untyped-def]
-        """Add the Gram matrices of elements start..stop-1 of rows first..last-1 to out [last - first, size, size]."""
-        table = np.empty(size, np.int64)
+        """Elements start..stop-1 of rows first..last-1: their products to out [rows, P]."""
+        table, ends = np.empty(size, np.int64), np.empty(size, np.int64)
         kept = np.empty(BLOCK // LANES, np.uint32)
         scratch = np.empty((size, BLOCK), np.float32)
+        end = np.empty((size, LANES), np.float32)
+        sums = np.empty((SUMS, products))
+        blocks = np.empty((SPAN // BLOCK, products))
+        for v in range(size):
+            ends[v] = end[v].ctypes.data
         for row in range(first, last):
+            count = 0
             for begin in range(row * width + start, row * width + stop, BLOCK):
-                end = min(begin + BLOCK, row * width + stop)
-                whole = (end - begin) // LANES
-                _kept_words(words, begin, end, kept)
-                if _count(kept, end - begin) <= FEW:
-                    _sum_few(addresses, kinds, kept, begin, end, scratch, out[row - first])
-                    continue
-                for v in range(size):
-                    table[v] = addresses[v] + begin * element
-                    if kinds[v] != storage:
-                        table[v] = scratch[v].ctypes.data
-                        _widen(kinds[v], addresses[v], begin, whole, table[v])
-                sums = out[row - first].ctypes.data
-                _sum_words(marker, size, table.ctypes.data, kept.ctypes.data, whole, sums)
-                rest = end - begin - whole * LANES
-                if rest > 0:
-                    bits = np.uint32((1 << rest) - 1)
+                elements = min(BLOCK, row * width + stop - begin)
+                if _kept_words(words, begin, elements, kept) <= FEW:
+                    _sum_few(addresses, kinds, kept, begin, elements, scratch, sums)
+                    _add_neighbours(sums, SUMS)
+                    blocks[count] = sums[0]
+                else:
+                    whole = elements // LANES
+                    bits = np.uint32((1 << (elements - whole * LANES)) - 1)
                     for v in range(size):
-                        table[v] = scratch[v].ctypes.data
-                        store(marker, table[v], read(MIXED, kinds[v], addresses[v], end - rest, bits))
-                    _sum_words(marker, size, table.ctypes.data, kept.ctypes.data + 4 * whole, 1, sums)
+                        table[v] = addresses[v] + begin * element
+                        if kinds[v] != storage:
+                            table[v] = scratch[v].ctypes.data
+                            _widen(kinds[v], addresses[v], begin, whole, table[v])
+                        if bits != 0:
+                            store(marker, ends[v], read(MIXED, kinds[v], addresses[v], begin + whole * LANES, bits))
+                    _sum_words(
+                        marker, size, table.ctypes.data, ends.ctypes.data, kept.ctypes.data,
+                        whole, whole + np.int64(bits != 0), blocks[count].ctypes.data,
+                    )  # fmt: skip
+                count += 1
+            _add_neighbours(blocks, count)
+            out[row] = blocks[0]
 
     sum_rows.__qualname__ = f"sum_rows_{size}_{storage}"
     return kernel(sum_rows)
+
+
+@inner
+def _add_neighbours(blocks, count):  # type: ignore[no-untyped-def]
+    """`gram.add_neighbours` of the first `count`, in place."""
+    while count > 1:
+        for i in range(count // 2):
+            blocks[i] = blocks[2 * i] + blocks[2 * i + 1]
+        if count % 2:
+            blocks[count // 2] = blocks[count - 1]
+        count = (count + 1) // 2
 
 
 @inner
@@ -113,36 +117,28 @@ def _widen(kind, address, begin, words, target):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _kept_words(words, begin, end, kept):  # type: ignore[no-untyped-def]
-    """The complement of the mask from bit `begin` on, which need not start a word."""
-    shift = begin % LANES
-    for i in range((end - begin + LANES - 1) // LANES):
-        excluded = np.uint32(0)
+def _kept_words(words, begin, elements, kept):  # type: ignore[no-untyped-def]
+    """The complement of the mask from bit `begin` on, which need not start a word; returns its bits set."""
+    shift, end, total = begin % LANES, begin + elements, np.int64(0)
+    for i in range((elements + LANES - 1) // LANES):
+        excluded, left = np.uint32(0), elements - i * LANES
         if words != 0:
             address, first = words + (begin // LANES + i) * 4, begin + i * LANES
             excluded = np.uint32(read_word(address) >> shift)
             if shift > 0 and first + LANES - shift < end:
                 excluded = np.uint32(excluded | (read_word(address + 4) << (LANES - shift)))
-        kept[i] = ~excluded
-
-
-@inner
-def _count(kept, elements):  # type: ignore[no-untyped-def]
-    """Bits set among the first `elements`; those after them are cleared in the last word."""
-    rest = elements % LANES
-    if rest > 0:
-        kept[elements // LANES] &= np.uint32((1 << rest) - 1)
-    total = np.int64(0)
-    for i in range((elements + LANES - 1) // LANES):
+        inside = np.uint32(WHOLE) if left >= LANES else np.uint32((1 << left) - 1)
+        kept[i] = ~excluded & inside
         total += popcount(kept[i])
     return total
 
 
 @inner
-def _sum_few(addresses, kinds, kept, begin, end, scratch, out):  # type: ignore[no-untyped-def]
-    """Add the products of a block with few elements, in fp64."""
+def _sum_few(addresses, kinds, kept, begin, elements, scratch, sums):  # type: ignore[no-untyped-def]
+    """The running sums [SUMS, P] of a block with few elements left, in fp64."""
     size = len(addresses)
-    for i in range((end - begin + LANES - 1) // LANES):
+    sums[:] = 0.0
+    for i in range((elements + LANES - 1) // LANES):
         word = kept[i]
         if word == 0:
             continue
@@ -151,11 +147,13 @@ def _sum_few(addresses, kinds, kept, begin, end, scratch, out):  # type: ignore[
         for lane in range(LANES):
             if (word >> np.uint32(lane)) & np.uint32(1) == 0:
                 continue
-            for v in range(1, size):
-                scratch[v, lane] = scratch[v, lane] - scratch[0, lane]
+            place = 0
             for a in range(size):
-                for b in range(size):
-                    out[a, b] += np.float64(scratch[a, lane]) * np.float64(scratch[b, lane])
+                if a > 0:
+                    scratch[a, lane] = scratch[a, lane] - scratch[0, lane]
+                for b in range(a + 1):
+                    sums[lane % SUMS, place] += np.float64(scratch[a, lane]) * np.float64(scratch[b, lane])
+                    place += 1
 
 
 @intrinsic_of_literals
@@ -164,45 +162,69 @@ def _sum_words(
     storage: types.Type,
     size: types.Type,
     table: types.Type,
+    ends: types.Type,
     kept: types.Type,
+    whole: types.Type,
     words: types.Type,
-    sums: types.Type,
+    out: types.Type,
 ) -> Any:
-    """Add the products of (r, x1 − r, ...) over whole words to the fp64 matrix at `sums`."""
+    """Write the products of (r, x1 − r, ...) over one block: fp64 [P], the lower triangle.
+
+    table: addresses of `whole` words' elements; ends: of the elements of one more word, which memory may not have.
+    """
     if not isinstance(size, types.IntegerLiteral):
         return None
     n = size.literal_value
 
     def emit(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _, _, table, kept, words, sums = args
-        sources = [load_at(builder, table, v, ir.IntType(64)) for v in range(n)]
-        pairs = [(a, b) for a in range(n) for b in range(a, n)]
+        _, _, table, ends, kept, whole, words, out = args
+        sources, last = ([load_at(builder, addresses, v, I64) for v in range(n)] for addresses in (table, ends))
+        pairs = [(a, b) for a in range(n) for b in range(a + 1)]
         vector = ir.VectorType(ir.FloatType(), _REGISTER)
-        totals = {pair: cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for pair in pairs}
         fma = _declare(builder, f"llvm.fma.v{_REGISTER}f32", vector, [vector] * 3)
-        with cgutils.for_range(builder, words) as loop:
-            bits = load_at(builder, kept, loop.index, ir.IntType(32))
-            first = builder.mul(loop.index, _i64(LANES))
-            for source in sources:
-                prefetch(builder, storage, source, first)
-            for part in range(0, LANES, _REGISTER):
+        found: dict[tuple[int, int], list[ir.Value]] = {pair: [] for pair in pairs}
+
+        def add(builder: Any, sources: Any, first: Any, bits: Any, lanes: int, totals: Any) -> None:
+            """The products of one word's elements to `totals`, those of the sums from `lanes` on."""
+            for part in range(lanes, LANES, SUMS):
                 offset = builder.add(first, _i64(part))
                 vectors = _differences(builder, storage, sources, offset, _part_mask(builder, bits, part))
-                for a, b in pairs:
-                    product = builder.call(fma, [vectors[a], vectors[b], builder.load(totals[a, b])])
-                    builder.store(product, totals[a, b])
-        for a, b in pairs:
-            _add_to_sum(builder, builder.load(totals[a, b]), sums, {a * n + b, b * n + a})
+                for (a, b), total in totals.items():
+                    builder.store(builder.call(fma, [vectors[a], vectors[b], builder.load(total)]), total)
+
+        for lanes in range(0, SUMS, _REGISTER):
+            totals = {pair: cgutils.alloca_once(builder, vector) for pair in pairs}
+            for total in totals.values():
+                builder.store(ir.Constant(vector, None), total)
+            with cgutils.for_range(builder, whole) as loop:
+                first = builder.mul(loop.index, _i64(LANES))
+                for source in sources if not lanes else []:
+                    prefetch(builder, storage, source, first)
+                add(builder, sources, first, load_at(builder, kept, loop.index, I32), lanes, totals)
+            with builder.if_then(builder.icmp_signed(">", words, whole)):
+                add(builder, last, _i64(0), load_at(builder, kept, whole, I32), lanes, totals)
+            for pair, total in totals.items():
+                found[pair].append(builder.load(total))
+        for place, pair in enumerate(pairs):
+            pointer = builder.gep(builder.inttoptr(out, ir.DoubleType().as_pointer()), [_i64(place)])
+            builder.store(_neighbours(builder, found[pair]), pointer)
         return context.get_dummy_value()
 
-    return types.void(storage, size, types.int64, types.int64, types.int64, types.int64), emit
+    return types.void(storage, size, *[types.int64] * 6), emit
 
 
-_REGISTER = 16 if cpu_features().get("avx512f") else 8  # fp32 lanes of a vector register
+def _register() -> int:
+    """fp32 lanes of a vector register."""
+    features = cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+
+
+_REGISTER = _register()
+I64 = ir.IntType(64)
 
 
 def _i64(value: int) -> ir.Constant:
-    return ir.Constant(ir.IntType(64), value)
+    return ir.Constant(I64, value)
 
 
 def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
@@ -210,7 +232,7 @@ def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[
 
 
 def _part_mask(builder: ir.IRBuilder, bits: ir.Value, part: int) -> ir.Value:
-    shifted = builder.lshr(bits, ir.Constant(ir.IntType(32), part))
+    shifted = builder.lshr(bits, ir.Constant(I32, part))
     part_bits = builder.trunc(shifted, ir.IntType(_REGISTER))
     return builder.bitcast(part_bits, ir.VectorType(ir.IntType(1), _REGISTER))
 
@@ -224,11 +246,13 @@ def _differences(
     return [builder.select(mask, vector, ir.Constant(vector.type, None)) for vector in vectors]
 
 
-def _add_to_sum(builder: ir.IRBuilder, total: ir.Value, sums: ir.Value, places: set[int]) -> None:
-    double = ir.DoubleType()
-    wide = ir.VectorType(double, _REGISTER)
-    reduce = _declare(builder, f"llvm.vector.reduce.fadd.v{_REGISTER}f64", double, [double, wide])
-    total = builder.call(reduce, [ir.Constant(double, 0.0), builder.fpext(total, wide)])
-    for place in sorted(places):
-        pointer = builder.gep(builder.inttoptr(sums, double.as_pointer()), [_i64(place)])
-        builder.store(builder.fadd(builder.load(pointer), total), pointer)
+def _neighbours(builder: ir.IRBuilder, registers: list[ir.Value]) -> ir.Value:
+    """`gram.add_neighbours` of the running sums, which lie in registers one after another, in fp64."""
+    sums = [builder.fpext(register, ir.VectorType(ir.DoubleType(), _REGISTER)) for register in registers]
+    while (count := sums[0].type.count) > 1:
+        even, odd = (ir.Constant(ir.VectorType(I32, count // 2), list(range(i, count, 2))) for i in (0, 1))
+        sums = [builder.fadd(*(builder.shuffle_vector(x, x, places) for places in (even, odd))) for x in sums]
+    scalars = [builder.extract_element(x, ir.Constant(I32, 0)) for x in sums]
+    while len(scalars) > 1:
+        scalars = [builder.fadd(left, right) for left, right in zip(scalars[0::2], scalars[1::2], strict=True)]
+    return scalars[0]

@@ -61,7 +61,7 @@ def apply_kernel(
     for m in tl.static_range(M):
         x = read(sources[m], first, inside, BLOCK)
         scale = tl.load(scales + row * M + m)
-        combined = tl.where(scale == 0.0, combined, combined + scale * x)
+        combined = tl.where(scale == 0.0, combined, tl.fma(x, tl.zeros_like(x) + scale, combined))
         if masks[m] is not None:
             bits = member_bits(masks[m], first, width - column, BLOCK, ALIGNED, TAIL)
             contested = contested | (held & bits)
@@ -69,14 +69,14 @@ def apply_kernel(
             donated = tl.where((bits & select) != 0, x, donated)
     if tl.max(contested) > 0:
         # Rare unless the conflict policy is `mean`: the sources of this block come from the cache again.
-        donated, holders = tl.zeros_like(donated), tl.zeros_like(donated)
+        total, holders = tl.zeros_like(donated), tl.zeros_like(donated)
         for m in tl.static_range(M):
             if masks[m] is not None:
                 x = read(sources[m], first, inside, BLOCK)
                 member = (member_bits(masks[m], first, width - column, BLOCK, ALIGNED, TAIL) & select) != 0
-                donated = tl.where(member, tl.where(holders == 0.0, x, donated + x), donated)
+                total = tl.where(member, total + x, total)
                 holders = tl.where(member, holders + 1.0, holders)
-        donated = tl.where(holders > 1.0, _quotient(donated, holders), donated)
+        donated = tl.where(holders > 1.0, _quotient(total, holders), donated)
     fused = narrow(tl.where((held & select) != 0, donated, combined), out.dtype.element_ty)
     tl.store(out + first + tile(BLOCK), fused, mask=inside)
 

@@ -142,7 +142,10 @@ def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
         "collect": (2 * mask, 2 * mask),
         "overlap": (tasks * mask, tasks * mask),
         "conflict": (2 * tasks * mask + contested * models, 2 * tasks * mask + (1 - alone) * models),
-        "gram": (item * gram_reads + mask * len(plan), models + mask),
+        "gram": (
+            item * gram_reads + 2 * len(plan),
+            models + mask,
+        ),  # a mask's sector again for each of its words, cached
         "apply": (models + item + tasks * mask, models + item + tasks * mask),
         "zero": (mask + 2 * item * touched, mask + item * CORE),
         "gather": (mask + item * (touched + CORE), mask + 2 * item * CORE),

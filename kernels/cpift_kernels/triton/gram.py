@@ -1,7 +1,7 @@
-"""Masked Gram matrix on the GPU: fp32 products summed inside a thread, fp64 across threads, blocks in fixed order.
+"""Masked Gram matrix on the GPU: the running sums of `gram` in threads, a program several blocks at once.
 
-What a program sums is a run; a run with few elements left is summed again, in fp64 (`gram.FEW`). Up to GROUP vectors
-are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads its vectors again.
+Up to GROUP vectors are read once. More do not fit the registers: `plan` cuts them into launches, each of which reads
+its vectors again.
 """
 # ruff: noqa: RUF005 (Triton does not unpack tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
@@ -16,62 +16,122 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gram import FEW, row_count
-from ..masks import unpack_mask
-from .common import bit_masks, elements, launch_rows, mask_bytes, member_bits, read, row_block, within
-from .freeze import BLOCK as COUNTED
-from .freeze import mask_starts
+from ..gram import BLOCK, FEW, SUMS, add_neighbours, row_count
+from . import common
+from .common import elements, widen
 
-BLOCK = 1024
-TILES = 8  # blocks a program adds up before it writes: 64 fp32 products a thread
+BLOCKS = 8  # that a program sums, two running sums a thread
 GROUP = 8  # vectors whose products with one another one launch takes
 ACROSS = 4  # further vectors that one launch multiplies a group with
-AT_ONCE = 1 << 24  # values of runs with few elements that are gathered at once
+WORD = 32  # elements of a mask word
+
+
+@triton.jit
+def _read(pointer, at, inside):
+    return widen(tl.load(pointer + at, mask=inside, other=0))
+
+
+@triton.jit
+def _add(sums, p, left, right, EXACT: tl.constexpr):
+    """(sum p + left·right,): rounded once to fp32, or exact products in fp64."""
+    if EXACT:
+        return (sums[p] + left.to(tl.float64) * right.to(tl.float64),)
+    return (tl.fma(left, right, sums[p]),)
+
+
+@triton.jit
+def _running_sums(
+    reference, left, right, excluded, first, column, width, words,
+    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, UNROLLED: tl.constexpr,
+    ALIGNED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The running sums of every block, and behind them int32 [blocks, SUMS]: how many elements they are of.
+
+    UNROLLED: mask words whose elements are read before their products are added.
+    """
+    sums = (tl.zeros((first.shape[0], SUMS), tl.float64 if EXACT else tl.float32),) * P
+    count = tl.zeros((first.shape[0], SUMS), tl.int32)
+    for word in range(0, words, UNROLLED):
+        for part in tl.static_range(UNROLLED * 32 // SUMS):
+            start = word * 32 + part * SUMS
+            lane = tl.arange(0, SUMS)[None, :]
+            at, left_of_row = first[:, None] + start + lane, width - column[:, None] - start
+            inside = (lane < left_of_row) if TAIL else tl.full((first.shape[0], SUMS), True, tl.int1)
+            kept = inside
+            if excluded is not None:
+                if ALIGNED:
+                    if part * SUMS % 32 == 0:
+                        there = (left_of_row > 0) if TAIL else tl.full((first.shape[0], 1), True, tl.int1)
+                        bits = tl.load(excluded + (first[:, None] + start) // 32, mask=there, other=0)
+                    held = bits >> (part * SUMS % 32 + lane)
+                else:
+                    held = tl.load(excluded + at // 32, mask=inside, other=0) >> (at % 32).to(tl.int32)
+                kept = inside & ((held & 1) == 0)
+            count += kept.to(tl.int32)
+            r = _read(reference, at, inside)
+            rows = ()
+            added = ()
+            if R == 0:
+                rows = (tl.where(kept, r, 0.0),)
+                added = _add(sums, 0, rows[0], rows[0], EXACT)
+            for i in tl.static_range(L):
+                d = tl.where(kept, _read(left[i], at, inside) - r, 0.0)
+                rows = rows + (d,)
+                if R == 0:
+                    for a in tl.static_range(i + 2):
+                        added = added + _add(sums, (i + 1) * (i + 2) // 2 + a, rows[a], d, EXACT)
+            for j in tl.static_range(R):
+                d = tl.where(kept, _read(right[j], at, inside) - r, 0.0)
+                for a in tl.static_range(L):
+                    added = added + _add(sums, j * L + a, rows[a], d, EXACT)
+            sums = added
+    return sums + (count,)
+
+
+@triton.jit
+def _add_neighbours(sums, LEVELS: tl.constexpr):
+    """fp64 [blocks] of [blocks, 2**LEVELS]: `gram.add_neighbours`."""
+    sums = sums.to(tl.float64)
+    for _ in tl.static_range(LEVELS):
+        even, odd = tl.split(tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2)))
+        sums = even + odd
+    return tl.reshape(sums, (sums.shape[0],))
 
 
 @triton.jit
 def gram_kernel(
-    reference, left, right, excluded, partial, width, base, chunks,
-    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    reference, left, right, excluded, partial, width, chunks, blocks, words, base,
+    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    SUMS: tl.constexpr, LEVELS: tl.constexpr, FEW: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
     ALIGNED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of one run of TILES blocks of one row.
+    """Inner products of BLOCKS blocks, of which a row has `chunks`; `words`: mask words that a block has at most.
 
     Without `right` (R = 0): the lower triangle, row by row, of the Gram matrix of (r, left − r). With it: the L x R
-    products of left − r with right − r. partial [programs, P]: fp64.
+    products of left − r with right − r. partial [blocks, P]: fp64.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program // chunks
-    column = program % chunks * (BLOCK * TILES) + base
-    select = bit_masks(ALIGNED)
-    sums = (tl.zeros((BLOCK // 8,), tl.float32),) * P
-    for t in range(TILES):
-        start = column + t * BLOCK
-        first = row * width + start
-        inside = within(width - start, BLOCK, TAIL)
-        kept = inside
-        if excluded is not None:
-            kept = inside & ((member_bits(excluded, first, width - start, BLOCK, ALIGNED, TAIL) & select) == 0)
-        r = read(reference, first, inside, BLOCK)
-        rows = ()
-        added = ()
-        if R == 0:
-            rows = (tl.where(kept, r, 0.0),)
-            added = (sums[0] + tl.sum(rows[0] * rows[0], 1),)
-        for i in tl.static_range(L):
-            d = tl.where(kept, read(left[i], first, inside, BLOCK) - r, 0.0)
-            rows = rows + (d,)
-            if R == 0:
-                for a in tl.static_range(i + 2):
-                    added = added + (sums[(i + 1) * (i + 2) // 2 + a] + tl.sum(rows[a] * d, 1),)
-        for j in tl.static_range(R):
-            d = tl.where(kept, read(right[j], first, inside, BLOCK) - r, 0.0)
-            for a in tl.static_range(L):
-                added = added + (sums[j * L + a] + tl.sum(rows[a] * d, 1),)
-        sums = added
-    slot = program + base // (BLOCK * TILES)
+    block = (tl.program_id(0) + base) * BLOCKS + tl.arange(0, BLOCKS)
+    exists = (block < blocks) if TAIL else tl.full((BLOCKS,), True, tl.int1)
+    row = block // chunks if ROWS else tl.zeros_like(block)
+    column = (block - row * chunks).to(tl.int64) * BLOCK
+    first = row.to(tl.int64) * width + column
+    if ALIGNED:
+        first = tl.multiple_of(first, 32)
+    block = block.to(tl.int64)
+    column = tl.where(exists, column, width) if TAIL else column
+    found = _running_sums(
+        reference, left, right, excluded, first, column, width, words, L, R, P, SUMS, UNROLLED, ALIGNED, TAIL, False
+    )
+    count = tl.sum(found[P], 1)
+    few = (count > 0) & (count <= FEW)
     for p in tl.static_range(P):
-        tl.store(partial + slot * P + p, tl.sum(sums[p].to(tl.float64), 0))
+        tl.store(partial + block * P + p, _add_neighbours(found[p], LEVELS), mask=exists & (few == 0))
+    if tl.max(few.to(tl.int32), 0) > 0:
+        exact = _running_sums(
+            reference, left, right, excluded, first, column, width, words, L, R, P, SUMS, UNROLLED, ALIGNED, TAIL, True
+        )
+        for p in tl.static_range(P):
+            tl.store(partial + block * P + p, _add_neighbours(exact[p], LEVELS), mask=exists & few)
 
 
 def masked_gram(
@@ -86,64 +146,18 @@ def masked_gram(
     gram = torch.zeros(rows, size, size, dtype=torch.float64)
     if reference.numel() == 0:
         return gram
-    width = reference.numel() // rows
-    if width <= FEW:
-        return _sums_of_few([reference, *vectors], excluded, width, list(range(rows)), width).cpu()
-    block = row_block(rows, width, BLOCK)
-    run = block * (TILES if rows == 1 else min(TILES, triton.cdiv(width, block)))
     launches = [
-        (left, right, _run(reference, vectors, left, right, excluded, rows, block, run // block))
-        for left, right in plan(size - 1)
+        (left, right, _block_sums(reference, vectors, left, right, excluded, rows)) for left, right in plan(size - 1)
     ]
-    elements_left = _elements_left(excluded, reference, rows, width, run)
-    few = elements_left <= FEW
-    for left, right, values in launches:
+    for left, right, sums in launches:
         if right is None:
             index = torch.tensor([0, *(i + 1 for i in left)])
             a, b = torch.tril_indices(len(index), len(index))
             a, b = index[a], index[b]
         else:
             b, a = (x.flatten() + 1 for x in torch.meshgrid(torch.tensor(right), torch.tensor(left), indexing="ij"))
-        gram[:, a, b] = gram[:, b, a] = torch.where(few[..., None], 0.0, values).sum(1).cpu()
-    again = (few & (elements_left > 0)).flatten().nonzero().flatten().tolist()
-    if again:
-        sums = _sums_of_few([reference, *vectors], excluded, width, again, run).cpu()
-        gram.index_add_(0, torch.tensor(again) // elements_left.shape[1], sums)
+        gram[:, a, b] = gram[:, b, a] = add_neighbours(sums).cpu()
     return gram
-
-
-def _elements_left(excluded: Tensor | None, reference: Tensor, rows: int, width: int, run: int) -> Tensor:
-    """int64 [rows, runs a row]: the elements of each run that are not excluded."""
-    chunks = triton.cdiv(width, run)
-    edges = (torch.arange(chunks + 1, device=reference.device) * run).clamp(max=width)
-    sizes = edges.diff()
-    if excluded is None:
-        return sizes.repeat(rows, 1)
-    if rows == 1:  # a run is whole blocks of the kernel that counts masks
-        return (sizes - mask_starts(excluded, width)[(edges + COUNTED - 1) // COUNTED].diff())[None]
-    taken = torch.nn.functional.pad(unpack_mask(excluded, rows * width).view(rows, width), (0, chunks * run - width))
-    return sizes - taken.view(rows, chunks, run).sum(2)
-
-
-def _sums_of_few(
-    models: Sequence[Tensor], excluded: Tensor | None, width: int, runs: Sequence[int], run: int
-) -> Tensor:
-    """fp64 [len(runs), N+1, N+1]: the Gram matrices of some runs, by their numbers over all rows, in fp64."""
-    device, chunks = models[0].device, triton.cdiv(width, run)
-    kept = None if excluded is None else ~unpack_mask(excluded, models[0].numel())
-    flat, parts = [model.reshape(-1) for model in models], []
-    step = max(1, AT_ONCE // (run * len(models)))
-    for at in range(0, len(runs), step):
-        number = torch.tensor(runs[at : at + step], device=device)[:, None]
-        column = number % chunks * run + torch.arange(run, device=device)
-        inside = column < width
-        place = torch.where(inside, number // chunks * width + column, 0)
-        inside = inside if kept is None else inside & kept[place]
-        base = flat[0][place].float()
-        vectors = torch.stack([base, *(model[place].float() - base for model in flat[1:])], 1)
-        vectors = torch.where(inside[:, None], vectors, 0.0).double()
-        parts.append(vectors @ vectors.transpose(1, 2))
-    return torch.cat(parts)
 
 
 def plan(vectors: int) -> list[tuple[range, range | None]]:
@@ -156,25 +170,31 @@ def plan(vectors: int) -> list[tuple[range, range | None]]:
     return launches
 
 
-def _run(
+def _block_sums(
     reference: Tensor,
     vectors: Sequence[Tensor],
     left: range,
     right: range | None,
     excluded: Tensor | None,
     rows: int,
-    block: int,
-    tiles: int,
 ) -> Tensor:
-    """fp64 [rows, runs a row, P]: the products of one launch, a run of `tiles` blocks a program."""
+    """fp64 [rows, blocks a row, P]: the products of one group of vectors."""
     width, device = reference.numel() // rows, reference.device
     pairs = len(left) * len(right) if right else (len(left) + 1) * (len(left) + 2) // 2
-    chunks = triton.cdiv(width, block * tiles)
-    partial = torch.empty(rows * chunks, pairs, dtype=torch.float64, device=device)
+    chunks = triton.cdiv(width, BLOCK)
+    blocks, whole = rows * chunks, 0 if rows > 1 and width % BLOCK else rows * width // (BLOCK * BLOCKS)
+    partial = torch.empty(blocks, pairs, dtype=torch.float64, device=device)
     groups = (tuple(elements(vectors[i]) for i in group) for group in (left, right or ()))
-    launch_rows(
-        gram_kernel, rows, width, block * tiles, device, elements(reference), *groups,
-        None if excluded is None else mask_bytes(excluded), partial, width,
-        L=len(left), R=len(right or ()), P=pairs, BLOCK=block, TILES=tiles, threads=max(block // 8, 64),
+    arguments = (
+        elements(reference), *groups, excluded, partial, width, chunks, blocks, triton.cdiv(min(width, BLOCK), WORD)
     )  # fmt: skip
+    options = {
+        "L": len(left), "R": len(right or ()), "P": pairs, "BLOCK": BLOCK, "BLOCKS": BLOCKS, "SUMS": SUMS,
+        "LEVELS": SUMS.bit_length() - 1, "FEW": FEW,
+        "UNROLLED": 2 if len(left) + len(right or ()) < GROUP else 1, "ROWS": rows > 1,
+        "ALIGNED": rows == 1 or width % WORD == 0, "threads": BLOCKS * SUMS // 2,
+    }  # fmt: skip
+    for first, last, tail in ((0, whole, False), (whole, triton.cdiv(blocks, BLOCKS), True)):
+        if first < last:
+            common.launch(gram_kernel, last - first, device, *arguments, base=first, TAIL=tail, **options)
     return partial.view(rows, chunks, pairs)
