@@ -78,10 +78,11 @@ class RowResult(ScoredExample, total=False):
 class KeptResults:
     """Of the rows of one task, by their place. No folder: they are kept in memory alone."""
 
-    def __init__(self, folder: Path | None, task: int):
-        """task: its place among the tasks. folder: named by all else that decides the results."""
-        self._file = None if folder is None else folder / f"{task}-{secrets.token_hex(8)}.jsonl"
-        files = sorted(folder.glob(f"{task}-*.jsonl")) if folder else []
+    def __init__(self, folder: Path | None, rows: str):
+        """rows: what they are, as a word: a file may have been another for a while. folder: named by all else that
+        decides the results."""
+        self._file = None if folder is None else folder / f"{rows}-{secrets.token_hex(8)}.jsonl"
+        files = sorted(folder.glob(f"{rows}-*.jsonl")) if folder else []
         self._known = dict(result for file in files for result in _read(file))
 
     def add(self, results: Mapping[int, RowResult]) -> None:

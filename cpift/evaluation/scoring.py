@@ -20,6 +20,7 @@ from cpift.config.tasks import EvaluationConfig
 from cpift.data.templates import checked_templates
 from cpift.data.tokenise import IGNORED
 from cpift.devices import Device, resolved
+from cpift.disk.files import digest
 from cpift.evaluation.generation import Opening, cut_back, greedy
 from cpift.evaluation.judge import judge_replies
 from cpift.evaluation.likelihood import Begun, Likelihood, likelihoods, likelihoods_begun
@@ -93,7 +94,7 @@ def evaluate_model(
     """
     room, said = _Room(path, settings, device, tensors), on_progress or _silent
     with torch.no_grad(), _precision(settings, device):
-        return {task.name: _evaluate_task(room, task, KeptResults(kept, at), said) for at, task in enumerate(tasks)}
+        return {task.name: _evaluate_task(room, task, kept, said) for task in tasks}
 
 
 def score_part(
@@ -109,8 +110,9 @@ def score_part(
     """Put results into `kept`, of part k of n: of every n-th batch of each task. `evaluate_model` finds them there."""
     room, said = _Room(path, settings, device), on_progress or _silent
     with torch.no_grad(), _precision(settings, device):
-        for at, task in enumerate(tasks):
-            _score_rows(room, task, _rows(room, task), KeptResults(kept, at), said, part)
+        for task in tasks:
+            rows = _rows(room, task)
+            _score_rows(room, task, rows, _results(kept, task, rows), said, part)
 
 
 def _silent(task: str, done: int, total: int) -> None:
@@ -141,10 +143,15 @@ def _rows(room: _Room, task: TaskConfig) -> list[ScoredRow]:
         return scored_rows(room.tokenizer, room.settings, task)
 
 
-def _evaluate_task(room: _Room, task: TaskConfig, kept: KeptResults, on_progress: OnScored) -> TaskScore:
+def _results(kept: Path | None, task: TaskConfig, rows: Sequence[ScoredRow]) -> KeptResults:
+    return KeptResults(kept, digest([task.name, [repr(row) for row in rows]])[:16])
+
+
+def _evaluate_task(room: _Room, task: TaskConfig, kept: Path | None, on_progress: OnScored) -> TaskScore:
     rows, metric = _rows(room, task), load_metric(task.metric)
-    _score_rows(room, task, rows, kept, on_progress, (0, 1))
-    found = kept.all(len(rows))
+    results_kept = _results(kept, task, rows)
+    _score_rows(room, task, rows, results_kept, on_progress, (0, 1))
+    found = results_kept.all(len(rows))
     written = [result.pop("written", []) for result in found]
     results: list[ScoredExample] = [*found]
     if metric.generates:

@@ -99,15 +99,14 @@ def score_here(scoring: Scoring, on_progress: OnProgress) -> Evaluation:
 
 
 def _kept_results(scoring: Scoring, device: Device) -> Path | None:
-    """In a folder named by what decides results and is not part of an evaluation's name: files, device and code."""
-    from cpift.checkpoints.opening import quick_fingerprint
+    """In a folder named by what decides results and is not part of an evaluation's name: device and code."""
     from cpift.devices import device_name, resolved
     from cpift.disk import facts
 
     if scoring.kept is None or facts.releases() is None:
         return None
     computed = [device_name(device), resolved(scoring.settings.precision, device), facts.code(), facts.releases()]
-    return scoring.kept / digest([quick_fingerprint(scoring.path), computed])[:16]
+    return scoring.kept / digest(computed)[:16]
 
 
 def _merging(scoring: Scoring, on_progress: OnProgress) -> OnElements:

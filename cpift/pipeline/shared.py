@@ -153,8 +153,10 @@ class SharedWork:
         if entries:
             require_sound((model.path for _, model, _ in entries), entries[0][0].root, self.view.warn)
             scorings = [
-                evaluate.scoring(run, title, evaluate.loadable(run, model, artifact), artifact)
-                for title, (artifact, model, run) in titled.items()
+                evaluate.scoring(
+                    run, title, evaluate.loadable(run, model, scored), evaluate.results(run, model, scored)
+                )
+                for title, (scored, model, run) in titled.items()
             ]
             self.engine.evaluate(scorings, keep, self.view.progress)
 

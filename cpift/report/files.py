@@ -59,7 +59,7 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table for spreadsheets, one line a row. None leaves a cell empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(head)
+    writer.writerow(map(_cell, head))
     writer.writerows([_cell(value) for value in row] for row in rows)
     return stream.getvalue()
 

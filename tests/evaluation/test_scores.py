@@ -81,7 +81,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(base: Path, tmp_path: Path, mo
     assert killed.returncode == -signal.SIGKILL
     lines = [line for file in place.iterdir() for line in file.read_text().splitlines()]
     assert len(lines) == 3
-    (place / "0-cut.jsonl").write_text(lines[0][: len(lines[0]) // 2])  # as a kill in the middle of a line leaves it
+    cut = next(place.iterdir())
+    cut.with_name(f"{cut.name[:16]}-cut.jsonl").write_text(lines[0][: len(lines[0]) // 2])  # a kill within a line
     batches = counted(monkeypatch)
     assert records(evaluate_model(base, tasks, SETTINGS, kept=place)) == undisturbed
     assert len(batches) == BATCHES - 3
@@ -97,3 +98,16 @@ def test_parts_together_are_the_whole(base: Path, tmp_path: Path, monkeypatch: p
     assert len(batches) == 2 * BATCHES
     monkeypatch.setattr(scoring, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert records(evaluate_model(base, tasks, SETTINGS, kept=place)) == whole
+
+
+def test_results_are_of_the_rows_that_were_scored(base: Path, tmp_path: Path) -> None:
+    """A file of rows may be another while it is read, and then be put back."""
+    (task, *_), place = tasks_in(tmp_path), tmp_path / "results"
+    assert task.test is not None
+    assert task.test.file is not None
+    rows = task.test.file.read_text()
+    undisturbed = records(evaluate_model(base, [task], SETTINGS))
+    task.test.file.write_text(rows.replace("a or", "b or"))
+    other = records(evaluate_model(base, [task], SETTINGS, kept=place))
+    task.test.file.write_text(rows)
+    assert records(evaluate_model(base, [task], SETTINGS, kept=place)) == undisturbed != other

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
-from cpift.checkpoints.opening import model_files, open_models
+from cpift.checkpoints.opening import model_files, open_models, quick_fingerprint
 from cpift.checkpoints.writing import write_plain
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
 from cpift.disk.artifacts import Artifact, claimed, require_sound
+from cpift.disk.files import digest
 from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation, Score, read_scores
 from cpift.models.sources import configured_template
@@ -71,14 +72,23 @@ def _score(run: Run, models: Sequence[ModelRef], artifacts: Mapping[str, Artifac
     require_sound(todo.values(), run.root, run.view.warn)
     changes = {title: noted(model_files(path)) for title, path in todo.items()}
     with run.view.stage(TITLE, list(todo)):
-        scorings = [scoring(run, title, path, artifacts[title]) for title, path in todo.items()]
+        kept = {model.title: results(run, model, artifacts[model.title]) for model in models if model.title in todo}
+        scorings = [scoring(run, title, path, kept[title]) for title, path in todo.items()]
         run.engine.evaluate(scorings, keep, run.view.progress)
 
 
-def scoring(run: Run, title: str, path: Path, scored: Artifact | None = None) -> Scoring:
-    """A model in a folder, to be scored as the run scores. scored: where the work that is left by a kill is kept."""
-    kept = scored.work_dir / "results" if scored else None
+def scoring(run: Run, title: str, path: Path, kept: Path | None = None) -> Scoring:
+    """A model in a folder, to be scored as the run scores. kept: where a kill leaves the results of rows."""
     return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources, kept=kept)
+
+
+def results(run: Run, model: ModelRef, scored: Artifact) -> Path:
+    """For `scoring`: a folder named by the files that decide what a model writes. What `loadable` makes of them is made
+    anew each time, and has other times."""
+    folders = [model.path]
+    if (model.path / ADAPTER_CONFIG).is_file():
+        folders.append(pretrained.base(run.artifacts).path)
+    return scored.work_dir / "results" / digest([quick_fingerprint(folder) for folder in folders])[:16]
 
 
 def loadable(run: Run, model: ModelRef, scored: Artifact) -> Path:
