@@ -33,6 +33,7 @@ MergeName = Literal[
     "della_linear",
     "sce",
     "arcee_fusion",
+    "pcb",
     "iso_c",
     "tsv_m",
 ]

@@ -25,6 +25,7 @@ from cpift.merging.selected.arcee_fusion import ArceeFusion
 from cpift.merging.selected.breadcrumbs import Breadcrumbs
 from cpift.merging.selected.breadcrumbs_ties import BreadcrumbsTies
 from cpift.merging.selected.localize_stitch import LocalizeStitch
+from cpift.merging.selected.pcb import Pcb
 from cpift.merging.selected.sce import Sce
 from cpift.merging.selected.ties import Ties
 from cpift.merging.updates.consensus import Consensus
@@ -61,6 +62,7 @@ METHODS: dict[str, type[MergeMethod]] = {
     "della_linear": DellaLinear,
     "sce": Sce,
     "arcee_fusion": ArceeFusion,
+    "pcb": Pcb,
     "iso_c": IsoC,
     "tsv_m": TsvM,
 }

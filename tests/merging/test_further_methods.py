@@ -88,6 +88,7 @@ CASES = {
     "della_linear": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
     "sce": (3, {"density": 0.3, "scale": 0.7}),
     "arcee_fusion": (1, {}),
+    "pcb": (3, {"density": 0.3, "scale": 0.7, "trim": "global"}),
     "iso_c": (3, {"scale": 0.7}),
     "tsv_m": (3, {"scale": 0.7}),
     "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
@@ -99,6 +100,7 @@ WHOLE = (
     "nuslerp",
     "multislerp",
     "sce",
+    "pcb",
     "iso_c",
     "tsv_m",
 )  # sums over a tensor, which slices round otherwise
@@ -290,6 +292,22 @@ def rotated(values: list[float], columns: int, seed: int) -> torch.Tensor:
     ]
     made: torch.Tensor = (sides[0] * torch.tensor(values, dtype=torch.float64)) @ sides[1].T
     return made.float()
+
+
+def test_pcb_weighs_by_size_and_agreement(tmp_path: Path) -> None:
+    """By its formula, written out for one tensor of two tasks; half of each task's elements are dropped."""
+    moves = torch.tensor([[4.0, -1.0, 2.0, 0.5], [3.0, 2.0, -2.0, 0.25]], dtype=torch.float64)
+    products = moves[:, None] * moves[None]
+    least = products.amin(2, keepdim=True)
+    norms = (products - least) / (products.amax(2, keepdim=True) - least)
+    squares = torch.stack([norms[0, 0], norms[1, 1]])
+    rivalry = torch.softmax(2 * squares, 1) * torch.softmax(norms, 2).sum(1)
+    rivalry *= rivalry >= rivalry.sort(1).values[:, 2:3]
+    wanted = (rivalry * moves).sum(0) / rivalry.sum(0).clamp(min=1e-12)
+    inputs = inputs_of(tmp_path, vectors([0.0] * 4, *moves.tolist()))
+    found = merged(tmp_path / "out", inputs, method="pcb", density=0.5).tensor("w")
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert (wanted == 0).any()
 
 
 @pytest.mark.parametrize("columns", [4, 9])

@@ -35,6 +35,10 @@ class SpectralMerge(MergeMethod):
     reads = 1
 
     @classmethod
+    def described(cls, config: FusionConfig) -> str:
+        return f"λ {config.scale:g}"
+
+    @classmethod
     def row_width(cls, config: FusionConfig, info: TensorInfo) -> int:
         return info.shape[1] if _is_matrix(info) else 0
 

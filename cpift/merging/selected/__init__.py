@@ -1,7 +1,7 @@
 """Ways to merge that take some elements of each update, found by a pass of their own; a file each.
 
 The largest updates (`trimmed`): `ties`, `breadcrumbs`, `breadcrumbs_ties`, `localize_stitch`. The largest of other
-numbers: `sce`, by `scores` that are read as a model; `arcee_fusion`, by a threshold.
+numbers: `sce` and `pcb`, by `scores` that are read as a model; `arcee_fusion`, by a threshold.
 
     >>> from cpift.merging.selected import Sce, Ties
     >>> Ties.reads, Sce.reads
