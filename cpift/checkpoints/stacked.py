@@ -18,7 +18,8 @@ from cpift.formats.safetensors import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-_BEFORE = re.compile(r"embed(?!_out)|wte|wpe", re.IGNORECASE)  # of tensors outside of layers: those before them
+# Of tensors outside of layers those before them.
+_BEFORE = re.compile(r"embed(?!_out)|wte|wpe|project_in", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

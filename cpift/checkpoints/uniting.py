@@ -27,7 +27,7 @@ from cpift.pretrained.tokens import (
 
 KEPT = {"union": THETA0, "pretrained": THETA0}  # `fusion.vocabulary` by tokens → whose tokenizer; else that task's
 BEFORE = {"pretrained": True, "mean": False}  # `fusion.missing_tokens` → whether θ0's row goes before a mean
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ID = "_token_id"  # how fields of config.json end that number a token
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def _made(models: Mapping[str, _Model], config: FusionConfig) -> tuple[str, Toke
     if config.vocabulary == "union":
         for model in models.values():
             made = made.with_added(further(made, model.tokens, model.rows))
-    return kept, made.with_added({token: plain_flags() for token in config.tokens if token not in made.numbers})
+    made = made.with_added({token: plain_flags() for token in config.tokens if token not in made.numbers})
+    models[kept].tokens.require_named()
+    made.require_numbers()
+    return kept, made
 
 
 def _given(models: Mapping[str, _Model], made: Tokens, config: FusionConfig) -> dict[int, list[tuple[str, int]]]:
@@ -136,8 +139,7 @@ def _files(models: Mapping[str, _Model], kept: str, made: Tokens, rows: int) -> 
     base, speaks = models[THETA0].checkpoint, models[kept]
     config = _with_rows(base.config, rows)
     if kept != THETA0:
-        theirs = speaks.checkpoint.config
-        config |= {name: theirs[name] for name in _IDS if name in theirs}
+        config = _with_ids(config, speaks.checkpoint.config)
     files = tokenizer_files(speaks.tokens, made, moved=speaks.tokens.folder != models[THETA0].tokens.folder)
     return {**files, "config.json": config}
 
@@ -148,6 +150,16 @@ def _with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     if isinstance(text, dict) and "vocab_size" not in config:
         return {**config, "text_config": {**text, "vocab_size": rows}}
     return {**config, "vocab_size": rows}
+
+
+def _with_ids(config: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the numbers of tokens that another has, and no others; of models of more than text too."""
+    made = {name: value for name, value in config.items() if not name.endswith(_ID)}
+    made |= {name: value for name, value in theirs.items() if name.endswith(_ID)}
+    text, of_text = config.get("text_config"), theirs.get("text_config")
+    if isinstance(text, dict) and isinstance(of_text, dict):
+        made["text_config"] = _with_ids(text, of_text)
+    return made
 
 
 def united_notes(base: Checkpoint, tuned: Mapping[str, Checkpoint], config: FusionConfig) -> Iterator[str]:

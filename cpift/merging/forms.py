@@ -114,7 +114,8 @@ class UpdateMerge(MergeMethod):
         if not all_finite(update):
             for label, model in {"θ0": self.pretrained, **self.tuned}.items():
                 require_finite(label, model, [name])
-            raise CpiftError(f"{where}: gives NaN or Inf of finite models → mend its formula")
+            remedy = "mend its formula, if it is your own; else give smaller weights or a smaller scale"
+            raise CpiftError(f"{where}: gives NaN or Inf of finite models → {remedy}")
 
     @property
     def magnifies(self) -> float:

@@ -92,8 +92,9 @@ def write_trimmed(
     regions = RegionsConfig(scope=config.trim)
     if not config.densities and not varies(config.density):
         by_share = {share(config, ""): folder for share, folder in zip(wanted.shares, folders, strict=True)}
-        write_regions(wanted.origin, wanted.models, regions, by_share, streaming)
-        return
+        if len(by_share) == len(folders):
+            write_regions(wanted.origin, wanted.models, regions, by_share, streaming)
+            return
     settings = Settings(config, list(wanted.origin.tensors), first)
 
     def shares(task: str, name: str) -> list[float]:

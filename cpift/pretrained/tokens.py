@@ -1,7 +1,8 @@
 """Tokens of models by their tokenizer.json, and the tokenizer of a model that has the tokens of several.
 
-Nothing is run: the file is read as JSON. Tokens that are put to those of another model become added tokens, which are
-found in a text before it is cut by that model's own rules.
+Numbers are those that the library of tokenizers gives, whatever a file says of them; nothing of a model is run. Added
+tokens stay added ones, which are found in a text before it is cut; words are put to the vocabulary of BPE, which is cut
+by merges, and by no others.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from cpift.errors import CheckpointError, Problem
 from cpift.untrusted.json import INDEX, MODEL_CONFIG, UnreadableError, read_object
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+Flags = Mapping[str, bool]  # of an added token
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_MOST = 1 << 24  # numbers of tokens
 _PLAIN = {**dict.fromkeys(_FLAGS, False), "normalized": True}
 # Older forms of the same, which would say nothing of tokens that were added.
 _OLDER = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # that speak of tokens
+_KEEP = "set fusion.vocabulary: pretrained to keep θ0's tokens, or the name of a task to keep its own"
 _SAVE = "save its tokenizer as tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 
 
@@ -46,13 +51,41 @@ class Tokens:
         found = self.content["model"].get("merges")
         return [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in found or []]
 
-    def with_added(self, more: Mapping[str, Mapping[str, Any]]) -> Tokens:
-        """The same with tokens more, after all that there are. more: their flags."""
+    def with_added(self, more: Mapping[str, Flags | None]) -> Tokens:
+        """The same with tokens more, after all that there are. more: the flags of added ones, None of words."""
         first = 1 + max(self.numbers.values(), default=-1)
-        numbers = {token: first + place for place, token in enumerate(more)}
-        added = {token: {"id": numbers[token], "content": token, **flags} for token, flags in more.items()}
-        content = {**self.content, "added_tokens": [*self.content.get("added_tokens", []), *added.values()]}
-        return Tokens(self.folder, content, {**self.numbers, **numbers}, {**self.added, **added})
+        numbers = {**self.numbers, **{token: first + place for place, token in enumerate(more)}}
+        added = {
+            token: {"id": numbers[token], "content": token, **flags}
+            for token, flags in more.items()
+            if flags is not None
+        }
+        content = {**self.content, "added_tokens": [*(self.content.get("added_tokens") or []), *added.values()]}
+        if None in more.values():  # a word's number is after those of added tokens, which then need to be said as well
+            content["model"] = {**self.content["model"], "vocab": numbers}
+        return Tokens(self.folder, content, numbers, {**self.added, **added})
+
+    def require_numbers(self) -> None:
+        """Raise CheckpointError where the library of tokenizers would number them otherwise."""
+        found = _numbers_in(self.content)
+        if wrong := sorted(
+            token for token in found.keys() | self.numbers if found.get(token) != self.numbers.get(token)
+        ):
+            what = f"cannot have {', '.join(map(repr, wrong[:3]))} beside its other tokens"
+            remedy = "leave such tokens out of fusion.tokens, or keep another tokenizer (fusion.vocabulary)"
+            raise CheckpointError(f"tokenizer of {self.folder}", [Problem(FILE, what, remedy)])
+
+    def require_named(self) -> None:
+        """Raise CheckpointError where its settings name a token that it lacks, which gets a number when it is loaded:
+        that of no row, or of another token."""
+        named = {**_special(self.folder), **_listed(self.folder)}
+        problems = [
+            Problem(SETTINGS, f"has {token!r} as {name}, and {FILE} has no such token", _SAVE)
+            for name, token in named.items()
+            if token not in self.numbers
+        ]
+        if problems:
+            raise CheckpointError(f"tokenizer of {self.folder}", problems[:8])
 
 
 def read_tokens(folder: Path) -> Tokens:
@@ -65,41 +98,54 @@ def read_tokens(folder: Path) -> Tokens:
 def _read_tokens(folder: Path, changed: int) -> Tokens:
     try:
         content = read_object(folder / FILE, INDEX)
-        vocabulary = content["model"]["vocab"]
-        entries = vocabulary.items() if isinstance(vocabulary, dict) else ((t[0], n) for n, t in enumerate(vocabulary))
+        numbers = _numbers_in(content)
         added = {str(one["content"]): dict(one) for one in content.get("added_tokens") or []}
-        numbers = {str(token): int(number) for token, number in entries}
-        numbers |= {token: int(one["id"]) for token, one in added.items()}
     except FileNotFoundError:
         problem = Problem(FILE, f"is not in {folder}", _SAVE)
     except UnreadableError as error:
         problem = error.problem(FILE)
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
-        problem = Problem(FILE, f"holds no tokens that can be read ({type(error).__name__}: {error})", _SAVE)
+    except Exception as error:  # the library has no other class for what it cannot read
+        problem = Problem(FILE, f"holds no tokens that can be read ({type(error).__name__}: {error!s:.200})", _SAVE)
     else:
         return Tokens(folder, content, numbers, added)
     raise CheckpointError(f"tokenizer of {folder}", [problem])
 
 
-def further(base: Tokens, other: Tokens, rows: int) -> dict[str, dict[str, Any]]:
-    """Tokens of a model of so many rows that `base` lacks, in their order, with their flags.
+def _numbers_in(content: Mapping[str, Any]) -> dict[str, int]:
+    """Every token, in the order of numbers, as the library of tokenizers reads a file's content."""
+    from tokenizers import Tokenizer
 
-    Raises CheckpointError where the two write tokens in other ways.
+    found: dict[str, int] = Tokenizer.from_str(json.dumps(content)).get_vocab()
+    ordered = sorted(found.items(), key=lambda one: (one[1], one[0]))
+    if ordered and ordered[-1][1] >= _MOST:
+        raise ValueError(f"{ordered[-1][0]!r} is number {ordered[-1][1]:,}; at most {_MOST:,} rows are made")
+    return dict(ordered)
+
+
+def further(base: Tokens, other: Tokens, rows: int) -> dict[str, Flags | None]:
+    """Tokens of a model of so many rows that `base` lacks, in their order: flags of added ones, None of words.
+
+    Raises CheckpointError where the two write tokens in other ways, or where words of the one would have texts cut
+    otherwise by the other.
     """
     if base.kind != other.kind:
         said = [f"{kind} {'by bytes' if by_bytes else 'by characters'}" for kind, by_bytes in (other.kind, base.kind)]
         what = f"is {said[0]}, θ0's is {said[1]}: the same text has other tokens in the two"
-        remedy = "set fusion.vocabulary: pretrained to keep θ0's tokens, or the name of a task to keep its own"
-        raise CheckpointError(f"tokenizer of {other.folder}", [Problem(FILE, what, remedy)])
-    inside = sorted((number, token) for token, number in other.numbers.items() if number < rows)
+        raise CheckpointError(f"tokenizer of {other.folder}", [Problem(FILE, what, _KEEP)])
+    new = [token for token, number in other.numbers.items() if number < rows and token not in base.numbers]
+    words = [token for token in new if token not in other.added]
+    if words and base.kind[0] != "BPE":
+        what = (
+            f"has {len(words):,} words that θ0's lacks ({words[0]!r}, …), and {base.kind[0]} would cut texts into them"
+        )
+        raise CheckpointError(f"tokenizer of {other.folder}", [Problem(FILE, what, _KEEP)])
     return {
-        token: {flag: bool(other.added.get(token, _PLAIN).get(flag)) for flag in _FLAGS}
-        for _, token in inside
-        if token not in base.numbers
+        token: None if token not in other.added else {flag: bool(other.added[token].get(flag)) for flag in _FLAGS}
+        for token in new
     }
 
 
-def plain_flags() -> dict[str, Any]:
+def plain_flags() -> Flags:
     """Of a token that is no model's."""
     return dict(_PLAIN)
 
@@ -123,8 +169,15 @@ def differences_told(base: Tokens, other: Tokens) -> Iterator[str]:
 
 def _special(folder: Path) -> dict[str, Any]:
     fields = settings_of(folder)
-    found = {name: fields[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if fields.get(name)}
+    found = {name: fields[name] for name in _NAMED if fields.get(name)}
     return {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Tokens that its settings list as added, by where."""
+    listed = settings_of(folder).get("added_tokens_decoder")
+    entries = listed.items() if isinstance(listed, dict) else ()
+    return {f"added_tokens_decoder.{number}": one.get("content") for number, one in entries if isinstance(one, dict)}
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,20 @@ def test_layers_have_other_numbers_and_the_same_values(tmp_path: Path) -> None:
     assert stack.files == model.files
 
 
+def test_what_stands_before_the_layers_is_the_first_slices(tmp_path: Path) -> None:
+    before = (
+        "decoder.embed_tokens.weight",
+        "decoder.embed_positions.weight",
+        "decoder.project_in.weight",
+        "wpe.weight",
+    )
+    after = ("decoder.project_out.weight", "embed_out.weight", "ln_f.weight")
+    names = (*before, *after, "decoder.layers.0.weight", "decoder.layers.1.weight")
+    model = Checkpoint(save_checkpoint(tmp_path / "m", {name: torch.zeros(2) for name in names}))
+    assert set(Layers(model, Place(0, 1, 0, 2)).tensors) == {*before, "decoder.layers.0.weight"}
+    assert set(Layers(model, Place(0, 1, 1, 2)).tensors) == {*after, "decoder.layers.1.weight"}
+
+
 def test_a_model_without_one_stack_of_layers_has_none_to_give(tmp_path: Path) -> None:
     both = {f"{side}.layers.0.weight": torch.zeros(2) for side in ("encoder", "decoder")}
     for name, tensors, told in (("two", both, "has layers in 2 places"), ("none", {"w": torch.zeros(2)}, "no layers")):

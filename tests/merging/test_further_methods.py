@@ -221,6 +221,7 @@ def test_other_numbers_of_models_are_refused(name: str, tasks: int, said: str, t
         ),
         ({"method": "breadcrumbs", "density": 0.5, "gamma": 0.25}, [[1.0, -4.0, 3.0, 2.0]], [0.0, 0.0, 3.0, 2.0]),
         ({"method": "breadcrumbs", "density": 0.75, "gamma": 0.5}, [[1.0, -4.0, 3.0, 2.0]], [1.0, 0.0, 3.0, 2.0]),
+        ({"method": "breadcrumbs", "density": 1e-20, "gamma": 0.5}, [[1.0, -4.0, 3.0, 2.0]], [0.0, 0.0, 0.0, 0.0]),
         # Selected are the last two; of these the tasks have 4 + 9 = 13 and 1 + 36 = 37 parts of weight.
         (
             {"method": "sce", "density": 0.5},
@@ -271,6 +272,7 @@ def test_what_is_averaged_are_models_or_their_updates(space: str, tmp_path: Path
         ({"method": "consensus", "agreement": 3}, [[1.0], [2.0]], "no element would move"),
         ({"method": "nuslerp", "weight": 0.0}, [[1.0], [2.0]], "not all are 0"),
         ({"method": "della", "density": 0.1, "window": 0.1}, [[1.0], [2.0]], "give less than 0.1"),
+        ({"method": "della", "density": 1.0, "window": 0.1}, [[1.0], [2.0]], "give at most 0"),
         ({"method": "sce"}, [[1.0]], "there is one"),
         ({"method": "ram_plus", "granularity": "row"}, [[1.0]], "give `tensor`"),
         ({"method": "nuslerp"}, [[1.0], [2.0], [3.0]], "is of two"),

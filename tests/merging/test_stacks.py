@@ -140,6 +140,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"weight": [{"filter": "atn", "value": 0}, {"value": 1}]},
         "the filter 'atn' is in no tensor's name",
     ),
+    "filter of a source": (
+        [{"sources": [source("one", 0, 3, weight=[{"filter": "atn", "value": 0}, {"value": 1}])]}],
+        {},
+        "fusion.slices.0.sources.0.weight: the filter 'atn' is in no tensor's name",
+    ),
 }
 
 

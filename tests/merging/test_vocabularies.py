@@ -49,7 +49,12 @@ def test_a_union_is_merged_and_its_tokenizer_fits(toys: Path, tmp_path: Path) ->
 
 
 def test_a_tasks_tokens_come_with_what_speaks_of_them(toys: Path, tmp_path: Path) -> None:
-    result = merged(toys, tmp_path / "out", method="linear", vocabulary="two")
+    base = make_toy(tmp_path / "padded", 0, layers=2, pad_token_id=5)  # no token of `two` is for padding
+    result = cpift.merge(
+        base, {n: toys / n for n in ("one", "two")}, tmp_path / "out", method="linear", vocabulary="two"
+    )
+    config = Checkpoint(result.path).config
+    assert (config.get("pad_token_id"), config["eos_token_id"]) == (None, 7)
     assert Checkpoint(result.path).tensors[EMBEDDING].shape == (10, 8)
     assert (result.path / "tokenizer_config.json").read_text()
     kept, written = (json.loads((x / "tokenizer.json").read_text()) for x in (toys / "two", result.path))

@@ -16,8 +16,10 @@ from cpift.config.settings import met, unmet
 from cpift.errors import CheckpointError, Problem, ProblemsError
 from cpift.merging.base import FusionInputs
 from cpift.merging.registry import method_named
-from cpift.merging.settings import settings_of
+from cpift.merging.settings import SINGLE, settings_of
 from cpift.pretrained.stacking import apart_beside_layers, require_uniform, stacked_config
+
+OF_SOURCE = ("weight", "density")  # settings that a source has for itself
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,21 @@ def _part(config: FusionConfig, number: int, models: Mapping[str, Checkpoint], e
     return Part(config_of(config, one, origin.names), FusionInputs(origin, origin, tuned, Path(), (), at), number)
 
 
+def _settings(config: FusionConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting by field, of all slices, of one, of a source."""
+    yield from settings_of(config).items()
+    for number, one in enumerate(config.slices):
+        yield from ((f"slices.{number}.{name}", getattr(one, name)) for name in SINGLE)
+        for at, source in enumerate(one.sources):
+            yield from ((f"slices.{number}.sources.{at}.{name}", getattr(source, name)) for name in OF_SOURCE)
+
+
 def _require_filters(config: FusionConfig, names: Sequence[str]) -> None:
     """Raise ProblemsError where a filter is in no tensor's name of any slice."""
     found = [
         Problem(f"fusion.{field}", what, remedy)
-        for field, value in settings_of(config).items()
+        for field, value in _settings(config)
+        if value is not None
         for what, remedy in unmet(value, names)
         if what.startswith("the filter")
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,9 +36,10 @@ class DellaLinear(UpdateMerge):
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
         found = []
         for share in {config.densities.get(task, config.density) for task in tasks}:
-            if not (config.window < share and share + config.window <= 1):
+            if not config.window < share <= float(1 - Decimal(str(config.window))):
                 what = f"is {config.window:g}, and about density {share:g} probabilities leave 0 to 1"
-                found.append(Problem("fusion.window", what, f"give less than {min(share, 1 - share):g}"))
+                most = f"at most {float(1 - Decimal(str(share))):g}" if share > 0.5 else f"less than {share:g}"
+                found.append(Problem("fusion.window", what, f"give {most}"))
         return found or sum_problems(config, tasks)
 
     @classmethod
