@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, list[int]]
 _BATCH = 1000  # rows held while writing
+_NUMBERS = 2**23  # in them, where rows are long
 
 
 def rows_on_disk(rows: Iterable[Row], file: Path) -> Dataset:
@@ -36,6 +37,12 @@ def rows_on_disk(rows: Iterable[Row], file: Path) -> Dataset:
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    left = iter(rows)
-    while batch := list(islice(left, _BATCH)):
+    batch, numbers = list[Row](), 0
+    for row in rows:
+        batch.append(row)
+        numbers += sum(map(len, row.values()))
+        if len(batch) == _BATCH or numbers >= _NUMBERS:
+            yield batch
+            batch, numbers = [], 0
+    if batch:
         yield batch

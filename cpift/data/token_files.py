@@ -135,7 +135,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         return [hashlib.sha256(pickle.dumps(tokenizer)).hexdigest(), day]
     rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # what the last call left there
     special = sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    tokens = [tokenizer.special_tokens_map, tokenizer.eos_token_id, special]
+    tokens = [tokenizer.special_tokens_map, tokenizer.eos_token_id, special, tokenizer.split_special_tokens]
     return [type(tokenizer).__name__, rules, template, tokens, day]
 
 

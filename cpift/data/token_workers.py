@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from queue import SimpleQueue
@@ -23,11 +23,13 @@ from cpift.data.templates import checked_templates
 from cpift.data.tokenise import IGNORED, UNCUT, tokenise
 from cpift.errors import CpiftError, DataError, Problem
 from cpift.rows.examples import Example
+from cpift.rows.shapes import size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 250  # rows that a helper gets at once
+_CHARACTERS = 2**21  # of them together, where rows are long: several chunks are in memory
 _ALONE = 2000  # rows that are tokenised before helpers could have started
 _MOST = 8  # helpers; more would wait for this process, which reads and writes the rows
 
@@ -50,12 +52,23 @@ def tokenised(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, m
     Raises:
         CpiftError: a helper ended.
     """
-    rest = iter(examples)
-    chunks = iter(lambda: list(islice(rest, _CHUNK)), [])
+    chunks = _chunks(examples)
     for examples_first in islice(chunks, _ALONE // _CHUNK):
         yield _tokenised(examples_first, tokenizer, max_length)
     if (following := next(chunks, None)) is not None:
         yield from _by_helpers(chain([following], chunks), tokenizer, max_length)
+
+
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    chunk, size = list[Example](), 0
+    for example in examples:
+        chunk.append(example)
+        size += size_of(example)
+        if len(chunk) == _CHUNK or size >= _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _tokenised(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Chunk:
@@ -90,9 +103,9 @@ def _by_helpers(
             idle.put(helper)
 
     with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(count))  # left last: until then a thread waits for its helper
         for _ in range(count):
             idle.put(stack.enter_context(_Helper((tokenizer, max_length))))
-        pool = stack.enter_context(ThreadPoolExecutor(count))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         on_their_way: deque[Future[Chunk]] = deque()
         for examples in chunks:
@@ -152,7 +165,8 @@ class _Helper:
         self._child.kill()
         for stream in (self._child.stdin, self._child.stdout):
             assert stream is not None
-            stream.close()
+            with suppress(OSError):  # of what it will not read
+                stream.close()
         self._child.wait()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from cpift.config.inputs import ScratchModel
 from cpift.config.run import DataSource
-from cpift.data import token_files, token_workers
+from cpift.data import on_disk, token_files, token_workers
 from cpift.data.tasks import load_examples, source_fingerprint
 from cpift.data.token_files import TokenFiles
 from cpift.data.token_workers import tokenised
@@ -72,14 +72,18 @@ def test_what_changed_is_tokenised_anew(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         kept(tmp_path / "tokens", data)
     assert len(calls) == 1
+    splitting = make_scratch_tokenizer(ScratchModel())
+    splitting.split_special_tokens = True
+    with pytest.raises(DataError, match="no special token"):  # asked, for these are other tokens
+        kept(tmp_path / "tokens", data, tokenizer=splitting)
     kept(tmp_path / "tokens", data, tokenizer=_another_template())
-    assert len(calls) == 2
+    assert len(calls) == 3
     data = source(tmp_path / "rows.jsonl", 6)
     assert len(kept(tmp_path / "tokens", data)) == 6
-    assert len(calls) == 3
+    assert len(calls) == 4
     monkeypatch.setattr(token_files.facts, "releases", lambda: ("other libraries",))
     kept(tmp_path / "tokens", data)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: os.truncate(path, 100)], ids=["gone", "short"])
@@ -120,6 +124,12 @@ def test_helpers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest
     assert len(together) == 9
     for field in ("rows", "lengths", "firsts"):
         assert [one for chunk in together for one in getattr(chunk, field)] == getattr(alone[0], field)
+    monkeypatch.setattr(token_workers, "_CHARACTERS", 200)  # long rows: fewer at once
+    monkeypatch.setattr(on_disk, "_NUMBERS", 200)
+    shorter = list(tokenised(examples, TOKENIZER, 50))
+    assert len(shorter) > 9
+    rows = [row for chunk in shorter for row in chunk.rows]
+    assert rows == alone[0].rows == list(on_disk.rows_on_disk(rows, tmp_path / "rows.arrow"))
     monkeypatch.setattr(token_workers.sys, "executable", "false")
     with pytest.raises(CpiftError, match="exit code 1"):
         list(tokenised(examples, TOKENIZER, 50))
