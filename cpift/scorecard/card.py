@@ -89,9 +89,9 @@ class Scorecard:
         if one is None or two is None:
             return
         gap = one.minus(two)
-        word = {1: "better than", -1: "worse than", 0: "no difference shown from"}[gap.sign]
+        word = {1: "is better than", -1: "is worse than", 0: "shows no difference from"}[gap.sign]
         half = "" if gap.half is None else f" ±{100 * gap.half:.1f}"
-        yield f"By mean retention {model} is {word} {other} ({100 * gap.mean:+.1f}{half} points)."
+        yield f"By mean retention {model} {word} {other} ({100 * gap.mean:+.1f}{half} points)."
 
     def warnings(self) -> list[str]:
         """What has to be said before any mean."""
