@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cpift.checkpoints.opening import open_models
 from cpift.config.fusion import FusionConfig, SliceConfig, SourceConfig
 from cpift.config.loading import parse_config
 from cpift.errors import ConfigError
+from cpift.merging.base import MergeMethod
 from cpift.merging.stacks.inputs import stack_inputs
 from cpift.merging.stacks.method import StackMerge
 from tests.helpers.toys import make_toy
@@ -62,6 +64,17 @@ def test_slices_of_several_sources_are_merged_each_by_itself(toys: Path, tmp_pat
     assert torch.equal(
         out.tensor("lm_head.weight"), (head + 0.5 * (two.tensor("lm_head.weight").float() - head)).bfloat16()
     )
+
+
+def test_whatever_is_asked_about_a_tensor_is_asked_of_its_slice() -> None:
+    """A question that `MergeMethod` learns later has to be handed on here too."""
+    about = {
+        name
+        for name, made in inspect.getmembers(MergeMethod, inspect.isfunction)
+        if "info" in inspect.signature(made).parameters
+    }
+    assert about <= set(vars(StackMerge))
+    assert {"at", "prepare", "models", "named"} <= set(vars(StackMerge))
 
 
 def test_workers_get_the_method_of_each_slice(toys: Path) -> None:
@@ -162,6 +175,9 @@ def test_a_model_that_is_made_first_has_no_layers_to_give(toys: Path) -> None:
     raw = {"name": "x", "tasks": [{"name": "one", "checkpoint": {"path": str(toys / "one")}}]}
     raw |= {"model": {"gguf": {"file": "x.gguf"}}, "fusion": {"method": "passthrough", "slices": slices}}
     with pytest.raises(ConfigError, match=r"fusion\.slices: is of models as their files have them, and θ0 is made of"):
+        parse_config(raw, toys, "x")
+    raw |= {"model": {"path": str(toys / "base")}, "resources": {"storage": "s3://bucket/folder"}}
+    with pytest.raises(ConfigError, match=r"resources\.storage: is an object store, and slices of layers"):
         parse_config(raw, toys, "x")
 
 
