@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.opening import locate, pinned
-from cpift.config.inputs import CheckpointConfig, ModelConfig
+from cpift.config.inputs import CheckpointConfig, ModelConfig, Name
 from cpift.config.loading import dump_fields, parse_config
 from cpift.config.run import RunConfig
 from cpift.console.view import View
@@ -34,7 +36,7 @@ from cpift.scorecard.card import Scorecard
 
 SUBJECT = "scores"
 FOLDER = Path("runs/scores")
-_SETTINGS = ("evaluation.", "resources.", "model.chat_template")
+SETTINGS = ("evaluation.", "resources.", "model.chat_template")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def to_score(
     taken = [*reserved, *(["base"] if base is not None else [])]
     for title in (title for title in models if title in taken):
         problems.append(Problem(title, "is the name of another model here", "name it apart: NAME=MODEL"))
+    problems += [problem for title in models for problem in _no_name(title)]
     sources = {title: given_source(title, where, problems) for title, where in models.items()}
     origin = None if base is None else given_source("base", base, problems)
     if problems:
@@ -87,7 +90,7 @@ def to_score(
         sources = {"base": origin, **sources}
     given = {title: pinned(CheckpointConfig.model_validate(source)) for title, source in sources.items()}
     first = origin or _first_whole(given)
-    stated = {name: value for name, value in (settings or {}).items() if name.startswith(_SETTINGS)}
+    stated = {name: value for name, value in (settings or {}).items() if name.startswith(SETTINGS)}
     found = given_tests(tests, _tokenizer(first, stated.get("model.chat_template")))
     raw = {
         "name": SUBJECT,
@@ -99,6 +102,16 @@ def to_score(
     }
     config = parse_config(raw, Path.cwd(), SUBJECT, changes={**stated, "output": str(output.absolute())})
     return ToScore(config, given, found, "base" if base is not None else None)
+
+
+def _no_name(title: str) -> list[Problem]:
+    """Why files and tables cannot have it for a name."""
+    try:
+        TypeAdapter(Name).validate_python(title)
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].removeprefix("Value error, ")
+        return [Problem(f"{title!r:.70}", f"names a model: {what}", "name it otherwise: NAME=MODEL")]
+    return []
 
 
 def _first_whole(models: Mapping[str, CheckpointConfig]) -> dict[str, str]:

@@ -63,6 +63,9 @@ def test_what_cannot_be_scored_is_one_list(models: Path, rows: Path) -> None:
         to_score({"base": models / "one"}, [str(rows / "sums.csv")], base=models / "base")
     with pytest.raises(ConfigError, match="sums: is the name of two tests"):
         to_score({"one": models / "one"}, [str(rows / "sums.csv")] * 2)
+    for name in ("", "..", "a|b", "[red]x"):
+        with pytest.raises(ConfigError, match=r"names a model: .* → name it otherwise"):
+            to_score({name: models / "one"}, [str(rows / "sums.csv")], base=models / "base")
     adapter = rows / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

@@ -28,7 +28,7 @@ from cpift.cli import score as cli_score
 from cpift.cli.group import Commands
 from cpift.cli.merge import register_merge
 from cpift.cli.options import Config, Output, Overrides, say_code, settings_of
-from cpift.cli.score import Tests, score_models
+from cpift.cli.score import Tests, is_model, score_models
 from cpift.console.terminal import say, standard_streams
 from cpift.errors import CpiftError, explain_os_error
 from cpift.text.redaction import redacted
@@ -240,7 +240,7 @@ def evaluate(
     `cpift evaluate models/a models/b --test maths=gsm8k.jsonl` needs no run's file: shapes of rows and metrics are
     recognised as `cpift init` does. What was scored before in the folder of results is not scored again.
     """
-    if tests or base is not None or len(config) > 1 or Path(config[0]).expanduser().is_dir():
+    if tests or base is not None or len(config) > 1 or is_model(config[0]):
         score_models(config, tests or [], base, settings_of(overrides or []), output)
         return
     scored = _stage(Path(config[0]), overrides, _changes(output), "evaluate")

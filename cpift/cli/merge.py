@@ -148,14 +148,16 @@ def _to_score(
     """What is scored after the merge, looked at before it; None where a dry run would have to download BASE for it."""
     from cpift.checkpoints.opening import at_hand
     from cpift.given_models import FOLDER, to_score
+    from cpift.merge_folder import place_of
 
     if dry_run and at_hand(config.model) is None:
         say("--test: rows are looked at once BASE is downloaded")
         return None
-    reserved = (config.name,)
-    scored = to_score(
-        asked.models, tests, base=asked.base, settings=settings, output=output or FOLDER, reserved=reserved
-    )
+    output = output or FOLDER
+    if place_of(asked.out) in (found := output.expanduser().resolve(), *found.parents):
+        remedy = "give another folder: the merged model's holds nothing else"
+        raise ConfigError("merge", [Problem("--scores", f"{output} is in the folder of the merged model", remedy)])
+    scored = to_score(asked.models, tests, base=asked.base, settings=settings, output=output, reserved=(config.name,))
     check_tests(scored, download=not dry_run)
     return scored
 

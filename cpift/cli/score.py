@@ -38,13 +38,28 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(rich_help_panel=panel, context_settings=as_they_are)(bench)
 
 
+_FILES = (".yaml", ".yml")
+
+
+def is_model(argument: str) -> bool:
+    """Whether an argument means a model, not a run's file: a folder, or the name of a repository."""
+    path = Path(argument).expanduser()
+    return path.is_dir() or not (path.exists() or path.suffix.lower() in _FILES)
+
+
 def score_models(
     models: list[str], tests: list[str], base: str | None, settings: Mapping[str, Any], output: Path | None
 ) -> None:
     """Score model folders, adapters and hub ids on files of rows, and show what came out."""
-    from cpift.given_models import FOLDER, SUBJECT, to_score
+    from cpift.given_models import FOLDER, SETTINGS, SUBJECT, to_score
     from cpift.merge_folder import named_models
 
+    if files := [model for model in models if Path(model).suffix.lower() in _FILES and not is_model(model)]:
+        what = "is a run's file, which has tests and models of its own"
+        raise ConfigError(SUBJECT, [Problem(files[0], what, f"`cpift evaluate {files[0]}` alone, or name models")])
+    if others := [name for name in settings if not name.startswith(SETTINGS)]:
+        remedy = f"give fields of {', '.join(one.rstrip('.') for one in SETTINGS)}"
+        raise ConfigError(SUBJECT, [Problem(f"--set {name}", "decides nothing of scores", remedy) for name in others])
     if not tests:
         what = "is not there, and models are scored on some rows"
         raise ConfigError(SUBJECT, [Problem("--test", what, "--test NAME=FILE, for each file of rows")])

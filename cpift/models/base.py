@@ -35,8 +35,8 @@ class Source(ABC):
         """What decides the weights, as lines."""
 
     @abstractmethod
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """The network and its tokenizer."""
+    def load(self, chats: bool) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The network and its tokenizer. chats: whether that has to write conversations."""
 
     @abstractmethod
     def stated(self, relative: Callable[[Path], str]) -> Any:

@@ -40,14 +40,16 @@ def load_model(
     return _checked_network(loaded, path)
 
 
-def load_directory(path: Path, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """θ0 in a local directory, in the dtype that the config says, and its tokenizer."""
+def load_directory(path: Path, model: ModelConfig, chats: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """θ0 in a local directory, in the dtype that the config says, and its tokenizer (`load_tokenizer`)."""
     network = load_model(path, None if model.dtype == "auto" else torch_dtype(model.dtype))
     require_trainable(path)  # of a hub's repository it shows only now
-    return network, load_tokenizer(path, model)
+    return network, load_tokenizer(path, model, chats)
 
 
-def load_gguf(file: Path, model: ModelConfig, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(
+    file: Path, model: ModelConfig, dtype: str, chats: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """θ0 in a GGUF file, dequantised, and its tokenizer."""
     with pretrained.no_progress_bars(), _checkpoint_errors(file):
         loaded, tokenizer = pretrained.load_gguf(file, torch_dtype(dtype))
@@ -56,7 +58,7 @@ def load_gguf(file: Path, model: ModelConfig, dtype: str) -> tuple[PreTrainedMod
     for holder, name in ((network.config, "quantization_config"), (network, "hf_quantizer")):
         if hasattr(holder, name):
             delattr(holder, name)
-    return network, checked_tokenizer(tokenizer, str(file), model)
+    return network, checked_tokenizer(tokenizer, str(file), model, chats)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -74,21 +74,23 @@ def check_model(model: ModelConfig) -> list[Problem]:
     return [*source_of(model).check(), *check_template(model)]
 
 
-def materialise(model: ModelConfig, out: Path) -> None:
+def materialise(model: ModelConfig, out: Path, chats: bool = True) -> None:
     """Write θ0 into the directory `out`: safetensors, configs, tokenizer and its chat template.
+
+    chats: whether it is trained on conversations; a merge needs no chat template.
 
     Tensors have the names and the dtype that fine-tunes of it are saved with, tied tensors are there once. GGUF weights
     are dequantised. `out` is filled in place; who calls it renames it when it is complete.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape than config.json says, or not finite; the tokenizer has
-            no chat template; the weights are pickled or quantised.
+            no chat template and `chats`; the weights are pickled or quantised.
         HubError: the hub does not answer.
     """
     problems = check_model(model)
     if problems:
         raise CheckpointError("model", problems)
-    network, tokenizer = source_of(model).load()
+    network, tokenizer = source_of(model).load(chats)
     check_dense(network)
     out.mkdir(parents=True, exist_ok=True)
     with pretrained.no_progress_bars():
@@ -138,8 +140,8 @@ class _Folder(Source):
     def folder(self) -> Path:
         return Path(self.value)
 
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return load_directory(self.value, self.model)
+    def load(self, chats: bool) -> tuple[Any, PreTrainedTokenizerBase]:
+        return load_directory(self.value, self.model, chats)
 
     def names(self) -> list[str]:
         return [info.name for info in Checkpoint(self.value).tensors.values() if info.floating]
@@ -185,11 +187,11 @@ class _Hub(Source):
     def folder(self) -> Path | None:
         return cached_folder(self.value, self.model.revision)
 
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+    def load(self, chats: bool) -> tuple[Any, PreTrainedTokenizerBase]:
         folder = download(self.value, self.model.revision)
         if problems := check_checkpoint(folder, "model.hub"):
             raise CheckpointError(f"model {self.value}", problems)
-        return load_directory(folder, self.model)
+        return load_directory(folder, self.model, chats)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         folder = self.folder()
@@ -223,8 +225,8 @@ class _Gguf(Source):
     def files(self) -> list[Path]:
         return [gguf_path(self.value)]
 
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        return load_gguf(gguf_path(self.value), self.model, self.dtype)
+    def load(self, chats: bool) -> tuple[Any, PreTrainedTokenizerBase]:
+        return load_gguf(gguf_path(self.value), self.model, self.dtype, chats)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         file = gguf_path(self.value)
@@ -264,7 +266,7 @@ class _Scratch(Source):
     def decided_by(self) -> Iterator[str]:
         yield f"scratch {json.dumps(self.value.model_dump(), sort_keys=True)}"
 
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
+    def load(self, chats: bool) -> tuple[Any, PreTrainedTokenizerBase]:
         from cpift.models.scratch import make_scratch_model
 
         tokenizer = self.tokenizer()

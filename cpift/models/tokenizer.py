@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from cpift.config.run import ModelConfig
 
 
-def load_tokenizer(path: Path, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, model: ModelConfig | None = None, chats: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer in a local directory; it has a chat template and a padding token.
 
-    model: whose config says which template, if not the directory's own.
+    model: whose config says which template, if not the directory's own. chats: whether it has to write conversations.
 
     Raises:
         CheckpointError: no tokenizer there, no chat template, or no end-of-sequence token.
     """
-    return checked_tokenizer(read_tokenizer(path), str(path), model)
+    return checked_tokenizer(read_tokenizer(path), str(path), model, chats)
 
 
 def load_row_tokenizer(path: Path, model: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -54,7 +54,7 @@ def read_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def checked_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, where: str, model: ModelConfig | None = None
+    tokenizer: PreTrainedTokenizerBase, where: str, model: ModelConfig | None = None, chats: bool = True
 ) -> PreTrainedTokenizerBase:
     """The tokenizer with the config's template. Raises as `load_tokenizer`."""
     if model is not None:
@@ -66,9 +66,9 @@ def checked_tokenizer(
         problems.append(Problem(where, "the tokenizer has no chat template", remedy))
     if tokenizer.eos_token_id is None:
         problems.append(Problem(where, "the tokenizer has no end-of-sequence token", "set eos_token"))
-    if problems:
+    if problems and chats:
         raise CheckpointError("tokenizer", problems)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -67,6 +67,13 @@ def test_a_tasks_tokens_come_with_what_speaks_of_them(toys: Path, tmp_path: Path
     assert torch.equal(out.tensor("lm_head.weight")[8:10], Checkpoint(toys / "one").tensor("lm_head.weight")[8:10])
 
 
+def test_base_models_without_a_chat_template_merge_in_another_dtype(toys: Path, tmp_path: Path) -> None:
+    out = Checkpoint(merged(toys, tmp_path / "out", method="linear", vocabulary="union", dtype="float32").path)
+    assert {info.kind for info in out.tensors.values()} == {"F32"}
+    rows = [Checkpoint(toys / name).tensor(EMBEDDING)[:8].float() for name in ("one", "two")]
+    assert torch.equal(out.tensor(EMBEDDING)[:8], sum(rows) / 2)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "by numbers": ({}, "or set fusion.vocabulary: base to keep θ0's tokens"),
     "no vocabulary": ({"tokens": {"<a>": {"source": "one"}}}, "are of a vocabulary by tokens; set fusion.vocabulary"),

@@ -61,7 +61,7 @@ def _named_by_user(run: Run) -> ModelRef:
         return run.artifacts.input_model("backbone", "backbone.source", config)
     config = pinned(config)
     copied = model.copy_of(run.artifacts, "backbone.source", "backbone", config)
-    run.make(copied, _GIVEN, lambda out: model.copy(config, out))
+    run.make(copied, _GIVEN, lambda out: model.copy(config, out, chats=not run.config.merges_only))
     return ModelRef.of("backbone", copied)
 
 

@@ -52,15 +52,19 @@ def base(names: Names) -> ModelRef:
 def make(run: Run) -> ModelRef:
     """θ0 as a safetensors folder."""
     if not in_place(run.artifacts):
-        run.make(artifact(run.artifacts), title(run.artifacts), lambda out: copy(source(run.artifacts), out))
+        run.make(
+            artifact(run.artifacts),
+            title(run.artifacts),
+            lambda out: copy(source(run.artifacts), out, not run.config.merges_only),
+        )
     return base(run.artifacts)
 
 
-def copy(copied: ModelConfig, out: Path) -> None:
-    """Write a model into `out`. Raises ChangedInput where a hub's files change while they are read."""
+def copy(copied: ModelConfig, out: Path, chats: bool) -> None:
+    """Write a model into `out` (`materialise`). Raises ChangedInput where a hub's files change while they are read."""
     origin = source_of(copied)
     with unchanged(f"the copy of {origin.description}", origin.fetched()):
-        materialise(copied, out)
+        materialise(copied, out, chats)
 
 
 def title(names: Names) -> str:
