@@ -61,8 +61,6 @@ TESTED_ELSEWHERE = {
     "config.variation": "sweep/test_sweep.py",
     "disk.object_store": "cluster/test_stored_merge.py",
     "evaluation.checks": "data/test_data.py",
-    "formats.gguf": "models/test_sources.py",
-    "formats.sizes": "untrusted/test_json.py",
     "hub": "rows/test_rows.py",
     "hub_card": "test_publish.py",
     "merge_folder": "test_python_api.py",

@@ -142,10 +142,39 @@ def machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def available_memory() -> int:
-    """Bytes of memory that are free, or page cache; all of the machine's where the system does not tell."""
+def available_memory(system: Path = Path("/")) -> int:
+    """Bytes of memory that are free, or page cache, on the machine and in every control group (of a container, of a
+    job) that this process is in; all of the machine's where the system does not tell. system: the root of its files."""
+    free = [machine_memory()]
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (system / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return machine_memory()
+                free.append(int(line.split()[1]) << 10)
+    return max(0, min(free + list(_left_by_groups(system))))
+
+
+def _left_by_groups(system: Path) -> Iterator[int]:
+    lines = []
+    with suppress(OSError):
+        lines = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        controllers, place = line.split(":", 2)[1:]
+        if controllers in _GROUPS:
+            folder, limit, used, cache = _GROUPS[controllers]
+            root = system / folder
+            group = root / place.lstrip("/")  # in a container maybe one that is seen from outside alone
+            for one in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+                with suppress(OSError, ValueError):  # the root has no files, and a group without a limit says `max`
+                    stat = dict(entry.split() for entry in (one / "memory.stat").read_text("ascii").splitlines())
+                    taken = int((one / used).read_text("ascii")) - int(stat.get(cache, 0))
+                    yield int((one / limit).read_text("ascii")) - taken
+
+
+# Controllers of a group → their folder, its files of limit and use, and what of the use is page cache that can go.
+_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}

@@ -14,6 +14,7 @@ from cpift.config.loading import load_config
 from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import file_sha256, read_json
+from cpift.errors import CpiftError
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.methods.cpift import Fusion
 from cpift.pipeline.inprocess import InProcessEngine
@@ -142,6 +143,23 @@ def test_points_that_differ_in_omega_read_the_models_for_angles_once(
     second = run_in(folder, fusion={"omega": 0.25})
     second.fuse()
     assert file_sha256(outputs(second)[0].path / "model.safetensors") == hashes[1]
+
+
+def test_what_was_read_of_a_file_that_changed_meanwhile_is_forgotten(
+    again: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(again("changed"))
+
+    def changing(*arguments: Any) -> None:
+        for file in run.artifacts.probes["a"].path.glob("*.safetensors"):
+            with file.open("ab") as opened:
+                opened.write(b" ")
+
+    monkeypatch.setattr(InProcessEngine, "evaluate", changing)
+    monkeypatch.setattr(handover, "_KNOWN", {"other": {}})
+    with pytest.raises(CpiftError, match="safetensors"):
+        handover.score_fused(run, "remake")
+    assert not handover._KNOWN
 
 
 def test_a_model_that_memory_has_no_room_for_is_written(

@@ -93,12 +93,12 @@ def _score(run: Run, sources: fuse.Sources, merge: MergeInMemory, scored: Artifa
 
     run.begin(title)
     files = [file for read in sources.read for file in model_files(read)]
-    with run.view.stage(f"{title} and its scores"), guarded_reads(fused.title, files):
-        try:
+    try:
+        with run.view.stage(f"{title} and its scores"), guarded_reads(fused.title, files):
             run.engine.evaluate([scoring], keep, run.view.progress)
-        except BaseException:
-            _KNOWN.clear()  # maybe of a file that changed meanwhile
-            raise
+    except BaseException:
+        _KNOWN.clear()  # maybe of a file that changed meanwhile
+        raise
 
 
 def _beside_weights(run: Run, sources: fuse.Sources, merge: MergeInMemory) -> Path:
