@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from cpift.console.view import quiet
 from cpift.errors import ConfigError
@@ -13,6 +14,7 @@ from cpift.given_models import ToScore, check, score, to_score
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.scorecard.show import write_card
+from tests.helpers.toys import WIDTH, formula, make_toy, write_tokenizer
 
 
 @pytest.fixture
@@ -71,3 +73,23 @@ def test_what_cannot_be_scored_is_one_list(models: Path, rows: Path) -> None:
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="--base MODEL"):
         to_score({"one": adapter}, [str(rows / "sums.csv")])
+
+
+def test_an_adapter_with_tokens_of_its_own_is_scored_with_them(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    base = make_toy(tmp_path / "base", 0, layers=1)
+    settings = {**json.loads((base / "tokenizer_config.json").read_text()), "chat_template": template}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_tokenizer(adapter, ("<new>",))  # without a template: the base's
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config |= {"modules_to_save": ["embed_tokens", "lm_head"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    rows = {f"base_model.model.{name}.weight": formula((9, WIDTH), 5) for name in ("model.embed_tokens", "lm_head")}
+    save_file(rows, adapter / "adapter_model.safetensors")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "completion": "<new>"}\n' * 3)
+    asked = to_score({"own": adapter}, [str(tmp_path / "rows.jsonl")], base=base, output=tmp_path / "scores")
+    card = score(asked, InProcessEngine(), quiet())
+    assert card.scores["own"]["rows"]["tokens"] == 6  # <new> and the end of each row
+    assert card.scores["base"]["rows"]["tokens"] == 3

@@ -137,14 +137,14 @@ def _asked(
 
 def _files(models: Mapping[str, _Model], kept: str, made: Tokens, rows: int) -> dict[str, Any]:
     base, speaks = models[THETA0].checkpoint, models[kept]
-    config = _with_rows(base.config, rows)
+    config = with_rows(base.config, rows)
     if kept != THETA0:
         config = _with_ids(config, speaks.checkpoint.config)
     files = tokenizer_files(speaks.tokens, made, moved=speaks.tokens.folder != models[THETA0].tokens.folder)
     return {**files, "config.json": config}
 
 
-def _with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """A config.json with so many tokens, of models of more than text too."""
     text = config.get("text_config")
     if isinstance(text, dict) and "vocab_size" not in config:

@@ -8,6 +8,7 @@ by merges, and by no others.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpift.errors import CheckpointError, Problem
+from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
 from cpift.untrusted.json import INDEX, MODEL_CONFIG, UnreadableError, read_object
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -25,7 +27,7 @@ _PLAIN = {**dict.fromkeys(_FLAGS, False), "normalized": True}
 # Older forms of the same, which would say nothing of tokens that were added.
 _OLDER = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # that speak of tokens
+_BESIDE = ("special_tokens_map.json", TEMPLATE, "generation_config.json")  # that speak of tokens
 _KEEP = "set fusion.vocabulary: pretrained to keep θ0's tokens, or the name of a task to keep its own"
 _SAVE = "save its tokenizer as tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 
@@ -202,6 +204,19 @@ def tokenizer_files(kept: Tokens, made: Tokens, moved: bool) -> dict[str, Any]:
         fields = {**fields, "added_tokens_decoder": {**fields["added_tokens_decoder"], **entries}}
     found = {**dict.fromkeys(_OLDER), FILE: made.content, SETTINGS: fields or None}
     return found | ({name: _content(kept.folder / name) for name in _BESIDE} if moved else {})
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Put the tokenizer of a folder in the place of that which a model in `out` has; without a template of its own it
+    has the model's."""
+    template = chat_template(folder) or chat_template(out)
+    for name in (FILE, SETTINGS, "special_tokens_map.json", *_OLDER, TEMPLATE):
+        (out / name).unlink(missing_ok=True)
+    for name in (FILE, SETTINGS, "special_tokens_map.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if template is not None:
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _content(file: Path) -> Any:

@@ -6,13 +6,16 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.opening import model_files, open_models, quick_fingerprint
+from cpift.checkpoints.uniting import with_rows
+from cpift.checkpoints.vocabulary import resized
 from cpift.checkpoints.writing import write_plain
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
 from cpift.disk.artifacts import Artifact, claimed, require_sound
-from cpift.disk.files import digest
+from cpift.disk.files import digest, read_json, write_json
 from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation, Score, read_scores
 from cpift.models.sources import configured_template
@@ -22,7 +25,10 @@ from cpift.pipeline.stages import integrate, probe
 from cpift.pipeline.stages import model as pretrained
 from cpift.pipeline.stages.names import ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
+from cpift.pretrained.architecture import CONFIG
 from cpift.pretrained.tokenizer_files import TEMPLATE, chat_template
+from cpift.pretrained.tokens import FILE as TOKENIZER
+from cpift.pretrained.tokens import copy_tokenizer
 
 VERSION = 1
 TITLE = "evaluation"
@@ -104,12 +110,24 @@ def loadable(run: Run, model: ModelRef, scored: Artifact) -> Path:
     if adapter:
         base, opened = open_models(pretrained.base(run.artifacts).path, {model.title: model.path})
         write_plain(opened[model.title], base, folder)
+        _with_own_tokens(model.path, resized(base, opened[model.title]), opened[model.title], folder)
     else:
         for file in (file for file in model_files(model.path) if file.name != TEMPLATE):
             (folder / file.name).symlink_to(file.resolve())
     if template is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
     return folder
+
+
+def _with_own_tokens(adapter: Path, changed: Sequence[str], model: Checkpoint, folder: Path) -> None:
+    """Of an adapter with other rows of embeddings than θ0 (`changed`), config.json and tokenizer of the model that it
+    makes."""
+    if not changed:
+        return
+    config = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, with_rows(config, model.tensors[changed[0]].shape[0]))
+    if (adapter / TOKENIZER).is_file():
+        copy_tokenizer(adapter, folder)
 
 
 def possible(config: RunConfig) -> bool:
