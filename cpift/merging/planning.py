@@ -37,6 +37,7 @@ from cpift.text.units import show_size
 _BYTES_A_SECOND = 1e9  # assumed of the disk
 _BACKBONE = "backbone.source"
 _TIMES = {1: "once", 2: "twice", 3: "three times", 4: "four times", 5: "five times"}
+_OF_CORES = ("regions", "group")  # commands
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -77,6 +78,9 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
     """What methods that a stage (a key of `NEEDS`) merges by say against the run, or need and is not installed."""
     need, tasks = NEEDS[stage], [task.name for task in config.tasks]
     problems = []
+    if stage in _OF_CORES and (config.fusion.slices or config.fusion.by_tokens):
+        what = f"makes other layers or tokens, and `cpift {need.command}` is of the elements that models share"
+        problems.append(Problem(f"fusion.{'slices' if config.fusion.slices else 'vocabulary'}", what, "leave it out"))
     if need.fuses or stage is None:
         try:
             method = method_named(config.fusion.method)

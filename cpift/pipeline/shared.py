@@ -43,8 +43,9 @@ class SharedWork:
             if not all(artifact.complete for artifact in first):
                 probe.check_data(run, base)
         self._probes()
-        self._regions()
-        for run in self.runs:
+        grouped = [run for run in self.runs if regions.wanted(run.config)]
+        self._regions(grouped)
+        for run in grouped:
             run.group()
 
     def complete(self, runs: Sequence[Pipeline]) -> None:
@@ -64,7 +65,7 @@ class SharedWork:
         """The staged backbones of these runs, each once."""
         wanted: dict[Path, Wanted] = {}
         for run in runs:
-            groups = run.group().groups
+            groups = run.group().groups if regions.wanted(run.config) else ()
             artifact = run.artifacts.backbone(groups)
             if artifact is not None and artifact.path not in wanted:
                 wanted[artifact.path] = (artifact, titled_backbone(run, groups, artifact), run)
@@ -87,10 +88,10 @@ class SharedWork:
             artifacts = [artifact for artifact, _, _ in chosen]
             train_all(self.engine, self.view, f"{len(chosen)} {title}", artifacts, specs, finish)
 
-    def _regions(self) -> None:
+    def _regions(self, grouped: Sequence[Pipeline]) -> None:
         """Families of runs whose regions differ in p alone are selected together."""
         families: dict[str, dict[Path, Pipeline]] = {}
-        for run in self.runs:
+        for run in grouped:
             artifact = run.artifacts.regions
             fields = {name: value for name, value in artifact.fields.items() if name != "p"}
             families.setdefault(digest([dict(artifact.inputs), fields]), {}).setdefault(artifact.path, run)

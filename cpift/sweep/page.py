@@ -221,7 +221,7 @@ def _trial(data: SweepData, trial: TrialRow, best: bool, front: bool) -> str:
         )
     figures = [*(name for name, _ in data.objectives), *(_own_figure(data, task) for task in data.tasks)]
     scores = "".join(f"<td>{_figure_cell(judged(data, trial, name))}</td>" for name in figures)
-    groups = html(" → ".join(" + ".join(group) for group in trial.groups[0]))
+    groups = html(" → ".join(" + ".join(group) for group in trial.groups[0])) if trial.groups else "–"
     return f'{head}{scores}<td class="left">{groups}</td><td>{duration(trial.seconds)}</td></tr>'
 
 

@@ -23,6 +23,7 @@ from cpift.pipeline.outcomes import own_models, scored_models, scores_of, shared
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import evaluate, order
 from cpift.pipeline.stages.names import ModelRef
+from cpift.pipeline.stages.regions import wanted
 from cpift.report.index import SWEEP, write_page
 from cpift.sweep.config import Sweep
 from cpift.sweep.files import sweep_md, trials_csv
@@ -70,9 +71,7 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
         reuse=_reuse(sweep, done),
         points=sum(len(attempt.points) for attempt in attempts),
         learning=learning_said([run for trial in done for run in trial.runs]),
-        started=min(
-            (str(run.artifacts.regions.manifest()["started"]) for trial in done for run in trial.runs), default=""
-        ),
+        started=min((_started(sweep, run) for trial in done for run in trial.runs), default=""),
     )
     best = best_trial(data)
     if best is None:
@@ -84,16 +83,23 @@ def gather(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunCon
 
 def _row(sweep: Sweep, number: int, tried: _Tried) -> TrialRow:
     attempt, done = tried.attempt, tried.attempt.status == "done"
+    grouped = [run for run in tried.runs if wanted(run.config)]
     own = {artifact.path: artifact for run in tried.runs for artifact in own_artifacts(sweep, run)} if done else {}
     return TrialRow(
         number=number,
         points=attempt.points,
         status=attempt.status,
         reason=attempt.reason,
-        groups=[[list(group) for group in run.group().groups] for run in tried.runs] if done else [],
+        groups=[[list(group) for group in run.group().groups] for run in grouped] if done else [],
         figures=_figures(sweep, tried.runs, lambda run: trial_models(run, sweep.config.model)) if done else {},
         seconds=sum(artifact.manifest()["seconds"] for artifact in own.values()),
     )
+
+
+def _started(sweep: Sweep, run: Pipeline) -> str:
+    """When the first artifact of a trial was begun, but for its fine-tunes: its core regions, or what it judges."""
+    first = run.artifacts.regions if wanted(run.config) else own_models(run, sweep.config.model)[sweep.config.model]
+    return str(first.manifest()["started"])
 
 
 def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
@@ -109,7 +115,10 @@ def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[Run
     """Whether everything that finished trials and their shared work made is still in the store."""
     done = [attempt for attempt in attempts if attempt.status == "done"]
     runs = [pipeline(sweep.run(attempt.points[0], seed)) for attempt in done for seed in sweep.seeds]
-    first = [[*run.artifacts.probes.values(), run.artifacts.regions, run.artifacts.group] for run in runs]
+    first = [
+        [*run.artifacts.probes.values(), *([run.artifacts.regions, run.artifacts.group] if wanted(run.config) else [])]
+        for run in runs
+    ]
     # Without groups the later ones have no name.
     if not all(artifact.complete for artifacts in first for artifact in artifacts):
         return False
@@ -146,7 +155,7 @@ def _overlaps(tried: Sequence[_Tried]) -> list[Overlaps]:
     """One a distinct regions artifact, in the order of p and seed, with every absolute τ that was tried on it."""
     by_folder: dict[Path, tuple[float, int, Grouping, set[float]]] = {}
     for trial in tried:
-        for run in trial.runs:
+        for run in (run for run in trial.runs if wanted(run.config)):
             grouping, p = run.group(), run.config.regions.p
             entry = by_folder.setdefault(run.artifacts.regions.path, (p, run.config.seed, grouping, set()))
             entry[3].update(_threshold(point, grouping) for point in trial.attempt.points)

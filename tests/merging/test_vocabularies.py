@@ -11,7 +11,13 @@ import torch
 
 import cpift
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.loading import parse_config
+from cpift.console.view import quiet
 from cpift.errors import ConfigError
+from cpift.merging.planning import check_methods
+from cpift.pipeline.engine import NoEngine
+from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.shared import SharedWork
 from tests.helpers.toys import make_toy
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -102,3 +108,22 @@ def test_what_cannot_be_united_has_a_name(kind: str, toys: Path, tmp_path: Path)
         merged(toys, tmp_path / "out", **{"method": "linear", **fields})
     assert told in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_models_with_other_tokens_are_swept_without_core_regions(toys: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "completion": "b"}\n' * 3)
+    test = {"test": {"file": str(tmp_path / "rows.jsonl")}, "metric": "loss"}
+    raw: dict[str, Any] = {
+        "name": "x",
+        "model": {"path": str(toys / "base"), "chat_template": "chatml"},
+        "tasks": [{"name": name, "checkpoint": {"path": str(toys / name)}, **test} for name in ("one", "two")],
+        "fusion": {"method": "linear", "vocabulary": "union"},
+        "output": str(tmp_path / "out"),
+    }
+    config = parse_config(raw, tmp_path, "x")
+    run = Pipeline(config, NoEngine(), quiet())
+    SharedWork([run], NoEngine(), quiet()).prepare()
+    assert not run.artifacts.regions.path.exists()
+    (problem,) = check_methods(config, "regions")
+    assert "makes other layers or tokens, and `cpift regions` is of" in problem.what
+    assert check_methods(config, "fuse") == []
