@@ -33,11 +33,7 @@ def card_of(folder: Path, run: Path | None, repository: str) -> str:
     own = _own_card(folder) if (folder / CARD).is_file() else _new_card(folder, repository)
     known = _metadata(own, folder / CARD)
     if run is not None:
-        raw = read_yaml(run / "config.yaml")
-        bases, sets = _sources(raw)
-        known |= {"base_model": bases} if bases else {}
-        known |= {"datasets": sets} if sets else {}
-        known |= {"model_name": repository.rpartition("/")[2], "eval_results": list(_results(run, folder, raw))}
+        known |= {"model_name": repository.rpartition("/")[2]} | _of_run(run, folder)
     return _with_metadata(own, {key: value for key, value in known.items() if value not in (None, [], {})})
 
 
@@ -108,6 +104,19 @@ def _extraction(path: Path) -> tuple[int, float]:
     if not (isinstance(rank, int) and isinstance(relative, float)):
         raise UnreadableError("is no record of extract-lora", "remove it, or extract again", str(path))
     return rank, relative
+
+
+def _of_run(run: Path, folder: Path) -> dict[str, Any]:
+    """What a run's records say of its last model."""
+    raw = read_yaml(run / "config.yaml")
+    try:
+        bases, sets = _sources(raw)
+        results = list(_results(run, folder, raw))
+    except (AttributeError, KeyError, TypeError) as error:  # somebody changed them
+        what = f"its config.yaml or scores are not as a run writes them ({type(error).__name__}: {error})"
+        raise UnreadableError(what, "`cpift run` of its file writes them again", str(run)) from None
+    known: dict[str, Any] = {"eval_results": results}
+    return known | ({"base_model": bases} if bases else {}) | ({"datasets": sets} if sets else {})
 
 
 def _sources(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:

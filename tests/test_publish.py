@@ -144,6 +144,11 @@ def test_of_a_run_the_last_model_goes_with_scores_and_without_paths(model: Path,
     assert sent["tasks"][0]["test"] == {"file": "t.jsonl"}
     assert json.loads(str(found.files["cpift.json"]))["fingerprint"] == made.fingerprint
     assert "manifest.json" not in found.files
+    damaged: list[dict[str, object]] = [{"model": "org/base"}, {"tasks": "maths"}, {"tasks": [{}]}]
+    for changed in damaged:
+        (run / "config.yaml").write_text(yaml.safe_dump(config | changed))
+        with pytest.raises(CpiftError, match="not as a run writes them"):
+            publication(run, "me/model")
 
 
 def artifact(root: Path, stage: str, model: Path) -> Artifact:

@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 @dataclass(frozen=True)
 class Estimate:
-    """One figure over repeats with other seeds. The interval is Student's; None with a single value."""
+    """One figure over repeats with other seeds. The interval is Student's; None with a single value, or with one that
+    is no finite number."""
 
     values: list[float]
     mean: float
@@ -22,7 +23,7 @@ class Estimate:
 def estimate(values: Sequence[float], confidence: float) -> Estimate:
     """Mean and the two-sided t interval over independent repeats."""
     middle = mean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return Estimate(list(values), middle, None, None)
     half = t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Estimate(list(values), middle, middle - half, middle + half)
@@ -36,10 +37,10 @@ def estimates(repeats: Sequence[Mapping[str, float]], confidence: float) -> dict
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float], confidence: float) -> Estimate:
     """Σ w·x / Σ w over rows that are drawn together with their weights, with its linearised t interval; for equal
-    weights it is that of `estimate`. Without an interval for a single row."""
+    weights it is that of `estimate`. Without an interval for a single row, or where one is no finite number."""
     total, rows = sum(weights), len(values)
     middle = sum(w * x for w, x in zip(weights, values, strict=True)) / total
-    if rows < 2:
+    if rows < 2 or not math.isfinite(middle):
         return Estimate(list(values), middle, None, None)
     squares = sum((w * (x - middle)) ** 2 for w, x in zip(weights, values, strict=True))
     half = t_quantile(0.5 + confidence / 2, rows - 1) * math.sqrt(squares * rows / (rows - 1)) / total

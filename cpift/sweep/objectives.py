@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -67,12 +68,13 @@ DESCRIPTION = f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{ki
 
 
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
-    """Every figure of one model of one run that has a meaning; `scores` must hold the probes' too."""
+    """Every figure of one model of one run that has a meaning and is finite: of a loss that is not, none is better or
+    worse. `scores` must hold the probes' too."""
     run = ScoredRun(list(tasks), {title: dict(by_task) for title, by_task in scores.items()})
     every: dict[str, Value] = {name: figure.value(run, model) for name, figure in OF_RUN.items()}
     for task in tasks:
         every |= {f"task.{task}.{kind}": figure.value(run, model, task) for kind, figure in OF_TASK.items()}
-    return {name: value for name, value in every.items() if value is not None}
+    return {name: value for name, value in every.items() if value is not None and math.isfinite(value)}
 
 
 def figure_named(name: str) -> OfRun | OfTask | None:

@@ -112,7 +112,7 @@ def _means(sweep: Sweep, by_seed: list[dict[str, float]]) -> dict[str, float]:
     names = [objective.figure for objective in sweep.config.objectives]
     for name in names:
         if any(name not in means for means in by_seed):
-            raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is exactly 0)")
+            raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is 0 or not finite)")
     return {name: mean(by_name[name] for by_name in by_seed) for name in names}
 
 

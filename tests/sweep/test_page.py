@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from cpift.disk.top_files import REPORTS, SWEEP_FILES
+from cpift.evaluation.estimates import estimate
 from cpift.sweep.objectives import figures
 from cpift.sweep.page import sweep_page
 from cpift.sweep.plots import leaf_order, single_linkage
@@ -57,6 +59,13 @@ def test_figures_of_one_run() -> None:
         "task.b.loss": 2.0,
         "task.b.retention": 0.5,
     }
+    for broken in (math.nan, math.inf):
+        scores["final"]["b"]["loss"] = broken
+        left = figures(scores, ["a", "b"], "final")
+        assert not {"mean_loss", "task.b.loss"} & left.keys(), "it would be the best of all"
+        assert left["task.a.loss"] == 1.5
+        found_over = estimate([1.5, broken], 0.95)
+        assert (found_over.low, found_over.high) == (None, None)
 
 
 def test_verdict_says_what_is_best_what_it_beats_and_how_little_that_proves(data: SweepData) -> None:
