@@ -13,6 +13,7 @@ two scores near 0 is any number: one right reply more of 25 would double what is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,8 +143,9 @@ def condensed(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, 
 
 
 def larger_is_better(score: Score) -> float:
-    """The task's metric, or the negated loss where that is the metric."""
-    return -float(score["loss"]) if score["score"] is None else float(score["score"])
+    """The task's metric, or the negated loss where that is the metric; what is not a number is worse than every one."""
+    value = -float(score["loss"]) if score["score"] is None else float(score["score"])
+    return -math.inf if math.isnan(value) else value
 
 
 def chance_of(score: Score) -> float | None:

@@ -127,8 +127,9 @@ def left_out_marks(data: Scored) -> dict[str, str]:
 def compare(one: Score, other: Score) -> int:
     """1 where `one` is better than `other` on the same task, −1 where worse, 0 where equal: by score, else by loss."""
     if one["score"] is None or other["score"] is None:
-        return int(one["loss"] < other["loss"]) - int(one["loss"] > other["loss"])
-    return int(one["score"] > other["score"]) - int(one["score"] < other["score"])
+        one, other = {**one, "score": None}, {**other, "score": None}
+    ours, theirs = larger_is_better(one), larger_is_better(other)
+    return int(ours > theirs) - int(ours < theirs)
 
 
 def total_tokens(data: ReportData, model: str) -> int | None:

@@ -60,6 +60,8 @@ def test_standing_is_unknown_without_every_probe(data: ReportData) -> None:
         (score("choice", 0.5, 9.0), score("choice", 0.5, 1.0), 0),
         (score("loss", None, 1.0), score("loss", None, 2.0), 1),
         (score("loss", None, 2.0), score("loss", None, 1.0), -1),
+        (score("loss", None, float("nan")), score("loss", None, 9.0), -1),
+        (score("loss", None, 9.0), score("loss", None, float("nan")), 1),
     ],
 )
 def test_compare(one: dict[str, Any], other: dict[str, Any], sign: int) -> None:
