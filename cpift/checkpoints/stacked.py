@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.config.settings import layer_of
+from cpift.config.settings import BEFORE_LAYERS, layer_of
 from cpift.errors import CheckpointError, Problem
 from cpift.formats.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-# Of tensors outside of layers those before them.
-_BEFORE = re.compile(r"embed(?!_out)|wte|wpe|project_in", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Layers(Checkpoint):
         """The name that a tensor gets; nothing where it is left out."""
         layer, place = layer_of(name), self._place
         if layer is None:
-            there = place.at == 0 if _BEFORE.search(name) else place.at + place.count == place.total
+            there = place.at == 0 if BEFORE_LAYERS.search(name) else place.at + place.count == place.total
             return name if there else ""
         stack, number = layer
         if not place.first <= number < place.first + place.count:

@@ -23,7 +23,8 @@ _Case = dict[str, str | float | tuple[float, ...]]
 Plain = float | tuple[float | _Case, ...]
 MOST = 1000  # numbers of a gradient, and cases
 _LAYER = re.compile(r"(?:^|.*?\.)(\d+)\.")
-_FIRST = re.compile(r"embed|wte|wpe", re.IGNORECASE)
+# Of tensors outside of layers those before them; `embed_out` is an output layer.
+BEFORE_LAYERS = re.compile(r"embed(?!_out)|wte|wpe|project_in", re.IGNORECASE)
 _EXAMPLE = "give a number, a list of numbers, or a list of {filter: text, value: number or list}"
 
 
@@ -159,7 +160,11 @@ def places_of(names: Iterable[str], first: int = 0) -> dict[str, float]:
     for found in filter(None, layers.values()):
         last[found[0]] = max(last.get(found[0], 0), found[1])
     return {
-        name: (found[1] - first) / max(last[found[0]] - first, 1) if found else 0.0 if _FIRST.search(name) else 1.0
+        name: (found[1] - first) / max(last[found[0]] - first, 1)
+        if found
+        else 0.0
+        if BEFORE_LAYERS.search(name)
+        else 1.0
         for name, found in layers.items()
     }
 

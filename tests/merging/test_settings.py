@@ -65,6 +65,8 @@ def test_each_tensor_has_its_number(
 
 def test_places_and_gradients() -> None:
     assert list(places_of(NAMES).values()) == [0, 0, 0, 0.5, 0.5, 1, 1, 1]
+    ends = ("gpt_neox.embed_in.weight", "decoder.project_in.weight", "decoder.project_out.weight", "embed_out.weight")
+    assert list(places_of(ends).values()) == [0, 0, 1, 1]
     assert [value_at([0, 1, 0], "x", place) for place in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 0]
     assert value_at([0.3], "x", 0.7) == 0.3
     assert shown_setting(GRADIENT) == "(attn 0.2 … 0.8; else 0.4)"
