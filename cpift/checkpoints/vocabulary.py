@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.layout import layout_of
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.pretrained.architecture import embedding_names
+from cpift.pretrained.architecture import embedding_names, skeleton
 from cpift.pretrained.tying import file_name
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ def token_tensors(base: Checkpoint) -> set[str]:
     """Tensors of `base` with a row for every token: of its input embedding and of its output layer."""
     if not base.config:
         return set()
-    names = {file_name(name, set(base.tensors)) for name in (*embedding_names(base.folder), *base.ties)}
-    return {name for name in names if name is not None}
+    names = {name: file_name(name, set(base.tensors)) for name in (*embedding_names(base.folder), *base.ties)}
+    if any(found is None and name not in base.ties for name, found in names.items()):  # a file has another name for it
+        shapes = {info.name: info.shape for info in base.tensors.values() if info.floating}
+        layout = layout_of(skeleton(base.folder), shapes)
+        names |= {name: layout.tensor_of(name) for name, found in names.items() if found is None}
+    return {found for found in names.values() if found is not None}
 
 
 def resized(base: Checkpoint, other: Checkpoint) -> tuple[str, ...]:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_merged
 from cpift.checkpoints.united import MISSING, PADDING, Rows, UnitedCheckpoint
 from cpift.checkpoints.uniting import united, united_notes
+from cpift.checkpoints.vocabulary import token_tensors
 from cpift.config.fusion import FusionConfig, TokenConfig
 from cpift.errors import CheckpointError
 from tests.helpers.toys import WIDTH, formula, make_toy, write_tokenizer
@@ -138,3 +140,9 @@ def test_tokens_that_a_model_has_not_are_refused_by_name(toys: dict[str, Checkpo
         united(toys["base"], tuned, FusionConfig(method="linear", vocabulary="union", tokens=tokens))
     assert "fusion.tokens.<c>: asks for '<c>' of one, which has no such token" in str(caught.value)
     assert "fusion.tokens.<b>: asks for row 11 of two, which has 11" in str(caught.value)
+
+
+def test_rows_of_tokens_are_found_where_files_name_them_otherwise_than_the_class(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=5, **sizes)).save_pretrained(tmp_path)
+    assert token_tensors(Checkpoint(tmp_path)) == {"gpt_neox.embed_in.weight", "embed_out.weight"}
