@@ -1,6 +1,6 @@
 """A merge whose workers share an object store instead of a folder: masks fetched slice by slice, shards uploaded.
 
-    <storage>/fuse-<fingerprint>/masks/<task>.safetensors    uploaded before the first shard
+    <storage>/fuse-<fingerprint>/masks/0/<task>.safetensors  uploaded before the first shard; sets of masks are numbered
     <storage>/fuse-<fingerprint>/<shard>                     by the worker that made it; its note after it
     <storage>/fuse-<fingerprint>/…                           config, tokenizer, index, and the manifest last
 
@@ -10,11 +10,11 @@ run's folder holds the model too. What is in the store from an interrupted run i
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -51,16 +51,16 @@ class StoredMasks(RegionMasks):
 
 def with_stored_masks(method: MergeMethod, store: ObjectStore) -> MergeMethod:
     """The method as workers get it: its masks, if it has any, uploaded to the store and read from there."""
-    masks = method.masks
-    if masks is None:
-        return method
-    place = store.folder(_MASKS)
-    for file in masks.files.values():
-        if place.size(file.name) != file.stat().st_size:
-            place.put(file, file.name)
-    sent: Any = copy.copy(method)
-    sent.masks = StoredMasks(place, masks.infos, isinstance(masks, NoCores))
-    return cast(MergeMethod, sent)
+    numbers = count()
+
+    def stored(masks: RegionMasks) -> RegionMasks:
+        place = store.folder(f"{_MASKS}/{next(numbers)}")
+        for file in masks.files.values():
+            if place.size(file.name) != file.stat().st_size:
+                place.put(file, file.name)
+        return StoredMasks(place, masks.infos, isinstance(masks, NoCores))
+
+    return method.with_masks(stored)
 
 
 def merge_into(

@@ -201,10 +201,6 @@ class RunConfig(Section):
         for field, names in (("slices", named), ("tokens", asked), ("vocabulary", kept)):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"fusion.{field}: {unknown[0]!r} is no model; there are {', '.join(known)}")
-        if fusion.slices and self.resources.remote_storage:
-            raise ValueError(
-                "resources.storage: is an object store, and slices of layers are merged in folders; unset it"
-            )
         if fusion.slices and (idle := [name for name in known[1:] if name not in named]):
             raise ValueError(f"fusion.slices: have no layers of tasks.{idle[0]}; leave that task out")
         return self

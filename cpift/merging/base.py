@@ -99,7 +99,6 @@ class MergeMethod(ABC):
     on_gpu: ClassVar[bool] = False  # whether slices on a GPU are merged there
     compared_where: ClassVar[str] = "sampled elements"  # what verification holds against the definition
 
-    masks: RegionMasks | None = None  # of elements that it treats in another way
     statistics: dict[str, Any] | None = None  # by tensor, kept for merges that differ in `late` fields alone
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
@@ -176,11 +175,14 @@ class MergeMethod(ABC):
 
     def placed(self, at: Destination) -> Self:
         """A copy that reads its models and masks to `at`."""
-        other = copy.copy(self)
+        other = self.with_masks(at.masks)
         other.pretrained = at.model(self.pretrained)
         other.tuned = {task: at.model(model) for task, model in self.tuned.items()}
-        other.masks = None if self.masks is None else at.masks(self.masks)
         return other
+
+    def with_masks(self, read: Callable[[RegionMasks], RegionMasks]) -> Self:
+        """A copy that reads all its masks as `read` gives them."""
+        return copy.copy(self)
 
     def named(self, where: str) -> AbstractContextManager[None]:
         """Around what a user's method may do wrong at a place."""

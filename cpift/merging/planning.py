@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 from cpift.checkpoints.checkpoint import Checkpoint, differences, first_problems
@@ -20,14 +21,14 @@ from cpift.checkpoints.opening import (
 from cpift.checkpoints.uniting import united_notes
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.needs import NEEDS, absent_extra
-from cpift.config.run import RunConfig
+from cpift.config.run import FusionConfig, RunConfig
 from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
-from cpift.formats.safetensors import DTYPES
+from cpift.formats.safetensors import DTYPES, TensorInfo
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import METHODS, method_named
 from cpift.merging.settings import Settings
 from cpift.merging.stacks.inputs import slice_problems
-from cpift.merging.stacks.planning import check_stack, stack_notes
+from cpift.merging.stacks.planning import check_stack, open_stack, stack_notes
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
 from cpift.pretrained.loading import code_problems
@@ -126,25 +127,38 @@ def check_budget(config: RunConfig) -> list[Problem]:
     from cpift.checkpoints.slices import pieces
     from cpift.merging.engine import buffers_within
 
-    folder = at_hand(config.model)
-    if folder is None:
-        return []
     try:
-        base = Checkpoint(folder)
+        parts = list(_merges(config))
     except (CpiftError, OSError):
         return []  # `check_given` says what is wrong with it
-    method, largest = method_named(config.fusion.method), 0
-    held = [(method.held(config.fusion, info, len(config.tasks)), info.name) for info in base.tensors.values()]
-    for info in base.tensors.values():
-        parts = pieces(info.numel, method.row_width(config.fusion, info))
-        largest = max(largest, *((stop - start) * info.itemsize for start, stop in parts[:1]), 0)
-    models = 1 + len(config.tasks) + (config.backbone_source != "pretrained")
+    if not parts:
+        return []
+    every = [(method_named(fusion.method), fusion, tasks, info) for fusion, tasks, infos in parts for info in infos]
+    held = [(method.held(fusion, info, tasks), info.name) for method, fusion, tasks, info in every if info.floating]
+    first = [(pieces(info.numel, method.row_width(fusion, info))[:1], info) for method, fusion, _, info in every]
+    largest = max(((stop - start) * info.itemsize for piece, info in first for start, stop in piece), default=0)
+    beside = config.backbone_source != "pretrained" or bool(config.fusion.slices)  # of a stack, the names that it gets
+    models = 1 + max(tasks for _, tasks, _ in parts) + beside
+    most = max(held, key=itemgetter(0), default=(0, ""))
     try:
-        buffers_within(config.resources.memory_budget, largest, models, *max(held, default=(0, "")))
+        buffers_within(config.resources.memory_budget, largest, models, *most)
     except CpiftError as error:
         where, _, what = str(error).partition(": ")
         return [Problem(where, *what.split(" → "))]
     return []
+
+
+def _merges(config: RunConfig) -> Iterator[tuple[FusionConfig, int, list[TensorInfo]]]:
+    """How tensors are merged, of how many tasks, and which: θ0's, with other tokens if asked for, or each slice's."""
+    fusion, folder = config.fusion, at_hand(config.model)
+    if fusion.slices:
+        stack = open_stack(config)
+        for part in stack.parts if stack is not None else ():
+            yield part.config, len(part.inputs.tuned), list(part.inputs.pretrained.tensors.values())
+    elif folder is not None:
+        folders = folders_at_hand(config) if fusion.by_tokens else None
+        base = Checkpoint(folder) if folders is None else open_merged(*folders, fusion)[0]
+        yield fusion, len(config.tasks), list(base.tensors.values())
 
 
 def given_notes(config: RunConfig) -> Iterator[str]:

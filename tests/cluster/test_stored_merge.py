@@ -164,6 +164,6 @@ def test_regions_and_fusion_of_two_nodes_through_s3(tmp_path: Path, sharded_mode
     }
     local = {file.name: file.stat().st_size for file in made["spread"].iterdir() if file.is_file()}
     assert {name: size for name, size in uploaded.items() if name in local} == local
-    assert {"masks/t0.safetensors", "manifest.json"} <= uploaded.keys()
+    assert {"masks/0/t0.safetensors", "manifest.json"} <= uploaded.keys()
     manifest = read_json(made["spread"] / "manifest.json")
     assert all(manifest["outputs"][name] == file_sha256(made["here"] / name) for name in shards_of(made["here"]))

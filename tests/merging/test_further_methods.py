@@ -21,11 +21,10 @@ from cpift.merging.base import FusionInputs, Materials
 from cpift.merging.checks import failures
 from cpift.merging.engine import merge
 from cpift.merging.registry import method_named
-from cpift.merging.settings import Largest, write_trimmed
 from cpift.merging.updates.dare import survives
 from cpift.merging.verify import verify
-from cpift.method.regions import Streaming
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.ways_to_merge import CASES, masks_of
 
 SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "wide": (16, 40), "cube": (3, 5, 7), "none": (0, 4)}
 
@@ -49,14 +48,6 @@ def merged(folder: Path, inputs: FusionInputs, seed: int = 0, **fields: Any) -> 
     return Checkpoint(folder)
 
 
-def masks_of(config: FusionConfig, folder: Path, wanted: Largest) -> list[Path]:
-    folders = [folder / str(number) for number in range(len(wanted.shares))]
-    for one in folders:
-        one.mkdir(parents=True)
-    write_trimmed(wanted, config, folders, Streaming())
-    return folders
-
-
 def vectors(*values: list[float]) -> list[Mapping[str, torch.Tensor]]:
     return [{"w": torch.tensor(value)} for value in values]
 
@@ -73,27 +64,6 @@ def random_models(tasks: int, dtype: torch.dtype) -> list[Mapping[str, torch.Ten
     return [base, *tuned]
 
 
-CASES = {
-    "dare_ties": (3, {"density": 0.5, "weights": {"t1": 0.5}}),
-    "nearswap": (1, {"t": 0.05}),
-    "model_stock": (3, {}),
-    "karcher": (3, {"weights": {"t1": 0.5}}),
-    "ram": (3, {"threshold": 0.1}),
-    "magmax": (3, {"scale": 0.7}),
-    "consensus": (3, {"weights": {"t1": 0.5}}),
-    "breadcrumbs": (3, {"density": 0.5, "gamma": 0.1, "weights": {"t1": 0.5}, "normalize": True}),
-    "breadcrumbs_ties": (3, {"density": 0.5, "gamma": 0.1, "densities": {"t1": 0.95}, "trim": "global"}),
-    "ram_plus": (3, {"threshold": 0.1, "rescale": 1.0, "rescale_limit": 5.0, "granularity": "model"}),
-    "della": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
-    "della_linear": (3, {"density": 0.5, "window": 0.2, "weights": {"t1": 0.5}}),
-    "sce": (3, {"density": 0.3, "scale": 0.7}),
-    "arcee_fusion": (1, {}),
-    "pcb": (3, {"density": 0.3, "scale": 0.7, "trim": "global"}),
-    "iso_c": (3, {"scale": 0.7}),
-    "tsv_m": (3, {"scale": 0.7}),
-    "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
-    "multislerp": (3, {"weights": {"t1": 0.5}, "space": "delta"}),
-}
 WHOLE = (
     "model_stock",
     "karcher",

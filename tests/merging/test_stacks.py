@@ -15,13 +15,19 @@ import torch
 import cpift
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
+from cpift.cluster.stored_merge import with_stored_masks
 from cpift.config.fusion import FusionConfig, SliceConfig, SourceConfig
 from cpift.config.loading import parse_config
-from cpift.errors import ConfigError
+from cpift.disk.object_store import ObjectStore
+from cpift.errors import ConfigError, CpiftError
 from cpift.merging.base import MergeMethod
-from cpift.merging.stacks.inputs import stack_inputs
+from cpift.merging.engine import merge
+from cpift.merging.settings import Largest
+from cpift.merging.stacks.inputs import Part, stack_inputs
 from cpift.merging.stacks.method import StackMerge
+from tests.helpers.checkpoints import shards_of
 from tests.helpers.toys import make_toy
+from tests.helpers.ways_to_merge import masks_of
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,43 @@ def test_whatever_is_asked_about_a_tensor_is_asked_of_its_slice() -> None:
         if "info" in inspect.signature(made).parameters
     }
     assert about <= set(vars(StackMerge))
-    assert {"at", "prepare", "models", "named"} <= set(vars(StackMerge))
+    assert {"at", "prepare", "models", "named", "with_masks"} <= set(vars(StackMerge))
+
+
+def test_a_slice_whose_matrices_do_not_fit_is_named(toys: Path, tmp_path: Path) -> None:
+    """Of one task a slice the sizes of one count, though there are two; as planned, and as merged."""
+    names = ("one", "two")
+    apart: list[Any] = [{"sources": [source("pretrained", 0, 3), source(name, 0, 3)]} for name in names]
+    fields: dict[str, Any] = {"method": "tsv_m", "memory_budget": 20_000}
+    assert merged(toys, tmp_path / "apart", apart, **fields).checks
+    both: list[Any] = [{"sources": [source(name, 0, 3) for name in ("pretrained", *names)]}]
+    said = r"by whole tensors, of which model\.layers\.0\.mlp\.down_proj\.weight takes 0 MiB → give at least 1 MiB"
+    with pytest.raises(ConfigError, match=said):
+        merged(toys, tmp_path / "both", both, **fields)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpift.merging.planning.check_budget", lambda config: [])
+        with pytest.raises(CpiftError, match=said):
+            merged(toys, tmp_path / "both", both, **fields)
+
+
+def test_workers_beside_an_object_store_have_the_masks_of_each_slice(toys: Path, tmp_path: Path) -> None:
+    pair = (SourceConfig(model="pretrained", layer_range=(0, 2)), SourceConfig(model="one", layer_range=(1, 3)))
+    slices = (SliceConfig(sources=pair), SliceConfig(sources=pair, density=0.7))
+    config = FusionConfig(method="ties", density=0.3, slices=slices)
+    inputs = stack_inputs(config, *open_models(toys / "base", {"one": toys / "one"}, whole=False))
+
+    def trimmed(part: Part, wanted: Largest) -> list[Path]:
+        return masks_of(part.config, tmp_path / part.folder, wanted)
+
+    method = StackMerge.of(inputs, 0, trimmed)
+    sent = pickle.loads(pickle.dumps(with_stored_masks(method, ObjectStore(f"file://{tmp_path}/store"))))
+    for folder in ("here", "sent"):
+        (tmp_path / folder).mkdir()
+    merge(method, inputs.backbone, tmp_path / "here", "inputs", shard_size=1000)
+    for folder in ("trimmed-0", "trimmed-1"):
+        shutil.rmtree(tmp_path / folder)
+    merge(sent, inputs.backbone, tmp_path / "sent", "inputs", shard_size=1000)
+    assert shards_of(tmp_path / "here") == shards_of(tmp_path / "sent")
 
 
 def test_workers_get_the_method_of_each_slice(toys: Path) -> None:
@@ -175,9 +217,6 @@ def test_a_model_that_is_made_first_has_no_layers_to_give(toys: Path) -> None:
     raw = {"name": "x", "tasks": [{"name": "one", "checkpoint": {"path": str(toys / "one")}}]}
     raw |= {"model": {"gguf": {"file": "x.gguf"}}, "fusion": {"method": "passthrough", "slices": slices}}
     with pytest.raises(ConfigError, match=r"fusion\.slices: is of models as their files have them, and θ0 is made of"):
-        parse_config(raw, toys, "x")
-    raw |= {"model": {"path": str(toys / "base")}, "resources": {"storage": "s3://bucket/folder"}}
-    with pytest.raises(ConfigError, match=r"resources\.storage: is an object store, and slices of layers"):
         parse_config(raw, toys, "x")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,27 @@ WANTED: dict[str, Formula] = {
     "ties": elected((0.5, 0.3), (0.5, 0.5), normalize=True, scale=1.0),
     "ties_sum": elected((0.8, 0.6), (0.4, 0.4), normalize=False, scale=1.2),
 }
+
+
+BY_TASK = {"weights": {"one": 0.5, "two": [0.2, 0.8]}, "densities": {"one": 0.6, "two": 0.9}}
+DENSITIES = {"densities": {"one": 0.6, "two": 0.4}}
+READ: dict[str, dict[str, Any]] = {
+    "breadcrumbs": {"gamma": 0.02, "normalize": True, "scale": 0.9, "dtype": "bfloat16", **BY_TASK},
+    "breadcrumbs_ties": {"gamma": 0.05, "weight": 0.5, "density": 0.7, "normalize": False},
+    "della": {"window": 0.1, "weight": 0.5, "normalize": False, "scale": 1.1, "dtype": "bfloat16", **DENSITIES},
+    "della_linear": {"window": 0.15, "weight": 0.5, "density": 0.5, "dtype": "bfloat16"},
+    "sce": {"density": 0.5},
+    "arcee_fusion": {},
+    "ramplus_tl": {"method": "ram_plus", "threshold": 0.0001, "rescale": 0.2, "rescale_limit": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_parameters_have_our_names(name: str) -> None:
+    read = read_mergekit(parse_yaml(file(name).read_text()))
+    assert not read.problems
+    assert read.fields == {"method": name} | READ[name]
+    assert read.models == {task: task for task in (["one"] if name == "arcee_fusion" else ["one", "two"])}
 
 
 @pytest.mark.parametrize("name", REFUSED)

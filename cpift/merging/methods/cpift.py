@@ -8,7 +8,7 @@ memory, the number of workers or where a shard ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -74,7 +74,6 @@ class Fusion(MergeMethod):
     late = ("omega", "epsilon")
     on_gpu = True
     compared_where = "sampled elements in no core"
-    masks: RegionMasks
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         super().__init__(inputs, config, seed)
@@ -84,7 +83,7 @@ class Fusion(MergeMethod):
             self._conflict = rule()
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
-        self.masks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
+        self.masks: RegionMasks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
         self._model: tuple[torch.Tensor, TensorRecord] | None = None
 
     @classmethod
@@ -108,6 +107,11 @@ class Fusion(MergeMethod):
         other, inputs = super().placed(at), self.inputs
         backbone = at.model(inputs.backbone)
         other.inputs = replace(inputs, pretrained=other.pretrained, backbone=backbone, tuned=other.tuned)
+        return other
+
+    def with_masks(self, read: Callable[[RegionMasks], RegionMasks]) -> Fusion:
+        other = super().with_masks(read)
+        other.masks = read(self.masks)
         return other
 
     def merges(self, info: TensorInfo) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,11 @@ class Sce(MeasuredMerge):
         if len(tasks) > 1 or config.density == 1:
             return []
         return [Problem("tasks", "sce selects where fine-tunes differ, and there is one", "name another")]
+
+    def with_masks(self, read: Callable[[RegionMasks], RegionMasks]) -> Self:
+        other = super().with_masks(read)
+        other._selected = None if self._selected is None else read(self._selected)
+        return other
 
     def selected(self, name: str, start: int, stop: int) -> torch.Tensor:
         """bool [stop − start]"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,6 +39,11 @@ class TrimmedMerge(UpdateMerge):
         inputs = materials.inputs
         wanted = Largest(inputs.pretrained, inputs.tuned, cls.shares)
         return cls(inputs, materials.config, materials.trimmed(wanted))
+
+    def with_masks(self, read: Callable[[RegionMasks], RegionMasks]) -> Self:
+        other = super().with_masks(read)
+        other._masks = [read(masks) for masks in self._masks]
+        return other
 
     def kept(self, name: str, start: int, stop: int) -> torch.Tensor:
         """bool [N, stop − start]: the elements that are kept of each task's update."""

@@ -17,6 +17,7 @@ from cpift.merging.definition import Definition
 from cpift.merging.registry import method_named
 from cpift.merging.settings import Largest
 from cpift.merging.stacks.inputs import Part, StackInputs
+from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +30,7 @@ class StackMerge(MergeMethod):
 
     def __init__(self, inputs: StackInputs, parts: Sequence[MergeMethod]):
         self.stack, self.parts, self.config = inputs.backbone, list(parts), parts[0].config
-        self._of = {name: part for part in parts for name in part.pretrained.tensors}
+        self._of = _by_tensor(self.parts)
 
     @classmethod
     def of(cls, inputs: StackInputs, seed: int, trimmed: Callable[[Part, Largest], list[Path]]) -> Self:
@@ -44,6 +45,12 @@ class StackMerge(MergeMethod):
     def models(self) -> list[Checkpoint]:
         """What comes out, for its names; and as many as are read together at most."""
         return [self.stack, *max((part.models for part in self.parts), key=len)]
+
+    def with_masks(self, read: Callable[[RegionMasks], RegionMasks]) -> Self:
+        other = super().with_masks(read)
+        other.parts = [part.with_masks(read) for part in self.parts]
+        other._of = _by_tensor(other.parts)
+        return other
 
     def named(self, where: str) -> AbstractContextManager[None]:
         return self.parts[0].named(where)
@@ -71,3 +78,7 @@ class StackMerge(MergeMethod):
 
     def compares(self, info: TensorInfo) -> bool:
         return self._of[info.name].compares(info)
+
+
+def _by_tensor(parts: Sequence[MergeMethod]) -> dict[str, MergeMethod]:
+    return {name: part for part in parts for name in part.pretrained.tensors}
