@@ -115,8 +115,8 @@ class ReportRows(Section):
     """Rows that the search never sees: on them the best config, the run as it stands, θ0 and the fine-tunes are scored
     in the end."""
 
-    share: float = Field(0.5, **identity("sweep"), gt=0, lt=1, description="of each task's test rows")
-    seed: Seed = Field(0, **identity("sweep"), description="decides which rows")
+    share: float = Field(0.5, **identity("sweep", absent=0.5), gt=0, lt=1, description="of each task's test rows")
+    seed: Seed = Field(0, **identity("sweep", absent=0), description="decides which rows")
     tests: dict[str, DataSource] = Field(
         **identity("sweep", by="their rows"),
         default_factory=dict,
