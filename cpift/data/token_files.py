@@ -7,10 +7,8 @@ folder appears under its name only when it is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import pickle
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
 _ROWS, _FACTS, _SIZES = "rows.arrow", "facts.npy", "sizes.json"
 _FILES = (_ROWS, _FACTS)
-_UNKNOWN = secrets.token_hex(16)  # stands for libraries that somebody works on: what they write is of this process
+_UNKNOWN = secrets.token_hex(16)  # stands for what cannot be told, as libraries that somebody works on: of this process
 _PROBLEMS = 5  # after which rows are looked at no longer
 
 
@@ -131,8 +129,8 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     template = tokenizer.chat_template
     day = date.today().isoformat() if ASKS_TODAY in str(template) else ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # then the same one may look like another in another process, which costs time only
-        return [hashlib.sha256(pickle.dumps(tokenizer)).hexdigest(), day]
+    if backend is None:  # nothing tells whether it is the same in another process, which costs time only
+        return [type(tokenizer).__name__, template, day, _UNKNOWN]
     rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # what the last call left there
     special = sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     tokens = [tokenizer.special_tokens_map, tokenizer.eos_token_id, special, tokenizer.split_special_tokens]
@@ -151,7 +149,9 @@ def _opened(place: Path) -> TokenRows:
     from datasets import Dataset
 
     length = int(place.name.rpartition("-")[2])
-    return TokenRows(Dataset.from_file(str(place / _ROWS)), np.load(place / _FACTS), length, place.name)
+    return TokenRows(
+        Dataset.from_file(str(place / _ROWS)), np.load(place / _FACTS, allow_pickle=False), length, place.name
+    )
 
 
 def _keep(place: Path, chunks: Iterable[Chunk]) -> None:
