@@ -5,7 +5,7 @@
 # make gpu-check  ten minutes on a GPU: are its bits right, and how fast is it? Needs torch, Triton and numpy alone
 # make docs       build the site of docs/ into site/, to be opened from disk; strictly, and without the net
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke gpu-check docs test test-fast lint format clean
+.PHONY: help setup demo smoke gpu-check docs test all-tests test-fast lint format clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -70,7 +70,11 @@ docs: $(VENV)/.docs-ready
 # in its place the rest of that file would be waited for in vain.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-test: $(VENV)/.ready lint
+# Types are checked beside the tests: mypy takes a minute of one core, and tests with several processes wait now and then.
+test: $(VENV)/.ready
+	@$(MAKE) --no-print-directory --jobs 2 lint all-tests
+
+all-tests: $(VENV)/.ready
 	$(PYTEST) --durations 15
 
 test-fast: $(VENV)/.ready
