@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cpift.config.run import DataSource, EvaluationConfig, RunConfig, TaskConfig
     from cpift.rows.examples import Example
 
-SAMPLE = 128  # texts of each source of a task that `plan` writes in the chat template
-_SHOWN = 5
+# What `plan` writes of a task: training rows, up to so many characters, and texts of test rows; problems that it tells.
+SAMPLE, _CHARACTERS, _TESTED, _SHOWN = 128, 40_000, 48, 5
 _INTEGRATION = "integration.max_length"
 
 
@@ -260,14 +260,14 @@ def _sampled(
     others: Collection[RowUse],
     checks: RowChecks,
 ) -> int:
-    """Count the first rows, and more where none of those would be learnt from. Returns how many rows there are, as far
-    as they were read: to the end, if nothing was wrong with them.
-
-    Of the others one of each shape is written, for its template may refuse it, and the longest.
+    """Count the first rows, and more where none of those would be learnt from. Returns how many rows were read: all, if
+    nothing was wrong with them. Of the others one of each shape is written, for its template may refuse it, and the
+    longest.
     """
-    shapes, bad, number, longest = Shapes(tokenizer), 0, 0, None
+    shapes, bad, number, longest, characters = Shapes(tokenizer), 0, 0, None, 0
     for number, example in enumerate(examples, start=1):
-        counted = number <= SAMPLE or not all(use.used for use in uses)
+        counted = (number <= SAMPLE and characters <= _CHARACTERS) or not all(use.used for use in uses)
+        characters += size_of(example)
         if not shapes.add(example) and not counted:
             longest = example if longest is None or size_of(example) > size_of(longest) else longest
             continue
@@ -325,6 +325,6 @@ def _check_test(
     from cpift.evaluation.rows import check_rows
 
     try:
-        checks.scored = max(checks.scored, check_rows(tokenizer, [task], settings, SAMPLE))
+        checks.scored = max(checks.scored, check_rows(tokenizer, [task], settings, _TESTED))
     except DataError as error:
         checks.problems += error.problems[:_SHOWN]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from cpift.config.inputs import ScratchModel
-from cpift.config.loading import parse_config
+from cpift.config.loading import load_config, parse_config
 from cpift.config.needs import require_extra
 from cpift.config.run import RunConfig
 from cpift.console.view import quiet
@@ -20,7 +20,7 @@ from cpift.errors import ConfigError, DataError
 from cpift.models.scratch import make_scratch_tokenizer
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.preflight import preflight
+from cpift.pipeline.preflight import examined, preflight
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
 from tests.helpers.families import VISION_LANGUAGE, make_family
@@ -299,3 +299,13 @@ def test_training_a_vision_language_model_is_refused(gpt2: Path, tmp_path: Path)
     for stage in (None, "run", "probe"):
         with pytest.raises(ConfigError, match=r"model.path: .*only models of text alone are trained"):
             preflight(run_of(tmp_path, ROWS, {"path": str(tmp_path / "model")}), stage=stage)
+
+
+def test_long_rows_are_a_smaller_sample(smoke_config: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(f'{{"prompt": "spell ba", "completion": "{"b a " * 2500}b"}}\n' * 20, encoding="utf-8")
+    task = {"name": "long", "metric": "loss", "train": {"file": str(rows)}}
+    config = load_config(smoke_config, [], {"tasks": [task], "integration": None, "output": str(tmp_path / "run")})
+    (seen,) = [row for row in examined(config, stage="probe").rows if row["field"] == "probe.max_length"]
+    assert (seen["in_all"], seen["all"]) == (20, False)
+    assert 4 <= seen["rows"] < 20
