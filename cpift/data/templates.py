@@ -84,6 +84,20 @@ def _explain(error: Exception) -> str:
     return f"fails ({type(error).__name__}: {message})"
 
 
+def serving(module: str) -> subprocess.Popen[bytes]:
+    """A process of one thread without torch that runs `serve()` of a module: questions go to its input."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from {module} import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment | {"TOKENIZERS_PARALLELISM": "false", "USE_TORCH": "0"},
+        start_new_session=True,  # Ctrl-C is for this process, with which the child's input ends
+    )
+
+
 class Renderer:
     """A child process that renders templates, begun with the first question and anew after one that ended it."""
 
@@ -116,17 +130,7 @@ class Renderer:
     def start(self) -> subprocess.Popen[bytes]:
         """Begin the child if there is none; does not wait until it is ready."""
         if self._child is None or self._child.poll() is not None or self._owner != os.getpid():
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "USE_TORCH": "0"}
-            self._owner = os.getpid()
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", "from cpift.data.templates import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, with which the child's input ends
-            )
+            self._owner, self._child = os.getpid(), serving(__name__)
         return self._child
 
     def _ended(self, child: subprocess.Popen[bytes]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from itertools import chain, islice
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
-from cpift.data.templates import checked_templates
+from cpift.data.templates import checked_templates, serving
 from cpift.data.tokenise import IGNORED, UNCUT, tokenise
 from cpift.errors import CpiftError, DataError, Problem
 from cpift.rows.examples import Example
@@ -125,16 +124,7 @@ class _Helper:
     """A process that tokenises; it ends with the block."""
 
     def __init__(self, settings: tuple[PreTrainedTokenizerBase, int]):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "USE_TORCH": "0"}
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", "from cpift.data.token_workers import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, with which the child's input ends
-        )
+        self._child = serving(__name__)
         self._settings: Any = settings
 
     def __enter__(self) -> _Helper:
