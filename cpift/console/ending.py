@@ -33,16 +33,20 @@ def stopping() -> bool:
 
 @contextlib.contextmanager
 def ended_in_order() -> Iterator[None]:
-    """For a whole command: after a signal the process ends here, with 128 and its number."""
-    listen()
-    try:
-        yield
-    except BaseException as error:
-        if _received is not None:  # whatever came of it: our KeyboardInterrupt, or something that failed
-            _end(_received)
-        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # by Ray's handler, while it starts
-            _end(signal.SIGTERM)
-        raise
+    """For a whole command: after a signal the process ends here, with 128 and its number.
+
+    A program that calls a command within its own process has its handlers back after it.
+    """
+    with _restored():
+        listen()
+        try:
+            yield
+        except BaseException as error:
+            if _received is not None:  # whatever came of it: our KeyboardInterrupt, or something that failed
+                _end(_received)
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # by Ray's handler, while it starts
+                _end(signal.SIGTERM)
+            raise
 
 
 def leave_threads(code: int) -> None:
@@ -58,6 +62,7 @@ def listen() -> None:
 
     Only the main thread can, and what a parent told us to ignore (nohup) stays ignored.
     """
+    global _listening
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _SIGNALS:
@@ -67,26 +72,60 @@ def listen() -> None:
         _pipe.extend(os.pipe())
         os.set_blocking(_pipe[1], False)
         threading.Thread(target=_watch, args=(_pipe[0],), name="cpift-signals", daemon=True).start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_left_to_the_parent)
     signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+    _listening = True
 
 
 _pipe: list[int] = []
+_listening = False
+
+
+def _left_to_the_parent() -> None:
+    """In a forked child (a pool of processes): its signals are its own. It would write them into its parent's pipe, and
+    who ended the child by SIGTERM would end the parent."""
+    global _listening
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _on_signal:
+                signal.signal(number, signal.SIG_DFL)
+        _listening = False
+    _pipe.clear()
 
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Around what sets handlers of its own (Ray): a command listens again after it, others get theirs back."""
-    ours = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _SIGNALS} if ours else {}
+    if _listening:
+        try:
+            yield
+        finally:
+            listen()
+    else:
+        with _restored():
+            yield
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """The handlers that were there are there again, and so is the descriptor that hears of signals."""
+    global _listening
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    listening, pipe = _listening, signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(pipe)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
-        if _pipe:
-            listen()
-        else:
-            for number, handler in before.items():
-                if handler is not None:  # set by other means than Python's
-                    signal.signal(number, handler)
+        for number, handler in before.items():
+            if handler is not None:  # set by other means than Python's
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(pipe)
+        _listening = listening
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

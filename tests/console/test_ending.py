@@ -86,6 +86,41 @@ def test_what_a_parent_says_is_ignored_stays_ignored() -> None:
     assert process.returncode == 128 + signal.SIGTERM
 
 
+FORKS = """
+import os, signal, time
+from cpift.console.ending import ended_in_order
+def forked(work):
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return child
+def waits():
+    os.write(written, b"x")
+    time.sleep(60)
+def command():  # within a forked process it hears its own signals
+    with ended_in_order():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+read, written = os.pipe()
+before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+with ended_in_order():
+    for work in (waits, waits, command):  # a pool of processes ends them like this
+        child = forked(work)
+        if work is waits:
+            os.read(read, 1)
+            os.kill(child, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    time.sleep(0.5)
+print((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before, signal.set_wakeup_fd(-1))
+"""
+
+
+def test_signals_of_forked_processes_do_not_end_the_command_and_handlers_are_given_back() -> None:
+    run = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, preexec_fn=_listens)
+    assert (run.returncode, run.stdout) == (0, "-15\n-15\n143\nTrue -1\n")
+
+
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 
