@@ -127,6 +127,7 @@ def regions(
     config = merge_config(base, models, where, fields)
     from cpift.checkpoints.checkpoint import Checkpoint
     from cpift.checkpoints.opening import open_models
+    from cpift.merging.on_device import device_merging
     from cpift.method.regions import Streaming, select_regions, write_regions
     from cpift.pipeline.identity import StageArtifacts
     from cpift.pipeline.preflight import preflight
@@ -139,12 +140,13 @@ def regions(
     fingerprints = {task: model.fingerprint for task, model in artifacts.tuned.items()}
     origin = Origin(artifacts.base.fingerprint, fingerprints, config.regions, shapes)
     models_read: list[Checkpoint] = [pretrained, *tuned.values()]
+    merging = device_merging(config.resources)
+    streaming = Streaming(budget=config.resources.memory_budget, mark=merging.mark if merging else None)
     if place is None:
-        selected = Cores(select_regions(pretrained, tuned, config.regions), origin)
+        selected = Cores(select_regions(pretrained, tuned, config.regions, streaming), origin)
         for model in models_read:
             model.require_unchanged()
         return selected
-    streaming = Streaming(budget=config.resources.memory_budget)
     with folder_made(place) as partial:
         write_regions(pretrained, tuned, config.regions, {config.regions.p: partial}, streaming)
         for model in models_read:

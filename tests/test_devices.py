@@ -140,7 +140,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
 
 def test_nothing_but_devices_asks_torch_for_gpus() -> None:
     """The word stands where it is a config's, or another tool's option, and not for torch."""
-    words = ("devices", "fit", "training", "mergekit_flags")
+    words = ("devices", "fit", "training", "mergekit_flags", "on_device", "options")
     for path in CPIFT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_bf16_supported", "accelerator")

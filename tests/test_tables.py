@@ -25,7 +25,7 @@ from cpift.data import sources as row_sources
 from cpift.data import tasks as data
 from cpift.errors import CpiftError, entry
 from cpift.evaluation import metrics
-from cpift.merging import conflicts, registry
+from cpift.merging import conflicts, on_device, registry
 from cpift.merging.methods import cpift as fusion
 from cpift.method import groups as grouping
 from cpift.method import measures
@@ -63,7 +63,7 @@ TABLES: dict[str, Collection[str]] = {
     "IntegrationConfig.freeze": fit_spec.FREEZES,
     "IntegrationConfig.stages": integrate.STAGES,
     "ResourcesConfig.strategy": SHARDED,
-    "ResourcesConfig.device": get_args(devices.Device),
+    "ResourcesConfig.device": on_device.DEVICES,
     "RunConfig.tracking": tracking.TRACKERS,
     "ModelConfig.dtype": planning.KEPT_BYTES,
     "Search.method": sweep_searching.SEARCHES,

@@ -34,7 +34,7 @@ from cpift.errors import CpiftError, StageError, first_line
 from cpift.extensions import modules_beside
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
-from cpift.merging.engine import Place, merge_shards
+from cpift.merging.engine import Place, Tell, merge_shards
 
 _RETRIES = 3
 _TASKS_A_CPU = 4  # so many tasks are cut for every processor, to even out their times
@@ -52,10 +52,16 @@ def merging_of(resources: ResourcesConfig, stored: bool = True) -> RayMerging:
 class RayMerging:
     """How a pipeline on a cluster selects and merges (`merging.engine.Merging`)."""
 
+    in_passing = False
+
     def __init__(self, resources: ResourcesConfig):
         self._resources = resources
         self._cpus = max(1, math.ceil(resources.cpus_per_worker))
         self._store = ObjectStore(str(resources.storage)) if resources.remote_storage else None
+
+    def telling(self, tell: Tell) -> RayMerging:
+        """It has nothing to tell."""
+        return self
 
     def session(self) -> AbstractContextManager[None]:
         """Keep one connection over several stages."""

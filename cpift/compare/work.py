@@ -47,7 +47,8 @@ class ComparisonWork:
     them alone. Raises ConfigError if that leaves nothing."""
 
     def __init__(self, comparison: Comparison, engine: Engine, view: View, known: Collection[tuple[str, int]] = ()):
-        self.comparison, self.view, self._merging = comparison, view, engine.merging
+        self.comparison, self.view = comparison, view
+        self._merging = engine.merging.telling(view.note) if engine.merging else None
         self.entries = [
             Entry(method, self._pipeline(method, seed))
             for seed in comparison.seeds

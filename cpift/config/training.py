@@ -219,11 +219,12 @@ class ResourcesConfig(Section):
         description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
         "all nodes see, or `storage` a URI",
     )
-    device: Literal["cpu", "cuda"] = Field(
+    device: Literal["auto", "cpu", "cuda"] = Field(
         "cpu",
         **identity(),
         description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
-        "GPU (NVIDIA or AMD) and runs the Triton kernels there",
+        "GPU (NVIDIA or AMD) and runs the Triton kernels there; `auto` times it and the CPU on the first elements and "
+        "takes the faster, without a GPU the CPU. The bytes are the same",
     )
     verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
     max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")

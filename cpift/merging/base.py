@@ -173,6 +173,11 @@ class MergeMethod(ABC):
         """Every model that is read, each once."""
         return [*([self.pretrained] if self.needs_base else []), *self.tuned.values()]
 
+    @property
+    def leaves_host(self) -> bool:
+        """Whether it, as it is configured, is merged on a GPU where there is one."""
+        return self.on_gpu
+
     def placed(self, at: Destination) -> Self:
         """A copy that reads its models and masks to `at`."""
         other = self.with_masks(at.masks)

@@ -37,6 +37,7 @@ _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
 Place = Callable[[MergeMethod], MergeMethod]
 MergeShards = Callable[[MergeMethod, Sequence[Shard], Path, str, int, OnElements], dict[str, ShardRecord]]
+Tell = Callable[[str], None]  # takes a sentence worth knowing
 
 
 def merge(
@@ -184,6 +185,13 @@ def _kept(record: ShardRecord | None) -> ShardRecord:
 
 class Merging(Protocol):
     """Where selection and merging run; `None` in place of one is this process."""
+
+    @property
+    def in_passing(self) -> bool:
+        """Whether models may be read by this process's processors, which then measure changes in passing."""
+
+    def telling(self, tell: Tell) -> Merging:
+        """The same, which tells what it finds out about where it runs."""
 
     def session(self) -> AbstractContextManager[None]:
         """Keep one connection over several stages."""

@@ -5,8 +5,9 @@ Core regions and merged models have the CPU's bits, and so its fingerprints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,12 +18,12 @@ from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.devices import current_gpu, visible_gpus
-from cpift.errors import Problem
+from cpift.errors import Problem, entry
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
-from cpift.merging.engine import Place, merge_shards
+from cpift.merging.engine import Merging, Place, Tell, merge_shards
 from cpift.merging.registry import METHODS
 from cpift.method.masks import RegionMasks
 
@@ -33,39 +34,79 @@ if TYPE_CHECKING:
 
 
 def check_device(config: RunConfig) -> list[Problem]:
-    """Why regions and fusion cannot run where `resources.device` says; empty for the CPU."""
+    """Why regions and fusion cannot run where `resources.device` says; empty where it leaves a choice."""
     resources, where = config.resources, "resources.device"
-    if resources.device == "cpu":
+    if resources.device != "cuda":
         return []
     problems = []
     if resources.on_cluster:
         remedy = "leave it out, or run without resources.distributed, resources.address and RAY_ADDRESS"
         problems.append(Problem(where, "is `cuda`, and on a cluster regions and fusion are computed on CPUs", remedy))
-    elif not visible_gpus():
-        problems.append(Problem(where, "is `cuda`, and torch sees no GPU here", "use `cpu`, or a torch for this GPU"))
-    if config.fusion.slices:
-        what = "is `cuda`, and slices of layers are merged on CPUs alone"
-        problems.append(Problem(where, what, "use `cpu`, or leave fusion.slices out"))
-    able = {"method": [name for name, method in METHODS.items() if method.on_gpu], "conflict": list(CONFLICTS)}
-    for field, words in able.items():  # without what users bring, which was written for the CPU
-        if (word := getattr(config.fusion, field)) not in words:
-            what = f"is `cuda`, and fusion.{field} {word} is computed on CPUs alone"
-            problems.append(Problem(where, what, f"use `cpu`, or one of {', '.join(words)}"))
+    elif lacking := _lacking():
+        problems.append(Problem(where, f"is `cuda`, and {lacking[0]}", f"use `cpu`, or {lacking[1]}"))
+    problems += [
+        Problem(where, f"is `cuda`, and {what}", f"use `cpu`, or {remedy}") for what, remedy in _on_cpus(config)
+    ]
     return problems
 
 
-def device_merging(resources: ResourcesConfig) -> DeviceMerging | None:
-    """What `resources.device` asks for; None for the CPU. Loads torch for a GPU alone."""
-    if resources.device == "cpu":
+def _lacking() -> tuple[str, str] | None:
+    """What a GPU's work needs and this machine has not; and what would help."""
+    if not visible_gpus():
+        return "torch sees no GPU here", "a torch for this GPU"
+    if find_spec("triton") is None:
+        return "its kernels need the package triton", "install it: pip install triton"
+    return None
+
+
+def _on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What of a fusion is computed on CPUs alone; and what would help."""
+    if config.fusion.slices:
+        yield "slices of layers are merged on CPUs alone", "leave fusion.slices out"
+    able = {"method": [name for name, method in METHODS.items() if method.on_gpu], "conflict": list(CONFLICTS)}
+    for field, words in able.items():  # without what users bring, which was written for the CPU
+        if (word := getattr(config.fusion, field)) not in words:
+            yield f"fusion.{field} {word} is computed on CPUs alone", f"one of {', '.join(words)}"
+
+
+def foretold(config: RunConfig) -> str | None:
+    """What `resources.device: auto` will come to, as far as that is known before anything is timed."""
+    if config.resources.device != "auto":
         return None
-    return DeviceMerging(current_gpu())
+    lacking = _lacking()
+    if config.resources.on_cluster or lacking:
+        why = lacking[0] if lacking and not config.resources.on_cluster else "a cluster's CPUs compute them"
+        return f"resources.device auto: regions and fusion on the CPU: {why}"
+    timed = "on the GPU or the CPU, whichever is faster on their first elements"
+    if said := [what for what, _ in _on_cpus(config)]:
+        return f"resources.device auto: regions {timed}; fusion on the CPU: {', '.join(said)}"
+    return f"resources.device auto: regions and fusion {timed}"
+
+
+def device_merging(resources: ResourcesConfig) -> Merging | None:
+    """What `resources.device` asks for; None for the CPU. Loads torch where there may be a GPU alone."""
+    return entry(DEVICES, resources.device, "resources.device")()
+
+
+def _faster() -> Merging | None:
+    if _lacking():
+        return None
+    from cpift.merging.gpu.choice import AutoMerging
+
+    return AutoMerging(DeviceMerging(current_gpu()))
 
 
 class DeviceMerging:
     """How a pipeline selects and merges on one GPU of this process (`merging.engine.Merging`)."""
 
+    in_passing = False
+
     def __init__(self, device: torch.device):
         self._device = device
+
+    def telling(self, tell: Tell) -> DeviceMerging:
+        """It has nothing to tell."""
+        return self
 
     def session(self) -> AbstractContextManager[None]:
         """Nothing is kept open."""
@@ -86,11 +127,18 @@ class DeviceMerging:
         return self._placed
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
-        on_device: Any = _OnDevice(method, self._device) if method.on_gpu else method
+        on_device: Any = _OnDevice(method, self._device) if method.leaves_host else method
         return cast("MergeMethod", on_device)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """It lies where it was written."""
+
+
+DEVICES: dict[str, Callable[[], Merging | None]] = {
+    "auto": _faster,
+    "cpu": lambda: None,
+    "cuda": lambda: DeviceMerging(current_gpu()),
+}
 
 
 class _OnDevice:

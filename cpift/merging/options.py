@@ -78,6 +78,7 @@ OPTIONS: Mapping[str, Option] = {
     "backbone_revision": Option("backbone.revision", "cpift: branch, tag or commit of a backbone on the hub"),
     "seed": Option("seed", "of dare, della and their like, and of the order of groups"),
     "memory_budget": Option("resources.memory_budget", "most memory to hold, page cache apart, for example 512MiB"),
+    "device": Option("resources.device", "where it is computed: cpu, cuda, or auto, the faster of both [default: cpu]"),
     "verify": Option("resources.verify", "read the merged model back and compare it with its inputs", "switch"),
     "dtype": Option("model.dtype", "of the merged model: auto (as BASE), bfloat16, float16 or float32"),
     "chat_template": Option("model.chat_template", "chatml, llama3, alpaca or a file, for a BASE that has none"),
@@ -95,6 +96,7 @@ class RegionFields(TypedDict, total=False):
     exclude: Sequence[str]
     vocabulary: Literal["error", "base"]
     memory_budget: int | str
+    device: Literal["auto", "cpu", "cuda"]
 
 
 class MethodFields(TypedDict, total=False):
@@ -145,6 +147,7 @@ class MergeFields(MethodFields, total=False):
     backbone: str
     backbone_revision: str
     memory_budget: int | str
+    device: Literal["auto", "cpu", "cuda"]
     verify: bool
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     chat_template: str

@@ -40,6 +40,7 @@ _OTHERWISE = {
     "slices",
     "shard_size",
     "memory_budget",
+    "device",
     "verify",
     "dtype",
 }

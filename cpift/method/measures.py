@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from cpift.method.changes import ChangesInPassing
 
 if TYPE_CHECKING:
     import torch
+    from cpift_kernels import Models
 
 Block = tuple[int, int]  # tensors [first, last) that are selected from together
 
@@ -68,6 +69,11 @@ class Significance(Update):
     def gather(self, model: int, tensor: int, starts: np.ndarray, length: int) -> torch.Tensor:
         origin = super().gather(0, tensor, starts, length)
         return _scaled(origin, super().gather(model, tensor, starts, length) if model else origin)
+
+
+def without_passing(models: Models) -> Models:
+    """The same, measuring nothing of what is loaded."""
+    return replace(models, passing=None) if isinstance(models, Update) else models
 
 
 def _scaled(origin: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -83,14 +83,21 @@ def core_size(p: float, elements: int) -> int:
 
 
 def select_regions(
-    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    streaming: Streaming | None = None,
 ) -> dict[str, CoreRegion]:
     """Core regions of all tasks, their masks in memory; see `select_regions_many`."""
-    return select_regions_many(pretrained, tuned, config, [config.p])[config.p]
+    return select_regions_many(pretrained, tuned, config, [config.p], streaming)[config.p]
 
 
 def select_regions_many(
-    pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig, ps: Sequence[float]
+    pretrained: Checkpoint,
+    tuned: Mapping[str, Checkpoint],
+    config: RegionsConfig,
+    ps: Sequence[float],
+    streaming: Streaming | None = None,
 ) -> dict[float, dict[str, CoreRegion]]:
     """Core regions of all tasks for every p of `ps` (`config.p` is not looked at), from one pass over the checkpoints.
 
@@ -100,7 +107,7 @@ def select_regions_many(
     names = _checked_space(pretrained, tuned, config)
     sizes, chosen = [pretrained.tensors[name].numel for name in names], list(dict.fromkeys(ps))
     masks = MasksInMemory(len(tuned), len(chosen), sizes)
-    cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, Streaming())
+    cores = _select(pretrained, tuned, config, names, lambda name: chosen, masks, streaming or Streaming())
     return dict(zip(chosen, _regions(tuned, names, sizes, chosen, cores, masks), strict=True))
 
 

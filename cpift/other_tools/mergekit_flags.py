@@ -49,7 +49,6 @@ FLAGS: Mapping[str, Flag] = {
     "lora-merge-cache": Flag(True, remedy="leave it out: adapters are read as they are, and no model is made of them"),
     "multi-gpu": Flag(remedy="leave it out: a merge runs on one GPU, or with --set resources.distributed=true on Ray"),
     "gpu-rich": Flag(remedy="use --cuda: a merge runs on one GPU"),
-    "device": Flag(True, remedy="use --cuda, or leave it out for the CPU"),
     "load-in-4bit": Flag(remedy="leave it out: quantised weights are not merged"),
     "load-in-8bit": Flag(remedy="leave it out: quantised weights are not merged"),
 }

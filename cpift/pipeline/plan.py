@@ -101,6 +101,7 @@ _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")
 
 
 def _notes(config: RunConfig) -> Iterator[str]:
+    from cpift.merging.on_device import foretold
     from cpift.method.groups import chance_level
 
     if config.fusion.isolates or not config.merges_only:  # else nothing is grouped
@@ -108,6 +109,8 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield f"chance level of the Jaccard overlap at this p: {chance:.4g}"
         if tau is not None and tau <= chance:
             yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
+    if said := foretold(config):
+        yield said
     if loose := list(dict.fromkeys(_unpinned(config))):
         yield f"`revision` is no commit hash for {', '.join(loose)}: a later run may get something else; pin it"
 

@@ -32,7 +32,8 @@ class Run:
 
     def __init__(self, artifacts: Names, engine: Engine, view: View):
         self.artifacts, self.config, self.root = artifacts, artifacts.config, artifacts.root
-        self.engine, self.view, self.merging = engine, view, engine.merging
+        self.engine, self.view = engine, view
+        self.merging = engine.merging.telling(view.note) if engine.merging else None
         self.worked = False  # whether any stage had to be made
         self.said: set[str] = set()  # what was told of already
 

@@ -107,6 +107,7 @@ class SharedWork:
                 self.view.cached(f"core regions for {len(runs)} p")
                 return
             first = runs[0]
+            first.merging = first.merging.telling(self.view.note) if first.merging else None
             require_sound(regions.read(first.artifacts), first.root, self.view.warn)
             with self.view.stage(f"core regions for {len(missing)} p, one pass (seed {first.config.seed})"):
                 started = time.time()

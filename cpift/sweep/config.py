@@ -226,7 +226,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
 def _check_device(base: RunConfig) -> list[Problem]:
     """Why trials could not fuse on a GPU: each is a worker of Ray, which sees none but its own."""
     resources = base.resources
-    if resources.device == "cpu":
+    if resources.device in ("auto", "cpu"):
         return []
     what, where = f"is `{resources.device}`, and ", "resources.device"
     if resources.by_train:

@@ -113,6 +113,15 @@ def test_trials_without_a_gpu_cannot_fuse_on_one(tmp_path: Path, resources: dict
     assert said in str(caught.value)
 
 
+def test_trials_may_choose(no_training: None, tmp_path: Path) -> None:
+    """With a GPU of their own or without one, whatever the method."""
+    for name, gpus in (("one", 0), ("two", 0.5)):
+        resources = RUN["resources"] | {"device": "auto", "gpus_per_worker": gpus}
+        fields: dict[str, Any] = {"run": RUN | {"resources": resources}, "space": {"fusion.method": ["linear", "dare"]}}
+        (tmp_path / name).mkdir()
+        check_points(load(tmp_path / name, **fields), "sweep fused")
+
+
 def test_points_that_a_gpu_cannot_fuse_are_named(no_training: None, tmp_path: Path) -> None:
     fields = {"device": "cuda", "gpus_per_worker": 1}
     sweep: Sweep = load(tmp_path, run=RUN | {"resources": fields}, space={"fusion.method": ["linear", "dare"]})

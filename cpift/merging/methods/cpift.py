@@ -26,7 +26,7 @@ from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Destination, FusionInputs, Merged, MergeMethod
 from cpift.merging.checks import Check, OnElements, Operands, check_copied, check_cores
-from cpift.merging.conflicts import Claims, conflict_named, owned, remaining
+from cpift.merging.conflicts import CONFLICTS, Claims, conflict_named, owned, remaining
 from cpift.merging.definition import (
     Definition,
     Expected,
@@ -102,6 +102,10 @@ class Fusion(MergeMethod):
     def models(self) -> list[Checkpoint]:
         inputs = self.inputs
         return list({id(m): m for m in (inputs.pretrained, inputs.backbone, *inputs.tuned.values())}.values())
+
+    @property
+    def leaves_host(self) -> bool:
+        return self.config.conflict in CONFLICTS  # a user's rule was written for the CPU
 
     def placed(self, at: Destination) -> Fusion:
         other, inputs = super().placed(at), self.inputs

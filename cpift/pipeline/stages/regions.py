@@ -59,7 +59,8 @@ def select(run: Run, outputs: Mapping[float, Path]) -> None:
     folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.fitted)
     mark = run.merging.mark if run.merging else None
-    passing = ChangesInPassing() if mark is None else None  # elsewhere models pass by other machines or a GPU
+    here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
+    passing = ChangesInPassing() if here else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark, passing=passing)
     write_regions(opened, others, run.config.regions, outputs, streaming)
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
