@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.config import loading as config_loading
 from cpift.config.code import code_lines
+from cpift.config.loading import Fields
 from cpift.config.paths import is_path
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields
 from cpift.console.view import View, quiet
 from cpift.disk.files import folder_made
 from cpift.errors import ConfigError, Problem

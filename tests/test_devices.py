@@ -120,6 +120,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
     from transformers import TrainingArguments
 
     from cpift.training import fit as finetune
+    from cpift.training import steps
 
     made: list[SimpleNamespace] = []
 
@@ -127,7 +128,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
         made.append(SimpleNamespace(n_gpu=4, **fields))
         return made[-1]
 
-    monkeypatch.setattr(finetune, "TrainingArguments", arguments)
+    monkeypatch.setattr(steps, "TrainingArguments", arguments)
     monkeypatch.setattr(finetune, "WholeTrainer", lambda args, **rest: (_ for _ in ()).throw(StopIteration(args)))
     one = spec(model_path, tmp_path, StageSpec(("add",)))
     gpu = replace(one, resources=one.resources.model_copy(update={"gpus_per_worker": 1}))
@@ -140,7 +141,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
 
 def test_nothing_but_devices_asks_torch_for_gpus() -> None:
     """The word stands where it is a config's, or another tool's option, and not for torch."""
-    words = ("devices", "fit", "training", "mergekit_flags", "on_device", "options")
+    words = ("devices", "steps", "resources", "mergekit_flags", "on_device", "options")
     for path in CPIFT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_bf16_supported", "accelerator")

@@ -58,7 +58,6 @@ TESTED_ELSEWHERE = {
     "cluster.tasks": "integration/test_sweep_tune.py",
     "cluster.work": "integration/test_fits_on_ray.py",
     "config.needs": "pipeline/test_preflight.py",
-    "config.variation": "sweep/test_sweep.py",
     "disk.object_store": "cluster/test_stored_merge.py",
     "evaluation.checks": "data/test_data.py",
     "hub": "rows/test_rows.py",

@@ -18,9 +18,10 @@ from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config import needs
 from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
+from cpift.config.resources import SHARDED
 from cpift.config.run import FusionConfig, RunConfig
 from cpift.config.tasks import BASELINES
-from cpift.config.training import SHARDED
+from cpift.config.training import KEEPS, WARMUPS
 from cpift.data import sources as row_sources
 from cpift.data import tasks as data
 from cpift.errors import CpiftError, entry
@@ -37,7 +38,7 @@ from cpift.pipeline.stages import integrate
 from cpift.sweep import config as sweep_config
 from cpift.sweep import searching as sweep_searching
 from cpift.training import spec as fit_spec
-from cpift.training import tracking
+from cpift.training import steps, tracking
 from tests.helpers.config_sections import sections
 
 # Every field with a list of words, and the table of those words. (`"uniform"` and `"all-linear"` stand beside other
@@ -57,6 +58,10 @@ TABLES: dict[str, Collection[str]] = {
     "Mixing.by": data.SIZES,
     "TrainingConfig.steps_per": fit_spec.STEPS_PER,
     "IntegrationConfig.steps_per": fit_spec.STEPS_PER,
+    "TrainingConfig.keep": KEEPS,
+    "IntegrationConfig.keep": KEEPS,
+    "TrainingConfig.warmup": WARMUPS,
+    "IntegrationConfig.warmup": WARMUPS,
     "TrainingConfig.precision": devices.PRECISIONS,
     "IntegrationConfig.precision": devices.PRECISIONS,
     "EvaluationConfig.precision": devices.PRECISIONS,
@@ -102,6 +107,7 @@ def test_what_a_config_may_say_is_what_the_tables_hold() -> None:
     }
     for name in SCHEDULES:
         assert set(found[name]) <= {kind.value for kind in SchedulerType}
+        assert set(found[name]) == set(steps.DECAYS)
 
 
 def test_sources_and_judged_models_are_tables_too() -> None:

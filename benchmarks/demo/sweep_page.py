@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.record import RESULTS, environment
-from cpift.config.variation import shown
+from cpift.config.loading import shown
 from cpift.disk.files import write_text
 from cpift.evaluation.estimates import Estimate, estimate
 

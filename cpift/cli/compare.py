@@ -12,8 +12,8 @@ from cpift.cli.options import say_code
 from cpift.console.terminal import Terminal, say
 
 if TYPE_CHECKING:
+    from cpift.config.loading import Fields
     from cpift.config.run import ResourcesConfig
-    from cpift.config.variation import Fields
     from cpift.pipeline.engine import Engine
 
 

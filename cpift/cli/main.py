@@ -34,8 +34,8 @@ from cpift.errors import CpiftError, explain_os_error
 from cpift.text.redaction import redacted
 
 if TYPE_CHECKING:
+    from cpift.config.loading import Fields
     from cpift.config.run import RunConfig
-    from cpift.config.variation import Fields
     from cpift.console.view import View
     from cpift.evaluation.scores import Score
     from cpift.pipeline.pipeline import Pipeline

@@ -14,7 +14,7 @@ from cpift.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from cpift.config.variation import Fields
+    from cpift.config.loading import Fields
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, for example configs/smoke.yaml")]
 Overrides = Annotated[

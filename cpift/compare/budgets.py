@@ -67,6 +67,7 @@ class Budgets:
             return sum(rows for rows, _ in parts), sum(tokens for _, tokens in parts)
         sources = [spec_task.model_dump(mode="json") for spec_task in spec.tasks if spec_task.name in tasks]
         key = digest([str(spec.model), sources, training.max_length, training.packing, training.mixing.model_dump()])
+        key += "" if training.validation is None else f"/{training.validation.model_dump_json()}"
         key += "" if together else f"/{spec.seed + index}/{spec.balanced}/{spec.samples_per_task}"
         if key not in self._rows:
             inputs = [key, {task: (spec.rows or {}).get(task) for task in tasks}]

@@ -22,9 +22,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cpift.config.code import require_words
 from cpift.config.inputs import Seed
-from cpift.config.loading import read_yaml, validated, with_fields
+from cpift.config.loading import Value, base_run, read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
-from cpift.config.variation import Value, base_run
 from cpift.errors import ConfigError, Problem
 from cpift.text.escaping import markdown
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cpift.compare.budgets import BUDGETS, Budgets, Groups
 from cpift.compare.config import Budget, Comparison
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
-from cpift.config.variation import Fields
+from cpift.config.loading import Fields
 from cpift.data.tasks import count_examples
 from cpift.disk.artifacts import Artifact
 from cpift.errors import entry

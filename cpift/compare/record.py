@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
-from cpift.config.variation import Fields
+from cpift.config.loading import Fields
 from cpift.disk.files import write_text
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.measures import References, Scores, TaskItems, bootstrap

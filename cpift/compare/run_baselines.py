@@ -8,10 +8,9 @@ from dataclasses import replace
 from cpift.compare.budgets import Budgets, NotCounted
 from cpift.compare.methods import together
 from cpift.config.inputs import Section
-from cpift.config.loading import with_fields
+from cpift.config.loading import Fields, with_fields
 from cpift.config.run import RunConfig
 from cpift.config.tasks import BASELINES, SftBaseline
-from cpift.config.variation import Fields
 from cpift.console.view import quiet
 from cpift.data.use import RowFacts
 from cpift.disk.artifacts import Artifact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,9 @@ _EXAMPLE = "`name: value` on each line; `cpift init` writes such a file, `cpift 
 _SECRET = "holds a password or a key, which does not belong into a config: it is shown in reports and logs"
 # Fields of one section of which exactly one may be given: setting one by name takes the other's place.
 _ALTERNATIVES = {"tau": "tau_chance", "tau_chance": "tau", "steps": "epochs", "epochs": "steps"}
+
+Value = str | int | float | bool
+Fields = dict[str, Any]  # a point of the space that a sweep looks through: dotted field name → value
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> RunConfig:
@@ -231,3 +235,24 @@ def validated(model: type[_Model], raw: Mapping[str, Any], subject: str) -> _Mod
     if problems:
         raise ConfigError(subject, problems)
     return valid
+
+
+def base_run(
+    run: str | dict[str, Any], fixed: Fields, folder: Path, subject: str, overrides: Sequence[str]
+) -> RunConfig:
+    """The run that a file names (relative to its folder) or holds, with fields set for all points."""
+    if isinstance(run, str):
+        base = load_config((folder / Path(run).expanduser()).resolve(), overrides)
+    else:
+        base = parse_config(dict(run), folder, subject, overrides)
+    return with_fields(base, fixed, f"{subject} with `fixed`")
+
+
+def describe(fields: Mapping[str, Any]) -> str:
+    """A point in words, for example `regions.p 0.05, groups.tau 0.1`."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
+
+
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cpift.config.run import RunConfig
+from cpift.config.run import RunConfig, TaskConfig, TrainingConfig
 from cpift.errors import ConfigError, Problem
 
 
@@ -68,6 +68,7 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
     if staged and config.probe is None and config.backbone.training is None:
         remedy = "add it, or set backbone.source: pretrained"
         yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
+    yield from dict.fromkeys(_watched(config, stage))
     if config.baselines is not None and (need.scores or stage is None):
         yield from _of_baselines(config)
     for task in config.tasks:
@@ -78,6 +79,32 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
         if task.source("test") is None and need.scores:
             why = f"`cpift {need.command}` scores on it"
             yield Problem(f"tasks.{task.name}.test", f"is not there, and {why}", "give rows")
+
+
+def trained_in(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, TrainingConfig]:
+    """The fine-tunes that go over a task's rows, if all up to `stage`, a key of `NEEDS`, is made: by their section."""
+    fits: dict[str, TrainingConfig] = {}
+    if task.checkpoint is None and config.probe is not None:
+        fits["probe"] = config.probe
+    training = config.backbone.training or config.probe
+    if training and config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
+        fits["backbone.training" if config.backbone.training else "probe"] = training
+    if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
+        fits["integration"] = config.integration
+    return fits
+
+
+def _watched(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """Held-out losses need rows; and budgets are counted before anybody loses patience."""
+    for task in config.tasks:
+        for section, training in trained_in(config, task, stage).items():
+            if training.evaluate_every and task.validation is None and training.validation is None:
+                what = f"watches a loss on held-out rows, and task {task.name} has none"
+                remedy = f"give tasks.{task.name}.validation, or {section}.validation: {{rows: 200}}"
+                yield Problem(f"{section}.evaluate_every", what, remedy)
+            if training.patience and (stage == "compare" or (config.baselines and config.baselines.full_sft)):
+                what = "ends stages early, and SFT as a baseline has as many tokens as the stages were to have"
+                yield Problem(f"{section}.patience", what, "leave it out, or the baseline")
 
 
 def _of_baselines(config: RunConfig) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ PATHS: Mapping[str, PathKind] = {
     "tasks.*.checkpoint.path": "model",
     "tasks.*.train.file": "rows",
     "tasks.*.test.file": "rows",
+    "tasks.*.validation.file": "rows",
     "backbone.source": "source",
     "output": "place",
     "resources.storage": "place",

@@ -24,8 +24,9 @@ from cpift.config.inputs import (
     exactly_one,
     needed,
 )
+from cpift.config.resources import ResourcesConfig
 from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
-from cpift.config.training import IntegrationConfig, ResourcesConfig, Tracker, TrainingConfig
+from cpift.config.training import IntegrationConfig, Tracker, TrainingConfig
 from cpift.config.words import MeasureName, ScopeName
 
 __all__ = [
@@ -150,8 +151,8 @@ class RunConfig(Section):
     tracking: tuple[Tracker, ...] = Field(
         ("tensorboard",),
         **identity(),
-        description="where losses go while training: tensorboard (files in <output>/logs); mlflow and wandb as their "
-        "own environment variables say (MLFLOW_TRACKING_URI, WANDB_PROJECT)",
+        description="where losses go while training: tensorboard (files in <output>/logs); all others, of which "
+        "transformers has the callback, as their own environment variables say (MLFLOW_TRACKING_URI, WANDB_PROJECT)",
     )
 
     @model_validator(mode="after")

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cpift.config.code import Metric
-from cpift.config.identity import GIVEN, ROWS, identity
+from cpift.config.identity import FITS, GIVEN, ROWS, identity
 from cpift.config.inputs import CheckpointConfig, DataSource, Holdout, Name, Precision, Section, needed
-from cpift.config.training import TaskResources
+from cpift.config.resources import TaskResources
+from cpift.config.training import TrainingConfig
 from cpift.extensions import short_name
 from cpift.text.redaction import is_variable
 
@@ -61,6 +62,11 @@ class TaskConfig(Section):
         **identity(*ROWS, by="the rows", absent=None),
         description="in place of `test`: rows of `train` that are not trained on",
     )
+    validation: DataSource | None = Field(
+        None,
+        **identity(*FITS, by="its rows", absent=None),
+        description="rows whose loss is watched while this task is trained, see `evaluate_every`",
+    )
     metric: Metric = Field(
         "loss",
         **identity("evaluate"),
@@ -99,6 +105,27 @@ class TaskConfig(Section):
         if self.holdout is None or self.train is None or chosen:
             return self.train if split == "train" else self.test
         return side_of(self.train, self.holdout, held=split == "test")
+
+    def trained_rows(self, training: TrainingConfig) -> DataSource:
+        """The rows of `train` that a fine-tune trains on: all but those that it holds out."""
+        held = self._held(training)
+        return self.train_data if held is None else side_of(self.train_data, held, held=False)
+
+    def watched_rows(self, training: TrainingConfig) -> DataSource | None:
+        """The rows whose loss a fine-tune watches; None where it watches none of this task."""
+        if training.evaluate_every is None or self.validation is not None:
+            return self.validation if training.evaluate_every else None
+        held = self._held(training)
+        return None if held is None else side_of(self.train_data, held, held=True)
+
+    def _held(self, training: TrainingConfig) -> Holdout | None:
+        asked = training.validation if self.validation is None else None
+        return None if asked is None else Holdout(rows=asked.rows, seed=asked.seed, max_characters=None)
+
+    @property
+    def sources(self) -> tuple[DataSource | None, ...]:
+        """What the config names of rows."""
+        return self.train, self.test, self.validation
 
     def on(self, test: DataSource) -> TaskConfig:
         """The same task, scored on other rows. No section of the file: what a sweep judges by."""

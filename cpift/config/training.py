@@ -1,20 +1,33 @@
-"""How fine-tunes of a run are trained, and what they may use. See `run.py`."""
+"""How fine-tunes of a run are trained. See `run.py`."""
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from cpift.config.identity import FITS, identity
-from cpift.config.inputs import Bytes, Precision, Section, exactly_one
-from cpift.errors import entry
+from cpift.config.inputs import Precision, Section, Seed, exactly_one
 
 Freeze = Literal["earlier", "all", "none"]
-Strategy = Literal["ddp", "fsdp"]
-SHARDED = {"ddp": False, "fsdp": True}  # `resources.strategy` → whether several workers share out a model
-Tracker = Literal["tensorboard", "mlflow", "wandb"]
+KEEPS = {"last": False, "best": True}  # `keep` → whether held-out loss chooses among a stage's weights
+WARMUPS = {"rounded": False, "exact": True}  # `warmup` → whether the share of steps is taken as it is
+Tracker = Literal[
+    "tensorboard",
+    "mlflow",
+    "wandb",
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "neptune",
+    "swanlab",
+    "trackio",
+]
 
 
 class Mixing(Section):
@@ -42,6 +55,15 @@ class LoraConfig(Section):
     )
 
 
+class Validation(Section):
+    """Rows of each task's `train` that are not trained on, but watched: the same rows, whatever their order."""
+
+    rows: int = Field(
+        **identity(*FITS, absent=None), ge=1, description="of each task, at least; rows with one prompt stay together"
+    )
+    seed: Seed = Field(0, **identity(*FITS, absent=0), description="decides which")
+
+
 class TrainingConfig(Section):
     """One fine-tune: AdamW, warm-up, then the schedule. `steps` are optimizer steps of a stage."""
 
@@ -65,6 +87,12 @@ class TrainingConfig(Section):
     )
     warmup_ratio: float = Field(
         0.05, **identity(*FITS), ge=0, lt=1, description="share of the steps in which the learning rate rises from 0"
+    )
+    warmup: Literal["rounded", "exact"] = Field(
+        "rounded",
+        **identity(*FITS, absent="rounded"),
+        description="rounded: warmup_ratio rounded up to whole steps, the first of which has learning rate 0; exact: "
+        "step t has the share t / (warmup_ratio · steps), at most 1, so that every step trains",
     )
     weight_decay: float = Field(
         0.0, **identity(*FITS), ge=0, description="AdamW's, decoupled; frozen elements have none"
@@ -93,6 +121,38 @@ class TrainingConfig(Section):
         description="of products, weights are trained in float32; auto: bfloat16 where the machine has it, so another "
         "machine may give other numbers; float32: nearly the same numbers everywhere",
     )
+    evaluate_every: int | None = Field(
+        None,
+        **identity(*FITS, absent=None),
+        ge=1,
+        description="optimizer steps after which, and at a stage's end, the loss on held-out rows is computed: of "
+        "tasks.N.validation, or of `validation`; default: never",
+    )
+    validation: Validation | None = Field(
+        None,
+        **identity(*FITS, absent=None),
+        description="rows held out of the training rows of tasks that have no `validation` of their own",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        **identity(*FITS, absent="last"),
+        description="which weights a stage ends with: last: those of its last step; best: those with the lowest "
+        "held-out loss, of equal ones the earliest",
+    )
+    patience: int | None = Field(
+        None,
+        **identity(*FITS, absent=None),
+        ge=1,
+        description="a stage ends after so many held-out losses that are not below the lowest; default: never",
+    )
+    ema: float | None = Field(
+        None,
+        **identity(*FITS, absent=None),
+        gt=0,
+        lt=1,
+        description="a stage ends with the average of its weights after each step t, the earlier ones weighed by "
+        "min(ema, (1 + t) / (10 + t)); held-out loss is the average's; default: no average",
+    )
     checkpoint_every: int = Field(
         200,
         **identity(),
@@ -110,6 +170,13 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         exactly_one(self, ("steps", "epochs"))
+        return self
+
+    @model_validator(mode="after")
+    def _watches(self) -> TrainingConfig:
+        asks = {"validation": self.validation, "keep": KEEPS[self.keep], "patience": self.patience}
+        if self.evaluate_every is None and (idle := [name for name, value in asks.items() if value]):
+            raise ValueError(f"{idle[0]}: needs held-out losses; give evaluate_every, the steps between them")
         return self
 
     @property
@@ -153,136 +220,3 @@ class IntegrationConfig(TrainingConfig):
         if self.lora is not None:
             raise ValueError("lora: no mask can hold single elements of W + s·B·A; leave it out, or use it for probes")
         return self
-
-
-class TaskResources(Section):
-    """What a task's probe takes instead of what `resources` says."""
-
-    workers: int | None = Field(None, **identity("probe", by="resources"), ge=1, description="as resources.workers")
-    cpus_per_worker: float | None = Field(
-        None, **identity("probe", by="threads"), gt=0, description="as resources.cpus_per_worker"
-    )
-    gpus_per_worker: float | None = Field(None, **identity(), ge=0, description="as resources.gpus_per_worker")
-    threads_per_worker: int | None = Field(
-        None, **identity("probe", by="threads"), ge=1, description="as resources.threads_per_worker"
-    )
-
-
-class ResourcesConfig(Section):
-    """What one fine-tune may use, and how many run at once."""
-
-    workers: int = Field(1, **identity(*FITS), ge=1, description="Ray Train workers (data parallel) per fine-tune")
-    min_workers: int | None = Field(
-        None,
-        **identity(*FITS, absent=None),
-        ge=1,
-        description="elastic: where nodes are missing go on with fewer workers, down to this many, and with all again "
-        "when they are back. Steps see as many examples as before, but sum them in another order; default: never",
-    )
-    strategy: Strategy = Field(
-        "ddp",
-        **identity(*FITS, by="where workers are several"),
-        description="with several workers, ddp: each holds the model and its optimizer (16 bytes a parameter); "
-        "fsdp: FSDP2, each holds its share of them",
-    )
-    cpus_per_worker: float = Field(
-        1, **identity(*FITS, "evaluate", by="threads"), gt=0, description="CPUs that Ray reserves for each worker"
-    )
-    gpus_per_worker: float = Field(
-        0, **identity(), ge=0, description="GPUs for each worker; 0: none is used, even where there are some"
-    )
-    threads_per_worker: int | None = Field(
-        None,
-        **identity(*FITS, "evaluate", by="threads"),
-        ge=1,
-        description="torch threads; default: cpus_per_worker rounded down. Part of what fixes the result's bits",
-    )
-    threads_alone: int | None = Field(
-        None,
-        **identity("backbone", "integrate", by="threads"),
-        ge=1,
-        description="torch threads where no other fine-tune runs (backbone, integration, baselines.full_sft); default: "
-        "the same",
-    )
-    parallel: int | None = Field(None, **identity(), ge=1, description="fine-tunes at once; default: as many as fit")
-    address: str | None = Field(
-        None, **identity(), description="Ray cluster address; default: RAY_ADDRESS, else start Ray here"
-    )
-    memory_budget: Bytes = Field(
-        2**30,
-        **identity(),
-        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB",
-    )
-    distributed: bool = Field(
-        False,
-        **identity(),
-        description="run regions and fusion as Ray tasks too; models where all nodes find them, output on storage that "
-        "all nodes see, or `storage` a URI",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "cpu",
-        **identity(),
-        description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
-        "GPU (NVIDIA or AMD) and runs the Triton kernels there; `auto` times it and the CPU on the first elements and "
-        "takes the faster, without a GPU the CPU. The bytes are the same",
-    )
-    verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
-    max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")
-    hang_timeout: float = Field(
-        1800,
-        **identity(),
-        gt=0,
-        description="seconds without a training step after which a worker on Ray counts as hung: it logs where, ends, "
-        "and another goes on from the last checkpoint. Must be longer than any step with its checkpoint",
-    )
-    storage: str | None = Field(
-        None,
-        **identity(),
-        description="where fine-tunes that run keep their checkpoints: a folder that every node sees, or a URI such as "
-        "s3://bucket/folder, to which they are uploaded while training goes on (AWS_ENDPOINT_URL names another store "
-        "than Amazon's); default: the run's folder. With a URI, distributed regions and fusion go through it too: "
-        "only this process then needs to see `output`",
-    )
-
-    @model_validator(mode="after")
-    def _elastic(self) -> ResourcesConfig:
-        least = 2 if self.sharded else 1
-        if self.min_workers is not None and not least <= self.min_workers <= self.workers:
-            raise ValueError(
-                f"min_workers {self.min_workers}: give a number from {least} to workers ({self.workers})"
-                + ("; one worker alone cannot read what several shared out" if self.sharded else "")
-            )
-        return self
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each of several workers holds its share of a model, not all of it."""
-        return entry(SHARDED, self.strategy, "resources.strategy")
-
-    @property
-    def on_cluster(self) -> bool:
-        """Whether regions and fusion run as Ray tasks: asked for, or a cluster is named."""
-        return self.distributed or self.address is not None or "RAY_ADDRESS" in os.environ
-
-    @property
-    def remote_storage(self) -> bool:
-        """Whether `storage` is an object store."""
-        return "://" in (self.storage or "")
-
-    @property
-    def by_train(self) -> bool:
-        """Whether fine-tunes need Ray Train: for several workers, or to keep checkpoints elsewhere."""
-        return self.workers > 1 or self.storage is not None
-
-    @property
-    def threads(self) -> int:
-        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
-
-    @property
-    def most_threads(self) -> int:
-        """Of whatever one process runs alone."""
-        return max(self.threads, self.threads_alone or 0)
-
-    def overridden(self, own: TaskResources) -> ResourcesConfig:
-        """These resources with what a task asks for itself."""
-        return self.model_copy(update=own.model_dump(exclude_none=True))

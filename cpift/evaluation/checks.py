@@ -18,7 +18,7 @@ def check_task(
     task: TaskConfig,
     *,
     download: bool = True,
-    splits: Sequence[Literal["train", "test"]] = ("train", "test"),
+    splits: Sequence[Literal["train", "test", "validation"]] = ("train", "test", "validation"),
     see: Callable[[str, str, Example], None] = lambda task, split, example: None,
 ) -> list[Problem]:
     """What can be found wrong with a task before any training: sources, rows, and the columns that its metric needs.
@@ -27,7 +27,7 @@ def check_task(
     """
     problems: list[Problem] = []
     for split in splits:
-        source = task.source(split)
+        source = task.validation if split == "validation" else task.source(split)
         if source is None or (source.hub is not None and not download):
             continue
         try:
@@ -37,7 +37,7 @@ def check_task(
             for example in examples if split == "test" else read_examples(source):
                 see(task.name, split, example)
         except (DataError, HubError) as error:
-            if split == "train" or task.holdout is None:  # else both are the same rows
+            if split != "test" or task.holdout is None:  # else both are the same rows
                 problems += _located(f"tasks.{task.name}.{split}", error)
     return problems
 

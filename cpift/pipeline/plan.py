@@ -119,7 +119,7 @@ def _unpinned(config: RunConfig) -> Iterator[str]:
     """Hub repositories of which whatever is newest would be taken."""
     from cpift.hub import is_commit
 
-    inputs = [config.model, *(origin for task in config.tasks for origin in (task.checkpoint, task.train, task.test))]
+    inputs = [config.model, *(origin for task in config.tasks for origin in (task.checkpoint, *task.sources))]
     yield from (origin.hub for origin in inputs if origin is not None and origin.hub and not is_commit(origin.revision))
     source = config.backbone.source
     if source not in ("staged", "pretrained") and not Path(source).is_dir() and not is_commit(config.backbone.revision):

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cpift.config.needs import NEEDS, missing
+from cpift.config.needs import NEEDS, missing, trained_in
 from cpift.config.paths import texts
-from cpift.config.run import RunConfig, TrainingConfig
+from cpift.config.run import RunConfig, TaskConfig, TrainingConfig
 from cpift.disk.locks import check_lock
 from cpift.disk.top_files import RUN_FILES, SWEEP_FILES, check_top
-from cpift.errors import CheckpointError, ConfigError, Problem
+from cpift.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from cpift.pipeline.row_checks import RowChecks
@@ -70,6 +70,9 @@ def examined(
         for split in ("test", "train"):
             for task in config.tasks:
                 problems += check_task(task, download=download, splits=(split,), see=shared.see)
+        for task in config.tasks:
+            problems += check_task(task, download=download, splits=("validation",))
+            problems += [] if problems else _check_held_out(config, task, stage, download)
         written = RowChecks() if problems else check_written(config, stage, download)
     if problems := [*problems, *written.problems]:
         raise ConfigError(f"run {config.name}", problems)
@@ -77,6 +80,22 @@ def examined(
         reading.join()
     written.notes = [*written.notes, *shared.notes()]
     return written
+
+
+def _check_held_out(config: RunConfig, task: TaskConfig, stage: str | None, download: bool) -> Iterator[Problem]:
+    """Whether a task has as many rows as its fine-tunes hold out, and others."""
+    from cpift.data.tasks import read_examples
+
+    for section, training in trained_in(config, task, stage).items():
+        source = task.watched_rows(training) if task.validation is None and task.train is not None else None
+        if source is None or (source.hub is not None and not download):
+            continue
+        try:
+            next(read_examples(source), None)
+        except DataError as error:
+            for problem in error.problems:
+                where = f"{section}.{problem.where}".replace("holdout.", "validation.")
+                yield Problem(f"{where} of task {task.name}", problem.what, problem.remedy)
 
 
 def _check_names(config: RunConfig) -> list[Problem]:

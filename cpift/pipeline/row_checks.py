@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.config.code import code_of
-from cpift.config.needs import NEEDS
+from cpift.config.needs import NEEDS, trained_in
 from cpift.data.tasks import balanced_sample, count_examples, read_examples, source_fingerprint
 from cpift.data.templates import ASKS_TODAY, checked_templates, renderer
 from cpift.data.tokenise import UNCUT, learnable, tokenise
@@ -76,7 +76,7 @@ def _scored(config: RunConfig, stage: str | None) -> bool:
 
 
 def _wanted(config: RunConfig, stage: str | None) -> bool:
-    return _scored(config, stage) or any(_lengths(config, task, stage) for task in config.tasks)
+    return _scored(config, stage) or any(trained_in(config, task, stage) for task in config.tasks)
 
 
 def _plain(checks: RowChecks) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _inputs(config: RunConfig, stage: str | None) -> list[Any] | None:
     from cpift.models.sources import source_of
 
     folder, scored = folder_at_hand(config), _scored(config, stage)
-    both = (source for task in config.tasks for source in (task.source("train"), task.source("test")))
+    both = (one for task in config.tasks for one in (task.source("train"), task.source("test"), task.validation))
     sources = [source for source in both if source is not None]
     if any(source.hub for source in sources) or (folder is None and source_of(config.model).in_place):
         return None
@@ -127,7 +127,8 @@ def _look(config: RunConfig, stage: str | None, download: bool) -> RowChecks:
         checks.day = date.today().isoformat()
     for task in config.tasks:
         if task.train is not None and (download or task.train.hub is None):
-            _check_train(checks, task, task.train_data, tokenizer, _lengths(config, task, stage))
+            for where, source, lengths in _uses(config, task, stage):
+                _check_train(checks, task, where, source, tokenizer, lengths)
     here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
     if checks.unlearnt and here and not checks.problems:
         checks.problems += _unlearnt_samples(config, tokenizer, checks.unlearnt)
@@ -148,28 +149,27 @@ def keep_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, folde
     checks, kept = RowChecks(), TokenFiles(folder, tokenizer)
     wanted = []
     for task in config.tasks:
-        lengths = _lengths(config, task, None) if task.train is not None else {}
-        if lengths and not kept.has(fingerprint := source_fingerprint(task.train_data), max(lengths.values())):
-            wanted.append((task.train_data, fingerprint, max(lengths.values())))
-            _check_train(checks, task, task.train_data, tokenizer, lengths)
+        for where, source, lengths in _uses(config, task, None):
+            if not kept.has(fingerprint := source_fingerprint(source), max(lengths.values())):
+                wanted.append((source, fingerprint, max(lengths.values())))
+                _check_train(checks, task, where, source, tokenizer, lengths)
     if checks.problems:
         raise DataError("training rows", one_per_kind(checks.problems))
     for source, fingerprint, length in wanted:
         kept.rows(source, fingerprint, length)
 
 
-def _lengths(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, int]:
-    """`max_length` of the fine-tunes that use a task's rows, by the config's field."""
-    lengths = {}
-    if task.checkpoint is None and config.probe is not None:
-        lengths["probe.max_length"] = config.probe.max_length
-    if config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
-        name = "backbone.training" if config.backbone.training else "probe"
-        if training := config.backbone.training or config.probe:
-            lengths[f"{name}.max_length"] = training.max_length
-    if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
-        lengths[_INTEGRATION] = config.integration.max_length
-    return lengths
+def _uses(config: RunConfig, task: TaskConfig, stage: str | None) -> Iterator[tuple[str, DataSource, dict[str, int]]]:
+    """The rows that a task's fine-tunes go over or watch, each source once: its field, and `max_length` by field."""
+    uses: dict[tuple[str, str], tuple[str, DataSource, dict[str, int]]] = {}
+    for section, fit in trained_in(config, task, stage).items() if task.train is not None else ():
+        for split, source in (("train", task.trained_rows(fit)), ("validation", task.watched_rows(fit))):
+            if source is not None:
+                key = (split, source.model_dump_json())
+                uses.setdefault(key, (f"tasks.{task.name}.{split}", source, {}))[2][f"{section}.max_length"] = (
+                    fit.max_length
+                )
+    yield from uses.values()
 
 
 def folder_at_hand(config: RunConfig) -> Path | None:
@@ -212,7 +212,8 @@ def _check_model(
         what = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {rows}"
         checks.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
     if places is not None:
-        lengths = {name: length for task in config.tasks for name, length in _lengths(config, task, stage).items()}
+        fits = [trained_in(config, task, stage) for task in config.tasks]
+        lengths = {f"{section}.max_length": fit.max_length for one in fits for section, fit in one.items()}
         for name, length in lengths.items():
             if min(length, checks.longest) > places:
                 what = f"{length} is more than the {places} places of the model, and there are rows so long"
@@ -226,27 +227,27 @@ def _check_model(
 def _check_train(
     checks: RowChecks,
     task: TaskConfig,
+    where: str,
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     lengths: Mapping[str, int],
 ) -> None:
-    where = f"tasks.{task.name}.train"
     uses = {name: TokenUse(length) for name, length in lengths.items()}
-    if not uses:
-        return
     try:
         others = {name: RowUse(length) for name, length in lengths.items()}  # rows that are looked at, not counted
         rows = _sampled(read_examples(source), tokenizer, list(uses.values()), list(others.values()), checks)
     except CpiftError:
         return  # `check_task` says what is wrong with the rows
-    if any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
+    trains = where.endswith(".train")
+    if trains and any(use.left_out for fits in (uses, others) for name, use in fits.items() if name == _INTEGRATION):
         checks.unlearnt.add(task.name)
     for name, use in uses.items():
         if use.rows and not use.used:
             what = f"no reply begins within {name} = {use.max_length} tokens in any of its {use.rows:,} rows"
             checks.problems.append(Problem(where, what, f"raise {name}"))
     all_seen = all(use.rows == rows for use in uses.values())
-    checks.rows += [use.facts(task.name, name, all_seen, rows) for name, use in uses.items()]
+    if trains:
+        checks.rows += [use.facts(task.name, name, all_seen, rows) for name, use in uses.items()]
     sentences = {(use.max_length, str(use)): name for name, use in reversed(uses.items()) if use.rows}
     for (_, sentence), name in reversed(sentences.items()):
         first = "" if all_seen else "of the first rows, "
@@ -300,12 +301,14 @@ def _unlearnt_samples(
     settings = config.integration
     if settings is None:
         return
-    counts = {task.name: count_examples(task.train_data) for task in config.tasks if task.train is not None}
+    sources = {task.name: task.trained_rows(settings) for task in config.tasks if task.train is not None}
+    counts = {name: count_examples(source) for name, source in sources.items()}
     for place, task in enumerate(config.tasks):
         if task.name not in tasks or task.train is None:
             continue
+        rows = read_examples(sources[task.name])
         with checked_templates():
-            learnt = [_learnt(example, tokenizer, settings.max_length) for example in read_examples(task.train_data)]
+            learnt = [learnable(tokenise(example, tokenizer, settings.max_length)) for example in rows]
         sizes = {settings.samples_per_task} if settings.samples_per_task else {*counts.values()}
         sizes = {min(size, len(learnt)) for size in sizes}
         samples = (balanced_sample([learnt] * (place + 1), size, config.seed) for size in sizes)
@@ -313,10 +316,6 @@ def _unlearnt_samples(
             what = f"a sample of {min(sizes)} of {len(learnt)} rows of task {task.name} may have none with a reply "
             remedy = f"raise {_INTEGRATION}, or samples_per_task"
             yield Problem("integration.samples_per_task", what + f"within {settings.max_length} tokens", remedy)
-
-
-def _learnt(example: Example, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
-    return learnable(tokenise(example, tokenizer, length))
 
 
 def _check_test(

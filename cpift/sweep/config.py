@@ -21,9 +21,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from cpift.config.code import require_words
 from cpift.config.identity import identity
 from cpift.config.inputs import Seed
-from cpift.config.loading import read_yaml, validated, with_fields
+from cpift.config.loading import Value, base_run, describe, read_yaml, shown, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
-from cpift.config.variation import Value, base_run, describe, shown
 from cpift.errors import ConfigError, Problem, entry
 from cpift.merging.registry import METHODS
 from cpift.sweep.objectives import DESCRIPTION, figure_problem, less_is_better

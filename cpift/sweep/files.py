@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cpift.config.variation import shown
+from cpift.config.loading import shown
 from cpift.evaluation.estimates import Estimate
 from cpift.report.files import csv_text, fenced, md_table
 from cpift.scorecard.show import card_md

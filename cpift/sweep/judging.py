@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from cpift.config.loading import one_line_yaml
+from cpift.config.loading import Fields, one_line_yaml
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields
 from cpift.console.view import View
 from cpift.errors import StageError, entry
 from cpift.evaluation.retention import judged, learning_of, probe_of, sentences

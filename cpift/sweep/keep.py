@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from cpift.config.loading import Fields
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import digest
 from cpift.errors import entry

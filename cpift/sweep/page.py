@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpift.config.variation import Fields, shown
+from cpift.config.loading import Fields, shown
 from cpift.errors import entry
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of

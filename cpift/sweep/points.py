@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from cpift.config.loading import Fields, Value, describe
 from cpift.config.needs import missing
-from cpift.config.variation import Fields, Value, describe
 from cpift.errors import ConfigError, Problem
 from cpift.merging.on_device import check_device
 from cpift.merging.planning import check_methods

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from cpift.config.identity import identity_of, recorded
-from cpift.config.loading import with_fields
+from cpift.config.loading import Fields, with_fields
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json
 from cpift.hub import resolve_revision
@@ -74,7 +73,7 @@ def pinned(sweep: Sweep) -> Sweep:
         if task.checkpoint is not None and task.checkpoint.hub is not None:
             commit = resolve_revision("model", task.checkpoint.hub, task.checkpoint.revision)
             fields[f"tasks.{number}.checkpoint.revision"] = commit
-        for split, source in (("train", task.train), ("test", task.test)):
+        for split, source in (("train", task.train), ("test", task.test), ("validation", task.validation)):
             if source is not None and source.hub is not None:
                 commit = resolve_revision("dataset", source.hub, source.revision)
                 fields[f"tasks.{number}.{split}.revision"] = commit

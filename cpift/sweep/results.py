@@ -11,9 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cpift.config.loading import dump_config, dump_fields
+from cpift.config.loading import Fields, describe, dump_config, dump_fields, shown
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields, describe, shown
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import json_text
 from cpift.evaluation.estimates import Estimate, estimates

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpift.config.variation import Fields
+from cpift.config.loading import Fields
 from cpift.evaluation.estimates import Estimate
 from cpift.scorecard.card import Scorecard
 from cpift.sweep.objectives import less_is_better

@@ -21,8 +21,8 @@ from cpift.cluster.fits import cpus_for, parallel_fits
 from cpift.cluster.placement import demand, tune_options
 from cpift.cluster.session import progress_board, ray_session, show_progress
 from cpift.cluster.tasks import TaskEngine
+from cpift.config.loading import describe
 from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.config.variation import describe
 from cpift.console.view import View, quiet
 from cpift.disk.artifacts import Artifact, claimed
 from cpift.disk.files import digest, write_json

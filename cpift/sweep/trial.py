@@ -14,8 +14,8 @@ from ray import tune
 
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.tasks import TaskEngine
+from cpift.config.loading import Fields, describe
 from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.config.variation import Fields, describe
 from cpift.console.progress import ProgressMessage
 from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cpift.config.variation import Fields, shown
+from cpift.config.loading import Fields, shown
 from cpift.evaluation.estimates import Estimate
 from cpift.report.html import figure
 from cpift.scorecard.card import Scorecard

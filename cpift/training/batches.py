@@ -16,9 +16,12 @@ import torch
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from cpift.config.training import WARMUPS, TrainingConfig
 from cpift.data.packing import append, new_row
 from cpift.data.tokenise import IGNORED, CompletionCollator, padded_length
+from cpift.errors import entry
 from cpift.pretrained.attention import keeps_apart
+from cpift.training.steps import exact_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +91,27 @@ def _columns(labels: torch.Tensor) -> Batch:
 class BatchTrainer(Trainer):
     """A Trainer that knows `Batches`: it counts tokens by the mask of rows behind each other, which their model must
     not get, for with a mask none is built from positions."""
+
+    def __init__(self, *, training: TrainingConfig, **rest: Any):
+        self._training = training
+        super().__init__(**rest)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Of the learning rate, transformers' own or that of `warmup: exact`."""
+        if not entry(WARMUPS, self._training.warmup, "warmup") or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        shares = exact_schedule(self._training, num_training_steps)
+        steps: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(steps, shares)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _run_epoch(self, *what: Any, **named: Any) -> None:
+        """A stage that was stopped after its last step has none left, though transformers would take one more."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*what, **named)  # type: ignore[no-untyped-call]  # theirs has no types
 
     def compute_loss(self, model: torch.nn.Module, inputs: Batch, *rest: Any, **options: Any) -> Any:
         """transformers' loss of the batch."""

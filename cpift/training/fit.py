@@ -31,7 +31,7 @@ from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, 
 from cpift.config.run import TrainingConfig
 from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.use import UseRecord
-from cpift.devices import Device, compute_device, device_name, keep_freed_memory, resolved
+from cpift.devices import device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
 from cpift.errors import CheckpointError, StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
@@ -48,10 +48,12 @@ from cpift.training.fsdp import (
     workers_here,
     write_trained,
 )
-from cpift.training.rows import stage_data
+from cpift.training.rows import held_out_rows, stage_data
 from cpift.training.spacing import Spacing
-from cpift.training.spec import RESULT, FitSpec, FrozenRow, LogRow, TrainingRecord
+from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, TrainingRecord
+from cpift.training.steps import arguments, device_of
 from cpift.training.tracking import tracked
+from cpift.training.watching import Averaging, Watch, checkpoint_folder
 
 _log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
@@ -82,13 +84,14 @@ class _StageState:
     tokens: list[int] = field(default_factory=list)  # input tokens seen, one number a finished stage
     seconds: float = 0.0
     rows: list[dict[str, UseRecord]] = field(default_factory=list)  # by stage and task, see `RowUse.record`
+    held_out: list[HeldOutRow] = field(default_factory=list)
 
 
 def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
     hooks = hooks or FitHooks()
     torch.set_num_threads(spec.threads)
-    if _device(spec) == "cpu":
+    if device_of(spec) == "cpu":
         keep_freed_memory()
     progress = _resume(hooks.resume_from)
     started = time.time() - progress.seconds
@@ -110,9 +113,10 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         "frozen": progress.frozen,
         "tokens": progress.tokens,
         "rows": progress.rows,
+        "held_out": progress.held_out,
         "seconds": progress.seconds,
-        "device": device_name(_device(spec)),
-        "precision": resolved(spec.training.precision, _device(spec)),
+        "device": device_name(device_of(spec)),
+        "precision": resolved(spec.training.precision, device_of(spec)),
     }
     write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
     if hooks.is_main:
@@ -129,7 +133,9 @@ def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
     source = spec.model if saved is None or lora else saved
-    model = load_sharded(source, torch.float32, _device(spec)) if _sharded(spec) else load_model(source, torch.float32)
+    model = (
+        load_sharded(source, torch.float32, device_of(spec)) if _sharded(spec) else load_model(source, torch.float32)
+    )
     return with_adapters(model, lora, spec.seed, saved) if lora else model
 
 
@@ -150,38 +156,55 @@ def _run_stage(
     stage, progress.stage, progress.stage_done = spec.stages[index], index, False
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
-        shutil.rmtree(_stage_folder(spec, index), ignore_errors=True)
+        shutil.rmtree(spec.stage_folder(index), ignore_errors=True)
     uses: dict[str, UseRecord] = {}
     progress.rows = [*progress.rows[:index], uses]
     follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
+    averaging = Averaging(spec.training.ema, checkpoint) if spec.training.ema else None
+    watch = _watch(spec, index, tokenizer, progress, checkpoint, averaging, follower)
+    lookers = [one for one in (averaging, watch) if one is not None]
     with tracked(
-        spec.tracking if hooks.is_main else (), _stage_title(spec, index), spec.logs / f"stage-{index}"
+        spec.tracking if hooks.is_main else (), spec.stage_title(index), spec.logs / f"stage-{index}"
     ) as curves:
         trainer = (ShardedTrainer if _sharded(spec) else WholeTrainer)(
             model=model,
-            args=_arguments(spec, index),
+            args=arguments(spec, index, workers_here()),
+            training=spec.training,
             train_dataset=stage_data(spec, index, tokenizer, uses),
             data_collator=Batches(tokenizer, Abilities.of(model)),
-            callbacks=[follower, *curves, *_spacing(spec.training)],
+            callbacks=[*lookers, follower, *curves, *_spacing(spec.training)],  # the follower hands checkpoints over
         )
         trainer.remove_callback(PrinterCallback)  # progress and log are ours
+        if watch is not None:
+            watch.trainer = trainer
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if averaging is not None:
+        averaging.average.swap()
+    if watch is not None:
+        watch.finish(model)
     follower.finish(model)
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
 
 
+def _watch(
+    spec: FitSpec,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: _StageState,
+    checkpoint: Path | None,
+    averaging: Averaging | None,
+    follower: _Follower,
+) -> Watch | None:
+    if spec.training.evaluate_every is None:
+        return None
+    rows, folder = held_out_rows(spec, index, tokenizer), spec.stage_folder(index)
+    return Watch(spec.training, index, rows, progress.held_out, folder, checkpoint, averaging, follower.alive)
+
+
 def _spacing(training: TrainingConfig) -> list[TrainerCallback]:
     return [Spacing(training.checkpoint_minutes)] if training.checkpoint_minutes else []
-
-
-def _stage_title(spec: FitSpec, index: int) -> str:
-    return spec.title if len(spec.stages) == 1 else f"{spec.title}, stage {index}"
-
-
-def _stage_folder(spec: FitSpec, index: int) -> Path:
-    return spec.scratch / f"stage-{index}"
 
 
 def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -191,45 +214,6 @@ def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
     if spec.regions is None:
         raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
     return JointCores(spec.regions, tasks)
-
-
-def _device(spec: FitSpec) -> Device:
-    return compute_device(spec.resources.gpus_per_worker)
-
-
-def _arguments(spec: FitSpec, index: int) -> TrainingArguments:
-    training, cuda = spec.training, _device(spec) == "cuda"
-    arguments = TrainingArguments(
-        output_dir=str(_stage_folder(spec, index)),
-        max_steps=spec.steps(index) or -1,
-        num_train_epochs=training.epochs or 1,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=spec.accumulation(workers_here()),
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        warmup_steps=training.warmup_ratio,  # below 1: a share of all steps
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=resolved(training.precision, _device(spec)) == "bfloat16",
-        use_cpu=not cuda,
-        seed=spec.seed + index,
-        data_seed=spec.seed + index,
-        logging_steps=training.log_every,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all" if training.packing else "non_padding",  # packed rows have no mask to count
-        save_strategy="steps" if training.checkpoint_every else "no",
-        save_steps=training.checkpoint_every or 1,
-        save_total_limit=None if spec.remote_storage else 1,  # uploads take their time, and delete what they uploaded
-        dataloader_pin_memory=cuda,
-        disable_tqdm=True,
-        report_to=[],  # see `tracked`
-        run_name=_stage_title(spec, index),
-        remove_unused_columns=False,
-        use_cache=False,  # with a cache, models take packed examples for one
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that it sees, Trainer would make a DataParallel model
-    return arguments
 
 
 class _Follower(TrainerCallback):
@@ -268,6 +252,14 @@ class _Follower(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._report(state)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if state.global_step < state.max_steps:  # by patience: nobody waits for the other steps
+            self._report(state, state.max_steps)
+
+    def alive(self) -> None:
+        """What computes beside the steps says that it does."""
+        self._hooks.on_progress(self._last)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -287,7 +279,7 @@ class _Follower(TrainerCallback):
             _log.info("stage %d, step %d of %d: %s", self._index, state.global_step, state.max_steps, figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        folder = checkpoint_folder(args, state)
         self._progress.seconds = time.time() - self._started
         if self._hooks.is_main:
             write_json(folder / _STAGE_FILE, self._progress.__dict__)
@@ -306,21 +298,21 @@ class _Follower(TrainerCallback):
         if moved:
             raise StageError(f"{self._spec.title}: {moved} of {elements} frozen elements moved in stage {self._index}")
 
-    def _report(self, state: TrainerState) -> None:
+    def _report(self, state: TrainerState, step: int | None = None) -> None:
+        step = state.global_step if step is None else step
         last = self._progress.log[-1]["loss"] if self._progress.log else None
         stages = len(self._spec.stages)
-        done = self._index + state.global_step / max(state.max_steps, 1)
-        self._hooks.on_progress(
-            ProgressMessage(
-                title=self._spec.title, done=done / stages, stage=self._index, stages=stages, loss=last,
-                step=state.global_step, steps=state.max_steps,
-            )
+        done = self._index + step / max(state.max_steps, 1)
+        self._last = ProgressMessage(
+            title=self._spec.title, done=done / stages, stage=self._index, stages=stages, loss=last,
+            step=step, steps=state.max_steps,
         )  # fmt: skip
+        self._hooks.on_progress(self._last)
 
 
 def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _StageState, hooks: FitHooks) -> None:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
-    folder = _stage_folder(spec, index) / "end"
+    folder = spec.stage_folder(index) / "end"
     progress.stage_done = True
     save_whole(model, folder, hooks.is_main)
     if hooks.is_main:

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, checkpoint_layout, require_whole
 from cpift.checkpoints.writing import write_like
+from cpift.config.run import TrainingConfig
 from cpift.devices import Device
 from cpift.formats.safetensors import TensorInfo
 from cpift.pretrained.loading import empty_network
@@ -147,9 +148,9 @@ class WholeTrainer(BatchTrainer):
 class ShardedTrainer(BatchTrainer):
     """A Trainer whose checkpoints hold sharded weights and moments; any number of workers can read them again."""
 
-    def __init__(self, *, args: TrainingArguments, **rest: Any):
+    def __init__(self, *, args: TrainingArguments, training: TrainingConfig, **rest: Any):
         args.save_only_model = True  # Trainer refuses a sharded model otherwise, for it could not save its optimizer
-        super().__init__(args=args, **rest)
+        super().__init__(args=args, training=training, **rest)
         args.save_only_model = False
 
     @contextmanager

@@ -8,12 +8,13 @@ in it, as in any other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from cpift.config.inputs import DataSource, needed
 from cpift.data.on_disk import rows_on_disk
 from cpift.data.packing import packed_rows
 from cpift.data.tasks import balanced_sample, mixture, same_rows
@@ -42,9 +43,8 @@ def stage_data(
         DataError: no example of a task is left.
     """
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
-    files, length = TokenFiles(spec.tokens, tokenizer), spec.training.max_length
-    with same_rows({task.name: task.train_data for task in chosen}, spec.rows) as rows:
-        kept = [files.rows(task.train_data, rows[task.name], length) for task in chosen]
+    with same_rows({task.name: task.train_data for task in chosen}, spec.rows):
+        kept = _tokens(spec, tokenizer, {task.name: task.trained_rows(spec.training) for task in chosen})
     places = _places(spec, kept)
     for task, tokens, places_of in zip(chosen, kept, places, strict=True):
         record = _use(tokens, places_of)
@@ -52,10 +52,34 @@ def stage_data(
             uses[task.name] = record
     parts = [tokens.chosen(places_of) for tokens, places_of in zip(kept, places, strict=True)]
     mixed = mixture(parts, spec.seed + index, spec.training.mixing)
+    length = spec.training.max_length
     if not spec.training.packing:
         return mixed
     made_of = [[tokens.name for tokens in kept], places, spec.seed + index, spec.training.mixing.model_dump()]
     return _packed(mixed, length, spec.scratch / f"packed-{index}-{digest(made_of)[:12]}.arrow")
+
+
+def held_out_rows(spec: FitSpec, index: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows whose loss a stage watches: of its tasks one after the other, as `stage_data` has rows.
+
+    Raises:
+        DataError: a task has none, or none of them has anything to learn from.
+    """
+    from datasets import concatenate_datasets
+
+    tasks = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
+    watched = {task.name: task.watched_rows(spec.training) for task in tasks}
+    sources = {name: needed(source, f"tasks.{name}.validation", "evaluate_every") for name, source in watched.items()}
+    kept = _tokens(spec, tokenizer, sources)
+    for tokens in kept:
+        _use(tokens, None)
+    return concatenate_datasets([tokens.rows for tokens in kept])
+
+
+def _tokens(spec: FitSpec, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, DataSource]) -> list[TokenRows]:
+    files = TokenFiles(spec.tokens, tokenizer)
+    with same_rows(sources) as rows:
+        return [files.rows(source, rows[name], spec.training.max_length) for name, source in sources.items()]
 
 
 def _places(spec: FitSpec, kept: Sequence[TokenRows]) -> Sequence[Sequence[int] | None]:

@@ -36,6 +36,15 @@ class FrozenRow(TypedDict):
     moved: int  # of them, nevertheless
 
 
+class HeldOutRow(TypedDict):
+    """A loss on rows that are held out."""
+
+    stage: int
+    step: int
+    loss: float  # nats a token
+    tokens: int  # that it is the mean of
+
+
 class _Later(TypedDict, total=False):
     """What records of earlier releases do not have."""
 
@@ -43,6 +52,7 @@ class _Later(TypedDict, total=False):
     tokens: list[int]  # input tokens seen, by stage
     rows: list[dict[str, UseRecord]]  # by stage and task
     precision: str
+    held_out: list[HeldOutRow]
 
 
 class TrainingRecord(_Later):
@@ -99,6 +109,14 @@ class FitSpec:
         """Optimizer steps of a stage; None where its length is given in epochs."""
         each = entry(STEPS_PER, self.training.steps_per, "steps_per")
         return self.training.steps and self.training.steps * each(self.stages[stage].tasks)
+
+    def stage_title(self, index: int) -> str:
+        """For logs and trackers."""
+        return self.title if len(self.stages) == 1 else f"{self.title}, stage {index}"
+
+    def stage_folder(self, index: int) -> Path:
+        """Where a stage keeps its checkpoints."""
+        return self.scratch / f"stage-{index}"
 
     @property
     def remote_storage(self) -> bool:

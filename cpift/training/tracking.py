@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -22,13 +23,46 @@ _log = logging.getLogger(__name__)
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """What a tracker needs: modules, what brings them, and how the variables that it reads begin."""
+
+    modules: tuple[str, ...]
+    package: str
+    variables: str
+
+
+_NEEDS = {
+    "tensorboard": _Needs((), "tensorboardX", "TENSORBOARD_"),  # it comes with Ray Tune
+    "mlflow": _Needs(("mlflow",), "mlflow", "MLFLOW_"),
+    "wandb": _Needs(("wandb",), "wandb", "WANDB_"),
+    "azure_ml": _Needs(("azureml",), "azureml-sdk", "AZUREML_"),
+    "clearml": _Needs(("clearml",), "clearml", "CLEARML_"),
+    "codecarbon": _Needs(("codecarbon",), "codecarbon", "CODECARBON_"),
+    "comet_ml": _Needs(("comet_ml",), "comet-ml", "COMET_"),
+    "dagshub": _Needs(("dagshub", "mlflow"), "dagshub mlflow", "DAGSHUB_"),
+    "dvclive": _Needs(("dvclive",), "dvclive", "DVC"),
+    "flyte": _Needs(("flytekit",), "flytekit", "FLYTE_"),
+    "kubeflow": _Needs((), "", "KUBEFLOW_"),
+    "neptune": _Needs(("neptune",), "neptune", "NEPTUNE_"),
+    "swanlab": _Needs(("swanlab",), "swanlab", "SWANLAB_"),
+    "trackio": _Needs(("trackio",), "trackio", "TRACKIO_"),
+}
+_KUBEFLOW = "KUBEFLOW_TRAINER_SERVER_URL"  # of a job of its trainer, which it reports to
+
+
 def check_trackers(trackers: Sequence[Tracker]) -> list[Problem]:
-    """Trackers that are asked for and not installed. (tensorboardX comes with Ray Tune.)"""
-    return [
-        Problem("tracking", f"{name!r} is not installed", f"pip install {name}, or leave it out")
-        for name in trackers
-        if name != "tensorboard" and importlib.util.find_spec(name) is None
-    ]
+    """Trackers that are asked for and not installed."""
+    problems = []
+    for name in trackers:
+        needs = entry(_NEEDS, name, "tracking")
+        if any(importlib.util.find_spec(module) is None for module in needs.modules):
+            remedy = f"pip install {needs.package}, or leave it out"
+            problems.append(Problem("tracking", f"{name!r} is not installed", remedy))
+        if name == "kubeflow" and not os.environ.get(_KUBEFLOW):
+            what = f"{name!r} reports to a trainer's job, and {_KUBEFLOW} is not set"
+            problems.append(Problem("tracking", what, "start the run in one, or leave it out"))
+    return problems
 
 
 @contextmanager
@@ -36,8 +70,9 @@ def tracked(trackers: Sequence[Tracker], title: str, folder: Path) -> Iterator[l
     """The callbacks that send the curves of one stage of a fine-tune to the trackers that are wanted.
 
     To TensorBoard in `folder`; to MLflow and W&B as a run named `title`, which ends with the block, so that the next
-    one in this process is a run of its own. Their usual variables say where to (MLFLOW_TRACKING_URI, WANDB_PROJECT,
-    ...); without them MLflow's is `folder`/mlflow.db, and W&B's local files are in `folder` too.
+    one in this process is a run of its own. To all others as transformers' callback does. Their usual variables say
+    where to (MLFLOW_TRACKING_URI, WANDB_PROJECT, ...); without them MLflow's is `folder`/mlflow.db, and W&B's local
+    files are in `folder` too.
     """
     with ExitStack() as stack:
         yield [stack.enter_context(entry(TRACKERS, name, "tracking")(title, folder)) for name in trackers]
@@ -48,7 +83,7 @@ def tracker_variables(trackers: Sequence[Tracker]) -> dict[str, str]:
 
     Without keys and passwords: Ray shows what it is given. Nodes have those in their own environment.
     """
-    wanted = tuple(f"{name.upper()}_" for name in trackers if name != "tensorboard")
+    wanted = tuple(entry(_NEEDS, name, "tracking").variables for name in trackers if name != "tensorboard")
     meant = {name: value for name, value in os.environ.items() if wanted and name.startswith(wanted)}
     return {name: value for name, value in meant.items() if not is_secret_variable(name, value)}
 
@@ -97,10 +132,19 @@ def _wandb(title: str, folder: Path) -> Iterator[TrainerCallback]:
     wandb.finish()
 
 
+def _by_transformers(name: str) -> Callable[[str, Path], AbstractContextManager[TrainerCallback]]:
+    @contextmanager
+    def started(title: str, folder: Path) -> Iterator[TrainerCallback]:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        yield INTEGRATION_TO_CALLBACK[name]()
+
+    return started
+
+
+_OWN = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
 TRACKERS: dict[str, Callable[[str, Path], AbstractContextManager[TrainerCallback]]] = {
-    "tensorboard": _tensorboard,
-    "mlflow": _mlflow,
-    "wandb": _wandb,
+    name: _OWN.get(name, _by_transformers(name)) for name in _NEEDS
 }
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from cpift.cluster.placement import KINDS, Nodes, demand, in_words, task_options, train_options, tune_options
+from cpift.config.resources import TaskResources
 from cpift.config.run import ResourcesConfig
-from cpift.config.training import TaskResources
 
 
 def need(workers: int, cpus: float = 1, gpus: float = 0) -> ResourcesConfig:

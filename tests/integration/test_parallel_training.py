@@ -15,8 +15,8 @@ import torch
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.loading import load_config
-from cpift.config.run import RegionsConfig, ResourcesConfig, RunConfig
-from cpift.config.training import Strategy
+from cpift.config.resources import Strategy
+from cpift.config.run import DataSource, RegionsConfig, ResourcesConfig, RunConfig
 from cpift.method.regions import save_regions, select_regions
 from cpift.models.sources import materialise
 from cpift.training.fit import FitHooks, fit
@@ -39,10 +39,15 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
         "checkpoint_every": 6,
         "log_every": 1,
         "precision": "float32",  # bf16 products would drown the sums' order
+        "evaluate_every": 4,
+        "keep": "best",
+        "ema": 0.9,
     }
     stages = (StageSpec(("addition",)), StageSpec(("spelling",), frozen=("addition",)))
     training = config.probe_training.model_copy(update=changes)
-    return fit_spec(base, out, config.tasks, stages, training, regions=base.parent / "regions")
+    held = DataSource(procedural="echo", size=9)  # which two workers cannot share out evenly
+    tasks = tuple(task.model_copy(update={"validation": held}) for task in config.tasks)
+    return fit_spec(base, out, tasks, stages, training, regions=base.parent / "regions")
 
 
 class _Killed(Exception):
@@ -115,6 +120,17 @@ def test_two_workers_have_the_loss_curve_of_one_process(folder: Path, strategy: 
         one, two = losses(folder, "one", field), losses(folder, strategy, field)
         assert len(one) == 32
         torch.testing.assert_close(two, one, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])
+def test_two_workers_have_the_held_out_losses_of_one_process(folder: Path, strategy: str) -> None:
+    one, two = (json.loads((folder / f"{name}.json").read_text())["held_out"] for name in ("one", strategy))
+    assert [(row["stage"], row["step"]) for row in two] == [
+        (stage, step) for stage in (0, 1) for step in (4, 8, 12, 16)
+    ]
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
+    close = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    torch.testing.assert_close(*(torch.tensor([row["loss"] for row in rows]) for rows in (two, one)), **close)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])

@@ -228,6 +228,7 @@ ELSEWHERE = {
     "tasks.checkpoint",
     "backbone.source",
     "tasks.holdout",
+    "tasks.validation",
 } | {
     *("backbone.revision", "integration.lora"),
     *(f"tasks.{split}.{name}" for split in ("train", "test") for name in ("file", "hub", "subset", "revision")),
@@ -238,6 +239,7 @@ ELSEWHERE = {
     # given in parts, each of which has its own line
     *("model", "tasks", "model.scratch", "regions", "groups", "backbone", "fusion", "integration", "evaluation"),
     *("probe", "resources", "tasks.resources", "probe.mixing", "integration.mixing", "backbone.training"),
+    *("probe.validation", "integration.validation", "backbone.training.validation"),
     *("backbone.training.lora", "backbone.training.mixing"),
     # no number of threads follows from them where it is given
     *("resources.cpus_per_worker", "tasks.resources.cpus_per_worker"),
@@ -285,6 +287,8 @@ def changed(config: RunConfig, name: str, annotation: Any, value: Any) -> RunCon
 def test_each_field_changes_the_names_that_it_says_and_no_others(smoke_config: Path) -> None:
     rich = OVER_SMOKE["rich"] | {"fusion.conflict": "magnitude", "resources.threads_alone": None}
     rich |= {"baselines": {"task_arithmetic": {}, "ties": {}, "dare": {}, "full_sft": {"learning_rate": 0.001}}}
+    for section in ("probe", "backbone.training", "integration"):
+        rich |= {f"{section}.evaluate_every": 5, f"{section}.validation": {"rows": 8}}
     without_adapter = {"fusion.method": "dare", "probe.lora": None, "resources.workers": 4, "resources.min_workers": 3}
     wrong, seen, looked_at = dict[str, Any](), set(), set()
     for parts in (rich, rich | without_adapter):

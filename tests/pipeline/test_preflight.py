@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from cpift.config.inputs import ScratchModel
-from cpift.config.loading import load_config, parse_config
+from cpift.config.loading import load_config
 from cpift.config.needs import require_extra
-from cpift.config.run import RunConfig
 from cpift.console.view import quiet
 from cpift.data.use import RowUse, use_sentences
 from cpift.errors import ConfigError, DataError
@@ -25,6 +23,7 @@ from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
 from tests.helpers.families import VISION_LANGUAGE, make_family
 from tests.helpers.fits import fit_spec
+from tests.helpers.small_runs import run_of, turns
 
 SCRATCH = str(make_scratch_tokenizer(ScratchModel()).chat_template)
 TEMPLATES = {
@@ -34,38 +33,6 @@ TEMPLATES = {
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "none": "",
 }
-
-
-def turns(prompt: str, reply: str, system: bool = False) -> dict[str, Any]:
-    first = [{"role": "system", "content": "s"}] if system else []
-    last = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-    return {"messages": [*first, *last]}
-
-
-def run_of(tmp_path: Path, rows: list[Any], model: Any = None, test: list[Any] | None = None, **more: Any) -> RunConfig:
-    for name, lines in (("train", rows), ("test", rows if test is None else test)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    task = {"train": {"file": "train.jsonl"}, "test": {"file": "test.jsonl"}}
-    training = {"steps": 2, "batch_size": 2, "max_length": 48, "checkpoint_every": 0, "precision": "float32"}
-    raw = {
-        "name": "t",
-        "output": str(tmp_path / "out"),
-        "model": model or {"scratch": {"hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2}},
-        "tasks": [{"name": "a", **task}, {"name": "b", **task}],
-        "probe": training,
-        "backbone": {"source": "pretrained"},
-        "regions": {"p": 0.05},
-        "integration": dict(training),
-        "evaluation": {"max_length": 64, "batch_size": 4},
-        "tracking": [],
-    }
-    for name, value in more.items():
-        *parents, last = name.split("__")
-        node: Any = raw
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return parse_config(raw, tmp_path, "t")
 
 
 @pytest.fixture(scope="module")

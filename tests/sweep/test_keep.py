@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpift.config.loading import load_config
+from cpift.config.loading import Fields, load_config
 from cpift.config.run import RunConfig
-from cpift.config.variation import Fields
 from cpift.console.view import quiet
 from cpift.disk.files import read_json
 from cpift.pipeline.outcomes import known_scores, own_models

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.config.run import RegionsConfig
 from cpift.errors import StageError
 from cpift.method.masks import read_mask
-from cpift.method.regions import save_regions, select_regions
 from cpift.pipeline.inprocess import fit_here
 from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import StageSpec, stages_of
-from tests.helpers.fits import TASKS, spec, weights
+from tests.helpers.fits import spec, weights
 
 
 def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_path: Path) -> None:
@@ -137,18 +135,6 @@ def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
     assert {message["stage"] for message in messages} == {1}
     assert weights(broken.export) == undisturbed[1]
     assert not checkpoints()
-
-
-@pytest.fixture(scope="module")
-def regions(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    probes, out = {}, tmp_path_factory.mktemp("probes")
-    for one in TASKS:
-        fit(spec(base, out / one.name, StageSpec((one.name,))))
-        probes[one.name] = Checkpoint(out / one.name / "export")
-    folder = out / "regions"
-    folder.mkdir()
-    save_regions(select_regions(Checkpoint(base), probes, RegionsConfig(p=0.2)), folder)
-    return folder
 
 
 @pytest.mark.parametrize("freeze", ["earlier", "all"])

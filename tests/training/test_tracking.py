@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from cpift.errors import StageError
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
-from cpift.training.tracking import check_trackers, log_file, tracker_variables
+from cpift.training.tracking import TRACKERS, check_trackers, log_file, tracker_variables
 from tests.helpers.fits import spec
 
 
@@ -42,6 +44,33 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = check_trackers(("tensorboard", "wandb"))
     assert str(problem) == "tracking: 'wandb' is not installed → pip install wandb, or leave it out"
+
+
+def test_every_tracker_that_transformers_knows_may_be_named() -> None:
+    assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_kubeflow_needs_a_job_to_report_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    (problem,) = check_trackers(("kubeflow",))
+    assert "KUBEFLOW_TRAINER_SERVER_URL is not set" in str(problem)
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://here")
+    assert check_trackers(("kubeflow",)) == []
+
+
+def test_other_trackers_get_losses_through_transformers_own_callback(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[str, int, str]] = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
+            logged.extend((args.run_name, state.global_step, name) for name in ("loss", "eval_loss") if name in logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "dvclive", Recorder)
+    watched = spec(base, tmp_path, steps=2, evaluate_every=2, validation={"rows": 4})
+    fit(replace(watched, tracking=("dvclive",)))
+    assert logged == [("fit", 2, "eval_loss"), ("fit", 2, "loss")]
 
 
 @pytest.mark.skipif(not find_spec("mlflow"), reason="mlflow is not installed")

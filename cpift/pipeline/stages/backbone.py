@@ -11,7 +11,7 @@ from cpift.config.run import ModelConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import group, model, regions
-from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
+from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields, watched_data
 from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, stages_of
@@ -27,6 +27,7 @@ def artifact(names: Names, groups: Groups) -> Artifact | None:
     if config.backbone_source != "staged":
         return None
     inputs = {"model": model.artifact(names).fingerprint} | train_data(names)
+    inputs |= watched_data(names, config.backbone_training, config.tasks)
     fields = training_fields(names, "backbone", config.backbone_training, threads_alone(names), config.resources)
     fields |= {"groups": [list(group) for group in groups]}
     return names.artifact("backbone", VERSION, inputs, fields)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cpift.config.identity import identity_of
-from cpift.config.run import ResourcesConfig, TrainingConfig
+from cpift.config.run import ResourcesConfig, TaskConfig, TrainingConfig
 from cpift.disk.artifact_state import TOKENS
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.stages.names import ModelRef, Names, once
@@ -31,6 +32,12 @@ def threads_alone(names: Names) -> int:
 def train_data(names: Names) -> dict[str, str]:
     """What identifies the training rows of all tasks."""
     return {f"data {task.name}": names.train_rows(task.name) for task in names.config.tasks}
+
+
+def watched_data(names: Names, training: TrainingConfig, tasks: Iterable[TaskConfig]) -> dict[str, str]:
+    """What identifies tasks' own rows whose loss is watched. (Those held out of training rows follow from these.)"""
+    own = {task.name: task.validation for task in tasks if training.evaluate_every and task.validation is not None}
+    return {f"held out {task}": names.validation_rows(task, source) for task, source in own.items()}
 
 
 def fit_spec(

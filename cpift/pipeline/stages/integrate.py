@@ -11,7 +11,7 @@ from cpift.disk.artifacts import Artifact
 from cpift.errors import entry
 from cpift.pipeline.run import Fit, Run, unless_damaged
 from cpift.pipeline.stages import backbone, fuse, group, regions
-from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields
+from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields, watched_data
 from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import STEPS_PER, FitSpec, stages_of
@@ -30,6 +30,7 @@ def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
     fields = training_fields(names, "integrate", training, threads_alone(names), config.resources)
     fields |= {"groups": [list(group) for group in groups]}
     inputs = {"fused": fused.fingerprint, "regions": regions.artifact(names).fingerprint} | train_data(names)
+    inputs |= watched_data(names, training, config.tasks)
     return names.artifact("integrate", VERSION, inputs, fields)
 
 

@@ -87,7 +87,7 @@ class Names:
         return self.watch.identify(field, lambda: [extension.file], lambda: extension.fingerprint)
 
     def rows(self, task: str, split: str, source: DataSource) -> str:
-        """What identifies the rows of a task: `split` is train or test."""
+        """What identifies the rows of a task: `split` is train, test or validation."""
         files = rows_of(source).files
         return self.watch.identify(f"tasks.{task}.{split}", files, lambda: source_fingerprint(source))
 
@@ -96,6 +96,12 @@ class Names:
         if ("train", task) not in self.values:
             self.values["train", task] = self.rows(task, "train", self.config.task(task).train_data)
         return str(self.values["train", task])
+
+    def validation_rows(self, task: str, source: DataSource) -> str:
+        """What identifies the rows of a task's `validation`."""
+        if ("validation", task) not in self.values:
+            self.values["validation", task] = self.rows(task, "validation", source)
+        return str(self.values["validation", task])
 
     @property
     def template_fields(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from cpift.config.run import CheckpointConfig, TaskConfig
 from cpift.disk.artifacts import Artifact
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model
-from cpift.pipeline.stages.fits import fit_spec, length, tokens_of, training_fields
+from cpift.pipeline.stages.fits import fit_spec, length, tokens_of, training_fields, watched_data
 from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, StageSpec
@@ -27,6 +27,7 @@ def artifacts(names: Names) -> dict[str, Artifact]:
 
 def _artifact(names: Names, task: TaskConfig) -> Artifact:
     inputs = {"model": model.artifact(names).fingerprint, "data": names.train_rows(task.name)}
+    inputs |= watched_data(names, names.config.probe_training, [task])
     resources = names.config.resources.overridden(task.resources)
     fields = training_fields(names, "probe", names.config.probe_training, resources.threads, resources)
     return names.artifact("probe", VERSION, inputs, fields, task.name)
