@@ -1,12 +1,14 @@
 """Merging side by side with mergekit: same checkpoints, same disk, same dtype, same run.
 
     python -m benchmarks.merging.speed --work DIR [--venv DIR] [--size 1.2B 5B] [--cases slerp cpift-2 cpift-4]
+    python -m benchmarks.merging.speed --work DIR --verification 5 [--size 1.2B] [--cases slerp cpift-2]
 
 It writes Llama-shaped bf16 checkpoints into DIR (2.5 GB each at 1.2B, 5.4 GB at 2.7B, 10 GB at 5B), makes an
 environment for mergekit (not this one) and measures whole commands, imports included: wall and processor time, peak
 anonymous memory and peak resident memory of the process tree (mapped files included), and seconds to flush what a tool
-left unwritten. Files that fit are read once before each measurement, so that both find them in the page cache. Rows go
-to results/fusion.jsonl.
+left unwritten. Files that fit are read once before each measurement, so that both find them in the page cache.
+`--verification N` asks what verification costs: N pairs of commands with and without it, each pair the other way round
+than the one before, and the ratios of their times, with the load of the machine. Rows go to results/fusion.jsonl.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -233,20 +236,57 @@ def warm(folders: Sequence[Path]) -> None:
             subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
 
 
+def both_ways(work: Path, size: str, case: str, budget: str) -> dict[str, list[str | Path]]:
+    return {"cpift": ours(work, size, case, budget, "--no-verify"), "cpift+verify": ours(work, size, case, budget)}
+
+
+def folders_of(work: Path, size: str, case: str) -> list[Path]:
+    """The models that a case reads."""
+    count = 2 if case == "slerp" else int(case.split("-")[1])
+    return [work / size / name for name in ([] if case == "slerp" else ["base"]) + [f"t{i + 1}" for i in range(count)]]
+
+
+def verification(work: Path, size: str, cases: Sequence[str], budget: str, pairs: int) -> Iterator[dict[str, Any]]:
+    """What verification costs: medians over pairs of runs, one beside the other."""
+    for case in cases:
+        found: list[dict[str, Measured]] = []
+        for number in range(pairs):
+            runs = list(both_ways(work, size, case, budget).items())
+            found.append({})
+            for tool, command in runs[:: -1 if number % 2 else 1]:
+                shutil.rmtree(work / "out", ignore_errors=True)
+                warm(folders_of(work, size, case))
+                found[-1][tool] = measure(command, {"HF_HUB_OFFLINE": "1"})
+        shutil.rmtree(work / "out", ignore_errors=True)
+        walls = [[pair[tool].wall for pair in found] for tool in ("cpift", "cpift+verify")]
+        processor = [[pair[tool].user + pair[tool].system for pair in found] for tool in ("cpift", "cpift+verify")]
+        yield {
+            "case": case,
+            "tool": "cpift+verify / cpift",
+            "size": size,
+            "budget": budget,
+            "pairs": pairs,
+            "wall": [[round(value, 2) for value in tool] for tool in walls],
+            "processor": [[round(value, 2) for value in tool] for tool in processor],
+            "wall_ratio": round(statistics.median(with_ / without for without, with_ in zip(*walls, strict=True)), 3),
+            "processor_ratio": round(statistics.median(w / o for o, w in zip(*processor, strict=True)), 3),
+            "peak_anonymous": max(pair["cpift+verify"].peak_anonymous for pair in found),
+            "load": round(os.getloadavg()[1], 1),  # processes over five minutes; one alone has about 1.5
+        }
+
+
 def rows(
     work: Path, size: str, cases: Sequence[str], venv: Path | None, budget: str, tools: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     parameters = sum(info.numel for info in SHAPES[size].tensors())
     for case in cases:
         read = 2 if case == "slerp" else int(case.split("-")[1]) + 1
-        folders = [work / size / f"t{i}" for i in range(1, read + (case == "slerp"))]
-        folders += [] if case == "slerp" else [work / size / "base"]
-        runs = {"cpift": ours(work, size, case, budget, "--no-verify"), "cpift+verify": ours(work, size, case, budget)}
+        runs = both_ways(work, size, case, budget)
         if case == "slerp" and venv is not None:
             runs = {"mergekit": mergekit_slerp(work, size, mergekit(venv))} | runs
         for tool, command in ((tool, command) for tool, command in runs.items() if tool in tools):
             shutil.rmtree(work / "out", ignore_errors=True)
-            warm(folders)
+            warm(folders_of(work, size, case))
             measured = measure(command, {"HF_HUB_OFFLINE": "1"})
             yield {
                 "case": case,
@@ -269,10 +309,12 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", choices=SHAPES, default=["1.2B"])
     parser.add_argument("--cases", nargs="+", default=["slerp", "cpift-2", "cpift-4"])
     parser.add_argument("--budget", default="512MiB")
+    parser.add_argument("--verification", type=int, metavar="N", help="pairs of runs with and without verification")
     parser.add_argument("--prepare", action="store_true", help="make checkpoints and environment, measure nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, keep none")
     options = parser.parse_args()
-    venv = (options.venv or options.work / "mergekit") if "mergekit" in options.tools else None
+    beside = "mergekit" in options.tools and not options.verification
+    venv = (options.venv or options.work / "mergekit") if beside else None
     for size in options.size:
         tasks = max(2 if case == "slerp" else int(case.split("-")[1]) for case in options.cases)
         for seed in range(tasks + 1):
@@ -281,7 +323,10 @@ def main() -> None:
             mergekit(venv)
         if options.prepare:
             continue
-        for row in rows(options.work, size, options.cases, venv, options.budget, options.tools):
+        measured = rows(options.work, size, options.cases, venv, options.budget, options.tools)
+        if options.verification:
+            measured = verification(options.work, size, options.cases, options.budget, options.verification)
+        for row in measured:
             print(json.dumps(row), flush=True)
             if not options.dry_run:
                 append("fusion", [row])

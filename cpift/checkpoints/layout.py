@@ -190,9 +190,16 @@ def loading_faults(checkpoint: Checkpoint) -> list[str]:
     return [*sorted(info["missing_keys"]), *sorted(key for key, *_ in info["mismatched_keys"]), *info["error_msgs"]]
 
 
+def known_loading_faults(checkpoint: Checkpoint) -> list[str]:
+    """`loading_faults`; transformers is asked once for the same configuration, names and shapes, and not at all where
+    these are known to be a common class's."""
+    faults: list[str] = _remembered_whole("loads", checkpoint, lambda: loading_faults(checkpoint))
+    return faults
+
+
 def unloadable(checkpoint: Checkpoint, where: str) -> list[Problem]:
     """What `loading_faults` finds, as a problem; empty if transformers loads the model."""
-    faults = _remembered_whole("loads", checkpoint, lambda: loading_faults(checkpoint))
+    faults = known_loading_faults(checkpoint)
     some = ", ".join(faults[:3]) + (", …" if len(faults) > 3 else "")
     what = f"{checkpoint.folder} lacks {len(faults)} parameters of its class, or has them in another shape ({some})"
     remedy = "give the files that belong to config.json, saved by transformers (save_pretrained)"

@@ -112,14 +112,18 @@ def kept_record(shard: Shard, folder: Path, made_from: str) -> ShardRecord | Non
         return None
 
 
-def write_shard(shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], ShardRecord]) -> ShardRecord:
+def write_shard(
+    shard: Shard, folder: Path, made_from: str, fill: Callable[[FileWriter], ShardRecord], read_back: bool = False
+) -> ShardRecord:
     """Write one shard into `folder`; `fill` writes every tensor and returns what is to be kept beside it.
 
-    Raises StageError where the disk is full or cannot be written, or an input not be read; nothing half-written stays.
+    read_back: read it back from the disk and compare it with what was written, before it has its name.
+    Raises StageError where the disk is full or cannot be written, or an input not be read, or the disk gives back
+    something else; nothing half-written stays.
     """
     partial = folder / f".{shard.name}.{os.getpid()}.partial"
     try:
-        record, sha256 = _filled(partial, shard, fill)
+        record, sha256 = _filled(partial, shard, fill, read_back)
     except OSError as error:
         ours = error.filename in (None, str(partial))
         what = f"{folder / shard.name} could not be written" if ours else f"{error.filename} could not be read"
@@ -151,8 +155,10 @@ def _remember(file: Path, note: ShardNote) -> None:
         remember_sha256(file, note["sha256"])
 
 
-def _filled(partial: Path, shard: Shard, fill: Callable[[FileWriter], ShardRecord]) -> tuple[ShardRecord, str | None]:
-    writer = FileWriter(partial, shard.tensors, in_order=True)
+def _filled(
+    partial: Path, shard: Shard, fill: Callable[[FileWriter], ShardRecord], read_back: bool
+) -> tuple[ShardRecord, str | None]:
+    writer = FileWriter(partial, shard.tensors, in_order=True, read_back=read_back)
     try:
         record = fill(writer)
         writer.flush()
@@ -191,7 +197,7 @@ class WriteBehind:
         }
         for buffer in self._buffers.values():
             self._free.put(buffer)
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer, self._hasher, self._checker = (ThreadPoolExecutor(1) for _ in range(3))
         self._pending: list[Future[None]] = []
 
     def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -199,18 +205,22 @@ class WriteBehind:
         self._raise_failed()
         return self._free.get()[: numel * dtype.itemsize].view(dtype)
 
-    def write(self, file: FileWriter, name: str, start: int, values: torch.Tensor) -> None:
-        """Write a buffer as elements start.. of a tensor, some time before `drain` returns."""
-        hashed = self._hasher.submit(file.absorb, name, start, values)
-        self._pending.append(self._writer.submit(self._write, file, name, start, values, hashed))
+    def write(
+        self, file: FileWriter, name: str, start: int, values: torch.Tensor, check: Callable[[], None] | None = None
+    ) -> None:
+        """Write a buffer as elements start.. of a tensor, some time before `drain` returns; `check` looks at it too."""
+        beside = [self._hasher.submit(file.absorb, name, start, values)]
+        beside += [] if check is None else [self._checker.submit(check)]
+        self._pending.append(self._writer.submit(self._write, file, name, start, values, beside))
 
-    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor, hashed: Future[None]) -> None:
+    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor, beside: list[Future[None]]) -> None:
         try:
             file.write(name, start, values)
         finally:
-            wait([hashed])
+            wait(beside)
             self._free.put(self._buffers[values.data_ptr()])
-        hashed.result()
+        for future in beside:
+            future.result()
 
     def drain(self) -> None:
         """Wait until everything has been written; raises what went wrong."""
@@ -229,8 +239,8 @@ class WriteBehind:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._writer.shutdown(wait=True, cancel_futures=True)
-        self._hasher.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._writer, self._hasher, self._checker):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:

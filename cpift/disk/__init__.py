@@ -3,7 +3,7 @@
 `artifacts` (content-addressed outputs of stages), `artifact_state` (complete, dropped or damaged), `input_watch`
 (inputs identified again), `top_files` (reports and configs that replace nobody's own), `files` (JSON and text that
 no reader meets half-written), `locks`, `facts` (what need not be found out twice), `mapped` and `guarded` (memory
-maps that survive a truncated file), `direct_io`, `object_store`.
+maps that survive a truncated file), `direct_io`, `read_back` (what was written, from the disk), `object_store`.
 
     >>> import tempfile
     >>> from pathlib import Path

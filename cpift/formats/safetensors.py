@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.disk.direct_io import DirectStream, write_at
 from cpift.disk.files import file_identity
+from cpift.disk.read_back import lost, sha256_of
 from cpift.errors import CpiftError, naming
 from cpift.untrusted.json import TENSOR_HEADER, UnreadableError, opened, parse_json, shown
 
@@ -231,18 +232,20 @@ class FileWriter:
 
     in_order: they come in the order of the file, from one thread at a time, and the file is large: what is written
     bypasses the page cache, and the file's sha256 is known at its end if `absorb` is told of the same elements.
+    read_back: `flush` then reads all of such a file back from the disk and compares it.
     """
 
-    def __init__(self, path: Path, infos: Sequence[TensorInfo], in_order: bool = False):
+    def __init__(self, path: Path, infos: Sequence[TensorInfo], in_order: bool = False, read_back: bool = False):
         header, placed = laid_out(path, infos)
         self.path = path
         self.tensors = {info.name: info for info in placed}
         self.nbytes = len(header) + sum(info.nbytes for info in infos)
+        self._read_back = read_back
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             with naming(path, self.nbytes):
                 _reserve(self._descriptor, self.nbytes)
-                self._stream = DirectStream(path, self._descriptor) if in_order else None
+                self._stream = DirectStream(path, self._descriptor, read_back) if in_order else None
                 self._hash, self._hashed = hashlib.sha256(header), len(header)
                 self._put(header, 0)
         except OSError:
@@ -255,7 +258,7 @@ class FileWriter:
         """A file that another process has created and that several write to. Closed when it is forgotten."""
         file = cls.__new__(cls)
         file.path, file.tensors, file.nbytes = path, {i.name: i for i in read_header(path)}, path.stat().st_size
-        file._descriptor, file._stream = os.open(path, os.O_RDWR), None
+        file._descriptor, file._stream, file._read_back = os.open(path, os.O_RDWR), None, False
         weakref.finalize(file, os.close, file._descriptor)
         return file
 
@@ -289,11 +292,16 @@ class FileWriter:
         return self._hash.hexdigest() if self._hashed == self.nbytes else None
 
     def flush(self) -> None:
-        """Wait until what was written so far is on the disk; of a file written in order: until all is."""
+        """Wait until what was written so far is on the disk; of a file written in order: until all is.
+
+        Raises OSError where that is read back as something else than was written."""
         with naming(self.path, self.nbytes):
             if self._stream is not None:
                 self._stream.finish()
             os.fsync(self._descriptor)
+            in_parts = self._stream is None or not self._read_back or self._stream.is_on_disk()
+            if not in_parts and sha256_of(self._descriptor) != self.sha256:
+                raise lost(0, self.nbytes)
 
     def close(self) -> None:
         if self._stream is not None:

@@ -22,7 +22,7 @@ from cpift.config.settings import shown_setting
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.checks import Check, OnElements
+from cpift.merging.checks import Check, Tally, check_copied, differing_bits
 from cpift.merging.definition import Definition
 from cpift.merging.settings import Largest, Settings
 from cpift.method.masks import RegionMasks
@@ -178,6 +178,14 @@ class MergeMethod(ABC):
         """Whether it, as it is configured, is merged on a GPU where there is one."""
         return self.on_gpu
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether θ0's weights are read: for the method, for tensors that are copied, or for fine-tunes that are given
+        as something else than whole models under θ0's names."""
+        if self.needs_base or any(type(model) is not Checkpoint for model in self.tuned.values()):
+            return True
+        return not all(self.merges(info) for info in self.pretrained.tensors.values())
+
     def placed(self, at: Destination) -> Self:
         """A copy that reads its models and masks to `at`."""
         other = self.with_masks(at.masks)
@@ -237,9 +245,27 @@ class MergeMethod(ABC):
         """Whether a tensor that was written is compared with its definition."""
         return self.merges(info) and 0 < info.numel <= _LARGEST
 
-    def checks(self, written: Checkpoint, progress: OnElements) -> list[Check]:
-        """What else has to hold of the merged model."""
-        return []
+    def tally(self, info: TensorInfo, start: int, values: torch.Tensor) -> Tally:
+        """What elements start.. of the merged model show, [n]: while they are merged, or read back."""
+        with self.named(f"tensor {info.name}, compared from element {start} on"):
+            compared, differing = self.at(info.name).differing(info, start, start + values.numel(), values)
+        return Tally(compared, differing, not info.floating or all_finite(values))
+
+    def differing(self, info: TensorInfo, start: int, stop: int, out: torch.Tensor) -> tuple[int, int]:
+        """Elements of a slice that have to be some model's bit for bit, and how many of them are not."""
+        if self.merges(info):
+            return 0, 0
+        return differing_bits(self.rest[1].slice(info.name, start, stop).to(out.dtype), out)
+
+    def compared_with(self, info: TensorInfo) -> list[Checkpoint]:
+        """The models that `differing` reads."""
+        return [] if self.merges(info) else [self.rest[1]]
+
+    def checks(self, written: Checkpoint, tallies: Mapping[str, Tally]) -> list[Check]:
+        """What else has to hold of the merged model; tallies: what was found of each of its tensors."""
+        copied = [info.name for info in written.tensors.values() if not self.merges(info)]
+        name = "every tensor that is not merged equals the one that it is copied from bit for bit"
+        return [check_copied(tallies, copied, name)] if copied else []
 
 
 class Declared:

@@ -1,15 +1,13 @@
-"""What a check of a merged model says, and comparisons bit for bit: of copied tensors, of cores with their donors."""
+"""What a check of a merged model says, what slices of it show, and comparisons bit for bit: of copied tensors, of cores
+with their donors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from cpift_kernels import count_mask, gather_masked, union_mask
-
-from cpift.checkpoints.checkpoint import Checkpoint
-from cpift.checkpoints.slices import pieces, sweep
 
 if TYPE_CHECKING:
     import torch
@@ -39,21 +37,50 @@ def compared(name: str, count: int, wrong: Sequence[str] | int, what: str, more:
     return {"name": name, "passed": not wrong, "detail": what + listed + more}
 
 
-def check_copied(source: Checkpoint, written: Checkpoint, names: Sequence[str]) -> Check:
-    """Tensors outside the parameter space equal θ_base bit for bit."""
-    wrong = [name for name in names if not _same_bits(source, written, name)]
-    name = "every tensor outside the parameter space equals the backbone bit for bit"
+@dataclass(frozen=True)
+class Tally:
+    """What slices of a tensor show beside their models."""
+
+    compared: int = 0  # elements that have to be some model's bit for bit
+    differing: int = 0  # of those, elements that are not
+    finite: bool = True
+
+    def __add__(self, other: Tally) -> Tally:
+        both = self.finite and other.finite
+        return Tally(self.compared + other.compared, self.differing + other.differing, both)
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """A file whose slices were looked at while they were merged, and that was read back from the disk."""
+
+    sha256: str  # of what was written
+    starts: Mapping[str, int]  # the byte at which each tensor was written
+    tallies: Mapping[str, Tally]
+
+
+def check_copied(tallies: Mapping[str, Tally], names: Sequence[str], name: str) -> Check:
+    """Whether tensors equal those that they are copies of, bit for bit; `name`: how that is said."""
+    wrong = [one for one in names if tallies[one].differing]
     what = f"{len(names)} tensors compared, {len(wrong)} differ" if names else "every tensor is in it"
     return compared(name, len(names), wrong, what)
 
 
-def _same_bits(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+def check_cores(tallies: Mapping[str, Tally], names: Sequence[str]) -> Check:
+    """Whether every core element that has one donor equals that donor's; names: of the tensors that have cores."""
+    total, differing = (sum(getattr(tallies[one], of) for one in names) for of in ("compared", "differing"))
+    name = "every core element of the fused model equals its donor bit for bit"
+    what = f"{total:,} elements compared, {differing:,} differ" if total else "no element is one task's core alone"
+    return compared(name, total, differing, what)
+
+
+def differing_bits(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
+    """How many elements there are, and how many are not the same bit for bit; [n] each, of one dtype."""
     import torch
 
-    return all(
-        torch.equal(one.slice(name, *piece).view(torch.uint8), other.slice(name, *piece).view(torch.uint8))
-        for piece in pieces(one.tensors[name].numel)
-    )
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    left, right = one.view(bits), other.view(bits)
+    return one.numel(), 0 if torch.equal(left, right) else int((left != right).sum())
 
 
 @dataclass(frozen=True)
@@ -65,30 +92,8 @@ class Operands:
     core: torch.Tensor  # union of the cores
 
 
-def check_cores(
-    models: Sequence[Checkpoint],
-    has: Callable[[str], bool],
-    operands: Callable[[str, int, int], Operands],
-    written: Checkpoint,
-    progress: OnElements,
-) -> Check:
-    """Compare every core element that has one donor with that donor, bit for bit. `has`: whether a tensor has cores."""
-    total = differing = 0
-    for info in written.tensors.values():
-        for start, stop in sweep([*models, written], info, pieces(info.numel)):
-            progress(stop - start, info.name)
-            if has(info.name):
-                more, wrong = _differing(operands(info.name, start, stop), written.slice(info.name, start, stop))
-                total, differing = total + more, differing + wrong
-    name = "every core element of the fused model equals its donor bit for bit"
-    what = f"{total:,} elements compared, {differing:,} differ" if total else "no element is one task's core alone"
-    return compared(name, total, differing, what)
-
-
-def _differing(operands: Operands, out: torch.Tensor) -> tuple[int, int]:
-    """Elements with one donor, and how many of them are not the donor's."""
-    import torch
-
+def differing_cores(operands: Operands, out: torch.Tensor) -> tuple[int, int]:
+    """Elements of a slice with one donor, and how many of them are not the donor's bit for bit."""
     if count_mask(operands.core) == 0:
         return 0, 0
     total = differing = 0
@@ -98,7 +103,6 @@ def _differing(operands: Operands, out: torch.Tensor) -> tuple[int, int]:
             continue
         others = [other for other in owned if other is not mask]
         sole = mask & ~union_mask(others) if others else mask
-        got, donor = gather_masked(out, sole), gather_masked(source, sole).to(out.dtype)
-        total += donor.numel()
-        differing += int((got.view(torch.uint8) != donor.view(torch.uint8)).sum())
+        more, wrong = differing_bits(gather_masked(source, sole).to(out.dtype), gather_masked(out, sole))
+        total, differing = total + more, differing + wrong
     return total, differing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,11 +23,12 @@ from cpift.checkpoints.writing import (
     write_index,
     write_shard,
 )
+from cpift.disk.files import file_sha256
 from cpift.disk.guarded import guarded_reads
 from cpift.errors import CpiftError
 from cpift.formats.safetensors import FileWriter, TensorInfo
 from cpift.merging.base import Merged, MergeMethod
-from cpift.merging.checks import OnElements
+from cpift.merging.checks import CheckedFile, OnElements, Tally
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +52,15 @@ def merge(
     budget: int = DEFAULT_BUDGET,
     progress: OnElements = lambda elements, name: None,
     shards_by: MergeShards | None = None,
+    checked: dict[str, CheckedFile] | None = None,
 ) -> list[TensorRecord]:
     """Write the merged checkpoint into the folder `out`: names, shapes and dtypes as `like`, its small files copied.
 
     made_from: the fingerprint of inputs and settings; shards that `out` already has of it are kept. shards_by: what
-    does the work of `merge_shards` where it is not this process. Returns the records
-    of all tensors. Raises CheckpointError for a model that does not fit or is not finite, CpiftError for a budget
-    in which not one slice fits.
+    does the work of `merge_shards` where it is not this process. checked: where given, slices are looked at while they
+    are merged, each file is read back from the disk, and what was found of a file is kept there by its name; not of
+    files that were there already or are merged elsewhere. Returns the records of all tensors. Raises CheckpointError
+    for a model that does not fit or is not finite, CpiftError for a budget in which not one slice fits.
     """
     shards = plan_shards(like.tensors.values(), shard_size)
     records = {shard.name: kept_record(shard, out, made_from) for shard in shards}
@@ -67,16 +71,25 @@ def merge(
     for shard in shards:
         if records[shard.name] is not None:
             progress(sum(info.numel for info in shard.tensors), shard.name)
-    records |= (shards_by or merge_shards)(method, missing, out, made_from, budget, progress)
+    if shards_by:
+        records |= shards_by(method, missing, out, made_from, budget, progress)
+    else:
+        records |= merge_shards(method, missing, out, made_from, budget, progress, checked)
     write_index(shards, out)
     copy_companions(like, out)
     return [*of_model, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
 
 
 def merge_shards(
-    method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
+    method: MergeMethod,
+    shards: Sequence[Shard],
+    out: Path,
+    made_from: str,
+    budget: int,
+    progress: OnElements,
+    checked: dict[str, CheckedFile] | None = None,
 ) -> dict[str, ShardRecord]:
-    """Write some shards; their records by name."""
+    """Write some shards; their records by name. `checked` as for `merge`."""
     if not shards:
         return {}
     infos = [info for shard in shards for info in shard.tensors]
@@ -86,9 +99,15 @@ def merge_shards(
     with WriteBehind(largest, depth) as writing:
 
         def write(shard: Shard) -> ShardRecord:
-            return write_shard(
-                shard, out, made_from, lambda file: fill_shard(method, shard, _ToFile(file, writing), progress)
-            )
+            checking = _Checking(method) if checked is not None else None
+
+            def fill(file: FileWriter) -> ShardRecord:
+                return fill_shard(method, shard, _ToFile(file, writing, checking), progress)
+
+            record = write_shard(shard, out, made_from, fill, checking is not None)
+            if checked is not None and checking is not None:
+                checked[shard.name] = checking.of(out / shard.name)
+            return record
 
         return {shard.name: write(shard) for shard in shards}
 
@@ -106,17 +125,38 @@ class Target(Protocol):
         """Wait until all is taken; raises what went wrong."""
 
 
+class _Checking:
+    """What the slices of one file show while they are in memory."""
+
+    def __init__(self, method: MergeMethod):
+        self._method = method
+        self._tallies: dict[str, Tally] = {}
+        self._starts: dict[str, int] = {}
+
+    def look(self, placed: TensorInfo, start: int, values: torch.Tensor) -> None:
+        """At elements start.. of a tensor, which is at its place in the file."""
+        found = self._method.tally(placed, start, values)
+        self._tallies[placed.name] = self._tallies.get(placed.name, Tally()) + found
+        self._starts[placed.name] = placed.start
+
+    def of(self, file: Path) -> CheckedFile:
+        return CheckedFile(file_sha256(file), self._starts, self._tallies)
+
+
 class _ToFile:
     """A file that is written behind the merge."""
 
-    def __init__(self, file: FileWriter, writing: WriteBehind):
-        self._file, self._writing = file, writing
+    def __init__(self, file: FileWriter, writing: WriteBehind, checking: _Checking | None = None):
+        self._file, self._writing, self._checking = file, writing, checking
 
     def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self._writing.buffer(stop - start, info.dtype)
 
     def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
-        self._writing.write(self._file, info.name, start, values)
+        look = None
+        if self._checking is not None:
+            look = partial(self._checking.look, self._file.tensors[info.name], start, values)
+        self._writing.write(self._file, info.name, start, values, look)
 
     def drain(self) -> None:
         self._writing.drain()

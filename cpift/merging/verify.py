@@ -8,19 +8,21 @@ whether it takes the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.finite import is_finite
-from cpift.checkpoints.layout import loading_faults
-from cpift.checkpoints.slices import Piece
-from cpift.formats.safetensors import TensorInfo
+from cpift.checkpoints.layout import known_loading_faults
+from cpift.checkpoints.slices import Piece, pieces, sweep
+from cpift.disk.files import file_sha256
+from cpift.formats.safetensors import TensorInfo, read_header
 from cpift.merging.base import MergeMethod
-from cpift.merging.checks import Check, OnElements, compared
+from cpift.merging.checks import Check, CheckedFile, OnElements, Tally, compared
 from cpift.merging.definition import elements_at
 from cpift.pretrained.tokens import FILE, found_in
 from cpift.text.units import show_size
@@ -36,17 +38,71 @@ _LEAST = {"F16": 2.0**-24}  # the step between its smallest values; of the other
 
 
 def verify(
-    method: MergeMethod, like: Checkpoint, folder: Path, progress: OnElements = lambda elements, name: None
+    method: MergeMethod,
+    like: Checkpoint,
+    folder: Path,
+    progress: OnElements = lambda elements, name: None,
+    checked: Mapping[str, CheckedFile] = MappingProxyType({}),
 ) -> list[Check]:
-    """Check the checkpoint in `folder`, which `method` made with the layout of `like`."""
+    """Check the checkpoint in `folder`, which `method` made with the layout of `like`.
+
+    checked: files whose slices were looked at while they were merged (`engine.merge`). Where they are still what was
+    written, and their headers have every tensor where it was written, only the definition's sample is read of them;
+    of all others every element."""
     written = Checkpoint(folder)
-    accounted, *of_values = verify_values(method, like, written)
-    return [accounted, *method.checks(written, progress), *of_values]
+    lost, tallies = _as_written(written, checked)
+    for info in written.tensors.values():
+        fits = info.name in like.tensors and info.shape == like.tensors[info.name].shape
+        if not fits or not info.numel:
+            continue  # `_accounted` names what does not fit
+        if info.name in tallies:
+            progress(info.numel, info.name)
+        else:
+            tallies[info.name] = _read(method, written, info, progress)
+    back = _read_back(written, checked, lost) if checked else []
+    found = {info.name: tallies.get(info.name, Tally()) for info in written.tensors.values()}
+    definition = check_definition(method, written)
+    return [_accounted(like, written), *back, *method.checks(written, found), definition, _finite(written, found)]
 
 
 def verify_values(method: MergeMethod, like: Checkpoint, merged: Checkpoint) -> list[Check]:
     """What is looked at of a merged model whether or not it is on the disk: not every core beside its donor."""
-    return [_accounted(like, merged), check_definition(method, merged), _finite(merged)]
+    found = {name: Tally(finite=is_finite(merged, name)) for name, info in merged.tensors.items() if info.floating}
+    return [_accounted(like, merged), check_definition(method, merged), _finite(merged, found)]
+
+
+def _as_written(written: Checkpoint, checked: Mapping[str, CheckedFile]) -> tuple[list[str], dict[str, Tally]]:
+    """Names of files that are not what was written, and what is known of the tensors of those that are.
+
+    A file whose identity changed since it was written (another name is no change) is hashed anew."""
+    lost: list[str] = []
+    tallies: dict[str, Tally] = {}
+    for file in written.files:
+        known = checked.get(file.name)
+        if known is None:
+            continue
+        if {info.name: info.start for info in read_header(file) if info.numel} != known.starts:
+            lost.append(f"{file.name} (its header)")
+        elif file_sha256(file) != known.sha256:
+            lost.append(file.name)
+        else:
+            tallies |= known.tallies
+    return lost, tallies
+
+
+def _read_back(written: Checkpoint, checked: Mapping[str, CheckedFile], lost: Sequence[str]) -> list[Check]:
+    gone = sorted(checked.keys() - {file.name for file in written.files})
+    name = "every file of the fused model is on the disk as it was written"
+    return [compared(name, len(checked), [*lost, *gone], f"{len(checked)} of {len(written.files)} files compared")]
+
+
+def _read(method: MergeMethod, written: Checkpoint, info: TensorInfo, progress: OnElements) -> Tally:
+    """What a tensor shows, all of it read."""
+    total, beside = Tally(), method.at(info.name).compared_with(info)
+    for start, stop in sweep([*beside, written], info, pieces(info.numel)):
+        total += method.tally(info, start, written.slice(info.name, start, stop))
+        progress(stop - start, info.name)
+    return total
 
 
 def check_definition(method: MergeMethod, written: Checkpoint) -> Check:
@@ -80,9 +136,9 @@ def _windows(method: MergeMethod, info: TensorInfo) -> list[Piece]:
     return [(start, min(stop, start + length)) for start, stop in parts[:: max(len(parts) - 1, 1)]]
 
 
-def _finite(written: Checkpoint) -> Check:
+def _finite(written: Checkpoint, tallies: Mapping[str, Tally]) -> Check:
     floating = [info.name for info in written.tensors.values() if info.floating and info.numel]
-    bad = [name for name in floating if not is_finite(written, name)]
+    bad = [name for name in floating if not tallies[name].finite]
     return compared("every element of the fused model is finite", len(floating), bad, f"{len(floating)} tensors")
 
 
@@ -106,7 +162,7 @@ def check_loads(folder: Path, memory: int) -> Check:
     """Whether transformers takes the model: every parameter of the class that config.json names is there with its
     shape, as its own loading has it, and the logits are finite where the model fits into so many bytes."""
     name, written = "transformers takes every tensor of the fused model", Checkpoint(folder)
-    wrong = loading_faults(written)
+    wrong = known_loading_faults(written)
     if not wrong and written.nbytes <= memory:
         try:
             logits = _logits(folder)

@@ -25,7 +25,7 @@ from cpift.errors import entry
 from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Destination, FusionInputs, Merged, MergeMethod
-from cpift.merging.checks import Check, OnElements, Operands, check_copied, check_cores
+from cpift.merging.checks import Check, Operands, Tally, check_copied, check_cores, differing_cores
 from cpift.merging.conflicts import CONFLICTS, Claims, conflict_named, owned, remaining
 from cpift.merging.definition import (
     Definition,
@@ -236,12 +236,18 @@ class Fusion(MergeMethod):
 
     # ---- verification ------------------------------------------------------------------------------------------------
 
-    def checks(self, written: Checkpoint, progress: OnElements) -> list[Check]:
-        outside = [name for name in written.names if not self.masks.has(name)]
-        return [
-            check_cores(self.models, self.masks.has, self.operands, written, progress),
-            check_copied(self.inputs.backbone, written, outside),
-        ]
+    def differing(self, info: TensorInfo, start: int, stop: int, out: torch.Tensor) -> tuple[int, int]:
+        if not self.merges(info):
+            return super().differing(info, start, stop, out)
+        return differing_cores(self.operands(info.name, start, stop), out)
+
+    def compared_with(self, info: TensorInfo) -> list[Checkpoint]:
+        return self.models if self.merges(info) else super().compared_with(info)
+
+    def checks(self, written: Checkpoint, tallies: Mapping[str, Tally]) -> list[Check]:
+        inside, outside = ([name for name in written.names if self.masks.has(name) is has] for has in (True, False))
+        name = "every tensor outside the parameter space equals the backbone bit for bit"
+        return [check_cores(tallies, inside), check_copied(tallies, outside, name)]
 
     def compares(self, info: TensorInfo) -> bool:
         """Of a row or the model no tensor is too large: its elements are walked by rows, or for all tensors at once."""

@@ -13,6 +13,7 @@ from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import TensorRecord
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Materials, Merged, MergeMethod
+from cpift.merging.checks import Tally
 from cpift.merging.definition import Definition
 from cpift.merging.registry import method_named
 from cpift.merging.settings import Largest
@@ -20,6 +21,7 @@ from cpift.merging.stacks.inputs import Part, StackInputs
 from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
 
@@ -78,6 +80,15 @@ class StackMerge(MergeMethod):
 
     def compares(self, info: TensorInfo) -> bool:
         return self._of[info.name].compares(info)
+
+    def tally(self, info: TensorInfo, start: int, values: torch.Tensor) -> Tally:
+        return self._of[info.name].tally(info, start, values)
+
+    def differing(self, info: TensorInfo, start: int, stop: int, out: torch.Tensor) -> tuple[int, int]:
+        return self._of[info.name].differing(info, start, stop, out)
+
+    def compared_with(self, info: TensorInfo) -> list[Checkpoint]:
+        return self._of[info.name].compared_with(info)
 
 
 def _by_tensor(parts: Sequence[MergeMethod]) -> dict[str, MergeMethod]:

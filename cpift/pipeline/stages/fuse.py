@@ -22,7 +22,7 @@ from cpift.disk.artifacts import Artifact, package_versions, source_commit
 from cpift.disk.files import is_json, link_or_copy, read_json, write_json
 from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
-from cpift.merging.checks import failures
+from cpift.merging.checks import CheckedFile, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, named_also, seeded
@@ -36,7 +36,7 @@ from cpift.models.sources import configured_template
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone as backbones
 from cpift.pipeline.stages import group, model, probe, regions
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
 from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
@@ -169,23 +169,28 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     method = method_of(config, inputs, fused.work_dir, merging)
     shards = fused.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    records = merge(
-        method,
-        inputs.backbone,
-        shards,
-        fused.fingerprint,
-        shard_size=config.fusion.shard_size,
-        budget=config.resources.memory_budget,
-        progress=counted(said, "fusion", inputs.backbone.numel),
-        shards_by=merging.merge_shards if merging else None,
-    )
+    checked: dict[str, CheckedFile] = {}
+    models = _models(run.artifacts, sources)
+    with hashing(models, _hashed(config, method, models)):
+        records = merge(
+            method,
+            inputs.backbone,
+            shards,
+            fused.fingerprint,
+            shard_size=config.fusion.shard_size,
+            budget=config.resources.memory_budget,
+            progress=counted(said, "fusion", inputs.backbone.numel),
+            shards_by=merging.merge_shards if merging else None,
+            checked=checked if config.resources.verify else None,
+        )
     for path in sorted(shards.iterdir()):
         if not path.name.startswith("."):
             link_or_copy(path, out / path.name)
-    write_beside(run.artifacts, sources, out)
+    write_beside(run.artifacts, sources, method, out)
     checks = []
     if config.resources.verify:
-        checks = verify(method, inputs.backbone, out, counted(said, "verification", inputs.backbone.numel))
+        looking = counted(said, "verification", inputs.backbone.numel)
+        checks = verify(method, inputs.backbone, out, looking, checked)
         checks.append(check_loads(out, config.resources.memory_budget))
         if isinstance(inputs.pretrained, UnitedCheckpoint):
             checks.append(check_tokens(out, inputs.pretrained.tokens))
@@ -198,7 +203,7 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
         )
 
 
-def write_beside(names: Names, sources: Sources, out: Path) -> None:
+def write_beside(names: Names, sources: Sources, method: MergeMethod, out: Path) -> None:
     """Write into `out` what a fused model has beside its weights and their companions: its chat template, and what it
     was made from.
 
@@ -209,10 +214,21 @@ def write_beside(names: Names, sources: Sources, out: Path) -> None:
         sources.backbone.path, [probed.path for probed in tuned.values()]
     ):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
-    models = {"pretrained": model.base(names), "backbone": sources.backbone, **tuned}
-    described = describe_inputs(models, hashed=config.resources.verify)
+    models = _models(names, sources)
+    described = describe_inputs(models, _hashed(config, method, models))
     _require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
     write_json(out / INPUTS_RECORD, described)
+
+
+def _models(names: Names, sources: Sources) -> dict[str, ModelRef]:
+    """What is merged, by label."""
+    return {"pretrained": model.base(names), "backbone": sources.backbone, **probe.tuned(names)}
+
+
+def _hashed(config: RunConfig, method: MergeMethod, models: Mapping[str, ModelRef]) -> list[str]:
+    """The labels of models whose hashes are recorded: of those that are read, where the run verifies."""
+    unread = () if method.reads_base else ("pretrained", "backbone")  # without `needs_base` the two are one
+    return [label for label in models if label not in unread] if config.resources.verify else []
 
 
 def _set_aside(out: Path, artifact: Artifact) -> Path:

@@ -108,7 +108,7 @@ def _beside_weights(run: Run, sources: fuse.Sources, merge: MergeInMemory) -> Pa
     folder.mkdir(parents=True)
     write_index(merge.shards(), folder)
     copy_companions(merge.like, folder)
-    fuse.write_beside(run.artifacts, sources, folder)
+    fuse.write_beside(run.artifacts, sources, merge.method, folder)
     return folder
 
 

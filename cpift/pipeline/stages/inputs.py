@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cpift.checkpoints.opening import model_files
@@ -14,17 +16,37 @@ from cpift.pipeline.stages.names import ModelRef
 INPUTS_RECORD = "inputs.json"
 
 
-def describe_inputs(models: Mapping[str, ModelRef], hashed: bool) -> dict[str, Any]:
-    """By label each model's fingerprint, and the size and, if `hashed`, sha256 of each of its files."""
-    files = list(dict.fromkeys(file for model in models.values() for file in model_files(model.path)))
+@contextmanager
+def hashing(models: Mapping[str, ModelRef], hashed: Collection[str]) -> Iterator[None]:
+    """Hash the files of the models whose labels are in `hashed` beside a block that reads them.
+
+    `describe_inputs` then has the hashes; it hashes a file anew that changed meanwhile."""
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpift-hash") as pool:
+        begun = [pool.submit(file_sha256, file) for file in _files(models, hashed)]
+        try:
+            yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        wait(begun)
+
+
+def describe_inputs(models: Mapping[str, ModelRef], hashed: Collection[str]) -> dict[str, Any]:
+    """By label each model's fingerprint, and the size of each of its files, with its sha256 for the labels `hashed`."""
+    files = _files(models, hashed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = dict(zip(files, pool.map(file_sha256, files) if hashed else [None] * len(files), strict=True))
+        hashes = dict(zip(files, pool.map(file_sha256, files), strict=True))
     return {
         label: {
             "fingerprint": model.fingerprint,
             "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": hashes[file]} for file in model_files(model.path)
+                file.name: {"bytes": file.stat().st_size, "sha256": hashes.get(file)}
+                for file in model_files(model.path)
             },
         }
         for label, model in models.items()
     }
+
+
+def _files(models: Mapping[str, ModelRef], hashed: Collection[str]) -> list[Path]:
+    return list(dict.fromkeys(file for label in models if label in hashed for file in model_files(models[label].path)))

@@ -16,7 +16,7 @@ from cpift.method.changes import Change, ChangesInPassing
 from cpift.method.regions import Streaming, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
 from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
@@ -62,9 +62,12 @@ def select(run: Run, outputs: Mapping[float, Path]) -> None:
     here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
     passing = ChangesInPassing() if here else None
     streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark, passing=passing)
-    write_regions(opened, others, run.config.regions, outputs, streaming)
+    models = {"pretrained": base, **tuned}
+    hashed = list(models) if run.config.resources.verify else []
+    with hashing(models, hashed):
+        write_regions(opened, others, run.config.regions, outputs, streaming)
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
-    described = describe_inputs({"pretrained": base, **tuned}, hashed=run.config.resources.verify)
+    described = describe_inputs(models, hashed)
     for out in outputs.values():
         write_json(out / INPUTS_RECORD, described)
         if changed:
