@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from cpift import devices
 from cpift.checkpoints import opening as given
 from cpift.checkpoints import uniting
+from cpift.compare import contrasts
 from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config import needs
@@ -29,7 +30,7 @@ from cpift.evaluation import metrics
 from cpift.merging import conflicts, on_device, registry
 from cpift.merging.methods import cpift as fusion
 from cpift.method import groups as grouping
-from cpift.method import measures
+from cpift.method import measures, placement
 from cpift.method.groups import group_tasks
 from cpift.models import sources as models
 from cpift.pipeline import outcomes
@@ -47,6 +48,7 @@ TABLES: dict[str, Collection[str]] = {
     "TaskConfig.metric": metrics.METRICS,
     "RegionsConfig.scope": measures.SCOPES,
     "RegionsConfig.measure": measures.MEASURES,
+    "RegionsConfig.placement": placement.PLACEMENTS,
     "GroupsConfig.order": grouping.ORDERS,
     "FusionConfig.method": registry.METHODS,
     "FusionConfig.trim": measures.SCOPES,
@@ -77,6 +79,7 @@ TABLES: dict[str, Collection[str]] = {
     "SweepConfig.model": outcomes.INTEGRATES,
     "SweepConfig.keep": sweep_config.KEEPS,
     "CompareConfig.budgets": baselines.BUDGETS,
+    "Contrast.by": contrasts.SCALES,
 }
 SCHEDULES = {"TrainingConfig.schedule", "IntegrationConfig.schedule"}  # transformers' own list
 

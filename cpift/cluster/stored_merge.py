@@ -1,6 +1,7 @@
 """A merge whose workers share an object store instead of a folder: masks fetched slice by slice, shards uploaded.
 
-    <storage>/fuse-<fingerprint>/masks/0/<task>.safetensors  uploaded before the first shard; sets of masks are numbered
+    <storage>/fuse-<fingerprint>/masks/0/<task>.safetensors  uploaded before the first shard, its hash after it; sets of
+                                                             masks are numbered
     <storage>/fuse-<fingerprint>/<shard>                     by the worker that made it; its note after it
     <storage>/fuse-<fingerprint>/…                           config, tokenizer, index, and the manifest last
 
@@ -20,7 +21,7 @@ import torch
 
 from cpift.checkpoints.checkpoint import INDEX_FILE
 from cpift.checkpoints.writing import Shard, ShardNote, ShardRecord, note_of, write_note
-from cpift.disk.files import MANIFEST, read_json
+from cpift.disk.files import MANIFEST, file_sha256, read_json, write_json
 from cpift.disk.object_store import ObjectStore
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import MergeMethod
@@ -56,11 +57,21 @@ def with_stored_masks(method: MergeMethod, store: ObjectStore) -> MergeMethod:
     def stored(masks: RegionMasks) -> RegionMasks:
         place = store.folder(f"{_MASKS}/{next(numbers)}")
         for file in masks.files.values():
-            if place.size(file.name) != file.stat().st_size:
-                place.put(file, file.name)
+            _put_once(place, file)
         return StoredMasks(place, masks.infos, isinstance(masks, NoCores))
 
     return method.with_masks(stored)
+
+
+def _put_once(place: ObjectStore, file: Path) -> None:
+    """Upload a file, unless these very bytes are there. Its hash is put after it: what was cut short has none."""
+    note, name = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}, f"{file.name}.json"
+    if place.size(file.name) == note["bytes"] and place.read_json(name) == note:
+        return
+    place.put(file, file.name)
+    with tempfile.TemporaryDirectory(prefix="cpift-masks-") as scratch:
+        write_json(Path(scratch) / name, note)
+        place.put(Path(scratch) / name, name)
 
 
 def merge_into(

@@ -25,6 +25,7 @@ from cpift.config.inputs import Seed
 from cpift.config.loading import Value, base_run, read_yaml, validated, with_fields
 from cpift.config.run import Name, RunConfig, Section
 from cpift.errors import ConfigError, Problem
+from cpift.evaluation.metrics import metric_of
 from cpift.text.escaping import markdown
 
 Budget = Literal["total", "after_probes"]
@@ -34,6 +35,18 @@ def _title(name: str) -> str:
     if not name.strip() or name != markdown(name) or len(name) > 60:
         raise ValueError("give a name of at most 60 characters on one line, without Markdown in it: pages show it")
     return name
+
+
+class Contrast(Section):
+    """A difference that was named before any score was seen."""
+
+    method: str = Field(description="the method that is asked for; its name as tables show it")
+    rival: str = Field(description="what it is measured against")
+    by: Literal["retention", "worst", "loss"] = Field(
+        "retention",
+        description="mean retention | the worst task's | loss: mean over tasks that are measured by their loss of "
+        "ln(the rival's ÷ its own)",
+    )
 
 
 class CompareConfig(Section):
@@ -62,6 +75,11 @@ class CompareConfig(Section):
         description="fields of a second recipe that is judged as CPI-FT is, in the forgetting protocol too; shown as "
         "`CPI-FT, recommended`",
     )
+    sft: dict[Annotated[str, AfterValidator(_title)], dict[str, Any]] = Field(
+        default_factory=dict,
+        description="plain SFT with other fields of its training (`learning_rate`, `schedule`, …), by the name to "
+        "show: a rival must be tuned as CPI-FT is. Its length is the budget's",
+    )
     variants: dict[Annotated[str, AfterValidator(_title)], dict[str, Any]] = Field(
         default_factory=dict, description="CPI-FT with other fields, by the name to show"
     )
@@ -71,13 +89,19 @@ class CompareConfig(Section):
     forgetting: tuple[tuple[str, str], ...] = Field(
         (), description="pairs of tasks that are learnt one after the other, in both orders"
     )
+    contrasts: tuple[Contrast, ...] = Field(
+        (),
+        description="primary differences, shown first and tested together by Holm's procedure; all others are "
+        "exploratory",
+    )
     confidence: float = Field(0.95, gt=0, lt=1, description="of every interval")
     resamples: int = Field(1000, ge=100, description="bootstrap draws of the test rows")
 
     @model_validator(mode="after")
     def _no_twins(self) -> CompareConfig:
-        for name in ("seeds", "budgets", "forgetting"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
+        for name in ("seeds", "budgets", "forgetting", "contrasts"):
+            entries = [str(entry) for entry in getattr(self, name)]
+            if len(set(entries)) < len(entries):
                 raise ValueError(f"{name} has an entry twice")
         if "seed" in self.curves:
             raise ValueError("seed is no field to draw a curve over: list repeats under `seeds`")
@@ -131,6 +155,14 @@ def load_comparison(path: Path, overrides: Sequence[str] = (), changes: Mapping[
     return comparison
 
 
+_LENGTH = ("steps", "epochs", "steps_per")
+
+
+def of_training(run: RunConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of plain SFT's training as those of a run, whose staged backbone it is."""
+    return {"backbone.training": run.backbone_training.model_dump(mode="json", exclude_none=True) | dict(fields)}
+
+
 def _check_fields(comparison: Comparison) -> list[Problem]:
     """Each value alone, so that a message names the one that does not fit."""
     points = [("recommended", comparison.config.recommended)]
@@ -138,7 +170,11 @@ def _check_fields(comparison: Comparison) -> list[Problem]:
     points += [
         (f"curves.{name}", {name: value}) for name, values in comparison.config.curves.items() for value in values
     ]
-    problems = []
+    problems: list[Problem] = []
+    points += [(f"sft.{name}", of_training(comparison.base, fields)) for name, fields in comparison.config.sft.items()]
+    for name, fields in comparison.config.sft.items():
+        for field in sorted(set(fields) & set(_LENGTH)):
+            problems.append(Problem(f"sft.{name}.{field}", "is the budget's to say", "leave it out: `budgets` has it"))
     for where, fields in points:
         try:
             comparison.run(fields, comparison.seeds[0])
@@ -157,6 +193,12 @@ def _check_names(comparison: Comparison) -> list[Problem]:
     grouped = [name for group in comparison.config.heuristic for name in group]
     if comparison.config.heuristic and sorted(grouped) != sorted(tasks):
         problems.append(Problem("heuristic", f"holds {', '.join(grouped)}", f"name every task once; {known}"))
+    by_loss = any(metric_of(task.metric_name).by_loss for task in comparison.base.tasks)
+    problems += [
+        Problem(f"contrasts.{number}.by", "loss, and no task is measured by its loss", "take retention")
+        for number, contrast in enumerate(comparison.config.contrasts)
+        if contrast.by == "loss" and not by_loss
+    ]
     if len(tasks) < 2:
         problems.append(Problem("run.tasks", "one task", "a comparison needs two or more"))
     if any(task.checkpoint for task in comparison.base.tasks):

@@ -15,6 +15,7 @@ from cpift.compare.plots import curve, intervals, standalone
 from cpift.compare.record import OURS, Record, record_text
 from cpift.compare.tables import (
     FORGETTING,
+    PRIMARY,
     TextTable,
     all_methods,
     count,
@@ -29,6 +30,7 @@ from cpift.compare.tables import (
     half,
     listed,
     one_seed,
+    primary,
     reading,
     set_up,
 )
@@ -78,7 +80,10 @@ def _document(findings: Findings, prefix: str, level: int) -> tuple[str, dict[st
     plots: dict[str, str] = {}
     heading = "#" * level
     said = [f"- {_sentence(findings, text)}" for text in findings.verdict()]
-    lines = [f"{heading} What it shows", "", *said, "", _reading(findings), ""]
+    lines = []
+    if findings.primary:
+        lines += [f"{heading} Primary contrasts", "", _listing(primary(findings, markdown)), "", PRIMARY, ""]
+    lines += [f"{heading} What it shows", "", *said, "", _reading(findings), ""]
     drawn = intervals(drawn_methods(findings), OURS)
     lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", drawn)
     lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(findings.record, markdown)), ""]

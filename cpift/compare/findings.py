@@ -1,7 +1,8 @@
 """What a comparison shows: figures of every method with intervals, and sentences that follow from them by rule.
 
 A sentence says "above" or "below" only where a whole interval lies on one side of zero, and "no difference shown"
-everywhere else. Each interval has the stated confidence by itself; none is adjusted for how many there are.
+everywhere else. Each interval has the stated confidence by itself; none but those of primary contrasts is adjusted for
+how many there are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from cpift.compare.config import Contrast
+from cpift.compare.contrasts import SCALES, Tested, by_holm
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.measures import (
@@ -139,6 +142,13 @@ class Findings:
         )
         return Against(method, rival, mean, worst)
 
+    @cached_property
+    def primary(self) -> list[Tested]:
+        """The contrasts that were named beforehand, of methods that the record has."""
+        named = [Contrast.model_validate(entry) for entry in self.record.header.comparison.get("contrasts", ())]
+        known = [contrast for contrast in named if self.has(contrast.method) and self.has(contrast.rival)]
+        return by_holm(self.scores, known, self.references)
+
     # ---- forgetting --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -177,7 +187,7 @@ class Findings:
         learnt = sentences(self.learning)
         if not judged(self.learning):
             return learnt + self._of_forgetting()
-        said: list[str] = []
+        said = [primary_sentence(outcome) for outcome in self.primary]
         rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
         for ours in self.recipes if rivals else []:
             said.append(self.aim(ours, rivals))
@@ -261,6 +271,23 @@ class Findings:
             against = self.against(after, before)
             texts.append(f"{before} → {after} {points(against.mean)}")
         return [f"Where mean retention is won and lost: {'; '.join(texts)}."] if texts else []
+
+
+def primary_sentence(outcome: Tested) -> str:
+    """A primary contrast, what it came to, and what it shows."""
+    contrast = outcome.contrast
+    return f"{contrast.method} − {contrast.rival}, {SCALES[contrast.by].title}: {primary_points(outcome)}."
+
+
+def primary_points(outcome: Tested) -> str:
+    """In points (of ln ratios: hundredths), with the interval of its own test, the adjusted p, and what it shows."""
+    shown = {1: "above", -1: "below", 0: "no difference shown"}[outcome.side]
+    difference = outcome.difference
+    if difference.low is None or difference.high is None or outcome.p is None:
+        return f"{signed(100 * difference.mean)} (no interval)"
+    p = f"p {outcome.p:.3f}" if outcome.p >= 0.001 else "p < 0.001"
+    interval = f"[{signed(100 * difference.low)}, {signed(100 * difference.high)}]"
+    return f"{signed(100 * difference.mean)} {interval}, {p}, {shown}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cpift.compare.budgets import BUDGETS, Budgets, Groups
-from cpift.compare.config import Budget, Comparison
+from cpift.compare.config import Budget, Comparison, of_training
+from cpift.compare.contrasts import require_compared
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config.loading import Fields
 from cpift.data.tasks import count_examples
@@ -66,7 +67,7 @@ class ComparedMethod:
     """A way to make one model of all tasks. `judged`: which model of the run with these `fields`.
 
     order: of plain SFT, the groups by a run (its config and seed); balanced: whether it trains all tasks of a stage
-    equally much, not all rows. pair: the only two tasks, in the order learnt.
+    equally much, not all rows; training: fields of its training alone. pair: the only two tasks, in the order learnt.
     """
 
     name: str
@@ -76,12 +77,16 @@ class ComparedMethod:
     order: Callable[[Pipeline], Groups] | None = None
     budget: Budget | None = None
     balanced: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     pair: tuple[str, str] | None = None
 
 
 def methods_of(comparison: Comparison) -> list[ComparedMethod]:
-    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part."""
+    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part.
+
+    Raises ConfigError where a primary contrast names another.
+    """
     config, tasks = comparison.config, [task.name for task in comparison.base.tasks]
     methods = [ComparedMethod(BASE, "reference", "base"), ComparedMethod(PROBES, "reference", "probes")]
     methods += [ComparedMethod(f"probe {task}", "probe", "probe", task=task) for task in tasks]
@@ -100,6 +105,7 @@ def methods_of(comparison: Comparison) -> list[ComparedMethod]:
     ]
     for first, other in config.forgetting:
         chosen += [*_in_sequence((first, other), config.recommended), *_in_sequence((other, first), config.recommended)]
+    require_compared(comparison, [method.name for method in methods + chosen])  # a piece may have some of them alone
     return methods + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
 
 
@@ -116,7 +122,12 @@ def _plain(comparison: Comparison, budget: Budget) -> list[ComparedMethod]:
     }
     methods = [ComparedMethod(f"{name}{suffix}", "sft", "sft", {}, order, budget) for name, order in orders.items()]
     even = ComparedMethod(f"full SFT, balanced{suffix}", "sft", "sft", {}, together, budget, balanced=True)
-    return [methods[0], even, *methods[1:]]
+    tuned = [
+        replace(method, name=f"{method.name.removesuffix(suffix)}, {name}{suffix}", training=fields)
+        for name, fields in comparison.config.sft.items()
+        for method in (methods[0], even)
+    ]
+    return [methods[0], even, *tuned, *methods[1:]]
 
 
 def _in_sequence(pair: tuple[str, str], recommended: Mapping[str, Any]) -> list[ComparedMethod]:
@@ -180,7 +191,9 @@ class Entry:
             assert self.method.order is not None
             assert self.method.budget is not None
             self.groups = self.method.order(self.run)
-            self.sft = budgets.sft(self.run, self.groups, self.method.budget, self.method.balanced)
+            training = self.method.training
+            fields = of_training(self.run.config, training) if training else {}
+            self.sft = budgets.sft(self.run, self.groups, self.method.budget, self.method.balanced, fields)
         elif self.needs_backbone:
             self.groups = self.run.group().groups
 

@@ -9,6 +9,7 @@ from cpift.compare.plots import curve, intervals
 from cpift.compare.record import OURS
 from cpift.compare.tables import (
     FORGETTING,
+    PRIMARY,
     TextTable,
     all_methods,
     curve_points,
@@ -21,6 +22,7 @@ from cpift.compare.tables import (
     forgetting,
     listed,
     one_seed,
+    primary,
     reading,
     set_up,
 )
@@ -39,6 +41,7 @@ def comparison_page(findings: Findings) -> str:
     caption = f"Mean retention of every method; {bars}. Dashed: {OURS}."
     drawn = f'<div class="narrow">{figure(intervals(drawn_methods(findings), OURS), caption)}</div>'
     sections = {
+        "primary": ("Primary contrasts", _primary(findings)),
         "picture": ("Every method", f'{drawn}{note}{_folded(others)}<p class="muted">{html(reading(findings))}</p>'),
         "methods": ("All figures", _methods(findings)),
         "against": ("Against each method", _against(findings)),
@@ -95,6 +98,10 @@ def _against(findings: Findings) -> str:
         for ours in findings.recipes
     ]
     return "".join(parts)
+
+
+def _primary(findings: Findings) -> str:
+    return _rows(primary(findings, html), PRIMARY) if findings.primary else ""
 
 
 def _forgetting(findings: Findings) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpift.compare.findings import FULL, REPLAYED, Findings, Line, number, points, share, signed
+from cpift.compare.contrasts import SCALES
+from cpift.compare.findings import FULL, REPLAYED, Findings, Line, number, points, primary_points, share, signed
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.config.run import ModelConfig
 from cpift.evaluation.estimates import Estimate
@@ -168,6 +169,22 @@ def differences(findings: Findings, ours: str, show: Show) -> TextTable:
         if rival != ours and findings.kind(rival) not in ("probe", "curve"):
             against = findings.against(ours, rival)
             table.rows.append([show(rival), points(against.mean), points(against.worst)])
+    return table
+
+
+PRIMARY = (
+    "These differences were named before any score was seen. They are tested together by Holm's procedure: p is "
+    "adjusted, and each interval has the confidence of its own test. All else on this page is exploratory."
+)
+
+
+def primary(findings: Findings, show: Show) -> TextTable:
+    """The primary contrasts, in points; of ln ratios in hundredths."""
+    table = TextTable(["contrast", "by", "difference"])
+    for outcome in findings.primary:
+        contrast = outcome.contrast
+        title = f"{show(contrast.method)} − {show(contrast.rival)}"
+        table.rows.append([title, SCALES[contrast.by].title, primary_points(outcome)])
     return table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.compare.budgets import Budgets
-from cpift.compare.config import Comparison
+from cpift.compare.config import Comparison, of_training
 from cpift.compare.methods import ComparedMethod, Entry, methods_of, seconds_of
 from cpift.compare.record import Header, Record, Row, kept_scores
 from cpift.console.view import View, quiet
@@ -162,7 +162,7 @@ class ComparisonWork:
             seed=entry.run.config.seed,
             budget=method.budget,
             pair=method.pair,
-            fields=dict(method.fields),
+            fields={**method.fields, **(of_training(entry.run.config, method.training) if method.training else {})},
             groups=[list(group) for group in entry.groups],
             tokens=tokens_of(artifacts),
             seconds=round(seconds_of(artifacts), 1),

@@ -65,6 +65,12 @@ class RegionsConfig(Section):
         description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
         "which takes large updates of large weights",
     )
+    placement: Literal["chosen", "random"] = Field(
+        "chosen",
+        **identity("regions", absent="chosen"),
+        description="random: as many elements of every tensor, elsewhere: the control that says whether it matters "
+        "which elements are a core",
+    )
     include: tuple[Pattern, ...] = Field(("*",), **identity("regions"), description="glob patterns of parameter names")
     exclude: tuple[Pattern, ...] = Field(
         (), **identity("regions"), description="glob patterns taken out again, for example '*embed*'"

@@ -25,6 +25,7 @@ from functools import cache
 import numpy as np
 
 from cpift.evaluation.estimates import Estimate, t_quantile
+from cpift.evaluation.metrics import metric_of
 from cpift.evaluation.retention import Learning, judged, retained
 
 # Of the seeds at these places: the figure for the whole test set, then for every draw. [1 + draws]
@@ -65,6 +66,10 @@ class Scores:
         """Mean over seeds of a figure [seeds, 1 + draws], with its interval."""
         return self.estimate_of(lambda seeds: values[seeds].mean(axis=0), values[:, 0])
 
+    def p_value(self, values: np.ndarray) -> float | None:
+        """Of a difference [seeds, 1 + draws] against none: `p_value`."""
+        return p_value(lambda seeds: values[seeds].mean(axis=0), len(values), self.rows)
+
     def estimate_of(self, statistic: Statistic, values: Sequence[float] | np.ndarray) -> Estimate:
         """Any figure over seeds; `values` are what it is for each seed alone, kept for the reader."""
         return interval(statistic, list(map(float, values)), self.rows, self.confidence)
@@ -94,14 +99,39 @@ def interval(statistic: Statistic, values: Sequence[float], rows: int, confidenc
     """
     seeds = np.arange(len(values))
     figure = statistic(seeds)
-    point, draws = float(figure[0]), figure[1:][np.isfinite(figure[1:])]
-    if not math.isfinite(point) or len(draws) < 2:
+    point, variances = float(figure[0]), _variances(statistic, seeds)
+    if variances is None:
         return Estimate(list(values), point, None, None)
-    by_items, by_seeds = float(draws.var(ddof=1)), _jackknife(statistic, seeds)
-    half = math.sqrt(
-        by_items * _quantile(confidence, rows - 1) ** 2 + by_seeds * _quantile(confidence, len(seeds) - 1) ** 2
-    )
+    half = _half(variances, rows, len(seeds), confidence)
     return Estimate(list(values), point, point - half, point + half)
+
+
+def p_value(statistic: Statistic, seeds: int, rows: int) -> float | None:
+    """The smallest α whose interval of confidence 1 − α leaves zero out, to about 1e-5; 1 where the figure is 0.
+    None where there is no interval."""
+    point, variances = float(statistic(np.arange(seeds))[0]), _variances(statistic, np.arange(seeds))
+    if variances is None:
+        return None
+    low, high = 0.0, 1.0  # of α: the interval grows as α falls
+    for _ in range(17):
+        middle = (low + high) / 2
+        excluded = abs(point) > _half(variances, rows, seeds, 1 - middle)
+        low, high = (low, middle) if excluded else (middle, high)
+    return high
+
+
+def _variances(statistic: Statistic, seeds: np.ndarray) -> tuple[float, float] | None:
+    """V_items and V_seeds; None where the figure has no value."""
+    figure = statistic(seeds)
+    draws = figure[1:][np.isfinite(figure[1:])]
+    if not math.isfinite(float(figure[0])) or len(draws) < 2:
+        return None
+    return float(draws.var(ddof=1)), _jackknife(statistic, seeds)
+
+
+def _half(variances: tuple[float, float], rows: int, seeds: int, confidence: float) -> float:
+    by_items, by_seeds = variances
+    return math.sqrt(by_items * _quantile(confidence, rows - 1) ** 2 + by_seeds * _quantile(confidence, seeds - 1) ** 2)
 
 
 def _jackknife(statistic: Statistic, seeds: np.ndarray) -> float:
@@ -157,6 +187,18 @@ def _learnt(scores: Scores, references: References) -> dict[str, Learning]:
 def mean_retention(scores: Scores, method: str, references: References) -> np.ndarray:
     """[seeds, 1 + draws]: the mean over judged tasks."""
     means: np.ndarray = _judged(scores, method, references).mean(axis=1)
+    return means
+
+
+def log_loss_ratio(scores: Scores, method: str, rival: str, references: References) -> np.ndarray:
+    """[seeds, 1 + draws]: mean over judged tasks that are measured by their loss of ln(rival's loss ÷ method's loss);
+    NaN where there is none. The own probes' noise is not in it."""
+    tasks = [task for task in judged(_learnt(scores, references)) if metric_of(references.metrics[task]).by_loss]
+    if not tasks:
+        return np.full_like(scores.of(method)[:, 0], np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [np.log(scores.of(rival, task) / scores.of(method, task)) for task in tasks]
+    means: np.ndarray = np.mean(ratios, axis=0)
     return means
 
 

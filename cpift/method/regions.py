@@ -25,10 +25,11 @@ from cpift.checkpoints.finite import is_finite
 from cpift.checkpoints.slices import DEFAULT_BUDGET
 from cpift.config.run import RegionsConfig
 from cpift.disk.files import write_json
-from cpift.errors import CheckpointError, Problem
+from cpift.errors import CheckpointError, Problem, entry
 from cpift.method.changes import ChangesInPassing
 from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory
 from cpift.method.measures import measure_named, scope_named
+from cpift.method.placement import PLACEMENTS
 from cpift.untrusted.json import shown
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def select_regions_many(
 ) -> dict[float, dict[str, CoreRegion]]:
     """Core regions of all tasks for every p of `ps` (`config.p` is not looked at), from one pass over the checkpoints.
 
-    Ties go to the lower linear index (name order, then row-major). Elements that did not move are never core.
+    Ties go to the lower linear index (name order, then row-major). Elements that did not move are never core, unless
+    `config.placement` is random: then a core's elements are as many others of the same tensors.
     Raises CheckpointError for models of other layout and for NaN or Inf, naming task and tensor.
     """
     names = _checked_space(pretrained, tuned, config)
@@ -188,10 +190,11 @@ def _select(
     streaming: Streaming,
 ) -> list[list[list[Core]]]:
     """[block][task][p]; ps: by the first tensor of a block."""
-    measure, regions = measure_named(config.measure), []
+    measure, regions, ks = measure_named(config.measure), [], 0
     for first, last in scope_named(config.scope).blocks(len(names)):
         models = measure([pretrained, *tuned.values()], names[first:last], streaming.passing)
-        selection = stream_cores(models, [core_size(p, sum(models.sizes)) for p in ps(names[first])])
+        sizes = [core_size(p, sum(models.sizes)) for p in ps(names[first])]
+        selection, ks = stream_cores(models, sizes), len(sizes)
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
         mark = streaming.mark(selection, block) if streaming.mark else None
         ranges = selection.ranges_within(streaming.budget)
@@ -200,6 +203,8 @@ def _select(
         except ValueError:
             _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
             raise
+    place = entry(PLACEMENTS, config.placement, "regions.placement")
+    place(masks, list(tuned), ks, names, [pretrained.tensors[name].numel for name in names])
     return regions
 
 

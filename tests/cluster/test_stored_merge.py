@@ -75,6 +75,20 @@ def test_shards_through_a_store_are_those_of_a_folder(room: Room, tmp_path: Path
     assert len(shards_of(out)) == 2
 
 
+def test_masks_of_the_same_size_with_other_bits_are_uploaded_again(room: Room) -> None:
+    with_stored_masks(room.fusion, room.store)
+    files = sorted((room.files / "masks" / "0").glob("*.safetensors"))
+    right = [file_sha256(file) for file in files]
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    files[0].with_name(f"{files[0].name}.json").unlink()  # as an upload that was cut short leaves it
+    written = [file.stat().st_mtime_ns for file in files]
+    with_stored_masks(room.fusion, room.store)
+    assert [file_sha256(file) for file in files] == right
+    assert [file.stat().st_mtime_ns for file in files][1:] == written[1:], "what is there is not sent again"
+
+
 def test_a_shard_that_was_cut_short_or_is_of_other_inputs_is_made_again(room: Room) -> None:
     shard = plan_shards(room.base.tensors.values(), 10**6)[0]
     sent = with_stored_masks(room.fusion, room.store)

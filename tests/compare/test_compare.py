@@ -63,6 +63,16 @@ def load(folder: Path, **changes: Any) -> Comparison:
         ({"forgetting": [["a", "z"]]}, ["no task 'z'", "a, b, c"]),
         ({"forgetting": [["a", "a"]]}, ["name two tasks"]),
         ({"heuristic": [["a"], ["b"]]}, ["name every task once"]),
+        ({"sft": {"x": {"spice": 1}}}, ["sft.x", "is not a field"]),
+        ({"sft": {"x": {"steps": 9, "steps_per": "task"}}}, ["sft.x.steps:", "sft.x.steps_per:", "the budget's"]),
+        (
+            {
+                "fixed": {f"tasks.{number}.metric": "choice" for number in range(3)},
+                "contrasts": [{"method": "CPI-FT", "rival": "θ0", "by": "loss"}],
+            },
+            ["contrasts.0.by", "take retention"],
+        ),
+        ({"contrasts": [{"method": "CPI-FT", "rival": "θ0"}] * 2}, ["contrasts has an entry twice"]),
         ({"budget": "total"}, ["budget: is not a field", "did you mean 'budgets'?"]),
     ],
 )
@@ -70,6 +80,14 @@ def test_bad_comparisons_are_refused(tmp_path: Path, changes: dict[str, Any], sa
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, **changes)
     assert all(part in str(caught.value) for part in said)
+
+
+def test_contrasts_of_methods_that_are_not_compared_are_refused(tmp_path: Path) -> None:
+    contrasts = [{"method": "CPI-FT", "rival": "full SFT, balance"}, {"method": "x", "rival": "θ0"}]
+    with pytest.raises(ConfigError) as caught:
+        methods_of(load(tmp_path, contrasts=contrasts))
+    assert "did you mean 'full SFT, balanced'?" in str(caught.value)
+    assert "contrasts.1.method: 'x' is not compared" in str(caught.value)
 
 
 def test_a_runs_own_file_is_a_comparison(smoke_config: Path) -> None:
@@ -140,6 +158,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
         variants={"one mixed stage": PARTS["one mixed stage"]},
         curves={"regions.p": [0.01, 0.05]},
         forgetting=[["a", "b"]],
+        sft={"half rate": {"learning_rate": run_fields()["probe"]["learning_rate"] / 2}},
+        contrasts=[
+            {"method": "own probes", "rival": "θ0"},
+            {"method": "CPI-FT", "rival": "full SFT, balanced, half rate", "by": "worst"},
+        ],
         resamples=100,
     )
     return made, run_comparison(made, InProcessEngine(), quiet())
@@ -166,6 +189,30 @@ def test_budgets_are_equal_in_tokens(found: tuple[Comparison, Record]) -> None:
     assert 0 < tokens["full SFT, after probes"] == pytest.approx(later, abs=4 * 20)
     assert tokens["linear average"] == tokens["own probes"] == sum(tokens[f"probe {task}"] for task in TASKS)
     assert tokens["sequential SFT and replay: a → b"] == tokens["CPI-FT: a → b"] > tokens["sequential SFT: a → b"]
+
+
+@pytest.mark.slow
+def test_plain_sft_is_tuned_over_the_same_tokens(found: tuple[Comparison, Record]) -> None:
+    record = found[1]
+    for name in ("full SFT", "full SFT, balanced"):
+        for budget in ("", ", after probes"):
+            plain, tuned = (record.rows_of(f"{name}{title}{budget}")[0] for title in ("", ", half rate"))
+            assert (tuned.tokens, tuned.groups, tuned.budget) == (plain.tokens, plain.groups, plain.budget)
+            assert tuned.scores != plain.scores
+            training = tuned.fields["backbone.training"]
+            assert training["learning_rate"] == run_fields()["probe"]["learning_rate"] / 2
+            assert not plain.fields
+
+
+@pytest.mark.slow
+def test_primary_contrasts_come_first(found: tuple[Comparison, Record], tmp_path: Path) -> None:
+    findings = Findings(found[1])
+    assert [outcome.contrast.method for outcome in findings.primary] == ["own probes", "CPI-FT"]
+    first = findings.verdict()[0]
+    assert first.startswith("own probes − θ0, mean retention: ")
+    page = write_comparison(found[1], tmp_path).read_text()
+    assert "Primary contrasts" in page
+    assert "Primary contrasts" in (tmp_path / "comparison.md").read_text().partition("What it shows")[0]
 
 
 @pytest.mark.slow
@@ -268,7 +315,7 @@ def test_the_report_has_every_method_and_no_absolute_path(found: tuple[Compariso
         shown = html(method.name.partition(":")[0] if method.pair else method.name.removeprefix("regions.p = "))
         assert shown in page
     assert "no difference shown" in page
-    assert page.index(html(Findings(found[1]).verdict()[0])) < page.index("<svg") < page.index("<table")
+    assert page.index(html(Findings(found[1]).verdict()[0])) < page.index("<table") < page.index("<svg")
     assert page.count("<svg") == page.count('role="img"><title>') == page.count('class="behind"')
     assert {file.name for file in tmp_path.iterdir()} == set(written_files([])), "no method of its curve was chosen"
     assert str(tmp_path.parent.parent) not in page

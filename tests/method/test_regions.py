@@ -10,6 +10,7 @@ from cpift_kernels import unpack_mask
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import RegionsConfig
 from cpift.errors import CheckpointError, CpiftError
+from cpift.method import placement
 from cpift.method.masks import read_mask, read_summary
 from cpift.method.regions import (
     CoreRegion,
@@ -19,6 +20,7 @@ from cpift.method.regions import (
     save_regions,
     select_regions,
     select_regions_many,
+    write_regions,
 )
 from tests.helpers.checkpoints import random_tensors, save_checkpoint
 
@@ -159,3 +161,53 @@ def test_a_probe_of_another_model_is_refused(tmp_path: Path) -> None:
     tuned["t1"] = Checkpoint(save_checkpoint(tmp_path / "bad", other))
     with pytest.raises(CheckpointError, match=r"t1: cube: has shape \[2, 3, 6\]"):
         select_regions(base, tuned, RegionsConfig())
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_random_cores_have_the_size_and_profile_of_the_true_ones(
+    tmp_path: Path, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "BLOCK", 64)
+    base, tuned = models(tmp_path, torch.float32)
+    ps = [0.001, 0.1, 1.0]
+    config = RegionsConfig(p=0.1, scope=scope)
+    true, random, again = (
+        select_regions_many(base, tuned, config.model_copy(update={"placement": placed}), ps)
+        for placed in ("chosen", "random", "random")
+    )
+    for p in ps:
+        for task, region in true[p].items():
+            assert random[p][task].summary == region.summary, "counts of tensors are in it"
+            ours, others = selected(random[p][task], base), selected(region, base)
+            assert np.array_equal(ours, selected(again[p][task], base))
+            assert p == 1.0 or p < 0.1 or 0 < (ours & others).sum() < others.sum()
+            for name, words in random[p][task].words.items():
+                counts = [
+                    [
+                        int(unpack_mask(w, base.tensors[name].numel)[at : at + 64].sum())
+                        for at in range(0, w.numel() * 32, 64)
+                    ]
+                    for w in (words, region.words[name])
+                ]
+                assert counts[0] == counts[1]
+    assert not np.array_equal(selected(random[0.1]["t0"], base), selected(random[0.1]["t1"], base))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_regions(base, tuned, config.model_copy(update={"placement": "random"}), {0.1: folder})
+    for name, words in random[0.1]["t1"].words.items():
+        written = read_mask(folder, "t1", name)
+        assert written is not None
+        assert torch.equal(written, words)
+    assert read_summary(folder)["overlaps"] == region_overlaps(list(random[0.1].values())).tolist()
+
+
+def test_random_elements_are_everywhere_alike_often() -> None:
+    """Of 6400 elements 640 are drawn for 200 labels: each about 20 times, with a variance of 18."""
+    words = np.zeros(200, np.int32)
+    words[:20] = -1
+    drawn = np.stack([placement._random_words(words.copy(), 6400, f"task {number}") for number in range(200)])
+    bits = np.unpackbits(drawn.view(np.uint8), axis=1, bitorder="little").sum(axis=0)
+    assert bits.sum() == 200 * 640
+    assert (bits.min(), bits.max()) > (4, 0)
+    assert bits.max() < 40
+    assert 16 < bits.var() < 20
