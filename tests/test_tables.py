@@ -38,8 +38,8 @@ from cpift.pipeline import plan as planning
 from cpift.pipeline.stages import integrate
 from cpift.sweep import config as sweep_config
 from cpift.sweep import searching as sweep_searching
+from cpift.training import optimizers, steps, tracking
 from cpift.training import spec as fit_spec
-from cpift.training import steps, tracking
 from tests.helpers.config_sections import sections
 
 # Every field with a list of words, and the table of those words. (`"uniform"` and `"all-linear"` stand beside other
@@ -60,6 +60,8 @@ TABLES: dict[str, Collection[str]] = {
     "Mixing.by": data.SIZES,
     "TrainingConfig.steps_per": fit_spec.STEPS_PER,
     "IntegrationConfig.steps_per": fit_spec.STEPS_PER,
+    "TrainingConfig.optimizer": optimizers.OPTIMIZERS,
+    "IntegrationConfig.optimizer": optimizers.OPTIMIZERS,
     "TrainingConfig.keep": KEEPS,
     "IntegrationConfig.keep": KEEPS,
     "TrainingConfig.warmup": WARMUPS,

@@ -115,7 +115,10 @@ def _needs(planned: Plan, idle: str | None) -> Iterator[tuple[str, str]]:
         yield "Disk", f"about {show_size(planned.disk_needed or 0)} more, {show_size(planned.disk_free)} free"
     if planned.memory_per_worker is not None:
         memory = show_size(planned.memory_per_worker)
-        yield "Memory of a training worker", f"about {memory} for weights, gradients and AdamW, and the activations"
+        yield (
+            "Memory of a training worker",
+            f"about {memory} for weights, gradients and the optimizer, and the activations",
+        )
     if planned.fits:
         yield "Device", planned.device + (f". {idle}" if idle else "")
         yield "Time", _time(planned)

@@ -69,6 +69,7 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
         remedy = "add it, or set backbone.source: pretrained"
         yield Problem("backbone.training", "is not there, and the staged backbone has to be trained", remedy)
     yield from dict.fromkeys(_watched(config, stage))
+    yield from dict.fromkeys(problem for task in config.tasks for problem in _optimizers(config, task, stage))
     if config.baselines is not None and (need.scores or stage is None):
         yield from _of_baselines(config)
     for task in config.tasks:
@@ -92,6 +93,24 @@ def trained_in(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[s
     if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
         fits["integration"] = config.integration
     return fits
+
+
+# `optimizer` → the module that it needs, and whether it knows the shares of a model that FSDP2 makes.
+_OPTIMIZERS = {"adafactor": ("", False), "adamw_8bit": ("bitsandbytes", False), "muon": ("", True)}
+
+
+def _optimizers(config: RunConfig, task: TaskConfig, stage: str | None) -> Iterator[Problem]:
+    resources = config.resources
+    sharded = {True: resources.overridden(task.resources).workers > 1, False: resources.workers > 1}
+    for section, training in trained_in(config, task, stage).items():
+        module, shares = _OPTIMIZERS.get(training.optimizer, ("", True))
+        where, name = f"{section}.optimizer", training.optimizer
+        if module and importlib.util.find_spec(module) is None:
+            what = f"{name} needs {module}, which is not installed"
+            yield Problem(where, what, f"pip install {module}, or name another")
+        if not shares and resources.sharded and sharded[section == "probe"]:
+            what = f"{name} keeps whole tensors, and resources.strategy: fsdp shares them out"
+            yield Problem(where, what, "name another, or set resources.strategy: ddp")
 
 
 def _watched(config: RunConfig, stage: str | None) -> Iterator[Problem]:

@@ -82,6 +82,12 @@ class TrainingConfig(Section):
         1, **identity(*FITS), ge=1, description="forward passes a worker sums up before a step"
     )
     learning_rate: float = Field(1e-4, **identity(*FITS), gt=0, description="the largest, after warm-up")
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        **identity(*FITS, absent="adamw"),
+        description="adafactor: torch's, whose learning_rate is a share of each tensor's size; muon: torch's for "
+        "matrices inside the layers, AdamW for all else; adamw_8bit: needs bitsandbytes",
+    )
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
         "cosine", **identity(*FITS), description="of the learning rate after warm-up: down to 0, or constant"
     )

@@ -19,8 +19,9 @@ from cpift.pipeline.stages.step import Step
 
 # Training state a parameter: float32 weight, gradient and AdamW's two moments.
 TRAINING_BYTES = 16
+# Of these the optimizer's, at most: two moments, in 8 bits each, of rows and columns alone.
+_OPTIMIZER_BYTES = {"adamw": 8, "muon": 8, "adamw_8bit": 2, "adafactor": 0}
 KEPT_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}  # of a parameter, by `model.dtype`
-_CHECKPOINT_BYTES = 12  # weights and moments, float32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def plan(
     width = entry(KEPT_BYTES, source_of(config.model).dtype, "model.dtype")
     parallel = config.resources.parallel or len(config.tasks)
     saves = any(training.checkpoint_every or training.checkpoint_minutes for training in trainings(config))
-    checkpoints = parallel * _CHECKPOINT_BYTES if saves else 0
+    checkpoints = parallel * _checkpoint_bytes(config) if saves else 0
     fits = fit_costs(artifacts, rows, parameters)
     return Plan(
         steps=steps,
@@ -92,9 +93,18 @@ def _device(config: RunConfig) -> str:
 
 
 def _training_memory(config: RunConfig, parameters: int) -> int:
-    """Bytes a worker; FSDP2 shares them out."""
+    """Bytes a worker, in the fine-tune that takes most; FSDP2 shares them out."""
     shards = config.resources.workers if config.resources.sharded else 1
-    return parameters * TRAINING_BYTES // shards
+    each = [
+        TRAINING_BYTES - 8 + entry(_OPTIMIZER_BYTES, fit.optimizer, "optimizer") + (4 if fit.ema else 0)
+        for fit in trainings(config)
+    ]
+    return parameters * max(each, default=TRAINING_BYTES) // shards
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    """Of a parameter, where most is kept: weights and moments in float32, an average, the best weights."""
+    return max((12 + 4 * bool(fit.ema) + 4 * (fit.keep == "best") for fit in trainings(config)), default=12)
 
 
 _MODEL_STAGES = ("model", "probe", "backbone", "fuse", "integrate")

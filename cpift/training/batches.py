@@ -21,6 +21,7 @@ from cpift.data.packing import append, new_row
 from cpift.data.tokenise import IGNORED, CompletionCollator, padded_length
 from cpift.errors import entry
 from cpift.pretrained.attention import keeps_apart
+from cpift.training.optimizers import OPTIMIZERS, Group
 from cpift.training.steps import exact_schedule
 
 if TYPE_CHECKING:
@@ -95,6 +96,25 @@ class BatchTrainer(Trainer):
     def __init__(self, *, training: TrainingConfig, **rest: Any):
         self._training = training
         super().__init__(**rest)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' AdamW, or what `optimizer` names, over the same groups: with weight decay and without."""
+        make = entry(OPTIMIZERS, self._training.optimizer, "optimizer")
+        if make is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        network: Any = self.model if model is None else model
+        decaying = set(self.get_decay_parameter_names(network))
+        moved = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        groups: list[Group] = [
+            {
+                "params": [parameter for name, parameter in moved if (name in decaying) is decays],
+                "lr": self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        self.optimizer = make(network, [group for group in groups if group["params"]])
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Of the learning rate, transformers' own or that of `warmup: exact`."""

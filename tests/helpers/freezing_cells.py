@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cpift.method.freezing import ElementFreezer, count_moved_everywhere, snapshot
+from cpift.training.optimizers import muon
 
 STEPS, BATCH, LENGTH, VOCABULARY, WIDTH = 4, 8, 5, 23, 6
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -45,6 +46,11 @@ def _adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _muon(parameters: Any) -> torch.optim.Optimizer:
+    """Of matrices and of all else, as of a model whose embeddings nobody names."""
+    return muon(nn.Module(), [{"params": list(parameters), "lr": 1e-2, "weight_decay": 0.1}])
+
+
 OPTIMIZERS: dict[str, Make] = {
     "adamw plain": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
@@ -52,9 +58,11 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adafactor": _adafactor,
     "adamw 8-bit": _adamw_8bit,
+    "torch adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
+    "muon": _muon,
 }
-# Neither knows DTensors: their factored and their quantised moments are made as plain tensors.
-NOT_SHARDED = {"adafactor", "adamw 8-bit"}
+# None knows DTensors: factored and quantised moments are made as plain tensors, or changed as no share can be.
+NOT_SHARDED = {"adafactor", "torch adafactor", "adamw 8-bit"}
 ENGINES = ("single", "ddp", "ddp bucket view", "fsdp2")
 
 
@@ -87,7 +95,13 @@ def cells() -> Iterator[Cell]:
         # How DDP lays out its buckets matters to gradients alone.
         known = engine == "ddp bucket view" and (option not in ("plain", "all") or optimizer in NOT_SHARDED)
         # AdamW's other implementations and Adafactor differ in the step, not in what happens before it.
-        step_only = optimizer in ("adamw plain", "adamw fused", "adafactor") and option not in ("clipping", "all")
+        step_only = optimizer in (
+            "adamw plain",
+            "adamw fused",
+            "adafactor",
+            "muon",
+            "torch adafactor",
+        ) and option not in ("clipping", "all")
         if not unsharded and not known and not step_only:
             yield engine, optimizer, option
 

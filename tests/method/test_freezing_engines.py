@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 # Two workers sum gradients in another order than one; under autocast their bf16 rounding differs as well.
 FLOAT32, AUTOCAST = 5e-7, 1e-3
+MUON = 5e-3  # orthogonalises in bf16, whose rounding follows the order of sums
 EIGHT_BIT = 3  # times as far: a moment near the edge of an 8-bit step falls to either side of it
 
 has_8bit = importlib.util.find_spec("bitsandbytes") is not None
@@ -40,4 +41,5 @@ def test_no_frozen_bit_moves_and_the_rest_trains_as_in_the_slow_way(results: dic
     assert found["moved"] == 0
     assert found["trained"] > 300  # of about 450 elements, 30 % of them frozen
     allowed = 0.0 if engine == "single" else AUTOCAST if OPTIONS[option].autocast else FLOAT32
+    allowed = max(allowed, MUON) if optimizer == "muon" and engine != "single" else allowed
     assert found["worst"] <= allowed * (EIGHT_BIT if optimizer == "adamw 8-bit" else 1)
