@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -185,16 +186,22 @@ def note_of(shard: Shard, folder: Path) -> Path:
     return folder / f".{shard.name}.json"
 
 
+Room = Callable[[int], "torch.Tensor"]  # makes uint8 [bytes]
+
+
+def _room(nbytes: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class WriteBehind:
     """Writes and hashes buffers while the next ones are computed; `depth` buffers of `nbytes` are all it holds."""
 
-    def __init__(self, nbytes: int, depth: int):
-        import torch
-
+    def __init__(self, nbytes: int, depth: int, room: Room | None = None):
+        """room: makes the buffers, if they are to be in memory of a kind."""
         self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
-        self._buffers = {
-            buffer.data_ptr(): buffer for buffer in (torch.empty(nbytes, dtype=torch.uint8) for _ in range(depth))
-        }
+        self._buffers = {buffer.data_ptr(): buffer for buffer in ((room or _room)(nbytes) for _ in range(depth))}
         for buffer in self._buffers.values():
             self._free.put(buffer)
         self._writer, self._hasher, self._checker = (ThreadPoolExecutor(1) for _ in range(3))
@@ -206,16 +213,30 @@ class WriteBehind:
         return self._free.get()[: numel * dtype.itemsize].view(dtype)
 
     def write(
-        self, file: FileWriter, name: str, start: int, values: torch.Tensor, check: Callable[[], None] | None = None
+        self,
+        file: FileWriter,
+        name: str,
+        start: int,
+        values: torch.Tensor,
+        check: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
-        """Write a buffer as elements start.. of a tensor, some time before `drain` returns; `check` looks at it too."""
-        beside = [self._hasher.submit(file.absorb, name, start, values)]
-        beside += [] if check is None else [self._checker.submit(check)]
-        self._pending.append(self._writer.submit(self._write, file, name, start, values, beside))
+        """Write a buffer as elements start.. of a tensor, some time before `drain` returns; `check` looks at it too.
+        after: waits until the buffer is filled."""
 
-    def _write(self, file: FileWriter, name: str, start: int, values: torch.Tensor, beside: list[Future[None]]) -> None:
+        def filled(work: Callable[[], None]) -> None:
+            if after is not None:
+                after()
+            work()
+
+        beside = [self._hasher.submit(filled, partial(file.absorb, name, start, values))]
+        beside += [] if check is None else [self._checker.submit(filled, check)]
+        writing = partial(file.write, name, start, values)
+        self._pending.append(self._writer.submit(self._write, partial(filled, writing), values, beside))
+
+    def _write(self, work: Callable[[], None], values: torch.Tensor, beside: list[Future[None]]) -> None:
         try:
-            file.write(name, start, values)
+            work()
         finally:
             wait(beside)
             self._free.put(self._buffers[values.data_ptr()])

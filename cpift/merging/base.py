@@ -29,9 +29,12 @@ from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
     import torch
+    from cpift_kernels import Ready
     from typing_extensions import Self
 
-Fill = Callable[[int, int, "torch.Tensor"], None]  # writes elements start..stop-1 into a buffer [stop - start]
+# Writes elements start..stop-1 into a buffer [stop - start]. Of a method it has done so when it returns; what `tensor`
+# gives may return what waits until they are there.
+Fill = Callable[[int, int, "torch.Tensor"], "Ready | None"]
 Merged = tuple[TensorRecord | None, Fill]  # a record of one tensor if there is anything to say, and what writes it
 _LARGEST = 1 << 24  # elements of a tensor that is not too large for its definition to be evaluated
 

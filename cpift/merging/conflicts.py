@@ -137,6 +137,8 @@ def by_stage(word: str) -> bool:
 
 def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tensor]:
     """What each task donates. Raises CpiftError for a rule, called `word`, whose masks do not fit the claims."""
+    import torch
+
     where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
     cores = claims.cores
     with own_code(type(rule), where):
@@ -145,9 +147,12 @@ def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tens
         raise CpiftError(f"{where}: gives {len(owners)} masks → give one for each of {len(cores)} tasks, in order")
     for (task, core), mask in zip(cores.items(), owners, strict=True):
         _require_mask(mask, core, f"{where}: of task {task}")
-        if bool((mask & ~core).any()):
-            raise CpiftError(f"{where}: task {task} donates what its core does not hold → keep to `claims.cores`")
-    if bool((union_mask(list(cores.values())) & ~union_mask(owners)).any()):
+    outside = [mask & ~core for core, mask in zip(cores.values(), owners, strict=True)]
+    lost = union_mask(list(cores.values())) & ~union_mask(owners)
+    *beyond, unowned = torch.stack([words.any() for words in (*outside, lost)]).tolist()  # read once from a GPU
+    for task in (task for task, found in zip(cores, beyond, strict=True) if found):
+        raise CpiftError(f"{where}: task {task} donates what its core does not hold → keep to `claims.cores`")
+    if unowned:
         raise CpiftError(f"{where}: an element of a core has no owner → give it one, or leave it out by `excluded`")
     return dict(zip(cores, owners, strict=True))
 

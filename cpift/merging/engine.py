@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
 from cpift.checkpoints.writing import (
+    Room,
     Shard,
     ShardRecord,
     TensorRecord,
@@ -32,7 +34,7 @@ from cpift.merging.checks import CheckedFile, OnElements, Tally
 
 if TYPE_CHECKING:
     import torch
-    from cpift_kernels import Mark, Masks, Selection
+    from cpift_kernels import Mark, Masks, Ready, Selection
 
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
@@ -80,6 +82,14 @@ def merge(
     return [*of_model, *(record for shard in shards for record in _kept(records[shard.name])["tensors"])]
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """What a GPU copies through. room: makes buffers, uint8 [bytes]; nbytes: held beside those of the output."""
+
+    room: Room
+    nbytes: int
+
+
 def merge_shards(
     method: MergeMethod,
     shards: Sequence[Shard],
@@ -88,15 +98,17 @@ def merge_shards(
     budget: int,
     progress: OnElements,
     checked: dict[str, CheckedFile] | None = None,
+    pinned: Pinned | None = None,
 ) -> dict[str, ShardRecord]:
-    """Write some shards; their records by name. `checked` as for `merge`."""
+    """Write some shards; their records by name. `checked` as for `merge`; pinned: of a method on a GPU."""
     if not shards:
         return {}
     infos = [info for shard in shards for info in shard.tensors]
     largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
     most = max(infos, key=method.beside)
-    depth = buffers_within(budget, largest, len(method.models), method.beside(most), most.name)
-    with WriteBehind(largest, depth) as writing:
+    held = pinned.nbytes if pinned else 0
+    depth = buffers_within(budget, largest, len(method.models), method.beside(most), most.name, held)
+    with WriteBehind(largest, depth, pinned.room if pinned else None) as writing:
 
         def write(shard: Shard) -> ShardRecord:
             checking = _Checking(method) if checked is not None else None
@@ -118,8 +130,8 @@ class Target(Protocol):
     def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Room [stop - start] for elements of a tensor, to be filled and given to `write`."""
 
-    def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
-        """Take a buffer that is filled, some time before `drain` returns."""
+    def write(self, info: TensorInfo, start: int, values: torch.Tensor, after: Ready | None) -> None:
+        """Take a buffer that is filled, some time before `drain` returns. after: waits until it is."""
 
     def drain(self) -> None:
         """Wait until all is taken; raises what went wrong."""
@@ -152,11 +164,11 @@ class _ToFile:
     def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self._writing.buffer(stop - start, info.dtype)
 
-    def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
+    def write(self, info: TensorInfo, start: int, values: torch.Tensor, after: Ready | None) -> None:
         look = None
         if self._checking is not None:
             look = partial(self._checking.look, self._file.tensors[info.name], start, values)
-        self._writing.write(self._file, info.name, start, values, look)
+        self._writing.write(self._file, info.name, start, values, look, after)
 
     def drain(self) -> None:
         self._writing.drain()
@@ -170,8 +182,7 @@ def fill_shard(method: MergeMethod, shard: Shard, target: Target, progress: OnEl
             records += [] if record is None else [record]
             for start, stop in sweep(method.at(info.name).models, info, method.pieces(info)):
                 out = target.buffer(info, start, stop)
-                fill(start, stop, out)
-                target.write(info, start, out)
+                target.write(info, start, out, fill(start, stop, out))
                 progress(stop - start, info.name)
         target.drain()
         for model in {id(one): one for info in shard.tensors for one in method.at(info.name).models}.values():
@@ -200,13 +211,13 @@ def _looked_ahead(method: MergeMethod, infos: Sequence[TensorInfo]) -> Iterator[
             yield info, prepared
 
 
-def buffers_within(budget: int, nbytes: int, models: int, held: int = 0, name: str = "") -> int:
+def buffers_within(budget: int, nbytes: int, models: int, held: int = 0, name: str = "", pinned: int = 0) -> int:
     """Output buffers that fit beside what a slice takes otherwise: values of adapters, and masks of every model; and
-    what is held of the largest tensor and its like, two at a time.
+    what is held of the largest tensor and its like, two at a time; and what is pinned.
 
     Raises CpiftError if it is less than two.
     """
-    beside = 2 * models * nbytes + nbytes + 2 * held
+    beside = 2 * models * nbytes + nbytes + 2 * held + pinned
     depth = (budget - beside) // max(nbytes, 1)
     if depth < 2:
         needed = (beside + 2 * nbytes + (1 << 20) - 1) >> 20

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cpift_kernels import Ready
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.writing import Shard, TensorRecord, plan_shards
@@ -98,8 +99,13 @@ class _ToMemory:
     def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self.tensors[info.name].view(-1)[start:stop]
 
-    def write(self, info: TensorInfo, start: int, values: torch.Tensor) -> None:
-        self._hashed.append(self._hasher.submit(self._hash.update, raw_bytes(values)))
+    def write(self, info: TensorInfo, start: int, values: torch.Tensor, after: Ready | None) -> None:
+        self._hashed.append(self._hasher.submit(self._absorb, values, after))
+
+    def _absorb(self, values: torch.Tensor, after: Ready | None) -> None:
+        if after is not None:
+            after()
+        self._hash.update(raw_bytes(values))
 
     def drain(self) -> None:
         hashed, self._hashed = self._hashed, []

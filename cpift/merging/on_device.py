@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cpift_kernels import stream_cores
+from cpift_kernels import SLOT, SLOTS, Placement, Ready, placement_of, stream_cores
 
-from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
@@ -23,14 +23,14 @@ from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
-from cpift.merging.engine import Merging, Place, Tell, merge_shards
+from cpift.merging.engine import Merging, Pinned, Place, Tell, merge_shards
+from cpift.merging.gpu.lanes import Lanes, Placed, within_memory
 from cpift.merging.registry import METHODS
-from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from cpift_kernels import Mark, Masks, Selection
+    from cpift_kernels import Mark, Marked, Masks, Range, Selection
 
 
 def check_device(config: RunConfig) -> list[Problem]:
@@ -101,8 +101,9 @@ class DeviceMerging:
 
     in_passing = False
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, place: Callable[[torch.device], Placement] = placement_of):
+        """place: makes queues of the device's own for whoever uses it, see `cpift_kernels.Placement`."""
+        self._place = partial(place, device)
 
     def telling(self, tell: Tell) -> DeviceMerging:
         """It has nothing to tell."""
@@ -113,21 +114,29 @@ class DeviceMerging:
         return nullcontext()
 
     def mark(self, selection: Selection, masks: Masks) -> Mark:
-        """Marks ranges on the device."""
-        return stream_cores(selection.models, selection.counts, device=self._device).marking(masks)
+        """Marks ranges on the device. Raises GpuMemoryError where it has too little memory."""
+
+        def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
+            there = stream_cores(selection.models, selection.counts, place=self._place())
+            with within_memory():
+                yield from there.marking(masks)(ranges, brackets)
+
+        return mark
 
     def merge_shards(
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
-        return merge_shards(self._placed(method), shards, out, made_from, budget, progress)
+        placed, pinned = self._placed(method), Pinned(self._place().pinned, 2 * SLOTS * SLOT)
+        on_gpu = pinned if placed is not method else None
+        return merge_shards(placed, shards, out, made_from, budget, progress, pinned=on_gpu)
 
     def placing(self, method: MergeMethod) -> Place:
         """It computes on the device, where it has such a form."""
         return self._placed
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
-        on_device: Any = _OnDevice(method, self._device) if method.leaves_host else method
+        on_device: Any = _OnDevice(method, self._place) if method.leaves_host else method
         return cast("MergeMethod", on_device)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
@@ -142,14 +151,18 @@ DEVICES: dict[str, Callable[[], Merging | None]] = {
 
 
 class _OnDevice:
-    """A method as `merge_shards` asks for it: computed on a device, written from the host."""
+    """A method as `merge_shards` asks for it: computed on a device, written from the host.
 
-    def __init__(self, method: MergeMethod, device: torch.device):
-        self._host, self._placed, self._device = method, method.placed(_Placed(device)), device
-        self.models = method.models
+    What writes a piece returns before it is on the host."""
 
-    def at(self, name: str) -> MergeMethod:
-        return self._host.at(name)
+    def __init__(self, method: MergeMethod, place: Callable[[], Placement]):
+        self._lanes = Lanes(place(), place())
+        self._host, self._placed = method, method.placed(Placed(self._lanes))
+        self.models = self._placed.models
+
+    def at(self, name: str) -> Any:
+        info = self._host.rest[1].tensors[name]
+        return self if self._host.merges(info) else self._host.at(name)
 
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._host.pieces(info)
@@ -160,74 +173,16 @@ class _OnDevice:
     def tensor(self, info: TensorInfo) -> Merged:
         if not self._host.merges(info):
             return self._host.tensor(info)
-        record, fill = self._placed.tensor(info)
+        with within_memory(), self._lanes.looking_ahead() as lane, lane.place.computing():
+            record, fill = self._placed.tensor(info)
         return record, self._to_host(fill)
 
     def _to_host(self, fill: Fill) -> Fill:
-        def filled(start: int, stop: int, out: torch.Tensor) -> None:
-            room = out.new_empty(out.shape, device=self._device)
-            fill(start, stop, room)
-            out.copy_(room)
+        def filled(start: int, stop: int, out: torch.Tensor) -> Ready:
+            lane = self._lanes.current.lane
+            with within_memory(), lane.place.computing():
+                room = lane.place.room(out.nbytes, "compute").view(out.dtype)
+                fill(start, stop, room)
+            return lane.fetch(room, out)
 
         return filled
-
-
-class _Placed:
-    """Models and masks as their slices on a device; the same object again for the same one."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._known: dict[int, Checkpoint] = {}
-
-    def model(self, model: Checkpoint) -> Checkpoint:
-        return self._known.setdefault(id(model), DeviceCheckpoint(model, self._device))
-
-    def masks(self, masks: RegionMasks) -> RegionMasks:
-        return DeviceMasks(masks, self._device)
-
-
-class DeviceCheckpoint(Checkpoint):
-    """A model whose slices are copied to a device as they are asked for."""
-
-    def __init__(self, inner: Checkpoint, device: torch.device):
-        self.folder, self.config, self.tensors = inner.folder, inner.config, inner.tensors
-        self.ties, self.is_apart, self._maps = inner.ties, inner.is_apart, {}
-        self._inner, self._device = inner, device
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._inner, self._device)
-
-    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """A copy on the device."""
-        return self._inner.slice(name, start, stop).to(self._device)
-
-    def gather(self, name: str, starts: np.ndarray[Any, Any], length: int) -> torch.Tensor:
-        return self._inner.gather(name, starts, length)
-
-    def prefetch(self, name: str, start: int, stop: int) -> None:
-        self._inner.prefetch(name, start, stop)
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        self._inner.release(name, start, stop)
-
-    def require_unchanged(self) -> None:
-        self._inner.require_unchanged()
-
-    def unequal_copies(self) -> Iterator[Problem]:
-        return self._inner.unequal_copies()
-
-
-class DeviceMasks(RegionMasks):
-    """Masks whose words are copied to a device as they are asked for."""
-
-    def __init__(self, inner: RegionMasks, device: torch.device):
-        self._inner, self._device = inner, device
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._inner, self._device)
-
-    def has(self, name: str) -> bool:
-        return self._inner.has(name)
-
-    def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._inner.words(task, name, start, stop).to(self._device)

@@ -15,23 +15,30 @@ from .low_rank import add_low_rank
 from .magnitudes import Magnitudes, delta_magnitudes
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
+from .placement import SLOT, SLOTS, Lane, Placement, Ready, Staged, placement_of
 from .selection import CoreMask, select_cores
 from .slerp import SlerpResult, slerp_coefficients
 from .streaming import Core, Mark, Marked, Masks, Models, Range, Selection, stream_cores
 
 __all__ = [
+    "SLOT",
+    "SLOTS",
     "Backend",
     "Core",
     "CoreMask",
     "HeldElements",
+    "Lane",
     "Magnitudes",
     "Mark",
     "Marked",
     "Masks",
     "Models",
+    "Placement",
     "Range",
+    "Ready",
     "Selection",
     "SlerpResult",
+    "Staged",
     "add_low_rank",
     "count_mask",
     "delta_magnitudes",
@@ -44,6 +51,7 @@ __all__ = [
     "overlap_counts",
     "overlap_counts_per_tensor",
     "pack_mask",
+    "placement_of",
     "resolve",
     "resolve_conflicts",
     "scatter_masked_",

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dispatch import Backend, implementation, resolve
+from .placement import Placement, placement_of
 from .selection import nonfinite_update, top_elements
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 CHUNK = 1 << 16  # elements handled together: the base's chunk stays in the L2 cache while all tasks pass by
@@ -124,24 +124,24 @@ class Selection(ABC):
 
 
 def stream_cores(
-    models: Models, counts: Sequence[int], *, device: torch.device | None = None, backend: Backend = "auto"
+    models: Models, counts: Sequence[int], *, place: Placement | None = None, backend: Backend = "auto"
 ) -> Selection:
     """The selection of the exact top-`counts[k]` elements of |θi − θ0| over all tensors of models read in pieces.
 
-    device: where pieces are copied to and marked; the CPU if not given, and `auto` follows it as it follows tensors.
-    Masks and thresholds are the same bits everywhere. Raises ValueError for a count outside 0..D.
+    place: of the device that pieces are copied to and marked on; the CPU if not given, and `auto` follows it as it
+    follows tensors. Masks and thresholds are the same bits everywhere. Raises ValueError for a count outside 0..D.
     """
     import torch
 
-    total, device = sum(models.sizes), device or torch.device("cpu")
+    total, place = sum(models.sizes), place or placement_of(torch.device("cpu"))
     for count in counts:
         if not 0 <= count <= total:
             raise ValueError(f"counts holds {count}; the models have {total} elements, so use 0..{total}")
-    chosen = resolve(backend, torch.empty(0, device=device))
-    return implementation(chosen, stream_cores_reference)(models, counts, device)
+    chosen = resolve(backend, torch.empty(0, device=place.device))
+    return implementation(chosen, stream_cores_reference)(models, counts, place)
 
 
-def stream_cores_reference(models: Models, counts: Sequence[int], device: torch.device) -> Selection:
+def stream_cores_reference(models: Models, counts: Sequence[int], place: Placement) -> Selection:
     """`stream_cores` in plain torch; holds |Δ| of all tasks in fp32."""
     return _Reference(models, counts)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpift_kernels import Backend, Marked, Range, add_low_rank, select_cores, stream_cores
+from cpift_kernels import Backend, Marked, Range, add_low_rank, placement_of, select_cores, stream_cores
 from numpy.typing import NDArray
 
 from tests.helpers.streamed import Held
@@ -63,7 +63,7 @@ def test_counts_and_backends_that_cannot_be_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="backend='triton' needs CUDA or ROCm tensors"):
         stream_cores(held, [1], backend="triton")
     with pytest.raises(ValueError, match="backend='cpu' needs CPU tensors, got meta"):
-        stream_cores(held, [1], backend="cpu", device=torch.device("meta"))
+        stream_cores(held, [1], backend="cpu", place=placement_of(torch.device("meta")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

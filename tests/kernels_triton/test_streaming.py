@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cpift_kernels import stream_cores
+from cpift_kernels import Placement, placement, placement_of, stream_cores
+from cpift_kernels.placement import Queue
 from cpift_kernels.triton import streaming
 
+from tests.helpers.placements import Lazy, queued_launches
 from tests.helpers.streamed import Held
 from tests.ptx.device import interpreted_ptx
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
+ONCE = pytest.mark.skipif(INTERPRETED, reason="queues hold launches of compiled kernels")
 SIZES = [1, 70_000, 33, 300_001]  # several chunks and segments in one tensor, single elements in others
 
 
@@ -38,12 +42,15 @@ def models_of(dtype: torch.dtype, tasks: int, moved: float = 1.0) -> list[list[t
     return [base, *tuned]
 
 
-def both(models: list[list[torch.Tensor]], counts: list[int], spill: Path | None = None) -> tuple[Held, Held]:
+def both(
+    models: list[list[torch.Tensor]], counts: list[int], spill: Path | None = None, place: Placement | None = None
+) -> tuple[Held, Held]:
     """What the CPU and the device keep; their cores are compared here."""
+    place = place or placement_of(CPU)
     kept, cores = [], []
     for make in (
         lambda held: stream_cores(held, counts, backend="cpu"),
-        lambda held: streaming.stream_cores(held, counts, CPU),
+        lambda held: streaming.stream_cores(held, counts, place),
     ):
         held = Held(models, len(counts))
         selection = make(held)
@@ -87,6 +94,60 @@ def test_equal_updates_go_to_the_lower_index() -> None:
     assert not bits[150_003:].any()
 
 
+# ---- on a device that does things when it has to ---------------------------------------------------------------------
+
+SMALL = [4_100, 33, 9_000, 1]
+TASKS = 3
+
+
+def models_of_small() -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    base = [torch.randn(size, generator=generator) for size in SMALL]
+    return [base, *([x + 0.01 * torch.randn(len(x), generator=generator) for x in base] for _ in range(TASKS))]
+
+
+def lazily(monkeypatch: pytest.MonkeyPatch, place: Lazy) -> bool:
+    """Whether masks and cores are the CPU's; slots and buffers are used again."""
+    monkeypatch.setattr(placement, "SLOT", 1 << 12)
+    monkeypatch.setattr(placement, "BUFFER", 1 << 14)
+    with queued_launches():
+        try:
+            here, there = both(models_of_small(), [137], None, place)
+        except (AssertionError, ValueError):  # other cores, or values that are none
+            return False
+    masks = zip(here.masks, there.masks, strict=True)
+    return all(np.array_equal(a, b) for mine, its in masks for a, b in zip(mine[0], its[0], strict=True))
+
+
+@ONCE
+@pytest.mark.parametrize("eager", [(), pytest.param(("in",), marks=SLOW), pytest.param(("out", "in"), marks=SLOW)])
+def test_masks_do_not_depend_on_when_a_device_does_what(
+    eager: tuple[Queue, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it waits twice for each piece, whatever the number of tasks: for counts with masks, and for candidates."""
+    place = Lazy(eager)
+    assert lazily(monkeypatch, place)
+    assert place.counts["waits out"] == 2 * len(SMALL) + 1  # the last before memory is freed
+    assert place.counts["copies out"] == len(SMALL) * (1 + TASKS + 2 * TASKS)
+    whole_and_rest = 2 + 1 + 2 + 1  # launches over a tensor of each size
+    assert place.counts["launches"] <= whole_and_rest * (1 + TASKS)
+
+
+@ONCE
+@pytest.mark.parametrize(
+    ("without", "eager"),
+    [
+        (("compute", "in"), ()),
+        pytest.param(("host", "in"), (), marks=SLOW),
+        pytest.param(("host", "out"), (), marks=SLOW),
+    ],
+)
+def test_without_a_wait_masks_are_wrong(
+    without: tuple[str, str], eager: tuple[Queue, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not lazily(monkeypatch, Lazy(eager, without))
+
+
 @pytest.mark.parametrize("task", [1, 2])
 def test_what_is_not_finite_is_named(task: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first launch and in one after it."""
@@ -95,6 +156,6 @@ def test_what_is_not_finite_is_named(task: int, monkeypatch: pytest.MonkeyPatch)
     models = [small, *([tensor + 0.01 for tensor in small] for _ in range(3))]
     models[task + 1][3][4_700] = float("inf")
     held = Held(models, 1)
-    selection = streaming.stream_cores(held, [10], CPU)
+    selection = streaming.stream_cores(held, [10], placement_of(CPU))
     with pytest.raises(ValueError, match=f"task {task}, tensor 3"):
         selection.select(held, selection.ranges(1 << 16))

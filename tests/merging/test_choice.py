@@ -22,6 +22,7 @@ from cpift.merging.base import FusionInputs, Materials
 from cpift.merging.engine import merge
 from cpift.merging.gpu import choice
 from cpift.merging.gpu.choice import AutoMerging
+from cpift.merging.gpu.lanes import GpuMemoryError
 from cpift.merging.on_device import DeviceMerging, device_merging, foretold
 from cpift.merging.registry import method_named
 from cpift.method.changes import ChangesInPassing
@@ -93,7 +94,11 @@ def selected(models: Models, merging: AutoMerging | None, out: Path, **fields: A
     [
         ((0.5, 2.0), 1, "core regions on the GPU: 0.50 s on the GPU, 2.00 s on "),
         ((2.0, 0.5), 0, "core regions on the CPU: 2.00 s on the GPU, 0.50 s on "),
-        ((torch.OutOfMemoryError("CUDA out of memory. Tried"),), 0, "the GPU has too little memory left (CUDA out of"),
+        (
+            (GpuMemoryError("resources.device: it has no room → use `cpu`"),),
+            0,
+            "core regions on the CPU: it has no room",
+        ),
     ],
 )
 def test_regions_are_selected_where_it_is_faster(

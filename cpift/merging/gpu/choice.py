@@ -23,6 +23,7 @@ from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.engine import Merging, Place, Tell, merge_shards
+from cpift.merging.gpu.lanes import GpuMemoryError
 from cpift.method.measures import without_passing
 
 if TYPE_CHECKING:
@@ -127,12 +128,11 @@ class AutoMerging:
         return _TAKEN[key]
 
     def _faster(self, one: _Pass, threads: int) -> bool:
-        import torch
-
         try:
             gpu = self._timer(one.on_gpu)
-        except torch.OutOfMemoryError as error:
-            self._say(f"{one.title} on the CPU: the GPU has too little memory left ({str(error).splitlines()[0]})")
+        except GpuMemoryError as error:
+            why = str(error).partition(" → ")[0].removeprefix("resources.device: ")
+            self._say(f"{one.title} on the CPU: {why}")
             return False
         cpu = self._timer(one.on_cpu)
         where, times = "GPU" if gpu < cpu else "CPU", f"{gpu:.2f} s on the GPU, {cpu:.2f} s on {threads} threads"
@@ -197,7 +197,11 @@ def _merging(method: MergeMethod, infos: Sequence[TensorInfo]) -> Work:
     def work() -> None:
         for info in infos:
             _, fill = method.tensor(info)
+            filled = []
             for start, stop in sweep(method.at(info.name).models, info, method.pieces(info)):
-                fill(start, stop, torch.empty(stop - start, dtype=info.dtype))
+                filled.append(fill(start, stop, torch.empty(stop - start, dtype=info.dtype)))
+            for ready in filled:
+                if ready is not None:
+                    ready()
 
     return work

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..placement import Placement
 from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection
 from .bracket import ATTEMPTS, RUN, brackets_from, elements_kept, sample_places
 from .candidates import SKIP, Candidates, mark_item, wanted_of
@@ -34,7 +35,7 @@ from .segments import Segments, storage_kind
 from .selection import set_chosen
 
 
-def stream_cores(models: Models, counts: Sequence[int], device: torch.device) -> Selection:
+def stream_cores(models: Models, counts: Sequence[int], place: Placement) -> Selection:
     """See `cpift_kernels.stream_cores`."""
     return BracketSelection(models, counts)
 

@@ -203,16 +203,47 @@ def marked(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Fill the masks `uppers`; of each in turn how many bits are set, and the candidates' key bits and linear indices
     [C], in order. Waits for the device once. Raises ArithmeticError if a Δ is NaN or Inf."""
+    marks = begin_marks(origin, models, uppers, brackets, start)
+    yield from marks.collected(marks.totals.tolist())
+
+
+@dataclass
+class Marks:
+    """One slice whose masks are being filled. totals int64 [1 + 2·N·K]: whether any Δ is NaN or Inf, bits above each
+    upper cut, bits above each lower one."""
+
+    origin: Tensor
+    models: list[Tensor]
+    uppers: list[Tensor]
+    start: int
+    lower: Tensor
+    before: Tensor  # candidates before each block
+    totals: Tensor
+
+    def collected(self, totals: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """As `marked`; totals: those of the slice, read by the host."""
+        faulty, *counts = totals
+        if faulty:
+            raise ArithmeticError
+        masks, by_model = len(self.uppers), len(self.uppers) // len(self.models)
+        for c, upper in enumerate(self.uppers):
+            certain, maximal = counts[c], counts[masks + c]
+            model, amount = self.models[c // by_model], maximal - certain
+            yield (
+                certain,
+                *launch_collect(self.origin, model, upper, self.lower[c], self.before[c], amount, self.start),
+            )
+
+
+def begin_marks(
+    origin: Tensor, models: list[Tensor], uppers: list[Tensor], brackets: Sequence[Sequence[Bracket]], start: int
+) -> Marks:
+    """Launch what fills the masks `uppers`, without a wait."""
     lower, counts, faults = launch_mark(origin, models, uppers, brackets, start)
     sure, possible = (counts & 0xFFFF).T.long(), (counts >> 16).T.long()
-    faulty, *totals = torch.cat([faults.sum()[None], sure.sum(1), possible.sum(1)]).tolist()
-    if faulty:
-        raise ArithmeticError
     before = (possible - sure).cumsum(1) - (possible - sure)
-    for c, upper in enumerate(uppers):
-        certain, maximal = totals[c], totals[len(uppers) + c]
-        model = models[c // len(brackets[0])]
-        yield certain, *launch_collect(origin, model, upper, lower[c], before[c], maximal - certain, start)
+    totals = torch.cat([faults.sum()[None], sure.sum(1), possible.sum(1)])
+    return Marks(origin, models, uppers, start, lower, before, totals)
 
 
 def launch_mark(

@@ -1,13 +1,16 @@
 """Selection in phases with the pass over the models in GPU memory.
 
-Everything but the pass is the CPU's: the sample, the brackets, the candidates and the end. A range is copied to the
-device, marked and collected there, and its masks and candidates come back. A bracket's points act at whole chunks,
-which are whole blocks of `mark_kernel`: the bits and counts are those of the CPU by construction.
+Everything but the pass is the CPU's: the sample, the brackets, the candidates and the end. A piece of the models is
+copied to the device, marked and collected there, and its masks and candidates come back, while the next one is copied
+to it. A bracket's points act at whole chunks, which are whole blocks of `mark_kernel`: the bits and counts are those of
+the CPU by construction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,72 +20,133 @@ from torch import Tensor
 from ..checks import words_for
 from ..cpu.candidates import Candidates, wanted_of
 from ..cpu.streaming import BracketSelection
+from ..placement import Lane, Placement, Staged
 from ..streaming import CHUNK, SEGMENT, Ints, Mark, Marked, Masks, Models, Range
 from .bracket import NOTHING, Bracket
 from .common import elements
-from .selection import GROUP, blame, marked
+from .selection import GROUP, Marks, begin_marks, blame
+
+Found = dict[tuple[int, int], Candidates]  # by task and k
 
 
-def stream_cores(models: Models, counts: Sequence[int], device: torch.device) -> BracketSelection:
+def stream_cores(models: Models, counts: Sequence[int], place: Placement) -> BracketSelection:
     """See `cpift_kernels.stream_cores`."""
-    return DeviceSelection(models, counts, device)
+    return DeviceSelection(models, counts, place)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements start.. of one tensor of all models, on their way to the device."""
+
+    tensor: int
+    start: int
+    models: Mapping[int, Staged]  # θ0 is number 0
 
 
 class DeviceSelection(BracketSelection):
-    """Marks on `device`; the models come from the host."""
+    """Marks on the device of `place`; the models come from the host."""
 
-    def __init__(self, models: Models, counts: Sequence[int], device: torch.device):
+    def __init__(self, models: Models, counts: Sequence[int], place: Placement):
         super().__init__(models, counts)
-        self._device = device
+        self._place = place
+
+    def mark(self, part: Range, brackets: Ints, masks: Masks) -> Found:
+        (found,) = self._through([part], brackets, masks)
+        return found
 
     def marking(self, masks: Masks) -> Mark:
         def mark(ranges: Sequence[Range], brackets: Ints) -> Iterator[Marked]:
-            for part, following in zip(ranges, (*ranges[1:], None), strict=True):
-                for piece in self.pieces(following) if following is not None else ():
-                    self.models.prefetch(*piece)
-                yield self.mark(part, brackets, masks)
+            return self._through(ranges, brackets, masks)
 
         return mark
 
-    def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Candidates]:
-        found: dict[tuple[int, int], list[Candidates]] = {one: [] for one in wanted_of(brackets)}
-        tasks = sorted({task for task, _ in found})
-        for tensor, start, stop in self.pieces(part):
-            origin = self._load(0, tensor, start, stop)
-            for group in (tasks[i : i + GROUP] for i in range(0, len(tasks), GROUP)):
-                models = {task: self._load(task + 1, tensor, start, stop) for task in group}
-                try:
-                    for (task, k), piece, words in self._marked(tensor, start, origin, models, brackets):
-                        if (task, k) in found:
-                            found[task, k].append(piece)
-                            masks.store(task, k, tensor, start // 32, words)
-                except ArithmeticError:
-                    raise blame(origin, models, tensor) from None
-            self.models.release(tensor, start, stop)
-        return {one: _joined(parts) for one, parts in found.items()}
+    def _through(self, ranges: Sequence[Range], brackets: Ints, masks: Masks) -> Iterator[Found]:
+        """A piece is on its way while the one before it is marked, and the one after it is read from the disk."""
+        pieces = [(number, *piece) for number, part in enumerate(ranges) for piece in self.pieces(part)]
+        tasks, parts = sorted({task for task, _ in wanted_of(brackets)}), list[Found]()
+        if not pieces:
+            return
+        with closing(Lane(self._place)) as lane:
+            coming = self._staged(lane, tasks, pieces, 0)
+            for at, (number, *_) in enumerate(pieces):
+                with lane.place.computing():
+                    piece, marks = coming, self._begun(lane, coming, brackets)
+                if at + 1 < len(pieces):
+                    coming = self._staged(lane, tasks, pieces, at + 1)
+                parts.append(self._found(lane, piece, marks, brackets, masks))
+                for staged in piece.models.values():
+                    lane.done(staged)
+                if at + 1 == len(pieces) or pieces[at + 1][0] != number:
+                    yield _joined(parts)
+                    parts = []
 
-    def _load(self, model: int, tensor: int, start: int, stop: int) -> Tensor:
-        return self.models.load(model, tensor, start, stop).to(self._device)
+    def _staged(self, lane: Lane, tasks: Sequence[int], pieces: Sequence[tuple[int, int, int, int]], at: int) -> _Piece:
+        if at + 1 < len(pieces):
+            self.models.prefetch(*pieces[at + 1][1:])
+        _, tensor, start, stop = pieces[at]
+        models = {
+            model: lane.stage(self.models.load(model, tensor, start, stop))
+            for model in (0, *(task + 1 for task in tasks))
+        }
+        self.models.release(tensor, start, stop)
+        return _Piece(tensor, start, models)
 
-    def _marked(
-        self, tensor: int, start: int, origin: Tensor, models: Mapping[int, Tensor], brackets: Ints
-    ) -> Iterator[tuple[tuple[int, int], Candidates, NDArray[np.uint32]]]:
-        """Of one piece what was found and the mask, by task and k. Raises ArithmeticError if a Δ is NaN or Inf."""
-        first, segments = self._chunk_at(tensor, start), -(-origin.numel() // SEGMENT)
-        cuts = [[_local(bracket, first) for bracket in brackets[task].tolist()] for task in models]
-        wanted = [(task, k) for task in models for k in range(brackets.shape[1])]
-        uppers = torch.empty(len(wanted), words_for(origin.numel()), dtype=torch.int32, device=self._device)
-        values = [elements(model) for model in models.values()]
-        parts = list(marked(elements(origin), values, list(uppers), cuts, 0))
-        words = uppers.cpu().numpy().view(np.uint32)
-        for c, (one, (sure, keys, indices)) in enumerate(zip(wanted, parts, strict=True)):
-            places = indices.cpu().numpy()
-            per_segment = np.bincount(places // SEGMENT, minlength=segments).astype(np.int64)
-            yield one, Candidates(sure, keys.cpu().numpy(), (places % SEGMENT).astype(np.uint32), per_segment), words[c]
+    def _begun(self, lane: Lane, piece: _Piece, brackets: Ints) -> list[tuple[list[int], Marks]]:
+        """What marks a piece, launched, with the tasks of each launch."""
+        origin, *values = (elements(lane.use(staged)) for staged in piece.models.values())
+        tasks, first = [model - 1 for model in piece.models if model], self._chunk_at(piece.tensor, piece.start)
+        begun = []
+        for at in range(0, len(tasks), GROUP):
+            group = tasks[at : at + GROUP]
+            cuts = [[_local(bracket, first) for bracket in brackets[task].tolist()] for task in group]
+            shape = len(group) * brackets.shape[1], words_for(origin.numel())
+            uppers = torch.empty(shape, dtype=torch.int32, device=self._place.device)
+            begun.append((group, begin_marks(origin, values[at : at + GROUP], list(uppers), cuts, 0)))
+        return begun
+
+    def _found(
+        self, lane: Lane, piece: _Piece, begun: list[tuple[list[int], Marks]], brackets: Ints, masks: Masks
+    ) -> Found:
+        """The candidates of a piece, and its masks in `masks`; waits for the device twice.
+
+        Raises ValueError if a Δ is NaN or Inf."""
+        flat = [one for _, marks in begun for one in (marks.totals, *marks.uppers)]
+        totals_and_masks = iter(lane.bring(flat))
+        regions, sure = list[tuple[int, int]](), list[int]()
+        candidates: list[Tensor] = []
+        wanted, segments = set(wanted_of(brackets)), -(-piece.models[0].values.numel() // SEGMENT)
+        for group, marks in begun:
+            totals = next(totals_and_masks).tolist()
+            words = [next(totals_and_masks).numpy().view(np.uint32) for _ in marks.uppers]
+            of_masks = [(task, k) for task in group for k in range(brackets.shape[1])]
+            with lane.place.computing():
+                collected = self._collected(marks, totals, piece)
+            for one, mask, (certain, keys, places) in zip(of_masks, words, collected, strict=True):
+                if one in wanted:
+                    masks.store(*one, piece.tensor, piece.start // 32, mask)
+                    regions, sure, candidates = [*regions, one], [*sure, certain], [*candidates, keys, places]
+        brought = [one.numpy() for one in lane.bring(candidates)]
+        return {
+            one: _candidates(certain, keys, places, segments)
+            for one, certain, keys, places in zip(regions, sure, brought[::2], brought[1::2], strict=True)
+        }
+
+    def _collected(self, marks: Marks, totals: Sequence[int], piece: _Piece) -> list[tuple[int, Tensor, Tensor]]:
+        try:
+            return list(marks.collected(totals))
+        except ArithmeticError:
+            models = {model - 1: staged.values for model, staged in piece.models.items() if model}
+            raise blame(piece.models[0].values, models, piece.tensor) from None
 
     def _chunk_at(self, tensor: int, start: int) -> int:
         """The number of the chunk that begins at an element of a tensor."""
         return int(self._chunk[np.flatnonzero((self._tensor == tensor) & (self._start == start))[0]])
+
+
+def _candidates(sure: int, keys: NDArray[np.int32], places: Ints, segments: int) -> Candidates:
+    """Of a piece; in memory of their own, for pinned memory is wanted again."""
+    per_segment = np.bincount(places // SEGMENT, minlength=segments).astype(np.int64)
+    return Candidates(sure, keys.copy(), (places % SEGMENT).astype(np.uint32), per_segment)
 
 
 def _local(bracket: Sequence[int], first: int) -> Bracket:
@@ -93,11 +157,14 @@ def _local(bracket: Sequence[int], first: int) -> Bracket:
     return Bracket((high, max(high_chunk - first, 0) * CHUNK), (low, max(low_chunk - first, 0) * CHUNK))
 
 
-def _joined(parts: Sequence[Candidates]) -> Candidates:
+def _joined(parts: Sequence[Found]) -> Found:
     """What was found in pieces that follow each other."""
-    return Candidates(
-        sum(part.marked for part in parts),
-        np.concatenate([part.keys for part in parts]),
-        np.concatenate([part.places for part in parts]),
-        np.concatenate([part.per_segment for part in parts]),
-    )
+    return {
+        one: Candidates(
+            sum(part[one].marked for part in parts),
+            np.concatenate([part[one].keys for part in parts]),
+            np.concatenate([part[one].places for part in parts]),
+            np.concatenate([part[one].per_segment for part in parts]),
+        )
+        for one in parts[0]
+    }
