@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cpift.api import regions as regions
     from cpift.api import run as run
     from cpift.checkpoints.lora_extraction import Extraction as Extraction
+    from cpift.descendants import extend as extend
+    from cpift.descendants import forget as forget
     from cpift.errors import CheckpointError as CheckpointError
     from cpift.errors import ConfigError as ConfigError
     from cpift.errors import CpiftError as CpiftError
@@ -47,6 +49,7 @@ _HOMES = {
     "method.changes": ("Change",),
     "method.cores": ("Core", "Cores"),
     "checkpoints.lora_extraction": ("Extraction",),
+    "descendants": ("extend", "forget"),
     "errors": ("CheckpointError", "ConfigError", "CpiftError", "DataError", "StageError"),
     "method.freeze_callback": ("FreezeCallback", "frozen"),
     "evaluation.metrics": ("Metric", "Reply"),
@@ -81,7 +84,9 @@ __all__ = [
     "WeightedMerge",
     "__version__",
     "diff",
+    "extend",
     "extract_lora",
+    "forget",
     "frozen",
     "load_config",
     "merge",

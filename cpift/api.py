@@ -62,7 +62,7 @@ def load_config(config: StrPath, **overrides: Any) -> RunConfig:
     if not isinstance(config, (str, os.PathLike)):
         what = f"is a {type(config).__name__}, not a path"
         raise ConfigError("config", [Problem("config", what, "give a run's YAML file")])
-    return config_loading.load_config(Path(config), changes=_changes(overrides))
+    return config_loading.load_config(Path(config), changes=given_changes(overrides))
 
 
 def plan(config: StrPath | RunConfig, **overrides: Any) -> Plan:
@@ -245,17 +245,17 @@ def _listed(value: Any) -> Any:
 
 def _loaded(config: StrPath | RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
     if isinstance(config, RunConfig):
-        return config_loading.with_fields(config, _changes(overrides), config.name) if overrides else config
+        return config_loading.with_fields(config, given_changes(overrides), config.name) if overrides else config
     return load_config(config, **overrides)
 
 
-def _changes(overrides: Mapping[str, Any], before: str = "") -> Fields:
+def given_changes(overrides: Mapping[str, Any], before: str = "") -> Fields:
     """Fields by dotted name; a mapping sets fields of its section, and paths are meant from the working directory."""
     changes: Fields = {}
     for name, value in overrides.items():
         field = f"{before}{name}"
         if isinstance(value, Mapping) and field not in _MAPPINGS:
-            changes |= _changes(value, f"{field}.")
+            changes |= given_changes(value, f"{field}.")
         elif isinstance(value, os.PathLike) or (isinstance(value, str) and is_path(field)):
             path = Path(os.fspath(value)).expanduser()
             changes[field] = str(path.absolute()) if isinstance(value, os.PathLike) or path.exists() else value

@@ -34,12 +34,12 @@ ROWS = [
     {"checkpoints", "data"},
     {"models", "method"},
     {"merging", "training", "evaluation"},
-    {"report"},
+    {"report", "lineage"},
     {"pipeline", "scorecard"},
     {"cluster", "merge_folder", "hub_card"},
     {"compare", "sweep", "adapter_folder", "merge_request", "model_diff", "publish"},
     {"init", "api"},
-    {"given_models"},
+    {"given_models", "descendants"},
     {"cli"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

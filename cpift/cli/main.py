@@ -82,26 +82,23 @@ def _options(
 cli_init.register(app, "Everything")
 register_merge(app, "Everything")
 cli_change.register(app, "Everything")
+cli_runs.register_descendants(app, "Everything", lambda load: run_all(load))
 cli_push.register(app, "Everything")
 
 
-def _load(
-    config: Path, overrides: list[str] | None, changes: Fields, stage: str, tell: Callable[[str], None]
-) -> RunConfig:
-    """Load a config with fields changed and check it for a stage. `tell` gets what has to be said before."""
-    from cpift.config.loading import load_config
+def _checked(run: RunConfig, stage: str, tell: Callable[[str], None]) -> RunConfig:
+    """A config that was checked for a stage. `tell` gets what has to be said before."""
     from cpift.pipeline.preflight import preflight
 
-    run = load_config(config, overrides or [], changes)
     say_code(run, tell=tell)
     preflight(run, stage=stage)
     return run
 
 
-def _open(config: Path, overrides: list[str] | None, changes: Fields, stage: str, view: View) -> Pipeline:
-    """The pipeline of a checked config, on Ray where something is trained or scored."""
+def _open(load: Callable[[], RunConfig], stage: str, view: View) -> Pipeline:
+    """The pipeline of a config, which is checked, on Ray where something is trained or scored."""
     view.waiting("checking the configuration, the models and the data")
-    run = _load(config, overrides, changes, stage, view.note)
+    run = _checked(load(), stage, view.note)
     from cpift.compare.run_baselines import OF_RUNS
     from cpift.pipeline.engine import NoEngine
     from cpift.pipeline.pipeline import Pipeline
@@ -117,8 +114,9 @@ def _open(config: Path, overrides: list[str] | None, changes: Fields, stage: str
     return Pipeline(run, NoEngine(merging_for(run.resources)), view, baselines=OF_RUNS)
 
 
-def _made(config: Path, overrides: list[str] | None, changes: Fields, stage: str) -> tuple[Pipeline, Any]:
-    """The pipeline of a config, and what `stage` of it gives: made with all it needs while the run's folder is held.
+def _made(load: Callable[[], RunConfig], stage: str) -> tuple[Pipeline, Any]:
+    """The pipeline of the config that is loaded, and what `stage` of it gives: made with all it needs while the run's
+    folder is held.
 
     What is waited for is shown from the first moment on.
     """
@@ -126,7 +124,7 @@ def _made(config: Path, overrides: list[str] | None, changes: Fields, stage: str
 
     view = View()
     with view.screen():
-        pipeline = _open(config, overrides, changes, stage, view)
+        pipeline = _open(load, stage, view)
         from cpift.pipeline.session import at_work
 
         with at_work(pipeline, stage):
@@ -139,13 +137,25 @@ def _made(config: Path, overrides: list[str] | None, changes: Fields, stage: str
 
 def _stage(config: Path, overrides: list[str] | None, changes: Fields, stage: str) -> Any:
     """What a stage gives."""
-    return _made(config, overrides, changes, stage)[1]
+    return _made(_loading(config, overrides, changes), stage)[1]
+
+
+def _loading(config: Path, overrides: list[str] | None, changes: Fields) -> Callable[[], RunConfig]:
+    """What loads a config with fields changed."""
+    from cpift.config.loading import load_config
+
+    return lambda: load_config(config, overrides or [], changes)
 
 
 @app.command(rich_help_panel="Everything")
 def run(config: Config, overrides: Overrides = None, output: Output = None) -> None:
     """Run all stages and show the scores."""
-    pipeline, (data, page) = _made(config, overrides, _changes(output), "run")
+    run_all(_loading(config, overrides, _changes(output)))
+
+
+def run_all(load: Callable[[], RunConfig]) -> None:
+    """Run all stages of the config that is loaded, and show the scores."""
+    pipeline, (data, page) = _made(load, "run")
     from cpift.report.write import show_result
 
     if not pipeline.worked:

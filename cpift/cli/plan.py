@@ -18,6 +18,7 @@ from cpift.text.units import show_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cpift.config.run import RunConfig
     from cpift.data.use import RowFacts
     from cpift.pipeline.plan import Plan
 
@@ -34,12 +35,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="for programs; docs/plan.md has its fields")] = False,
 ) -> None:
     """Show the stages, what is cached, and what the run needs. Touches nothing."""
-    from cpift.compare.run_baselines import plan_all
     from cpift.config.loading import load_config
+
+    show_plan(load_config(config, overrides or [], {} if output is None else {"output": str(output)}), as_json)
+
+
+def show_plan(run: RunConfig, as_json: bool = False) -> None:
+    """What a run of this config will do and need. Raises ConfigError with everything that would stop it."""
+    from cpift.compare.run_baselines import plan_all
     from cpift.pipeline.identity import StageArtifacts
     from cpift.pipeline.preflight import examined
 
-    run = load_config(config, overrides or [], {} if output is None else {"output": str(output)})
     say_code(run)
     seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)

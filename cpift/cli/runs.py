@@ -1,20 +1,24 @@
-"""Commands about runs that are there: `cpift watch`, `cpift runs`, `cpift clean`."""
+"""Commands about runs that are there: `cpift watch`, `cpift runs`, `cpift clean`; `cpift extend` and `cpift forget`,
+which go on from one."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cpift.cli.options import Overrides
 from cpift.console.terminal import Terminal, say
 from cpift.errors import CpiftError
 from cpift.text.units import show_size
 
 if TYPE_CHECKING:
+    from cpift.config.run import RunConfig
     from cpift.pipeline.run_folders import RunState
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the output folder of a run, a sweep or a comparison")]
@@ -27,6 +31,67 @@ def register(app: typer.Typer, panel: str) -> None:
     app.command(rich_help_panel=panel)(watch)
     app.command(rich_help_panel=panel)(runs)
     app.command(rich_help_panel=panel)(clean)
+
+
+Finished = Annotated[Path, typer.Argument(metavar="RUN", help="the output folder of a finished run; it is only read")]
+PlanOnly = Annotated[bool, typer.Option("--plan", "--dry-run", help="show what it will do and need; touch nothing")]
+
+
+def register_descendants(app: typer.Typer, panel: str, run_all: Callable[[Callable[[], RunConfig]], None]) -> None:
+    """Add the commands that go on from a finished run. run_all: makes every stage of the config that is loaded."""
+
+    @app.command(rich_help_panel=panel)
+    def extend(
+        run: Finished,
+        task: Annotated[
+            Path,
+            typer.Argument(metavar="TASK.yaml", help="fields of the new task: name, train, test, metric; and replay"),
+        ],
+        overrides: Overrides = None,
+        output: Annotated[Path | None, typer.Option("--output", help="new folder [default: RUN-with-TASK]")] = None,
+        plan: PlanOnly = False,
+    ) -> None:
+        """Add a task to a finished run, into the model that it made; cores of earlier tasks stay as they are.
+
+        Rows of earlier tasks are not needed. Where their test rows are there, they are scored before and after.
+        """
+
+        def load() -> RunConfig:
+            from cpift.config.loading import read_yaml
+            from cpift.lineage.derive import extended
+
+            return extended(run.absolute(), read_yaml(task), task.absolute().parent, output, overrides or [])
+
+        _go_on(load, plan)
+
+    @app.command(rich_help_panel=panel)
+    def forget(
+        run: Finished,
+        task: Annotated[str, typer.Argument(metavar="TASK", help="the task that is taken out")],
+        overrides: Overrides = None,
+        output: Annotated[Path | None, typer.Option("--output", help="new folder [default: RUN-without-TASK]")] = None,
+        plan: PlanOnly = False,
+    ) -> None:
+        """Make the model again without a task of a finished run, from the other tasks' fine-tunes and cores.
+
+        Groups, backbone, fusion and integration are made anew, for the task's rows went into them; these need the other
+        tasks' training rows.
+        """
+
+        def load() -> RunConfig:
+            from cpift.lineage.derive import forgotten
+
+            return forgotten(run.absolute(), task, output, overrides or [])
+
+        _go_on(load, plan)
+
+    def _go_on(load: Callable[[], RunConfig], plan: bool) -> None:
+        from cpift.cli.plan import show_plan
+
+        if plan:
+            show_plan(load())
+        else:
+            run_all(load)
 
 
 def watch(folder: Run) -> None:
@@ -60,6 +125,7 @@ def runs(
     if as_json:
         records = [
             {"run": str(path), "state": state.kind, "step": _step(state), "changed": changed, "bytes": size}
+            | _origin(path)
             for path, state, changed, size in rows
         ]
         say(json.dumps(records, indent=1))
@@ -78,9 +144,19 @@ def _print_runs(rows: list[tuple[Path, RunState, float, int]]) -> None:
     table = Table("run", "state", "step", "changed", "size")
     for path, state, changed, size in rows:
         age = f"{duration(time.time() - changed)} ago"
-        table.add_row(str(path), Text(state.kind, _COLOURS.get(state.kind, "")), _step(state), age, show_size(size))
+        origin = _origin(path)
+        title = f"{path}\n  {origin['change']}, from {origin['parent']}" if origin else str(path)
+        table.add_row(Text(title), Text(state.kind, _COLOURS.get(state.kind, "")), _step(state), age, show_size(size))
     Terminal().print(table)
     say(f"{len(rows)} run{'s' * (len(rows) != 1)}, {show_size(sum(size for *_, size in rows))}")
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Of a run that goes on from another: that, and what task came or went."""
+    from cpift.lineage.history import generation
+
+    found = generation(folder)
+    return {} if found is None or found.parent is None else {"parent": str(found.parent), "change": found.change}
 
 
 def _step(state: RunState) -> str:

@@ -85,12 +85,12 @@ def missing(config: RunConfig, stage: str | None) -> Iterator[Problem]:
 def trained_in(config: RunConfig, task: TaskConfig, stage: str | None) -> dict[str, TrainingConfig]:
     """The fine-tunes that go over a task's rows, if all up to `stage`, a key of `NEEDS`, is made: by their section."""
     fits: dict[str, TrainingConfig] = {}
-    if task.checkpoint is None and config.probe is not None:
+    if task in config.tasks and task.checkpoint is None and config.probe is not None:
         fits["probe"] = config.probe
     training = config.backbone.training or config.probe
     if training and config.backbone_source == "staged" and stage not in ("probe", "regions", "group"):
         fits["backbone.training" if config.backbone.training else "probe"] = training
-    if config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
+    if task in config.integrated and config.integration is not None and NEEDS[stage or "run"].integrates_of(config):
         fits["integration"] = config.integration
     return fits
 
@@ -115,7 +115,7 @@ def _optimizers(config: RunConfig, task: TaskConfig, stage: str | None) -> Itera
 
 def _watched(config: RunConfig, stage: str | None) -> Iterator[Problem]:
     """Held-out losses need rows; and budgets are counted before anybody loses patience."""
-    for task in config.tasks:
+    for task in config.every_task:
         for section, training in trained_in(config, task, stage).items():
             if training.evaluate_every and task.validation is None and training.validation is None:
                 what = f"watches a loss on held-out rows, and task {task.name} has none"

@@ -25,7 +25,7 @@ from cpift.config.inputs import (
     needed,
 )
 from cpift.config.resources import ResourcesConfig
-from cpift.config.tasks import BaselinesConfig, EvaluationConfig, TaskConfig
+from cpift.config.tasks import OF_PARENT, BaselinesConfig, EvaluationConfig, ParentConfig, TaskConfig
 from cpift.config.training import IntegrationConfig, Tracker, TrainingConfig
 from cpift.config.words import MeasureName, ScopeName
 
@@ -39,6 +39,7 @@ __all__ = [
     "IntegrationConfig",
     "ModelConfig",
     "Name",
+    "ParentConfig",
     "RegionsConfig",
     "ResourcesConfig",
     "RunConfig",
@@ -154,6 +155,11 @@ class RunConfig(Section):
         description="made and scored beside the run's own models, for example {linear: {}, ties: {}, full_sft: {}}",
     )
     resources: ResourcesConfig = Field(ResourcesConfig(), **identity(*FITS, "evaluate"))
+    parent: ParentConfig | None = Field(
+        None,
+        **identity("backbone", *OF_PARENT, by="its parts", absent=None),
+        description="the finished run that this one goes on from; written by `cpift extend` and `cpift forget`",
+    )
     tracking: tuple[Tracker, ...] = Field(
         ("tensorboard",),
         **identity(),
@@ -163,7 +169,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> RunConfig:
-        names = [task.name.lower() for task in self.tasks]
+        names = [task.name.lower() for task in self.every_task]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks: {', '.join(repr(n) for n in twice)} is named twice; give every task its own name")
@@ -171,7 +177,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _judge_is_named(self) -> RunConfig:
-        judged = [task.name for task in self.tasks if task.metric == "judge"]
+        judged = [task.name for task in self.scored if task.metric == "judge"]
         if judged and self.evaluation.judge is None:
             raise ValueError(f"tasks {', '.join(judged)}: metric judge needs evaluation.judge with `url` and `model`")
         return self
@@ -238,6 +244,42 @@ class RunConfig(Section):
                 raise ValueError(f"probe: is required, for tasks.{task.name} has no checkpoint")
         return self
 
+    @model_validator(mode="after")
+    def _extends_as_it_can(self) -> RunConfig:
+        if not self.earlier:
+            return self
+        if not self.fusion.isolates or not self.fusion.transplant:
+            field = "fusion.transplant" if self.fusion.isolates else "fusion.method"
+            raise ValueError(f"{field}: leaves no core in place, and earlier tasks keep theirs; set it to its default")
+        if self.baselines is not None:
+            raise ValueError(
+                "baselines: are made of all tasks' fine-tunes, and earlier ones are not here; leave it out"
+            )
+        if self.integration is not None and (self.integration.freeze == "none" or self.integration.penalty is not None):
+            raise ValueError("integration: protects earlier cores with `freeze: earlier` or `all`, without `penalty`")
+        return self
+
+    @property
+    def earlier(self) -> tuple[TaskConfig, ...]:
+        """Tasks inside the model that this run goes on from: their cores stay, and they have no probe here."""
+        return self.parent.tasks if self.parent is not None else ()
+
+    @property
+    def every_task(self) -> tuple[TaskConfig, ...]:
+        """Earlier tasks, and this run's own."""
+        return (*self.earlier, *self.tasks)
+
+    @property
+    def scored(self) -> tuple[TaskConfig, ...]:
+        """Tasks that models are scored on: earlier ones as far as there are rows for it."""
+        return (*(task for task in self.earlier if task.source("test") is not None), *self.tasks)
+
+    @property
+    def integrated(self) -> tuple[TaskConfig, ...]:
+        """Tasks that the integration trains on: this run's own, and earlier ones that are replayed."""
+        replay = self.parent.replay if self.parent is not None else ()
+        return (*self.tasks, *(task for task in self.earlier if task.name in replay))
+
     @property
     def trained(self) -> tuple[TaskConfig, ...]:
         """The tasks whose probes are trained here."""
@@ -246,7 +288,7 @@ class RunConfig(Section):
     @property
     def merges_only(self) -> bool:
         """Whether everything up to the fused model is given: no fine-tune, θ0 and all θi used where they lie."""
-        return not self.trained and self.backbone_source != "staged"
+        return not self.trained and not self.earlier and self.backbone_source != "staged"
 
     @property
     def scores(self) -> bool:
@@ -255,7 +297,10 @@ class RunConfig(Section):
 
     @property
     def backbone_source(self) -> str:
-        """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0."""
+        """`backbone.source`; `pretrained` for methods of fusion that know no backbone, for they merge onto θ0; `parent`
+        where earlier tasks are inside a model already: that one."""
+        if self.earlier:
+            return "parent"
         return self.backbone.source if self.fusion.isolates else "pretrained"
 
     @property
@@ -271,4 +316,4 @@ class RunConfig(Section):
         return needed(self.integration, "integration", "integrated fine-tuning")
 
     def task(self, name: str) -> TaskConfig:
-        return next(task for task in self.tasks if task.name == name)
+        return next(task for task in self.every_task if task.name == name)

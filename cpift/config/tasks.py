@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -138,6 +139,49 @@ class TaskConfig(Section):
     @property
     def test_data(self) -> DataSource:
         return needed(self.source("test"), f"tasks.{self.name}.test", "evaluation")
+
+
+OF_PARENT = ("regions", "group", "fuse", "integrate", "evaluate")  # what earlier tasks are part of
+
+
+class ParentConfig(Section):
+    """The finished run that this one goes on from: `cpift extend` and `cpift forget` write this section."""
+
+    run: Path = Field(
+        **identity("regions", "backbone", "fuse", by="its final model and regions"),
+        description="its output folder, which is only read",
+    )
+    fingerprint: str = Field(
+        **identity("regions", "backbone", "fuse", by="its final model and regions"),
+        description="of its final model and its core regions, as they were then: others are refused",
+    )
+    tasks: tuple[TaskConfig, ...] = Field(
+        (),
+        **identity(*OF_PARENT, by="their parts"),
+        max_length=64,
+        description="of `cpift extend`: the tasks inside its model, whose cores stay as they are; those with test rows "
+        "are scored",
+    )
+    replay: tuple[Name, ...] = Field(
+        (),
+        **identity("integrate", by="their rows"),
+        description="of these tasks, the ones whose `train` goes along in the last stage",
+    )
+    forgotten: Name | None = Field(None, **identity(), description="of `cpift forget`: the task that was taken out")
+
+    @model_validator(mode="after")
+    def _has_what_it_replays(self) -> ParentConfig:
+        known = {task.name: task for task in self.tasks}
+        for name in self.replay:
+            if name not in known:
+                raise ValueError(f"replay: {name!r} is no earlier task; there are {', '.join(known) or 'none'}")
+            if known[name].train is None:
+                raise ValueError(
+                    f"replay: {name!r} has no `train`, so nothing can be replayed; give it, or take it out"
+                )
+        if bool(self.tasks) == bool(self.forgotten):
+            raise ValueError("give `tasks`, as cpift extend does, or `forgotten`, as cpift forget does")
+        return self
 
 
 class JudgeConfig(Section):

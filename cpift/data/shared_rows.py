@@ -48,7 +48,7 @@ def shared_rows(config: RunConfig) -> list[str]:
     shared = SharedRows()
     splits: tuple[Literal["test", "train"], ...] = ("test", "train")
     for split in splits:
-        for task in config.tasks:
+        for task in config.every_task:
             source = task.source(split)
             for example in read_examples(source) if source is not None else ():
                 shared.see(task.name, split, example)

@@ -41,7 +41,8 @@ _LARGEST = 1 << 24  # elements of a tensor that is not too large for its definit
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """Everything that is merged. `tuned` in the order in which SLERP folds; `priority` in stage order."""
+    """Everything that is merged. `tuned` in the order in which SLERP folds; `priority` in stage order. protected: tasks
+    whose cores the backbone has already, and keeps."""
 
     pretrained: Checkpoint
     backbone: Checkpoint
@@ -49,6 +50,7 @@ class FusionInputs:
     regions: Path
     priority: Sequence[str]
     first_layer: int = 0
+    protected: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise CheckpointError if a model does not fit the pre-trained one."""

@@ -24,10 +24,10 @@ from cpift.checkpoints.checkpoint import Checkpoint, first_problems, require_sam
 from cpift.checkpoints.finite import is_finite
 from cpift.checkpoints.slices import DEFAULT_BUDGET
 from cpift.config.run import RegionsConfig
-from cpift.disk.files import write_json
+from cpift.disk.files import link_or_copy, write_json
 from cpift.errors import CheckpointError, Problem, entry
 from cpift.method.changes import ChangesInPassing
-from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory
+from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory, RegionMasks, read_summary
 from cpift.method.measures import measure_named, scope_named
 from cpift.method.placement import PLACEMENTS
 from cpift.untrusted.json import shown
@@ -291,6 +291,29 @@ def save_regions(regions: Mapping[str, CoreRegion], folder: Path) -> None:
     _write_summary(regions, folder)
     for task in regions:  # the library's files are for the owner alone
         shutil.copymode(folder / SUMMARY, folder / f"{task}.safetensors")
+
+
+def join_regions(folder: Path, other: Path, tasks: Sequence[str], order: Sequence[str]) -> None:
+    """Put the regions of these tasks, which lie in `other`, beside those in `folder`; intersections are counted of all.
+
+    Masks get a second name where the file system has that. order: of all tasks, in the summary. Raises CheckpointError
+    where the regions are not of the same tensors.
+    """
+    records = read_summary(folder)["regions"] if (folder / SUMMARY).is_file() else {}
+    known = read_summary(other)["regions"]
+    for task in tasks:
+        link_or_copy(other / f"{task}.safetensors", folder / f"{task}.safetensors")
+        records[task] = known[task]
+    spaces = {tuple(record["cores"]) for record in records.values()}
+    if len(spaces) > 1:
+        what = f"are not of the same tensors as those that are selected here: {[len(names) for names in spaces]}"
+        raise CheckpointError(f"core regions in {other}", [Problem("regions", what, "select all of them anew")])
+    masks, regions = RegionMasks(folder, order), {}
+    for task in order:
+        sizes = {name: 32 * masks.infos[task][name].numel for name in records[task]["cores"]}
+        words = {name: masks.words(task, name, 0, size) for name, size in sizes.items()}
+        regions[task] = CoreRegion(RegionSummary(**records[task]), words)
+    _write_summary(regions, folder)
 
 
 def _write_summary(regions: Mapping[str, CoreRegion], folder: Path) -> None:

@@ -62,6 +62,8 @@ def _costs(artifacts: StageArtifacts, rows: Sequence[RowFacts], parameters: int 
         yield _cost("backbone", "", config.backbone_training, stages, config.resources, threads, parameters, every)
     if config.integration is not None:
         field, training = "integration.max_length", config.integration
+        names = [task.name for task in config.integrated]
+        groups = [names] if groups and config.earlier else groups
         stages = None if groups is None or training.steps is None else [_of(rows, field, names)] * len(groups)
         yield _cost("integrate", "", training, stages, config.resources, threads, parameters)
 

@@ -43,6 +43,7 @@ def examined(
     from cpift.merging.planning import check_budget, check_given, check_methods
     from cpift.models.sources import check_model, read_ahead
     from cpift.pipeline.row_checks import RowChecks, ask_ahead, check_written
+    from cpift.pipeline.stages.parents import check_parent
     from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
@@ -64,13 +65,15 @@ def examined(
         problems += check_lock(config.output_dir)
     reading = None if problems or config.merges_only else read_ahead(config.model)  # while rows are looked at
     if not problems:
+        problems += check_parent(config, stage)
+    if not problems:
         ask_ahead(config, stage)
     shared = SharedRows()
     with kept_rows():
         for split in ("test", "train"):
-            for task in config.tasks:
+            for task in config.every_task:
                 problems += check_task(task, download=download, splits=(split,), see=shared.see)
-        for task in config.tasks:
+        for task in config.every_task:
             problems += check_task(task, download=download, splits=("validation",))
             problems += [] if problems else _check_held_out(config, task, stage, download)
         written = RowChecks() if problems else check_written(config, stage, download)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.loading import dump_config
 from cpift.config.run import TaskConfig
@@ -16,6 +18,7 @@ from cpift.disk.artifacts import CARD, Artifact
 from cpift.disk.files import read_json
 from cpift.evaluation.retention import condensed
 from cpift.evaluation.verdict import verdict_sentence
+from cpift.lineage.history import generations, headline
 from cpift.merging.checks import Check
 from cpift.method.masks import RegionRecord, read_summary
 from cpift.pipeline.pipeline import Pipeline
@@ -64,7 +67,8 @@ def gather(run: Pipeline) -> ReportData:
     record = read_json(outputs["fuse"].path / FUSION_RECORD)
     fits = {title: read_training(artifact.path) for title, artifact in _fits(outputs).items()}
     rows = [sentence for title, fit in fits.items() for sentence in use_sentences(title, fit.get("rows", ()))]
-    tasks, models = [task.name for task in run.config.tasks], run.models()
+    tasks, models = [task.name for task in run.config.scored], run.models()
+    places = [grouping.tasks.index(task) for task in tasks]
     by_task, means = halves(tasks, scores)  # before the rows of the scores are let go
     return ReportData(
         name=run.config.name,
@@ -72,7 +76,7 @@ def gather(run: Pipeline) -> ReportData:
         models=list(scores),
         tasks=tasks,
         scores=condensed(scores),
-        jaccard=grouping.jaccard.tolist(),
+        jaccard=grouping.jaccard[np.ix_(places, places)].tolist(),
         chance=grouping.chance,
         tau=grouping.tau,
         groups=[list(group) for group in grouping.groups],
@@ -82,6 +86,7 @@ def gather(run: Pipeline) -> ReportData:
                 for name, core in region["cores"].items()
             ]
             for task, region in regions.items()
+            if task in tasks
         },
         regions={
             task: {"requested": region["requested"], "count": region["count"], "threshold": region["threshold"]}
@@ -93,16 +98,17 @@ def gather(run: Pipeline) -> ReportData:
         provenance=[artifact.manifest() for artifact in outputs.values()],
         warnings=[*_warnings(run, grouping.warnings, regions), *(text for text, warns in rows if warns)],
         rows=[sentence for sentence, _ in rows],
-        headline=verdict_sentence(tasks, scores),
+        headline=verdict_sentence(tasks, scores) if run.config.parent is None else headline(run.config, scores),
         model=str(models[-1].path.relative_to(run.root)),
-        prompt=_prompt(run.config.tasks),
+        prompt=_prompt(run.config.scored),
         halves=by_task,
         mean_halves=means,
         moves={task: moves_of(tensors) for task, tensors in read_changes(run.artifacts.regions.path).items()},
         tokens=tokens_by_model(
             outputs, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
         ),
-        samples=samples(run.config.tasks, scores),
+        samples=samples(run.config.scored, scores),
+        history=[(str(one.run), one.change) for one in generations(run.config)] if run.config.parent else [],
     )
 
 

@@ -76,7 +76,7 @@ def _scored(config: RunConfig, stage: str | None) -> bool:
 
 
 def _wanted(config: RunConfig, stage: str | None) -> bool:
-    return _scored(config, stage) or any(trained_in(config, task, stage) for task in config.tasks)
+    return _scored(config, stage) or any(trained_in(config, task, stage) for task in config.every_task)
 
 
 def _plain(checks: RowChecks) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _inputs(config: RunConfig, stage: str | None) -> list[Any] | None:
     from cpift.models.sources import source_of
 
     folder, scored = folder_at_hand(config), _scored(config, stage)
-    both = (one for task in config.tasks for one in (task.source("train"), task.source("test"), task.validation))
+    both = (one for task in config.every_task for one in (task.source("train"), task.source("test"), task.validation))
     sources = [source for source in both if source is not None]
     if any(source.hub for source in sources) or (folder is None and source_of(config.model).in_place):
         return None
@@ -125,14 +125,14 @@ def _look(config: RunConfig, stage: str | None, download: bool) -> RowChecks:
         return checks
     if ASKS_TODAY in str(tokenizer.chat_template):
         checks.day = date.today().isoformat()
-    for task in config.tasks:
+    for task in config.every_task:
         if task.train is not None and (download or task.train.hub is None):
             for where, source, lengths in _uses(config, task, stage):
                 _check_train(checks, task, where, source, tokenizer, lengths)
     here = download or not any(task.train is not None and task.train.hub for task in config.tasks)
     if checks.unlearnt and here and not checks.problems:
         checks.problems += _unlearnt_samples(config, tokenizer, checks.unlearnt)
-    for task in config.tasks:
+    for task in config.scored:
         if _scored(config, stage) and (download or task.test_data.hub is None):
             _check_test(checks, task, config.evaluation, tokenizer)
     if folder is not None:
@@ -148,7 +148,7 @@ def keep_train_rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, folde
 
     checks, kept = RowChecks(), TokenFiles(folder, tokenizer)
     wanted = []
-    for task in config.tasks:
+    for task in config.every_task:
         for where, source, lengths in _uses(config, task, None):
             if not kept.has(fingerprint := source_fingerprint(source), max(lengths.values())):
                 wanted.append((source, fingerprint, max(lengths.values())))
@@ -212,7 +212,7 @@ def _check_model(
         what = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no row in {rows}"
         checks.problems.append(Problem("model, embeddings", what, "use the tokenizer that the model was saved with"))
     if places is not None:
-        fits = [trained_in(config, task, stage) for task in config.tasks]
+        fits = [trained_in(config, task, stage) for task in config.every_task]
         lengths = {f"{section}.max_length": fit.max_length for one in fits for section, fit in one.items()}
         for name, length in lengths.items():
             if min(length, checks.longest) > places:
@@ -301,9 +301,9 @@ def _unlearnt_samples(
     settings = config.integration
     if settings is None:
         return
-    sources = {task.name: task.trained_rows(settings) for task in config.tasks if task.train is not None}
+    sources = {task.name: task.trained_rows(settings) for task in config.integrated if task.train is not None}
     counts = {name: count_examples(source) for name, source in sources.items()}
-    for place, task in enumerate(config.tasks):
+    for place, task in enumerate(config.integrated):
         if task.name not in tasks or task.train is None:
             continue
         rows = read_examples(sources[task.name])

@@ -43,6 +43,15 @@ class Run:
         with self.merging.session() if self.merging else nullcontext(), self.engine.session():
             yield
 
+    def hand_over(self, artifacts: Iterable[Artifact]) -> None:
+        """Take what the run that this one goes on from has made of these."""
+        parent = self.artifacts.parent
+        wanted = [one for one in artifacts if parent and one.state().kind == "absent" and parent.has(one)]
+        if parent and wanted:
+            with claimed(wanted, self.view.warn):
+                for artifact in wanted:
+                    parent.hand_over(artifact)
+
     def make(
         self, artifact: Artifact, title: str, build: Callable[[Path], None], read: Sequence[Path] = ()
     ) -> Artifact:

@@ -78,6 +78,7 @@ class ReportData:
         default_factory=dict
     )  # model -> fine-tune that it took -> input tokens, None where nobody counted them
     samples: list[Sample] = field(default_factory=list)
+    history: list[tuple[str, str]] = field(default_factory=list)  # folder and change of each run that led here
     moves: dict[str, list[Move]] = field(default_factory=dict)  # by task, where its probe moved θ0; empty if not known
 
 
@@ -173,6 +174,7 @@ def summary(data: ReportData) -> dict[str, Any]:
             for model, figures in standings.items()
         },
         "groups": data.groups,
+        **({"history": [{"run": run, "change": change} for run, change in data.history]} if data.history else {}),
         "checks_passed": not any(check["passed"] is False for check in data.checks),
         "model": data.model,
         "verdict": verdict(data),
@@ -201,7 +203,12 @@ def verdict(data: ReportData) -> list[str]:
     the others; and how little one run proves."""
     final, texts = data.models[-1], [data.headline] if data.headline else []
     texts += sentences(learning_of(data.tasks, data.scores))
-    for rival, name in (("base", "θ0"), ("fused", "the fused model"), ("backbone", "the backbone alone")):
+    for rival, name in (
+        ("base", "θ0"),
+        ("before", "the model before"),
+        ("fused", "the fused model"),
+        ("backbone", "the backbone alone"),
+    ):
         if rival in data.models and rival != final:
             texts.append(_against(data, final, name, dict.fromkeys(data.tasks, rival)))
     probes = {task: probe_of(task) for task in data.tasks if probe_of(task) in data.models}

@@ -129,8 +129,10 @@ def _license_note(license_name: str | None) -> str:
 
 
 def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
+    if config.earlier:
+        groups = [[task.name for task in config.earlier], [task.name for task in config.tasks]]
     rows = [
-        f"| {number} | {markdown(name)} | {markdown(task.metric_name)} | {_origin_of(task)} |"
+        f"| {number} | {markdown(name)} | {markdown(task.metric_name)} | {_origin_of(task, config)} |"
         for number, group in enumerate(groups or [[task.name for task in config.tasks]], start=1)
         for name in group
         for task in [config.task(name)]
@@ -138,7 +140,9 @@ def _tasks(config: RunConfig, groups: Sequence[Sequence[str]]) -> str:
     return "\n".join(["| stage | task | metric | training data |", "|---|---|---|---|", *rows])
 
 
-def _origin_of(task: TaskConfig) -> str:
+def _origin_of(task: TaskConfig, config: RunConfig) -> str:
+    if config.parent is not None and task in config.earlier:
+        return f"inside {code(config.parent.run.name)}, which this model goes on from"
     if task.checkpoint is None:
         return rows_of(task.train_data).origin
     checkpoint = task.checkpoint
@@ -155,14 +159,19 @@ def _recipe(kind: str, config: RunConfig) -> str:
             f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
             f"(scope {config.regions.scope}).",
         )
-        lines.insert(1, f"Backbone: {markdown(config.backbone_source)}.")
+        backbone = f"the final model of {config.parent.run.name}" if config.parent else config.backbone_source
+        lines.insert(1, f"Backbone: {markdown(backbone if config.earlier else config.backbone_source)}.")
     if kind == "final":
         tuning = config.integration_training
-        alone = entry(ONE_STAGE, tuning.stages, "integration.stages")
+        alone = entry(ONE_STAGE, tuning.stages, "integration.stages") and not config.earlier
         freeze = "none" if alone and tuning.freeze == "earlier" else tuning.freeze
         held = "frozen" if tuning.penalty is None else f"pulled back (penalty {tuning.penalty:g})"
         frozen = {"earlier": "cores of earlier stages", "all": "all cores", "none": "nothing"}[freeze]
         lines.append(f"Integration: {tuning.length} a stage, learning rate {tuning.learning_rate:g}, {frozen} {held}.")
+    if config.parent is not None and config.parent.forgotten:
+        lines.append(
+            f"Made anew from {code(config.parent.run.name)}, without its task {code(config.parent.forgotten)}."
+        )
     lines.append(f"Seed: {config.seed}.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -26,6 +26,7 @@ _SECTIONS = {
     "cores": "Where the cores lie",
     "fusion": "Fusion angles",
     "training": "Training",
+    "history": "Where the model comes from",
     "checks": "Checks",
     "config": "Configuration",
     "provenance": "Provenance",
@@ -43,6 +44,7 @@ def page(data: ReportData) -> str:
         "cores": _cores(data),
         "fusion": _fusion(data),
         "training": _training(data),
+        "history": _history(data),
         "checks": _checks(data),
         "config": f"<pre><code>{html(data.config_yaml.strip())}</code></pre>",
         "provenance": _provenance(data),
@@ -165,6 +167,12 @@ def _grouping_sentence(data: ReportData) -> str:
     return f"This τ makes {groups} groups of the {tasks} tasks. The stages, in order:"
 
 
+def _history(data: ReportData) -> str:
+    """The runs that led to this one; nothing of a run that began with θ0."""
+    rows = [f'<tr><th scope="row">{html(run)}</th><td>{html(change)}</td></tr>' for run, change in data.history]
+    return table(["run", "tasks"], rows, "The oldest first; the last one is this run", "history") if rows else ""
+
+
 # ---- cores ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +225,8 @@ def _fusion(data: ReportData) -> str:
 
 def _training(data: ReportData) -> str:
     stages = "; ".join(f"{number}: {', '.join(group)}" for number, group in enumerate(data.groups, start=1))
-    note = f'<p class="muted">Stages of the backbone and of the integration: {html(stages)}.</p>'
+    added = bool(data.history) and data.history[-1][1].startswith("+")  # then the last stage is one, of the new task
+    note = "" if added else f'<p class="muted">Stages of the backbone and of the integration: {html(stages)}.</p>'
     panels = "".join(
         figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()

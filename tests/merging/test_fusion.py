@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,38 @@ def test_non_core_elements_are_the_sequential_slerp(
         free = ~wanted.isnan()
         got = fused.tensor(name).double().flatten()
         torch.testing.assert_close(got[free], wanted[free], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("space", ["weights", "delta"])
+@pytest.mark.parametrize("omega", ["uniform", 0.3])
+def test_a_model_that_exists_keeps_its_cores_and_is_the_next_fold(
+    tmp_path: Path, dtype: torch.dtype, space: str, omega: object
+) -> None:
+    whole = fusion_inputs(tmp_path, 0.3, dtype)
+    new = {"t2": whole.tuned["t2"]}
+    inputs = replace(whole, tuned=new, protected=["t0", "t1"], priority=["t2"])
+    config = FusionConfig(space=space, omega=omega)  # type: ignore[arg-type]
+    fused, records = fuse(tmp_path, inputs, config)
+    share = 1 / 4 if omega == "uniform" else 0.3  # of θ_base and t0 to t2, the last of four
+    looked_at = 0
+    for record in records:
+        name = record["tensor"]
+        base, model, probe, got = (
+            one.tensor(name).flatten() for one in (inputs.pretrained, inputs.backbone, new["t2"], fused)
+        )
+        cores = [unpack_mask(read_mask(inputs.regions, f"t{i}", name), got.numel()) for i in range(3)]  # type: ignore[arg-type]
+        kept = cores[0] | cores[1]
+        own, free = cores[2] & ~kept, ~(kept | cores[2])
+        assert torch.equal(got[kept], model[kept])
+        assert torch.equal(got[own], probe[own])
+        assert record["core"] == int((kept | own).sum())
+        shift = base.double()[free] if space == "delta" else torch.zeros(int(free.sum()), dtype=torch.float64)
+        wanted = slerp(model.double()[free] - shift, probe.double()[free] - shift, share, config.epsilon) + shift
+        loose = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+        torch.testing.assert_close(got.double()[free], wanted, **loose)
+        looked_at += int((cores[2] & kept).sum())
+    assert looked_at > 0, "some elements are core of the new task and of an earlier one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -57,10 +57,11 @@ VECTORS = {"tensor": Vector(), "row": Vector(row=True), "model": Vector(model=Tr
 SPACES: dict[str, bool] = {"weights": False, "delta": True}  # `fusion.space` → whether vectors begin at θ0
 
 
-def omegas(config: FusionConfig, tasks: int) -> list[float]:
-    """Interpolation factors ω_1..ω_N: 1/(i+1), or the fixed number."""
+def omegas(config: FusionConfig, tasks: int, before: int = 0) -> list[float]:
+    """Interpolation factors ω_1..ω_N: 1/(i+1), or the fixed number. before: models that were folded in earlier; i goes
+    on from there."""
     if config.omega == "uniform":
-        return [1 / (i + 1) for i in range(1, tasks + 1)]
+        return [1 / (i + 1) for i in range(before + 1, before + tasks + 1)]
     return [float(config.omega)] * tasks
 
 
@@ -83,7 +84,8 @@ class Fusion(MergeMethod):
             self._conflict = rule()
         self.vector = entry(VECTORS, config.granularity, "fusion.granularity")
         self.from_origin = entry(SPACES, config.space, "fusion.space")
-        self.masks: RegionMasks = (RegionMasks if config.transplant else NoCores)(inputs.regions, list(inputs.tuned))
+        masks = RegionMasks if config.transplant else NoCores
+        self.masks: RegionMasks = masks(inputs.regions, [*inputs.protected, *inputs.tuned])
         self._model: tuple[torch.Tensor, TensorRecord] | None = None
 
     @classmethod
@@ -175,22 +177,30 @@ class Fusion(MergeMethod):
         tasks, sources = list(self.tuned), self.sources(name, start, stop)
         claims = self._claims(name, start, stop, dict(zip(tasks, sources[-len(tasks) :], strict=True)))
         donated = owned(self._conflict, claims, self.config.conflict)
+        kept = self._protected(name, start, stop)
         return Operands(
             sources=sources,
-            masks=[*[None] * (len(sources) - len(tasks)), *(donated[task] for task in tasks)],
-            core=union_mask(list(claims.cores.values())),
+            masks=[*[None] * (len(sources) - len(tasks) - 1), kept, *(donated[task] for task in tasks)],
+            core=_joint(claims, kept),
         )
 
     def union(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The packed union of the cores of all tasks; start is a multiple of 32."""
-        return union_mask(list(self._claims(name, start, stop, {}).cores.values()))
+        return _joint(self._claims(name, start, stop, {}), self._protected(name, start, stop))
+
+    def _protected(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """The packed union of the cores that the backbone keeps; None where there are none."""
+        words = [self.masks.words(task, name, start, stop) for task in self.inputs.protected]
+        return union_mask(words) if words else None
 
     def _claims(self, name: str, start: int, stop: int, known: Mapping[str, torch.Tensor]) -> Claims:
-        """Every task's packed core, in the order of the conflict rule, without what that takes from all cores."""
+        """Every task's packed core, in the order of the conflict rule, without what that takes from all cores and what
+        the backbone keeps."""
         order = list(self.inputs.priority) if self._conflict.by_stage else list(self.tuned)
         cores = {task: self.masks.words(task, name, start, stop) for task in order}
         claims = Claims(self.pretrained, self.tuned, name, start, stop, cores, known)
-        return remaining(self._conflict, claims, self.config.conflict)
+        kept = self._protected(name, start, stop)
+        return remaining(self._conflict, claims if kept is None else claims.without(kept), self.config.conflict)
 
     def _core_count(self, info: TensorInfo) -> int:
         return sum(count_mask(self.union(info.name, start, stop)) for start, stop in self.pieces(info))
@@ -224,9 +234,8 @@ class Fusion(MergeMethod):
 
     def _slerp(self, gram: torch.Tensor, name: str) -> tuple[torch.Tensor, list[float], list[float]]:
         """Coefficients (R, sources); per fold the mean angle in radians and the share of vectors that took LERP."""
-        factors = omegas(self.config, len(self.inputs.tuned))
         try:
-            result = slerp_coefficients(gram, factors, self.config.epsilon, space=self.config.space)
+            result = slerp_coefficients(gram, self._factors, self.config.epsilon, space=self.config.space)
         except ValueError:
             names = None if name == "(model)" else [name]
             for label, model in {"backbone": self.inputs.backbone, **self.inputs.tuned}.items():
@@ -297,7 +306,16 @@ class Fusion(MergeMethod):
         return self._folds(lambda: (run for part in parts for run in part()))
 
     def _folds(self, runs: Runs) -> list[Fold]:
-        return sequential_slerp(runs, omegas(self.config, len(self.inputs.tuned)), self.config.epsilon)
+        return sequential_slerp(runs, self._factors, self.config.epsilon)
+
+    @property
+    def _factors(self) -> list[float]:
+        return omegas(self.config, len(self.inputs.tuned), len(self.inputs.protected))
+
+
+def _joint(claims: Claims, kept: torch.Tensor | None) -> torch.Tensor:
+    """The packed union of all cores."""
+    return union_mask([*claims.cores.values(), *([] if kept is None else [kept])])
 
 
 def _once(row: list[np.ndarray]) -> Runs:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cpift.checkpoints.opening import pinned
 from cpift.config.run import ModelConfig, RunConfig
 from cpift.disk.artifacts import Artifact
+from cpift.lineage.history import BEFORE
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import group, model, regions
 from cpift.pipeline.stages.fits import fit_spec, length, threads_alone, train_data, training_fields, watched_data
@@ -17,7 +18,7 @@ from cpift.pipeline.stages.step import Step, step_of
 from cpift.training.spec import FitSpec, stages_of
 
 VERSION = 2
-_TITLES = {"staged": "staged backbone", "pretrained": ""}
+_TITLES = {"staged": "staged backbone", "pretrained": "", "parent": ""}
 _GIVEN = "given backbone"
 
 
@@ -38,6 +39,8 @@ def make(run: Run) -> ModelRef:
     """θ_base."""
     if run.config.backbone_source == "pretrained":
         return model.make(run)
+    if run.config.backbone_source == "parent":
+        return before(run.artifacts)[0]
     groups = group.make(run).groups
     staged = artifact(run.artifacts, groups)
     if staged is None:
@@ -45,6 +48,11 @@ def make(run: Run) -> ModelRef:
     base = model.make(run)
     run.train([staged], title(run.artifacts), lambda: [spec(run, base, groups, staged)])
     return ModelRef.of("backbone", staged)
+
+
+def before(names: Names) -> list[ModelRef]:
+    """The final model of the run that this one goes on from, if there is one."""
+    return [ModelRef.of(BEFORE, names.parent.final)] if names.parent else []
 
 
 def _named_by_user(run: Run) -> ModelRef:
@@ -81,7 +89,9 @@ def plan(names: Names, known: Known) -> Iterator[Step]:
     source = names.config.backbone_source
     if source == "pretrained":
         return
-    if source != "staged":
+    if source == "parent" and names.parent:
+        yield Step("backbone", "", "given", f"the final model of {names.parent.root}")
+    elif source != "staged":
         yield Step("backbone", "", "given", source)
     elif known.groups is None:
         yield Step("backbone", "", "after group", f"its groups decide the stages, {_length(names.config)}")
@@ -99,5 +109,5 @@ def outputs(names: Names, known: Known) -> dict[str, Artifact]:
 
 
 def models(names: Names, known: Known) -> list[ModelRef]:
-    own = known.backbone if names.config.backbone_source != "pretrained" else None
-    return [] if own is None else [own]
+    own = known.backbone if names.config.backbone_source not in ("pretrained", "parent") else None
+    return [*before(names), *([] if own is None else [own])]

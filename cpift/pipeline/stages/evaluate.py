@@ -36,7 +36,7 @@ TITLE = "evaluation"
 
 def artifact(names: Names, model: ModelRef) -> Artifact:
     """Named by the model, the test rows of all tasks, and how they are scored, by code of the user's too."""
-    tasks = names.config.tasks
+    tasks = names.config.scored
     inputs = {"model": model.fingerprint}
     inputs |= {f"data {task.name}": names.rows(task.name, "test", task.test_data) for task in tasks}
     inputs |= names.code("tasks.")
@@ -85,7 +85,7 @@ def _score(run: Run, models: Sequence[ModelRef], artifacts: Mapping[str, Artifac
 
 def scoring(run: Run, title: str, path: Path, kept: Path | None = None) -> Scoring:
     """A model in a folder, to be scored as the run scores. kept: where a kill leaves the results of rows."""
-    return Scoring(title, path, run.config.tasks, run.config.evaluation, run.config.resources, kept=kept)
+    return Scoring(title, path, run.config.scored, run.config.evaluation, run.config.resources, kept=kept)
 
 
 def results(run: Run, model: ModelRef, scored: Artifact) -> Path:
@@ -137,7 +137,7 @@ def possible(config: RunConfig) -> bool:
 
 def plan(names: Names, models: Sequence[ModelRef]) -> Iterator[Step]:
     for model in models:
-        yield step_of(artifact(names, model), f"{len(names.config.tasks)} tasks")
+        yield step_of(artifact(names, model), f"{len(names.config.scored)} tasks")
 
 
 def outputs(names: Names, models: Sequence[ModelRef]) -> dict[str, Artifact]:

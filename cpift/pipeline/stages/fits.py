@@ -30,8 +30,8 @@ def threads_alone(names: Names) -> int:
 
 @once
 def train_data(names: Names) -> dict[str, str]:
-    """What identifies the training rows of all tasks."""
-    return {f"data {task.name}": names.train_rows(task.name) for task in names.config.tasks}
+    """What identifies the training rows of all tasks that are trained on."""
+    return {f"data {task.name}": names.train_rows(task.name) for task in names.config.integrated}
 
 
 def watched_data(names: Names, training: TrainingConfig, tasks: Iterable[TaskConfig]) -> dict[str, str]:
@@ -52,7 +52,7 @@ def fit_spec(
     return FitSpec(
         title=title,
         model=model.path,
-        tasks=names.config.tasks,
+        tasks=names.config.every_task,
         stages=stages,
         training=training,
         seed=names.config.seed,

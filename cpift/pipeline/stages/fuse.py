@@ -58,6 +58,8 @@ def artifact(names: Names, groups: Groups, backbone: ModelRef) -> Artifact:
     inputs |= probe.fingerprints(names) | {"backbone": backbone.fingerprint} | names.code("fusion.conflict")
     fields = identity_of(config.fusion, "fuse") | names.template_fields | {"conflict": config.fusion.conflict_name}
     fields |= identity_of(config.resources, "fuse")
+    if config.earlier:
+        fields["protected"] = [task.name for task in config.earlier]
     if by_stage(config.fusion.conflict):
         fields["groups"] = [list(group) for group in groups]
     return names.artifact("fuse", VERSION, inputs, fields)
@@ -152,7 +154,8 @@ def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInput
         else open_checkpoint(backbone.path, pretrained, fusion.fitted),
         tuned=tuned,
         regions=regions.artifact(names).path,
-        priority=[task for group in groups for task in group],
+        priority=[task for group in groups for task in group if task in tuned],
+        protected=[task.name for task in names.config.earlier],
     )
     inputs.check()
     return inputs

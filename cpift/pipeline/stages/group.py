@@ -26,7 +26,7 @@ VERSION = 1
 def artifact(names: Names) -> Artifact:
     """Named by the regions, the threshold and the order of tasks."""
     fields = identity_of(names.config.groups, "group") | {"seed": names.config.seed}
-    fields |= {"tasks": [task.name for task in names.config.tasks]}  # stages are ordered by it; regions are not
+    fields |= {"tasks": [task.name for task in names.config.every_task]}  # stages are ordered by it; regions are not
     return names.artifact("group", VERSION, {"regions": regions.artifact(names).fingerprint}, fields)
 
 
@@ -55,7 +55,7 @@ def make(run: Run) -> Grouping:
 
 def build(run: Run, selected: Artifact, out: Path) -> None:
     """Group the tasks by their cores' overlaps."""
-    summary, tasks = read_summary(selected.path), [task.name for task in run.config.tasks]
+    summary, tasks = read_summary(selected.path), [task.name for task in run.config.every_task]
     places = [summary["tasks"].index(task) for task in tasks]  # another order of tasks may have made the regions
     overlaps = np.array(summary["overlaps"])[np.ix_(places, places)]
     grouped = group_tasks(tasks, overlaps, run.config.regions.p, run.config.groups, run.config.seed)

@@ -28,10 +28,18 @@ def artifact(names: Names, groups: Groups, fused: Artifact) -> Artifact:
     """Named by the fused model, the regions, the rows of all tasks, the groups, and how it is trained."""
     config, training = names.config, names.config.integration_training
     fields = training_fields(names, "integrate", training, threads_alone(names), config.resources)
-    fields |= {"groups": [list(group) for group in groups]}
+    fields |= {"groups": [list(group) for group in in_order(config, groups)]}
     inputs = {"fused": fused.fingerprint, "regions": regions.artifact(names).fingerprint} | train_data(names)
-    inputs |= watched_data(names, training, config.tasks)
+    inputs |= watched_data(names, training, config.integrated)
     return names.artifact("integrate", VERSION, inputs, fields)
+
+
+def in_order(config: RunConfig, groups: Groups) -> Groups:
+    """What is trained one after the other. Earlier tasks, inside the model already, are the first of all, whatever
+    group they came into; then there is one stage, of this run's own tasks and those that are replayed."""
+    if not config.earlier:
+        return groups
+    return [[task.name for task in config.earlier], [task.name for task in config.integrated]]
 
 
 @unless_damaged
@@ -54,7 +62,10 @@ def make(run: Run, beside: Sequence[Fit] = ()) -> ModelRef:
 def spec(run: Run, fused: ModelRef, groups: Groups, final: Artifact) -> FitSpec:
     """Multi-stage SFT of the fused model on balanced samples, cores frozen; or one stage of the same length."""
     settings = run.config.integration_training
-    stages = stages_of(entry(STAGES, settings.stages, "integration.stages")(groups), settings.freeze)
+    if run.config.earlier:
+        stages, groups = stages_of(in_order(run.config, groups), settings.freeze)[1:], in_order(run.config, groups)[1:]
+    else:
+        stages = stages_of(entry(STAGES, settings.stages, "integration.stages")(groups), settings.freeze)
     each = entry(STEPS_PER, settings.steps_per, "steps_per")
     times = sum(map(each, groups)) // sum(each(stage.tasks) for stage in stages)
     training = settings.model_copy(update={"steps": settings.steps and settings.steps * times})
@@ -74,7 +85,7 @@ def title(names: Names) -> str:
 
 def trains(config: RunConfig) -> bool:
     """Whether the config has the fields and the rows for it."""
-    return config.integration is not None and all(task.train is not None for task in config.tasks)
+    return config.integration is not None and all(task.train is not None for task in config.integrated)
 
 
 def plan(names: Names, known: Known) -> Iterator[Step]:
@@ -87,7 +98,8 @@ def plan(names: Names, known: Known) -> Iterator[Step]:
     elif fused is None:
         yield Step("integrate", "", "after fuse", "")
     else:
-        yield step_of(artifact(names, known.groups, fused), f"{len(known.groups)} stages, {each}")
+        last = f"1 stage, {each}, earlier cores frozen" if names.config.earlier else ""
+        yield step_of(artifact(names, known.groups, fused), last or f"{len(known.groups)} stages, {each}")
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:

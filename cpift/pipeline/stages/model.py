@@ -52,6 +52,7 @@ def base(names: Names) -> ModelRef:
 def make(run: Run) -> ModelRef:
     """θ0 as a safetensors folder."""
     if not in_place(run.artifacts):
+        run.hand_over([artifact(run.artifacts)])
         run.make(
             artifact(run.artifacts),
             title(run.artifacts),
@@ -73,7 +74,7 @@ def title(names: Names) -> str:
 
 def plan(names: Names, known: Known) -> Iterator[Step]:
     said = source_of(names.config.model).description
-    yield Step("model", "", "given", said) if in_place(names) else step_of(artifact(names), said)
+    yield Step("model", "", "given", said) if in_place(names) else step_of(artifact(names), said, names.parent)
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:

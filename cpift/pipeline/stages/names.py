@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ from cpift.data.sources import rows_of
 from cpift.data.tasks import source_fingerprint
 from cpift.disk.artifacts import Artifact
 from cpift.disk.input_watch import InputWatch
+from cpift.errors import ConfigError, Problem
 from cpift.extensions import Extension
+from cpift.lineage.parent import Parent, read_parent
 
 Groups = Sequence[Sequence[str]]  # of tasks, in stage order
 Result = TypeVar("Result")
@@ -59,6 +61,19 @@ class Names:
         self.root = config.output_dir
         self.watch = InputWatch()
         self.values: dict[Any, Any] = {}  # by what looks for it, see `once`
+
+    @cached_property
+    def parent(self) -> Parent | None:
+        """The finished run that this one goes on from. Raises ConfigError where it is not what it was."""
+        asked = self.config.parent
+        if asked is None:
+            return None
+        found = read_parent(asked.run, "parent.run")
+        if found.fingerprint != asked.fingerprint:
+            what = f"{asked.run} is another run now: {found.fingerprint[:12]}, and was {asked.fingerprint[:12]}"
+            remedy = "put back what was there, or go on from what is there now, into another folder"
+            raise ConfigError(f"run {self.config.name}", [Problem("parent.fingerprint", what, remedy)])
+        return found
 
     def artifact(
         self, stage: str, version: int, inputs: Mapping[str, str], fields: Mapping[str, Any], label: str = ""

@@ -81,4 +81,5 @@ def looked_up(names: Names) -> Known:
     staged = None if groups is None else backbone.artifact(names, groups)
     if staged is not None:
         return Known(groups, ModelRef.of("backbone", staged))
-    return Known(groups, model.base(names) if source == "pretrained" else None)
+    given = {"pretrained": lambda: model.base(names), "parent": lambda: backbone.before(names)[0]}
+    return Known(groups, given[source]() if source in given else None)

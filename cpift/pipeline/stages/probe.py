@@ -50,6 +50,13 @@ def _named_by_user(names: Names, task: str, source: CheckpointConfig) -> ModelRe
     return names.input_model(f"probe {task}", f"tasks.{task}.checkpoint", source, read)
 
 
+def every_fingerprint(names: Names) -> dict[str, str]:
+    """`fingerprints`, and before them those of earlier tasks, whose probes are not here."""
+    made_of = names.parent.made_of if names.parent else {}
+    earlier = {f"probe {task.name}": made_of.get(f"probe {task.name}", "") for task in names.config.earlier}
+    return earlier | fingerprints(names)
+
+
 def fingerprints(names: Names) -> dict[str, str]:
     """Of θ1..θN, as inputs of what is made of them."""
     return {f"probe {task}": probed.fingerprint for task, probed in tuned(names).items()}
@@ -59,6 +66,7 @@ def fingerprints(names: Names) -> dict[str, str]:
 def make(run: Run) -> dict[str, ModelRef]:
     """θ1..θN by task."""
     probes = artifacts(run.artifacts)
+    run.hand_over(probes.values())
     if missing := {artifact.work_dir / "export" for artifact in probes.values() if not artifact.complete}:
         run.engine.expect([spec for spec in specs(run, model.base(run.artifacts)) if spec.export in missing])
     base = model.make(run)
@@ -79,7 +87,9 @@ def check_data(run: Run, base: ModelRef) -> None:
     at_hand = model.in_place(run.artifacts) and source_of(run.config.model).tokenizer()
     tokenizer = at_hand or load_tokenizer(base.path)
     keep_train_rows(run.config, tokenizer, tokens_of(run.artifacts))
-    check_rows(tokenizer, [task for task in run.config.tasks if task.source("test") is not None], run.config.evaluation)
+    check_rows(
+        tokenizer, [task for task in run.config.scored if task.source("test") is not None], run.config.evaluation
+    )
 
 
 def specs(run: Run, base: ModelRef) -> list[FitSpec]:
@@ -100,7 +110,7 @@ def title(names: Names) -> str:
 def plan(names: Names, known: Known) -> Iterator[Step]:
     for task in names.config.tasks:
         if task.checkpoint is None:
-            yield step_of(artifacts(names)[task.name], length(names.config.probe_training))
+            yield step_of(artifacts(names)[task.name], length(names.config.probe_training), names.parent)
         else:
             yield Step("probe", task.name, "given", str(task.checkpoint.path or task.checkpoint.hub))
 

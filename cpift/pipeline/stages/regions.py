@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
@@ -13,7 +14,7 @@ from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json, write_json
 from cpift.method.changes import Change, ChangesInPassing
-from cpift.method.regions import Streaming, parameter_space, write_regions
+from cpift.method.regions import Streaming, join_regions, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
 from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
@@ -31,8 +32,8 @@ def wanted(config: RunConfig) -> bool:
 
 @once
 def artifact(names: Names) -> Artifact:
-    """Named by θ0, θ1..θN, and how elements are chosen."""
-    inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names)
+    """Named by θ0, θ1..θN of every task, and how elements are chosen."""
+    inputs = {"model": model.base(names).fingerprint} | probe.every_fingerprint(names)
     return names.artifact("regions", VERSION, inputs, identity_of(names.config.regions, "regions"))
 
 
@@ -49,13 +50,34 @@ def read(names: Names) -> list[Path]:
 
 
 def build(run: Run, out: Path) -> None:
-    """Select every task's core region and keep masks, summaries and intersections."""
-    select(run, {run.config.regions.p: out})
+    """Select every task's core region and keep masks, summaries and intersections; what the run that this one goes on
+    from has selected is taken from there."""
+    known = known_tasks(run.artifacts)
+    select(run, {run.config.regions.p: out}, known)
+    if known and (parent := run.artifacts.parent):
+        order = [task.name for task in run.config.every_task]
+        join_regions(out, parent.regions.path, known, order)
+        changed = _read_json(out / CHANGES)
+        earlier = {
+            task: tensors for task, tensors in _read_json(parent.regions.path / CHANGES).items() if task in known
+        }
+        if earlier or changed:
+            write_json(out / CHANGES, earlier | changed)
 
 
-def select(run: Run, outputs: Mapping[float, Path]) -> None:
-    """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints."""
-    base, tuned = model.base(run.artifacts), probe.tuned(run.artifacts)
+def known_tasks(names: Names) -> list[str]:
+    """The tasks whose regions the run that this one goes on from has selected as this one would."""
+    parent, wanted = names.parent, artifact(names)
+    return [task.name for task in names.config.every_task if parent and parent.knows_regions(wanted, task.name)]
+
+
+def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -> None:
+    """Core regions for every p of `outputs`, each into its folder, from one pass over the checkpoints; but for those
+    of tasks that are `known`."""
+    base = model.base(run.artifacts)
+    tuned = {task: probed for task, probed in probe.tuned(run.artifacts).items() if task not in known}
+    if not tuned:
+        return
     folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.fitted)
     mark = run.merging.mark if run.merging else None
@@ -87,10 +109,12 @@ def _changes(
 
 def read_changes(folder: Path) -> dict[str, dict[str, Change]]:
     """By task and tensor what the regions in `folder` were selected from; empty where it was not measured."""
-    if not (folder / CHANGES).is_file():
-        return {}
-    tasks = read_json(folder / CHANGES).items()
+    tasks = _read_json(folder / CHANGES).items()
     return {task: {name: Change(**change) for name, change in tensors.items()} for task, tensors in tasks}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def title(names: Names) -> str:
@@ -100,7 +124,9 @@ def title(names: Names) -> str:
 def plan(names: Names, known: Known) -> Iterator[Step]:
     if wanted(names.config):
         regions = names.config.regions
-        yield step_of(artifact(names), f"p = {regions.p:g}, {regions.scope}")
+        there = known_tasks(names)
+        kept = f"; those of {', '.join(there)} are there" if there else ""
+        yield step_of(artifact(names), f"p = {regions.p:g}, {regions.scope}{kept}")
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpift.disk.artifacts import Artifact
+from cpift.lineage.parent import Parent
 
 _STATES = {"whole": "cached", "dropped": "weights dropped", "absent": "to do", "damaged": "damaged"}
 
@@ -19,8 +20,10 @@ class Step:
     detail: str
 
 
-def step_of(artifact: Artifact, detail: str) -> Step:
-    """What a plan says of an artifact."""
+def step_of(artifact: Artifact, detail: str, parent: Parent | None = None) -> Step:
+    """What a plan says of an artifact, which `parent` may have made."""
     state = artifact.state()
+    if parent and state.kind == "absent" and parent.has(artifact):
+        return Step(artifact.stage, artifact.label, "cached", f"in {parent.root}")
     detail = f"{state.why}: it will be set aside and made again" if state.kind == "damaged" else detail
     return Step(artifact.stage, artifact.label, _STATES[state.kind], detail)
