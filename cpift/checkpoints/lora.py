@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,31 @@ class LoraCheckpoint(Checkpoint):
 
     def apart(self) -> Checkpoint:
         return LoraCheckpoint(self.folder, self.base.apart())
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The tensors that factors change."""
+        return tuple(self._updates)
+
+    @cached_property
+    def replaced(self) -> tuple[str, ...]:
+        """The tensors that the file holds whole, with other values than θ0's; reads them."""
+        import torch
+
+        def same(name: str, info: TensorInfo) -> bool:
+            base = self.base.tensors[name]
+            return base.shape == info.shape and torch.equal(
+                self._view(info, 0, info.numel), self.base.slice(name, 0, info.numel)
+            )
+
+        return tuple(name for name, info in self._full.items() if not same(name, info))
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [rows, K] and right [K, columns] of a tensor of `adapted`, float32; the scaling is in left."""
+        import torch
+
+        left, right = map(torch.from_numpy, self._factors(name))
+        return left * self._updates[name].scaling, right
 
     @property
     def stored_by_class(self) -> bool:

@@ -15,9 +15,11 @@ from cpift.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cpift.checkpoints.lora_extraction import Extraction
     from cpift.method.changes import Change
     from cpift.model_diff import ModelDiff
 
+_ROUNDING = 1e-5  # of factors in float32, as a share of the change
 _SHOWN = 5  # modules of which an adapter lost most
 _FIGURES: Mapping[str, tuple[str, Callable[[Change], str]]] = {
     "relative": ("L2 of the change, % of the weight's", lambda change: _percent(change.relative)),
@@ -126,10 +128,17 @@ def extract_lora(
     """
     from cpift.adapter_folder import extract_into
     from cpift.console.view import View
+
+    say_adapter(extract_into(base, tuned, out, rank, View()), out)
+
+
+def say_adapter(extraction: Extraction, out: Path) -> None:
+    """What an adapter holds, and what its rank lost."""
     from cpift.text.escaping import one_line
 
-    extraction = extract_into(base, tuned, out, rank, View())
-    if extraction.modules:
+    if extraction.relative < _ROUNDING:
+        say(f"{len(extraction.modules)} weights, of ranks up to {extraction.rank}: nothing is lost but rounding")
+    elif extraction.modules:
         say(
             f"Rank {extraction.rank}: {len(extraction.modules)} weights, "
             f"of whose change {extraction.relative:.1%} is lost (norms)"
@@ -137,5 +146,5 @@ def extract_lora(
         for module in sorted(extraction.modules, key=lambda module: -module.relative)[:_SHOWN]:
             say(f"  {module.relative:6.1%}  {one_line(module.module)} {list(module.shape)}")
     if extraction.whole:
-        say(f"Kept whole: {len(extraction.whole)} norms and biases")
+        say(f"Kept whole: {len(extraction.whole)} norms, biases and others")
     say(f"Adapter: {out} (every module's error: extraction.json)")

@@ -109,6 +109,8 @@ def merge(
     The folder appears under its name when it is whole and checked; nothing that exists is replaced. Partial work lies
     beside it in .NAME.merge: after a kill the same command goes on from there.
 
+    With --as-lora the folder is a PEFT adapter: of adapters, concatenated (exact); with --rank of any models.
+
     With --test the base, the models and the merge are scored, with intervals and what the merge keeps of each.
     """
     from cpift.merge_folder import checked, merge_into, place_of, work_of
@@ -132,7 +134,13 @@ def merge(
     result = merge_into(config, place, View(), merging_for(config.resources))
     if result.cached:
         say("It is there already: nothing to do.")
-    say(f"Merged model: {result.path}")
+    if config.fusion.as_lora:
+        from cpift.checkpoints.lora_extraction import read_extraction
+        from cpift.cli.change import say_adapter
+
+        say_adapter(read_extraction(result.path), result.path)
+    else:
+        say(f"Merged model: {result.path}")
     if to_score is not None:
         show_scores(to_score.with_merged(config.name, result.path))
 

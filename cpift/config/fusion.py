@@ -261,6 +261,18 @@ class FusionConfig(Section):
         description="layers of models one after another, each slice merged of its sources; embeddings are the first "
         "slice's, what comes after the layers the last one's; empty: all layers of all models",
     )
+    as_lora: bool = Field(
+        False,
+        **identity("fuse", "merge", absent=False),
+        description="the merged update as one PEFT adapter in place of a model: without `rank` by concatenation of "
+        "adapters, exact, their ranks added up (linear, task_arithmetic, model_stock)",
+    )
+    rank: int | None = Field(
+        None,
+        **identity("fuse", "merge", absent=None),
+        ge=1,
+        description="of `as_lora`: the closest product of this rank to what any method changes, by singular values",
+    )
     shard_size: Bytes = Field(
         5 * 10**9,
         **identity("fuse", "merge"),

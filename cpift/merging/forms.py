@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from cpift_kernels import fused_apply, masked_gram
@@ -34,6 +34,7 @@ class WeightedMerge(MergeMethod):
     """Any merge that is Σ c_m·θ_m with the same c for a whole tensor."""
 
     on_gpu = True
+    combines_updates: ClassVar[bool] = False  # whether the coefficients sum to 1: θ0 plus multiples of whole updates
 
     @abstractmethod
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:

@@ -65,6 +65,8 @@ OPTIONS: Mapping[str, Option] = {
     "slices": Option(
         "fusion.slices", "layers of models one after another: a list of {sources: [{model, layer_range}]}"
     ),
+    "as_lora": Option("fusion.as_lora", "one PEFT adapter in place of a model: of adapters, exact", "switch"),
+    "rank": Option("fusion.rank", "of --as-lora: the closest product of this rank, of any models and method"),
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
     "p": Option("regions.p", "cpift: core fraction; 1 % is 0.01"),
     "scope": Option("regions.scope", "cpift: the top p of all parameters (`global`), or of each `tensor`"),
@@ -143,6 +145,8 @@ class MergeFields(MethodFields, total=False):
     missing_tokens: Literal["pretrained", "mean"]
     pad_to_multiple_of: int
     slices: Sequence[Mapping[str, Any]]
+    as_lora: bool
+    rank: int
     shard_size: int | str
     backbone: str
     backbone_revision: str

@@ -24,6 +24,7 @@ from cpift.config.needs import NEEDS, absent_extra
 from cpift.config.run import FusionConfig, RunConfig
 from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES, TensorInfo
+from cpift.merging.adapters.planning import field_problems, opened_problems
 from cpift.merging.conflicts import conflict_named
 from cpift.merging.registry import METHODS, method_named
 from cpift.merging.settings import Settings
@@ -60,7 +61,7 @@ def check_given(config: RunConfig) -> list[Problem]:
         if opened is not None and whole and not config.fusion.by_tokens:
             problems += _misfits(pretrained, opened, where)
     if problems or not (config.fusion.slices or config.fusion.by_tokens):
-        return problems
+        return problems or (opened_problems(config) if config.fusion.as_lora else [])
     return check_stack(config) if config.fusion.slices else _check_by_tokens(config)
 
 
@@ -94,6 +95,7 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
         else:
             problems += Settings(config.fusion, _tensors(config)).problems(method.asked, tasks)
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
+        problems += field_problems(config, stage, _tensors(config))
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
             problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")

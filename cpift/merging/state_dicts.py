@@ -38,6 +38,8 @@ _OTHERWISE = {
     "missing_tokens",
     "pad_to_multiple_of",
     "slices",
+    "as_lora",
+    "rank",
     "shard_size",
     "memory_budget",
     "device",

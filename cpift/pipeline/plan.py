@@ -55,7 +55,8 @@ def plan(
 
     parameters = count_parameters(artifacts)
     steps = (*order.plan(artifacts), *beside)
-    todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in _MODEL_STAGES)
+    models = [name for name in _MODEL_STAGES if name != "fuse" or not config.fusion.as_lora]
+    todo = sum(1 for step in steps if step.state not in ("cached", "given") and step.stage in models)
     width = entry(KEPT_BYTES, source_of(config.model).dtype, "model.dtype")
     parallel = config.resources.parallel or len(config.tasks)
     saves = any(training.checkpoint_every or training.checkpoint_minutes for training in trainings(config))

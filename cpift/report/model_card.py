@@ -58,7 +58,7 @@ def model_card(
 ) -> str:
     """The card's text; `license_name` is that of θ0, None where it is unknown."""
     parts = [
-        _front_matter(config.model, license_name),
+        _front_matter(config.model, license_name, config.fusion.as_lora),
         f"# {markdown(config.name)} ({kind})\n\n{_what(kind, config)}",
         *([f"## Scores\n\n{markdown(verdict)}"] if verdict else []),
         f"## Made from\n\n{source_of(config.model).origin}\n\n{_license_note(license_name)}",
@@ -72,7 +72,8 @@ def model_card(
 
 def _what(kind: str, config: RunConfig) -> str:
     if kind == "fused" and not config.fusion.isolates:
-        return f"A language model merged by {config.fusion.method_name} from fine-tunes of one model, with cpift."
+        kind_of = "LoRA adapter" if config.fusion.as_lora else "language model"
+        return f"A {kind_of} merged by {config.fusion.method_name} from fine-tunes of one model, with cpift."
     sentence = (
         "made by Core Parameter Isolation Fine-Tuning (CPI-FT, [arXiv 2508.21741](https://arxiv.org/abs/2508.21741))"
     )
@@ -104,8 +105,9 @@ def license_of(folder: Path | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _front_matter(model: ModelConfig, license_name: str | None) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [cpift, merge]"]
+def _front_matter(model: ModelConfig, license_name: str | None, adapter: bool) -> str:
+    library = "peft" if adapter else "transformers"
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [cpift, merge]"]
     if (repository := source_of(model).repository) is not None:
         lines.append(f"base_model: {_quoted(repository)}")
     if license_name is not None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpift.checkpoints.lora_extraction import RECORD, Extraction, extract_lora, factors
+from cpift.checkpoints.adapters import factors
+from cpift.checkpoints.lora_extraction import RECORD, Extraction, extract_lora
 from cpift.checkpoints.opening import open_models
 from cpift.disk.files import read_json
 from cpift.errors import CheckpointError
@@ -159,6 +160,26 @@ def test_a_rank_is_at_most_that_of_the_largest_matrix(models: Path, tmp_path: Pa
     record = made(base, models / "llama-False-tuned", tmp_path / "adapter", 10**9)
     assert record.rank == min(load_file(base / "model.safetensors")["model.embed_tokens.weight"].shape)
     assert record.relative < 1e-4
+
+
+def test_a_bias_of_a_weight_that_stayed_is_loaded(models: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = models / "qwen2-False"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("k_proj.bias", "o_proj.weight")):
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    made(base, tmp_path / "tuned", tmp_path / "adapter", FULL)
+    ours = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert torch.allclose(logits(ours), logits(model), atol=1e-5)
+
+
+def test_norms_alone_are_no_adapter(models: Path, tmp_path: Path) -> None:
+    tuned = changed(models, tmp_path, model__norm__weight=torch.full((16,), 2.0))
+    with pytest.raises(CheckpointError, match="norms or biases alone are no LoRA adapter"):
+        made(models / "llama-False", tuned, tmp_path / "adapter", 4)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss"])

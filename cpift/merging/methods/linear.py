@@ -22,6 +22,7 @@ class Linear(WeightedMerge):
     source = "arXiv 2203.05482"
     fields = ("weight", "weights", "normalize")
     needs_base = False
+    combines_updates = True
     contender = Contender("linear average", {})
 
     @classmethod

@@ -22,6 +22,7 @@ class ModelStock(WeightedMerge):
     source = "arXiv 2403.19522"
     fields = ()
     reads = 1
+    combines_updates = True
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:

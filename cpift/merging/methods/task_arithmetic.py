@@ -21,6 +21,7 @@ class TaskArithmetic(WeightedMerge):
     formula = "θ0 + Σ λ_i·(θi − θ0)"
     source = "arXiv 2212.04089"
     fields = ("weight", "weights", "normalize", "scale")
+    combines_updates = True
     contender = Contender("task arithmetic (λ 0.4)", {"weight": 0.4})
 
     @classmethod

@@ -10,19 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cpift.checkpoints.opening import backbone_apart, has_apart, open_checkpoint, open_merged
 from cpift.checkpoints.united import UnitedCheckpoint
+from cpift.checkpoints.writing import TensorRecord
 from cpift.config.identity import identity_of
 from cpift.config.run import RunConfig
 from cpift.console.progress import counted
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
-from cpift.disk.files import is_json, link_or_copy, read_json, write_json
-from cpift.errors import ChangedInput, CheckpointError, Problem, StageError
+from cpift.disk.files import is_json, link_or_copy, write_json
+from cpift.errors import CheckpointError, StageError
+from cpift.merging.adapters.inputs import widened_inputs
+from cpift.merging.adapters.making import write_adapter
+from cpift.merging.adapters.planning import asked_of
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
-from cpift.merging.checks import CheckedFile, failures
+from cpift.merging.checks import Check, CheckedFile, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
 from cpift.merging.registry import method_named, named_also, seeded
@@ -36,7 +39,7 @@ from cpift.models.sources import configured_template
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone as backbones
 from cpift.pipeline.stages import group, model, probe, regions
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing, require_same_bytes
 from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
@@ -169,6 +172,9 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     """
     config, fused, merging, said = run.config, sources.fused, run.merging, run.view.progress
     inputs = open_inputs(run.artifacts, sources.groups, sources.backbone)
+    if config.fusion.as_lora:
+        _fuse_adapter(run, sources, inputs, out)
+        return
     method = method_of(config, inputs, fused.work_dir, merging)
     shards = fused.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
@@ -197,6 +203,22 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
         checks.append(check_loads(out, config.resources.memory_budget))
         if isinstance(inputs.pretrained, UnitedCheckpoint):
             checks.append(check_tokens(out, inputs.pretrained.tokens))
+    _keep_record(out, fused, records, checks)
+
+
+def _fuse_adapter(run: Run, sources: Sources, inputs: FusionInputs, out: Path) -> None:
+    """Write what the merge adds to θ0 as an adapter into `out`; factors that singular values gave lie in the artifact's
+    work folder if this is interrupted."""
+    config, fused, wide = run.config, sources.fused, widened_inputs(inputs)
+    method = method_of(config, wide, fused.work_dir, run.merging)
+    asked = asked_of(config, [model.folder for model in inputs.tuned.values()], fused.work_dir / "factors")
+    made = write_adapter(method, out, asked, counted(run.view.progress, "fusion", inputs.backbone.numel))
+    write_beside(run.artifacts, sources, method, out)
+    _keep_record(out, fused, made.records, made.checks)
+
+
+def _keep_record(out: Path, fused: Artifact, records: Sequence[TensorRecord], checks: Sequence[Check]) -> None:
+    """Write what happened and what was checked beside the result. Raises StageError where a check failed."""
     write_json(out / FUSION_RECORD, {"tensors": records, "checks": checks})
     if failed := failures(checks):
         aside = _set_aside(out, fused)
@@ -219,7 +241,7 @@ def write_beside(names: Names, sources: Sources, method: MergeMethod, out: Path)
         (out / TEMPLATE).write_text(template, encoding="utf-8")
     models = _models(names, sources)
     described = describe_inputs(models, _hashed(config, method, models))
-    _require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
+    require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
     write_json(out / INPUTS_RECORD, described)
 
 
@@ -241,22 +263,6 @@ def _set_aside(out: Path, artifact: Artifact) -> Path:
     aside = next(path for path in paths if not path.exists())
     os.rename(out, aside)
     return aside
-
-
-def _require_same_bytes(record: Path, described: Mapping[str, Any], artifact: Artifact) -> None:
-    """Raise ChangedInput if core regions were selected from other bytes than those of files of the same name now."""
-    selected = read_json(record) if record.is_file() else {}
-    problems = [
-        Problem(f"{label}: {name}", "is not the file that core regions were selected from", _TOUCH)
-        for label, model in selected.items()
-        for name, now in described.get(label, {"files": {}})["files"].items()
-        if None not in (hashes := {now["sha256"], model["files"].get(name, now)["sha256"]}) and len(hashes) > 1
-    ]
-    if problems:
-        raise ChangedInput(artifact.title, problems)
-
-
-_TOUCH = "it has the size and time of the other: `touch` it, so that regions are selected anew, and run again"
 
 
 def method_of(config: RunConfig, inputs: FusionInputs, work: Path, merging: Merging | None = None) -> MergeMethod:

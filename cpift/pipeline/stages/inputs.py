@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cpift.checkpoints.opening import model_files
-from cpift.disk.files import file_sha256
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import file_sha256, read_json
+from cpift.errors import ChangedInput, Problem
 from cpift.pipeline.stages.names import ModelRef
 
 INPUTS_RECORD = "inputs.json"
@@ -50,3 +52,19 @@ def describe_inputs(models: Mapping[str, ModelRef], hashed: Collection[str]) -> 
 
 def _files(models: Mapping[str, ModelRef], hashed: Collection[str]) -> list[Path]:
     return list(dict.fromkeys(file for label in models if label in hashed for file in model_files(models[label].path)))
+
+
+def require_same_bytes(record: Path, described: Mapping[str, Any], artifact: Artifact) -> None:
+    """Raise ChangedInput if core regions were selected from other bytes than those of files of the same name now."""
+    selected = read_json(record) if record.is_file() else {}
+    problems = [
+        Problem(f"{label}: {name}", "is not the file that core regions were selected from", _TOUCH)
+        for label, model in selected.items()
+        for name, now in described.get(label, {"files": {}})["files"].items()
+        if None not in (hashes := {now["sha256"], model["files"].get(name, now)["sha256"]}) and len(hashes) > 1
+    ]
+    if problems:
+        raise ChangedInput(artifact.title, problems)
+
+
+_TOUCH = "it has the size and time of the other: `touch` it, so that regions are selected anew, and run again"
