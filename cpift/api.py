@@ -264,7 +264,12 @@ def given_changes(overrides: Mapping[str, Any], before: str = "") -> Fields:
     return changes
 
 
-_MAPPINGS = {"fusion.weights", "fusion.densities", "model.chat_template_kwargs"}  # whose keys are no fields
+_MAPPINGS = {
+    "fusion.weights",
+    "fusion.into",
+    "fusion.densities",
+    "model.chat_template_kwargs",
+}  # whose keys are no fields
 
 
 def _view(progress: ShowProgress) -> View:

@@ -42,6 +42,7 @@ class Checkpoint:
     """
 
     prefix = ""  # what the files' names have before those that are read (`prefix_of`)
+    replaced_alone: frozenset[str] | None = None  # of a model of a part of θ0 (`towers`): all other tensors are θ0's
     rewritten: Mapping[str, Any] = {}  # small files that a model like this has otherwise: fields, text; None: not
 
     def __init__(

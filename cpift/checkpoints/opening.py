@@ -11,6 +11,7 @@ from cpift.checkpoints.lora import LoraCheckpoint
 from cpift.checkpoints.lora_config import ADAPTER_CONFIG
 from cpift.checkpoints.lora_files import ADAPTER_WEIGHTS, unties
 from cpift.checkpoints.relaid import in_layout_of
+from cpift.checkpoints.towers.tower import open_tower
 from cpift.checkpoints.uniting import united
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.run import CheckpointConfig, FusionConfig, ModelConfig, RunConfig
@@ -101,8 +102,11 @@ def folders_at_hand(config: RunConfig) -> tuple[Path, dict[str, Path]] | None:
 def open_merged(
     base: Path, others: Mapping[str, Path], config: FusionConfig
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """`open_models` as a merge reads them: with one vocabulary where it goes by tokens."""
-    pretrained, tuned = open_models(base, others, config.fitted, whole=not config.slices)
+    """`open_models` as a merge reads them: with one vocabulary where it goes by tokens, parts of θ0 where asked for."""
+    plain = {task: folder for task, folder in others.items() if task not in config.into}
+    pretrained, opened = open_models(base, plain, config.fitted, whole=not config.slices)
+    opened |= {task: open_tower(others[task], pretrained, module) for task, module in config.into.items()}
+    tuned = {task: opened[task] for task in others}
     return united(pretrained, tuned, config) if config.by_tokens else (pretrained, tuned)
 
 

@@ -261,6 +261,12 @@ class FusionConfig(Section):
         description="layers of models one after another, each slice merged of its sources; embeddings are the first "
         "slice's, what comes after the layers the last one's; empty: all layers of all models",
     )
+    into: dict[str, str] = Field(
+        **identity("merge", absent={}),
+        default_factory=dict,
+        description="by task: the module of θ0's class that its text-only model is, for example "
+        "model.language_model of a vision-language model; all else stays θ0's",
+    )
     as_lora: bool = Field(
         False,
         **identity("fuse", "merge", absent=False),

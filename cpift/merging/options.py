@@ -65,6 +65,7 @@ OPTIONS: Mapping[str, Option] = {
     "slices": Option(
         "fusion.slices", "layers of models one after another: a list of {sources: [{model, layer_range}]}"
     ),
+    "into": Option("fusion.into", "module of BASE that a text-only model is: NAME=model.language_model", "pairs"),
     "as_lora": Option("fusion.as_lora", "one PEFT adapter in place of a model: of adapters, exact", "switch"),
     "rank": Option("fusion.rank", "of --as-lora: the closest product of this rank, of any models and method"),
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
@@ -145,6 +146,7 @@ class MergeFields(MethodFields, total=False):
     missing_tokens: Literal["pretrained", "mean"]
     pad_to_multiple_of: int
     slices: Sequence[Mapping[str, Any]]
+    into: Mapping[str, str]
     as_lora: bool
     rank: int
     shard_size: int | str

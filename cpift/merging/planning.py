@@ -18,6 +18,7 @@ from cpift.checkpoints.opening import (
     open_checkpoint,
     open_merged,
 )
+from cpift.checkpoints.towers.tower import open_tower
 from cpift.checkpoints.uniting import united_notes
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.needs import NEEDS, absent_extra
@@ -56,9 +57,10 @@ def check_given(config: RunConfig) -> list[Problem]:
         return problems
     pretrained, whole = _laid_out(base, config), not config.fusion.slices
     for where, folder in _given(config):
-        opened, more = _opened(folder, pretrained, where, config.fusion.fitted, whole)
+        into = _module_of(config, where)
+        opened, more = _opened(folder, pretrained, where, config.fusion.fitted, whole, into)
         problems += more
-        if opened is not None and whole and not config.fusion.by_tokens:
+        if opened is not None and whole and not config.fusion.by_tokens and not into:
             problems += _misfits(pretrained, opened, where)
     if problems or not (config.fusion.slices or config.fusion.by_tokens):
         return problems or (opened_problems(config) if config.fusion.as_lora else [])
@@ -96,10 +98,35 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
             problems += Settings(config.fusion, _tensors(config)).problems(method.asked, tasks)
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
         problems += field_problems(config, stage, _tensors(config))
+    problems += _of_towers(config, stage)
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
             problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")
     return problems
+
+
+def _module_of(config: RunConfig, where: str) -> str:
+    """The module of θ0 that a checkpoint named at a place in the config is; "" for all of θ0."""
+    return config.fusion.into.get(where.removeprefix("tasks.").removesuffix(".checkpoint"), "")
+
+
+def _of_towers(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """What text-only models of a part of θ0 may not be asked for with."""
+    fusion, where = config.fusion, "fusion.into"
+    given = {task.name for task in config.tasks if task.checkpoint is not None}
+    for task in fusion.into.keys() - given:
+        yield Problem(f"{where}.{task}", "is no task with a checkpoint", "name one of tasks")
+    if not fusion.into:
+        return
+    if fusion.isolates or stage in _OF_CORES:
+        what = "is of tasks that share a part of θ0 alone, and core regions are of all of it"
+        yield Problem(where, what, "set fusion.method: task_arithmetic, or another that has no cores")
+    if fusion.slices or fusion.by_tokens or fusion.vocabulary != "error" or fusion.as_lora:
+        yield Problem(where, "goes with no slices, other vocabulary or adapter", "leave one of the two out")
+    if config.resources.device != "cpu":
+        yield Problem(where, "is merged on the processors", "set resources.device: cpu")
+    if config.integration is not None or config.baselines is not None:
+        yield Problem(where, "is for merges of checkpoints alone", "leave integration and baselines out")
 
 
 def _tensors(config: RunConfig) -> list[str]:
@@ -113,7 +140,8 @@ def _tensors(config: RunConfig) -> list[str]:
 
 def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
     """θ0 as a merge reads it: with tied tensors apart where a task's checkpoint has them so."""
-    tasks = [folder for where, folder in _given(config) if where != _BACKBONE]
+    given = _given(config)
+    tasks = [folder for where, folder in given if where != _BACKBONE and not _module_of(config, where)]
     return base.apart() if any(_has_apart(base, folder) for folder in tasks) else base
 
 
@@ -170,9 +198,11 @@ def given_notes(config: RunConfig) -> Iterator[str]:
         return
     base = Checkpoint(folder)
     pretrained = _laid_out(base, config)
+    fitted, whole = config.fusion.fitted, not config.fusion.slices
     opened = {
-        where: (folder, open_checkpoint(folder, pretrained, config.fusion.fitted, not config.fusion.slices))
+        where: (folder, open_checkpoint(folder, pretrained, fitted, whole))
         for where, folder in _given(config)
+        if not _module_of(config, where)
     }
     for where, (folder, model) in opened.items():
         dtypes = {DTYPES[info.kind] for info in model.tensors.values() if info.floating}
@@ -186,6 +216,11 @@ def given_notes(config: RunConfig) -> Iterator[str]:
             yield f"{where}: {note}"
         if not config.fusion.by_tokens and other_tokenizer(base.folder, folder):
             yield f"{where}: its tokenizer differs from θ0's; the fused model gets the backbone's"
+    towers = {where: _module_of(config, where) for where, _ in _given(config)}
+    for where, folder in ((where, folder) for where, folder in _given(config) if towers[where]):
+        tower = open_tower(folder, pretrained, towers[where])
+        yield f"{where}: text model, {len(tower.replaced_alone or ())} of θ0's {len(base.tensors)} tensors, {folder}"
+        opened[where] = (folder, tower)
     tied = "not tied" if not base.ties else "tied in θ0, apart here" if pretrained.is_apart else "tied: one tensor"
     yield f"Embeddings: {_tokens(base)} tokens, input and output {tied}"
     if config.fusion.by_tokens and all(f"tasks.{task.name}.checkpoint" in opened for task in config.tasks):
@@ -234,7 +269,7 @@ def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:
 
 
 def _opened(
-    folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error", whole: bool = True
+    folder: Path, base: Checkpoint | None, where: str, vocabulary: str = "error", whole: bool = True, into: str = ""
 ) -> tuple[Checkpoint | None, list[Problem]]:
     if problems := code_problems(folder, where):
         return None, problems
@@ -242,7 +277,7 @@ def _opened(
         if base is None and (folder / ADAPTER_CONFIG).is_file():
             require_plain(folder)
             return None, []
-        model = open_checkpoint(folder, base, vocabulary, whole)
+        model = open_tower(folder, base, into) if into and base else open_checkpoint(folder, base, vocabulary, whole)
         unequal = [
             Problem(f"{where}: {problem.where}", problem.what, problem.remedy) for problem in model.unequal_copies()
         ]

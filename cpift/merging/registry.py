@@ -71,7 +71,7 @@ METHODS: dict[str, type[MergeMethod]] = {
 # Fields of `fusion` that every merge has, whatever its method.
 OF_ALL = (
     *("method", "vocabulary", "tokens", "missing_tokens", "pad_to_multiple_of", "slices", "as_lora", "rank"),
-    "shard_size",
+    *("into", "shard_size"),
 )
 # What a merge of any method is named by; a method reads of these, and of no other field.
 READABLE = tuple(

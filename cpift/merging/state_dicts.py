@@ -38,6 +38,7 @@ _OTHERWISE = {
     "missing_tokens",
     "pad_to_multiple_of",
     "slices",
+    "into",
     "as_lora",
     "rank",
     "shard_size",

@@ -146,6 +146,30 @@ def computing_problems(base: Path, tune: Path) -> list[Problem]:
     return [Problem(f"config.json, {difference.field}", difference.what, remedy) for difference in differences]
 
 
+def tower_problems(base: Path, tune: Path) -> list[Problem]:
+    """Fields by which a text-only model computes otherwise than the language model inside θ0: those of the table that
+    both have. The kind's name differs, and so do rotary sections, which are alike for text."""
+    mine, theirs = effective_config(base).get("text_config"), effective_config(tune)
+    if not isinstance(mine, dict):
+        return [Problem("config.json", "of θ0 has no text_config", "give a θ0 that has a language model inside")]
+    mine, theirs = _of_text(mine), _of_text(theirs)
+    remedy = "give a fine-tune of this very language model"
+    return [
+        Problem(f"config.json, {one.field}", f"of the text model {one.what}", remedy)
+        for one in _differences(mine, theirs, lambda name: FIELDS.get(name, "meant"))
+        if one.effect == "computes" and one.field in mine and one.field in theirs
+    ]
+
+
+def _of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    rotary = config.get("rope_parameters")
+    if isinstance(rotary, dict) and "rope_theta" in rotary:
+        plain = rotary.get("rope_type", "default") in ("default", "mrope")
+        kept = {name: value for name, value in rotary.items() if name != "mrope_section"}
+        rotary = kept | ({"rope_type": "default"} if plain else {})
+    return {name: value for name, value in config.items() if name != "model_type"} | {"rope_parameters": rotary}
+
+
 def setting_notes(base: Path, tune: Path) -> Iterator[str]:
     """Differences that may be meant; the fused model has the backbone's values."""
     for difference in config_differences(base, tune):
