@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 from cpift.checkpoints.checkpoint import Checkpoint, require_same_layout
 from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.slices import Piece, pieces
+from cpift.checkpoints.towers.tower import outside
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.config.settings import shown_setting
@@ -227,7 +228,7 @@ class MergeMethod(ABC):
         """A record of one tensor if there is anything to say, and what writes any of its pieces into a buffer.
 
         It may run while another tensor is being written."""
-        if not self.merges(info) or self._untouched(info):
+        if not self.merges(info) or outside(self.tuned.values(), info.name):
             return None, copy_of(*self.rest, info)
         with self.named(f"tensor {info.name}"):
             record, fill = self.at(info.name).merged(info)
@@ -246,14 +247,10 @@ class MergeMethod(ABC):
     def definition(self, info: TensorInfo) -> Definition:
         """What the tensor has to be, in fp64, by code that shares nothing with `merged`."""
 
-    def _untouched(self, info: TensorInfo) -> bool:
-        """Whether all models are of parts of θ0 that a tensor is not in: it stays as it is, whatever the method."""
-        kept = [model.replaced_alone for model in self.tuned.values()]
-        return bool(kept) and all(names is not None and info.name not in names for names in kept)
-
     def compares(self, info: TensorInfo) -> bool:
         """Whether a tensor that was written is compared with its definition."""
-        return self.merges(info) and not self._untouched(info) and 0 < info.numel <= _LARGEST
+        kept = outside(self.tuned.values(), info.name)
+        return self.merges(info) and not kept and 0 < info.numel <= _LARGEST
 
     def tally(self, info: TensorInfo, start: int, values: torch.Tensor) -> Tally:
         """What elements start.. of the merged model show, [n]: while they are merged, or read back."""

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,12 @@ class TowerCheckpoint(Checkpoint):
     def release(self, name: str, start: int, stop: int) -> None:
         model, there = self._lying(name)
         model.release(there, start, stop)
+
+
+def outside(models: Iterable[Checkpoint], name: str) -> bool:
+    """Whether all models are of parts of θ0 that a tensor is not in: it stays as it is, whatever the method."""
+    kept = [model.replaced_alone for model in models]
+    return bool(kept) and all(names is not None and name not in names for names in kept)
 
 
 def open_tower(folder: Path, base: Checkpoint, into: str) -> TowerCheckpoint:
