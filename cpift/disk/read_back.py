@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-_BLOCKS = 6  # that may be written and not yet compared
+_BLOCKS = 3  # that are being filled, or written and not yet compared
 _READERS = 2  # reads at once: a disk answers one after another more slowly
 _CHUNK = 1 << 22
 
