@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,7 @@ import typer
 from cpift.cli.many import unused_gpus
 from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import Terminal, say
-from cpift.text.units import show_size
+from cpift.text.units import parse_size, show_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cpift.config.run import RunConfig
     from cpift.data.use import RowFacts
     from cpift.pipeline.plan import Plan
+    from cpift.training.memory import Fitting
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -33,14 +34,18 @@ def plan(
     overrides: Overrides = None,
     output: Output = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs; docs/plan.md has its fields")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="SIZE", help="a GPU's memory, as 24GB: which fine-tunes fit, and what would"),
+    ] = None,
 ) -> None:
     """Show the stages, what is cached, and what the run needs. Touches nothing."""
     from cpift.config.loading import load_config
 
-    show_plan(load_config(config, overrides or [], {} if output is None else {"output": str(output)}), as_json)
+    show_plan(load_config(config, overrides or [], {} if output is None else {"output": str(output)}), as_json, gpu)
 
 
-def show_plan(run: RunConfig, as_json: bool = False) -> None:
+def show_plan(run: RunConfig, as_json: bool = False, gpu: str | None = None) -> None:
     """What a run of this config will do and need. Raises ConfigError with everything that would stop it."""
     from cpift.compare.run_baselines import plan_all
     from cpift.pipeline.identity import StageArtifacts
@@ -50,15 +55,54 @@ def show_plan(run: RunConfig, as_json: bool = False) -> None:
     seen = examined(run, stage=None, download=False)
     artifacts = StageArtifacts(run)
     planned, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
+    fits = _fitting(run, gpu) if gpu is not None else []
     if as_json:
-        say(json.dumps(plan_record(planned, run.name, artifacts.root, idle), indent=1, ensure_ascii=False))
+        say(json.dumps(plan_record(planned, run.name, artifacts.root, idle, fits), indent=1, ensure_ascii=False))
         return
     _print_plan(planned, artifacts.root, idle)
+    for line in _told(fits, str(gpu)):
+        say(line)
 
 
-def plan_record(planned: Plan, name: str, root: Path, idle: str | None) -> dict[str, Any]:
+def _fitting(run: RunConfig, gpu: str) -> list[Fitting]:
+    """The fine-tunes of a run on a GPU of this size. Imports torch and the model's class, which takes seconds."""
+    from cpift.config.needs import trained_in
+    from cpift.errors import ConfigError, Problem
+    from cpift.pipeline.row_checks import folder_at_hand
+    from cpift.training.memory import fitting
+
+    try:
+        limit, folder = parse_size(gpu), folder_at_hand(run)
+    except ValueError as error:
+        raise ConfigError("plan", [Problem("--gpu", str(error), "give a size such as 24GB")]) from error
+    if folder is None:
+        what = "counts on the model's config, which is not here yet"
+        raise ConfigError("plan", [Problem("--gpu", what, "give model.path, or ask again once the model is there")])
+    shards = run.resources.workers if run.resources.sharded else 1
+    every = {section: fit for task in run.tasks for section, fit in trained_in(run, task, "run").items()}
+    return [fitting(section, folder, training, shards, limit) for section, training in every.items()]
+
+
+def _told(fits: list[Fitting], gpu: str) -> Iterator[str]:
+    """Sentences of what fits."""
+    for fit in fits:
+        if fit.memory is None:
+            yield f"{fit.section} on {gpu}: is not counted under lora"
+            continue
+        parts = [f"{name} {show_size(size)}" for name, size in asdict(fit.memory).items() if size]
+        verdict = "fits" if fit.fits else "does not fit"
+        yield f"{fit.section} on {gpu}: {verdict}, {show_size(fit.memory.total)} a worker ({', '.join(parts)})"
+        for change, memory in fit.ways:
+            yield f"  {change}: {show_size(memory.total)}"
+        if fit.workers is not None:
+            yield f"  resources: {{strategy: fsdp, workers: {fit.workers}}} and all of these but the optimizer: fits"
+        elif not fit.fits and not any(memory.total <= parse_size(gpu) for _, memory in fit.ways):
+            yield "  no change of these makes room: its longest batch alone holds more; lower max_length"
+
+
+def plan_record(planned: Plan, name: str, root: Path, idle: str | None, fits: Sequence[Fitting] = ()) -> dict[str, Any]:
     """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
-    record = asdict(planned)
+    record = asdict(planned) | ({"gpu": [asdict(fit) for fit in fits]} if fits else {})
     return {"format": 1, "name": name, "output": str(root), "unused_gpus": idle, **record}
 
 

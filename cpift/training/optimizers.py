@@ -52,10 +52,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
+def outside_layers(model: torch.nn.Module) -> set[int]:
+    """The parameters, by `id`, of the embeddings and of the head."""
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+
+
 def muon(model: torch.nn.Module, groups: list[Group]) -> torch.optim.Optimizer:
     """`MuonAndAdamW` of a transformers model."""
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    outside = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    outside = outside_layers(model)
 
     def part(inside: bool) -> list[Group]:
         chosen = [

@@ -1,0 +1,159 @@
+"""What a training worker holds, counted on the model's own class without its memory: its layers run over tensors that
+have shapes and no values, and what they keep for the backward pass is added up.
+
+On top come what single operations need for a moment (the gradient of the logits among it), buffers of communication,
+and what the allocator does not give back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from cpift.config.run import TrainingConfig
+from cpift.pretrained.loading import empty_network
+from cpift.training.optimizers import outside_layers
+
+_SMALL_8BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 32 bits
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes a worker. activations: of its longest batch, with the bfloat16 copies of weights that products keep."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+def training_memory(folder: Path, training: TrainingConfig, shards: int, narrow: bool) -> TrainingMemory:
+    """Of a full fine-tune of the model in a local folder. shards: workers that FSDP2 shares its state out to, or 1;
+    narrow: whether products are bfloat16."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        how = {} if training.packing else {"attn_implementation": _unmasked()}
+        model: Any = empty_network(folder, dtype=torch.float32, **how)
+        model.config.use_cache = False
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = sum(_state(training.optimizer, parameter, inside) for parameter, inside in _places(model, moved))
+        trained, every = sum(p.numel() for p in moved), sum(p.numel() for p in model.parameters())
+        average = 4 * trained if training.ema else 0
+        held = _activations(model.train(), training, narrow)
+    return TrainingMemory(4 * every // shards, 4 * trained // shards, state // shards, average // shards, held)
+
+
+def _unmasked() -> str:
+    """The name of an attention that is torch's own and builds no mask: whether rows need one, only values tell, and the
+    longest batch has no padding."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("cpift_counted", sdpa_attention_forward)
+    AttentionMaskInterface.register("cpift_counted", lambda *_, **__: None)
+    return "cpift_counted"
+
+
+def _places(model: Any, moved: list[torch.nn.Parameter]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Each parameter, and whether it is a matrix inside the layers."""
+    outside = outside_layers(model)
+    for parameter in moved:
+        yield parameter, parameter.ndim == 2 and id(parameter) not in outside
+
+
+def _state(optimizer: str, parameter: torch.Tensor, inside: bool) -> int:
+    """Bytes that an optimizer keeps of a parameter, less its count of steps."""
+    size = parameter.numel()
+    if optimizer == "adafactor":
+        return 4 * (size // parameter.shape[-1] + size // parameter.shape[-2]) if parameter.ndim > 1 else 4 * size
+    if optimizer == "adamw_8bit" and size >= _SMALL_8BIT:
+        return 2 * size
+    return 4 * size if optimizer == "muon" and inside else 8 * size
+
+
+def _activations(model: Any, training: TrainingConfig, narrow: bool) -> int:
+    """What the longest batch keeps for the backward pass; with recomputed layers what one of them keeps meanwhile."""
+    batch = {"input_ids": torch.zeros((training.batch_size, training.max_length), dtype=torch.long)}
+    if training.packing:  # rows of several examples have a mask that keeps them apart
+        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+    held = _kept(model, batch, narrow)
+    if not training.gradient_checkpointing:
+        return held
+    layers = sum(type(module).__name__ in (model._no_split_modules or ()) for module in model.modules())
+    model.gradient_checkpointing_disable()
+    return held + max(0, _kept(model, batch, narrow) - held) // max(layers, 1)
+
+
+def _kept(model: Any, batch: dict[str, torch.Tensor], narrow: bool) -> int:
+    weights = {_storage(parameter) for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # each once, and alive, so that none takes the place of another
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in weights:
+            kept[_storage(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        model(**batch, labels=batch["input_ids"])
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, TrainingConfig]]:
+    """Changes that take less memory, those first that change least of what is learnt; each with all before it."""
+    if not training.gradient_checkpointing:
+        training = training.model_copy(update={"gradient_checkpointing": True})
+        yield "gradient_checkpointing: true", training
+    if training.batch_size > 1:
+        steps = training.gradient_accumulation * training.batch_size
+        training = training.model_copy(update={"batch_size": 1, "gradient_accumulation": steps})
+        yield f"batch_size: 1, gradient_accumulation: {steps}", training
+    if training.optimizer == "adamw" and shards == 1:
+        yield "optimizer: adamw_8bit", training.model_copy(update={"optimizer": "adamw_8bit"})
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A fine-tune on a GPU. memory: None where it is not counted, as of LoRA. ways: what each change would take, up to
+    the first that fits; workers: how many FSDP2 would need where none does, None where even all too many hold too much.
+    """
+
+    section: str
+    memory: TrainingMemory | None
+    fits: bool
+    ways: tuple[tuple[str, TrainingMemory], ...] = ()
+    workers: int | None = None
+
+
+def fitting(section: str, folder: Path, training: TrainingConfig, shards: int, limit: int) -> Fitting:
+    """Whether a fine-tune fits `limit` bytes of a GPU, and what to change if it does not."""
+    if training.lora is not None:
+        return Fitting(section, None, False)
+    narrow = training.precision != "float32"
+    memory = training_memory(folder, training, shards, narrow)
+    if memory.total <= limit:
+        return Fitting(section, memory, True)
+    ways: list[tuple[str, TrainingMemory]] = []
+    for change, changed in ways_to_save(training, shards):
+        ways.append((change, training_memory(folder, changed, shards, narrow)))
+        if ways[-1][1].total <= limit:
+            return Fitting(section, memory, False, tuple(ways))
+    least = min((memory, *(way for _, way in ways)), key=lambda one: one.activations)
+    room, state = limit - least.activations, (least.total - least.activations) * shards
+    return Fitting(section, memory, False, tuple(ways), math.ceil(state / room) if room > 0 else None)

@@ -1,0 +1,109 @@
+"""What a plan counts of a training worker's memory is what one holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
+
+from cpift.cli.main import app
+from cpift.config.loading import dump_config
+from cpift.config.training import TrainingConfig
+from cpift.errors import ConfigError
+from cpift.models.sources import load_model
+from cpift.training.memory import fitting, training_memory
+from cpift.training.optimizers import OPTIMIZERS
+from tests.helpers.small_runs import run_of, turns
+
+
+def settings(**fields: Any) -> TrainingConfig:
+    return TrainingConfig(**({"steps": 1, "batch_size": 3, "max_length": 24, "precision": "float32"} | fields))
+
+
+def held(model: Any, training: TrainingConfig) -> int:
+    """Bytes of different storages that a real forward pass keeps, weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.zeros((training.batch_size, training.max_length), dtype=torch.long)
+    packed = {"position_ids": torch.arange(training.max_length).remainder(7).expand(ids.shape)}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False, **(packed if training.packing else {}))
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("fields", [{}, {"batch_size": 1, "max_length": 9}, {"packing": True}])
+def test_activations_are_those_of_a_real_pass(base: Path, fields: dict[str, Any]) -> None:
+    training = settings(**fields)
+    model: Any = load_model(base, torch.float32).train()
+    counted = training_memory(base, training, 1, False)
+    assert counted.activations == held(model, training)
+    assert counted.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert counted.gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_recomputed_layers_keep_less(base: Path) -> None:
+    plain, again = (training_memory(base, settings(gradient_checkpointing=on), 1, False) for on in (False, True))
+    assert 0 < again.activations < plain.activations
+    assert (again.weights, again.optimizer) == (plain.weights, plain.optimizer)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_optimizer_holds_what_is_counted(base: Path, name: Any) -> None:
+    model = load_model(base, torch.float32)
+    groups = [{"params": list(model.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
+    make = OPTIMIZERS[name]
+    optimizer = torch.optim.AdamW(groups) if make is None else make(model, groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    counted = training_memory(base, settings(optimizer=name, ema=0.9), 2, False)
+    assert counted.optimizer == sum(moment.nbytes for moment in moments) // 2
+    assert counted.average == counted.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
+    training = settings(batch_size=4)
+    whole = training_memory(base, training, 1, False)
+    assert fitting("probe", base, training, 1, whole.total).fits
+    less = fitting("probe", base, training, 1, whole.total - 1)
+    assert (less.fits, less.workers) == (False, None)
+    assert [change for change, _ in less.ways] == ["gradient_checkpointing: true"]
+    least = fitting("probe", base, training, 1, whole.weights)
+    assert [change for change, _ in least.ways] == [
+        "gradient_checkpointing: true",
+        "batch_size: 1, gradient_accumulation: 4",
+        "optimizer: adamw_8bit",
+    ]
+    assert least.workers is not None
+    shared = training_memory(base, settings(batch_size=1, gradient_checkpointing=True), least.workers, False)
+    assert shared.total <= whole.weights < shared.total * least.workers
+    assert fitting("probe", base, settings(lora={"rank": 2}), 1, 10**9).memory is None
+
+
+def test_a_plan_for_a_gpu_says_what_fits(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    config = run_of(tmp_path / "rows", [turns("a", "b"), turns("c", "d")], {"path": str(base)})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config))
+    said = CliRunner().invoke(app, ["plan", str(file), "--gpu", "24GB"])
+    assert said.exit_code == 0, said.output
+    assert "probe on 24GB: fits, " in said.stdout
+    assert "integration on 24GB: fits, " in said.stdout
+    small = CliRunner().invoke(app, ["plan", str(file), "--json", "--gpu", "100kB"])
+    first = json.loads(small.stdout)["gpu"][0]
+    assert (first["section"], first["fits"]) == ("probe", False)
+    assert first["memory"]["weights"] > 100_000
+    refused = CliRunner().invoke(app, ["plan", str(file), "--gpu", "large"]).exception
+    assert isinstance(refused, ConfigError)
+    assert "--gpu: 'large' is no size" in str(refused)
