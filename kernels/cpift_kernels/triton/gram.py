@@ -98,7 +98,9 @@ def _add_neighbours(sums, LEVELS: tl.constexpr):
     return tl.reshape(sums, (sums.shape[0],))
 
 
-@triton.jit
+# A version for each multiple of 16 among them would take seconds to compile in the middle of a merge, and be no faster:
+# where a block begins is told to be aligned.
+@triton.jit(do_not_specialize=["width", "chunks", "blocks", "words", "base"])
 def gram_kernel(
     reference, left, right, excluded, partial, width, chunks, blocks, words, base,
     L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -127,8 +129,8 @@ def gram_kernel(
     for p in tl.static_range(P):
         tl.store(partial + block * P + p, _add_neighbours(found[p], LEVELS), mask=exists & (few == 0))
     if tl.max(few.to(tl.int32), 0) > 0:
-        exact = _running_sums(
-            reference, left, right, excluded, first, column, width, words, L, R, P, SUMS, UNROLLED, ALIGNED, TAIL, True
+        exact = _running_sums(  # seldom: not unrolled, it would only take time to compile
+            reference, left, right, excluded, first, column, width, words, L, R, P, SUMS, 1, ALIGNED, TAIL, True
         )
         for p in tl.static_range(P):
             tl.store(partial + block * P + p, _add_neighbours(exact[p], LEVELS), mask=exists & few)
