@@ -143,13 +143,8 @@ def test_the_example_of_the_page_runs(
     assert not Path("planned").exists(), "a plan touches nothing"
 
 
-# What appears in a run's folder once workers are at it.
-AT_WORK = {
-    "▸ probes": "logs/**/events.out.tfevents.*",
-    "▸ fusion": "fuse",
-    "▸ integration": "logs/**/events.out.tfevents.*",
-    "▸ evaluation": "evaluate/*/scores.json",
-}
+# What appears in a run's folder once workers are at it. (A run that is killed in its other stages: integration tests.)
+AT_WORK = {"▸ fusion": "fuse", "▸ integration": "logs/**/events.out.tfevents.*"}
 
 
 def kill_in(word: str, command: list[str], output: Path) -> None:
@@ -170,7 +165,7 @@ def kill_in(word: str, command: list[str], output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_in_every_stage_it_ends_with_the_same_model(folder: Path) -> None:
+def test_killed_in_its_own_stages_it_ends_with_the_same_model(folder: Path) -> None:
     run, task = folder / "runs" / "my-run", folder / "sums.yaml"
     whole = cpift.extend(run, task, output=folder / "whole", in_process=True)
     command = [sys.executable, "-m", "cpift.cli", "extend", str(run), str(task), f"--output={folder / 'killed'}"]

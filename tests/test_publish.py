@@ -53,6 +53,7 @@ def push(server: Hub, *arguments: str, token: str = TOKEN) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_private_repository_and_again_the_same(server: Hub, model: Path) -> None:
     done = push(server, str(model), "--to", "me/first")
     assert done.returncode == 0, done.stderr

@@ -72,6 +72,7 @@ OPTIONS: Mapping[str, Option] = {
     "p": Option("regions.p", "cpift: core fraction; 1 % is 0.01"),
     "scope": Option("regions.scope", "cpift: the top p of all parameters (`global`), or of each `tensor`"),
     "measure": Option("regions.measure", "cpift: elements of the largest `update`, or `significance`"),
+    "placement": Option("regions.placement", "cpift: `random` for as many other elements, a control"),
     "include": Option("regions.include", "cpift: pattern of parameter names (repeatable)", "values"),
     "exclude": Option("regions.exclude", "cpift: pattern taken out again (repeatable)", "values"),
     "tau": Option("groups.tau", "cpift: Jaccard overlap from which tasks are one group"),
@@ -95,6 +96,7 @@ class RegionFields(TypedDict, total=False):
     p: float
     scope: ScopeName
     measure: MeasureName
+    placement: Literal["chosen", "random"]
     include: Sequence[str]
     exclude: Sequence[str]
     vocabulary: Literal["error", "base"]
@@ -130,6 +132,7 @@ class MethodFields(TypedDict, total=False):
     p: float
     scope: ScopeName
     measure: MeasureName
+    placement: Literal["chosen", "random"]
     include: Sequence[str]
     exclude: Sequence[str]
     tau: float

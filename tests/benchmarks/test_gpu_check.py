@@ -63,6 +63,7 @@ def asked(steps: list[str], folder: Path) -> tuple[int, list[dict[str, Any]]]:
     return status, [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_step_gives_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = [*gpu.STEPS]
     with patch.dict(OPERATIONS, {"overlap_counts": OPERATIONS["overlap_counts"]}, clear=True):
@@ -80,6 +81,7 @@ def test_every_step_gives_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of a copy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_has_the_bits_of_its_reference(operation: str) -> None:
     with as_gpu():

@@ -268,6 +268,7 @@ def test_only_buffers_are_left_out(tmp_path: Path) -> None:
     assert problem.what == f"it has 2 that θ0 lacks (extra.weight, {name})"
 
 
+@pytest.mark.slow
 def test_a_vision_language_model_is_not_trained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}')
     (problem,) = untrainable(tmp_path, "model.path")

@@ -159,6 +159,7 @@ def test_bad_checkpoints_end_with_one_message_and_code_2(bad: Run, tmp_path: Pat
     assert not (tmp_path / "out" / "probe").exists()
 
 
+@pytest.mark.slow
 def test_a_real_model_with_nan_is_refused_before_training(bad: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -115,6 +115,7 @@ def test_rows_that_the_template_cannot_write_are_told_together(tmp_path: Path) -
         kept(tmp_path / "tokens", data, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_helpers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = load_examples(source(tmp_path / "rows.jsonl", 90))
     alone = list(tokenised(examples, TOKENIZER, 50))

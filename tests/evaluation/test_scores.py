@@ -73,6 +73,7 @@ evaluate_model(Path(sys.argv[1]), tasks, EvaluationConfig(precision="float32", b
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, place = tasks_in(tmp_path), tmp_path / "results"
     undisturbed = records(evaluate_model(base, tasks, SETTINGS))

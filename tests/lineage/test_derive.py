@@ -211,6 +211,7 @@ def test_after_clean_a_task_can_be_added_and_none_forgotten(run: Path) -> None:
     assert data.models[-1] == "final"
 
 
+@pytest.mark.slow
 def test_a_task_is_forgotten_from_kept_probes(run: Path) -> None:
     before = files(run)
     config = forgotten(run, "a")

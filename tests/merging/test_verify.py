@@ -141,7 +141,13 @@ def test_a_copy_of_another_tensor_is_found(tmp_path: Path, monkeypatch: pytest.M
 
     def wrong(label: str, model: Checkpoint, info: Any) -> Faulty:
         fill = right(label, model, info)
-        return lambda start, stop, out: (fill(start, stop, out), out.view(-1)[2:3].add_(1))
+
+        def faulty(start: int, stop: int, out: torch.Tensor) -> Any:
+            waits = fill(start, stop, out)
+            out.view(-1)[2:3].add_(1)
+            return waits
+
+        return faulty
 
     monkeypatch.setattr(base, "copy_of", wrong)
     checked = merged(tmp_path / "out", method, method.pretrained)

@@ -48,6 +48,7 @@ def test_the_same_fit_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "c" / "export") != weights(tmp_path / "a" / "export")
 
 
+@pytest.mark.slow
 def test_a_fit_leaves_nothing_that_changes_the_next_one_in_its_process(base: Path, tmp_path: Path) -> None:
     """What another has set before: seed, precision, threads, adapters, clipping, a loss that ended it."""
     fit_here(spec(base, tmp_path / "first"), lambda message: None)
