@@ -10,14 +10,14 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.config.inputs import MODELS
 from cpift.config.loading import parse_config
-from cpift.config.run import RunConfig, TaskConfig
+from cpift.config.run import RunConfig
 from cpift.console.view import View
 from cpift.disk.artifact_state import read_manifest, state_of
 from cpift.disk.artifacts import Artifact, claimed
@@ -219,26 +219,12 @@ def _require_free(place: Path, wanted: str | None = None) -> None:
 
 def checked(config: RunConfig, place: Path, download: bool) -> list[str]:
     """What is worth knowing of a merge before it starts. Raises ConfigError with everything wrong with it."""
-    if twice := list(_twice(config.tasks)):
-        raise ConfigError(_SUBJECT, twice)
     _require_free(place)
     work = work_of(place)
     if work.exists() and any(work.iterdir()) and not (work / ".lock").is_file():
         what = "is there and is no merge's work, and this name is needed"
         raise ConfigError(_SUBJECT, [Problem(str(work), what, "move it away, or give another --out")])
     return preflight(config, stage="fuse", download=download)
-
-
-def _twice(tasks: Sequence[TaskConfig]) -> Iterator[Problem]:
-    """Models that are given under two names: they would count twice, unasked."""
-    first: dict[tuple[str, str | None], str] = {}
-    for task in tasks:
-        if (source := task.checkpoint) is not None:
-            place = os.path.realpath(source.path) if source.path is not None else str(source.hub)
-            same = first.setdefault((place, source.revision), task.name)
-            if same != task.name:
-                what = f"is the same model as {same} ({place})"
-                yield Problem(task.name, what, "give each model once; --weights NAME=2 makes one count twice")
 
 
 def merge_into(

@@ -174,7 +174,7 @@ def test_a_merge_takes_cores_that_were_selected_before(here: Path, models: Path)
 
 def test_one_model_under_two_names_is_refused(here: Path) -> None:
     (here / "again").symlink_to("ft-code")
-    with pytest.raises(cpift.ConfigError, match=r"again: is the same model as code .* give each model once"):
+    with pytest.raises(cpift.ConfigError, match=r"again\.checkpoint: is the same model as code .* each model once"):
         cpift.merge("base", {**NAMES, "again": "again"}, "out")
     assert not list(here.glob("*out*"))
 

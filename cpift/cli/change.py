@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cpift.model_diff import ModelDiff
 
 _ROUNDING = 1e-5  # of factors in float32, as a share of the change
+_EXPERTS = 10  # that are shown of a mixture
 _SHOWN = 5  # modules of which an adapter lost most
 _FIGURES: Mapping[str, tuple[str, Callable[[Change], str]]] = {
     "relative": ("L2 of the change, % of the weight's", lambda change: _percent(change.relative)),
@@ -85,6 +86,8 @@ def _print(found: ModelDiff, show: str) -> None:
     say(f"Largest |Δ|: {whole.largest:.3g}, in {one_line(name)}")
     say(f"L2 of the change: {whole.l2:.4g}, {_percent(whole.relative)} % of the weights'")
     Terminal().print(_table(found, show))
+    if found.experts:
+        _print_experts(found)
 
 
 def _table(found: ModelDiff, show: str) -> Table:
@@ -106,6 +109,29 @@ def _table(found: ModelDiff, show: str) -> Table:
     table.add_section()
     table.add_row("all", *(shown(found.of_kind(kind)) for kind in kinds))
     return table
+
+
+def _print_experts(found: ModelDiff) -> None:
+    """How many experts changed, and those that changed most."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from cpift.text.escaping import one_line
+
+    moved = {expert: change for expert, change in found.experts.items() if change.changed}
+    blocks = len({block for block, _ in found.experts})
+    say(f"Experts: {len(moved)} of {len(found.experts)} changed, in {blocks} blocks")
+    if not moved:
+        return
+    total = sum(change.l2**2 for change in moved.values())
+    title = "experts that changed most: L2 as % of the weights', of all experts' L2² the share"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for name in ("expert", "", "L2, %", "changed, %", "largest |Δ|", "share, %"):
+        table.add_column(name, justify="left" if name == "expert" else "right", no_wrap=True)
+    for (block, number), change in sorted(moved.items(), key=lambda item: -item[1].l2)[:_EXPERTS]:
+        cells = (shown(change) for _, shown in _FIGURES.values())
+        table.add_row(one_line(block), str(number), *cells, _percent(change.l2**2 / total))
+    Terminal().print(table)
 
 
 def _percent(share: float | None) -> str:

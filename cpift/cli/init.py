@@ -34,6 +34,13 @@ def init(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="the file to write; my-run.yaml if not given")] = None,
     tests: Tests = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocabulary",
+            help="of a merge, where models have other tokens: `base`, `union`, `pretrained` or a model's name",
+        ),
+    ] = None,
     example: Annotated[
         str | None, typer.Option("--example", metavar="NAME", help="copy an example that comes with cpift, e.g. smoke")
     ] = None,
@@ -44,11 +51,11 @@ def init(
     say why each value is what it is. Nothing that exists is replaced.
     """
     arguments = inputs or []
-    _require_meant(arguments, model, out, example, tests)
+    _require_meant(arguments, model, out, example, tests, vocabulary)
     if example is not None:
         _example(example)
     elif arguments[:1] == ["merge"]:
-        _merge(arguments[1:], out, tests or [])
+        _merge(arguments[1:], out, tests or [], vocabulary)
     elif arguments[:1] == ["sweep"]:
         _sweep(arguments[1:], out)
     else:
@@ -56,7 +63,12 @@ def init(
 
 
 def _require_meant(
-    arguments: Sequence[str], model: str | None, out: Path | None, example: str | None, tests: Sequence[str] | None
+    arguments: Sequence[str],
+    model: str | None,
+    out: Path | None,
+    example: str | None,
+    tests: Sequence[str] | None,
+    vocabulary: str | None,
 ) -> None:
     """Raise ConfigError for what would be ignored."""
     kind = (
@@ -69,7 +81,11 @@ def _require_meant(
     beside = {"--model": model, "--out": out if example is not None else None}
     beside |= {"DATA": ", ".join(arguments) or None} if example is not None else {}
     beside |= {"--test": ", ".join(tests or []) or None} if kind != "merge" else {}
+    beside |= {"--vocabulary": vocabulary} if kind != "merge" else {}
     ignored = [name for name, value in beside.items() if value is not None]
+    if kind is None and vocabulary is not None:
+        what = "means nothing beside data to train on"
+        raise ConfigError("init", [Problem("--vocabulary", what, "it is for `cpift init merge`")])
     if kind is None and tests:
         remedy = "files NAME_train and NAME_test are one task; --test is for `cpift init merge`"
         raise ConfigError("init", [Problem("--test", "means nothing beside data to train on", remedy)])
@@ -104,12 +120,12 @@ def _run(data: Sequence[str], model: str | None, out: Path) -> None:
     say(f"Next: cpift plan {out}, then cpift run {out}")
 
 
-def _merge(models: Sequence[str], out: Path | None, tests: Sequence[str]) -> None:
+def _merge(models: Sequence[str], out: Path | None, tests: Sequence[str], vocabulary: str | None) -> None:
     from cpift.init.others import check_merge, merge_file
 
     out = out or Path("my-merge.yaml")
     _require_free(out)
-    text = merge_file(models, out, _schema_name("run"), tests)
+    text = merge_file(models, out, _schema_name("run"), tests, vocabulary)
     check_merge(text, out)
     _write(out, text, "run")
     then = f"cpift evaluate {out}, or cpift init sweep {out}" if tests else f"cpift fuse {out}"

@@ -47,6 +47,11 @@ def is_model(argument: str) -> bool:
     return path.is_dir() or not (path.exists() or path.suffix.lower() in _FILES)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is that of a model or an adapter."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def score_models(
     models: list[str], tests: list[str], base: str | None, settings: Mapping[str, Any], output: Path | None
 ) -> None:
@@ -63,6 +68,9 @@ def score_models(
     if not tests:
         what = "is not there, and models are scored on some rows"
         raise ConfigError(SUBJECT, [Problem("--test", what, "--test NAME=FILE, for each file of rows")])
+    if output is not None and holds_model(output.expanduser()):
+        what = f"{output} is a model's folder, which holds nothing else"
+        raise ConfigError(SUBJECT, [Problem("--output", what, "give another folder: scores and their page go there")])
     asked = to_score(named_models(models), tests, base=base, settings=settings, output=output or FOLDER)
     check_tests(asked)
     show_scores(asked)

@@ -57,7 +57,15 @@ def parse_config(
     problems += resolve_paths(raw, folder)
     problems += _changed(raw, changes or {})
     problems += place_words(raw, folder)
+    if _is_sweep(raw) and not overrides:
+        what = "this is a sweep's file, over values of a run's fields"
+        remedy = f"`cpift plan {raw['run']}` plans its run; `cpift sweep {subject}` checks all points before any starts"
+        raise ConfigError(subject, [Problem("space", what, remedy)])
     return _validated(raw, subject, problems)
+
+
+def _is_sweep(raw: Mapping[str, Any]) -> bool:
+    return "space" in raw and isinstance(raw.get("run"), str) and not {"tasks", "model"} <= set(raw)
 
 
 def with_fields(config: RunConfig, fields: Mapping[str, Any], subject: str) -> RunConfig:

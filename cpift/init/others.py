@@ -24,10 +24,13 @@ from cpift.merge_folder import named_models
 from cpift.untrusted.yaml import parse_yaml
 
 
-def merge_file(models: Sequence[str], out: Path, schema: str, tests: Sequence[str] = ()) -> str:
+def merge_file(
+    models: Sequence[str], out: Path, schema: str, tests: Sequence[str] = (), vocabulary: str | None = None
+) -> str:
     """The YAML file of a merge of checkpoints, `MODEL` or `NAME=MODEL`, onto the first.
 
-    tests: `NAME=FILE`, rows to score each model's task on. Raises ConfigError.
+    tests: `NAME=FILE`, rows to score each model's task on. vocabulary: `fusion.vocabulary`, where models have other
+    tokens; by tokens there are no core regions, and the file says linear. Raises ConfigError.
     """
     if len(models) < 3:
         raise ConfigError(
@@ -53,15 +56,27 @@ def merge_file(models: Sequence[str], out: Path, schema: str, tests: Sequence[st
                 for name, model in tuned.items()
             ),
             "",
-            "regions: {p: 0.01}             # the share of all elements that each keeps; the paper's 1 %",
-            "groups: {tau: 0.1}             # tasks whose cores overlap more are one group",
-            "backbone: {source: pretrained} # cores go into the first model; or a model trained on everything",
-            f"fusion: {{method: cpift}}        # or {', '.join(get_args(MergeName)[1:])}",
+            *_fusion(vocabulary),
             *scoring.evaluation,
             "resources: {memory_budget: 1GiB}",
         ]
     )
     return text + "\n"
+
+
+def _fusion(vocabulary: str | None) -> list[str]:
+    """The lines of the merge itself."""
+    cores = [
+        "regions: {p: 0.01}             # the share of all elements that each keeps; the paper's 1 %",
+        "groups: {tau: 0.1}             # tasks whose cores overlap more are one group",
+        "backbone: {source: pretrained} # cores go into the first model; or a model trained on everything",
+    ]
+    if vocabulary in (None, "base"):
+        rows = "" if vocabulary is None else f", vocabulary: {vocabulary}"
+        return [*cores, f"fusion: {{method: cpift{rows}}}        # or {', '.join(get_args(MergeName)[1:])}"]
+    others = ", ".join(name for name in get_args(MergeName) if name not in ("cpift", "linear"))
+    said = f"fusion: {{method: linear, vocabulary: {one_line_yaml(vocabulary)}}}"
+    return ["backbone: {source: pretrained}", f"{said} # rows by tokens; or {others}"]
 
 
 @dataclass(frozen=True)

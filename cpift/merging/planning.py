@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cpift.checkpoints.towers.tower import open_tower
 from cpift.checkpoints.uniting import united_notes
 from cpift.checkpoints.vocabulary import FittedCheckpoint, resized
 from cpift.config.needs import NEEDS, absent_extra
-from cpift.config.run import FusionConfig, RunConfig
+from cpift.config.run import FusionConfig, RunConfig, TaskConfig
 from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES, TensorInfo
 from cpift.merging.adapters.planning import field_problems, opened_problems
@@ -99,10 +100,25 @@ def check_methods(config: RunConfig, stage: str | None) -> list[Problem]:
         problems += absent_extra(method.extra, config.fusion.method_name, "fusion.method")
         problems += field_problems(config, stage, _tensors(config))
     problems += _of_towers(config, stage)
+    merges = stage == "fuse" or (stage is None and config.integration is None)
+    problems += _twice(config.tasks) if merges and config.merges_only else []
     if config.baselines is not None and (need.scores or stage is None):
         for name in (name for name in config.baselines.chosen if name in METHODS):
             problems += absent_extra(METHODS[name].extra, name, f"baselines.{name}")
     return problems
+
+
+def _twice(tasks: Sequence[TaskConfig]) -> Iterator[Problem]:
+    """Models that are given under two names: they would count twice, unasked."""
+    first: dict[tuple[str, str | None], str] = {}
+    for task in tasks:
+        if (source := task.checkpoint) is not None:
+            place = os.path.realpath(source.path) if source.path is not None else str(source.hub)
+            same = first.setdefault((place, source.revision), task.name)
+            if same != task.name:
+                what = f"is the same model as {same} ({place})"
+                remedy = "give each model once; fusion.weights, --weights NAME=2 makes one count twice"
+                yield Problem(f"tasks.{task.name}.checkpoint", what, remedy)
 
 
 def _module_of(config: RunConfig, where: str) -> str:

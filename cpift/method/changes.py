@@ -120,16 +120,29 @@ def _joined(parts: Sequence[_Part]) -> Change:
     )
 
 
-def changes(base: Checkpoint, tuned: Checkpoint, on_elements: OnElements | None = None) -> dict[str, Change]:
+def changes(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    on_elements: OnElements | None = None,
+    parts_of: Callable[[TensorInfo], int] = lambda info: 0,
+    parts: dict[str, list[Change]] | None = None,
+) -> dict[str, Change]:
     """By name what changed of every floating-point tensor that has elements; both models have the same tensors.
 
+    parts_of: in how many parts along its first dimension a tensor is looked at; each part's change goes to `parts`.
     Raises CheckpointError naming tensors that hold NaN or Inf.
     """
     infos = [info for info in base.tensors.values() if info.floating and info.numel]
     total, done = sum(info.numel for info in infos), 0
     found: dict[str, Change] = {}
     for info in infos:
-        found[info.name] = _change(base, tuned, info)
+        count = parts_of(info)
+        if parts is not None and count:
+            size = info.numel // count
+            own = [_change(base, tuned, info, number * size, (number + 1) * size) for number in range(count)]
+            parts[info.name], found[info.name] = own, together(own)
+        else:
+            found[info.name] = _change(base, tuned, info, 0, info.numel)
         done += info.numel
         if on_elements:
             on_elements(done, total)
@@ -147,9 +160,11 @@ def _require_finite(base: Checkpoint, tuned: Checkpoint, beyond: list[str]) -> N
         raise CheckpointError(f"fine-tune {tuned.folder}", first_problems(problems, 20))
 
 
-def _change(base: Checkpoint, tuned: Checkpoint, info: TensorInfo) -> Change:
+def _change(base: Checkpoint, tuned: Checkpoint, info: TensorInfo, first: int, last: int) -> Change:
+    """Of elements first..last-1 of a tensor."""
+    cut = [(first + start, first + stop) for start, stop in pieces(last - first)]
     parts = [
         _part(base.slice(info.name, start, stop), tuned.slice(info.name, start, stop))
-        for start, stop in sweep([base, tuned], info, pieces(info.numel))
+        for start, stop in sweep([base, tuned], info, cut)
     ]
     return _joined(parts)

@@ -27,6 +27,7 @@ from cpift.other_tools.mergekit_values import Place
 from cpift.untrusted.values import Raw, kind_of
 
 _TEMPLATES = ("chatml", "llama3", "alpaca")
+_MODULE = "default"  # of models that are one module, in mergekit's words
 _DTYPES = ("bfloat16", "float16", "float32")
 _FIELDS = {
     *("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"),
@@ -111,6 +112,7 @@ def is_mergekit(raw: Raw) -> bool:
 def read_mergekit(raw: Raw) -> Merge:
     """What a file asks for, with everything that cannot be done; nothing is opened."""
     merge = Merge()
+    raw = _of_module(merge, raw)
     inside = [name for name in raw if name in _KNOWN | set(IDLE)]
     for name in inside:
         merge.refuse(name, "stands outside of `parameters`, where mergekit does not look", "put it under `parameters`")
@@ -130,6 +132,26 @@ def read_mergekit(raw: Raw) -> Merge:
             merge.slices = [slice_of(merge, method, *both, shared) for both in zip(slices, kept, strict=True)]
     _output(merge, raw)
     return merge
+
+
+def _of_module(merge: Merge, raw: Raw) -> Raw:
+    """A file whose `modules` are one, `default`, as if what stands there stood outside: a text model is one module."""
+    modules = raw.get("modules")
+    if modules is None:
+        return raw
+    rest = {name: value for name, value in raw.items() if name != "modules"}
+    only = modules.get(_MODULE) if isinstance(modules, dict) and len(modules) == 1 else None
+    if not isinstance(only, dict):
+        remedy = (
+            f"give models or slices outside of it, or in one module `{_MODULE}`; a text model goes into a "
+            "vision-language model with `cpift merge BASE NAME=TEXT --into NAME=model.language_model`"
+        )
+        merge.refuse("modules", "name parts of models, and cpift merges one language model at a time", remedy)
+        return rest
+    if twice := [name for name in only if name in rest]:
+        what = f"stands in modules.{_MODULE} and outside of it"
+        merge.refuse(twice[0], what, "keep one of the two")
+    return rest | only
 
 
 def _method(merge: Merge, raw: Raw) -> Method | None:

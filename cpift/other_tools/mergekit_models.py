@@ -85,8 +85,6 @@ class Source:
 
 def sources_of(merge: Merge, raw: Raw) -> list[list[Source]]:
     """The sources of every slice; of `models`, those of the one slice that they stand for."""
-    if raw.get("modules") is not None:
-        merge.refuse("modules", "name parts of models of several kinds", "cpift merges one language model at a time")
     slices, models = raw.get("slices"), raw.get("models")
     if slices is not None and models is not None:
         merge.refuse("slices", "stand beside `models`", "keep one of the two")

@@ -261,3 +261,21 @@ def test_options_are_taken_as_they_are_typed(
         assert f"|{3 << 20}\n" in said("--memory-budget", "3MiB")
         for value in ("null", "3MiB #", "${HOME}", "[1]", ".", "1.2.3", "9" * 400 + "GB", "yes"):
             assert f"memory_budget: {value!r}" in said("--memory-budget", value)
+
+
+def test_a_sweep_in_the_place_of_a_run_is_told(cpift: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("run: run.yaml\nspace: {regions.p: [0.01, 0.1]}\n")
+    done = cpift("plan", file)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert "this is a sweep's file, over values of a run's fields" in said
+    assert "`cpift plan run.yaml` plans its run" in said
+
+
+def test_scores_go_into_no_models_folder(cpift: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = cpift("evaluate", "org/a", "--test", "a.jsonl", "--output", tmp_path / "model")
+    assert done.returncode == 2
+    assert "is a model's folder, which holds nothing else" in " ".join(done.stderr.split())

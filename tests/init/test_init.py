@@ -306,6 +306,23 @@ def test_a_merge_of_checkpoints(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert yaml.safe_load(text)["tasks"][1] == {"name": "b", "checkpoint": {"hub": "org/b", "revision": "c" * 40}}
 
 
+def test_a_merge_of_models_with_other_tokens(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        shutil.copytree(base, tmp_path / folder)
+    invoke("merge", base, "a", "b", "--vocabulary", "union", "--out", "union.yaml")
+    config = config_of(tmp_path / "union.yaml")
+    assert (config.fusion.method, config.fusion.vocabulary) == ("linear", "union")
+    invoke("merge", base, "a", "b", "--vocabulary", "base", "--out", "rows.yaml")
+    config = config_of(tmp_path / "rows.yaml")
+    assert (config.fusion.method, config.fusion.vocabulary) == ("cpift", "base")
+    with pytest.raises(ConfigError, match="vocabulary"):
+        invoke("merge", base, "a", "b", "--vocabulary", "c", "--out", "c.yaml")
+    assert not (tmp_path / "c.yaml").exists()
+    with pytest.raises(ConfigError, match="--vocabulary: means nothing beside data to train on"):
+        invoke(tmp_path / "a.jsonl", "--model", base, "--vocabulary", "union")
+
+
 def test_a_hub_data_set_is_pinned_and_held_out_of(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader is replaced: this checks what is asked for, not the hub."""
     for module in ("init.files", "data.sources"):

@@ -350,3 +350,15 @@ def test_options_go_before_the_file_and_its_dtype_counts(here: Path) -> None:
 
 def test_each_method_of_mergekits_is_one_of_ours() -> None:
     assert {method.ours for method in METHODS.values()} <= set(OURS)
+
+
+def test_the_one_module_of_a_text_model_is_the_model() -> None:
+    inside = {"models": [{"model": "org/a"}, {"model": "org/b"}], "parameters": {"weight": 0.5}}
+    plain = {"merge_method": "linear", "dtype": "bfloat16"}
+    found, wanted = read_mergekit(plain | {"modules": {"default": inside}}), read_mergekit(plain | inside)
+    assert found == wanted
+    assert not found.problems
+    twice = read_mergekit(plain | {"models": inside["models"], "modules": {"default": inside}})
+    assert [problem.where for problem in twice.problems] == ["models"]
+    parts = read_mergekit(plain | {"modules": {"text_decoder": inside, "vision_tower": inside}})
+    assert "--into NAME=model.language_model" in parts.problems[0].remedy
