@@ -187,10 +187,11 @@ def test_architectures_are_told_as_transformers_tells_them(clean: Path, tmp_path
 
 
 def run_file(root: Path, model: Path, given: Path) -> Path:
+    other = shutil.copytree(given, root / f"{given.name}-again", dirs_exist_ok=True)  # one model twice is refused
     tasks = [
-        {"name": name, "checkpoint": {"path": str(given)}, "metric": "choice"}
+        {"name": name, "checkpoint": {"path": str(path)}, "metric": "choice"}
         | {split: {"procedural": "ending", "size": 4, "split": split} for split in ("train", "test")}
-        for name in ("one", "two")
+        for name, path in (("one", given), ("two", other))
     ]
     config = {"name": "x", "model": {"path": str(model)}, "tasks": tasks, "output": str(root / "out")}
     training = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "max_length": 32}

@@ -179,6 +179,7 @@ def _integers() -> dict[str, Operation]:
         table[f"shr.{kind}"] = Operation(kind, (kind, "u32"), _shift(np.right_shift, bits, kind[0] == "s"))
         if kind[0] == "s":
             table[f"neg.{kind}"] = Operation(kind, (kind,), np.negative)
+    table["rem.s32"] = Operation("s32", ("s32", "s32"), lambda a, b: np.fmod(a, b))  # with the sign of a
     table["div.s32"] = Operation("s32", ("s32", "s32"), lambda a, b: (a.astype(np.int64) / b).astype(np.int32))
     for kind, wide in (("s32", "s64"), ("u32", "u64")):
         table[f"mul.hi.{kind}"] = Operation(kind, (kind, kind), _high(TYPES[kind], TYPES[wide]))
