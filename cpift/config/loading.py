@@ -57,15 +57,24 @@ def parse_config(
     problems += resolve_paths(raw, folder)
     problems += _changed(raw, changes or {})
     problems += place_words(raw, folder)
-    if _is_sweep(raw) and not overrides:
-        what = "this is a sweep's file, over values of a run's fields"
-        remedy = f"`cpift plan {raw['run']}` plans its run; `cpift sweep {subject}` checks all points before any starts"
-        raise ConfigError(subject, [Problem("space", what, remedy)])
+    _require_run(raw, subject)
     return _validated(raw, subject, problems)
 
 
-def _is_sweep(raw: Mapping[str, Any]) -> bool:
-    return "space" in raw and isinstance(raw.get("run"), str) and not {"tasks", "model"} <= set(raw)
+def _require_run(raw: Mapping[str, Any], subject: str) -> None:
+    """Raise ConfigError for a sweep's or a comparison's file: it names the run that it is about."""
+    if not isinstance(raw.get("run"), str) or {"tasks", "model"} & set(raw):
+        return
+    if "space" in raw:
+        what, then = (
+            "this is a sweep's file, over values of a run's fields",
+            f"`cpift sweep {subject}` checks all points",
+        )
+    else:
+        what, then = "this is a comparison's file, of a run", f"`cpift compare {subject}` checks all methods"
+    raise ConfigError(
+        subject, [Problem("run", what, f"`cpift plan {raw['run']}` plans its run; {then} before any starts")]
+    )
 
 
 def with_fields(config: RunConfig, fields: Mapping[str, Any], subject: str) -> RunConfig:

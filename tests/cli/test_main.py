@@ -263,14 +263,33 @@ def test_options_are_taken_as_they_are_typed(
             assert f"memory_budget: {value!r}" in said("--memory-budget", value)
 
 
-def test_a_sweep_in_the_place_of_a_run_is_told(cpift: Run, tmp_path: Path) -> None:
-    file = tmp_path / "sweep.yaml"
-    file.write_text("run: run.yaml\nspace: {regions.p: [0.01, 0.1]}\n")
-    done = cpift("plan", file)
-    assert done.returncode == 2
-    said = " ".join(done.stderr.split())
-    assert "this is a sweep's file, over values of a run's fields" in said
-    assert "`cpift plan run.yaml` plans its run" in said
+@pytest.mark.parametrize("options", [[], ["--set", "seed=1"]])
+@pytest.mark.parametrize(
+    ("fields", "said", "then"),
+    [
+        ("space: {regions.p: [0.01, 0.1]}", "this is a sweep's file, over values of a run's fields", "sweep"),
+        ("seeds: [0, 1]", "this is a comparison's file, of a run", "compare"),
+    ],
+)
+def test_a_sweep_or_a_comparison_in_the_place_of_a_run_is_told(
+    fields: str,
+    said: str,
+    then: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(f"run: run.yaml\n{fields}\n")
+    monkeypatch.setattr(sys, "argv", ["cpift", "plan", str(file), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    answer = " ".join(capsys.readouterr().err.split())
+    assert said in answer
+    assert "`cpift plan run.yaml` plans its run" in answer
+    assert f"`cpift {then} " in answer
 
 
 def test_scores_go_into_no_models_folder(cpift: Run, tmp_path: Path) -> None:

@@ -59,6 +59,21 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 Models = tuple[Checkpoint, dict[str, Checkpoint]]  # θ0, and fine-tunes by task
 
 
+SMALL = {"a": (30, 70), "b": (33,), "c": (3, 501), "empty": (0, 4)}
+
+
+def make_moved(root: Path, steps: bool = False) -> Models:
+    """θ0 of `SMALL` and two fine-tunes, x and y, in fp32; steps: an integer buffer that differs beside them."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SMALL.items()}
+    tuned = {}
+    for task in ("x", "y"):
+        moved = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        tuned[task] = Checkpoint(save_checkpoint(root / task, moved | ({"step": torch.arange(3)} if steps else {})))
+    beside = {"step": torch.zeros(3, dtype=torch.int64)} if steps else {}
+    return Checkpoint(save_checkpoint(root / "base", base | beside)), tuned
+
+
 def make_sharded(root: Path) -> Models:
     """θ0 and three fine-tunes, one in another dtype; bf16 steps make ties at every threshold."""
     base = large(0)

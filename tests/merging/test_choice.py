@@ -13,7 +13,6 @@ import torch
 from typer.testing import CliRunner
 
 import cpift
-from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.cli.main import app
 from cpift.config.loading import parse_config
 from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
@@ -27,12 +26,10 @@ from cpift.merging.on_device import DeviceMerging, device_merging, foretold
 from cpift.merging.registry import method_named
 from cpift.method.changes import ChangesInPassing
 from cpift.method.regions import Streaming, write_regions
-from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.checkpoints import Models, make_moved
 from tests.helpers.merges import config_file, make_models
 
-SHAPES = {"a": (30, 70), "b": (33,), "c": (3, 501), "empty": (0, 4)}
 NUMEL = 30 * 70 + 33 + 3 * 501
-Models = tuple[Checkpoint, dict[str, Checkpoint]]
 
 
 class Spied(DeviceMerging):
@@ -73,13 +70,7 @@ def nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root, generator = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    tuned = {}
-    for task in ("x", "y"):
-        moved = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
-        tuned[task] = Checkpoint(save_checkpoint(root / task, moved))
-    return Checkpoint(save_checkpoint(root / "base", base)), tuned
+    return make_moved(tmp_path_factory.mktemp("models"))
 
 
 def selected(models: Models, merging: AutoMerging | None, out: Path, **fields: Any) -> dict[str, bytes]:

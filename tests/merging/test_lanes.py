@@ -25,11 +25,9 @@ from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import method_named
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.as_gpu import as_gpu
-from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.checkpoints import Models, make_moved
 from tests.helpers.placements import CPU, Lazy, Limited, placing, queued_launches
 
-SHAPES = {"a": (30, 70), "b": (33,), "c": (3, 501), "empty": (0, 4)}
-Models = tuple[Checkpoint, dict[str, Checkpoint]]
 SLOW = pytest.mark.slow
 
 
@@ -43,13 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root, generator = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    tuned = {}
-    for task in ("x", "y"):
-        moved = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in base.items()}
-        tuned[task] = Checkpoint(save_checkpoint(root / task, moved | {"step": torch.arange(3)}))
-    return Checkpoint(save_checkpoint(root / "base", base | {"step": torch.zeros(3, dtype=torch.int64)})), tuned
+    return make_moved(tmp_path_factory.mktemp("models"), steps=True)
 
 
 @pytest.fixture(scope="module")
