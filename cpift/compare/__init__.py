@@ -1,8 +1,9 @@
 """CPI-FT beside what else the same tokens could have bought.
 
 `config` is a comparison's file, `methods` are the contenders, `budgets` what each may spend, `work` does all of it with
-every seed. `record` keeps the scores, `findings` says what they show. `tables` and `plots` show it, in a `page` and in
-text `files`. `run_baselines` has the baselines of an ordinary run.
+every seed. `record` keeps the scores, `findings` says what they show, `contrasts` tests what was named beforehand, and
+`words` puts differences into sentences. `tables` and `plots` show it, in a `page` and in text `files`. `run_baselines`
+has the baselines of an ordinary run.
 
     >>> from cpift.compare import in_stages
     >>> in_stages(["sums", "poems", "code"], 2)

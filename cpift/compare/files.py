@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cpift.compare.findings import Findings, points
+from cpift.compare.findings import Findings
 from cpift.compare.plots import curve, intervals, standalone
 from cpift.compare.record import OURS, Record, record_text
 from cpift.compare.tables import (
@@ -34,6 +34,7 @@ from cpift.compare.tables import (
     reading,
     set_up,
 )
+from cpift.compare.words import points
 from cpift.disk.top_files import write_top
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.retention import sentences

@@ -15,8 +15,9 @@ from functools import cached_property
 import numpy as np
 
 from cpift.compare.config import Contrast
-from cpift.compare.contrasts import SCALES, Tested, by_holm
+from cpift.compare.contrasts import Tested, by_holm
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.compare.words import points, primary_sentence, share, side
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.measures import (
     Forgetting,
@@ -273,56 +274,6 @@ class Findings:
         return [f"Where mean retention is won and lost: {'; '.join(texts)}."] if texts else []
 
 
-def primary_sentence(outcome: Tested) -> str:
-    """A primary contrast, what it came to, and what it shows."""
-    contrast = outcome.contrast
-    return f"{contrast.method} − {contrast.rival}, {SCALES[contrast.by].title}: {primary_points(outcome)}."
-
-
-def primary_points(outcome: Tested) -> str:
-    """In points (of ln ratios: hundredths), with the interval of its own test, the adjusted p, and what it shows."""
-    shown = {1: "above", -1: "below", 0: "no difference shown"}[outcome.side]
-    difference = outcome.difference
-    if difference.low is None or difference.high is None or outcome.p is None:
-        return f"{signed(100 * difference.mean)} (no interval)"
-    p = f"p {outcome.p:.3f}" if outcome.p >= 0.001 else "p < 0.001"
-    interval = f"[{signed(100 * difference.low)}, {signed(100 * difference.high)}]"
-    return f"{signed(100 * difference.mean)} {interval}, {p}, {shown}"
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
-
-
-def side(estimate: Estimate) -> int:
-    """1 where the whole interval is above zero, −1 where below, else 0."""
-    if estimate.low is None or estimate.high is None:
-        return 0
-    return int(estimate.low > 0) - int(estimate.high < 0)
-
-
-def points(estimate: Estimate) -> str:
-    """A difference of retentions in points, with its interval and what it shows."""
-    shown = {1: "above", -1: "below", 0: "no difference shown"}[side(estimate)]
-    if estimate.low is None or estimate.high is None:
-        return f"{signed(100 * estimate.mean)} (no interval)"
-    return f"{signed(100 * estimate.mean)} [{signed(100 * estimate.low)}, {signed(100 * estimate.high)}], {shown}"
-
-
-def share(estimate: Estimate) -> str:
-    """A share in percent with its interval."""
-    if estimate.low is None or estimate.high is None:
-        return f"{number(100 * estimate.mean)} %"
-    return f"{number(100 * estimate.mean)} % [{number(100 * estimate.low)}, {number(100 * estimate.high)}]"
-
-
-def number(value: float, digits: int = 1) -> str:
-    """A number with a true minus sign, and no minus before zero."""
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def signed(value: float, digits: int = 1) -> str:
-    text = number(value, digits)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpift.compare.contrasts import SCALES
-from cpift.compare.findings import FULL, REPLAYED, Findings, Line, number, points, primary_points, share, signed
+from cpift.compare.findings import FULL, REPLAYED, Findings, Line
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
+from cpift.compare.words import number, points, primary_points, share, signed
 from cpift.config.run import ModelConfig
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of

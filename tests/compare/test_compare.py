@@ -15,10 +15,11 @@ import yaml
 from cpift.compare.budgets import Budgets
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document, write_comparison, written_files
-from cpift.compare.findings import Findings, side
+from cpift.compare.findings import Findings
 from cpift.compare.methods import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
 from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare.run_baselines import OF_RUNS, fits_beside, make_baselines, plan_all
+from cpift.compare.words import side
 from cpift.compare.work import ComparisonWork, run_comparison
 from cpift.config.loading import parse_config, with_fields
 from cpift.config.run import RunConfig

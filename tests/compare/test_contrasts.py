@@ -7,6 +7,7 @@ import pytest
 
 from cpift.compare.config import Contrast
 from cpift.compare.contrasts import by_holm
+from cpift.compare.words import points, primary_points
 from cpift.evaluation.measures import References, Scores, TaskItems, bootstrap, interval, p_value
 
 REFERENCES = References("base", "probes", {"x": "loss", "y": "loss"})
@@ -54,6 +55,7 @@ def test_worse_is_below_and_what_cannot_be_told_is_not_shown() -> None:
     no_losses = References("base", "probes", {"x": "choice", "y": "choice"})
     unknown = by_holm(found, [Contrast(method="worse", rival="rival", by="loss")], no_losses)[0]
     assert (unknown.p, unknown.side, unknown.difference.low) == (None, 0, None)
+    assert (primary_points(unknown), points(unknown.difference)) == ("no value", "no value")
 
 
 def test_a_p_value_is_where_the_interval_meets_zero() -> None:
