@@ -128,9 +128,12 @@ def regions(
     from cpift.checkpoints.checkpoint import Checkpoint
     from cpift.checkpoints.opening import open_models
     from cpift.merging.on_device import device_merging
+    from cpift.method.measures import measure_named
+    from cpift.method.moments import open_moments
     from cpift.method.regions import Streaming, select_regions, write_regions
     from cpift.pipeline.identity import StageArtifacts
     from cpift.pipeline.preflight import preflight
+    from cpift.pipeline.stages.probe import moments as moment_files
 
     preflight(config, stage="regions")
     artifacts = StageArtifacts(config)
@@ -141,7 +144,11 @@ def regions(
     origin = Origin(artifacts.base.fingerprint, fingerprints, config.regions, shapes)
     models_read: list[Checkpoint] = [pretrained, *tuned.values()]
     merging = device_merging(config.resources)
-    streaming = Streaming(budget=config.resources.memory_budget, mark=merging.mark if merging else None)
+    needed = measure_named(config.regions.measure).needs_moments
+    moments = open_moments(moment_files(artifacts) if needed else {}, pretrained)
+    models_read += moments.values()
+    mark = merging.mark if merging else None
+    streaming = Streaming(budget=config.resources.memory_budget, mark=mark, moments=moments)
     if place is None:
         selected = Cores(select_regions(pretrained, tuned, config.regions, streaming), origin)
         for model in models_read:

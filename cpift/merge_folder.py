@@ -27,7 +27,7 @@ from cpift.errors import ConfigError, Problem
 from cpift.hub import HUB_ID
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS, tune_names
-from cpift.merging.registry import METHODS, OF_ALL
+from cpift.merging.registry import METHODS, OF_ALL, reads_moments
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
@@ -69,6 +69,8 @@ def merge_config(
     """
     problems = [_unknown(name) for name in fields if name not in OPTIONS]
     problems += [Problem(name, what, "leave it out") for name, what in _unused(fields).items()]
+    fields = dict(fields)
+    moments = _moments(fields, models, problems)
     problems += [
         Problem(name, "is decided by a merge's own arguments", "leave it out") for name in _own(settings or {})
     ]
@@ -86,7 +88,7 @@ def merge_config(
     raw: dict[str, Any] = {
         "name": name,
         "model": pretrained,
-        "tasks": [{"name": task, "checkpoint": source} for task, source in sources.items()],
+        "tasks": [{"name": task, "checkpoint": source, **moments.get(task, {})} for task, source in sources.items()],
     }
     changes = {**_DEFAULTS, **{OPTIONS[name].field: _plain(value) for name, value in fields.items()}}
     for place in ("model.chat_template", "backbone.source"):  # paths: from the working directory, as any argument
@@ -128,6 +130,24 @@ def _unused(fields: Mapping[str, Any]) -> dict[str, str]:
         if name in fields and option.field.startswith(_OF_METHODS) and not option.field.startswith(isolates)
     ]
     return {name: f"is not used by {method}" for name in unused if OPTIONS[name].field not in known}
+
+
+def _moments(fields: dict[str, Any], models: Any, problems: list[Problem]) -> dict[str, dict[str, str]]:
+    """By task, where its second moments are, taken out of the keywords; what is wrong with them goes to `problems`."""
+    given = fields.pop("moments", None)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(file, (str, os.PathLike)) for file in given.values()):
+        problems.append(Problem("moments", "are no files by the name of a model", "NAME=FILE of each"))
+        return {}
+    reads = fields.get("measure") == "curvature" or reads_moments(str(fields.get("method", "cpift")))
+    if not reads:
+        remedy = "leave them out, or set measure: curvature, or a method that reads them"
+        problems.append(Problem("moments", "are read by nothing that is asked for", remedy))
+    known = list(models) if isinstance(models, Mapping) else []
+    for task in (task for task in given if task not in known):
+        problems.append(Problem(f"moments: {task}", "is no model", f"one of {', '.join(map(str, known))}"))
+    return {task: {"moments": str(Path(file).expanduser().absolute())} for task, file in given.items()}
 
 
 def _unknown(name: str) -> Problem:

@@ -223,7 +223,7 @@ def _methods() -> str:
 
 def _said(method: type[MergeMethod]) -> str:
     """What else decides the result, and how often everything is read before it is written."""
-    needs = ["θ0"] * method.needs_base + ["the seed"] * method.seeded
+    needs = ["θ0"] * method.needs_base + ["second moments"] * method.needs_moments + ["the seed"] * method.seeded
     return f"{' and '.join(needs) or 'nothing'}; {method.reads + 1} reads"
 
 

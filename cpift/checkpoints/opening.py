@@ -22,6 +22,7 @@ from cpift.pretrained.fields import computing_problems
 from cpift.pretrained.loading import require_no_code
 from cpift.untrusted.json import ADAPTER, read_object, read_weight_map
 
+MOMENTS = "moments.safetensors"  # beside a model's files, and none of them: see `method.moments`
 FITTED = {"error": False, "base": True}  # `fusion.vocabulary` by numbers → whether other rows are fitted to θ0's
 _Source = TypeVar("_Source", bound=CheckpointConfig | ModelConfig)
 
@@ -178,10 +179,15 @@ def quick_fingerprint(folder: Path) -> str:
     return digest([[file.name, *_state(file)] for file in model_files(folder)])
 
 
+def file_fingerprint(file: Path) -> str:
+    """sha256 (hex) of a safetensors file's name, size, modification time and header, as `quick_fingerprint` has it."""
+    return digest([file.name, *_state(file)])
+
+
 def model_files(folder: Path) -> list[Path]:
     """Every file of a folder that decides its weights, tokens or text, by name."""
     files = {file for pattern in HUB_PATTERNS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(files - {folder / "README.txt"}, key=lambda file: file.name)
+    return sorted(files - {folder / "README.txt", folder / MOMENTS}, key=lambda file: file.name)
 
 
 def _state(file: Path) -> list[Any]:

@@ -64,7 +64,8 @@ class RegionsConfig(Section):
         "update",
         **identity("regions", absent="update", swept=True),
         description="what an element is chosen by: update: |θi − θ0| (paper); significance: |θi − θ0|·|θ0|, "
-        "which takes large updates of large weights",
+        "which takes large updates of large weights; curvature: (θi − θ0)²·vi, vi the second moments of the "
+        "fine-tune: probe.keep_moments, tasks.N.moments",
     )
     placement: Literal["chosen", "random"] = Field(
         "chosen",
@@ -116,6 +117,12 @@ class BackboneConfig(Section):
         **identity("backbone", by="its parts, else probe's"),
         description="of each stage of `staged`; default: as `probe`",
     )
+
+    @model_validator(mode="after")
+    def _no_moments(self) -> BackboneConfig:
+        if self.training is not None and self.training.keep_moments:
+            raise ValueError("training.keep_moments: nothing reads those of the backbone; give it to `probe`")
+        return self
 
 
 class RunConfig(Section):

@@ -48,6 +48,12 @@ class TaskConfig(Section):
     checkpoint: CheckpointConfig | None = Field(
         None, **identity(*GIVEN, by="its parts"), description="θi, used instead of training a probe"
     )
+    moments: Path | None = Field(
+        None,
+        **identity(*GIVEN, by="the file, where it is read", absent=None),
+        description="second moments of `checkpoint`: a safetensors file with θ0's tensors; default: "
+        "moments.safetensors in its folder",
+    )
     train: DataSource | None = Field(
         None,
         **identity("probe", "backbone", "integrate", by="its rows"),
@@ -86,6 +92,12 @@ class TaskConfig(Section):
         TaskResources(workers=None, cpus_per_worker=None, gpus_per_worker=None, threads_per_worker=None),
         **identity("probe", by="resources"),
     )
+
+    @model_validator(mode="after")
+    def _moments_are_given_with_their_model(self) -> TaskConfig:
+        if self.moments is not None and self.checkpoint is None:
+            raise ValueError("moments are of a `checkpoint`; a probe that is trained here keeps its own: keep_moments")
+        return self
 
     @model_validator(mode="after")
     def _held_out_of_train(self) -> TaskConfig:

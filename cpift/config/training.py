@@ -159,6 +159,12 @@ class TrainingConfig(Section):
         description="a stage ends with the average of its weights after each step t, the earlier ones weighed by "
         "min(ema, (1 + t) / (10 + t)); held-out loss is the average's; default: no average",
     )
+    keep_moments: bool = Field(
+        False,
+        **identity("probe", absent=False),
+        description="probes: AdamW's second moments of the last step, exp_avg_sq, are kept beside the model in bf16 "
+        "(moments.safetensors), for regions.measure: curvature and fusion.method: fisher",
+    )
     checkpoint_every: int = Field(
         200,
         **identity(),
@@ -183,6 +189,18 @@ class TrainingConfig(Section):
         asks = {"validation": self.validation, "keep": KEEPS[self.keep], "patience": self.patience}
         if self.evaluate_every is None and (idle := [name for name, value in asks.items() if value]):
             raise ValueError(f"{idle[0]}: needs held-out losses; give evaluate_every, the steps between them")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_are_of_the_weights(self) -> TrainingConfig:
+        otherwise = {
+            f"optimizer {self.optimizer} has none in this form": self.optimizer != "adamw",
+            "lora trains no weight of the model itself": self.lora is not None,
+            "ema gives other weights than those of the last step": self.ema is not None,
+            "keep: best gives other weights than those of the last step": KEEPS[self.keep],
+        }
+        if self.keep_moments and (why := [what for what, holds in otherwise.items() if holds]):
+            raise ValueError(f"keep_moments: are AdamW's of the last step, and {why[0]}; leave one of the two out")
         return self
 
     @property
@@ -225,4 +243,10 @@ class IntegrationConfig(TrainingConfig):
     def _no_lora(self) -> IntegrationConfig:
         if self.lora is not None:
             raise ValueError("lora: no mask can hold single elements of W + s·B·A; leave it out, or use it for probes")
+        return self
+
+    @model_validator(mode="after")
+    def _no_moments(self) -> IntegrationConfig:
+        if self.keep_moments:
+            raise ValueError("keep_moments: nothing reads those of the integration; give it to `probe`")
         return self

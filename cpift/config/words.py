@@ -36,11 +36,12 @@ MergeName = Literal[
     "pcb",
     "iso_c",
     "tsv_m",
+    "fisher",
 ]
 ConflictName = Literal["magnitude", "last", "mean", "agree"]
 MetricName = Literal["loss", "choice", "number", "rouge", "judge"]
 ScopeName = Literal["global", "tensor"]
-MeasureName = Literal["update", "significance"]
+MeasureName = Literal["update", "significance", "curvature"]
 
 
 def listed(words: Any) -> str:

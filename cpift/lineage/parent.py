@@ -44,7 +44,8 @@ class Parent:
     def knows_regions(self, wanted: Artifact, task: str) -> bool:
         """Whether it selected this task's region as `wanted` would: of the same models, in the same way."""
         same = (self.regions.version, self.regions.fields) == (wanted.version, wanted.fields)
-        return same and all(self.made_of.get(name) == wanted.inputs[name] for name in ("model", f"probe {task}"))
+        known = ("model", f"probe {task}", f"moments {task}")  # moments only where they were given, and read
+        return same and all(self.made_of.get(name) == wanted.inputs.get(name) for name in known)
 
     def has(self, artifact: Artifact) -> bool:
         """Whether it made the same, and that is there with its weights."""

@@ -9,7 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -19,13 +19,12 @@ from cpift.checkpoints.slices import Piece, pieces
 from cpift.checkpoints.towers.tower import outside
 from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
-from cpift.config.settings import shown_setting
 from cpift.errors import CpiftError, Problem, ProblemsError
 from cpift.extensions import own_code
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.checks import Check, Tally, check_copied, differing_bits
 from cpift.merging.definition import Definition
-from cpift.merging.settings import Largest, Settings
+from cpift.merging.settings import SAID, Largest, Settings
 from cpift.method.masks import RegionMasks
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ _LARGEST = 1 << 24  # elements of a tensor that is not too large for its definit
 @dataclass(frozen=True)
 class FusionInputs:
     """Everything that is merged. `tuned` in the order in which SLERP folds; `priority` in stage order. protected: tasks
-    whose cores the backbone has already, and keeps."""
+    whose cores the backbone has already, and keeps. moments: second moments by task, of methods that need them."""
 
     pretrained: Checkpoint
     backbone: Checkpoint
@@ -52,6 +51,7 @@ class FusionInputs:
     priority: Sequence[str]
     first_layer: int = 0
     protected: Sequence[str] = ()
+    moments: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise CheckpointError if a model does not fit the pre-trained one."""
@@ -98,6 +98,7 @@ class MergeMethod(ABC):
     fields: ClassVar[tuple[str, ...]]  # of `fusion`, beside those of every merge
     seeded: ClassVar[bool] = False  # whether the run's seed decides the result
     needs_base: ClassVar[bool] = True  # whether θ0's values decide it
+    needs_moments: ClassVar[bool] = False  # whether it reads the second moments of every fine-tune (cpift's own alone)
     reads: ClassVar[int] = 0  # times that every model is read before the pass that writes
     late: ClassVar[tuple[str, ...]] = ()  # of `fields`, those that `statistics` do not depend on
     extra: ClassVar[str] = ""  # of cpift, without which it cannot run
@@ -151,7 +152,7 @@ class MergeMethod(ABC):
     @classmethod
     def described(cls, config: FusionConfig) -> str:
         """Its settings in words."""
-        said = (_SETTINGS[name](config) for name in cls.fields if name in _SETTINGS)
+        said = (SAID[name](config) for name in cls.fields if name in SAID)
         return ", ".join(text for text in said if text)
 
     @classmethod
@@ -300,29 +301,3 @@ def copy_of(label: str, model: Checkpoint, info: TensorInfo) -> Fill:
         out.copy_(values)
 
     return fill
-
-
-def _said(field: str, by_task: str) -> Callable[[FusionConfig], str]:
-    def said(config: FusionConfig) -> str:
-        own = (f", {task} {shown_setting(value)}" for task, value in getattr(config, by_task).items())
-        return f"{field} {shown_setting(getattr(config, field))}{''.join(own)}"
-
-    return said
-
-
-# How a field is said; one that is not here goes without saying.
-_SETTINGS: Mapping[str, Callable[[FusionConfig], str]] = {
-    "weight": _said("weight", "weights"),
-    "density": _said("density", "densities"),
-    "normalize": lambda config: {None: "", True: "normalised", False: "not normalised"}[config.normalize],
-    "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
-    "t": lambda config: f"t = {shown_setting(config.t)}",
-    "gamma": lambda config: f"γ {config.gamma:g}",
-    "window": lambda config: f"window {config.window:g}",
-    "threshold": lambda config: f"threshold {config.threshold:g}",
-    "rescale": lambda config: f"rescaled by {config.rescale:g}, at most for {config.rescale_limit:g}",
-    "selectivity": lambda config: f"selectivity {config.selectivity:g}",
-    "agreement": lambda config: f"agreement {config.agreement}",
-    "space": lambda config: f"of {config.space}",
-    "epsilon": lambda config: f"LERP below {config.epsilon:g} rad",
-}

@@ -71,7 +71,12 @@ OPTIONS: Mapping[str, Option] = {
     "shard_size": Option("fusion.shard_size", "most bytes of one file, for example 5GB"),
     "p": Option("regions.p", "cpift: core fraction; 1 % is 0.01"),
     "scope": Option("regions.scope", "cpift: the top p of all parameters (`global`), or of each `tensor`"),
-    "measure": Option("regions.measure", "cpift: elements of the largest `update`, or `significance`"),
+    "measure": Option("regions.measure", "cpift: elements of the largest `update`, `significance` or `curvature`"),
+    "moments": Option(
+        "tasks.moments",
+        "second moments of a model, for curvature and fisher: NAME=FILE [default: in its folder]",
+        "pairs",
+    ),
     "placement": Option("regions.placement", "cpift: `random` for as many other elements, a control"),
     "include": Option("regions.include", "cpift: pattern of parameter names (repeatable)", "values"),
     "exclude": Option("regions.exclude", "cpift: pattern taken out again (repeatable)", "values"),
@@ -96,6 +101,7 @@ class RegionFields(TypedDict, total=False):
     p: float
     scope: ScopeName
     measure: MeasureName
+    moments: Mapping[str, str]
     placement: Literal["chosen", "random"]
     include: Sequence[str]
     exclude: Sequence[str]
@@ -144,6 +150,7 @@ class MethodFields(TypedDict, total=False):
 class MergeFields(MethodFields, total=False):
     """Every keyword of a merge of checkpoints."""
 
+    moments: Mapping[str, str]
     vocabulary: Literal["error", "base", "union", "pretrained"] | str
     tokens: Mapping[str, Mapping[str, Any]]
     missing_tokens: Literal["pretrained", "mean"]

@@ -56,7 +56,7 @@ def check_given(config: RunConfig) -> list[Problem]:
     base, problems = _opened(folder, None, f"model.{config.model.kind}")
     if base is None:
         return problems
-    pretrained, whole = _laid_out(base, config), not config.fusion.slices
+    pretrained, whole = laid_out(base, config), not config.fusion.slices
     for where, folder in _given(config):
         into = _module_of(config, where)
         opened, more = _opened(folder, pretrained, where, config.fusion.fitted, whole, into)
@@ -154,7 +154,7 @@ def _tensors(config: RunConfig) -> list[str]:
         return []  # `check_given` says what is wrong with it
 
 
-def _laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
+def laid_out(base: Checkpoint, config: RunConfig) -> Checkpoint:
     """θ0 as a merge reads it: with tied tensors apart where a task's checkpoint has them so."""
     given = _given(config)
     tasks = [folder for where, folder in given if where != _BACKBONE and not _module_of(config, where)]
@@ -184,7 +184,8 @@ def check_budget(config: RunConfig) -> list[Problem]:
     first = [(pieces(info.numel, method.row_width(fusion, info))[:1], info) for method, fusion, _, info in every]
     largest = max(((stop - start) * info.itemsize for piece, info in first for start, stop in piece), default=0)
     beside = config.backbone_source != "pretrained" or bool(config.fusion.slices)  # of a stack, the names that it gets
-    models = 1 + max(tasks for _, tasks, _ in parts) + beside
+    moments = len(config.tasks) if method_named(config.fusion.method).needs_moments else 0
+    models = 1 + max(tasks for _, tasks, _ in parts) + beside + moments
     most = max(held, key=itemgetter(0), default=(0, ""))
     try:
         buffers_within(config.resources.memory_budget, largest, models, *most)
@@ -213,7 +214,7 @@ def given_notes(config: RunConfig) -> Iterator[str]:
     if folder is None or not config.merges_only:
         return
     base = Checkpoint(folder)
-    pretrained = _laid_out(base, config)
+    pretrained = laid_out(base, config)
     fitted, whole = config.fusion.fitted, not config.fusion.slices
     opened = {
         where: (folder, open_checkpoint(folder, pretrained, fitted, whole))

@@ -32,6 +32,7 @@ from cpift.merging.updates.consensus import Consensus
 from cpift.merging.updates.dare import Dare
 from cpift.merging.updates.dare_ties import DareTies
 from cpift.merging.updates.della import Della, DellaLinear
+from cpift.merging.updates.fisher import Fisher
 from cpift.merging.updates.magmax import MagMax
 from cpift.merging.updates.nearswap import NearSwap
 from cpift.merging.updates.ram import Ram
@@ -65,6 +66,7 @@ METHODS: dict[str, type[MergeMethod]] = {
     "pcb": Pcb,
     "iso_c": IsoC,
     "tsv_m": TsvM,
+    "fisher": Fisher,
 }
 
 
@@ -100,6 +102,8 @@ def _unsaid(method: type[MergeMethod]) -> Iterator[tuple[str, str]]:
     for name in getattr(method, "fields", ()):
         if name not in READABLE:
             yield f"`fields` has {name!r}", f"one of {', '.join(READABLE)}"
+    if method.needs_moments:
+        yield "`needs_moments` is set", "leave it out: cpift's own methods alone are given second moments"
     if method.extra and method.extra not in EXTRAS:
         yield f"`extra` is {method.extra!r}", f"one of {', '.join(EXTRAS)}; import what else it needs in its module"
 
@@ -107,6 +111,11 @@ def _unsaid(method: type[MergeMethod]) -> Iterator[tuple[str, str]]:
 def named_also(word: str) -> tuple[str, ...]:
     """Fields of `fusion` that a merge by this method is named by, beside those that every merge is."""
     return tuple(name for name in METHODS[word].fields if name not in READABLE) if word in METHODS else ()
+
+
+def reads_moments(word: str) -> bool:
+    """Whether a method reads second moments of the fine-tunes; a user's own does not."""
+    return word in METHODS and METHODS[word].needs_moments
 
 
 def seeded(word: str) -> bool:

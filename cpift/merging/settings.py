@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig, RegionsConfig
-from cpift.config.settings import places_of, unmet, value_at, varies
+from cpift.config.settings import places_of, shown_setting, unmet, value_at, varies
 from cpift.errors import Problem
 from cpift.method.regions import Streaming, write_regions, write_shares
 
@@ -102,3 +102,32 @@ def write_trimmed(
         return [share(made, task) for share in wanted.shares]
 
     write_shares(wanted.origin, wanted.models, regions, shares, folders, streaming)
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+
+def _said(field: str, by_task: str) -> Callable[[FusionConfig], str]:
+    def said(config: FusionConfig) -> str:
+        own = (f", {task} {shown_setting(value)}" for task, value in getattr(config, by_task).items())
+        return f"{field} {shown_setting(getattr(config, field))}{''.join(own)}"
+
+    return said
+
+
+# How a field is said; one that is not here goes without saying.
+SAID: Mapping[str, Callable[[FusionConfig], str]] = {
+    "weight": _said("weight", "weights"),
+    "density": _said("density", "densities"),
+    "normalize": lambda config: {None: "", True: "normalised", False: "not normalised"}[config.normalize],
+    "scale": lambda config: "" if config.scale == 1 else f"λ {config.scale:g}",
+    "t": lambda config: f"t = {shown_setting(config.t)}",
+    "gamma": lambda config: f"γ {config.gamma:g}",
+    "window": lambda config: f"window {config.window:g}",
+    "threshold": lambda config: f"threshold {config.threshold:g}",
+    "rescale": lambda config: f"rescaled by {config.rescale:g}, at most for {config.rescale_limit:g}",
+    "selectivity": lambda config: f"selectivity {config.selectivity:g}",
+    "agreement": lambda config: f"agreement {config.agreement}",
+    "space": lambda config: f"of {config.space}",
+    "epsilon": lambda config: f"LERP below {config.epsilon:g} rad",
+}

@@ -21,7 +21,7 @@ from cpift.formats.safetensors import TensorInfo, dtype_name
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS
-from cpift.merging.registry import method_named
+from cpift.merging.registry import method_named, reads_moments
 from cpift.merging.settings import Largest, write_trimmed
 from cpift.method.groups import group_tasks
 from cpift.method.masks import read_summary
@@ -39,6 +39,7 @@ _OTHERWISE = {
     "pad_to_multiple_of",
     "slices",
     "into",
+    "moments",
     "as_lora",
     "rank",
     "shard_size",
@@ -124,6 +125,13 @@ def _config(tasks: list[str], fields: Mapping[str, Any]) -> RunConfig:
     nowhere = {"hub": "in/memory"}
     raw = {"name": "merge", "model": nowhere, "tasks": [{"name": task, "checkpoint": nowhere} for task in tasks]}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    for field, word, reads in (
+        ("method", plain.get("method"), reads_moments(str(plain.get("method")))),
+        ("measure", plain.get("measure"), plain.get("measure") == "curvature"),
+    ):
+        if reads:
+            what = f"{word} reads second moments, and a state dict has none"
+            raise ConfigError(_SUBJECT, [Problem(field, what, "merge folders: cpift.merge(…, moments={NAME: FILE})")])
     changes = {"backbone.source": "pretrained", **{OPTIONS[name].field: value for name, value in plain.items()}}
     return parse_config(raw, Path.cwd(), _SUBJECT, changes=changes)
 

@@ -1,7 +1,8 @@
 """Core regions Ci: where task i moved the model most (docs/method.md, stage 2).
 
 Ci is the set of the ⌊p·D⌋ elements of largest Δi = |θi − θ0| over the parameter space; or, with measure `significance`
-(beyond the paper), of largest Δi·|θ0|, which prefers weights that already carry something. Regions are kept as
+(beyond the paper), of largest Δi·|θ0|, which prefers weights that already carry something; or, with `curvature`, of
+largest Δi²·vi, vi the second moments of the fine-tune, which prefers what its loss depends on. Regions are kept as
 bit-packed masks, one int32 tensor per parameter, in one safetensors file a task.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import partial
@@ -29,6 +30,7 @@ from cpift.errors import CheckpointError, Problem, entry
 from cpift.method.changes import ChangesInPassing
 from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory, RegionMasks, read_summary
 from cpift.method.measures import measure_named, scope_named
+from cpift.method.moments import moments_of, require_moments
 from cpift.method.placement import PLACEMENTS
 from cpift.untrusted.json import shown
 
@@ -46,7 +48,7 @@ class RegionSummary:
     space: int  # D, elements of the parameter space
     requested: int  # ⌊p·D⌋
     count: int  # |Ci|; less than requested if fewer elements moved at all
-    threshold: float  # smallest selected |Δ|, or with measure `significance` |Δ|·|θ0|
+    threshold: float  # smallest selected |Δ|; by another measure what its class says (`measures.MEASURES`)
     cores: dict[str, int]  # parameter name → selected elements
 
 
@@ -167,12 +169,14 @@ def write_shares(
 @dataclass(frozen=True)
 class Streaming:
     """How a selection reads: `budget` in bytes for buffers; `mark` does the marking elsewhere, given the selection of
-    each block; `spill` is a folder for candidates; `passing` measures the changes that are read here."""
+    each block; `spill` is a folder for candidates; `passing` measures the changes that are read here; `moments` are the
+    second moments of the tasks, for measures that need them."""
 
     budget: int = DEFAULT_BUDGET
     spill: Path | None = None
     mark: Callable[[Selection, Masks], Mark] | None = None
     passing: ChangesInPassing | None = None
+    moments: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 def _checked_space(pretrained: Checkpoint, tuned: Mapping[str, Checkpoint], config: RegionsConfig) -> tuple[str, ...]:
@@ -191,8 +195,9 @@ def _select(
 ) -> list[list[list[Core]]]:
     """[block][task][p]; ps: by the first tensor of a block."""
     measure, regions, ks = measure_named(config.measure), [], 0
+    moments = moments_of(streaming.moments, tuned) if measure.needs_moments else []
     for first, last in scope_named(config.scope).blocks(len(names)):
-        models = measure([pretrained, *tuned.values()], names[first:last], streaming.passing)
+        models = measure.of([pretrained, *tuned.values()], names[first:last], streaming.passing, moments)
         sizes = [core_size(p, sum(models.sizes)) for p in ps(names[first])]
         selection, ks = stream_cores(models, sizes), len(sizes)
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
@@ -202,6 +207,7 @@ def _select(
             regions.append(selection.select(block, ranges, mark, streaming.spill))
         except ValueError:
             _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
+            require_moments(dict(zip(tuned, moments, strict=False)), names[first:last])
             raise
     place = entry(PLACEMENTS, config.placement, "regions.placement")
     place(masks, list(tuned), ks, names, [pretrained.tensors[name].numel for name in names])

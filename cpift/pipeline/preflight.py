@@ -57,6 +57,7 @@ def examined(
         problems += _check_class(config, stage)
     if not problems:
         problems += _check_space(config, stage)
+    problems += [] if problems else _check_moments(config, stage)
     problems += check_trackers(config.tracking) + check_lora(trainings(config))
     folder = _check_store(config) or _check_output(config.output_dir)
     problems += _check_backbone(config) + folder
@@ -178,6 +179,65 @@ def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:
     except CheckpointError as error:
         return list(error.problems)
     return []
+
+
+def _check_moments(config: RunConfig, stage: str | None) -> Iterator[Problem]:
+    """Whether second moments are there, or will be, where something reads them; those at hand have to be of θ0."""
+    from cpift.checkpoints.checkpoint import Checkpoint
+    from cpift.checkpoints.opening import MOMENTS, at_hand
+    from cpift.merging.planning import laid_out
+    from cpift.method.moments import Moments
+
+    if stage == "probe" or not (reader := _reads_moments(config, stage)):
+        return
+    yield from _other_tensors(config, reader)
+    base = at_hand(config.model)
+    for task in config.tasks:
+        if task.checkpoint is None:
+            if not config.probe_training.keep_moments:
+                yield Problem("probe.keep_moments", f"is false, and {reader} reads second moments", "set it to true")
+                return
+            continue
+        folder = at_hand(task.checkpoint)
+        file = task.moments or (folder and folder / MOMENTS)
+        if file is not None and not file.is_file():
+            remedy = "give the file that the fine-tune wrote with keep_moments: true"
+            yield Problem(f"tasks.{task.name}.moments", f"there is no {file}, and {reader} reads it", remedy)
+        elif file is not None and base is not None:
+            try:
+                Moments(file, laid_out(Checkpoint(base), config))
+            except CheckpointError as error:
+                for one in error.problems:
+                    yield Problem(f"tasks.{task.name}.moments: {one.where}", one.what, one.remedy)
+
+
+def _other_tensors(config: RunConfig, reader: str) -> Iterator[Problem]:
+    """What of a fusion goes with no second moments, for these are of θ0's tensors, all of them."""
+    fusion = config.fusion
+    for field, given in {
+        "slices": fusion.slices,
+        "into": fusion.into,
+        "vocabulary": fusion.vocabulary != "error",
+    }.items():
+        if given:
+            what = f"makes other tensors than θ0's, and {reader} reads second moments of those"
+            yield Problem(f"fusion.{field}", what, "leave it out, or name another method or measure")
+
+
+def _reads_moments(config: RunConfig, stage: str | None) -> str:
+    """What of a config reads second moments, in a stage or before it; "" where nothing does."""
+    from cpift.merging.registry import reads_moments
+    from cpift.method.measures import measure_named
+
+    fusion, need = config.fusion, NEEDS[stage]
+    if reads_moments(fusion.method) and (need.fuses or stage is None):
+        return f"fusion.method {fusion.method}"
+    selects = stage in ("regions", "group") or fusion.isolates or need.integrates_of(config)
+    return (
+        f"regions.measure {config.regions.measure}"
+        if selects and measure_named(config.regions.measure).needs_moments
+        else ""
+    )
 
 
 def _check_backbone(config: RunConfig) -> list[Problem]:

@@ -92,6 +92,7 @@ def gather(run: Pipeline) -> ReportData:
             task: {"requested": region["requested"], "count": region["count"], "threshold": region["threshold"]}
             for task, region in regions.items()
         },
+        measure=run.config.regions.measure,
         slerp=record["tensors"],
         curves={title: fit["log"] for title, fit in fits.items()},
         checks=_checks(record, fits["integration"]),

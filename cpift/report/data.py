@@ -68,6 +68,7 @@ class ReportData:
     checks: list[Check]
     provenance: list[Manifest]  # one an artifact
     warnings: list[str]
+    measure: str = "update"  # `regions.measure`, what core elements were chosen by
     rows: list[str] = field(default_factory=list)  # how much of each task's rows the fine-tunes used
     headline: str = ""  # `evaluation.verdict.verdict_sentence`
     model: str = ""  # the folder of the last model, from the run's

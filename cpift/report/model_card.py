@@ -153,13 +153,20 @@ def _origin_of(task: TaskConfig, config: RunConfig) -> str:
     return f"given: {code(checkpoint.path.name if checkpoint.path else '')}"
 
 
+_MOST = {
+    "update": "moved most",
+    "significance": "moved most, times their weight in the base model (measure significance)",
+    "curvature": "moved most, weighed by second moments: (θi − θ0)²·vi (measure curvature)",
+}
+
+
 def _recipe(kind: str, config: RunConfig) -> str:
     lines = [_fusion(config.fusion), *_layers_and_tokens(config.fusion)]
     if config.fusion.isolates or kind == "final":
         lines.insert(
             0,
-            f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe moved most "
-            f"(scope {config.regions.scope}).",
+            f"Core regions: the {config.regions.p:.3g} of all elements that each task's probe "
+            f"{_MOST[config.regions.measure]} (scope {config.regions.scope}).",
         )
         backbone = f"the final model of {config.parent.run.name}" if config.parent else config.backbone_source
         lines.insert(1, f"Backbone: {markdown(backbone if config.earlier else config.backbone_source)}.")

@@ -9,6 +9,7 @@ from statistics import median
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import DEFINITION, probe_of
 from cpift.evaluation.scores import Score
+from cpift.method.measures import measure_named
 from cpift.report import plots
 from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
 from cpift.report.html import document, duration, figure, table
@@ -186,8 +187,10 @@ def _cores(data: ReportData) -> str:
             f'<tr><th scope="row">{html(task)}</th><td>{summary["count"]:,}</td><td>{summary["requested"]:,}</td>'
             f"<td>{share:.3%}</td><td>{threshold}</td></tr>"
         )
-    head = ["task", "core elements", "requested", "share", "smallest |Δ| in the core"]
-    shown = table(head, rows, "Core regions: the elements that the probe moved most")
+    measure = measure_named(data.measure)
+    head = ["task", "core elements", "requested", "share", f"smallest {measure.threshold} in the core"]
+    caption = f"Core regions: the elements of largest {measure.formula} (measure: {data.measure})"
+    shown = table(head, rows, caption)
     return (
         shown
         + '<div class="pair">'

@@ -48,6 +48,7 @@ from cpift.training.fsdp import (
     workers_here,
     write_trained,
 )
+from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
 from cpift.training.spacing import Spacing
 from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, TrainingRecord
@@ -104,8 +105,10 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
     first = progress.stage + int(progress.stage_done)
+    moments: SecondMoments | None = None
     for index in range(first, len(spec.stages)):
-        _run_stage(spec, index, model, layout, tokenizer, progress, hooks, mid_stage if index == first else None)
+        resumed = mid_stage if index == first else None
+        moments = _run_stage(spec, index, model, layout, tokenizer, progress, hooks, resumed)
     progress.seconds = time.time() - started
     result: TrainingRecord = {
         "title": spec.title,
@@ -119,6 +122,9 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         "precision": resolved(spec.training.precision, device_of(spec)),
     }
     write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
+    if moments is not None:
+        write_moments(moments, layout, origin, spec.export, hooks.is_main)
+        result["moments"] = moments.record
     if hooks.is_main:
         write_json(spec.export / RESULT, result)  # the last file makes the folder complete
     return result
@@ -152,7 +158,7 @@ def _run_stage(
     progress: _StageState,
     hooks: FitHooks,
     checkpoint: Path | None,
-) -> None:
+) -> SecondMoments | None:
     stage, progress.stage, progress.stage_done = spec.stages[index], index, False
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
@@ -186,6 +192,7 @@ def _run_stage(
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
         _save_stage_end(spec, index, model, progress, hooks)
+    return second_moments(model, trainer.optimizer) if spec.keep_moments else None
 
 
 def _watch(

@@ -45,6 +45,13 @@ class HeldOutRow(TypedDict):
     tokens: int  # that it is the mean of
 
 
+class MomentsRecord(TypedDict):
+    """What second moments are of that were kept: v after so many steps, begun at 0, without bias correction."""
+
+    beta2: float
+    steps: int
+
+
 class _Later(TypedDict, total=False):
     """What records of earlier releases do not have."""
 
@@ -53,6 +60,7 @@ class _Later(TypedDict, total=False):
     rows: list[dict[str, UseRecord]]  # by stage and task
     precision: str
     held_out: list[HeldOutRow]
+    moments: MomentsRecord
 
 
 class TrainingRecord(_Later):
@@ -100,6 +108,7 @@ class FitSpec:
     logs: Path
     regions: Path | None = None
     penalty: float | None = None  # instead of freezing
+    keep_moments: bool = False  # of the last stage, beside the model
     samples_per_task: int | None = None
     balanced: bool = False
     tracking: tuple[Tracker, ...] = ()

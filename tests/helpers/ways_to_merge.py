@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.opening import MOMENTS
 from cpift.config.run import FusionConfig
 from cpift.merging.settings import Largest, write_trimmed
+from cpift.method.moments import open_moments
 from cpift.method.regions import Streaming
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -28,6 +35,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "iso_c": (3, {"scale": 0.7}),
     "tsv_m": (3, {"scale": 0.7}),
     "nuslerp": (2, {"weights": {"t1": 0.5}, "space": "delta"}),
+    "fisher": (3, {"weights": {"t1": 0.5}, "scale": 0.7}),
     "multislerp": (3, {"weights": {"t1": 0.5}, "space": "delta"}),
 }
 
@@ -38,3 +46,23 @@ def masks_of(config: FusionConfig, folder: Path, wanted: Largest) -> list[Path]:
         one.mkdir(parents=True)
     write_trimmed(wanted, config, folders, Streaming())
     return folders
+
+
+def write_moments(folder: Path, base: Checkpoint, seed: int) -> Path:
+    """Second moments of a fine-tune of `base`, bf16, in its folder: squares over many magnitudes, a tenth of them 0."""
+    draws = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, info in base.tensors.items():
+        if info.floating:
+            size = 10.0 ** -torch.randint(4, 20, info.shape, generator=draws)
+            moved = torch.rand(info.shape, generator=draws) > 0.1
+            values[name] = (torch.randn(info.shape, generator=draws) ** 2 * size * moved).bfloat16()
+    folder.mkdir(exist_ok=True)
+    save_file(values, folder / MOMENTS)
+    return folder / MOMENTS
+
+
+def moments_for(base: Checkpoint, tasks: Iterable[str], folder: Path) -> dict[str, Checkpoint]:
+    """Second moments of each task, in folders below `folder`."""
+    files = {task: write_moments(folder / f"moments-{task}", base, seed) for seed, task in enumerate(tasks)}
+    return open_moments(files, base)

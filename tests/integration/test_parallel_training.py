@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.opening import MOMENTS
 from cpift.config.loading import load_config
 from cpift.config.resources import Strategy
 from cpift.config.run import DataSource, RegionsConfig, ResourcesConfig, RunConfig
@@ -47,7 +49,7 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
     training = config.probe_training.model_copy(update=changes)
     held = DataSource(procedural="echo", size=9)  # which two workers cannot share out evenly
     tasks = tuple(task.model_copy(update={"validation": held}) for task in config.tasks)
-    return fit_spec(base, out, tasks, stages, training, regions=base.parent / "regions")
+    return fit_spec(base, out, tasks, stages, training, regions=base.parent / "regions", keep_moments=True)
 
 
 class _Killed(Exception):
@@ -138,6 +140,23 @@ def test_no_frozen_element_moves_on_either_worker(folder: Path, strategy: str) -
     one, two = (json.loads((folder / f"{name}.json").read_text())["frozen"] for name in ("one", strategy))
     assert two == one
     assert two[0]["moved"] == 0 < two[0]["elements"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_keep_the_second_moments_of_one_process(folder: Path, strategy: str) -> None:
+    """Of the last stage, gathered where they are shared out; resumed, the same bits."""
+    one, two, resumed = (
+        load_file(folder / name / "export" / MOMENTS) for name in ("one", strategy, f"{strategy} resumed")
+    )
+    shapes = {name: info.shape for name, info in Checkpoint(folder / "base").tensors.items()}
+    assert {name: tuple(values.shape) for name, values in two.items()} == shapes
+    for name, values in two.items():
+        assert values.dtype == torch.bfloat16
+        assert torch.equal(values, resumed[name])
+        torch.testing.assert_close(values.float(), one[name].float(), rtol=0.02, atol=1e-9)
+    assert sum(float(values.sum()) for values in one.values()) > 0
+    records = [json.loads((folder / f"{name}.json").read_text())["moments"] for name in ("one", strategy)]
+    assert records == [{"beta2": 0.999, "steps": 16}] * 2
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

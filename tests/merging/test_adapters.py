@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 import cpift
 from cpift.checkpoints.adapters import low_rank
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import open_models
 from cpift.cli.main import app
 from cpift.merging.adapters import making
 from cpift.merging.registry import METHODS
 from tests.helpers.toys import write_tokenizer
+from tests.helpers.ways_to_merge import write_moments
 
 peft = pytest.importorskip("peft")
 TINY: dict[str, Any] = {
@@ -153,8 +155,10 @@ QUICK, ONE_MODEL = ("ties",), ("passthrough", "nearswap", "arcee_fusion")
 def test_the_record_says_what_a_rank_loses(method: str, models: Path, tmp_path: Path) -> None:
     """Of any method: the norm of the singular values that are left out, of the merged model less θ0."""
     base, tuned = pair(models, "plain")
-    made = cpift.merge(base, tuned, tmp_path / "adapter", method=method, as_lora=True, rank=2)
-    cpift.merge(base, tuned, tmp_path / "merged", method=method)
+    of_moments = {"moments": {t: write_moments(tmp_path / t, Checkpoint(base), n) for n, t in enumerate(tuned)}}
+    given: dict[str, Any] = of_moments if METHODS[method].needs_moments else {}
+    made = cpift.merge(base, tuned, tmp_path / "adapter", method=method, as_lora=True, rank=2, **given)
+    cpift.merge(base, tuned, tmp_path / "merged", method=method, **given)
     pretrained, opened = open_models(base, {"adapter": made.path, "merged": tmp_path / "merged"})
     record = json.loads((made.path / "extraction.json").read_text())
     assert record["rank"] == 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cpift
 from cpift.checkpoints import slices as streaming
@@ -23,8 +25,9 @@ from cpift.merging.engine import merge
 from cpift.merging.registry import method_named
 from cpift.merging.updates.dare import survives
 from cpift.merging.verify import verify
+from cpift.method.moments import open_moments
 from tests.helpers.checkpoints import save_checkpoint
-from tests.helpers.ways_to_merge import CASES, masks_of
+from tests.helpers.ways_to_merge import CASES, masks_of, moments_for
 
 SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "wide": (16, 40), "cube": (3, 5, 7), "none": (0, 4)}
 
@@ -32,7 +35,8 @@ SIZES = {"one": (1,), "odd": (37,), "matrix": (65, 33), "wide": (16, 40), "cube"
 def inputs_of(folder: Path, models: list[Mapping[str, torch.Tensor]]) -> FusionInputs:
     """θ0 and fine-tunes."""
     base, *tuned = (Checkpoint(save_checkpoint(folder / str(number), one)) for number, one in enumerate(models))
-    return FusionInputs(base, base, {f"t{number}": one for number, one in enumerate(tuned)}, Path(), ())
+    by_task = {f"t{number}": one for number, one in enumerate(tuned)}
+    return FusionInputs(base, base, by_task, Path(), (), moments=moments_for(base, by_task, folder))
 
 
 def merged(folder: Path, inputs: FusionInputs, seed: int = 0, **fields: Any) -> Checkpoint:
@@ -103,6 +107,30 @@ def test_dare_ties_elects_among_what_survived(tmp_path: Path) -> None:
         wanted = 0.7 * sum(same) / len(same) if same else 0.0
         assert math.isclose(float(found[column]), wanted, rel_tol=1e-6)
     assert {int(part) for part in kept.sum(0)} == {0, 1, 2, 3}, "all cases are there"
+
+
+def test_fisher_weighs_by_the_roots_of_second_moments(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, vectors([1.0] * 4, [2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 4.0]))
+    for task, values in (("t0", [4.0, 1.0, 0.0, 0.0]), ("t1", [1.0, 0.0, 9.0, 0.0])):
+        save_file({"w": torch.tensor(values)}, tmp_path / f"{task}.safetensors")
+    files = {task: tmp_path / f"{task}.safetensors" for task in ("t0", "t1")}
+    inputs = replace(inputs, moments=open_moments(files, inputs.pretrained))
+    found = merged(tmp_path / "out", inputs, method="fisher").tensor("w").tolist()
+    assert found == pytest.approx([1 + (2 * 1 + 1 * 3) / 3, 2.0, 4.0, 3.0])  # the last: a plain mean
+    twice = merged(tmp_path / "twice", inputs, method="fisher", weights={"t1": 2.0}).tensor("w").tolist()
+    assert twice == pytest.approx([1 + (2 * 1 + 2 * 3) / 4, 2.0, 4.0, 1 + 7 / 3])
+
+
+def test_fisher_names_moments_that_are_none(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, vectors([1.0] * 2, [2.0] * 2, [4.0] * 2))
+    save_file({"w": torch.tensor([1.0, -1.0])}, tmp_path / "t1.safetensors")
+    bad = dict(inputs.moments) | open_moments({"t1": tmp_path / "t1.safetensors"}, inputs.pretrained)
+    with pytest.raises(CheckpointError, match="moments of t1: w: holds NaN, Inf or values below 0"):
+        merged(tmp_path / "out", replace(inputs, moments=bad), method="fisher")
+    with pytest.raises(CheckpointError, match="t0: has no second moments"):
+        merged(tmp_path / "none", replace(inputs, moments={}), method="fisher")
+    with pytest.raises(CpiftError, match="takes none below 0"):
+        merged(tmp_path / "below", inputs, method="fisher", weights={"t1": -1.0})
 
 
 def test_nearswap_cuts_updates_off(tmp_path: Path) -> None:

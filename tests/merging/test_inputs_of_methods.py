@@ -24,7 +24,7 @@ from cpift.merging.engine import merge
 from cpift.merging.registry import METHODS, method_named
 from tests.helpers.checkpoints import shards_of
 from tests.helpers.toys import INNER, WIDTH, make_toy
-from tests.helpers.ways_to_merge import CASES, masks_of
+from tests.helpers.ways_to_merge import CASES, masks_of, moments_for
 
 MODULES = {"self_attn.q_proj": (WIDTH, WIDTH), "mlp.down_proj": (WIDTH, INNER)}
 
@@ -58,7 +58,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs_of(root: Path, name: str, kind: str) -> FusionInputs:
     tasks = "ab"[: CASES[name][0]] if name in CASES else "a" if name == "passthrough" else "ab"
     base, tuned = open_models(root / "base", {task: root / f"{task}{kind}" for task in tasks})
-    return FusionInputs(base, base, tuned, Path(), ())
+    return FusionInputs(base, base, tuned, Path(), (), moments=moments_for(base, tasks, root))
 
 
 def made(name: str, fields: Mapping[str, Any], inputs: FusionInputs, folder: Path) -> MergeMethod:

@@ -242,6 +242,8 @@ ELSEWHERE = {
     *("probe", "resources", "tasks.resources", "probe.mixing", "integration.mixing", "backbone.training"),
     *("probe.validation", "integration.validation", "backbone.training.validation"),
     *("backbone.training.lora", "backbone.training.mixing"),
+    # refused where no probe is trained; of a checkpoint's moments, tests/method/test_moments.py
+    *("backbone.training.keep_moments", "integration.keep_moments", "tasks.moments"),
     # no number of threads follows from them where it is given
     *("resources.cpus_per_worker", "tasks.resources.cpus_per_worker"),
 }

@@ -28,12 +28,13 @@ from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.checks import Check, CheckedFile, failures
 from cpift.merging.conflicts import by_stage
 from cpift.merging.engine import Merging, merge
-from cpift.merging.registry import method_named, named_also, seeded
+from cpift.merging.registry import method_named, named_also, reads_moments, seeded
 from cpift.merging.settings import Largest, write_trimmed
 from cpift.merging.stacks.inputs import Part, StackInputs, stack_inputs
 from cpift.merging.stacks.method import StackMerge
 from cpift.merging.verify import check_loads, check_tokens, verify
 from cpift.method.masks import SUMMARY
+from cpift.method.moments import open_moments
 from cpift.method.regions import Streaming
 from cpift.models.sources import configured_template
 from cpift.pipeline.run import Run, unless_damaged
@@ -76,6 +77,8 @@ def _merged(names: Names) -> Artifact:
     if seeded(fusion.method):
         fields["seed"] = names.config.seed
     inputs = {"model": model.base(names).fingerprint} | probe.fingerprints(names) | names.code("fusion.method")
+    if reads_moments(fusion.method):
+        inputs |= probe.moments_given(names)
     return names.artifact("fuse", VERSION, inputs, fields, re.sub(r"[^\w.-]+", "-", fusion.method_name))
 
 
@@ -159,6 +162,7 @@ def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInput
         regions=regions.artifact(names).path,
         priority=[task for group in groups for task in group if task in tuned],
         protected=[task.name for task in names.config.earlier],
+        moments=open_moments(probe.moments(names) if reads_moments(fusion.method) else {}, pretrained),
     )
     inputs.check()
     return inputs

@@ -43,6 +43,9 @@ def _differences(names: Names, parent: Parent) -> Iterator[Problem]:
             if label == "model":
                 what, remedy = f"is not the θ0 that {root} was made from", "give that one"
                 yield Problem(f"model.{names.config.model.kind}", what, f"{remedy}; another one needs a run of its own")
+            elif label.startswith("moments "):
+                field = f"tasks.{label.removeprefix('moments ')}.moments"
+                yield Problem(field, f"is not the file that {root} selected core regions by", "give that one")
             else:
                 name = label.removeprefix("probe ")
                 what = f"the rows or the fields of its fine-tune are not those that {root} trained it with"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-from cpift.checkpoints.opening import as_read
+from cpift.checkpoints.opening import MOMENTS, as_read, file_fingerprint
 from cpift.config.run import CheckpointConfig, TaskConfig
 from cpift.disk.artifacts import Artifact
+from cpift.errors import CheckpointError, Problem
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model
 from cpift.pipeline.stages.fits import fit_spec, length, tokens_of, training_fields, watched_data
@@ -62,6 +64,34 @@ def fingerprints(names: Names) -> dict[str, str]:
     return {f"probe {task}": probed.fingerprint for task, probed in tuned(names).items()}
 
 
+@once
+def moments(names: Names) -> dict[str, Path]:
+    """By task, the file of its second moments: its probe's, or one that is given; it need not be there."""
+    return {
+        task.name: task.moments if task.moments is not None else tuned(names)[task.name].path / MOMENTS
+        for task in names.config.tasks
+    }
+
+
+def moments_given(names: Names) -> dict[str, str]:
+    """Fingerprints of second moments as inputs of what is made of them: of files that are given, for a probe's own are
+    part of it. Of earlier tasks, those that their cores were selected by."""
+    labels = [f"moments {task.name}" for task in names.config.earlier]
+    found = {label: names.parent.made_of[label] for label in labels if names.parent and label in names.parent.made_of}
+    for task in names.config.tasks:
+        if task.checkpoint is not None:
+            found[f"moments {task.name}"] = _identified(names, task.name, moments(names)[task.name])
+    return found
+
+
+def _identified(names: Names, task: str, file: Path) -> str:
+    field = f"tasks.{task}.moments"
+    if not file.is_file():
+        what, remedy = f"there is no {file}", "give the file that a fine-tune wrote with keep_moments: true"
+        raise CheckpointError(f"second moments of {task}", [Problem(field, what, remedy)])
+    return names.watch.identify(field, lambda: [file], lambda: file_fingerprint(file))
+
+
 @unless_damaged
 def make(run: Run) -> dict[str, ModelRef]:
     """θ1..θN by task."""
@@ -99,7 +129,8 @@ def specs(run: Run, base: ModelRef) -> list[FitSpec]:
         stages = (StageSpec((task,)),)
         spec = fit_spec(run.artifacts, f"probe {task}", base, run.config.probe_training, stages, artifact)
         own = run.config.resources.overridden(run.config.task(task).resources)
-        fits.append(replace(spec, resources=own, threads=own.threads))
+        keeps = run.config.probe_training.keep_moments
+        fits.append(replace(spec, resources=own, threads=own.threads, keep_moments=keeps))
     return fits
 
 

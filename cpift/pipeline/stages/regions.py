@@ -14,6 +14,8 @@ from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json, write_json
 from cpift.method.changes import Change, ChangesInPassing
+from cpift.method.measures import measure_named
+from cpift.method.moments import open_moments
 from cpift.method.regions import Streaming, join_regions, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
@@ -34,7 +36,13 @@ def wanted(config: RunConfig) -> bool:
 def artifact(names: Names) -> Artifact:
     """Named by θ0, θ1..θN of every task, and how elements are chosen."""
     inputs = {"model": model.base(names).fingerprint} | probe.every_fingerprint(names)
+    if _needs_moments(names):
+        inputs |= probe.moments_given(names)
     return names.artifact("regions", VERSION, inputs, identity_of(names.config.regions, "regions"))
+
+
+def _needs_moments(names: Names) -> bool:
+    return measure_named(names.config.regions.measure).needs_moments
 
 
 @unless_damaged
@@ -83,11 +91,15 @@ def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -
     mark = run.merging.mark if run.merging else None
     here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
     passing = ChangesInPassing() if here else None
-    streaming = Streaming(budget=run.config.resources.memory_budget, mark=mark, passing=passing)
+    files = {task: file for task, file in probe.moments(run.artifacts).items() if task in tuned}
+    moments = open_moments(files if _needs_moments(run.artifacts) else {}, opened)
+    streaming = Streaming(run.config.resources.memory_budget, mark=mark, passing=passing, moments=moments)
     models = {"pretrained": base, **tuned}
     hashed = list(models) if run.config.resources.verify else []
     with hashing(models, hashed):
         write_regions(opened, others, run.config.regions, outputs, streaming)
+    for read_there in moments.values():
+        read_there.require_unchanged()
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
     described = describe_inputs(models, hashed)
     for out in outputs.values():
@@ -126,7 +138,8 @@ def plan(names: Names, known: Known) -> Iterator[Step]:
         regions = names.config.regions
         there = known_tasks(names)
         kept = f"; those of {', '.join(there)} are there" if there else ""
-        yield step_of(artifact(names), f"p = {regions.p:g}, {regions.scope}{kept}")
+        by = "" if regions.measure == "update" else f", by {regions.measure}"
+        yield step_of(artifact(names), f"p = {regions.p:g}, {regions.scope}{by}{kept}")
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:
