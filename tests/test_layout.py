@@ -65,7 +65,6 @@ TESTED_ELSEWHERE = {
     "merge_folder": "test_python_api.py",
     "merge_request": "other_tools/test_mergekit.py",
     "pipeline.costs": "cli/test_main.py",
-    "pipeline.report": "compare/test_compare.py",
     "pipeline.shared": "sweep/test_sweep.py",
     "pipeline.watch": "console/test_progress.py",
     "pretrained.conversion": "checkpoints/test_model_layout.py",

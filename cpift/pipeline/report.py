@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,16 +21,20 @@ from cpift.evaluation.retention import condensed
 from cpift.evaluation.verdict import verdict_sentence
 from cpift.lineage.history import generations, headline
 from cpift.merging.checks import Check
-from cpift.method.masks import RegionRecord, read_summary
+from cpift.method.experts import core_by_expert
+from cpift.method.masks import RegionMasks, RegionRecord, read_summary
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.fuse import FUSION_RECORD
 from cpift.pipeline.stages.regions import read_changes
 from cpift.report.data import ReportData
 from cpift.report.facts import halves, samples, tokens_by_model
 from cpift.report.model_card import write_model_card
-from cpift.report.moves import moves_of
+from cpift.report.places import ExpertRow, expert_rows, moves_of
 from cpift.report.write import write_run
 from cpift.training.spec import TrainingRecord, read_training
+
+if TYPE_CHECKING:
+    import torch
 
 _LONGEST_PROMPT = 240
 
@@ -104,6 +109,7 @@ def gather(run: Pipeline) -> ReportData:
         prompt=_prompt(run.config.scored),
         halves=by_task,
         mean_halves=means,
+        experts=_experts(run.artifacts.regions.path, {task: regions[task]["cores"] for task in tasks}, model),
         moves={task: moves_of(tensors) for task, tensors in read_changes(run.artifacts.regions.path).items()},
         tokens=tokens_by_model(
             outputs, {entry.title: entry.fingerprint for entry in models}, run.artifacts.base.fingerprint
@@ -111,6 +117,16 @@ def gather(run: Pipeline) -> ReportData:
         samples=samples(run.config.scored, scores),
         history=[(str(one.run), one.change) for one in generations(run.config)] if run.config.parent else [],
     )
+
+
+def _experts(folder: Path, cores: Mapping[str, Mapping[str, int]], model: Checkpoint) -> list[ExpertRow]:
+    """What of each expert the core of each task is."""
+    masks, shapes = RegionMasks(folder, list(cores)), {name: info.shape for name, info in model.tensors.items()}
+
+    def words(task: str, name: str) -> torch.Tensor:
+        return masks.words(task, name, 0, model.tensors[name].numel)
+
+    return expert_rows({task: core_by_expert(own, shapes, partial(words, task)) for task, own in cores.items()})
 
 
 def _prompt(tasks: Sequence[TaskConfig]) -> str:

@@ -24,7 +24,7 @@ from cpift.evaluation.retention import (
 )
 from cpift.evaluation.scores import Score
 from cpift.merging.checks import Check
-from cpift.report.moves import Move
+from cpift.report.places import ExpertRow, Move
 from cpift.training.spec import LogRow
 
 LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
@@ -80,6 +80,7 @@ class ReportData:
     )  # model -> fine-tune that it took -> input tokens, None where nobody counted them
     samples: list[Sample] = field(default_factory=list)
     history: list[tuple[str, str]] = field(default_factory=list)  # folder and change of each run that led here
+    experts: list[ExpertRow] = field(default_factory=list)  # of a mixture of experts
     moves: dict[str, list[Move]] = field(default_factory=dict)  # by task, where its probe moved θ0; empty if not known
 
 
@@ -175,6 +176,7 @@ def summary(data: ReportData) -> dict[str, Any]:
             for model, figures in standings.items()
         },
         "groups": data.groups,
+        **({"experts": data.experts} if data.experts else {}),
         **({"history": [{"run": run, "change": change} for run, change in data.history]} if data.history else {}),
         "checks_passed": not any(check["passed"] is False for check in data.checks),
         "model": data.model,

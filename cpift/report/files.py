@@ -10,6 +10,7 @@ from typing import Any
 from cpift.evaluation.metrics import described
 from cpift.evaluation.retention import DEFINITION, learning_of
 from cpift.report.data import ReportData, retention, standing, total_tokens, usage, verdict
+from cpift.report.places import EXPERTS, EXPERTS_SHARED, most_touched, overlap_of, touched_sentences
 from cpift.text.escaping import code, markdown, one_line
 
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # the last four: their wide forms, which some spreadsheets take too
@@ -87,9 +88,17 @@ def report_md(data: ReportData) -> str:
     if data.tokens:
         rows = [[markdown(model), _count(total_tokens(data, model))] for model in data.models if model in data.tokens]
         parts += ["## Tokens", md_table(["model", "input tokens of the fine-tunes behind it"], rows)]
+    if data.experts:
+        parts += ["## Experts", *map(markdown, touched_sentences(data.experts, data.tasks))]
+        parts += [_of_experts(*most_touched(data.experts, data.tasks)), markdown(EXPERTS)]
+        parts += [_of_experts(["task", *data.tasks], overlap_of(data.experts, data.tasks)), markdown(EXPERTS_SHARED)]
     said = [text for text in verdict(data) if text != data.headline]
     parts += ["## What follows", *(f"- {markdown(text)}" for text in [*said, *data.warnings])]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_experts(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return md_table([*map(markdown, head)], [[*map(markdown, line)] for line in lines])
 
 
 def _retention(data: ReportData) -> tuple[list[str], list[list[str]]]:

@@ -13,8 +13,8 @@ from cpift.method.measures import measure_named
 from cpift.report import plots
 from cpift.report.data import LEFT_OUT, ReportData, compare, left_out_marks, retention, standing
 from cpift.report.html import document, duration, figure, table
-from cpift.report.moves import moves_tables
 from cpift.report.picture import lead, picture, replies, tokens
+from cpift.report.places import experts_html, moves_tables, overlap_html
 from cpift.text.escaping import html
 from cpift.training.spec import LogRow
 
@@ -143,6 +143,7 @@ def _overlap(data: ReportData) -> str:
     return (
         table(["task", *map(html, data.tasks)], rows, caption, "heat")
         + f"<p>{_grouping_sentence(data)}</p><ul>{order}</ul>"
+        + overlap_html(data.experts, data.tasks)
     )
 
 
@@ -197,6 +198,7 @@ def _cores(data: ReportData) -> str:
         + figure(plots.density_by_layer(data.cores), "Core density by layer: share of its parameters in the core.")
         + figure(plots.density_by_kind(data.cores), "Core density by module kind, over all layers.")
         + "</div>"
+        + experts_html(data.experts, data.tasks)
         + moves_tables(data.moves)
     )
 

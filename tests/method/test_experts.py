@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ from typer.testing import CliRunner
 import cpift
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.cli.main import app
-from cpift.method.experts import stacked
+from cpift.method.experts import Expert, ExpertCore, core_by_expert, shared_mass, stacked
+from cpift.report.data import summary
+from cpift.report.files import report_md
+from cpift.report.page import page
+from cpift.report.places import expert_rows
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.reports import made_up_run
 
 BLOCK = "model.layers.1.mlp"
 
@@ -72,6 +78,49 @@ def test_experts_are_the_same_in_a_stack_and_apart(stack: bool, tmp_path: Path) 
     assert "Experts: 2 of 4 changed, in 1 blocks" in shown
     rows = [line.split() for line in shown.splitlines() if line.strip().startswith(BLOCK)]
     assert [row[1] for row in rows] == ["2", "0"], "those that changed most come first"
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_core_is_told_expert_by_expert(stack: bool, tmp_path: Path) -> None:
+    base, tuned = models(tmp_path, stack)
+    core = cpift.regions(base, {"a": tuned}, p=1.0)["a"]
+    found = core_by_expert(core.summary.cores, core.shapes, core.words.__getitem__)
+    counts = {number: (cores.elements, cores.core) for (_, number), cores in found.items()}
+    assert counts == {0: (96, 48), 1: (96, 0), 2: (96, 6), 3: (96, 0)}
+    assert {block for block, _ in found} == {BLOCK}
+    by_hand = sum(int(mask.sum()) for name, mask in core.items() if "experts" in name)
+    assert by_hand == sum(cores.core for cores in found.values())
+
+
+def test_experts_that_two_cores_share() -> None:
+    def cores(*counts: int) -> dict[Expert, ExpertCore]:
+        return {(BLOCK, number): ExpertCore(10, count) for number, count in enumerate(counts)}
+
+    assert shared_mass(cores(4, 4, 0), cores(2, 2, 0)) == 1.0
+    assert shared_mass(cores(4, 0, 0), cores(0, 2, 2)) == 0.0
+    assert shared_mass(cores(3, 1, 0), cores(1, 0, 1)) == 0.5
+    assert shared_mass(cores(0, 0, 0), cores(1, 0, 1)) is None
+
+
+def test_a_report_says_which_experts_the_cores_touch() -> None:
+    counts = {"a": (6, 2, 0, 0), "b": (0, 2, 6, 0), "c": (0, 0, 0, 0)}
+    rows = expert_rows({t: {(BLOCK, n): ExpertCore(20, c) for n, c in enumerate(own)} for t, own in counts.items()})
+    data = replace(made_up_run(), experts=rows)
+    text, md = page(data), report_md(data)
+    for said in (
+        "The core of a touches 2 of 4 experts; 1 of them holds half of its elements in experts.",
+        "The core of c touches 0 of 4 experts.",
+    ):
+        assert said in text
+        assert said in md
+    assert f"| {BLOCK} 0 | 30 (75) | 0 (0) | 0 (0) |" in md.replace("\\", "")
+    assert "| a | 1.000 | 0.250 | – |" in md
+    assert f"{BLOCK} 3" not in md, "an expert that no core touches"
+    assert summary(data)["experts"][1] == {
+        "block": BLOCK, "expert": 1, "elements": 20, "core": {"a": 2, "b": 2, "c": 0}
+    }  # fmt: skip
+    assert "experts" not in summary(made_up_run())
+    assert "touches" not in page(made_up_run()) + report_md(made_up_run())
 
 
 def test_a_model_without_experts_has_none(tmp_path: Path) -> None:

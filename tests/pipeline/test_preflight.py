@@ -19,6 +19,7 @@ from cpift.models.scratch import make_scratch_tokenizer
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import examined, preflight
+from cpift.pipeline.report import report
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
 from tests.helpers.families import VISION_LANGUAGE, make_family
@@ -248,11 +249,22 @@ def test_what_plan_accepts_a_run_finishes(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
 def test_what_plan_accepts_of_a_family_a_run_finishes(tmp_path: Path, family: str) -> None:
+    """With core regions by second moments; of experts the report says which each core touches."""
     short = {"probe__steps": 1, "integration__steps": 1, "fusion": {"granularity": "row"}}
+    short |= {
+        "probe__keep_moments": True,
+        "probe__warmup": "exact",
+        "regions__measure": "curvature",
+        "regions__scope": "tensor",
+    }
     config = run_of(tmp_path, ROWS, {"path": str(make_family(family, tmp_path / "model"))}, **short)
     preflight(config, stage="run")
-    scores = Pipeline(config, InProcessEngine(), quiet()).evaluate()
-    assert {"base", "fused", "final"} <= set(scores)
+    run = Pipeline(config, InProcessEngine(), quiet())
+    assert {"base", "fused", "final"} <= set(run.evaluate())
+    found = report(run)
+    assert "the elements of largest (θi − θ0)²·vi (measure: curvature)" in found.page.read_text()
+    touched = {row["expert"] for row in found.data.experts if any(row["core"].values())}
+    assert (len(touched) > 1) == (family == "qwen3_moe")
 
 
 def test_training_a_vision_language_model_is_refused(gpt2: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cpift.report import chart as report_chart
 from cpift.report import plots as report_plots
 from cpift.report.data import compare, retention, standing, verdict
 from cpift.report.model_card import license_of, model_card, write_model_card
-from cpift.report.moves import moves_of
+from cpift.report.places import moves_of
 from cpift.report.tensor_names import kind_of, layer_of
 from cpift.report.write import ReportData, scores_table, summary, write_run
 from tests.helpers.reports import Page, made_up_run, score
