@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpift.disk.artifacts import Artifact
+from cpift.disk.files import digest, file_sha256, read_json, write_json
 from cpift.errors import entry
 from cpift.evaluation.scores import Score, read_scores
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import order
 from cpift.pipeline.stages.names import NOTHING, ModelRef
 
+if TYPE_CHECKING:
+    from cpift.evaluation.standard import Benchmarks
+
+_BENCHMARKS = "benchmarks.json"
 INTEGRATES = {"final": True, "fused": False}  # the judged model → whether a run integrates for it
 
 
@@ -56,3 +64,45 @@ def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Score]] | Non
     models = scored_models(run, model)
     needed = [*own_models(run, model).values(), *map(run.artifacts.evaluate, models)]
     return scores_of(run, models) if all(artifact.complete for artifact in needed) else None
+
+
+# ---- standard benchmarks ---------------------------------------------------------------------------------------------
+
+
+def benchmarked(run: Pipeline, model: str, wanted: Benchmarks) -> Artifact:
+    """lm-eval's figures of a run's final (or fused) model, made or not: named by the model, and what is run of it."""
+    fields = asdict(wanted) | {"tasks": list(wanted.tasks), "folder": None}
+    inputs = {"model": own_models(run, model)[model].fingerprint}
+    if wanted.folder is not None:
+        files = sorted(path for path in wanted.folder.rglob("*") if path.is_file())
+        inputs["task files"] = digest([[str(path.relative_to(wanted.folder)), file_sha256(path)] for path in files])
+    return run.artifacts.artifact("evaluate", 1, inputs, fields, f"{model}-benchmarks")
+
+
+def benchmark_figures(run: Pipeline, model: str, wanted: Benchmarks | None) -> dict[str, float]:
+    """By name, `benchmark.TASK.METRIC`, the figures that are there; none where no benchmark is wanted."""
+    scored = None if wanted is None else benchmarked(run, model, wanted)
+    if scored is None or not scored.complete:
+        return {}
+    found: dict[str, dict[str, float | None]] = read_json(scored.path / _BENCHMARKS)
+    return {
+        f"benchmark.{task}.{name}": value
+        for task, figures in found.items()
+        for name, value in figures.items()
+        if value is not None
+    }
+
+
+def score_benchmarks(run: Pipeline, model: str, wanted: Benchmarks) -> None:
+    """Make lm-eval's figures of a run's model, which is made for it where its weights are not there."""
+    from cpift.evaluation.standard import standard_scores
+
+    scored = benchmarked(run, model, wanted)
+    if scored.complete:
+        return
+    made = run.integrate() if entry(INTEGRATES, model, "model") else run.fuse()
+
+    def build(out: Path) -> None:
+        write_json(out / _BENCHMARKS, standard_scores({model: made.path}, wanted)[model])
+
+    run.make(scored, "benchmarks", build, [made.path])

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -26,7 +26,10 @@ from cpift.config.run import Name, RunConfig, Section
 from cpift.errors import ConfigError, Problem, entry
 from cpift.merging.registry import METHODS
 from cpift.sweep.objectives import DESCRIPTION, figure_problem, less_is_better
-from cpift.sweep.searching import SAMPLERS, ReportRows, Search, Sides, on, sides_of, unknown_tests
+from cpift.sweep.searching import SAMPLERS, BenchmarksConfig, ReportRows, Search, Sides, on, sides_of, unknown_tests
+
+if TYPE_CHECKING:
+    from cpift.evaluation.standard import Benchmarks
 
 
 class Range(Section):
@@ -72,7 +75,9 @@ class Objective(Section):
         description=DESCRIPTION,
     )
     mode: Literal["max", "min"] | None = Field(
-        None, **identity("sweep"), description="default: min for losses, max for all others"
+        None,
+        **identity("sweep"),
+        description="default: min for losses, max for all others; perplexity needs min",
     )
 
     @property
@@ -120,6 +125,11 @@ class SweepConfig(Section):
         None,
         **identity("sweep", absent=None),
         description="rows that the search never sees and that decide what is reported; a number is their `share`",
+    )
+    benchmarks: BenchmarksConfig | None = Field(
+        None,
+        **identity("sweep", absent=None),
+        description="lm-eval's tasks, whose figures may be objectives: benchmark.TASK.METRIC",
     )
     model: Literal["final", "fused"] = Field(
         "final",
@@ -174,6 +184,11 @@ class Sweep:
     def seeds(self) -> tuple[int, ...]:
         return self.config.seeds or (self.base.seed,)
 
+    @property
+    def benchmarks(self) -> Benchmarks | None:
+        """What lm-eval is to run of every trial's judged model."""
+        return None if self.config.benchmarks is None else self.config.benchmarks.wanted(self.base)
+
     def plain(self, fields: Mapping[str, Any], seed: int) -> RunConfig:
         """The run of one point with one seed, on all its test rows. Raises ConfigError where values do not fit."""
         known = counting(fields, self.base.fusion.method)
@@ -202,19 +217,23 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
     config = validated(SweepConfig, raw, str(path))
     if config.report is not None:
         config = config.model_copy(update={"report": config.report.below(folder)})
+    if config.benchmarks is not None:
+        config = config.model_copy(update={"benchmarks": config.benchmarks.below(folder)})
     name = config.name or path.stem
     base = base_run(config.run, config.fixed, folder, f"{path}: run", overrides)
     target = output or config.output or Path("runs") / name
     sweep = Sweep(name, config, base.model_copy(update={"output": target.absolute()}))
     metrics = {task.name: task.metric for task in base.tasks}
+    benchmarks = config.benchmarks.tasks if config.benchmarks else ()
     problems = (
         _check_device(base)
+        + (config.benchmarks.problems(base) if config.benchmarks else [])
         + _check_space(sweep)
         + unknown_tests(config.report, base.tasks)
         + [
             problem
             for objective in config.objectives
-            if (problem := figure_problem(objective.figure, metrics, "objectives"))
+            if (problem := figure_problem(objective.figure, metrics, "objectives", benchmarks))
         ]
     )
     if problems:

@@ -9,7 +9,7 @@ from functools import partial
 from cpift.config.loading import Fields, one_line_yaml
 from cpift.config.run import RunConfig
 from cpift.console.view import View
-from cpift.errors import StageError, entry
+from cpift.errors import ConfigError, Problem, StageError, entry
 from cpift.evaluation.retention import judged, learning_of, probe_of, sentences
 from cpift.evaluation.scores import Score
 from cpift.pipeline.outcomes import INTEGRATES, known_scores, own_models, scored_models, scores_of, shared_models
@@ -37,6 +37,27 @@ def require_objectives(sweep: Sweep, runs: Sequence[Pipeline]) -> None:
                     f"objectives, {figure}: has no value with seed {run.config.seed}. {why} Train probes longer or on "
                     "more rows, or judge by mean_loss or by scores of tasks"
                 )
+
+
+def require_benchmarks(sweep: Sweep, run: Pipeline) -> None:
+    """Raise CpiftError where lm-eval does not know a task or has no figure that is an objective: one row of each is
+    scored with θ0, before anything is trained."""
+    wanted = sweep.benchmarks
+    if wanted is None:
+        return
+    from cpift.evaluation.standard import standard_scores
+
+    found = standard_scores({"base": run.pretrained().path}, replace(wanted, limit=1))["base"]
+    known = [
+        f"benchmark.{task}.{name}" for task, figures in found.items() for name in figures if "_stderr," not in name
+    ]
+    problems = [
+        Problem("objectives", f"{one.figure!r}: lm-eval has no such figure", f"one of {', '.join(known)}")
+        for one in sweep.config.objectives
+        if one.figure.startswith("benchmark.") and one.figure not in known
+    ]
+    if problems:
+        raise ConfigError(f"sweep {sweep.name}", problems)
 
 
 def learning_said(runs: Sequence[Pipeline]) -> list[str]:

@@ -18,7 +18,7 @@ from cpift.config.run import RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import digest
 from cpift.errors import entry
-from cpift.pipeline.outcomes import INTEGRATES, known_scores, own_models
+from cpift.pipeline.outcomes import INTEGRATES, benchmark_figures, benchmarked, known_scores, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.names import ModelRef
 from cpift.sweep.config import KEEPS, Sweep
@@ -30,8 +30,9 @@ Runs = Sequence[Pipeline]
 
 
 def hands_over(sweep: Sweep) -> bool:
-    """Whether trials score their fused models in memory: none is integrated, and not all are kept."""
-    every = entry(KEEPS, sweep.config.keep, "keep").every
+    """Whether trials score their fused models in memory: none is integrated, not all are kept, and lm-eval, which reads
+    folders, scores none."""
+    every = entry(KEEPS, sweep.config.keep, "keep").every or sweep.config.benchmarks is not None
     return not every and not entry(INTEGRATES, sweep.config.model, "model")
 
 
@@ -93,7 +94,9 @@ class Keeper:
         by_run: list[Mapping[str, float]] = []
         for run in runs:
             scores = known_scores(run, model)
-            by_run += [] if scores is None else [figures(scores, [task.name for task in run.config.tasks], model)]
+            of_benchmarks = benchmark_figures(run, model, self._sweep.benchmarks)
+            names = [task.name for task in run.config.tasks]
+            by_run += [] if scores is None else [figures(scores, names, model) | of_benchmarks]
         if len(by_run) < len(runs) or not all(objective.figure in by_name for by_name in by_run):
             return -math.inf
         return objective.sign * mean(by_name[objective.figure] for by_name in by_run)
@@ -116,6 +119,8 @@ class Keeper:
 
     def _may_go(self, run: Pipeline, title: str, artifact: Artifact) -> bool:
         scored = artifact.complete and run.artifacts.evaluate(ModelRef.of(title, artifact)).complete
+        wanted = self._sweep.benchmarks if title == self._sweep.config.model else None
+        scored = scored and (wanted is None or benchmarked(run, title, wanted).complete)
         return scored and artifact.manifest().get("made_for") == self._maker
 
     def _best(self) -> list[_Ended]:

@@ -64,7 +64,11 @@ OF_TASK: Mapping[str, OfTask] = {
     "score": OfTask(lambda run, model, task: run.scores[model][task]["score"], scored=True),
     "retention": OfTask(retention, learnt=True),
 }
-DESCRIPTION = f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{kind}' for kind in OF_TASK)}"
+_BENCHMARK = OfRun(lambda run, model: None)  # lm-eval has the value, see `pipeline.outcomes.benchmark_figures`
+DESCRIPTION = (
+    f"{' | '.join(OF_RUN)}, or of one task {' | '.join(f'task.NAME.{kind}' for kind in OF_TASK)}, or of one of "
+    "`benchmarks` benchmark.TASK.METRIC, as lm-eval calls it: benchmark.gsm8k.exact_match,strict-match"
+)
 
 
 def figures(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], model: str) -> dict[str, float]:
@@ -81,6 +85,8 @@ def figure_named(name: str) -> OfRun | OfTask | None:
     """The row of a figure; None for a name of none."""
     if name in OF_RUN:
         return OF_RUN[name]
+    if name.startswith("benchmark."):
+        return _BENCHMARK
     return OF_TASK.get(name.rpartition(".")[2]) if name.startswith("task.") and name.count(".") > 1 else None
 
 
@@ -90,11 +96,14 @@ def less_is_better(name: str) -> bool:
     return figure is not None and figure.less
 
 
-def figure_problem(name: str, metrics: Mapping[str, str], where: str) -> Problem | None:
-    """Why a run with these tasks has no such figure. metrics: by task."""
+def figure_problem(name: str, metrics: Mapping[str, str], where: str, benchmarks: Sequence[str] = ()) -> Problem | None:
+    """Why a run with these tasks has no such figure. metrics: by task; benchmarks: lm-eval's tasks."""
     figure = figure_named(name)
     if figure is None:
         return Problem(where, f"{name!r} is no figure", DESCRIPTION)
+    if figure is _BENCHMARK and not any(name.startswith(f"benchmark.{task}.") for task in benchmarks):
+        what = f"{name!r}: is of none of the benchmarks"
+        return Problem(where, what, f"name its task under `benchmarks`; there are {', '.join(benchmarks) or 'none'}")
     if isinstance(figure, OfRun):
         return None
     task = name.removeprefix("task.").rpartition(".")[0]

@@ -18,7 +18,15 @@ from cpift.disk.files import json_text
 from cpift.evaluation.estimates import Estimate, estimates
 from cpift.evaluation.retention import DEFINITION
 from cpift.method.groups import Grouping
-from cpift.pipeline.outcomes import own_models, scored_models, scores_of, shared_models, trial_models
+from cpift.pipeline.outcomes import (
+    benchmark_figures,
+    benchmarked,
+    own_models,
+    scored_models,
+    scores_of,
+    shared_models,
+    trial_models,
+)
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import evaluate, order
 from cpift.pipeline.stages.names import ModelRef
@@ -107,7 +115,13 @@ def own_artifacts(sweep: Sweep, run: Pipeline) -> list[Artifact]:
     return [
         *models.values(),
         *(run.artifacts.evaluate(ModelRef.of(title, artifact)) for title, artifact in models.items()),
+        *_benchmarked(sweep, run),
     ]
+
+
+def _benchmarked(sweep: Sweep, run: Pipeline) -> list[Artifact]:
+    wanted = sweep.benchmarks
+    return [] if wanted is None else [benchmarked(run, sweep.config.model, wanted)]
 
 
 def all_there(sweep: Sweep, attempts: Sequence[Attempt], pipeline: Callable[[RunConfig], Pipeline]) -> bool:
@@ -130,6 +144,7 @@ def _made(sweep: Sweep, run: Pipeline) -> Iterator[Artifact]:
     yield from (artifact for artifact in artifacts if artifact.stage in _STAGES)
     models = scored_models(run, sweep.config.model)
     yield from (*own_models(run, sweep.config.model).values(), *evaluate.outputs(run.artifacts, models).values())
+    yield from _benchmarked(sweep, run)
 
 
 def _figures(
@@ -142,7 +157,10 @@ def _figures(
         scores = scores_of(run, [*shared_models(run), *chosen])
         for model in chosen:
             tasks = [task.name for task in run.config.tasks]
-            by_model.setdefault(model.title, []).append(figures(scores, tasks, model.title))
+            found = figures(scores, tasks, model.title)
+            if model.title == sweep.config.model:
+                found |= benchmark_figures(run, model.title, sweep.benchmarks)
+            by_model.setdefault(model.title, []).append(found)
     return {title: estimates(repeats, sweep.config.confidence) for title, repeats in by_model.items()}
 
 

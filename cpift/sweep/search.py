@@ -31,7 +31,7 @@ from cpift.pipeline.outcomes import INTEGRATES, own_models
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Range, Sweep
-from cpift.sweep.judging import require_objectives
+from cpift.sweep.judging import require_benchmarks, require_objectives
 from cpift.sweep.keep import Keeper
 from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt, TrialResult, attempts_of, pinned, read_attempts, sweep_record
@@ -63,6 +63,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
     if record.complete:  # of a sweep whose outputs somebody deleted
         shutil.rmtree(record.path)
     started = time.time()
+    require_benchmarks(sweep, pipeline(sweep.base))
     with ray_session(sweep.base.resources):
         search = _search_as_it_goes if sweep.config.search.kind.as_it_goes else _search_planned
         attempts = search(sweep, record, view)

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from cpift.config.identity import identity
 from cpift.config.inputs import DataSource, Holdout, Seed
+from cpift.config.needs import absent_extra
 from cpift.config.run import RunConfig, Section
 from cpift.config.tasks import TaskConfig, side_of
 from cpift.data.tasks import count_examples
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from optuna.study import Study
+
+    from cpift.evaluation.standard import Benchmarks
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,54 @@ class Search(Section):
         if self.storage is not None and not re.match(r"\w[\w+]*://", self.storage):
             raise ValueError(f"storage {self.storage!r} is no URL; for a file write sqlite:///{self.storage}")
         return self
+
+
+# ---- standard benchmarks ---------------------------------------------------------------------------------------------
+
+
+class BenchmarksConfig(Section):
+    """Standard benchmarks that every trial's judged model is scored on, by lm-eval (the extra `eval`)."""
+
+    tasks: tuple[str, ...] = Field(
+        **identity("sweep", absent=None), min_length=1, max_length=16, description="lm-eval's names, for example gsm8k"
+    )
+    folder: Path | None = Field(
+        None, **identity("sweep", absent=None), description="of lm-eval YAML files of your own, from the file's folder"
+    )
+    limit: int | None = Field(None, **identity("sweep", absent=None), ge=1, description="rows of each task at most")
+    shots: int | None = Field(
+        None,
+        **identity("sweep", absent=None),
+        ge=0,
+        description="examples before a question; default: the task's",
+    )
+    chat: bool = Field(
+        False, **identity("sweep", absent=False), description="put prompts through the model's chat template"
+    )
+    batch_size: int = Field(8, **identity("sweep", absent=8), ge=1, description="rows scored at once")
+
+    def below(self, folder: Path) -> BenchmarksConfig:
+        """The same with a folder that does not depend on where one is."""
+        return self if self.folder is None else self.model_copy(update={"folder": (folder / self.folder).resolve()})
+
+    def wanted(self, base: RunConfig) -> Benchmarks:
+        """What lm-eval is to run, for trials of a run."""
+        from cpift.evaluation.standard import Benchmarks
+
+        gpu = base.resources.gpus_per_worker > 0
+        return Benchmarks(self.tasks, self.folder, self.limit, self.shots, self.chat, self.batch_size, gpu)
+
+    def problems(self, base: RunConfig) -> list[Problem]:
+        """Why trials of a run could not be scored so; lm-eval itself is not loaded."""
+        found = absent_extra("eval", "lm-eval", "benchmarks")
+        if self.folder is not None and not self.folder.is_dir():
+            found.append(Problem("benchmarks.folder", f"{self.folder} is no folder", "check the path"))
+        if base.resources.by_train or base.resources.on_cluster:
+            what = (
+                "are scored in the trials' own processes, and these hold no CPUs on a cluster or with several workers"
+            )
+            found.append(Problem("benchmarks", what, "leave them out, or sweep on one machine with one worker a fit"))
+        return found
 
 
 # ---- rows that the search never sees ---------------------------------------------------------------------------------

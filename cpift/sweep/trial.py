@@ -23,7 +23,13 @@ from cpift.errors import CpiftError, StageError, entry
 from cpift.merging.on_device import device_merging
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
-from cpift.pipeline.outcomes import INTEGRATES, known_scores, scored_models
+from cpift.pipeline.outcomes import (
+    INTEGRATES,
+    benchmark_figures,
+    known_scores,
+    score_benchmarks,
+    scored_models,
+)
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages.handover import score_fused
 from cpift.sweep.config import Sweep
@@ -96,6 +102,9 @@ def engine_for(config: RunConfig) -> Engine:
 
 def _figures(sweep: Sweep, fields: Mapping[str, Any], run: Pipeline, model: str) -> dict[str, float]:
     """Makes only what has no scores yet: a model that was scored may have lost its weights since."""
+    benchmarks = sweep.benchmarks
+    if benchmarks is not None:
+        score_benchmarks(run, model, benchmarks)
     scores = known_scores(run, model)
     if scores is None:
         if entry(INTEGRATES, model, "model"):
@@ -105,7 +114,8 @@ def _figures(sweep: Sweep, fields: Mapping[str, Any], run: Pipeline, model: str)
         else:
             run.fuse()
         scores = run.evaluate(scored_models(run, model))
-    return figures(scores, [task.name for task in run.config.tasks], model)
+    of_tasks = figures(scores, [task.name for task in run.config.tasks], model)
+    return of_tasks | benchmark_figures(run, model, benchmarks)
 
 
 def _means(sweep: Sweep, by_seed: list[dict[str, float]]) -> dict[str, float]:

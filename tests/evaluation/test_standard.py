@@ -15,18 +15,9 @@ from cpift.errors import CpiftError
 from cpift.evaluation.task_files import task_file_problems
 from cpift.models.sources import load_model, load_tokenizer, materialise
 from cpift.rows.synthetic import generate
+from tests.helpers.rows import LM_EVAL_TASK
 
 CHOICES = ["noun", "verb", "name"]
-TASK = """task: local_kinds
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{file}"}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}:"
-doc_to_choice: ["noun", "verb", "name"]
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def test_a_local_task_is_scored_by_lm_eval(model: Path, tmp_path: Path, monkeypa
     data = tmp_path / "kinds.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "kinds.yaml").write_text(TASK.format(file=data))
+    (tmp_path / "tasks" / "kinds.yaml").write_text(LM_EVAL_TASK.format(file=data))
     options = [
         "--tasks",
         "local_kinds",
@@ -105,7 +96,8 @@ def test_task_files_that_would_run_code_are_refused(text: str, tmp_path: Path) -
     said, allowed = CODE[text]
     (tmp_path / "elsewhere").write_text("a: !function u.f")
     (tmp_path / "tasks" / "deep").mkdir(parents=True)
-    (tmp_path / "tasks" / "plain.yaml").write_text(TASK.format(file="x") + "include: plain.yaml\ndate: 2024-01-01\n")
+    plain = LM_EVAL_TASK.format(file="x") + "include: plain.yaml\ndate: 2024-01-01\n"
+    (tmp_path / "tasks" / "plain.yaml").write_text(plain)
     assert task_file_problems(tmp_path / "tasks", {"acc"}, functions=False) == []
     (tmp_path / "tasks" / "deep" / "one.yaml").write_text(text.replace("../elsewhere", "../../elsewhere"))
     (problem,) = map(str, task_file_problems(tmp_path / "tasks", {"acc"}, functions=False))
@@ -124,7 +116,7 @@ def test_no_code_of_a_task_folder_runs_unasked(model: Path, tmp_path: Path, monk
     data.write_text("".join(json.dumps(row) + "\n" for row in generate("ending", 4, 0, "test")))
     folder.mkdir()
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef same(docs): return docs\n")
-    file, plain = folder / "kinds.yaml", TASK.format(file=data)
+    file, plain = folder / "kinds.yaml", LM_EVAL_TASK.format(file=data)
     arguments = ["standard", str(model), "--tasks", "local_kinds", "--task-folder", str(folder)]
     file.write_text(plain + "process_docs: !function own.same\n")
     assert "!function own.same is Python code" in str(CliRunner().invoke(app, arguments).exception)

@@ -1,4 +1,4 @@
-"""Rows as tokens, by the definition: one after the other, and in memory."""
+"""Rows as tokens, by the definition: one after the other, and in memory. A task of lm-eval over such rows."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def tokenised_dataset(examples: Iterable[Example], tokenizer: PreTrainedTokenize
     """Columns `input_ids` and `labels`, in the examples' order; of those that something is learnt from."""
     rows: list[dict[str, Any]] = [tokenise(example, tokenizer, max_length) for example in examples]
     return Dataset.from_list([row for row in rows if learnable(row)])
+
+
+# A task of lm-eval over JSON lines with `prompt` and `answer`; file: theirs.
+LM_EVAL_TASK = """task: local_kinds
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}:"
+doc_to_choice: ["noun", "verb", "name"]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
