@@ -15,7 +15,9 @@ import numpy as np
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.formats.safetensors import TensorInfo
 
-_RUN = 1 << 20  # elements that are held in fp64 at once, a multiple of 32
+# Elements that are held in fp64 at once, a multiple of 32: what is made of them stays in the cache, and is computed by
+# this thread alone. Threads of libraries would spin between so many small products, while the merge's need the cores.
+_RUN = 1 << 15
 _ANTIPARALLEL = 1e-2
 
 
@@ -125,9 +127,13 @@ def sequential_slerp(runs: Runs, factors: Sequence[float], epsilon: float) -> li
         for run in runs():
             a, b = _folded(run[: index + 1], folds), run[index + 1]
             d = b - a
-            sums += (a @ a, b @ b, d @ d, a @ d, a @ b)
+            sums += (_dot(a, a), _dot(b, b), _dot(d, d), _dot(a, d), _dot(a, b))
         folds.append(_weights(sums, omega, epsilon))
     return folds
+
+
+def _dot(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.einsum("i,i->", one, other))
 
 
 def _folded(vectors: list[np.ndarray], folds: list[Fold]) -> np.ndarray:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .checks import check_words, words_for
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def count_mask(words: Tensor) -> int:
     """The number of set bits (popcount)."""
     import torch
 
+    if words.device.type == "cpu":  # one pass that makes an eighth of its bytes, where the other makes several copies
+        return int(np.bitwise_count(words.contiguous().numpy().view(np.uint32)).sum(dtype=np.int64))
     bits = words.view(torch.uint8)
     bits = bits - ((bits >> 1) & 0x55)
     bits = (bits & 0x33) + ((bits >> 2) & 0x33)
