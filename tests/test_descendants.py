@@ -57,6 +57,7 @@ def sums(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(block("yaml")))
 
 
+@pytest.mark.slow
 def test_the_task_of_the_page_is_one(tmp_path: Path) -> None:
     raw = fields("a", "b")
     raw["tasks"][0]["name"] = "sounds"
@@ -144,7 +145,7 @@ def test_the_example_of_the_page_runs(
 
 
 # What appears in a run's folder once workers are at it. (A run that is killed in its other stages: integration tests.)
-AT_WORK = {"▸ fusion": "fuse", "▸ integration": "logs/**/events.out.tfevents.*"}
+AT_WORK = {"▸ integration": "logs/**/events.out.tfevents.*"}
 
 
 def kill_in(word: str, command: list[str], output: Path) -> None:
@@ -165,7 +166,7 @@ def kill_in(word: str, command: list[str], output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_in_its_own_stages_it_ends_with_the_same_model(folder: Path) -> None:
+def test_killed_in_its_own_stage_it_ends_with_the_same_model(folder: Path) -> None:
     run, task = folder / "runs" / "my-run", folder / "sums.yaml"
     whole = cpift.extend(run, task, output=folder / "whole", in_process=True)
     command = [sys.executable, "-m", "cpift.cli", "extend", str(run), str(task), f"--output={folder / 'killed'}"]

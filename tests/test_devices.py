@@ -139,6 +139,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
     assert isinstance(getattr(TrainingArguments, "n_gpu", None), property)  # what `_n_gpu` stands behind
 
 
+@pytest.mark.slow
 def test_nothing_but_devices_asks_torch_for_gpus() -> None:
     """The word stands where it is a config's, or another tool's option, and not for torch."""
     words = ("devices", "steps", "resources", "mergekit_flags", "on_device", "options")

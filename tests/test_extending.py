@@ -52,6 +52,7 @@ def test_the_pages_metric_scores_queries_by_their_rows(run: Path) -> None:
     assert "row 1: the reference 'SELEC 1' does not run → mend the query" in str(problem)
 
 
+@pytest.mark.slow
 def test_a_run_with_it_ends_with_its_scores_and_a_page(run: Path) -> None:
     tiny = {"probe.steps": 1, "integration.steps": 1, "tasks.0.max_new_tokens": 4, "evaluation.max_length": 128}
     tiny |= {"resources.parallel": None, "probe.max_length": 128, "integration.max_length": 128}

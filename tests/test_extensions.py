@@ -105,6 +105,7 @@ def test_its_bytes_are_part_of_what_they_score_and_of_nothing_else(run: Path, sm
     assert not code_of(load_config(smoke_config))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_an_installed_one_by_its_module_or_its_entry_point(run: Path, installed: Path) -> None:
     for word in ("brought.scores:length", "brevity"):

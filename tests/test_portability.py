@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.sources import sources
 
 # What macOS or Windows lack.
@@ -65,10 +67,12 @@ def absent_elsewhere(path: Path, tree: ast.Module) -> Iterator[str]:
         yield from (f"{path}:{getattr(node, 'lineno', 0)} {name}" for name in names)
 
 
+@pytest.mark.slow
 def test_every_text_file_names_its_encoding() -> None:
     assert [fault for path, tree in sources() for fault in unnamed_encodings(path, tree)] == []
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_that_other_systems_lack() -> None:
     ours = [(path, tree) for path, tree in sources() if path.parts[0] in ("cpift", "kernels", "ray_jobs")]
     assert [fault for path, tree in ours for fault in absent_elsewhere(path, tree)] == []
@@ -96,6 +100,7 @@ WRITERS = {
 WRITERS |= {"rich.print", "Text.from_markup", "html.escape", "escape"}
 
 
+@pytest.mark.slow
 def test_what_is_shown_goes_through_the_modules_that_escape() -> None:
     ours = [(path, tree) for path, tree in sources() if path.parts[0] == "cpift"]
     assert [fault for path, tree in ours for fault in written_elsewhere(path, tree)] == []

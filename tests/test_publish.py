@@ -81,6 +81,7 @@ def test_a_folder_becomes_a_private_repository_and_again_the_same(server: Hub, m
     assert found.files["generation_config.json"] == b"theirs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("held", "private", "token", "told"),
     [
@@ -99,6 +100,7 @@ def test_what_is_not_ours_to_replace_stays(
     assert server.repositories["me/taken"].files == held
 
 
+@pytest.mark.slow
 def test_a_dry_run_asks_nobody(server: Hub, model: Path) -> None:
     done = push(Hub("http://127.0.0.1:9"), str(model), "--to", "me/dry", "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -193,6 +193,7 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", METHODS, ids=lambda fields: "-".join(map(str, fields.values())))
 def test_a_merge_in_memory_has_the_bytes_of_one_on_disk(here: Path, fields: dict[str, Any]) -> None:
     made = cpift.merge("base", NAMES, "merged", verify=False, **fields)

@@ -60,6 +60,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 def test_at_full_rank_the_adapter_is_the_fine_tune(kind: str, tied: bool, models: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -276,6 +276,7 @@ def test_a_vision_language_model_is_not_trained(tmp_path: Path) -> None:
     assert untrainable(saved(tmp_path / "text", "mixtral"), "model.path") == []
 
 
+@pytest.mark.slow
 def test_a_class_with_a_loss_of_its_own_is_not_trained(tmp_path: Path) -> None:
     """Its loss would be of each token at that token, so that copying is learnt."""
     (tmp_path / "config.json").write_text('{"model_type": "mbart", "architectures": ["MBartForCausalLM"]}')

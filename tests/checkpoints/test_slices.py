@@ -30,6 +30,7 @@ from cpift.method.regions import Streaming, core_size, select_regions_many, writ
 from tests.helpers.checkpoints import Models, large, save_checkpoint, shards_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_regions_in_ranges_are_those_of_one_call(tmp_path: Path, sharded_models: Models, scope: str) -> None:
     base, tuned = sharded_models
@@ -66,6 +67,7 @@ def fusion_of(tmp_path: Path, models: Models, config: FusionConfig) -> Fusion:
     return Fusion(FusionInputs(base, base, tuned, regions, list(tuned)), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
 def test_the_budget_changes_nothing(
     tmp_path: Path, sharded_models: Models, granularity: str, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +217,7 @@ def test_verification_finds_a_changed_core_element(tmp_path: Path, sharded_model
     assert re.fullmatch(r"every core element .* 1 differ", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["weights", "delta"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
 def test_verification_finds_a_changed_element_in_no_core(

@@ -103,6 +103,7 @@ def merged(base: Path, models: dict[str, Path], out: Path, **fields: Any) -> Any
     return cpift.merge(base, models, out, **({"method": "linear", "into": into} | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_text_models_are_merged_into_the_language_model(kind: str, tmp_path: Path) -> None:
     """Of a text it computes what the mean of the text models does; all else is θ0's, bit for bit."""

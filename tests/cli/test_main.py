@@ -60,6 +60,7 @@ def test_every_command_has_help(cpift: Run, command: str) -> None:
     assert "--set" in done.stdout
 
 
+@pytest.mark.slow
 def test_plan_touches_nothing_and_waits_for_nothing_heavy(tmp_path: Path, smoke_config: Path) -> None:
     """Importing torch or transformers alone takes as long as the whole plan of a config with a random model."""
     code = (
@@ -149,6 +150,7 @@ def checkpoint_with(folder: Path, how: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing shard", "other shape"])
 def test_bad_checkpoints_end_with_one_message_and_code_2(bad: Run, tmp_path: Path, how: str) -> None:
     folder = checkpoint_with(tmp_path / "model", how)
@@ -231,6 +233,7 @@ def test_an_empty_argument_means_nothing(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [*COMMANDS, "compare", "sweep"])
 def test_options_are_taken_as_they_are_typed(
     command: str,

@@ -60,6 +60,7 @@ class Refuses(Fusion):
         raise AssertionError(f"{info.name} was made again")
 
 
+@pytest.mark.slow
 def test_shards_through_a_store_are_those_of_a_folder(room: Room, tmp_path: Path) -> None:
     sent = with_stored_masks(room.fusion, room.store)
     out = tmp_path / "fetched"

@@ -45,6 +45,7 @@ def checkpoint(folder: Path, recorded: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_plan_from_the_recorded_headers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = HEADERS[name]

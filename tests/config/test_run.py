@@ -244,6 +244,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(VALUES)
 @settings(max_examples=100)
 def test_a_value_in_one_line_is_read_back(value: object) -> None:

@@ -50,6 +50,7 @@ def outcome(write: Any, example: Example, tokenizer: Any) -> Any:
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=6).filter(lambda contents: len(contents) % 2 == 0))

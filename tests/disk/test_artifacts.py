@@ -63,6 +63,7 @@ def _hold(root: Path, held: object, release: object) -> None:
         release.wait(30)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_two_commands_never_share_a_folder(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()

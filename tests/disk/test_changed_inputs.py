@@ -61,6 +61,7 @@ CASES = [(*change, when) for when in ("write_regions", "fuse_models", "between")
 QUICK = (*CASES[:1], *CASES[10:12], *CASES[18:20], CASES[25])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "when"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
 )

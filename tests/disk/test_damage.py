@@ -140,6 +140,7 @@ OTHERS: list[tuple[str, str, Callable[[Path], None]]] = [
 DAMAGES = [("fuse", "manifest.json", damage) for damage in MANIFESTS.values()] + OTHERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "name", "damage"),
     [pytest.param(*case, marks=() if n % 4 == 0 else pytest.mark.slow) for n, case in enumerate(DAMAGES)],
@@ -166,6 +167,7 @@ def test_what_is_damaged_is_set_aside_and_made_again(
     assert states(run) == dict.fromkeys(STAGES, "cached")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regions", "fuse", ".work"])
 @pytest.mark.parametrize("kind", ["a file", "a dead link", "a link to itself"])
 def test_a_stray_file_in_the_place_of_a_folder_is_set_aside(name: str, kind: str, run: Path) -> None:

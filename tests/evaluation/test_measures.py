@@ -71,6 +71,7 @@ def test_no_interval_without_a_value() -> None:
     assert (one.low, one.high) == (None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "between", "noise"), [(3, 0.0, 0.3), (3, 0.2, 0.3), (3, 1.0, 0.3), (10, 0.2, 0.3), (5, 0.05, 0.5)]
 )

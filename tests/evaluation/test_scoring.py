@@ -160,6 +160,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_cache_equals_the_reference(family: str, tmp_path: Path) -> None:
     """What is shared, padded within a row, or taken out of a batch changes no reply and no likelihood."""

@@ -20,8 +20,9 @@ from cpift.method.masks import read_mask, read_summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# A line of the log that starts each stage, in order.
-STAGES = ("model", "probes", "core regions", "task groups", "staged backbone", "fusion", "integration", "evaluation")
+# A line of the log that starts a stage, in order. The two that are left out read and write in milliseconds, as groups
+# and regions do; each start of Ray and its workers takes half a minute of a core.
+STAGES = ("probes", "core regions", "staged backbone", "fusion", "integration", "evaluation")
 
 
 def command(config: Path, output: Path) -> list[str]:
@@ -135,7 +136,7 @@ def kill_in(stage: str, config: Path, output: Path) -> None:
     process.stderr.close()
 
 
-def test_killed_in_every_stage_the_run_ends_with_the_same_models(
+def test_killed_in_its_stages_the_run_ends_with_the_same_models(
     finished: tuple[Path, str], smoke_config: Path, tmp_path: Path
 ) -> None:
     undisturbed, _ = finished

@@ -31,6 +31,7 @@ def random_mask(shape: Sequence[int], share: float, seed: int) -> Tensor:
     return pack_mask(torch.rand(shape, generator=generator(seed)) < share)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize(("base", "tuned"), DTYPES)
@@ -46,6 +47,7 @@ def test_gram_equals_the_reference(
             assert torch.equal(found, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [7, 16])
 def test_gram_of_many_tasks_and_mixed_dtypes(tasks: int) -> None:
     r, *xs = siblings((101, 67), FP32, [(BF16, FP16, FP32)[i % 3] for i in range(tasks)])
@@ -53,6 +55,7 @@ def test_gram_of_many_tasks_and_mixed_dtypes(tasks: int) -> None:
     assert torch.equal(found, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.968, 0.97, 0.99])
 def test_gram_of_blocks_with_few_elements_left(share: float) -> None:
     """About as many as fp64 sums take, and fewer; the sum is that of all products, to what fp32 running sums lose."""
@@ -66,6 +69,7 @@ def test_gram_of_blocks_with_few_elements_left(share: float) -> None:
     assert ((found[0] - vectors @ vectors.T).abs() <= 1e-6 * norms[:, None] * norms).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vectors_of_one_element_are_parallel_or_opposite(backend: str) -> None:
     vectors = [torch.randn(500, 1, generator=generator(n)) for n in range(3)]
@@ -124,6 +128,7 @@ def test_golden_values_of_an_independent_implementation(backend: str) -> None:
         assert torch.allclose(fused, torch.tensor(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", range(1, 17))
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
 def test_slerp_within_two_ulps_of_the_sequential_definition(tasks: int, scale: float) -> None:
@@ -215,6 +220,7 @@ def test_slerp_arguments_are_checked() -> None:
         slerp_coefficients(gram.float(), [0.5, 0.5], 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("out", "dtype"), DTYPES)

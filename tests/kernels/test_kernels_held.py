@@ -39,6 +39,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(RAW[tensor.dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,6 +58,7 @@ def test_a_list_is_put_back_bit_for_bit(
             assert torch.equal(bits(new), torch.where(unpack_mask(mask, x.numel()), bits(x), bits(old)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_of_any_dtype_is_zeroed_where_elements_are_held(backend: str, share: float) -> None:

@@ -34,6 +34,7 @@ def assert_same(found: list[list[CoreMask]], expected: list[list[CoreMask]]) -> 
                 assert torch.equal(words, want_words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("n", [1, 33, 1009])
@@ -52,6 +53,7 @@ def test_selection_equals_a_full_sort(backend: str, update: str, n: int) -> None
                 assert core.threshold == (delta[expected].min() if len(expected) else float("inf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize(("base_dtype", "dtypes"), [DTYPES[0], DTYPES[1], DTYPES[3]])
 def test_the_sampled_path_equals_the_reference(update: str, base_dtype: torch.dtype, dtypes: list[torch.dtype]) -> None:

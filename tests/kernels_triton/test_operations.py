@@ -30,6 +30,7 @@ from tests.ptx.device import interpreted_ptx
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = pytest.mark.slow
+WHOLE = pytest.mark.skipif(not INTERPRETED, reason="takes ten seconds and more to compile")
 MODES = (
     [pytest.param("interpreter", id="interpreter")]
     if INTERPRETED
@@ -41,6 +42,8 @@ DTYPES = [
     pytest.param((torch.float32, torch.float32), id="fp32", marks=SLOW),
     pytest.param((torch.bfloat16, torch.float32), id="mixed", marks=SLOW),
 ]
+# What takes seconds a version to compile: widening a dtype is tried in every dtype by quicker kernels.
+FEWER = DTYPES if INTERPRETED else [DTYPES[0], DTYPES[3]]
 SIZES = [1, 31, 4096, 5003]
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -83,7 +86,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_slices")
 class TestSelection:
-    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("dtypes", FEWER)
     def test_random(self, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         origin, tuned = _models([5003, 1, 0, 8192, 37], dtypes, 2)
         _same_cores(origin, tuned, [133, 6000])
@@ -132,7 +135,7 @@ class TestGram:
             monkeypatch.setattr(module, "BLOCK", 256)
             monkeypatch.setattr(module, "FEW", 16)
 
-    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("dtypes", FEWER)
     @pytest.mark.parametrize("size", [1, 2601])
     def test_tensor(self, size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
         origin, tuned = _models([size], dtypes, 3)
@@ -140,8 +143,13 @@ class TestGram:
         self._check(origin[0], [x[0] for x in tuned], None, "tensor")
 
     @pytest.mark.slow
-    def test_more_vectors_than_one_launch_takes(self) -> None:
-        origin, tuned = _models([2601], (torch.bfloat16, torch.float32), 10)
+    @pytest.mark.parametrize(("group", "across", "vectors"), [(2, 1, 5), pytest.param(8, 4, 10, marks=WHOLE)])
+    def test_more_vectors_than_one_launch_takes(
+        self, group: int, across: int, vectors: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gram, "GROUP", group)
+        monkeypatch.setattr(gram, "ACROSS", across)
+        origin, tuned = _models([2601], (torch.bfloat16, torch.float32), vectors)
         self._check(origin[0], [x[0] for x in tuned], _masks(2601, 1)[0], "tensor")
 
     @pytest.mark.parametrize("shape", [(3, 64), pytest.param((5, 33), marks=SLOW), pytest.param((2, 700), marks=SLOW)])
@@ -180,7 +188,7 @@ class TestApply:
         self._check(shape, (torch.bfloat16, torch.bfloat16), 2, shape[0])
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("tasks", [1, 17])
+    @pytest.mark.parametrize("tasks", [1, pytest.param(17, marks=WHOLE)])
     def test_tasks(self, tasks: int) -> None:
         self._check((5003,), (torch.bfloat16, torch.bfloat16), tasks, 1)
 

@@ -60,6 +60,7 @@ def both(
     return kept[0], kept[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tasks", "counts", "moved"),
     [
@@ -119,6 +120,7 @@ def lazily(monkeypatch: pytest.MonkeyPatch, place: Lazy) -> bool:
     return all(np.array_equal(a, b) for mine, its in masks for a, b in zip(mine[0], its[0], strict=True))
 
 
+@pytest.mark.slow
 @ONCE
 @pytest.mark.parametrize("eager", [(), pytest.param(("in",), marks=SLOW), pytest.param(("out", "in"), marks=SLOW)])
 def test_masks_do_not_depend_on_when_a_device_does_what(
@@ -148,6 +150,7 @@ def test_without_a_wait_masks_are_wrong(
     assert not lazily(monkeypatch, Lazy(eager, without))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [1, 2])
 def test_what_is_not_finite_is_named(task: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first launch and in one after it."""

@@ -86,6 +86,7 @@ def elements(folder: Path, regions: Path, tasks: list[str]) -> dict[str, torch.T
     return named
 
 
+@pytest.mark.slow
 def test_a_task_is_added_and_earlier_cores_stay_as_they_were(run: Path) -> None:
     before, parent = files(run), read_parent(run)
     config = extended(run, NEW, run)
@@ -175,6 +176,7 @@ def test_what_cannot_be_extended_is_refused_by_name(run: Path, tmp_path: Path) -
     assert "holds no finished run" in refused(asked())["RUN"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_changed_meanwhile_is_refused(run: Path) -> None:
     config = extended(run, NEW, run)
     final = read_parent(run).final.path

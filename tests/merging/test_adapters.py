@@ -101,6 +101,7 @@ def off(base: Path, adapter: Path, merged: Path) -> float:
 FAST = ("biases", "whole beside factors", "tied whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank"),
     [

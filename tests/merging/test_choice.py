@@ -257,6 +257,7 @@ def test_commands_choose_and_another_choice_stays_cached(
         assert "resources.device auto" not in run(command), "nothing is left to be done, so nothing is timed"
 
 
+@pytest.mark.slow
 def test_python_chooses_too(one_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_models(tmp_path)
     base, tuned = tmp_path / "base", {"one": tmp_path / "one", "two": tmp_path / "two"}

@@ -80,6 +80,7 @@ WHOLE = (
 )  # sums over a tensor, which slices round otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_those_of_the_definition_however_it_is_cut(

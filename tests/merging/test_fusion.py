@@ -104,6 +104,7 @@ def expected_non_core(inputs: FusionInputs, config: FusionConfig) -> dict[str, t
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "granularity", "omega"),
     list(itertools.product(["weights", "delta"], ["tensor", "row", "model"], ["uniform", 0.3])),

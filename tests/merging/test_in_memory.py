@@ -55,6 +55,7 @@ def test_tensors_and_hashes_are_those_of_the_files(recipe: MergeInMemory, tmp_pa
     assert [check["passed"] for check in record.checks] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_on_a_device_it_is_what_a_merge_there_writes(recipe: MergeInMemory, tmp_path: Path) -> None:
     """With one angle for the whole model, which is found before anything is placed."""
     assert isinstance(recipe.method, Fusion)

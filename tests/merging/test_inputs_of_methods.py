@@ -72,6 +72,7 @@ def bytes_of(method: MergeMethod, like: Checkpoint, folder: Path) -> dict[str, b
     return shards_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "cpift"])
 def test_adapters_and_workers_give_the_same_bytes(name: str, tied: Path, tmp_path: Path) -> None:
     fields = CASES[name][1] if name in CASES else {"density": 0.3} if "density" in METHODS[name].fields else {}

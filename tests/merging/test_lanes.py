@@ -75,6 +75,7 @@ def lazy(eager: Any = (), without: Any = None) -> tuple[DeviceMerging, Counter[s
     return DeviceMerging(CPU, placing(lambda: Lazy(eager, without, counts))), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "eager"),
     [
@@ -174,6 +175,7 @@ def fuse(models: Models, regions: Path, out: Path, merging: Any) -> None:
     written(method_of(models, regions, {"method": "slerp"}), models[0], out, merging)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [select, fuse])
 def test_too_little_memory_names_the_field_and_what_to_do(
     work: Callable[..., None], models: Models, regions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

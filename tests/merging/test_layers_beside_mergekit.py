@@ -140,6 +140,7 @@ def unpacked(kept: dict[str, Any]) -> Written:
     return tensors, kept["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_merges_have_the_bits_that_mergekit_gave(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models(tmp_path)

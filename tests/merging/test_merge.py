@@ -292,6 +292,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_inputs_are_one_clear_message_and_nothing_is_written(
     tmp_path: Path, models: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def regions(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_regions_have_the_bytes_of_the_cpu(models: Models, regions: Path, tmp_path: Path) -> None:
     with as_gpu() as launches:
         streaming = Streaming(mark=DeviceMerging(CPU).mark)
@@ -95,6 +96,7 @@ ANGLES: list[dict[str, Any]] = [
 MOST = [pytest.param(fields, marks=pytest.mark.slow) for fields in [*WITHOUT_ANGLES[1:], *ANGLES[1:]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [WITHOUT_ANGLES[0], ANGLES[0], *MOST], ids=str)
 def test_a_merge_has_the_bits_of_the_cpu(fields: dict[str, Any], models: Models, regions: Path, tmp_path: Path) -> None:
     wanted = fused(models, regions, tmp_path / "cpu", fields, None)

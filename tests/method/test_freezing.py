@@ -47,6 +47,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int =
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)

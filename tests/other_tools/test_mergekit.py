@@ -82,6 +82,7 @@ def file(name: str) -> Path:
     return next(path for path in FILES if path.stem == name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGED)
 def test_a_file_is_planned_and_merged(name: str, here: Path) -> None:
     if name.startswith(("ties", "dare")):

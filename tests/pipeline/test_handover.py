@@ -67,6 +67,7 @@ def again(prepared: Path, tmp_path: Path) -> Callable[[str], Path]:
     return copied
 
 
+@pytest.mark.slow
 def test_scores_are_those_through_the_disk_bit_for_bit(again: Callable[[str], Path]) -> None:
     through, held = run_in(again("through")), run_in(again("held"))
     through.fuse()
@@ -120,6 +121,7 @@ def test_after_a_kill_nothing_is_complete_and_the_same_call_goes_on(
     assert not again_run.worked
 
 
+@pytest.mark.slow
 def test_points_that_differ_in_omega_read_the_models_for_angles_once(
     again: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_what_is_taken_is_taken_with_the_same_words(said: Said, train: Check, tm
         assert plain_tokenizer(tmp_path / str(number)) is not None, name
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_refused_with_the_same_words(said: Said, train: Check) -> None:
     for number, (name, edit) in enumerate(REFUSED.items()):
         found = said(edit, str(number), train, asks=False)
@@ -189,6 +190,7 @@ def test_a_merge_says_the_same(said: Said, merge: Check) -> None:
     assert {name for name, text in found.items() if "→" in text} == {*refused, "an unknown activation"}
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_transformers_is_loaded_to_plan(models: Path, tmp_path: Path, smoke_config: Path) -> None:
     """Of a model that is seen for the first time."""
     raw = yaml.safe_load(smoke_config.read_text())

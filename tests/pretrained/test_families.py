@@ -57,6 +57,7 @@ def spec(base: Path, out: Path, *stages: StageSpec, regions: Path | None = None)
     return fit_spec(base, out, TASKS, stages, training, seed=0, regions=regions)
 
 
+@pytest.mark.slow
 def test_it_is_trained_frozen_exported_merged_verified_and_loaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

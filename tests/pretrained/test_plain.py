@@ -137,6 +137,7 @@ AS_ON_THE_HUB: dict[str, Any] = {  # by releases of transformers before 5
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_known_to_mean_the_same_does(kind: str, tmp_path: Path) -> None:
     gemma = kind.startswith("gemma")
@@ -150,6 +151,7 @@ def test_what_is_known_to_mean_the_same_does(kind: str, tmp_path: Path) -> None:
     assert alike(base, saved | {"use_cache": False}, tmp_path) is not (gemma or kind == "phi3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_values_that_the_class_takes_are_known(kind: str, tmp_path: Path) -> None:
     fields = {**FIELDS, **KINDS[kind].fields}

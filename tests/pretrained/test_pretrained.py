@@ -72,6 +72,7 @@ def faults(path: Path, tree: ast.Module) -> Iterator[str]:
             yield where
 
 
+@pytest.mark.slow
 def test_one_module_loads_everything_and_no_pickle_is_read() -> None:
     assert [fault for path, tree in sources() for fault in faults(path, tree)] == []
 

@@ -18,6 +18,7 @@ from tests.helpers.reports import made_up_run
 CONFIG = "name: x\nregions:\n  p: {p}\nfusion:\n  omega: {omega}\n"
 
 
+@pytest.mark.slow
 def test_every_configuration_keeps_its_report(tmp_path: Path) -> None:
     data = made_up_run()
     configs = [CONFIG.format(p=p, omega=omega) for p, omega in ((0.01, "uniform"), (0.05, "uniform"), (0.05, 0.5))]
@@ -37,6 +38,7 @@ def test_every_configuration_keeps_its_report(tmp_path: Path) -> None:
     assert "regions.p 0.05 (0.01)" in (tmp_path / "index.html").read_text(encoding="utf-8"), "the newest is another"
 
 
+@pytest.mark.slow
 def test_a_report_from_before_is_kept_when_another_replaces_it(tmp_path: Path) -> None:
     data = made_up_run()
     old = replace(data, config_yaml=CONFIG.format(p=0.01, omega="uniform"))
@@ -45,6 +47,7 @@ def test_a_report_from_before_is_kept_when_another_replaces_it(tmp_path: Path) -
     assert sorted("p: 0.01" in file.read_text() for file in (tmp_path / REPORTS).iterdir()) == [False, True]
 
 
+@pytest.mark.slow
 def test_nobodys_own_file_is_replaced(tmp_path: Path) -> None:
     data = made_up_run()
     write_run(data, tmp_path)

@@ -129,6 +129,7 @@ def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None
         assert shown in text
 
 
+@pytest.mark.slow
 def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
     write_run(data, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -152,6 +153,7 @@ def test_page_shows_the_figures(data: ReportData, tmp_path: Path) -> None:
     assert "✗ FAILED" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_page_shows_where_tasks_moved_the_model_if_it_is_known(data: ReportData, tmp_path: Path) -> None:
     write_run(data, tmp_path)
     assert "moved θ0</summary>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -170,6 +172,7 @@ def test_page_shows_where_tasks_moved_the_model_if_it_is_known(data: ReportData,
     assert '<th scope="row">1</th><td>new</td><td style="background: rgba(var(--heat), 0.275)">25</td><td></td>' in text
 
 
+@pytest.mark.slow
 def test_page_is_the_same_for_the_same_data(data: ReportData, tmp_path: Path) -> None:
     first, second = (write_run(data, tmp_path / name) for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
@@ -356,6 +359,7 @@ def test_the_terminal_has_as_many_tables_as_its_width_asks_for(data: ReportData)
         assert text.count("mean") == 1
 
 
+@pytest.mark.slow
 def test_figures_that_are_no_numbers_leave_json_readable(data: ReportData, tmp_path: Path) -> None:
     scores = data.scores | {"final": data.scores["final"] | {"b": score("loss", None, float("nan"), rows=0)}}
     write_run(replace(data, scores=scores), tmp_path)

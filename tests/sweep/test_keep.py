@@ -131,6 +131,7 @@ def test_what_a_coming_trial_needs_is_not_dropped(tmp_path: Path) -> None:
     assert weights(sweep) == set()
 
 
+@pytest.mark.slow
 def test_of_fused_models_that_are_only_scored_the_best_is_written(tmp_path: Path) -> None:
     sweep = load(tmp_path, model="fused", space={"fusion.omega": [0.2, 0.5]}, objectives=["mean_loss"])
     trials = trials_of(sweep)
@@ -156,6 +157,7 @@ def figures_of(run: Pipeline) -> float:
     return sum(score["loss"] for score in scores["fused"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "written"), [("all", 2), ("scores", 0)])
 def test_as_many_fused_models_are_written_as_are_kept(tmp_path: Path, keep: str, written: int) -> None:
     sweep = load(tmp_path, model="fused", space={"fusion.omega": [0.2, 0.5]}, objectives=["mean_loss"], keep=keep)
@@ -167,6 +169,7 @@ def test_as_many_fused_models_are_written_as_are_kept(tmp_path: Path, keep: str,
     assert (len(weights(sweep)), keeper.to_write()) == (written, [])
 
 
+@pytest.mark.slow
 def test_a_search_keeps_fused_models_until_its_end(tmp_path: Path) -> None:
     sweep = load(tmp_path, keep="scores")
     trials = trials_of(sweep)
@@ -179,6 +182,7 @@ def test_a_search_keeps_fused_models_until_its_end(tmp_path: Path) -> None:
     assert weights(sweep) == set()
 
 
+@pytest.mark.slow
 def test_what_a_run_or_another_sweep_made_stays(tmp_path: Path) -> None:
     sweep = load(tmp_path, keep="scores")
     trials = trials_of(sweep)
@@ -222,6 +226,7 @@ def test_runs_find_the_best_weights_and_make_others_again(tmp_path: Path) -> Non
     assert {fused.path, final.path} <= weights(sweep), "what a run made again is the user's"
 
 
+@pytest.mark.slow
 def test_a_crash_before_a_trials_weights_are_dropped_is_made_up_for(tmp_path: Path) -> None:
     """The driver dies when the last trial has ended: the same command finds it done, and drops what was left."""
     sweep, trials, _ = swept(tmp_path, keep="all")

@@ -80,6 +80,7 @@ def test_verdict_says_what_is_best_what_it_beats_and_how_little_that_proves(data
     assert verdict(nothing) == ["No trial has finished: there is nothing to compare."]
 
 
+@pytest.mark.slow
 def test_page_stands_alone_and_shows_failures(data: SweepData) -> None:
     text = sweep_page(data)
     page = Page(text)
@@ -104,6 +105,7 @@ def test_page_without_a_finished_trial(data: SweepData) -> None:
     assert "No trial has finished" in sweep_page(empty)
 
 
+@pytest.mark.slow
 def test_many_fields_have_parallel_coordinates(data: SweepData) -> None:
     space = data.space | {"fusion.space": ["weights", "delta"]}
     trials = [
@@ -115,6 +117,7 @@ def test_many_fields_have_parallel_coordinates(data: SweepData) -> None:
     assert "Each cell is the best over 1 more field." in text
 
 
+@pytest.mark.slow
 def test_results_are_written_for_people_and_machines(data: SweepData, tmp_path: Path) -> None:
     report = write_results(data, tmp_path)
     assert report.read_text(encoding="utf-8").startswith("<!doctype html>")

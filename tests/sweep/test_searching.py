@@ -12,6 +12,7 @@ from cpift.sweep.searching import Search, optuna_study
 optuna = pytest.importorskip("optuna")
 
 
+@pytest.mark.slow
 def test_a_study_on_disk_goes_on(tmp_path: Path) -> None:
     search = Search(method="optuna", samples=9, storage=f"sqlite:///{tmp_path / 'new' / 'study.db'}")
     first = optuna_study(search, "ways", [("mean_retention", 1), ("mean_loss", -1)]).opened()

@@ -118,6 +118,7 @@ def test_a_search_never_sees_the_rows_that_are_reported(tmp_path: Path) -> None:
     assert told.task("c").test_data.file == other
 
 
+@pytest.mark.slow
 def test_the_best_is_reported_beside_the_run_as_it_stands(models: Path, tmp_path: Path) -> None:
     test = {"procedural": "addition", "size": 6, "split": "test"}
     tasks = [{"name": name, "checkpoint": {"path": str(models / name)}, "test": test} for name in ("one", "two")]
@@ -175,6 +176,7 @@ def planned(sweep: Sweep) -> tuple[list[dict[str, Any]], list[list[Pipeline]]]:
     return points, [[Pipeline(sweep.run(p, s), NoEngine(), quiet()) for s in sweep.seeds] for p in points]
 
 
+@pytest.mark.slow
 def test_shared_work_is_made_once_and_equal_outcomes_are_one_trial(tmp_path: Path) -> None:
     sweep = load(tmp_path, seeds=[3, 4])
     points, runs = planned(sweep)

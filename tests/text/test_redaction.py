@@ -134,6 +134,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert redacted(text) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS)
 def test_secrets_in_a_config_are_refused_and_not_repeated(field: str, tmp_path: Path) -> None:
     secrets = [*SECRETS, *(() if is_prose(field) else PAIRS)]
@@ -239,6 +240,7 @@ def test_logs_and_messages_hold_no_secrets(
     assert "judge at https://***@host/v1 failed" in said
 
 
+@pytest.mark.slow
 def test_long_texts_are_searched_in_time() -> None:
     for text in (
         "a" * 200_000,

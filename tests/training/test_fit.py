@@ -16,6 +16,7 @@ from cpift.training.spec import StageSpec, stages_of
 from tests.helpers.fits import spec, weights
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_keeps_names_and_dtypes(base: Path, tmp_path: Path) -> None:
     result = fit(spec(base, tmp_path, steps=30))
     assert result["log"][-1]["loss"] < 0.8 * result["log"][0]["loss"]
@@ -74,6 +75,7 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return fit(spec(base, out, *TWO_STAGES, checkpoint_every=2)), weights(out / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop", [(0, 2), *(pytest.param(stop, marks=pytest.mark.slow) for stop in ((0, 4), (0, -1), (1, 4)))]
 )
@@ -138,6 +140,7 @@ def test_killed_in_its_process_a_fit_goes_on_and_leaves_no_checkpoint(
     assert not checkpoints()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["earlier", "all"])
 def test_frozen_cores_leave_a_staged_fit_as_they_entered(
     base: Path, tmp_path: Path, regions: Path, freeze: str

@@ -72,6 +72,7 @@ def test_an_optimizer_holds_what_is_counted(base: Path, name: Any) -> None:
     assert counted.average == counted.weights == 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
     training = settings(batch_size=4)
     whole = training_memory(base, training, 1, False)
@@ -91,6 +92,7 @@ def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
     assert fitting("probe", base, settings(lora={"rank": 2}), 1, 10**9).memory is None
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_gpu_says_what_fits(base: Path, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     config = run_of(tmp_path / "rows", [turns("a", "b"), turns("c", "d")], {"path": str(base)})

@@ -36,6 +36,7 @@ def staged(base: Path, regions: Path, out: Path, optimizer: str) -> FitSpec:
     return replace(spec(base, out, *stages, **fields), regions=regions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", ["adafactor", "muon", pytest.param("adamw_8bit", marks=[NEEDS_8BIT, pytest.mark.slow])]
 )

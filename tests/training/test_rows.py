@@ -32,6 +32,7 @@ def spec(out: Path, tasks: tuple[TaskConfig, ...] = TASKS, **training: Any) -> F
     return fit_spec(out, out, tasks, (stage,), TrainingConfig(steps=1, max_length=200, **training))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_on_disk_are_those_that_memory_would_hold(tmp_path: Path, packing: bool, balanced: bool) -> None:

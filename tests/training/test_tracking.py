@@ -181,6 +181,7 @@ with open(sys.argv[1], "w") as log, ended_if_stuck(0.3, log) as alive:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_says_where_and_ends(tmp_path: Path) -> None:
     log = tmp_path / "log"
     ended = subprocess.run([sys.executable, "-c", STUCK, log], capture_output=True, text=True, timeout=50, check=False)

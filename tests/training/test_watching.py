@@ -163,6 +163,7 @@ def undisturbed(staged: Callable[[Path], FitSpec], tmp_path_factory: pytest.Temp
     return fit(whole), weights(whole.export)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop", [(0, 6), *(pytest.param(stop, marks=pytest.mark.slow) for stop in ((0, 3), (0, -1), (1, 3), (1, 6)))]
 )

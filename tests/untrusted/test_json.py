@@ -135,6 +135,7 @@ def test_lines_are_read_one_by_one_and_bad_ones_in_their_place(tmp_path: Path) -
     assert [isinstance(one, UnreadableError) for one in found] == [False, True, True, False, True, True, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", sorted(READERS))
 def test_only_our_errors_come_out(reader: str, tmp_path: Path) -> None:
     assert outcome(reader, READERS[reader][1], tmp_path) == "taken"
