@@ -1,4 +1,4 @@
-"""A sweep and a run on two nodes whose fine-tunes keep their checkpoints in an S3-compatible store."""
+"""A run on two nodes whose fine-tunes keep their checkpoints in an S3-compatible store."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from ray.cluster_utils import Cluster
 
 from cpift.cluster.engine import RayEngine
 from cpift.cluster.session import NAMESPACE
-from cpift.config.loading import load_config
+from cpift.config.loading import parse_config
 from cpift.console.view import quiet
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
-from cpift.sweep.config import load_sweep
-from cpift.sweep.results import gather, write_results
-from cpift.sweep.search import pipeline, run_sweep
 from tests.helpers.s3_server import objects, s3_bucket
-from tests.helpers.sweeps import run_fields, sweep_file
+from tests.helpers.sweeps import run_fields
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -82,30 +79,24 @@ def hashes(root: Path) -> dict[str, str]:
     }
 
 
-def test_a_sweep_and_a_run_keep_their_checkpoints_in_an_object_store(tmp_path: Path, bucket: str) -> None:
+def test_a_run_keeps_its_checkpoints_in_an_object_store(tmp_path: Path, bucket: str) -> None:
     storage = f"{bucket}/fits"
-    file = sweep_file(tmp_path, run=fields(storage), space={"regions.p": [0.05, 0.2]}, model="fused")
-    sweep = load_sweep(file, output=tmp_path / "out")
-    with watched(storage) as seen:
-        attempts = run_sweep(sweep, quiet())
-    assert [attempt.status for attempt in attempts] == ["done", "done"]
-    probes = {key.split("/")[2] for key in seen if key.endswith("model.safetensors")}
-    assert len(probes) == 2, f"each probe's checkpoints have a place of their own: {seen}"
-    assert objects(storage) == {}, "a finished fine-tune leaves none"
-
-    report = write_results(gather(sweep, attempts, pipeline), sweep.base.output_dir)
-    best = load_config(report.with_name("best.yaml"))
-    assert best.resources.storage == storage
-    run = Pipeline(best, RayEngine(best), quiet())
-    with watched(storage) as seen:
+    config = parse_config(fields(storage), tmp_path, "run.yaml", changes={"output": str(tmp_path / "out")})
+    run = Pipeline(config, RayEngine(config), quiet())
+    with run.engine.session(), watched(storage) as seen:
+        run.fuse()
+        probes = {key.split("/")[2] for key in seen if key.endswith("model.safetensors")}
+        assert len(probes) == 2, f"each probe's checkpoints have a place of their own: {seen}"
+        assert objects(storage) == {}, "a finished fine-tune leaves none"
+        before = set(seen)
         run.integrate()
-    assert any("checkpoint" in key for key in seen)
+    assert any("checkpoint" in key for key in seen - before)
     assert objects(storage) == {}
 
-    here = best.model_copy(
+    here = config.model_copy(
         update={
             "output": tmp_path / "here",
-            "resources": best.resources.model_copy(update={"storage": None}),
+            "resources": config.resources.model_copy(update={"storage": None}),
         }
     )
     Pipeline(here, InProcessEngine(), quiet()).integrate()
