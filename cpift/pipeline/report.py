@@ -99,6 +99,7 @@ def gather(run: Pipeline) -> ReportData:
         },
         measure=run.config.regions.measure,
         slerp=record["tensors"],
+        held_out={title: fit["held_out"] for title, fit in fits.items() if fit.get("held_out")},
         curves={title: fit["log"] for title, fit in fits.items()},
         checks=_checks(record, fits["integration"]),
         provenance=[artifact.manifest() for artifact in outputs.values()],

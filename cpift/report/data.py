@@ -25,7 +25,7 @@ from cpift.evaluation.retention import (
 from cpift.evaluation.scores import Score
 from cpift.merging.checks import Check
 from cpift.report.places import ExpertRow, Move
-from cpift.training.spec import LogRow
+from cpift.training.spec import HeldOutRow, LogRow
 
 LEFT_OUT = "‡"  # beside tasks that their own probe did not learn
 
@@ -80,6 +80,7 @@ class ReportData:
     )  # model -> fine-tune that it took -> input tokens, None where nobody counted them
     samples: list[Sample] = field(default_factory=list)
     history: list[tuple[str, str]] = field(default_factory=list)  # folder and change of each run that led here
+    held_out: dict[str, list[HeldOutRow]] = field(default_factory=dict)  # by fine-tune that watched its loss there
     experts: list[ExpertRow] = field(default_factory=list)  # of a mixture of experts
     moves: dict[str, list[Move]] = field(default_factory=dict)  # by task, where its probe moved θ0; empty if not known
 

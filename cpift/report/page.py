@@ -16,7 +16,7 @@ from cpift.report.html import document, duration, figure, table
 from cpift.report.picture import lead, picture, replies, tokens
 from cpift.report.places import experts_html, moves_tables, overlap_html
 from cpift.text.escaping import html
-from cpift.training.spec import LogRow
+from cpift.training.spec import HeldOutRow, LogRow
 
 _SECTIONS = {
     "retention": "Every model on every task",
@@ -236,6 +236,11 @@ def _training(data: ReportData) -> str:
         figure(plots.training_curve(title, log), f"{title}: training loss {_ends(log)}")
         for title, log in data.curves.items()
     )
+    panels += "".join(
+        figure(plots.training_curve(title, numbers, "Held-out loss"), f"{title}: held-out loss {_lowest(numbers)}")
+        for title, rows in data.held_out.items()
+        if (numbers := [row for row in rows if math.isfinite(row["loss"])])
+    )
     rows = "".join(f"<li>{html(sentence)}</li>" for sentence in data.rows)
     return f'{note}<div class="panels">{panels}</div>' + (f'<ul class="muted">{rows}</ul>' if rows else "")
 
@@ -243,6 +248,14 @@ def _training(data: ReportData) -> str:
 def _ends(log: Sequence[LogRow]) -> str:
     losses = [row["loss"] for row in log if "loss" in row]
     return f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "was not logged"
+
+
+def _lowest(rows: Sequence[HeldOutRow]) -> str:
+    """How it went, and by stage where it was lowest; at that step `keep: best` takes a stage's weights."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    best = [min((row for row in rows if row["stage"] == stage), key=lambda row: row["loss"]) for stage in stages]
+    where = (f"{row['loss']:.3f} at step {row['step']}" for row in best)
+    return f"{rows[0]['loss']:.3f} → {rows[-1]['loss']:.3f}, lowest {', '.join(where)}"
 
 
 def _checks(data: ReportData) -> str:

@@ -112,8 +112,8 @@ def angles_by_layer(slerp: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
 
 
 @rc_context(PLOT_STYLE)
-def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> Plot:
-    """Training loss of one fine-tune. Each stage has other tasks, so the curve is broken where one begins; a dotted
+def training_curve(title: str, log: Sequence[Mapping[str, Any]], kind: str = "Training loss") -> Plot:
+    """Losses of one fine-tune, of a kind. Each stage has other tasks, so the curve is broken where one begins; a dotted
     line and the stage's number stand there."""
     rows = [row for row in log if "loss" in row]
     if not rows:
@@ -139,7 +139,7 @@ def training_curve(title: str, log: Sequence[Mapping[str, Any]]) -> Plot:
     table = [
         [numbers[index], f"{step}", f"{row['loss']:.4f}"] for index, step, row in zip(stages, steps, rows, strict=True)
     ]
-    return Plot(as_svg(figure, axes, f"Training loss of {title}"), ["stage", "step", "loss"], table)
+    return Plot(as_svg(figure, axes, f"{kind} of {title}"), ["stage", "step", "loss"], table)
 
 
 def _running_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:

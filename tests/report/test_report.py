@@ -20,9 +20,11 @@ from cpift.report import chart as report_chart
 from cpift.report import plots as report_plots
 from cpift.report.data import compare, retention, standing, verdict
 from cpift.report.model_card import license_of, model_card, write_model_card
+from cpift.report.page import page
 from cpift.report.places import moves_of
 from cpift.report.tensor_names import kind_of, layer_of
 from cpift.report.write import ReportData, scores_table, summary, write_run
+from cpift.training.spec import HeldOutRow
 from tests.helpers.reports import Page, made_up_run, score
 
 
@@ -377,3 +379,17 @@ def test_long_names_leave_a_panel_its_title() -> None:
     assert box is not None
     assert place is not None
     assert float(place[1]) < 0.1 * float(box[1])
+
+
+def test_held_out_losses_are_shown_with_the_lowest_of_each_stage() -> None:
+    rows: list[HeldOutRow] = [
+        {"stage": stage, "step": 4 * place, "loss": loss, "tokens": 9}
+        for stage, losses in enumerate(((2.5, 1.25, 1.5), (1.75, float("nan"), 1.125)))
+        for place, loss in enumerate(losses, start=1)
+    ]
+    data = made_up_run()
+    assert "held-out" not in page(data)
+    shown = page(replace(data, held_out={"probe a": rows, "probe b": []}))
+    assert "probe a: held-out loss 2.500 → 1.125, lowest 1.250 at step 8, 1.125 at step 12" in shown
+    assert "Held-out loss of probe a" in shown
+    assert "probe b: held-out" not in shown
