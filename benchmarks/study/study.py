@@ -4,6 +4,7 @@
     python -m benchmarks.study.study run smollm2 --data FOLDER       # SmolLM2-135M on five tasks (see smollm2.yaml)
     python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it
     python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 1     # another machine, another day
+    python -m benchmarks.study.study run once_loss --data OUT/test   # a part of the fair trial (protocol.md)
     python -m benchmarks.study.study write                           # docs/results.md, its plots, README's claims
     python -m benchmarks.study.study check                           # the document follows from the records
     python -m benchmarks.study.study check --artifacts tiny          # and the record from the models' scores
@@ -31,6 +32,8 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+from benchmarks.study import fair_trial
+from benchmarks.study.fair_trial import TRIALS
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document
 from cpift.compare.findings import FULL, Findings
@@ -101,9 +104,12 @@ class Timed:
 
 def load(name: str, options: argparse.Namespace) -> Comparison:
     """A study's comparison; of `tiny` with the θ0 that is trained first."""
-    changes: dict[str, Any] = {"output": Path(options.output or ROOT / "runs" / f"study-{name}").absolute()}
+    folder = "fair" if name in TRIALS else name  # what the trials share is made once
+    changes: dict[str, Any] = {"output": Path(options.output or ROOT / "runs" / f"study-{folder}").absolute()}
     changes |= {"seeds": [int(seed) for seed in options.seeds.split(",")]} if options.seeds else {}
     changes |= {"methods": options.methods} if options.methods else {}
+    if name in TRIALS:
+        return fair_trial.load_trial(name, options.data, changes)
     if name == "smollm2":
         if not options.data:
             raise CpiftError("smollm2 needs --data FOLDER with NAME_train.jsonl and NAME_test.jsonl of its five tasks")
@@ -146,6 +152,7 @@ def run(options: argparse.Namespace) -> None:
             folder = comparison.base.output_dir
             print(f"{len(methods_of(comparison))} methods, seeds {comparison.seeds}, results in {folder}")
             return
+        fair_trial.require_development(options.study, RESULTS)
         path = RESULTS / f"{options.study}.jsonl"
         known = read_record(path) if path.is_file() else None
         work = ComparisonWork(
@@ -155,7 +162,8 @@ def run(options: argparse.Namespace) -> None:
             work.make()
         finally:  # out of hours or killed by a failure, what is finished goes into the record
             if work.done:
-                _keep(work.record(), path)
+                made = work.record()
+                _keep(fair_trial.stamped(made) if options.study in TRIALS else made, path)
 
 
 def _keep(record: Record, path: Path) -> None:
@@ -193,6 +201,9 @@ def compose() -> dict[Path, str]:
         files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
         parts.append(f"## {title}\n\n{about}\n{_held(name, everything, record)}{_judged(name, record)}{text}")
         parts += _before(name)
+    text, plots = fair_trial.section(RESULTS)
+    files |= {DOCUMENT.parent / file: svg for file, svg in plots.items()}
+    parts.append(text)
     return {DOCUMENT: "\n".join(parts), README: _readme(), **files}
 
 
@@ -288,6 +299,7 @@ def write(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise CpiftError where the document, its records and, if asked for, the artifacts do not agree."""
+    fair_trial.require_protocol(RESULTS)
     wrong = [str(path) for path, text in compose().items() if not path.is_file() or path.read_text("utf-8") != text]
     if wrong:
         raise CpiftError(f"{', '.join(wrong)}: not what the records say; run study.py write")
@@ -313,14 +325,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub = commands.add_parser(name)
         sub.set_defaults(command=command, seeds=None, methods=None, data=None, output=None)
         if name == "run":
-            sub.add_argument("study", choices=STUDIES)
+            sub.add_argument("study", choices=[*STUDIES, *TRIALS])
             sub.add_argument("--hours", type=float, default=2.0, help="start nothing new after so long (default 2)")
             sub.add_argument("--here", action="store_true", help="in this process, without Ray")
             sub.add_argument("--plan", action="store_true", help="check everything and stop before the first fine-tune")
         if name == "check":
-            sub.add_argument("--artifacts", choices=STUDIES, help="also compare this study's record with its artifacts")
+            sub.add_argument(
+                "--artifacts", choices=[*STUDIES, *TRIALS], help="also compare this study's record with its artifacts"
+            )
         if name != "write":
-            sub.add_argument("--data", help="folder of the five tasks (smollm2)")
+            sub.add_argument("--data", help="folder of the tasks (smollm2, the fair trial)")
             sub.add_argument("--seeds", help="for example 0,1,2; default: the study's own")
             sub.add_argument("--methods", nargs="+", help="glob patterns of its methods; default: the study's own")
             sub.add_argument("--output", help="folder for models and scores; default: runs/study-NAME")

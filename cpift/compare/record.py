@@ -49,6 +49,7 @@ class Header:
     methods: list[str] = field(default_factory=list)  # of the whole comparison, made or not
     train_rows: dict[str, int] = field(default_factory=dict)  # by task; empty in records from before they were counted
     chance: dict[str, float] = field(default_factory=dict)  # what guessing scores, of choices; empty in older records
+    protocol: str | None = None  # sha256 of the text that fixed it beforehand; None: there was none
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def joined(first: Record, second: Record) -> Record:
         for what, one, other in (
             ("run", _recipe(first.header.config), _recipe(second.header.config)),
             ("tasks", first.header.tasks, second.header.tasks),
+            ("protocol", first.header.protocol, second.header.protocol),
             *((name, first.header.comparison.get(name), second.header.comparison.get(name)) for name in _SHARED),
         )
         if _differ(one, other)

@@ -1,0 +1,89 @@
+"""The fair trial: which comparisons it has, and that its records are of the protocol that is in the repository.
+
+A record carries the sha256 of protocol.md as it was when the record was made. Whoever changes the protocol afterwards
+has records that `study.py check` refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cpift.compare.config import Comparison, load_comparison
+from cpift.compare.files import document
+from cpift.compare.record import Record, finished, read_record
+from cpift.errors import CpiftError
+
+HERE = Path(__file__).parent
+PROTOCOL = HERE / "protocol.md"
+TRIALS = {
+    "dev_loss": "Development, tasks by loss",
+    "dev_scored": "Development, tasks with real scores",
+    "once_loss": "Train once, tasks by loss",
+    "once_scored": "Train once, tasks with real scores",
+    "later_5": "Checkpoints exist, 5 % of the probes' tokens",
+    "later_20": "Checkpoints exist, 20 % of the probes' tokens",
+}
+# The development that a trial's values are chosen on: no test seed runs before its record is there.
+DEVELOPMENT = {"once_loss": "dev_loss", "once_scored": "dev_scored", "later_5": "dev_loss", "later_20": "dev_loss"}
+
+
+def load_trial(name: str, data: str | None, changes: Mapping[str, Any]) -> Comparison:
+    """A comparison of the trial on the rows in `data`, a folder that `benchmarks.study.tasks` wrote.
+
+    Raises CpiftError where it is the folder of other seeds: development's rows and the tests' are two.
+    """
+    part = "test" if name in DEVELOPMENT else "dev"
+    if not data or Path(data).name != part:
+        raise CpiftError(f"{name} needs --data OUT/{part}, the folder that benchmarks.study.tasks writes for its seeds")
+    os.environ["STUDY_DATA"] = str(Path(data).absolute())
+    return load_comparison(HERE / "fair" / f"{name}.yaml", (), changes)
+
+
+def require_development(name: str, results: Path) -> None:
+    """Raise CpiftError where the values that `name` tests were chosen on no record."""
+    first = DEVELOPMENT.get(name)
+    if first and not (results / f"{first}.jsonl").is_file():
+        raise CpiftError(
+            f"{name} has no chosen values yet: run {first}, choose as protocol.md says, commit both, then this"
+        )
+
+
+def protocol_hash() -> str:
+    """sha256 of the protocol's bytes."""
+    return sha256(PROTOCOL.read_bytes()).hexdigest()
+
+
+def stamped(record: Record) -> Record:
+    """A record that says which protocol it was made under."""
+    return replace(record, header=replace(record.header, protocol=protocol_hash()))
+
+
+def require_protocol(results: Path) -> None:
+    """Raise CpiftError where a record was made under another protocol than the one that is here, or under none."""
+    for name, record in _records(results).items():
+        if record.header.protocol != protocol_hash():
+            raise CpiftError(
+                f"{name}.jsonl was made under protocol {record.header.protocol}, and {PROTOCOL.name} is "
+                f"{protocol_hash()} → bring back the protocol that it was made under, or make the record again"
+            )
+
+
+def section(results: Path) -> tuple[str, dict[str, str]]:
+    """The trial's part of docs/results.md, and its plots."""
+    text, plots = (HERE / "about_fair_trial.md").read_text(encoding="utf-8"), dict[str, str]()
+    records = _records(results)
+    if not records:
+        return f"{text}\n**Not run yet: there is no record of it, and nothing is claimed.**\n", plots
+    for name, record in records.items():
+        part, drawn = document(finished(record), f"results/{name}", level=4)
+        text, plots = f"{text}\n### {TRIALS[name]}\n\n{part}", plots | drawn
+    return text, plots
+
+
+def _records(results: Path) -> dict[str, Record]:
+    return {name: read_record(file) for name in TRIALS if (file := results / f"{name}.jsonl").is_file()}

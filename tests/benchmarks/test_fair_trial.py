@@ -1,0 +1,103 @@
+"""The fair trial: its comparisons load with the methods their contrasts name, its tasks keep their rows apart, and a
+record that was made under another protocol is refused."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study import fair_trial, study, tasks
+from cpift.compare.methods import methods_of
+from cpift.compare.record import joined, read_record, write_record
+from cpift.errors import ConfigError, CpiftError
+
+RESULTS = study.RESULTS
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for part in ("dev", "test"):
+        (tmp_path / part).mkdir()
+        for name in (*tasks.SCORED, *tasks.BY_LOSS):
+            for split in ("train", "test"):
+                (tmp_path / part / f"{name}_{split}.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+def test_every_comparison_loads_and_development_has_as_many_trials_for_each(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STUDY_DATA", "")
+    seeds: dict[bool, set[int]] = {True: set(), False: set()}
+    for name in fair_trial.TRIALS:
+        part = "test" if name in fair_trial.DEVELOPMENT else "dev"
+        comparison = fair_trial.load_trial(name, str(data / part), {})
+        names = [method.name for method in methods_of(comparison)]  # refuses a contrast of a method that is not there
+        seeds[part == "test"] |= set(comparison.seeds)
+        if part == "dev":
+            begins = ("full SFT, balanced, ", "late ", "paper ", "average, last stage ")
+            assert [sum(one.startswith(begin) for one in names) for begin in begins] == [6, 3, 3, 6]
+        else:
+            assert {"random cores", "average and the same last stage"} <= set(names)
+        with pytest.raises(CpiftError, match=f"OUT/{part}"):
+            fair_trial.load_trial(name, str(data / ("dev" if part == "test" else "test")), {})
+    assert len(seeds[True]) == 8
+    assert not seeds[True] & seeds[False]
+
+
+def test_parts_of_a_task_share_no_prompt(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"ask {number}"}]} for number in range(12)]
+    for name in tasks.BY_LOSS:
+        for part, chosen in (("train", rows), ("test", rows[:2])):
+            (tmp_path / f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    made = dict(tasks.every_task(tmp_path))
+    assert list(made) == [*tasks.SCORED, *tasks.BY_LOSS]
+    for name, parts in made.items():
+        prompts = [
+            {row["messages"][-2 + (name in tasks.BY_LOSS)]["content"] for row in part} for part in parts.values()
+        ]
+        assert len(set().union(*prompts)) == sum(map(len, prompts)) == sum(map(len, parts.values()))
+        assert name in tasks.BY_LOSS or len(parts["test"]) >= 200
+    assert all(row["answer"] in row["choices"] for row in made["older"]["test"])
+    assert [tasks.in_words(number) for number in (21, 105, 4030, 9711)] == [
+        "twenty-one",
+        "one hundred and five",
+        "four thousand and thirty",
+        "nine thousand seven hundred and eleven",
+    ]
+    with pytest.raises(SystemExit, match="is not there"):
+        next(tasks.every_task(tmp_path / "none"))
+
+
+def test_a_record_of_another_protocol_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_record(RESULTS / "smollm2.jsonl")
+    record = replace(whole, rows=whole.rows[:1])
+    stamped = fair_trial.stamped(record)
+    path = tmp_path / "once_loss.jsonl"
+    fair_trial.require_protocol(tmp_path)
+    write_record(stamped, path)
+    fair_trial.require_protocol(tmp_path)
+    with pytest.raises(ConfigError, match="protocol"):
+        joined(record, stamped)
+    write_record(record, path)
+    with pytest.raises(CpiftError, match="under protocol None"):
+        fair_trial.require_protocol(tmp_path)
+    write_record(stamped, path)
+    monkeypatch.setattr(fair_trial, "PROTOCOL", tmp_path / "protocol.md")
+    fair_trial.PROTOCOL.write_text("Another text.\n")
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    with pytest.raises(CpiftError, match="was made under protocol"):
+        study.check(Namespace(artifacts=None))
+
+
+def test_no_test_seed_before_development_and_no_claim_without_a_record(tmp_path: Path) -> None:
+    with pytest.raises(CpiftError, match="run dev_loss"):
+        fair_trial.require_development("once_loss", tmp_path)
+    fair_trial.require_development("dev_loss", tmp_path)
+    text, plots = fair_trial.section(tmp_path)
+    assert "Not run yet" in text
+    assert not plots
