@@ -54,11 +54,12 @@ def compare(
     changes |= {} if seeds is None else {"seeds": _seeds(seeds)}
     changes |= {} if budget is None else {"budgets": [budget]}
     comparison = load_comparison(config, overrides or [], changes)
-    from cpift.compare.files import written_files
+    from cpift.compare.files import RUN_FILE, written_files
     from cpift.pipeline.preflight import preflight
 
     say_code(comparison.base, comparison.config)
-    preflight(comparison.base, stage="compare", download=not plan, writes=written_files(comparison.config.curves))
+    writes = (*written_files(comparison.config.curves), RUN_FILE)
+    preflight(comparison.base, stage="compare", download=not plan, writes=writes)
     from cpift.compare.methods import methods_of
 
     if plan:

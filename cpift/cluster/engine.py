@@ -173,6 +173,9 @@ class RayEngine:
             return group.run([item_of(scoring) for scoring in some], keep, on_progress)
 
         failed = _whole_and_cut(scorings, group.size, score)
+        if any(scoring.merge is not None for scoring in scorings):  # a comparison scores its other models next
+            raise_failures(failed)
+            return
         group.dismiss()
         if self._session is not None and started_here():
             self._ending = threading.Thread(target=self._end, args=(self._session,), daemon=True)

@@ -43,6 +43,7 @@ from cpift.report.html import Plot
 from cpift.text.escaping import markdown
 
 _NAME = "comparison"
+RUN_FILE = "comparison-run.yaml"  # the run of all methods: its commands write weights that were only scored
 
 
 def written_files(curves: Iterable[str]) -> tuple[str, ...]:

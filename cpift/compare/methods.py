@@ -213,9 +213,18 @@ class Entry:
     def needs_fusion(self) -> bool:
         return entry(JUDGED, self.method.judged, "judged").fusion
 
+    @property
+    def needs_integration(self) -> bool:
+        return entry(JUDGED, self.method.judged, "judged").integration
+
+    def fused(self) -> Artifact:
+        """The fused model, whose probes and backbone must be there."""
+        (fused,) = order.outputs(self.run.artifacts, self.run.known(), "fuse").values()
+        return fused
+
     def integration(self) -> Wanted | None:
         """What CPI-FT's last stage trains."""
-        if not entry(JUDGED, self.method.judged, "judged").integration:
+        if not self.needs_integration:
             return None
         spec = integrate.spec(self.run, self.run.fuse(), self.groups, self.artifacts()[-1])
         title = f"{self.method.name}, integration"

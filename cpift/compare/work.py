@@ -8,6 +8,7 @@ methods costs only what is new.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.compare.budgets import Budgets
 from cpift.compare.config import Comparison, of_training
+from cpift.compare.files import RUN_FILE
 from cpift.compare.methods import ComparedMethod, Entry, methods_of, seconds_of
 from cpift.compare.record import Header, Record, Row, kept_scores
+from cpift.config.loading import dump_config
 from cpift.console.view import View, quiet
 from cpift.data.tasks import count_examples
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, package_versions, source_commit
+from cpift.disk.top_files import write_top
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.retention import chance_of
 from cpift.evaluation.scores import Score, read_scores
@@ -29,6 +33,7 @@ from cpift.pipeline.engine import Engine, NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, Wanted
 from cpift.pipeline.stages.fuse import add_card
+from cpift.pipeline.stages.handover import ToScore, score_each
 from cpift.pipeline.stages.names import ModelRef
 from cpift.report.facts import tokens_of
 
@@ -72,6 +77,7 @@ class ComparisonWork:
         self.train()
         self.fuse()
         self.integrate()
+        self.score_fused()
         self.score()
 
     def prepare(self) -> None:
@@ -94,12 +100,46 @@ class ComparisonWork:
         self.shared.train("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
 
     def fuse(self) -> None:
-        """Fusions one after the other, in this process."""
-        entries = [entry for entry in self.entries if entry.needs_fusion]
+        """Fusions one after the other, in this process; less those that are only scored."""
+        held = [entry.fused().path for entry in self._only_scored()]
+        entries = [entry for entry in self.entries if entry.needs_fusion and entry.fused().path not in held]
         with self.view.stage(f"fusions of {len(entries)} models"):
             for place, entry in enumerate(entries):
                 entry.run.fuse()
                 self.view.progress({"title": "fusions", "done": (place + 1) / len(entries), "task": entry.method.name})
+
+    def _only_scored(self) -> list[Entry]:
+        """Fusions whose weights nothing else reads, each once: they are made in memory, where they are scored.
+
+        On processors alone, which whoever scores has; and of methods and rules that are loaded everywhere.
+        """
+        if self._merging is not None:
+            return []
+        fusing = [entry for entry in self.entries if entry.needs_fusion]
+        read = {entry.fused().path for entry in fusing if entry.needs_integration}
+        found = {entry.fused().path: entry for entry in fusing if not entry.run.artifacts.code("fusion.")}
+        return [entry for path, entry in found.items() if path not in read and self._scored_alike(entry)]
+
+    def _scored_alike(self, entry: Entry) -> bool:
+        """Whether its own run names its scores as the comparison does."""
+        ((scored, model, _),) = self._scorings(entry)
+        return scored.path == entry.run.artifacts.evaluate(model).path
+
+    def score_fused(self) -> None:
+        """The fusions that are only scored: nothing of them is written but their scores, records and hashes."""
+        several, held = len(self.full_runs) > 1, []
+        for entry in self._only_scored():
+            name = f"{entry.method.name} (seed {entry.run.config.seed})" if several else entry.method.name
+            held.append(ToScore(entry.run, name, self._remake(entry)))
+        if held:
+            write_top(self.comparison.base.output_dir, {RUN_FILE: dump_config(self.comparison.base)})
+            score_each(Pipeline(held[0].run.config, self.shared.engine, self.view), held)
+
+    def _remake(self, entry: Entry) -> str:
+        """What writes the weights of an entry's fused model."""
+        values = {**entry.method.fields, "seed": entry.run.config.seed}
+        command = ["cpift", "fuse", str(self.comparison.base.output_dir / RUN_FILE)]
+        return shlex.join([*command, *(f"--set={name}={value}" for name, value in values.items())])
 
     def integrate(self) -> None:
         wanted, owners = [], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +17,17 @@ from cpift.compare.budgets import Budgets
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document, write_comparison, written_files
 from cpift.compare.findings import Findings
-from cpift.compare.methods import MERGES, PARTS, by_rows, in_stages, methods_of, shuffled, together
+from cpift.compare.methods import MERGES, PARTS, Entry, by_rows, in_stages, methods_of, shuffled, together
 from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare.run_baselines import OF_RUNS, fits_beside, make_baselines, plan_all
 from cpift.compare.words import side
 from cpift.compare.work import ComparisonWork, run_comparison
-from cpift.config.loading import parse_config, with_fields
+from cpift.config.loading import load_config, parse_config, with_fields
 from cpift.config.run import RunConfig
 from cpift.console.progress import OnProgress
 from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import write_json
+from cpift.disk.files import file_sha256, write_json
 from cpift.errors import ConfigError, StageError
 from cpift.merging.registry import METHODS
 from cpift.pipeline.engine import NoEngine, Scoring
@@ -36,6 +37,7 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
 from cpift.pipeline.report import gather, report
 from cpift.pipeline.stages import integrate, order
+from cpift.pipeline.stages.names import ModelRef
 from cpift.report.facts import tokens_of
 from cpift.text.escaping import html
 from cpift.training.spec import FitSpec
@@ -362,6 +364,55 @@ def test_a_piece_that_was_stopped_keeps_what_is_finished(found: tuple[Comparison
     assert 0 < len(rows) < len(work.entries)
     by_name = {(row.method, row.seed): row.scores for row in found[1].rows}
     assert all(row.scores == by_name[row.method, row.seed] for row in rows)
+
+
+@pytest.mark.slow
+def test_merges_that_are_only_scored_are_never_written(
+    found: tuple[Comparison, Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between them the comparison goes on, with the rows of the one whose merges were written and read."""
+    config = found[0].config.model_copy(update={"seeds": (0,), "methods": ("linear average", "SLERP")})
+    folder = shutil.copytree(found[0].base.output_dir, tmp_path / "out")
+    made = replace(found[0], base=found[0].base.model_copy(update={"output": folder}), config=config)
+
+    def merges() -> list[Entry]:
+        work = ComparisonWork(made, InProcessEngine(), quiet())
+        return [entry for entry in work.entries if entry.method.kind == "merge"]
+
+    def forget() -> None:
+        for entry in merges():
+            scored = entry.run.artifacts.evaluate(ModelRef.of("fused", entry.fused()))
+            shutil.rmtree(scored.path, ignore_errors=True)
+            shutil.rmtree(entry.fused().path, ignore_errors=True)
+
+    forget()
+    with monkeypatch.context() as through_disk:
+        through_disk.setattr(ComparisonWork, "_only_scored", lambda self: [])
+        record = run_comparison(made, InProcessEngine(), quiet())
+    assert all(entry.fused().has_weights for entry in merges())
+    forget()
+
+    class Stopping(InProcessEngine):
+        def evaluate(self, scorings: Sequence[Scoring], *rest: Any) -> None:
+            assert [scoring.merge is not None for scoring in scorings] == [True, True], "side by side"
+            super().evaluate(scorings[:1], *rest)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(made, Stopping(), quiet())
+    again = run_comparison(made, InProcessEngine(), quiet())
+    assert [(row.method, row.scores) for row in again.rows] == [(row.method, row.scores) for row in record.rows]
+    states = {entry.method.name: entry.fused().state().kind for entry in merges()}
+    assert states == {"linear average": "dropped", "SLERP": "dropped"}
+    run_comparison(made, Idle(), quiet())  # and stays cached
+    entry = merges()[0]
+    arguments = shlex.split(entry.fused().manifest()["dropped"]["remake"])
+    assert arguments[:2] == ["cpift", "fuse"]
+    remade = load_config(Path(arguments[2]), [argument.removeprefix("--set=") for argument in arguments[3:]])
+    fused = Pipeline(remade, NoEngine(), quiet()).fuse()
+    assert fused.path == entry.fused().path
+    hashed = entry.fused().manifest()["outputs"]["model.safetensors"]
+    assert file_sha256(fused.path / "model.safetensors") == hashed
 
 
 @pytest.mark.slow

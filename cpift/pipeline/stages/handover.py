@@ -8,12 +8,12 @@ warning says that they are not; only then is every core compared with its donor.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from cpift.checkpoints.opening import model_files
+from cpift.checkpoints.opening import model_files, quick_fingerprint
 from cpift.checkpoints.writing import copy_companions, write_index
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, Unwritten, claimed, require_sound
@@ -23,7 +23,7 @@ from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation
 from cpift.formats.sizes import available_memory
 from cpift.merging.in_memory import MergeInMemory, MergeRecord
-from cpift.pipeline.engine import keep_scores
+from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import evaluate, fuse
 from cpift.pipeline.stages.names import ModelRef
@@ -35,31 +35,79 @@ _MOST_KNOWN = 8
 _KNOWN: dict[str, dict[str, Any]] = {}
 
 
-@unless_damaged
+@dataclass(frozen=True)
+class ToScore:
+    """A run whose fused model is only scored. title: on the screen. remake: the command that writes its weights."""
+
+    run: Run
+    title: str
+    remake: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One of them, all that it is made from being there."""
+
+    wanted: ToScore
+    sources: fuse.Sources
+    scored: Artifact
+
+    @property
+    def done(self) -> bool:
+        fused = self.sources.fused
+        return fused.has_weights or (fused.complete and self.scored.complete)
+
+
+Merge: TypeAlias = tuple[_Model, MergeInMemory]
+
+
 def score_fused(run: Run, remake: str) -> None:
     """Have the fused model scored without writing it; what comes before is made if it is not there.
 
     Nothing is done where it has its scores, or its weights are on the disk already. Where memory has no room for it, it
     is written. remake: the command that writes its weights.
     """
-    sources = fuse.prepare(run)
-    fused, scored = sources.fused, evaluate.artifact(run.artifacts, ModelRef.of("fused", sources.fused))
-    if _done(fused, scored):
+    score_each(run, [ToScore(run, "fused", remake)])
+
+
+@unless_damaged
+def score_each(lead: Run, wanted: Sequence[ToScore]) -> None:
+    """`score_fused` of several, no two the same, side by side as the engine of `lead` scores and memory has room."""
+    models = [model for model in map(_model, wanted) if not model.done]
+    if not models:
         return
-    with claimed([fused, scored], run.view.warn):
-        if _done(fused, scored):  # another process made them while this one waited
-            return
-        require_sound(sources.read, run.root, run.view.warn)
-        merge = _merge(run, sources)
-        fits = _SCORED_AS * merge.like.numel + merge.nbytes <= available_memory()
-        if fits:
-            _score(run, sources, merge, scored, remake)
-    if not fits:
-        fuse.make(run)
+    large = list[_Model]()
+    with claimed((one for model in models for one in (model.sources.fused, model.scored)), lead.view.warn):
+        models = [model for model in models if not model.done]  # others were made while this one waited
+        for model in models:
+            require_sound(model.sources.read, model.wanted.run.root, lead.view.warn)
+        for batch in _batches([(model, _merge(model.wanted.run, model.sources)) for model in models], large):
+            _score(lead, batch)
+    for model in large:
+        fuse.make(model.wanted.run)
 
 
-def _done(fused: Artifact, scored: Artifact) -> bool:
-    return fused.has_weights or (fused.complete and scored.complete)
+def _model(wanted: ToScore) -> _Model:
+    run, sources = wanted.run, fuse.prepare(wanted.run)
+    return _Model(wanted, sources, evaluate.artifact(run.artifacts, ModelRef.of("fused", sources.fused)))
+
+
+def _batches(merges: Iterable[Merge], large: list[_Model]) -> Iterator[dict[str, Merge]]:
+    """By title, as many as memory holds at once; `large` is given those that it has no room for."""
+    batch: dict[str, Merge] = {}
+    room = available = available_memory()
+    for model, merge in merges:
+        need = _SCORED_AS * merge.like.numel + merge.nbytes
+        if need > available:
+            large.append(model)
+            continue
+        if need > room:
+            yield batch
+            batch, room = {}, available
+        batch[model.wanted.title] = model, merge
+        room -= need
+    if batch:
+        yield batch
 
 
 def _merge(run: Run, sources: fuse.Sources) -> MergeInMemory:
@@ -80,29 +128,40 @@ def _known_of(fused: Artifact, late: Sequence[str]) -> dict[str, Any]:
     return known
 
 
-def _score(run: Run, sources: fuse.Sources, merge: MergeInMemory, scored: Artifact, remake: str) -> None:
-    fused, title = sources.fused, fuse.title(run.artifacts)
-    folder = _beside_weights(run, sources, merge)
-    scoring = replace(evaluate.scoring(run, "fused", folder), merge=merge)
-    changes = noted(model_files(folder))
+def _score(lead: Run, batch: Mapping[str, Merge]) -> None:
+    folders = {title: _beside_weights(model, merge) for title, (model, merge) in batch.items()}
+    scorings = [_scoring(title, model, merge, folders[title]) for title, (model, merge) in batch.items()]
+    changes = {title: noted(model_files(folder)) for title, folder in folders.items()}
 
-    def keep(_: str, result: Evaluation) -> None:
-        problems = changes()  # before the folder goes
-        _complete(run, sources, folder, result["merged"], remake)
-        keep_scores(scored, result, lambda: problems)
+    def keep(title: str, result: Evaluation) -> None:
+        model, problems = batch[title][0], changes[title]()  # before the folder goes
+        _complete(model, folders[title], result["merged"])
+        keep_scores(model.scored, result, lambda: problems)
 
-    run.begin(title)
-    files = [file for read in sources.read for file in model_files(read)]
+    titles = []
+    for model, _ in batch.values():
+        titles.append(fuse.title(model.wanted.run.artifacts))
+        model.wanted.run.begin(titles[-1])
+    files = {file for model, _ in batch.values() for read in model.sources.read for file in model_files(read)}
+    said = f"{titles[0]} and its scores" if len(batch) == 1 else f"{len(batch)} fusions and their scores"
     try:
-        with run.view.stage(f"{title} and its scores"), guarded_reads(fused.title, files):
-            run.engine.evaluate([scoring], keep, run.view.progress)
+        with lead.view.stage(said, list(batch)), guarded_reads(", ".join(batch), sorted(files)):
+            lead.engine.evaluate(scorings, keep, lead.view.progress)
     except BaseException:
         _KNOWN.clear()  # maybe of a file that changed meanwhile
         raise
 
 
-def _beside_weights(run: Run, sources: fuse.Sources, merge: MergeInMemory) -> Path:
+def _scoring(title: str, model: _Model, merge: MergeInMemory, folder: Path) -> Scoring:
+    """What a kill leaves of its rows is named by what the model is made of."""
+    made_of = [model.sources.fused.fingerprint, *map(quick_fingerprint, model.sources.read)]
+    kept = model.scored.work_dir / "results" / digest(made_of)[:16]
+    return replace(evaluate.scoring(model.wanted.run, title, folder, kept), merge=merge)
+
+
+def _beside_weights(model: _Model, merge: MergeInMemory) -> Path:
     """All that the model's folder has beside its weights."""
+    run, sources = model.wanted.run, model.sources
     folder = sources.fused.work_dir / "beside"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -112,8 +171,9 @@ def _beside_weights(run: Run, sources: fuse.Sources, merge: MergeInMemory) -> Pa
     return folder
 
 
-def _complete(run: Run, sources: fuse.Sources, folder: Path, made: MergeRecord, remake: str) -> None:
-    fused, unwritten = sources.fused, Unwritten(made.files, remake)
+def _complete(model: _Model, folder: Path, made: MergeRecord) -> None:
+    run, sources = model.wanted.run, model.sources
+    fused, unwritten = sources.fused, Unwritten(made.files, model.wanted.remake)
     with fused.compared(run.view.warn), fused.build(device_name(), made.seconds, unwritten) as out:
         for path in sorted(folder.iterdir()):
             link_or_copy(path, out / path.name)
