@@ -70,17 +70,27 @@ def _on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def foretold(config: RunConfig) -> str | None:
-    """What `resources.device: auto` will come to, as far as that is known before anything is timed."""
-    if config.resources.device != "auto":
+    """What `resources.device` will come to, as far as that is known before anything is timed, and not plain from it."""
+    if config.resources.device == "cpu":
         return None
+    if config.resources.device == "cuda":
+        several = one_of_several()
+        return f"resources.device cuda: regions and fusion {several}" if several else None
     lacking = _lacking()
     if config.resources.on_cluster or lacking:
         why = lacking[0] if lacking and not config.resources.on_cluster else "a cluster's CPUs compute them"
         return f"resources.device auto: regions and fusion on the CPU: {why}"
-    timed = "on the GPU or the CPU, whichever is faster on their first elements"
+    gpu = one_of_several() or "on the GPU"
+    timed = f"{gpu} or the CPU, whichever is faster on their first elements"
     if said := [what for what, _ in _on_cpus(config)]:
         return f"resources.device auto: regions {timed}; fusion on the CPU: {', '.join(said)}"
     return f"resources.device auto: regions and fusion {timed}"
+
+
+def one_of_several() -> str | None:
+    """Where regions and fusion are computed, and why there alone, on a machine with several GPUs."""
+    gpus = visible_gpus()
+    return f"on one of {gpus} GPUs (they are one process's work)" if gpus > 1 else None
 
 
 def device_merging(resources: ResourcesConfig) -> Merging | None:

@@ -212,6 +212,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"resources": {"device": "cpu"}}, 1, None),
         ({}, 0, "regions and fusion on the CPU: torch sees no GPU here"),
         ({}, 1, "regions and fusion on the GPU or the CPU, whichever is faster on their first elements"),
+        ({}, 2, "regions and fusion on one of 2 GPUs (they are one process's work) or the CPU, whichever is faster"),
         ({"resources": {"distributed": True}}, 1, "regions and fusion on the CPU: a cluster's CPUs compute them"),
         (
             {"fusion": {"method": "ties"}},
@@ -233,6 +234,17 @@ def test_a_plan_says_what_it_will_be(
     assert on_device.check_device(config) == []
     assert (found is None) == (told is None)
     assert told is None or (found is not None and found.startswith("resources.device auto: ") and told in found), found
+
+
+@pytest.mark.parametrize(("gpus", "told"), [(1, None), (3, "one of 3 GPUs (they are one process's work)")])
+def test_a_plan_for_a_gpu_says_that_others_are_idle(
+    gpus: int, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_device, "visible_gpus", lambda: gpus)
+    tasks = [{"name": name, "checkpoint": {"path": str(tmp_path)}} for name in ("x", "y")]
+    raw = {"name": "r", "model": {"path": str(tmp_path)}, "tasks": tasks, "resources": {"device": "cuda"}}
+    found = foretold(parse_config(raw, tmp_path, "run"))
+    assert found == (told and f"resources.device cuda: regions and fusion on {told}")
 
 
 def test_commands_choose_and_another_choice_stays_cached(
