@@ -1,7 +1,7 @@
 """What a merge has to give, in fp64: what the definitions of methods are made of.
 
 Vectors are folded by SLERP one after another, over whole rows, tensors or models, as the paper has it; nothing is
-shared with the code that merges. At most _RUN elements of each model are held at once.
+shared with the code that merges. At most RUN elements of each model are held at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpift.formats.safetensors import TensorInfo
 
 # Elements that are held in fp64 at once, a multiple of 32: what is made of them stays in the cache, and is computed by
 # this thread alone. Threads of libraries would spin between so many small products, while the merge's need the cores.
-_RUN = 1 << 15
+RUN = 1 << 15
 _ANTIPARALLEL = 1e-2
 
 
@@ -116,7 +116,7 @@ def expected(vectors: list[np.ndarray], folds: list[Fold], places: np.ndarray) -
 
 def runs_of(vectors: Vectors, numel: int) -> Runs:
     """Passes over all elements of a tensor."""
-    return lambda: (vectors(start, min(start + _RUN, numel))[0] for start in range(0, numel, _RUN))
+    return lambda: (vectors(start, min(start + RUN, numel))[0] for start in range(0, numel, RUN))
 
 
 def sequential_slerp(runs: Runs, factors: Sequence[float], epsilon: float) -> list[Fold]:

@@ -12,14 +12,12 @@ import numpy as np
 from cpift.checkpoints.slices import sweep
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Merged
-from cpift.merging.definition import Definition, in_fp64
+from cpift.merging.definition import RUN, Definition, in_fp64
 from cpift.merging.forms import UpdateMerge, rounded_updates
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
-
-_RUN = 1 << 20  # elements that a definition holds in fp64 at once, a multiple of 32
 
 
 class MeasuredMerge(UpdateMerge):
@@ -57,7 +55,7 @@ class MeasuredMerge(UpdateMerge):
 
     def defined_updates_of(self, info: TensorInfo) -> Iterator[tuple[int, np.ndarray]]:
         """The same for a definition, fp64 [N, n]."""
-        for start in range(0, info.numel, _RUN):
-            stop = min(start + _RUN, info.numel)
+        for start in range(0, info.numel, RUN):
+            stop = min(start + RUN, info.numel)
             origin, *tuned = (in_fp64(model, info.name, start, stop) for model in self.models)
             yield start, rounded_updates(origin, tuned)
