@@ -79,8 +79,10 @@ def forgotten(
         raise ConfigError("forget", problems)
     raw["tasks"] = [one for one in raw["tasks"] if one["name"] != task]
     raw["parent"] = _parent_of(parent, forgotten=task)
-    for field in ("weights", "densities"):
-        raw.get("fusion", {}).get(field, {}).pop(task, None)
+    fusion = raw.get("fusion")
+    for field in ("weights", "densities") if isinstance(fusion, dict) else ():
+        if isinstance(by_task := fusion.get(field), dict):
+            by_task.pop(task, None)
     return _config(raw, root, f"without-{task}", output, overrides, changes)
 
 
@@ -102,7 +104,7 @@ def _is_task(task: Any) -> bool:
 
 def _earlier(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     parent = raw.get("parent")
-    return list(parent.get("tasks", ())) if isinstance(parent, dict) else []
+    return list(parent.get("tasks") or ()) if isinstance(parent, dict) else []
 
 
 def _parent_of(parent: Parent, **fields: Any) -> dict[str, Any]:
@@ -113,11 +115,12 @@ def _config(
     raw: dict[str, Any], root: Path, what: str, output: Path | None, overrides: Sequence[str], changes: Fields | None
 ) -> RunConfig:
     raw["name"] = f"{raw.get('name', root.name)}-{what}"
-    raw["output"] = str(output or root.with_name(f"{root.name}-{what}"))
+    raw["output"] = str(output or root.parent / f"{root.name}-{what}")
     config = parse_config(raw, root, raw["name"], overrides, changes)
-    if config.output_dir.resolve() == root.resolve():
-        remedy = "give another folder: what a finished run made is not written over"
-        raise ConfigError(raw["name"], [Problem("output", f"{root} is the run that is gone on from", remedy)])
+    if root.resolve() in (place := config.output_dir.resolve(), *place.parents):
+        what = f"{root} is the run that is gone on from" if place == root.resolve() else f"{place} is inside of {root}"
+        remedy = "give another folder: a finished run is only read"
+        raise ConfigError(raw["name"], [Problem("output", what, remedy)])
     return config
 
 
@@ -141,8 +144,9 @@ def _new_task(task: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], Se
     if "tasks" in new:
         what = "is a list of tasks, and one is added at a time"
         problems.append(Problem("tasks", what, "write the fields of the one task: name, train, test, metric"))
-    elif not isinstance(new.get("name"), str):
-        problems.append(Problem("name", "is not there", "give the new task a name"))
+    elif not isinstance(name := new.get("name"), str):
+        what = "is not there" if name is None else f"is {name!r}, and no text"
+        problems.append(Problem("name", what, "give the new task a name, in quotes if it is a number"))
     placed = {"tasks": [new]}
     problems += [*resolve_paths(placed, folder), *place_words(placed, folder)]
     return new, replay, problems

@@ -164,6 +164,9 @@ def test_what_cannot_be_extended_is_refused_by_name(run: Path, tmp_path: Path) -
 
     assert "'a' is a task of" in refused(asked(NEW | {"name": "a"}))["name"]
     assert "is not there" in refused(asked({"train": NEW["train"]}))["name"]
+    assert "is 7, and no text" in refused(asked(NEW | {"name": 7}))["name"]
+    assert "'c/d'" in str(refused(asked(NEW | {"name": "c/d"})))
+    assert "is inside of" in refused(asked(output=str(run / "inside")))["output"]
     assert "one is added at a time" in refused(asked({"tasks": [NEW]}))["tasks"]
     assert "no folder" in refused(asked(folder=tmp_path / "nowhere"))["RUN"]
     assert "is not the θ0" in refused(asked(model__scratch__seed=5))["model.scratch"]
@@ -240,6 +243,8 @@ def test_what_cannot_be_forgotten_is_refused_by_name(run: Path) -> None:
     (run.parent / "b-train.jsonl").unlink()
     assert "no such file" in str(refused(lambda: forgotten(run, "a")))
     raw = yaml.safe_load((run / "config.yaml").read_text())  # as if it had been extended
+    (run / "config.yaml").write_text(yaml.safe_dump(raw | {"fusion": None, "parent": {"tasks": None}}))
+    assert "is empty" in refused(lambda: forgotten(run, "a"))["fusion"]
     earlier = [{"name": "x"}, {"name": "y"}]
     (run / "config.yaml").write_text(yaml.safe_dump(raw | {"parent": {"run": "/before", "tasks": earlier}}))
     assert "the model without it is the one of /before" in refused(lambda: forgotten(run, "b"))["TASK"]
