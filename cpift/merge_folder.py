@@ -70,7 +70,7 @@ def merge_config(
     problems = [_unknown(name) for name in fields if name not in OPTIONS]
     problems += [Problem(name, what, "leave it out") for name, what in _unused(fields).items()]
     fields = dict(fields)
-    moments = _moments(fields, models, problems)
+    moments = _moments(fields, settings or {}, models, problems)
     problems += [
         Problem(name, "is decided by a merge's own arguments", "leave it out") for name in _own(settings or {})
     ]
@@ -132,7 +132,9 @@ def _unused(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"is not used by {method}" for name in unused if OPTIONS[name].field not in known}
 
 
-def _moments(fields: dict[str, Any], models: Any, problems: list[Problem]) -> dict[str, dict[str, str]]:
+def _moments(
+    fields: dict[str, Any], settings: Mapping[str, Any], models: Any, problems: list[Problem]
+) -> dict[str, dict[str, str]]:
     """By task, where its second moments are, taken out of the keywords; what is wrong with them goes to `problems`."""
     given = fields.pop("moments", None)
     if given is None:
@@ -140,8 +142,9 @@ def _moments(fields: dict[str, Any], models: Any, problems: list[Problem]) -> di
     if not isinstance(given, Mapping) or not all(isinstance(file, (str, os.PathLike)) for file in given.values()):
         problems.append(Problem("moments", "are no files by the name of a model", "NAME=FILE of each"))
         return {}
-    reads = fields.get("measure") == "curvature" or reads_moments(str(fields.get("method", "cpift")))
-    if not reads:
+    method = str(settings.get("fusion.method", fields.get("method", "cpift")))
+    measure = settings.get("regions.measure", fields.get("measure"))
+    if not (reads_moments(method) or (method == "cpift" and measure == "curvature")):
         remedy = "leave them out, or set measure: curvature, or a method that reads them"
         problems.append(Problem("moments", "are read by nothing that is asked for", remedy))
     known = list(models) if isinstance(models, Mapping) else []

@@ -330,6 +330,14 @@ WRONG = [
     (["base", "ft-code", "--set", "fusion.tt=1"], "did you mean 't'"),
     (["base", "ft-code", "--backbone", "staged"], "has to be trained"),
     (["base", "base/config.json"], "is a file"),
+    (
+        ["base", "a=ft-code", "--method", "linear", "--weights", "a=1", "--weights", "a=2"],
+        "--weights: a is given twice",
+    ),
+    (["base", "a=ft-code", "--method", "fisher", "--moments", "a=v #2"], "v #2"),
+    (["base", "a=ft-code", "--moments", "a=v", "--set", "regions.measure=curvature"], "tasks.0.moments: there is"),
+    (["base", "a=ft-code", "--moments", "a=v", "--set", "fusion.method=fisher"], "tasks.0.moments: there is no"),
+    (["base", "a=ft-code", "--moments", "a=v", "--set", "fusion.method=ties"], "are read by nothing"),
 ]
 
 

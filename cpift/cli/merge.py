@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,8 @@ _KINDS: Mapping[str, Any] = {
     "switch": bool | None,
 }
 _FIELDS = "Fields of the merge"
+# Places and names are taken as they stand: read as YAML, `v #2.safetensors` is another file.
+_TEXTS = ("model.chat_template", "backbone.source", "backbone.revision", "tasks.moments", "fusion.into")
 
 
 def register_merge(app: typer.Typer, panel: str) -> None:
@@ -57,6 +59,10 @@ def _keyword(flag: str) -> str:
     return f"mergekit_{flag.replace('-', '_')}"
 
 
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _flag(name: str, flag: Flag) -> inspect.Parameter:
     """An option that people know from mergekit; help does not list it."""
     kind: Any = str | None if flag.value else bool | None
@@ -66,7 +72,7 @@ def _flag(name: str, flag: Flag) -> inspect.Parameter:
 
 
 def _parameter(name: str, option: Option) -> inspect.Parameter:
-    flag = f"--{name.replace('_', '-')}"
+    flag = _flag_of(name)
     declared = f"{flag}/--no-{flag[2:]}" if option.kind == "switch" else flag
     metavar = {"pairs": "NAME=VALUE", "values": "PATTERN", "value": "VALUE"}.get(option.kind)
     info = typer.Option(declared, metavar=metavar, help=option.help, rich_help_panel=_FIELDS, show_default=False)
@@ -178,14 +184,21 @@ def _value(name: str, value: Any) -> Any:
     """An option's value as a file would have it. Raises ConfigError."""
     option = OPTIONS[name]
     if option.kind == "pairs":
-        return dict(_pair(name, pair) for pair in value)
+        return _pairs(name, [_pair(name, pair) for pair in value])
     return value if option.kind in ("switch", "values") else _parsed(name, value)
+
+
+def _pairs(name: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise ConfigError("merge", [Problem(_flag_of(name), f"{key} is given twice", "give it once") for key in twice])
+    return dict(pairs)
 
 
 def _pair(name: str, pair: str) -> tuple[str, Any]:
     key, equals, value = pair.partition("=")
     if not equals:
-        raise ConfigError("merge", [Problem(f"--{name.replace('_', '-')}", f"{pair!r} has no '='", "NAME=VALUE")])
+        raise ConfigError("merge", [Problem(_flag_of(name), f"{pair!r} has no '='", "NAME=VALUE")])
     return key, _parsed(name, value)
 
 
@@ -193,12 +206,12 @@ def _parsed(name: str, text: str) -> Any:
     from cpift.untrusted.json import UnreadableError
     from cpift.untrusted.yaml import parse_yaml
 
-    if OPTIONS[name].field in ("model.chat_template", "backbone.source", "backbone.revision"):
+    if OPTIONS[name].field in _TEXTS:
         return text
     try:
         return parse_yaml(text)
     except UnreadableError as error:
-        raise ConfigError("merge", [error.problem(f"--{name.replace('_', '-')}")]) from None
+        raise ConfigError("merge", [error.problem(_flag_of(name))]) from None
 
 
 def _tell(config: RunConfig, notes: list[str], place: Path) -> None:

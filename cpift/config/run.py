@@ -316,7 +316,9 @@ class RunConfig(Section):
 
     @property
     def backbone_training(self) -> TrainingConfig:
-        return self.backbone.training or needed(self.probe, "backbone.training", "the staged backbone")
+        """The probes' where it has no section of its own, but for what probes alone keep."""
+        training = self.backbone.training or needed(self.probe, "backbone.training", "the staged backbone")
+        return training.model_copy(update={"keep_moments": False})
 
     @property
     def integration_training(self) -> IntegrationConfig:

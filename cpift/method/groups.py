@@ -68,7 +68,8 @@ def group_tasks(tasks: Sequence[str], overlaps: np.ndarray, p: float, config: Gr
 
 def _unmoved(tasks: Sequence[str], overlaps: np.ndarray) -> list[str]:
     empty = [task for task, count in zip(tasks, overlaps.diagonal(), strict=True) if not count]
-    return [f"{task}: no element differs from θ0, so its core is empty: is it θ0 itself?" for task in empty]
+    what = "no element differs from θ0 by regions.measure, so its core is empty: is it θ0 itself?"
+    return [f"{task}: {what}" for task in empty]
 
 
 def _ordered(components: list[list[int]], jaccard: np.ndarray, order: str, seed: int) -> list[list[int]]:

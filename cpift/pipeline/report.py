@@ -164,8 +164,10 @@ def _warnings(run: Pipeline, grouping: Sequence[str], regions: Mapping[str, Regi
     for task, region in regions.items():
         if region["count"] < region["requested"]:
             share = region["count"] / region["space"]
+            measure = run.config.regions.measure
+            some = "moved at all" if measure == "update" else f"have a {measure} above 0"
             texts.append(
-                f"task {task}: only {share:.3%} of the elements moved at all, fewer than p = {run.config.regions.p:g}; "
+                f"task {task}: only {share:.3%} of the elements {some}, fewer than p = {run.config.regions.p:g}; "
                 "its core region holds those. Train the probe longer, or keep checkpoints in float32"
             )
     return texts

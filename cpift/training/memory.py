@@ -124,7 +124,7 @@ def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, T
         steps = training.gradient_accumulation * training.batch_size
         training = training.model_copy(update={"batch_size": 1, "gradient_accumulation": steps})
         yield f"batch_size: 1, gradient_accumulation: {steps}", training
-    if training.optimizer == "adamw" and shards == 1:
+    if training.optimizer == "adamw" and shards == 1 and not training.keep_moments:  # which are of adamw alone
         yield "optimizer: adamw_8bit", training.model_copy(update={"optimizer": "adamw_8bit"})
 
 

@@ -69,7 +69,10 @@ def test_tau_as_a_multiple_of_chance() -> None:
 def test_a_core_without_elements_is_told() -> None:
     overlaps = np.array([[0, 0], [0, 100]])
     found = group_tasks(("same", "other"), overlaps, 0.01, GroupsConfig(tau=0.2), seed=0)
-    assert found.warnings[0] == "same: no element differs from θ0, so its core is empty: is it θ0 itself?"
+    assert (
+        found.warnings[0]
+        == "same: no element differs from θ0 by regions.measure, so its core is empty: is it θ0 itself?"
+    )
 
 
 def test_tau_at_or_below_chance_warns() -> None:

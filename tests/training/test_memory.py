@@ -16,7 +16,7 @@ from cpift.config.loading import dump_config
 from cpift.config.training import TrainingConfig
 from cpift.errors import ConfigError
 from cpift.models.sources import load_model
-from cpift.training.memory import fitting, training_memory
+from cpift.training.memory import fitting, training_memory, ways_to_save
 from cpift.training.optimizers import OPTIMIZERS
 from tests.helpers.small_runs import run_of, turns
 
@@ -90,6 +90,13 @@ def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
     shared = training_memory(base, settings(batch_size=1, gradient_checkpointing=True), least.workers, False)
     assert shared.total <= whole.weights < shared.total * least.workers
     assert fitting("probe", base, settings(lora={"rank": 2}), 1, 10**9).memory is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"keep_moments": True}, {"ema": 0.9, "packing": True}, {"optimizer": "muon"}])
+def test_no_change_is_told_that_a_config_may_not_have(fields: dict[str, Any]) -> None:
+    told = [changed for _, changed in ways_to_save(settings(**fields), 1)]
+    assert [TrainingConfig(**changed.model_dump()) for changed in told] == told
+    assert len(told) > 1
 
 
 @pytest.mark.slow

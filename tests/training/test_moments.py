@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.checkpoints.opening import MOMENTS, quick_fingerprint
 from cpift.config.run import BackboneConfig, IntegrationConfig, TaskConfig, TrainingConfig
-from cpift.training.fit import fit
+from cpift.disk.files import file_sha256, read_json
+from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import read_training
 from tests.helpers.fits import spec, weights
 
@@ -32,6 +33,10 @@ def test_they_are_the_optimizers_after_the_last_step(base: Path, tmp_path: Path)
         assert sum(values.shape == one.shape and torch.equal(values, one) for one in wanted) == 1, name
         assert float(values.sum()) > 0
     assert read_training(kept.export)["moments"] == {"beta2": 0.999, "steps": 6}
+    # Programs that find no index load every safetensors file of a folder.
+    index = read_json(kept.export / INDEX_FILE)["weight_map"]
+    assert index == dict.fromkeys(load_file(kept.export / SINGLE_FILE), SINGLE_FILE)
+    assert Checkpoint(kept.export).names == Checkpoint(base).names
 
 
 def test_a_model_is_the_same_with_them_and_without(base: Path, tmp_path: Path) -> None:
@@ -67,3 +72,27 @@ def test_other_fine_tunes_than_probes_keep_none() -> None:
         BackboneConfig(training=TrainingConfig(steps=1, keep_moments=True))
     with pytest.raises(ValueError, match="are of a `checkpoint`"):
         TaskConfig(name="a", moments=Path("x.safetensors"))
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_fine_tune_that_was_killed_keeps_the_same(base: Path, tmp_path: Path, step: int) -> None:
+    """Also after its last step, when nothing is left to train."""
+
+    def stop(folder: Path, metrics: dict[str, int]) -> None:
+        if metrics["step"] == step:
+            raise _Killed
+
+    whole, broken = (
+        replace(spec(base, tmp_path / name, steps=4, checkpoint_every=2), keep_moments=True) for name in ("a", "b")
+    )
+    fit(whole)
+    with pytest.raises(_Killed):
+        fit(broken, FitHooks(on_checkpoint=stop))
+    fit(broken, FitHooks(resume_from=broken.stage_folder(0) / f"checkpoint-{step}"))
+    assert file_sha256(broken.export / MOMENTS) == file_sha256(whole.export / MOMENTS)
+    assert read_training(broken.export)["moments"] == read_training(whole.export)["moments"]

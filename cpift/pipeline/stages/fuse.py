@@ -162,7 +162,7 @@ def open_inputs(names: Names, groups: Groups, backbone: ModelRef) -> FusionInput
         regions=regions.artifact(names).path,
         priority=[task for group in groups for task in group if task in tuned],
         protected=[task.name for task in names.config.earlier],
-        moments=open_moments(probe.moments(names) if reads_moments(fusion.method) else {}, pretrained),
+        moments=open_moments(probe.moments_merged(names), pretrained),
     )
     inputs.check()
     return inputs
@@ -184,7 +184,7 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     shards.mkdir(parents=True, exist_ok=True)
     checked: dict[str, CheckedFile] = {}
     models = _models(run.artifacts, sources)
-    with hashing(models, _hashed(config, method, models)):
+    with hashing(models, _hashed(config, method, models), probe.moments_merged(run.artifacts)):
         records = merge(
             method,
             inputs.backbone,
@@ -244,7 +244,7 @@ def write_beside(names: Names, sources: Sources, method: MergeMethod, out: Path)
     ):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
     models = _models(names, sources)
-    described = describe_inputs(models, _hashed(config, method, models))
+    described = describe_inputs(models, _hashed(config, method, models), probe.moments_merged(names))
     require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
     write_json(out / INPUTS_RECORD, described)
 

@@ -11,6 +11,7 @@ from cpift.checkpoints.opening import MOMENTS, as_read, file_fingerprint
 from cpift.config.run import CheckpointConfig, TaskConfig
 from cpift.disk.artifacts import Artifact
 from cpift.errors import CheckpointError, Problem
+from cpift.merging.registry import reads_moments
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model
 from cpift.pipeline.stages.fits import fit_spec, length, tokens_of, training_fields, watched_data
@@ -71,6 +72,11 @@ def moments(names: Names) -> dict[str, Path]:
         task.name: task.moments if task.moments is not None else tuned(names)[task.name].path / MOMENTS
         for task in names.config.tasks
     }
+
+
+def moments_merged(names: Names) -> dict[str, Path]:
+    """`moments`, of a fusion whose method reads them."""
+    return moments(names) if reads_moments(names.config.fusion.method) else {}
 
 
 def moments_given(names: Names) -> dict[str, str]:

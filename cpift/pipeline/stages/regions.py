@@ -91,17 +91,18 @@ def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -
     mark = run.merging.mark if run.merging else None
     here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
     passing = ChangesInPassing() if here else None
-    files = {task: file for task, file in probe.moments(run.artifacts).items() if task in tuned}
-    moments = open_moments(files if _needs_moments(run.artifacts) else {}, opened)
+    given = probe.moments(run.artifacts) if _needs_moments(run.artifacts) else {}
+    files = {task: file for task, file in given.items() if task in tuned}
+    moments = open_moments(files, opened)
     streaming = Streaming(run.config.resources.memory_budget, mark=mark, passing=passing, moments=moments)
     models = {"pretrained": base, **tuned}
     hashed = list(models) if run.config.resources.verify else []
-    with hashing(models, hashed):
+    with hashing(models, hashed, files):
         write_regions(opened, others, run.config.regions, outputs, streaming)
     for read_there in moments.values():
         read_there.require_unchanged()
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
-    described = describe_inputs(models, hashed)
+    described = describe_inputs(models, hashed, files)
     for out in outputs.values():
         write_json(out / INPUTS_RECORD, described)
         if changed:
