@@ -60,8 +60,9 @@ def compare(
     say_code(comparison.base, comparison.config)
     writes = (*written_files(comparison.config.curves), RUN_FILE)
     preflight(comparison.base, stage="compare", download=not plan, writes=writes)
-    from cpift.compare.methods import methods_of
+    from cpift.compare.methods import methods_of, require_possible
 
+    require_possible(comparison)
     if plan:
         for method in methods_of(comparison):
             say(f"{method.kind:12} {method.name}")

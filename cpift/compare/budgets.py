@@ -22,6 +22,7 @@ from cpift.training.spec import FitSpec, StageSpec
 Groups = tuple[tuple[str, ...], ...]
 _EVEN = Mixing(temperature=1000)  # shares ∝ rows^(1/1000): within half a percent of equal up to 100 times the rows
 _FACT = "tokens of a stage"
+STAGED = {"backbone.source": "staged", "fusion.method": "cpift"}  # of the run whose backbone is plain SFT
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Budgets:
 
     @staticmethod
     def _with(run: Pipeline, training: Mapping[str, Any]) -> Pipeline:
-        fields = {"backbone.training": dict(training), "backbone.source": "staged", "fusion.method": "cpift"}
+        fields = {"backbone.training": dict(training), **STAGED}
         return Pipeline(with_fields(run.config, fields, "plain SFT"), run.engine, run.view)
 
 

@@ -199,6 +199,11 @@ def _check_names(comparison: Comparison) -> list[Problem]:
         for number, contrast in enumerate(comparison.config.contrasts)
         if contrast.by == "loss" and not by_loss
     ]
+    problems += [
+        Problem(f"contrasts.{number}.rival", f"is {contrast.rival!r}, the method itself", "name another")
+        for number, contrast in enumerate(comparison.config.contrasts)
+        if contrast.rival == contrast.method
+    ]
     if len(tasks) < 2:
         problems.append(Problem("run.tasks", "one task", "a comparison needs two or more"))
     if any(task.checkpoint for task in comparison.base.tasks):

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cpift.compare.budgets import BUDGETS, Budgets, Groups
+from cpift.compare.budgets import BUDGETS, STAGED, Budgets, Groups
 from cpift.compare.config import Budget, Comparison, of_training
 from cpift.compare.contrasts import require_compared
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED
 from cpift.config.loading import Fields
 from cpift.data.tasks import count_examples
 from cpift.disk.artifacts import Artifact
-from cpift.errors import entry
+from cpift.errors import ConfigError, Problem, entry
 from cpift.merging.registry import METHODS
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import field_problems
 from cpift.pipeline.shared import Wanted, titled_backbone
 from cpift.pipeline.stages import integrate, order
 
@@ -105,8 +106,39 @@ def methods_of(comparison: Comparison) -> list[ComparedMethod]:
     ]
     for first, other in config.forgetting:
         chosen += [*_in_sequence((first, other), config.recommended), *_in_sequence((other, first), config.recommended)]
+    _require_names(comparison, [method.name for method in methods + chosen])
     require_compared(comparison, [method.name for method in methods + chosen])  # a piece may have some of them alone
     return methods + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
+
+
+def _require_names(comparison: Comparison, names: Sequence[str]) -> None:
+    """Raise ConfigError where two methods have one name: scores go by it, and theirs would be put together."""
+    problems = [
+        Problem(
+            "methods", f"{name!r} is the name of two", "give variants, sft and curves names and values of their own"
+        )
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    if problems:
+        raise ConfigError(f"comparison {comparison.name}", problems)
+
+
+def require_possible(comparison: Comparison) -> None:
+    """Raise ConfigError for methods whose fields cannot be done, with what a run of them would be refused for, and for
+    primary contrasts of methods that are left out."""
+    names = [method.name for method in methods_of(comparison)]
+    require_compared(comparison, names)
+    found: dict[Problem, str] = {}
+    for method in methods_of(comparison):
+        fields = dict(method.fields)
+        if method.judged == "sft":  # what `Budgets.sft` makes of it
+            fields |= of_training(comparison.base, method.training) | STAGED
+        for problem in field_problems(comparison.run(fields, comparison.seeds[0]), "compare"):
+            found.setdefault(problem, method.name)
+    if found:
+        problems = [replace(problem, what=f"{problem.what} (in {name!r})") for problem, name in found.items()]
+        raise ConfigError(f"comparison {comparison.name}", problems)
 
 
 def _plain(comparison: Comparison, budget: Budget) -> list[ComparedMethod]:

@@ -86,6 +86,22 @@ def examined(
     return written
 
 
+def field_problems(config: RunConfig, stage: str | None) -> list[Problem]:
+    """What of a run's fields cannot be done, whatever its rows hold: asked of every point of a sweep and every method
+    of a comparison, whose run itself was `examined`."""
+    from cpift.checkpoints.opening import at_hand
+    from cpift.merging.on_device import check_device
+    from cpift.merging.planning import check_methods
+    from cpift.training.adapters import check_lora
+    from cpift.training.tracking import check_trackers
+
+    problems = [*missing(config, stage), *check_methods(config, stage), *check_device(config)]
+    problems += [] if problems else [*_check_space(config, stage), *_check_moments(config, stage)]
+    if any(one.packing for one in trainings(config)) and (folder := at_hand(config.model)) is not None:
+        problems += _check_packing(config, folder)
+    return problems + check_trackers(config.tracking) + check_lora(trainings(config)) + _check_backbone(config)
+
+
 def _check_held_out(config: RunConfig, task: TaskConfig, stage: str | None, download: bool) -> Iterator[Problem]:
     """Whether a task has as many rows as its fine-tunes hold out, and others."""
     from cpift.data.tasks import read_examples
@@ -202,7 +218,8 @@ def _check_moments(config: RunConfig, stage: str | None) -> Iterator[Problem]:
         file = task.moments or (folder and folder / MOMENTS)
         if file is not None and not file.is_file():
             remedy = "give the file that the fine-tune wrote with keep_moments: true"
-            yield Problem(f"tasks.{task.name}.moments", f"there is no {file}, and {reader} reads it", remedy)
+            what = f"{file} is a folder" if file.is_dir() else f"there is no {file}"
+            yield Problem(f"tasks.{task.name}.moments", f"{what}, and {reader} reads it", remedy)
         elif file is not None and base is not None:
             try:
                 Moments(file, laid_out(Checkpoint(base), config))

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cpift.config.loading import Fields, Value, describe
-from cpift.config.needs import missing
 from cpift.errors import ConfigError, Problem
-from cpift.merging.on_device import check_device
-from cpift.merging.planning import check_methods
 from cpift.pipeline.outcomes import outcome
 from cpift.pipeline.pipeline import Pipeline
+from cpift.pipeline.preflight import field_problems
 from cpift.sweep.config import Range, Sweep, SweepConfig
 
 
@@ -37,7 +35,8 @@ def choose_points(config: SweepConfig) -> list[Fields]:
 
 
 def check_points(sweep: Sweep, stage: str) -> None:
-    """Raise ConfigError for points that need fields which the run leaves out, such as rows to train a backbone on.
+    """Raise ConfigError for points whose fields cannot be done, such as a backbone to train where there are no rows, or
+    cores by second moments that probes do not keep.
 
     Of a range, and where the search chooses as it goes, each value of a field alone is looked at.
     """
@@ -48,7 +47,7 @@ def check_points(sweep: Sweep, stage: str) -> None:
     where: dict[Problem, Fields] = {}
     for point in points:
         config = sweep.plain(point, sweep.seeds[0])
-        for problem in (*missing(config, stage), *check_methods(config, stage), *check_device(config)):
+        for problem in field_problems(config, stage):
             where.setdefault(problem, point)
     if where:
         problems = [replace(problem, what=f"{problem.what} (at {describe(at)})") for problem, at in where.items()]

@@ -122,7 +122,10 @@ def _means(sweep: Sweep, by_seed: list[dict[str, float]]) -> dict[str, float]:
     names = [objective.figure for objective in sweep.config.objectives]
     for name in names:
         if any(name not in means for means in by_seed):
-            raise StageError(f"{name} has no value: no probe here learnt its task (or a loss is 0 or not finite)")
+            why = "no probe here learnt its task (or a loss is 0 or not finite)"
+            if name.startswith("benchmark."):
+                why = "lm-eval gave no finite number for it"
+            raise StageError(f"{name} has no value: {why}")
     return {name: mean(by_name[name] for by_name in by_seed) for name in names}
 
 

@@ -14,10 +14,20 @@ import pytest
 import yaml
 
 from cpift.compare.budgets import Budgets
-from cpift.compare.config import Comparison, load_comparison
+from cpift.compare.config import Comparison, load_comparison, of_training
 from cpift.compare.files import document, write_comparison, written_files
 from cpift.compare.findings import Findings
-from cpift.compare.methods import MERGES, PARTS, Entry, by_rows, in_stages, methods_of, shuffled, together
+from cpift.compare.methods import (
+    MERGES,
+    PARTS,
+    Entry,
+    by_rows,
+    in_stages,
+    methods_of,
+    require_possible,
+    shuffled,
+    together,
+)
 from cpift.compare.record import PROBES, Record, finished, joined, read_record, write_record
 from cpift.compare.run_baselines import OF_RUNS, fits_beside, make_baselines, plan_all
 from cpift.compare.words import side
@@ -76,6 +86,7 @@ def load(folder: Path, **changes: Any) -> Comparison:
             ["contrasts.0.by", "take retention"],
         ),
         ({"contrasts": [{"method": "CPI-FT", "rival": "θ0"}] * 2}, ["contrasts has an entry twice"]),
+        ({"contrasts": [{"method": "CPI-FT", "rival": "CPI-FT"}]}, ["contrasts.0.rival", "the method itself"]),
         ({"budget": "total"}, ["budget: is not a field", "did you mean 'budgets'?"]),
     ],
 )
@@ -91,6 +102,67 @@ def test_contrasts_of_methods_that_are_not_compared_are_refused(tmp_path: Path) 
         methods_of(load(tmp_path, contrasts=contrasts))
     assert "did you mean 'full SFT, balanced'?" in str(caught.value)
     assert "contrasts.1.method: 'x' is not compared" in str(caught.value)
+
+
+WATCHED = {"evaluate_every": 2, "validation": {"rows": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variants": {"curved": {"regions.measure": "curvature"}}}, "probe.keep_moments: is false.*(in 'curved')"),
+        ({"recommended": {"regions.measure": "curvature"}}, "probe.keep_moments: is false.*(in 'CPI-FT, recommended')"),
+        ({"curves": {"backbone.source": ["staged", "/nowhere"]}}, "'/nowhere' is no folder"),
+        ({"variants": {"none": {"regions.include": ["nothing"]}}}, "leave no parameter"),
+        ({"sft": {"hasty": WATCHED | {"patience": 1}}}, "backbone.training.patience: ends stages early.*hasty"),
+        ({"sft": {"seen": {"evaluate_every": 2}}}, "backbone.training.evaluate_every: watches a loss on held-out"),
+        ({"sft": {"small": {"optimizer": "adamw_8bit"}}}, "adamw_8bit needs bitsandbytes.*full SFT, small"),
+    ],
+)
+def test_what_no_method_can_do_is_refused_before_any_is_trained(
+    tmp_path: Path, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    comparison = load(tmp_path, **changes)
+    preflight(comparison.base, stage="compare")
+    with pytest.raises(ConfigError, match=said):
+        require_possible(comparison)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"variants": {"CPI-FT": {"groups.tau": 0.5}}}, "CPI-FT"),
+        ({"variants": {"linear average": {"groups.tau": 0.5}}}, "linear average"),
+        ({"sft": {"balanced": {"learning_rate": 0.1}}}, "full SFT, balanced"),
+        ({"sft": {"after probes": {}}, "budgets": ["total", "after_probes"]}, "full SFT, after probes"),
+        ({"curves": {"regions.p": [0.1, 0.1]}}, "regions.p = 0.1"),
+        ({"forgetting": [["a", "b"], ["b", "a"]]}, "CPI-FT: a → b"),
+    ],
+)
+def test_no_two_methods_have_one_name(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+    """Scores go by it."""
+    with pytest.raises(ConfigError, match=f"methods: '{name}' is the name of two"):
+        methods_of(load(tmp_path, **changes))
+
+
+def test_a_primary_contrast_is_not_left_out(tmp_path: Path) -> None:
+    contrasts = [{"method": "CPI-FT", "rival": "full SFT"}]
+    comparison = load(tmp_path, contrasts=contrasts, methods=["linear*"])
+    methods_of(comparison)  # a piece of it may be made alone
+    with pytest.raises(ConfigError, match=r"contrasts\.0\.rival: 'full SFT' is not compared"):
+        require_possible(comparison)
+
+
+def test_methods_that_can_be_done_are_not_refused(tmp_path: Path) -> None:
+    """Also where probes keep second moments: of plain SFT, trained as they are, nobody asks any."""
+    kept = {"fixed": {"probe.keep_moments": True}, "variants": {"curved": {"regions.measure": "curvature"}}}
+    comparison = load(tmp_path, **kept, sft={"half rate": {"learning_rate": 0.005}}, forgetting=[["a", "b"]])
+    require_possible(comparison)
+    fields = of_training(comparison.base, {})
+    assert not comparison.run(fields, 0).backbone_training.keep_moments
+    assert comparison.run(fields, 0).probe_training.keep_moments
 
 
 def test_a_runs_own_file_is_a_comparison(smoke_config: Path) -> None:
@@ -155,10 +227,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Record]
         folder,
         fixed={"tracking": [], "groups.tau": 1.0},
         seeds=[0, 1],
-        methods=["full SFT*", "linear*", "one mixed stage", "*: ? → ?"],
+        methods=["full SFT*", "linear*", "one mixed stage", "in one stage", "*: ? → ?"],
         budgets=["total", "after_probes"],
         recommended={"fusion.omega": 0.0, "backbone.training": {**run_fields()["probe"], "steps_per": "task"}},
-        variants={"one mixed stage": PARTS["one mixed stage"]},
+        variants={"in one stage": PARTS["one mixed stage"]},
         curves={"regions.p": [0.01, 0.05]},
         forgetting=[["a", "b"]],
         sft={"half rate": {"learning_rate": run_fields()["probe"]["learning_rate"] / 2}},
@@ -272,7 +344,8 @@ def test_the_recommended_recipe_is_judged_like_the_papers(found: tuple[Compariso
 @pytest.mark.slow
 def test_the_best_variant_is_told_with_what_picked_it(found: tuple[Comparison, Record]) -> None:
     parts = found[1].of_kind("part")
-    rows = [replace(row, kind="variant") if row.kind == "part" else row for row in found[1].rows]
+    others = [row for row in found[1].rows if row.kind != "variant"]
+    rows = [replace(row, kind="variant") if row.kind == "part" else row for row in others]
     findings = Findings(replace(found[1], rows=rows))
     best = max(parts, key=lambda name: findings.line(name).mean.mean)
     (claim,) = (claim for claim in findings.verdict() if claim.startswith(f"Of {len(parts)} variants “{best}”"))

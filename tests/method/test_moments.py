@@ -20,6 +20,7 @@ from cpift.checkpoints.opening import MOMENTS
 from cpift.config.loading import load_config, with_fields
 from cpift.config.run import RegionsConfig, RunConfig
 from cpift.console.view import quiet
+from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CheckpointError, ConfigError
 from cpift.method.masks import read_summary
 from cpift.method.measures import Curvature, curvature_in_fp64
@@ -29,8 +30,11 @@ from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
+from cpift.pipeline.stages.inputs import INPUTS_RECORD
+from cpift.sweep.points import check_points
 from tests.helpers.checkpoints import Models, large, random_tensors, save_checkpoint
 from tests.helpers.merges import config_file, make_models
+from tests.helpers.sweeps import load
 from tests.helpers.toys import make_toy
 from tests.helpers.ways_to_merge import write_moments
 
@@ -196,6 +200,12 @@ def curved(tmp_path: Path, given: Path, **changes: object) -> RunConfig:
     return load_config(config_file(tmp_path, given, **(fields | changes)))
 
 
+def recorded(folder: Path) -> dict[str, str]:
+    """The hashes of second moments that a record of inputs has, by label."""
+    record = read_json(folder / INPUTS_RECORD)
+    return {label: one["files"][MOMENTS]["sha256"] for label, one in record.items() if label.startswith("moments")}
+
+
 def test_given_checkpoints_are_fused_by_curvature(given: Path, tmp_path: Path) -> None:
     config = curved(tmp_path, given)
     preflight(config, stage="fuse")
@@ -204,6 +214,7 @@ def test_given_checkpoints_are_fused_by_curvature(given: Path, tmp_path: Path) -
     assert {"moments one", "moments two"} <= regions.inputs.keys()
     run.fuse()
     files = {"one": given / "one" / MOMENTS, "two": given / "elsewhere" / MOMENTS}
+    assert recorded(regions.path) == {f"moments {task}": file_sha256(file) for task, file in files.items()}
     base = given / "base"
     cores = cpift.regions(
         base, {n: given / n for n in files}, p=0.1, measure="curvature", moments={"two": files["two"]}
@@ -221,6 +232,8 @@ def test_given_checkpoints_are_averaged_by_their_moments(given: Path, tmp_path: 
     models = {name: given / name for name in ("one", "two")}
     made = cpift.merge(given / "base", models, tmp_path / "out", method="fisher", moments=moments)
     assert all(check["passed"] for check in made.checks)
+    files = {"one": given / "one" / MOMENTS, **moments}
+    assert recorded(made.path) == {f"moments {task}": file_sha256(file) for task, file in files.items()}
     assert cpift.merge(given / "base", models, tmp_path / "out", method="fisher", moments=moments).cached
     moments = {"two": given / "one" / MOMENTS}
     with pytest.raises(ConfigError, match="holds another merge"):
@@ -238,6 +251,10 @@ def test_given_checkpoints_are_averaged_by_their_moments(given: Path, tmp_path: 
         ({"method": "linear", "moments": {"two": "x"}}, "moments: are read by nothing that is asked for"),
         ({"method": "fisher", "moments": {"three": "x"}}, "moments: three: is no model → one of one, two"),
         ({"method": "fisher", "moments": {"two": "x"}}, r"tasks\.1\.moments: there is no such file or folder"),
+        (
+            {"method": "fisher", "moments": {"two": "FOLDER"}},
+            r"tasks\.two\.moments: .* is a folder, and fusion\.method fisher",
+        ),
         ({"method": "fisher", "moments": {"two": 3}}, "moments: are no files by the name of a model"),
         ({"method": "fisher", "moments": {"two": "BASE"}}, r"tasks\.two\.moments: .*: is there, and no weight of θ0"),
         ({"method": "fisher", "vocabulary": "base", "moments": {"two": "V"}}, "fusion.vocabulary: makes other tensors"),
@@ -247,7 +264,11 @@ def test_what_is_wrong_with_moments_is_told_first(
     given: Path, tmp_path: Path, fields: dict[str, Any], said: str
 ) -> None:
     toy = make_toy(tmp_path / "toy", 0)
-    places = {"BASE": str(write_moments(toy, Checkpoint(toy), 0)), "V": str(given / "elsewhere" / MOMENTS)}
+    places = {
+        "BASE": str(write_moments(toy, Checkpoint(toy), 0)),
+        "FOLDER": str(toy),
+        "V": str(given / "elsewhere" / MOMENTS),
+    }
     if "moments" in fields:
         fields = fields | {"moments": {task: places.get(file, file) for task, file in fields["moments"].items()}}
     with pytest.raises(ConfigError, match=said):
@@ -261,6 +282,23 @@ def test_probes_that_keep_none_are_told_first(smoke_config: Path) -> None:
         preflight(config, stage="run")
     preflight(config, stage="probe")
     preflight(with_fields(config, {"probe.keep_moments": True}, "it"), stage="run")
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"regions.measure": ["update", "curvature"]}, r"reads second moments \(at regions\.measure curvature\)"),
+        ({"fusion.method": ["linear", "fisher"]}, r"reads second moments \(at fusion\.method fisher\)"),
+        ({"backbone.source": ["staged", "/nowhere"]}, r"'/nowhere' is no folder and no hub id"),
+    ],
+)
+def test_points_of_a_sweep_are_told_first(tmp_path: Path, space: dict[str, Any], said: str) -> None:
+    sweep = load(tmp_path, space=space)
+    preflight(sweep.base, stage="sweep final")
+    with pytest.raises(ConfigError, match=said):
+        check_points(sweep, "sweep final")
+    if "moments" in said:
+        check_points(load(tmp_path, space=space, fixed={"probe.keep_moments": True}), "sweep final")
 
 
 def test_state_dicts_have_none() -> None:
