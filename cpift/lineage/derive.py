@@ -79,10 +79,11 @@ def forgotten(
         raise ConfigError("forget", problems)
     raw["tasks"] = [one for one in raw["tasks"] if one["name"] != task]
     raw["parent"] = _parent_of(parent, forgotten=task)
-    fusion = raw.get("fusion")
-    for field in ("weights", "densities") if isinstance(fusion, dict) else ():
-        if isinstance(by_task := fusion.get(field), dict):
-            by_task.pop(task, None)
+    fusion: Any = raw.get("fusion")
+    if isinstance(fusion, dict):
+        for by_task in (fusion.get("weights"), fusion.get("densities")):
+            if isinstance(by_task, dict):
+                by_task.pop(task, None)
     return _config(raw, root, f"without-{task}", output, overrides, changes)
 
 
