@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.config.inputs import MODELS
 from cpift.config.loading import parse_config
+from cpift.config.paths import is_template
 from cpift.config.run import RunConfig
 from cpift.console.view import View
 from cpift.disk.artifact_state import read_manifest, state_of
@@ -92,7 +93,7 @@ def merge_config(
     }
     changes = {**_DEFAULTS, **{OPTIONS[name].field: _plain(value) for name, value in fields.items()}}
     for place in ("model.chat_template", "backbone.source"):  # paths: from the working directory, as any argument
-        if isinstance(value := changes.get(place), str):
+        if isinstance(value := changes.get(place), str) and not is_template(value):
             changes[place] = str(Path(value).absolute()) if Path(value).expanduser().exists() else value
     changes |= {name: _plain(value) for name, value in (settings or {}).items()} | {"output": str(output)}
     return parse_config(raw, Path.cwd(), _SUBJECT, changes=changes)

@@ -186,7 +186,8 @@ class ModelConfig(Section):
     chat_template: str | None = Field(
         None,
         **identity("model", by="its text", absent=None),
-        description="chatml, llama3, alpaca or a file in jinja, for a model that has none; it is in every output",
+        description="chatml, llama3, alpaca, a file in jinja or its text, for a model that has none; it is in every "
+        "output",
     )
     chat_template_kwargs: dict[Argument, bool | int | float | str] = Field(
         **identity("model", by="themselves", absent={}),

@@ -54,6 +54,15 @@ def is_path(field: str) -> bool:
     return path_kind(field) is not None
 
 
+def is_template(value: str) -> bool:
+    """Whether a text is a chat template itself, in jinja, and not the name of one."""
+    return "{%" in value or "{{" in value
+
+
+def _is_written_out(field: str, value: str) -> bool:
+    return field == "model.chat_template" and is_template(value)
+
+
 def expanded(value: str) -> tuple[str, list[str]]:
     """A path with `${NAME}` replaced from the environment, and the names that are not there."""
     missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
@@ -67,7 +76,7 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
     failed = {problem.where for problem in problems}
     for section, key, field in list(texts(raw)):
         kind, value = path_kind(field), section[key]
-        if kind in (None, "place") or field in failed or is_packaged(section, field):
+        if kind in (None, "place") or field in failed or is_packaged(section, field) or _is_written_out(field, value):
             continue
         try:
             path = (folder / Path(value).expanduser()).resolve()
@@ -82,6 +91,8 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> Iterator[Problem]:
 def expand_paths(raw: dict[str, Any], paths: Container[str]) -> Iterator[Problem]:
     """Replace variables in these fields of a file, in place; in all others they are a problem, as an empty path is."""
     for section, key, field in list(texts(raw)):
+        if _is_written_out(field, section[key]):
+            continue
         if _shape(field) in paths:
             section[key], missing = expanded(section[key])
             for name in missing:

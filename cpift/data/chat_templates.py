@@ -1,4 +1,4 @@
-"""The chat template that a run writes its rows in: θ0's own, one of those here, or a file; with arguments set.
+"""The chat template that a run writes its rows in: θ0's own, one of those here, a file or its text; with arguments.
 
 Base models have none. What is chosen is in θ0's copy and in every output. All of these end a turn with the model's own
 end-of-sequence token: no token has to be added, and every program stops where a reply ends.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpift.config.paths import is_template
 from cpift.errors import CheckpointError, Problem
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_bytes
 
@@ -61,10 +62,15 @@ def proposed(vocabulary: Mapping[str, Any]) -> str:
 
 
 def chosen_text(model: ModelConfig) -> str | None:
-    """The template that the config names, None where it names none. Raises CheckpointError where it cannot be read."""
+    """The template that the config names or holds, None where it does neither.
+
+    Raises CheckpointError where it cannot be read.
+    """
     name = model.chat_template
     if name is None or name in TEMPLATES:
         return TEMPLATES[name] if name else None
+    if is_template(name):
+        return name
     try:
         return read_bytes(Path(name), MODEL_CONFIG.size).decode("utf-8")
     except UnreadableError as error:
@@ -73,7 +79,8 @@ def chosen_text(model: ModelConfig) -> str | None:
         raise CheckpointError("model", [Problem(_FIELD, f"{name} is no UTF-8: {error}", "save it as UTF-8")]) from None
     except OSError as error:
         what = f"{name!r} is none of {', '.join(TEMPLATES)}, and no file ({error.strerror})"
-        raise CheckpointError("model", [Problem(_FIELD, what, "name one of them, or a file in jinja")]) from None
+        remedy = "name one of them, or a file in jinja, or give its text"
+        raise CheckpointError("model", [Problem(_FIELD, what, remedy)]) from None
 
 
 def check_template(model: ModelConfig) -> list[Problem]:

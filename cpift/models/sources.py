@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import locate, model_files
+from cpift.config.paths import is_template
 from cpift.config.run import ModelConfig
 from cpift.data.chat_templates import TEMPLATES, check_template
 from cpift.data.chat_templates import decided_by as template_decided_by
@@ -65,7 +66,8 @@ def model_fingerprint(model: ModelConfig) -> str:
 
 def source_files(model: ModelConfig) -> list[Path]:
     """The files on this machine that decide θ0; of a model on the hub none, for its commit names it."""
-    template = [Path(model.chat_template)] if model.chat_template and model.chat_template not in TEMPLATES else []
+    name = model.chat_template
+    template = [Path(name)] if name and name not in TEMPLATES and not is_template(name) else []
     return [*source_of(model).files(), *template]
 
 

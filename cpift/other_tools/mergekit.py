@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from cpift.config.paths import is_template
 from cpift.errors import Problem
 from cpift.other_tools.mergekit_models import (
     THETA0,
@@ -231,12 +232,12 @@ def _output(merge: Merge, raw: Raw) -> None:
             merge.refuse(name, f"is {dtype!r:.40}", f"one of {', '.join(_DTYPES)}")
     tokenizer_of(merge, raw)
     template = raw.get("chat_template")
-    if template in _TEMPLATES:
+    if template in _TEMPLATES or (isinstance(template, str) and is_template(template)):
         merge.fields["chat_template"] = template
     elif template == "auto":
         merge.notes.append("chat_template: auto: base_model's is kept, or the one that all models share")
     elif template is not None:
-        words = f"one of {', '.join(_TEMPLATES)}; a template of your own as a file, with --chat-template FILE"
+        words = f"one of {', '.join(_TEMPLATES)}, or a template's text; a file: --chat-template FILE"
         merge.refuse("chat_template", f"is {template!r:.40}", words)
 
 

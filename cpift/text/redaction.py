@@ -59,7 +59,7 @@ _ASSIGNED = re.compile(
 # name:password@host without a scheme: in fields of a config that are no prose of the user's own.
 _LOGIN = re.compile(r"(?<![\w/@])[\w.+-]{1,64}:(?!\d+[\\/])[^\s\\/:@]{1,128}@(?=[\w.-])")
 _NO_PROSE = (_LOGIN, _SPACED, _PAIR)
-_PROSE = re.compile(r"(.*\.)?(instruction|columns\..*)", re.DOTALL)
+_PROSE = re.compile(r"(.*\.)?(instruction|columns\..*|chat_template)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u00|x)([0-9a-fA-F]{2})")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 

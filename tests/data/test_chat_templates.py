@@ -19,7 +19,7 @@ from cpift.console.view import quiet
 from cpift.data.chat_templates import TEMPLATES, proposed
 from cpift.data.tokenise import IGNORED, tokenise
 from cpift.errors import CheckpointError, ConfigError, DataError
-from cpift.models.sources import load_tokenizer, materialise, model_fingerprint
+from cpift.models.sources import load_tokenizer, materialise, model_fingerprint, source_files
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.pipeline import Pipeline
@@ -77,6 +77,9 @@ def test_a_file_is_taken_as_it_is_and_counts_by_its_text(base: Path, tmp_path: P
     model = ModelConfig(path=base, chat_template=str(file))
     before = model_fingerprint(model)
     assert load_tokenizer(base, model).chat_template == file.read_text(encoding="utf-8")
+    written_out = ModelConfig(path=base, chat_template=file.read_text(encoding="utf-8"))
+    assert model_fingerprint(written_out) == before, "by its text, wherever that stands"
+    assert source_files(written_out) == source_files(ModelConfig(path=base))
     file.write_text("other")
     assert model_fingerprint(model) != before
     for bad, message in (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "dtype: is 'int8' → one of bfloat16",
         "tokenizer.source: is 'org/third', which is none of the models → name one of them, or union, or base",
         "tokenizer.tokens.<x>.source: is {'kind': 'mean'} → give a model, or a kind: model_token, zero",
-        "chat_template: is '{% for message",
+        "chat_template: is 'mistral-v9' → one of chatml, llama3, alpaca, or a template's text",
     ),
     "multimodal": ("modules: name parts of models", "models: is not there"),
     "part_of_the_layers": (
@@ -347,6 +348,18 @@ def test_options_go_before_the_file_and_its_dtype_counts(here: Path) -> None:
         merge(file("linear"))
     with pytest.raises(ConfigError, match="--out: is not there"):
         merge("base", "one")
+
+
+@pytest.mark.slow
+def test_the_text_of_a_template_is_the_outputs(here: Path) -> None:
+    """With what would be a variable of the environment in a path, and longer than a file's name may be."""
+    template = "{% for message in messages %}{{ message.content + '${HOME}' }}{% endfor %}{# " + "x" * 300 + " #}\n"
+    raw = {"merge_method": "linear", "base_model": "base", "chat_template": template}
+    raw["models"] = [{"model": name, "parameters": {"weight": 1}} for name in ("one", "two")]
+    (here / "mine.yml").write_text(yaml.safe_dump(raw))
+    merge("mine.yml", "out", "--dry-run")
+    merge("mine.yml", "out", "--no-verify")
+    assert (here / "out" / "chat_template.jinja").read_text() == template
 
 
 def test_each_method_of_mergekits_is_one_of_ours() -> None:
