@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from cpift.disk.files import file_sha256, read_json
 from cpift.lineage.derive import extended
 from cpift.lineage.parent import read_parent
 from cpift.method.masks import read_mask
+from tests.helpers.killed import killed_in
 from tests.helpers.lineage import config_of, fields, finish
 
 PAGE = (Path(cpift.__file__).parents[1] / "docs" / "growing.md").read_text(encoding="utf-8")
@@ -144,37 +141,14 @@ def test_the_example_of_the_page_runs(
     assert not Path("planned").exists(), "a plan touches nothing"
 
 
-# What appears in a run's folder once workers are at it. (A run that is killed in its other stages: integration tests.)
-AT_WORK = {"▸ integration": "logs/**/events.out.tfevents.*"}
-
-
-def kill_in(word: str, command: list[str], output: Path) -> None:
-    """Start a command and SIGKILL it in a stage, once that has something to show."""
-    before = set(output.glob(AT_WORK[word]))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if word in line:
-            break
-    while set(output.glob(AT_WORK[word])) <= before:
-        assert process.poll() is None, f"it ended before {word} was at work"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_in_its_own_stage_it_ends_with_the_same_model(folder: Path) -> None:
     run, task = folder / "runs" / "my-run", folder / "sums.yaml"
     whole = cpift.extend(run, task, output=folder / "whole", in_process=True)
-    command = [sys.executable, "-m", "cpift.cli", "extend", str(run), str(task), f"--output={folder / 'killed'}"]
-    for word in AT_WORK:
-        kill_in(word, command, folder / "killed")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Earlier tasks: sounds" in done.stdout
+    killed_in("integration", folder / "killed", "extend", run, task)
+    assert not (folder / "killed" / "summary.json").exists()
+    cpift.extend(run, task, output=folder / "killed", in_process=True)
     (final,) = (path for path in (folder / "killed" / "integrate").iterdir() if path.name[0] != ".")
     assert final.name == whole.model.name
     assert file_sha256(final / "model.safetensors") == file_sha256(whole.model / "model.safetensors")
