@@ -16,6 +16,7 @@ from typing import Any
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document
 from cpift.compare.record import Record, finished, read_record
+from cpift.config.loading import read_yaml
 from cpift.errors import CpiftError
 
 HERE = Path(__file__).parent
@@ -35,22 +36,39 @@ DEVELOPMENT = {"once_loss": "dev_loss", "once_scored": "dev_scored", "later_5": 
 def load_trial(name: str, data: str | None, changes: Mapping[str, Any]) -> Comparison:
     """A comparison of the trial on the rows in `data`, a folder that `benchmarks.study.tasks` wrote.
 
-    Raises CpiftError where it is the folder of other seeds: development's rows and the tests' are two.
+    Raises CpiftError where it is the folder of other seeds: development's rows and the tests' are two; and for a seed
+    that the trial does not have.
     """
     part = "test" if name in DEVELOPMENT else "dev"
     if not data or Path(data).name != part:
         raise CpiftError(f"{name} needs --data OUT/{part}, the folder that benchmarks.study.tasks writes for its seeds")
+    if others := sorted(set(changes.get("seeds", ())) - set(seeds_of(name))):
+        raise CpiftError(f"{name} has no seed {', '.join(map(str, others))}: protocol.md names {seeds_of(name)} for it")
     os.environ["STUDY_DATA"] = str(Path(data).absolute())
     return load_comparison(HERE / "fair" / f"{name}.yaml", (), changes)
 
 
+def seeds_of(name: str) -> list[int]:
+    """The seeds that a trial's file names."""
+    seeds: list[int] = read_yaml(HERE / "fair" / f"{name}.yaml")["seeds"]
+    return seeds
+
+
 def require_development(name: str, results: Path) -> None:
-    """Raise CpiftError where the values that `name` tests were chosen on no record."""
+    """Raise CpiftError where the values that `name` tests were chosen on no record, or on one of which seeds lack."""
     first = DEVELOPMENT.get(name)
-    if first and not (results / f"{first}.jsonl").is_file():
+    if first and (first not in (records := _records(results)) or _missing(first, records[first])):
         raise CpiftError(
-            f"{name} has no chosen values yet: run {first}, choose as protocol.md says, commit both, then this"
+            f"{name} has no chosen values yet: run {first} to its end, choose as protocol.md says, commit both, then "
+            "this"
         )
+
+
+def _missing(name: str, record: Record) -> list[int]:
+    """Seeds of a trial that a record has not with every method; all of them, where methods were left out."""
+    wanted, whole = set(record.header.methods), list(record.header.comparison["methods"]) == ["*"]
+    made = {(row.method, row.seed) for row in record.rows}
+    return [seed for seed in seeds_of(name) if not whole or any((method, seed) not in made for method in wanted)]
 
 
 def protocol_hash() -> str:
@@ -80,7 +98,12 @@ def section(results: Path) -> tuple[str, dict[str, str]]:
     if not records:
         return f"{text}\n**Not run yet: there is no record of it, and nothing is claimed.**\n", plots
     for name, record in records.items():
-        part, drawn = document(finished(record), f"results/{name}", level=4)
+        drawn = dict[str, str]()
+        if missing := _missing(name, record):
+            named = len(seeds_of(name))
+            part = f"**{named - len(missing)} of {named} seeds are there: nothing is shown before all are.**\n"
+        else:
+            part, drawn = document(finished(record), f"results/{name}", level=4)
         text, plots = f"{text}\n### {TRIALS[name]}\n\n{part}", plots | drawn
     return text, plots
 

@@ -45,6 +45,8 @@ def test_every_comparison_loads_and_development_has_as_many_trials_for_each(
             assert {"random cores", "average and the same last stage"} <= set(names)
         with pytest.raises(CpiftError, match=f"OUT/{part}"):
             fair_trial.load_trial(name, str(data / ("dev" if part == "test" else "test")), {})
+        with pytest.raises(CpiftError, match=f"{name} has no seed 3"):
+            fair_trial.load_trial(name, str(data / part), {"seeds": [3]})
     assert len(seeds[True]) == 8
     assert not seeds[True] & seeds[False]
 
@@ -94,10 +96,25 @@ def test_a_record_of_another_protocol_is_refused(tmp_path: Path, monkeypatch: py
         study.check(Namespace(artifacts=None))
 
 
-def test_no_test_seed_before_development_and_no_claim_without_a_record(tmp_path: Path) -> None:
+def test_no_test_seed_before_development_and_no_claim_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CpiftError, match="run dev_loss"):
         fair_trial.require_development("once_loss", tmp_path)
     fair_trial.require_development("dev_loss", tmp_path)
+    monkeypatch.setattr(fair_trial, "seeds_of", lambda name: [0, 1])
+    whole = read_record(RESULTS / "smollm2.jsonl")
+    most = [row for row in whole.rows if row.seed == 0] + [row for row in whole.rows if row.seed == 1][1:]
+    for rows, there in (([], 0), (most, 1)):
+        write_record(fair_trial.stamped(replace(whole, rows=rows or whole.rows[:1])), tmp_path / "dev_loss.jsonl")
+        with pytest.raises(CpiftError, match="run dev_loss to its end"):
+            fair_trial.require_development("once_loss", tmp_path)
+        text, plots = fair_trial.section(tmp_path)
+        assert f"{there} of 2 seeds are there: nothing is shown before all are" in text
+        assert not plots
+    write_record(fair_trial.stamped(whole), tmp_path / "dev_loss.jsonl")
+    fair_trial.require_development("once_loss", tmp_path)
+    (tmp_path / "dev_loss.jsonl").unlink()
     text, plots = fair_trial.section(tmp_path)
     assert "Not run yet" in text
     assert not plots
