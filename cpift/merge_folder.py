@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.config.inputs import MODELS
 from cpift.config.loading import parse_config
-from cpift.config.paths import is_template
 from cpift.config.run import RunConfig
 from cpift.console.view import View
 from cpift.disk.artifact_state import read_manifest, state_of
@@ -33,6 +32,7 @@ from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
 from cpift.pipeline.stages.fuse import FUSION_RECORD
+from cpift.text.redaction import is_template
 
 if TYPE_CHECKING:
     from cpift.merging.engine import Merging

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpift.errors import Problem
-from cpift.text.redaction import is_prose
+from cpift.text.redaction import is_prose, is_template
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 PathKind = Literal["model", "rows", "place", "source"]
@@ -52,11 +52,6 @@ def _shape(field: str) -> str:
 
 def is_path(field: str) -> bool:
     return path_kind(field) is not None
-
-
-def is_template(value: str) -> bool:
-    """Whether a text is a chat template itself, in jinja, and not the name of one."""
-    return "{%" in value or "{{" in value
 
 
 def _is_written_out(field: str, value: str) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpift.config.paths import is_template
 from cpift.errors import CheckpointError, Problem
+from cpift.text.redaction import is_template
 from cpift.untrusted.json import MODEL_CONFIG, UnreadableError, read_bytes
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import locate, model_files
-from cpift.config.paths import is_template
 from cpift.config.run import ModelConfig
 from cpift.data.chat_templates import TEMPLATES, check_template
 from cpift.data.chat_templates import decided_by as template_decided_by
@@ -37,6 +36,7 @@ from cpift.models.tokenizer import (
 )
 from cpift.pretrained import loading as pretrained
 from cpift.text.escaping import code
+from cpift.text.redaction import is_template
 
 __all__ = [
     "SOURCES",

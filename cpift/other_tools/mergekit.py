@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from cpift.config.paths import is_template
 from cpift.errors import Problem
 from cpift.other_tools.mergekit_models import (
     THETA0,
@@ -25,6 +24,7 @@ from cpift.other_tools.mergekit_models import (
 from cpift.other_tools.mergekit_parameters import IDLE, by_models, slice_of, told
 from cpift.other_tools.mergekit_tokens import tokenizer_of
 from cpift.other_tools.mergekit_values import Place
+from cpift.text.redaction import is_template
 from cpift.untrusted.values import Raw, kind_of
 
 _TEMPLATES = ("chatml", "llama3", "alpaca")

@@ -102,6 +102,11 @@ def is_prose(field: str) -> bool:
     return _PROSE.fullmatch(field) is not None
 
 
+def is_template(value: str) -> bool:
+    """Whether a text is a chat template itself, in jinja, and not the name of one."""
+    return "{%" in value or "{{" in value
+
+
 def holds_secret(text: str, prose: bool = False) -> bool:
     """Whether a secret is in a text; where it is no prose, `name:password@host` alone is one too."""
     forms = (text, _unveiled(text))
