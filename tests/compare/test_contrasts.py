@@ -26,6 +26,7 @@ def scores(gains: dict[str, float], seeds: int = 8) -> Scores:
     return bootstrap(items, list(methods), 200, 0, 0.95)
 
 
+@pytest.mark.slow
 def test_only_what_holms_procedure_shows_is_shown() -> None:
     """Of three differences one is large, one is above zero alone and not together with the others, one is none."""
     found = scores({"far": 0.3, "near": 0.015, "same": 0.0})

@@ -156,6 +156,7 @@ def facts_of(folder: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_an_architecture_is_the_same_from_the_cache(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -124,6 +124,7 @@ def test_a_mask_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         masks.words("a", "x", 0, 4096 * 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_a_merge_whose_input_is_cut_short_goes_on_once_it_is_back(
     late: bool,

@@ -85,6 +85,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_loss_equals_the_reference(model_path: Path, tmp_path: Path, batch_size: int) -> None:
     config = task(tmp_path, CHAT, "loss")

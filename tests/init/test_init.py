@@ -280,6 +280,7 @@ def test_models_that_are_none(base: Path, tmp_path: Path) -> None:
         invoke(tmp_path / "a.jsonl", "--out", tmp_path / "run.yaml")
 
 
+@pytest.mark.slow
 def test_a_merge_of_checkpoints(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("x/ft", "y/ft", "ft"):
@@ -368,6 +369,7 @@ def test_a_data_error_names_its_task(tmp_path: Path) -> None:
         held_out(look_at(DataSource(file=tmp_path / "a.jsonl")))
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_the_model_are_not_held_out(base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "completion": LONG[i] * (9 if i % 3 else 1)} for i in range(30)]
     lines(tmp_path / "a.jsonl", rows)

@@ -94,6 +94,7 @@ def test_gram_of_what_is_not_finite_is_not() -> None:
         assert masked_gram(r, xs, outside, backend=backend).isfinite().all()
 
 
+@pytest.mark.slow
 def test_gram_has_the_same_bits_on_every_run_and_thread_count() -> None:
     r, *xs = siblings((600, 1001), BF16, [BF16] * 4)
     excluded, threads = random_mask((600, 1001), 0.05, 1), torch.get_num_threads()

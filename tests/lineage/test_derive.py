@@ -140,6 +140,7 @@ def test_the_second_call_makes_nothing_and_a_third_task_goes_on(run: Path) -> No
     assert record["fields"]["protected"] == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_rows_that_are_gone_are_not_needed_and_those_that_are_named_are_replayed(run: Path) -> None:
     folder = run.parent
     (folder / "a-train.jsonl").unlink()

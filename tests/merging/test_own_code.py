@@ -91,6 +91,7 @@ def test_plan_says_whose_code_it_is_and_the_merge_is_checked(here: Path, models:
     assert str(here) not in (result.path / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

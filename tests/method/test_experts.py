@@ -102,6 +102,7 @@ def test_experts_that_two_cores_share() -> None:
     assert shared_mass(cores(0, 0, 0), cores(1, 0, 1)) is None
 
 
+@pytest.mark.slow
 def test_a_report_says_which_experts_the_cores_touch() -> None:
     counts = {"a": (6, 2, 0, 0), "b": (0, 2, 6, 0), "c": (0, 0, 0, 0)}
     rows = expert_rows({t: {(BLOCK, n): ExpertCore(20, c) for n, c in enumerate(own)} for t, own in counts.items()})

@@ -271,6 +271,7 @@ def test_what_is_wrong_has_a_name(text: str, told: str) -> None:
     assert all(problem.remedy for problem in problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "told"),
     [

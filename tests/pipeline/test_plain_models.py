@@ -182,6 +182,7 @@ def test_what_is_refused_is_refused_with_the_same_words(said: Said, train: Check
         assert said(edit, str(number), train, asks=True) == found, name
 
 
+@pytest.mark.slow
 def test_a_merge_says_the_same(said: Said, merge: Check) -> None:
     found = {name: said(edit, f"m{place}", merge, asks=False) for place, (name, edit) in enumerate(MERGED.items())}
     asked = {name: said(edit, f"m{place}", merge, asks=True) for place, (name, edit) in enumerate(MERGED.items())}

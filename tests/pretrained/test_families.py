@@ -149,6 +149,7 @@ def test_experts_go_on_from_a_checkpoint_where_they_were(tmp_path: Path, origina
     assert weights(tmp_path / "broken" / "export") == weights(tmp_path / "undisturbed" / "export")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_a_vision_language_model_is_merged_and_not_trained(family: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -165,6 +166,7 @@ def test_a_vision_language_model_is_merged_and_not_trained(family: str, tmp_path
     assert "only models of text alone are trained" in problem.what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [None, "eager"])
 def test_a_packed_token_has_the_loss_that_it_has_alone(base: Path, attention: str | None) -> None:
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)

@@ -210,6 +210,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | N
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_no_command_runs_what_is_planted(
     clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     return load_file(pipeline.fuse().path / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some("gemma2"))
 def test_a_copied_head_changes_nothing(tmp_path: Path, kind: str) -> None:
     plain = family(tmp_path / "plain", kind)
@@ -114,6 +115,7 @@ def test_a_copied_head_changes_nothing(tmp_path: Path, kind: str) -> None:
     assert [file.read_bytes() for file in masks[0]] == [file.read_bytes() for file in masks[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some("llama"))
 def test_a_tune_that_unties_makes_two_tensors_of_every_model(tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM

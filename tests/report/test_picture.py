@@ -121,6 +121,7 @@ def test_replies_side_by_side(data: ReportData) -> None:
 # ---- files beside the page -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_beside_the_page(data: ReportData, tmp_path: Path) -> None:
     write_run(data, tmp_path)
     rows = list(csv.DictReader((tmp_path / "scores.csv").open(encoding="utf-8")))

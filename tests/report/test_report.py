@@ -108,6 +108,7 @@ def test_terminal_table_shows_every_figure_in_80_columns(data: ReportData) -> No
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.html"
     write_run(data, path.parent)
@@ -122,6 +123,7 @@ def test_page_stands_alone(data: ReportData, tmp_path: Path) -> None:
     assert {file.name for file in path.parent.iterdir()} == {*RUN_FILES, REPORTS}
 
 
+@pytest.mark.slow
 def test_page_escapes_what_users_wrote(data: ReportData, tmp_path: Path) -> None:
     write_run(data, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -381,6 +383,7 @@ def test_long_names_leave_a_panel_its_title() -> None:
     assert float(place[1]) < 0.1 * float(box[1])
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_shown_with_the_lowest_of_each_stage() -> None:
     rows: list[HeldOutRow] = [
         {"stage": stage, "step": 4 * place, "loss": loss, "tokens": 9}

@@ -67,6 +67,7 @@ def runs_of(sweep: Sweep, fields: dict[str, Any]) -> Pipeline:
     return here(sweep.run(fields, sweep.seeds[0]))
 
 
+@pytest.mark.slow
 def test_trials_are_judged_by_them_and_the_best_is_kept(asked: list[Benchmarks], tmp_path: Path) -> None:
     sweep = load(tmp_path, **CHANGES)
     assert not hands_over(sweep), "lm-eval reads folders"
