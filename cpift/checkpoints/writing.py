@@ -90,9 +90,9 @@ class ShardNote(TypedDict):
     record: ShardRecord
 
 
-def write_index(shards: Sequence[Shard], folder: Path) -> None:
-    """The index that transformers finds tensors by; a checkpoint of one file has none."""
-    if [shard.name for shard in shards] != [SINGLE_FILE]:
+def write_index(shards: Sequence[Shard], folder: Path, of_one: bool = False) -> None:
+    """The index that transformers finds tensors by; a checkpoint of one file has none but `of_one`."""
+    if of_one or [shard.name for shard in shards] != [SINGLE_FILE]:
         total = sum(info.nbytes for shard in shards for info in shard.tensors)
         places = {info.name: shard.name for shard in shards for info in shard.tensors}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})

@@ -127,10 +127,10 @@ def _require_names(comparison: Comparison, names: Sequence[str]) -> None:
 def require_possible(comparison: Comparison) -> None:
     """Raise ConfigError for methods whose fields cannot be done, with what a run of them would be refused for, and for
     primary contrasts of methods that are left out."""
-    names = [method.name for method in methods_of(comparison)]
-    require_compared(comparison, names)
+    methods = methods_of(comparison)
+    require_compared(comparison, [method.name for method in methods])
     found: dict[Problem, str] = {}
-    for method in methods_of(comparison):
+    for method in methods:
         fields = dict(method.fields)
         if method.judged == "sft":  # what `Budgets.sft` makes of it
             fields |= of_training(comparison.base, method.training) | STAGED

@@ -24,6 +24,13 @@ def settings_of(config: FusionConfig) -> dict[str, object]:
     }
 
 
+def no_shares(config: FusionConfig, tasks: Sequence[str], why: str) -> list[Problem]:
+    """What keeps the weights of these tasks from being shares of one whole; why: none of these can be, in words."""
+    weights = [config.weights.get(task, config.weight) for task in tasks]
+    shares = min(weights) >= 0 and sum(weights) > 0
+    return [] if shares else [Problem("fusion.weights", f"are {weights}: {why}", "give others")]
+
+
 class Settings:
     """A config, and what it is at each tensor of a model of these names."""
 

@@ -15,7 +15,6 @@ from cpift.method.changes import ChangesInPassing
 if TYPE_CHECKING:
     import torch
     from cpift_kernels import Models
-    from typing_extensions import Self
 
 Block = tuple[int, int]  # tensors [first, last) that are selected from together
 
@@ -26,22 +25,12 @@ class Update:
 
     formula: ClassVar[str] = "|θi − θ0|"
     threshold: ClassVar[str] = "|Δ|"  # what a core's threshold is of
+    needs_moments: ClassVar[bool] = False
 
     models: Sequence[Checkpoint]  # θ0 first
     names: Sequence[str]
     passing: ChangesInPassing | None = None  # measures what is loaded
-    needs_moments: ClassVar[bool] = False
-
-    @classmethod
-    def of(
-        cls,
-        models: Sequence[Checkpoint],
-        names: Sequence[str],
-        passing: ChangesInPassing | None,
-        moments: Sequence[Checkpoint],
-    ) -> Self:
-        """What these models are selected by. moments: of every tuned model, where it `needs_moments`."""
-        return cls(models, names, passing)
+    moments: Sequence[Checkpoint] = ()  # of the tuned models, in their order, where it `needs_moments`
 
     @property
     def sizes(self) -> list[int]:
@@ -62,11 +51,11 @@ class Update:
         return self.models[model].gather(self.names[tensor], starts, length)
 
     def prefetch(self, tensor: int, start: int, stop: int) -> None:
-        for model in self.models:
+        for model in (*self.models, *self.moments):
             model.prefetch(self.names[tensor], start, stop)
 
     def release(self, tensor: int, start: int, stop: int) -> None:
-        for model in self.models:
+        for model in (*self.models, *self.moments):
             model.release(self.names[tensor], start, stop)
 
 
@@ -99,18 +88,6 @@ class Curvature(Update):
     threshold = "|Δ|·√v"
     needs_moments = True
 
-    moments: Sequence[Checkpoint] = ()  # of the tuned models, in their order
-
-    @classmethod
-    def of(
-        cls,
-        models: Sequence[Checkpoint],
-        names: Sequence[str],
-        passing: ChangesInPassing | None,
-        moments: Sequence[Checkpoint],
-    ) -> Self:
-        return cls(models, names, passing, moments)
-
     def load(self, model: int, tensor: int, start: int, stop: int) -> torch.Tensor:
         origin = super().load(0, tensor, start, stop).float()
         if not model:
@@ -124,16 +101,6 @@ class Curvature(Update):
             return origin - origin
         moments = self.moments[model - 1].gather(self.names[tensor], starts, length)
         return _curved(origin, super().gather(model, tensor, starts, length), moments)
-
-    def prefetch(self, tensor: int, start: int, stop: int) -> None:
-        super().prefetch(tensor, start, stop)
-        for moments in self.moments:
-            moments.prefetch(self.names[tensor], start, stop)
-
-    def release(self, tensor: int, start: int, stop: int) -> None:
-        super().release(tensor, start, stop)
-        for moments in self.moments:
-            moments.release(self.names[tensor], start, stop)
 
 
 def curvature_in_fp64(origin: np.ndarray, tuned: np.ndarray, moments: np.ndarray) -> np.ndarray:

@@ -197,7 +197,7 @@ def _select(
     measure, regions, ks = measure_named(config.measure), [], 0
     moments = moments_of(streaming.moments, tuned) if measure.needs_moments else []
     for first, last in scope_named(config.scope).blocks(len(names)):
-        models = measure.of([pretrained, *tuned.values()], names[first:last], streaming.passing, moments)
+        models = measure([pretrained, *tuned.values()], names[first:last], streaming.passing, moments)
         sizes = [core_size(p, sum(models.sizes)) for p in ps(names[first])]
         selection, ks = stream_cores(models, sizes), len(sizes)
         block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)

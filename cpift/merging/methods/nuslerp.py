@@ -13,6 +13,7 @@ from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.definition import Definition, combined, from_origin, moves_of, runs_of, sequential_slerp, vectors_of
 from cpift.merging.forms import WeightedMerge
+from cpift.merging.settings import no_shares
 
 
 class NuSlerp(WeightedMerge):
@@ -28,12 +29,7 @@ class NuSlerp(WeightedMerge):
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
         if len(tasks) != 2:
             return [Problem("tasks", f"nuslerp is of two, the config has {len(tasks)}", "name another method")]
-        weights = [config.weights.get(task, config.weight) for task in tasks]
-        if min(weights) >= 0 and sum(weights) > 0:
-            return []
-        return [
-            Problem("fusion.weights", f"are {weights}: they share 1, none is below 0, not all are 0", "give others")
-        ]
+        return no_shares(config, tasks, "they share 1, none is below 0, not all are 0")
 
     @property
     def models(self) -> list[Checkpoint]:

@@ -1,8 +1,7 @@
 """Ways to merge that look at updates θi − θ0 element by element; a file each, with what `merging.methods` says of one.
 
-`dare`, `dare_ties`, `della`, `della_linear`, `nearswap`, `ram`, `ram_plus`, `magmax`, `consensus` and
-`fisher`; `measured` is for
-those that need numbers of a whole tensor. What takes selected elements only is in `merging.selected`.
+`dare`, `dare_ties`, `della`, `della_linear`, `nearswap`, `ram`, `ram_plus`, `magmax`, `consensus` and `fisher`;
+`measured` is for those that need numbers of a whole tensor. What takes selected elements only is in `merging.selected`.
 
     >>> from cpift.merging.updates import Dare, Ram
     >>> Dare.seeded, Ram.seeded

@@ -13,6 +13,7 @@ from cpift.errors import Problem
 from cpift.merging.base import FusionInputs
 from cpift.merging.definition import in_fp64
 from cpift.merging.forms import UpdateMerge
+from cpift.merging.settings import no_shares
 from cpift.method.moments import moments_of, require_moments
 
 if TYPE_CHECKING:
@@ -43,10 +44,7 @@ class Fisher(UpdateMerge):
 
     @classmethod
     def problems(cls, config: FusionConfig, tasks: Sequence[str]) -> list[Problem]:
-        weights = [config.weights.get(task, config.weight) for task in tasks]
-        if min(weights) >= 0 and sum(weights) > 0:
-            return []
-        return [Problem("fusion.weights", f"are {weights}: a mean takes none below 0, and not all 0", "give others")]
+        return no_shares(config, tasks, "a mean takes none below 0, and not all 0")
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
