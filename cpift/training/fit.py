@@ -36,18 +36,11 @@ from cpift.disk.files import read_json, write_json
 from cpift.errors import CheckpointError, StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
-from cpift.models.sources import load_model, load_tokenizer
+from cpift.models.sources import load_tokenizer
 from cpift.pretrained.attention import mixing
 from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.batches import Abilities, Batches
-from cpift.training.fsdp import (
-    ShardedTrainer,
-    WholeTrainer,
-    load_sharded,
-    save_whole,
-    workers_here,
-    write_trained,
-)
+from cpift.training.fsdp import ShardedTrainer, WholeTrainer
 from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
 from cpift.training.spacing import Spacing
@@ -55,6 +48,9 @@ from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, 
 from cpift.training.steps import arguments, device_of
 from cpift.training.tracking import tracked
 from cpift.training.watching import Averaging, Watch, checkpoint_folder
+from cpift.training.weights.reading import load_sharded, load_whole
+from cpift.training.weights.workers import workers_here
+from cpift.training.weights.writing import write_trained
 
 _log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
@@ -139,9 +135,7 @@ def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
     source = spec.model if saved is None or lora else saved
-    model = (
-        load_sharded(source, torch.float32, device_of(spec)) if _sharded(spec) else load_model(source, torch.float32)
-    )
+    model = (load_sharded if _sharded(spec) else load_whole)(source, torch.float32, device_of(spec))
     return with_adapters(model, lora, spec.seed, saved) if lora else model
 
 
@@ -191,7 +185,7 @@ def _run_stage(
     follower.finish(model)
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
-        _save_stage_end(spec, index, model, progress, hooks)
+        _save_stage_end(spec, index, model, layout, progress, hooks)
     return second_moments(model, trainer.optimizer) if spec.keep_moments else None
 
 
@@ -317,11 +311,16 @@ class _Follower(TrainerCallback):
         self._hooks.on_progress(self._last)
 
 
-def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _StageState, hooks: FitHooks) -> None:
+def _save_stage_end(
+    spec: FitSpec, index: int, model: PreTrainedModel, layout: Layout, progress: _StageState, hooks: FitHooks
+) -> None:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
     folder = spec.stage_folder(index) / "end"
     progress.stage_done = True
-    save_whole(model, folder, hooks.is_main)
+    if spec.training.lora is None:
+        write_trained(model, layout, Checkpoint(spec.model), folder, hooks.is_main, kind="F32")
+    elif hooks.is_main:
+        model.save_pretrained(folder)
     if hooks.is_main:
         write_json(folder / _STAGE_FILE, progress.__dict__)
     hooks.on_checkpoint(folder, {"stage": index, "step": -1})
