@@ -87,6 +87,12 @@ class ResourcesConfig(Section):
         "takes the faster, without a GPU the CPU. The bytes are the same",
     )
     verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
+    hash_inputs: bool = Field(
+        False,
+        **identity(),
+        description="record the sha256 of all weights that a merge reads in its inputs.json, as the hub has them; else "
+        "a merge that is verified has their XXH3 checksums there, which take a quarter of the time",
+    )
     max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")
     hang_timeout: float = Field(
         1800,

@@ -19,7 +19,7 @@ from cpift.method.moments import open_moments
 from cpift.method.regions import Streaming, join_regions, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, Inputs
 from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
@@ -95,14 +95,13 @@ def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -
     files = {task: file for task, file in given.items() if task in tuned}
     moments = open_moments(files, opened)
     streaming = Streaming(run.config.resources.memory_budget, mark=mark, passing=passing, moments=moments)
-    models = {"pretrained": base, **tuned}
-    hashed = list(models) if run.config.resources.verify else []
-    with hashing(models, hashed, files):
+    inputs = Inputs.of({"pretrained": base, **tuned}, run.config.resources, files)
+    with inputs.looked_at():
         write_regions(opened, others, run.config.regions, outputs, streaming)
     for read_there in moments.values():
         read_there.require_unchanged()
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
-    described = describe_inputs(models, hashed, files)
+    described = inputs.described()
     for out in outputs.values():
         write_json(out / INPUTS_RECORD, described)
         if changed:
