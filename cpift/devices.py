@@ -105,6 +105,13 @@ PRECISIONS: dict[str, Callable[[Device], Precision]] = {
     "float32": lambda device: "float32",
 }
 
+# `gather` → whether FSDP2 gathers weights as bfloat16, on a kind of device that computes products in a precision
+GATHERS: dict[str, Callable[[Device, Precision], bool]] = {
+    "auto": lambda device, products: (device, products) == ("cuda", "bfloat16"),
+    "bfloat16": lambda device, products: True,
+    "float32": lambda device, products: False,
+}
+
 
 def device_name(device: Device = "cpu") -> str:
     """For manifests: the GPU's name, or the CPU and its capability."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from cpift.config.identity import FITS, identity
 from cpift.config.inputs import Bytes, Section
 from cpift.errors import entry
+
+if TYPE_CHECKING:
+    from cpift.config.training import TrainingConfig
 
 Strategy = Literal["ddp", "fsdp"]
 SHARDED = {"ddp": False, "fsdp": True}  # `resources.strategy` → whether several workers share out a model
@@ -124,6 +127,15 @@ class ResourcesConfig(Section):
     def sharded(self) -> bool:
         """Whether each of several workers holds its share of a model, not all of it."""
         return entry(SHARDED, self.strategy, "resources.strategy")
+
+    def refuse(self, section: str, training: TrainingConfig | None) -> None:
+        """Raise ValueError for a fine-tune that several workers cannot do by `strategy`."""
+        if training is None:
+            return
+        if self.sharded and training.lora:
+            raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
+        if not self.sharded and training.gather == "bfloat16":
+            raise ValueError(f"{section}.gather: bfloat16 is of weights that are sharded; set resources.strategy: fsdp")
 
     @property
     def on_cluster(self) -> bool:

@@ -33,11 +33,10 @@ from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.use import UseRecord
 from cpift.devices import device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
-from cpift.errors import CheckpointError, StageError
+from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
 from cpift.models.sources import load_tokenizer
-from cpift.pretrained.attention import mixing
 from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.batches import Abilities, Batches
 from cpift.training.fsdp import ShardedTrainer, WholeTrainer
@@ -45,7 +44,7 @@ from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
 from cpift.training.spacing import Spacing
 from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, TrainingRecord
-from cpift.training.steps import arguments, device_of
+from cpift.training.steps import arguments, device_of, gathers_narrow, require_possible
 from cpift.training.tracking import tracked
 from cpift.training.watching import Averaging, Watch, checkpoint_folder
 from cpift.training.weights.reading import load_sharded, load_whole
@@ -95,8 +94,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     origin = Checkpoint(spec.model)
     layout = checkpoint_layout(origin)
     require_whole(layout, spec.model)
-    if spec.training.packing and (problems := mixing(spec.model, "packing")):  # of a GGUF file nobody knew before
-        raise CheckpointError(spec.title, problems)
+    require_possible(spec)
     model = _load(spec, hooks.resume_from if progress.stage_done else None)
     tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
@@ -117,6 +115,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         "device": device_name(device_of(spec)),
         "precision": resolved(spec.training.precision, device_of(spec)),
     }
+    if _sharded(spec):
+        result["gathered"] = "bfloat16" if gathers_narrow(spec) else "float32"
     write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
     if moments is not None:
         write_moments(moments, layout, origin, spec.export, hooks.is_main)
@@ -135,7 +135,9 @@ def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
     source = spec.model if saved is None or lora else saved
-    model = (load_sharded if _sharded(spec) else load_whole)(source, torch.float32, device_of(spec))
+    if _sharded(spec):
+        return load_sharded(source, torch.float32, device_of(spec), gathers_narrow(spec))
+    model = load_whole(source, torch.float32, device_of(spec))
     return with_adapters(model, lora, spec.seed, saved) if lora else model
 
 

@@ -95,6 +95,25 @@ def test_every_worker_has_its_rows_and_asks_for_no_others(base: Path, monkeypatc
     assert sum(asked) == sum(values.numel() * (1 if name in sharded else WORKERS) for name, values in whole.items())
 
 
+def test_gathered_narrow_layers_see_bf16_and_weights_stay_wide(base: Path) -> None:
+    """In the group's place each worker gathers what nobody sent: only dtypes count."""
+    seen: dict[str, torch.dtype] = {}
+
+    def look(module: torch.nn.Module, *_: Any) -> None:
+        seen.update({f"{id(module)} {name}": held.dtype for name, held in module.named_parameters(recurse=False)})
+
+    for narrow in (False, True):
+        with worker(1):
+            model = load_sharded(base, torch.float32, "cpu", narrow)
+            assert {held.dtype for held in model.parameters()} == {torch.float32}
+            for module in model.modules():
+                module.register_forward_pre_hook(look)
+            logits = model(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
+        wanted = torch.bfloat16 if narrow else torch.float32
+        assert set(seen.values()) == {wanted} == {logits.dtype}
+        seen.clear()
+
+
 @pytest.mark.parametrize(("kind", "together"), [(None, True), ("F32", True), (None, False)])
 def test_workers_write_one_model(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, together: bool

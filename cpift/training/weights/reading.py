@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -30,18 +30,22 @@ def load_whole(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedMode
     return cast(PreTrainedModel, model.to(device).eval())
 
 
-def load_sharded(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedModel:
+def load_sharded(path: Path, dtype: torch.dtype, device: Device, narrow: bool = False) -> PreTrainedModel:
     """The same, sharded over the workers of the process group. Collective.
 
     A unit is one decoder layer; embeddings, last norm and head are another, so that tied ones are gathered as one. A
     worker reads its own rows of each tensor: memory is touched for its share of the model and, on a GPU, one layer.
+
+    narrow: units are gathered, and computed with, as bfloat16; gradients are summed over the workers as float32.
     """
     model = _unwritten(path, dtype)
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    how: dict[str, Any] = {"mesh": init_device_mesh(device, (torch.distributed.get_world_size(),))}
+    if narrow:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(module, **how)
+    fully_shard(model, **how)
     _saved_as_read(model, read_into(model, Checkpoint(path)))
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True  # what Trainer looks for
     return cast(PreTrainedModel, model.eval())
