@@ -39,7 +39,7 @@ def ray_session(resources: ResourcesConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = resources.address or os.environ.get("RAY_ADDRESS")
+    address = resources.cluster
     # "local": without an address Ray would join whatever cluster somebody started on this machine.
     options: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
     if address is not None:

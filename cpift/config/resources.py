@@ -85,9 +85,10 @@ class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "cpu",
         **identity(),
-        description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
-        "GPU (NVIDIA or AMD) and runs the Triton kernels there; `auto` times it and the CPU on the first elements and "
-        "takes the faster, without a GPU the CPU. The bytes are the same",
+        description="where regions and fusion are computed: `cuda` copies slices of the models to the GPUs (NVIDIA or "
+        "AMD) of this machine or of the cluster and runs the Triton kernels there; `auto` times one GPU here and the "
+        "CPU on the first elements and takes the faster, without a GPU and on a cluster the CPU. The bytes are the "
+        "same",
     )
     verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
     hash_inputs: bool = Field(
@@ -136,6 +137,11 @@ class ResourcesConfig(Section):
             raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
         if not self.sharded and training.gather == "bfloat16":
             raise ValueError(f"{section}.gather: bfloat16 is of weights that are sharded; set resources.strategy: fsdp")
+
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster that is named; None where Ray starts here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
     @property
     def on_cluster(self) -> bool:

@@ -104,7 +104,8 @@ def merge_shards(
     if not shards:
         return {}
     infos = [info for shard in shards for info in shard.tensors]
-    largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
+    pieces = ((info, piece) for info in infos for piece in method.pieces(info)[:1])  # an empty tensor has none
+    largest = max(((stop - start) * info.itemsize for info, (start, stop) in pieces), default=0)
     most = max(infos, key=method.beside)
     held = pinned.nbytes if pinned else 0
     depth = buffers_within(budget, largest, len(method.models), method.beside(most), most.name, held)

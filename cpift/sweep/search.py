@@ -19,7 +19,7 @@ from ray import tune
 from cpift.cluster.engine import RayEngine
 from cpift.cluster.fits import cpus_for, parallel_fits
 from cpift.cluster.placement import demand, tune_options
-from cpift.cluster.session import progress_board, ray_session, show_progress
+from cpift.cluster.session import progress_board, show_progress
 from cpift.cluster.tasks import TaskEngine
 from cpift.config.loading import describe
 from cpift.config.run import ResourcesConfig, RunConfig
@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
         shutil.rmtree(record.path)
     started = time.time()
     require_benchmarks(sweep, pipeline(sweep.base))
-    with ray_session(sweep.base.resources):
+    with TaskEngine(sweep.base.resources).session():
         search = _search_as_it_goes if sweep.config.search.kind.as_it_goes else _search_planned
         attempts = search(sweep, record, view)
     if not any(attempt.status == "failed" for attempt in attempts):

@@ -130,7 +130,9 @@ def test_only_methods_that_say_so_leave_the_host(models: Models, regions: Path, 
             1,
             "fusion.method dare is computed on CPUs alone → use `cpu`, or one of cpift",
         ),
-        ({"resources": {"distributed": True}}, 1, "on a cluster regions and fusion are computed on CPUs"),
+        ({"resources": {"distributed": True}}, 1, None),
+        ({"resources": {"distributed": True}}, 0, "torch sees no GPU here"),
+        ({"resources": {"address": "head:6379"}}, 0, None),  # its nodes may have some
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused_before_anything_runs(

@@ -66,17 +66,18 @@ class _Pass:
 class AutoMerging:
     """How a pipeline selects and merges where a GPU may be slower than the processors (`merging.engine.Merging`).
 
-    gpu: how it does on the GPU. timer: seconds of some work. tells: who is told what was taken, and why.
+    gpu: how it does on the GPU. timer: seconds of some work. tells: who is told what was taken, and why. where: what
+    they are told of the GPU's place.
     """
 
     in_passing = True
 
-    def __init__(self, gpu: Merging, timer: Timer | None = None, tells: Sequence[Tell] = ()):
-        self._gpu, self._timer, self._tells = gpu, timer or seconds_of, tuple(tells)
+    def __init__(self, gpu: Merging, timer: Timer | None = None, tells: Sequence[Tell] = (), where: str = "on the GPU"):
+        self._gpu, self._timer, self._tells, self._where = gpu, timer or seconds_of, tuple(tells), where
 
     def telling(self, tell: Tell) -> AutoMerging:
         """It tells this one too."""
-        return AutoMerging(self._gpu, self._timer, (*self._tells, tell))
+        return AutoMerging(self._gpu, self._timer, (*self._tells, tell), self._where)
 
     def session(self) -> AbstractContextManager[None]:
         return self._gpu.session()
@@ -135,8 +136,9 @@ class AutoMerging:
             self._say(f"{one.title} on the CPU: {why}")
             return False
         cpu = self._timer(one.on_cpu)
-        where, times = "GPU" if gpu < cpu else "CPU", f"{gpu:.2f} s on the GPU, {cpu:.2f} s on {threads} threads"
-        self._say(f"{one.title} on the {where}: {times}, for {one}")
+        where = self._where if gpu < cpu else "on the CPU"
+        times = f"{gpu:.2f} s on the GPU, {cpu:.2f} s on {threads} threads"
+        self._say(f"{one.title} {where}: {times}, for {one}")
         return gpu < cpu
 
     def _say(self, text: str) -> None:
