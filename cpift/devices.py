@@ -53,6 +53,11 @@ def compute_device(asked: float) -> Device:
     return "cuda"
 
 
+def assigned_gpus() -> int | None:
+    """GPUs that Ray assigned to this process; None where it is no worker of Ray's."""
+    return _assigned
+
+
 def current_gpu() -> torch.device:
     """The GPU that torch uses in this process where none is named. Raises CpiftError where it sees none."""
     import torch

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ from cpift.extensions import modules_beside
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.engine import Merging, Place, Tell, merge_shards
-from cpift.merging.on_device import own_gpu
+from cpift.merging.on_device import on_own_gpu, own_gpu
 
 Ended: TypeAlias = Generator[tuple[int, Any], None, None]
 _PIECES_EACH = 4  # so many pieces are cut for every processor or GPU, to even out their times
@@ -113,10 +114,11 @@ class RayMerging:
             return merge(method, shards, out, made_from, budget, progress)
 
     def placing(self, method: MergeMethod) -> Place:
-        """Itself: a user's method or conflict rule goes to workers as it was loaded here."""
+        """On the GPU of whoever computes it, if that is asked for. A user's method or conflict rule goes to workers as
+        it was loaded here."""
         for module in modules_beside():
             ray.cloudpickle.register_pickle_by_value(module)
-        return _itself
+        return _itself if self._make is None else partial(on_own_gpu, None)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """Add what a finished model has beside its shards to those in the object store, if there is one."""

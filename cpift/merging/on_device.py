@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,7 @@ from cpift_kernels import SLOT, SLOTS, Placement, Ready, placement_of, stream_co
 from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.devices import current_gpu, visible_gpus
+from cpift.devices import assigned_gpus, current_gpu, visible_gpus
 from cpift.errors import CpiftError, Problem, entry
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Fill, Merged, MergeMethod
@@ -122,6 +123,15 @@ def _faster() -> Merging | None:
 _SAID: set[int] = set()  # by this process: of so many GPUs that one of them is used
 
 
+def on_own_gpu(here: DeviceMerging | None, method: MergeMethod) -> MergeMethod:
+    """A method as the process computes it that this is called in: of a worker of Ray's on its GPU, and without one on
+    its processors, for the bits are the same. here: of a process that is none."""
+    assigned = assigned_gpus()
+    if assigned:
+        return own_gpu()._placed(method)
+    return here._placed(method) if here is not None and assigned is None else method
+
+
 class DeviceMerging:
     """How a pipeline selects and merges on one GPU of this process (`merging.engine.Merging`)."""
 
@@ -139,6 +149,10 @@ class DeviceMerging:
     def telling(self, tell: Tell) -> DeviceMerging:
         """The same; once a process it tells where it is one of several GPUs that is used."""
         return DeviceMerging(self._device, self._queues, tell)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, in which nobody is told."""
+        return self.__dict__ | {"_tell": None}
 
     def _place(self) -> Placement:
         return self._queues(self._device)
@@ -175,7 +189,7 @@ class DeviceMerging:
 
     def placing(self, method: MergeMethod) -> Place:
         """It computes on the device, where it has such a form."""
-        return DeviceMerging(self._device, self._queues)._placed  # whom this one tells is of this process alone
+        return partial(on_own_gpu, self)
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
         on_device: Any = _OnDevice(method, self._place) if method.leaves_host else method
