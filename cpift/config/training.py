@@ -121,6 +121,12 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, **identity(*FITS), description="activations are computed twice: less memory, more time"
     )
+    compile: bool = Field(
+        False,
+        **identity(*FITS, absent=False),
+        description="decoder layers are compiled by torch, which takes a while at the start; rows are padded to "
+        "max_length, so use it with packing. The last bits of results differ from those without",
+    )
     precision: Precision = Field(
         "auto",
         **identity(*FITS, absent="auto", swept=True),

@@ -172,6 +172,7 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
 def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
     from cpift.pretrained.architecture import narrowing
     from cpift.pretrained.attention import mixing
+    from cpift.training.compiling import not_compiled
 
     fits = {"probe": config.probe, "backbone": config.backbone.training, "integration": config.integration}
     for section, training in fits.items():
@@ -179,6 +180,8 @@ def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
             yield from mixing(folder, f"{section}.packing")
         if training is not None and training.gather == "bfloat16":
             yield from narrowing(folder, f"{section}.gather")
+        if training is not None and training.compile:
+            yield from not_compiled(folder, "cuda" if config.resources.gpus_per_worker else "cpu", f"{section}.compile")
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

@@ -2,8 +2,8 @@
 
 `spec` (a fine-tune, described), `fit` (done), `speed` (how fast), `rows` (what a stage goes over), `adapters` (LoRA),
 `fsdp` (over several workers), `weights` (read, averaged, kept, written), `steps` (arguments and learning rate),
-`optimizers`, `watching` (held-out loss, the best weights), `memory` (what a worker holds), `spacing` (checkpoints by
-the clock), `tracking` (logs and curves).
+`compiling`, `optimizers`, `watching` (held-out loss, the best weights), `memory` (what a worker holds), `spacing`
+(checkpoints by the clock), `tracking` (logs and curves).
 
     >>> from cpift.training import stages_of
     >>> for stage in stages_of([["sums"], ["poems", "code"]], "earlier"):

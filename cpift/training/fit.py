@@ -39,6 +39,7 @@ from cpift.method.masks import JointCores
 from cpift.models.sources import load_tokenizer
 from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.batches import Abilities, Batches
+from cpift.training.compiling import compiled, fixed_length
 from cpift.training.fsdp import ShardedTrainer, WholeTrainer
 from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
@@ -173,13 +174,14 @@ def _run_stage(
             args=arguments(spec, index, workers_here()),
             training=spec.training,
             train_dataset=stage_data(spec, index, tokenizer, uses),
-            data_collator=Batches(tokenizer, Abilities.of(model)),
+            data_collator=Batches(tokenizer, Abilities.of(model), fixed_length(spec.training)),
             callbacks=[*lookers, follower, *curves, *_spacing(spec.training)],  # the follower hands checkpoints over
         )
         trainer.remove_callback(PrinterCallback)  # progress and log are ours
         if watch is not None:
             watch.trainer = trainer
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with compiled(model, spec.training.compile):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if averaging is not None:
         averaging.average.swap()
     if watch is not None:
