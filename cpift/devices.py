@@ -53,6 +53,11 @@ def compute_device(asked: float) -> Device:
     return "cuda"
 
 
+def assigned_gpus() -> int | None:
+    """GPUs that Ray assigned to this process; None where it is no worker of Ray's."""
+    return _assigned
+
+
 def current_gpu() -> torch.device:
     """The GPU that torch uses in this process where none is named. Raises CpiftError where it sees none."""
     import torch
@@ -103,6 +108,13 @@ PRECISIONS: dict[str, Callable[[Device], Precision]] = {
     "auto": lambda device: "bfloat16" if native_bf16(device) else "float32",
     "bfloat16": lambda device: "bfloat16",
     "float32": lambda device: "float32",
+}
+
+# `gather` → whether FSDP2 gathers weights as bfloat16, on a kind of device that computes products in a precision
+GATHERS: dict[str, Callable[[Device, Precision], bool]] = {
+    "auto": lambda device, products: (device, products) == ("cuda", "bfloat16"),
+    "bfloat16": lambda device, products: True,
+    "float32": lambda device, products: False,
 }
 
 

@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +16,14 @@ import pytest
 import torch
 
 from cpift import devices
-from cpift.cli.many import unused_gpus
+from cpift.cli.many import require_gpus, unused_gpus
 from cpift.cluster import session as distributed_session
 from cpift.cluster.session import use_assigned_gpus
 from cpift.config.inputs import ScratchModel
 from cpift.config.loading import load_config, with_fields
-from cpift.config.run import ModelConfig, RunConfig
+from cpift.config.run import ModelConfig, ResourcesConfig, RunConfig
 from cpift.devices import compute_device, resolved
-from cpift.errors import CpiftError
+from cpift.errors import ConfigError, CpiftError
 from cpift.evaluation.scoring import evaluate_model
 from cpift.models.sources import materialise
 from cpift.pipeline.engine import Scoring
@@ -172,6 +173,25 @@ def test_the_plan_says_that_gpus_stay_idle(
     assert (note is None) == (said is None)
     if note is not None and said is not None:
         assert re.search(said, note), note
+
+
+@pytest.mark.parametrize(("gpus", "refused"), [(8.0, False), (0.0, True), (None, False)])
+def test_a_plan_refuses_a_cluster_without_the_gpus_that_it_names(
+    smoke_config: Path, monkeypatch: pytest.MonkeyPatch, gpus: float | None, refused: bool
+) -> None:
+    """Not one that does not answer from here."""
+
+    def count(resources: ResourcesConfig) -> float:
+        if gpus is None:
+            raise CpiftError("no Ray cluster answers")
+        return gpus
+
+    monkeypatch.setattr(distributed_session, "cluster_gpus", count)
+    run = with_fields(load_config(smoke_config), {"resources.device": "cuda", "resources.address": "head:6379"}, "test")
+    told = r"resources\.device: is `cuda`, and the cluster at head:6379 has no GPU → use `cpu`, or add nodes with GPUs"
+    with pytest.raises(ConfigError, match=told) if refused else nullcontext():
+        require_gpus(run)
+    require_gpus(with_fields(run, {"resources.device": "cpu"}, "test"))
 
 
 @pytest.mark.parametrize("driver", [True, False])

@@ -52,11 +52,6 @@ ON_RAY = {"cluster", "sweep.search", "sweep.trial"}
 # some can only be looked at through what uses them.
 TESTED_ELSEWHERE = {
     "api": "test_python_api.py",
-    "cluster.desk": "integration/test_fits_on_ray.py",
-    "cluster.engine": "integration/test_object_store.py",
-    "cluster.group": "integration/test_fits_on_ray.py",
-    "cluster.tasks": "integration/test_sweep_tune.py",
-    "cluster.work": "integration/test_fits_on_ray.py",
     "config.needs": "pipeline/test_preflight.py",
     "disk.object_store": "cluster/test_stored_merge.py",
     "evaluation.checks": "data/test_data.py",

@@ -66,6 +66,8 @@ TABLES: dict[str, Collection[str]] = {
     "IntegrationConfig.keep": KEEPS,
     "TrainingConfig.warmup": WARMUPS,
     "IntegrationConfig.warmup": WARMUPS,
+    "TrainingConfig.gather": devices.GATHERS,
+    "IntegrationConfig.gather": devices.GATHERS,
     "TrainingConfig.precision": devices.PRECISIONS,
     "IntegrationConfig.precision": devices.PRECISIONS,
     "EvaluationConfig.precision": devices.PRECISIONS,

@@ -1,9 +1,10 @@
 """Ask a GPU what only a GPU can say, in about ten minutes: python -m benchmarks.gpu, or make gpu-check.
 
 It needs torch, Triton, numpy and this repository. First the bits: every operation against its reference, small and
-large, on the first stream and another, as a captured graph; a wrong one ends everything, and nothing is timed then.
-After that the rates: each operation beside a copy in the card's memory, calls over the 291 tensors of a model,
-copies from and to the machine. Each answer is a line here and a row of gpu.jsonl in benchmarks/results.
+large, on the first stream and another, through lanes from the host, as a captured graph; a wrong one ends everything,
+and nothing is timed then. After that the rates: each operation beside a copy in the card's memory, calls over the 291
+tensors of a model, copies from and to the machine, slices that are copied while others are computed. Each answer is a
+line here and a row of gpu.jsonl in benchmarks/results.
 
 Exit status: 0, 1 after a wrong bit, 2 where no GPU is (then nothing is written).
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.gpu import rates
+from benchmarks.gpu import lanes, rates
 from benchmarks.gpu.bits import WrongError, cases
 from benchmarks.gpu.card import Card, Sizes, absent
 from benchmarks.gpu.rates import Row
@@ -53,10 +54,12 @@ STEPS: dict[str, Step] = {
     "another stream": another_stream,
     "large tensors": rates.large,
     "beyond 32 bits": rates.far,
+    "lanes": lanes.bits,
     "captured": rates.captured,
     "kernels": rates.kernels,
     "calls": rates.calls,
     "transfers": rates.transfers,
+    "lanes' rates": lanes.rates,
 }
 
 
@@ -88,6 +91,8 @@ def describe(row: Row) -> str:
         parts.append(f"{row['gb_per_second']:8.1f} GB/s")
     if "share_of_copy" in row:
         parts.append(f"{row['share_of_copy']:5.2f} of a copy")
+    if "overlap" in row:
+        parts.append(f"{row['overlap']:.2f} of what can be hidden, {row['host_waits_a_slice']:.1f} waits a slice")
     if "launches" in row:
         parts.append(f"{row['launches']} launches, {row['torch_operations']} operations, {row['waits']} waits")
     if row.get("correct"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cpift_kernels import Placement, placement_of
 from cpift_kernels.triton import common
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +41,8 @@ def llama(layers: int, hidden: int, inner: int, vocabulary: int) -> list[int]:
 @dataclass(frozen=True)
 class Sizes:
     """Elements: of tensors whose every bit is compared, of large ones, of one beyond 32-bit indices, of timed ones, of
-    copies, and of a model's tensors. tasks: of the large ones. repeats: runs a time is the median of.
+    copies, and of a model's tensors. lanes: slices on the host, and elements of each. tasks: of the large ones.
+    repeats: runs a time is the median of.
     """
 
     small: tuple[int, ...] = (1, 31, 4096, 5003, (1 << 18) + 1)
@@ -47,6 +50,7 @@ class Sizes:
     far: int = (1 << 31) + 4096
     timed: int = 1 << 30
     copied: int = 1 << 30
+    lanes: tuple[int, int] = (48, 1 << 22)
     model: list[int] = field(default_factory=lambda: llama(32, 2048, 5504, 32000))
     tasks: tuple[int, ...] = (1, 4)
     repeats: int = 7
@@ -74,6 +78,27 @@ class Card:
 
     def pinned(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """A copy on the card."""
+        return tensor.to(self.device)
+
+    def place(self) -> Placement:
+        """Queues of its own."""
+        return placement_of(torch.device(self.device, torch.cuda.current_device()))
+
+    def walled(self, action: Action, repeats: int) -> float:
+        """The median by the clock, of work that the host has a part in; after one run that is not counted."""
+
+        def once() -> float:
+            self.wait()
+            began = time.perf_counter()
+            action()
+            self.wait()
+            return time.perf_counter() - began
+
+        once()
+        return statistics.median(once() for _ in range(repeats))
 
     def seconds(self, action: Action, repeats: int) -> float:
         """The median, after one run that is not counted."""

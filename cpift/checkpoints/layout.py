@@ -49,17 +49,24 @@ class Layout:
         """`same`, and None for what the class does not have or no tensor gives."""
         return self.same(parameter) if self.blocks.get(parameter) else None
 
-    def parameter(self, name: str, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same."""
+    def parameter(self, name: str, tensor: Callable[[str], torch.Tensor], rows: range | None = None) -> torch.Tensor:
+        """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same.
+
+        rows: of its first dimension, at least one; only what they are made of is asked for.
+        """
         import torch
 
         alone = self.same(name)
         if alone is not None:
-            return tensor(alone)
+            return tensor(alone) if rows is None else tensor(alone)[rows.start : rows.stop]
+        blocks, shape = self.blocks[name], self.shapes[name]
+        if rows is not None:
+            some = (block.narrowed(0, rows.start, len(rows)) for block in blocks)
+            blocks, shape = tuple(block for block in some if block is not None), (len(rows), *shape[1:])
         out: torch.Tensor | None = None
-        for block in self.blocks[name]:
+        for block in blocks:
             values = tensor(block.tensor).contiguous().view(-1)
-            out = torch.empty(self.shapes[name], dtype=values.dtype) if out is None else out
+            out = torch.empty(shape, dtype=values.dtype) if out is None else out
             block.of_parameter(out).copy_(block.of_tensor(values))
         assert out is not None
         return out

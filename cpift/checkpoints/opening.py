@@ -174,7 +174,7 @@ def _adapter_otherwise(folder: Path, base: Checkpoint) -> bool:
 def quick_fingerprint(folder: Path) -> str:
     """sha256 (hex) over a folder's files: weights by name, size, modification time and header, small files by content.
 
-    It tells whether files were replaced or rewritten, at no cost. Full hashes are in the manifest of a verified merge.
+    It tells whether files were replaced or rewritten, at no cost; a verified merge looks at all bytes (inputs.json).
     """
     return digest([[file.name, *_state(file)] for file in model_files(folder)])
 

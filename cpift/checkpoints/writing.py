@@ -264,27 +264,6 @@ class WriteBehind:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_like(model: Checkpoint, out: Path, produce: Callable[[TensorInfo], torch.Tensor]) -> None:
-    """Write a checkpoint with the names, shapes, dtypes and shards of `model`, one tensor at a time.
-
-    `produce` gives each tensor; another shape or dtype than announced is an error. Config, tokenizer and all other
-    small files are copied byte for byte. `out` must exist (a stage's partial folder).
-    """
-    for file in model.files:
-        infos = [info for info in model.tensors.values() if info.file == file]
-        writer = FileWriter(out / file.name, infos)
-        for info in infos:
-            tensor = produce(info)
-            if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-                raise ValueError(f"{info.name}: got {tensor.dtype} {list(tensor.shape)}, announced {info}")
-            writer.write(info.name, 0, tensor.cpu().contiguous())
-        writer.flush()
-        writer.close()
-    shards = [Shard(f.name, tuple(i for i in model.tensors.values() if i.file == f)) for f in model.files]
-    write_index(shards, out)
-    copy_companions(model, out)
-
-
 def write_plain(model: Checkpoint, like: Checkpoint, out: Path, shard_size: int = 5 * 10**9) -> None:
     """Write any checkpoint as the folder of a full model, one tensor at a time; small files are those of `like`."""
     shards = plan_shards(model.tensors.values(), shard_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +39,7 @@ def unused_gpus(run: RunConfig) -> str | None:
     asked = [run.resources.gpus_per_worker, *(task.resources.gpus_per_worker or 0 for task in run.tasks)]
     if any(asked) or (run.merges_only and run.integration is None and not run.scores):
         return None
-    named = run.resources.address or os.environ.get("RAY_ADDRESS")
+    named = run.resources.cluster
     try:
         if named is None:
             where, count = "this machine", float(visible_gpus())
@@ -52,7 +51,25 @@ def unused_gpus(run: RunConfig) -> str | None:
         return f"whether there are GPUs that the run leaves idle is not known: {error}"
     gpus = f"{count:g} GPU{'s' * (count != 1)}"
     idle = "fine-tunes and evaluations run on CPUs → set resources.gpus_per_worker: 1"
-    return f"{where} has {gpus}, and this config uses none: {idle}" if count else None
+    used = "this config uses none" if run.resources.device == "cpu" else "fine-tunes of this config use none"
+    return f"{where} has {gpus}, and {used}: {idle}" if count else None
+
+
+def require_gpus(run: RunConfig) -> None:
+    """Raise ConfigError where regions and fusion are to run on the GPUs of a cluster that answers and has none."""
+    from cpift.cluster.session import cluster_gpus
+    from cpift.errors import ConfigError, CpiftError, Problem
+
+    named = run.resources.cluster
+    if named is None or run.resources.device != "cuda":
+        return
+    try:
+        count = cluster_gpus(run.resources)
+    except CpiftError:  # the plan says of other things too that they are not known then
+        return
+    if count < 1:
+        what = f"is `cuda`, and the cluster at {named} has no GPU"
+        raise ConfigError(f"run {run.name}", [Problem("resources.device", what, "use `cpu`, or add nodes with GPUs")])
 
 
 def sweep(config: SweepFile, overrides: Overrides = None, output: Output = None) -> None:

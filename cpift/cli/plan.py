@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpift.cli.many import unused_gpus
+from cpift.cli.many import require_gpus, unused_gpus
 from cpift.cli.options import Config, Output, Overrides, say_code
 from cpift.console.terminal import Terminal, say
 from cpift.text.units import parse_size, show_size
@@ -53,6 +53,7 @@ def show_plan(run: RunConfig, as_json: bool = False, gpu: str | None = None) -> 
 
     say_code(run)
     seen = examined(run, stage=None, download=False)
+    require_gpus(run)
     artifacts = StageArtifacts(run)
     planned, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
     fits = _fitting(run, gpu) if gpu is not None else []

@@ -6,7 +6,6 @@ Train run each (`fits.py`), or a task here.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ import ray
 from cpift.cluster.choice import merging_for
 from cpift.cluster.fits import cpus_for, free_room, parallel_fits, run_fits, wait_for_room
 from cpift.cluster.group import FitGroup, WorkerKind, servable
+from cpift.cluster.merging import RayMerging
 from cpift.cluster.placement import demand, task_options
 from cpift.cluster.session import (
     NAMESPACE,
@@ -153,7 +153,7 @@ class RayEngine:
             return
         group = self._group_of(kind, todo, on_progress)
         failed = group.run([item_of(spec) for spec in todo], lambda title, _: None, on_progress)
-        if self._resources.on_cluster:  # regions and fusion are tasks there, which need what the workers hold
+        if self._merges_need(kind):
             group.dismiss()
         raise_failures(failed, f"Logs: {todo[0].logs.parent}")
 
@@ -181,6 +181,11 @@ class RayEngine:
             self._ending = threading.Thread(target=self._end, args=(self._session,), daemon=True)
             self._ending.start()
         raise_failures(failed)
+
+    def _merges_need(self, kind: WorkerKind) -> bool:
+        """Whether regions and fusion, which come next, ask Ray for what workers of this kind hold: processors as tasks
+        of a cluster, or this machine's GPUs."""
+        return self._resources.on_cluster or (isinstance(self.merging, RayMerging) and "GPU" in dict(kind.worker))
 
     # ---- the group -------------------------------------------------------------------------------------------------
 
@@ -253,5 +258,5 @@ class RayEngine:
 
     @property
     def _where(self) -> str:
-        address = self._resources.address or os.environ.get("RAY_ADDRESS")
+        address = self._resources.cluster
         return " on this machine" if address is None else f": connecting to {address}"

@@ -26,6 +26,7 @@ from cpift.cluster.session import (
     POLL_SECONDS,
     alive_nodes,
     free_resources,
+    leave_modules_alone,
     progress_board,
     raise_failures,
     ray_session,
@@ -216,6 +217,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     from cpift.training.tracking import ended_if_stuck, log_file
 
     use_assigned_gpus()
+    leave_modules_alone()
     spec: FitSpec = config["spec"]
     context = ray.train.get_context()
     main = context.get_world_rank() == 0

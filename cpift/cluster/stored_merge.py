@@ -12,7 +12,7 @@ run's folder holds the model too. What is in the store from an interrupted run i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,21 @@ def _put_once(place: ObjectStore, file: Path) -> None:
 
 
 def merge_into(
-    store: ObjectStore, method: MergeMethod, shard: Shard, made_from: str, budget: int
+    store: ObjectStore,
+    method: MergeMethod,
+    shard: Shard,
+    made_from: str,
+    budget: int,
+    merge: Callable[..., Any] = merge_shards,
 ) -> dict[str, ShardNote]:
-    """`merging.engine.merge_shards` of one shard that goes to the store, unless it is there; returns its note."""
+    """One shard that goes to the store, unless it is there; returns its note. merge: `merging.engine.merge_shards`, or
+    what does the same on a GPU."""
     note = store.read_json(note_of(shard, Path()).name)
     if note is not None and note["key"] == shard.key(made_from) and store.size(shard.name) == note["bytes"]:
         return {shard.name: note}
     with tempfile.TemporaryDirectory(prefix="cpift-shard-") as scratch:
         folder = Path(scratch)
-        merge_shards(method, [shard], folder, made_from, budget, lambda elements, name: None)
+        merge(method, [shard], folder, made_from, budget, lambda elements, name: None)
         store.put(folder / shard.name, shard.name)
         store.put(note_of(shard, folder), note_of(shard, folder).name)  # after it: what has a note is whole
         return {shard.name: read_json(note_of(shard, folder))}

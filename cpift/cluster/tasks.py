@@ -47,7 +47,9 @@ class TaskEngine:
         self.merging: Merging | None = merging_for(resources, own_cpus, stored=False)
 
     def session(self) -> AbstractContextManager[None]:
-        """Within another one it is free, as in a trial."""
+        """Within another one it is free, as in a trial. Raises CpiftError for a cluster without what is asked of it."""
+        if self._resources.on_cluster and self.merging is not None:
+            return self.merging.session()
         return ray_session(self._resources)
 
     def expect(self, specs: Sequence[FitSpec]) -> None:

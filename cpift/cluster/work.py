@@ -13,7 +13,7 @@ import ray
 from ray import cloudpickle
 
 from cpift.cluster.desk import CLOSED
-from cpift.cluster.session import NAMESPACE, use_assigned_gpus
+from cpift.cluster.session import NAMESPACE, leave_modules_alone, use_assigned_gpus
 from cpift.cluster.work_queue import Outcome, WorkItem
 from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.errors import CpiftError, explain_os_error
@@ -37,6 +37,7 @@ def serve(config: dict[str, Any]) -> None:
     import cpift.evaluation.scoring
     import cpift.training.fit  # noqa: F401  # both here: while the driver still prepares the first piece
 
+    leave_modules_alone()
     desk = ray.get_actor(config["desk"], namespace=NAMESPACE)
     context = ray.get_runtime_context()
     worker = context.get_actor_id()

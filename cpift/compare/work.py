@@ -111,9 +111,9 @@ class ComparisonWork:
     def _only_scored(self) -> list[Entry]:
         """Fusions whose weights nothing else reads, each once: they are made in memory, where they are scored.
 
-        On processors alone, which whoever scores has; and of methods and rules that are loaded everywhere.
+        On one machine alone, whose memory is known; and of methods and rules that are loaded everywhere.
         """
-        if self._merging is not None:
+        if self.comparison.base.resources.on_cluster:
             return []
         fusing = [entry for entry in self.entries if entry.needs_fusion]
         read = {entry.fused().path for entry in fusing if entry.needs_integration}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from cpift.config.identity import FITS, identity
 from cpift.config.inputs import Bytes, Section
 from cpift.errors import entry
+
+if TYPE_CHECKING:
+    from cpift.config.training import TrainingConfig
 
 Strategy = Literal["ddp", "fsdp"]
 SHARDED = {"ddp": False, "fsdp": True}  # `resources.strategy` → whether several workers share out a model
@@ -71,8 +74,7 @@ class ResourcesConfig(Section):
     memory_budget: Bytes = Field(
         2**30,
         **identity(),
-        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB; and "
-        "as much again of models that stay in a sweep's workers from point to point",
+        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB",
     )
     distributed: bool = Field(
         False,
@@ -83,11 +85,18 @@ class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "cpu",
         **identity(),
-        description="where regions and fusion are computed: `cuda` copies slices of the models to this machine's first "
-        "GPU (NVIDIA or AMD) and runs the Triton kernels there; `auto` times it and the CPU on the first elements and "
-        "takes the faster, without a GPU the CPU. The bytes are the same",
+        description="where regions and fusion are computed: `cuda` copies slices of the models to the GPUs (NVIDIA or "
+        "AMD) of this machine or of the cluster and runs the Triton kernels there; `auto` times one GPU here and the "
+        "CPU on the first elements and takes the faster, without a GPU and on a cluster the CPU. The bytes are the "
+        "same",
     )
     verify: bool = Field(True, **identity(), description="read a fused model back and compare it with its inputs")
+    hash_inputs: bool = Field(
+        False,
+        **identity(),
+        description="record the sha256 of all weights that a merge reads in its inputs.json, as the hub has them; else "
+        "a merge that is verified has their XXH3 checksums there, which take a quarter of the time",
+    )
     max_failures: int = Field(2, **identity(), ge=0, description="worker failures survived per fine-tune")
     hang_timeout: float = Field(
         1800,
@@ -119,6 +128,20 @@ class ResourcesConfig(Section):
     def sharded(self) -> bool:
         """Whether each of several workers holds its share of a model, not all of it."""
         return entry(SHARDED, self.strategy, "resources.strategy")
+
+    def refuse(self, section: str, training: TrainingConfig | None) -> None:
+        """Raise ValueError for a fine-tune that several workers cannot do by `strategy`."""
+        if training is None:
+            return
+        if self.sharded and training.lora:
+            raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
+        if not self.sharded and training.gather == "bfloat16":
+            raise ValueError(f"{section}.gather: bfloat16 is of weights that are sharded; set resources.strategy: fsdp")
+
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster that is named; None where Ray starts here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
     @property
     def on_cluster(self) -> bool:

@@ -190,10 +190,10 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _lora_is_not_sharded(self) -> RunConfig:
-        trainings = (self.probe, self.backbone.training)
-        if self.resources.sharded and any(training and training.lora for training in trainings):
-            raise ValueError("resources.strategy fsdp is for full fine-tunes; use ddp with lora")
+    def _trainings_fit_the_strategy(self) -> RunConfig:
+        self.resources.refuse("probe", self.probe)
+        self.resources.refuse("backbone.training", self.backbone.training)
+        self.resources.refuse("integration", self.integration)
         return self
 
     @property

@@ -121,11 +121,24 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, **identity(*FITS), description="activations are computed twice: less memory, more time"
     )
+    compile: bool = Field(
+        False,
+        **identity(*FITS, absent=False),
+        description="decoder layers are compiled by torch, which takes a while at the start; rows are padded to "
+        "max_length, so use it with packing. The last bits of results differ from those without",
+    )
     precision: Precision = Field(
         "auto",
         **identity(*FITS, absent="auto", swept=True),
         description="of products, weights are trained in float32; auto: bfloat16 where the machine has it, so another "
         "machine may give other numbers; float32: nearly the same numbers everywhere",
+    )
+    gather: Precision = Field(
+        "auto",
+        **identity(*FITS, absent="auto"),
+        description="with resources.strategy fsdp, what a layer's weights are gathered and computed with as: bfloat16 "
+        "halves what workers send; the weights themselves, sums of gradients and the optimizer stay float32. auto: "
+        "bfloat16 on GPUs where products are and the class allows it, else float32",
     )
     evaluate_every: int | None = Field(
         None,
@@ -182,6 +195,14 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         exactly_one(self, ("steps", "epochs"))
+        return self
+
+    @model_validator(mode="after")
+    def _gathers_what_is_computed(self) -> TrainingConfig:
+        if (self.gather, self.precision) == ("bfloat16", "float32"):
+            raise ValueError(
+                "gather: bfloat16 makes products bfloat16, and precision is float32; change one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -88,9 +88,10 @@ def padded_length(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 class CompletionCollator:
-    """Pads a batch on the right to its longest row, rounded up to a multiple of 8 tokens."""
+    """Pads a batch on the right to its longest row, rounded up to a multiple of 8 tokens, or to `length` tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int | None = None):
+        self._length = length
         if tokenizer.pad_token_id is None:
             raise DataError("tokenizer", [Problem("pad_token", "is not set", "load it with models.load_tokenizer")])
         self.pad_token_id = int(tokenizer.pad_token_id)
@@ -103,7 +104,7 @@ class CompletionCollator:
         """
         import torch
 
-        shape = (len(features), padded_length(features))
+        shape = (len(features), self._length or padded_length(features))
         input_ids = torch.full(shape, self.pad_token_id)
         extra = "position_ids" if "position_ids" in features[0] else "attention_mask"
         beside = torch.zeros(shape, dtype=torch.long)

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpift.disk.checksums import file_checksum, known_checksum
 from cpift.disk.files import file_identity, file_sha256, known_sha256
 from cpift.errors import ChangedInput, Problem
 
 Files = Callable[[], Iterable[Path]]
 _Identity = tuple[int, ...]
+_OF_BYTES = ((known_sha256, file_sha256), (known_checksum, file_checksum))
 _OF_CONTENT = 4  # parts of an identity that change with the content unless somebody takes care that they do not
 _REMEDY = "leave inputs alone while they are used; the same command begins with what is there now"
 
@@ -62,16 +64,16 @@ def _changes(watched: _Watched) -> Iterator[Problem]:
 def how_changed(file: Path, before: _Identity) -> str | None:
     """What happened to a file since it had this identity; None where its bytes are the same, as far as can be known.
 
-    Where its bytes were hashed before, the hash decides; else size, time and inode.
+    Where its bytes were hashed or summed before, these decide; else size, time and inode.
     """
     try:
         now = file_identity(file)
     except (FileNotFoundError, NotADirectoryError):
         return "was deleted"
-    known = known_sha256(before)
-    if now == before or (known is None and now[:_OF_CONTENT] == before[:_OF_CONTENT]):
+    looked = [(value, again) for known, again in _OF_BYTES if (value := known(before)) is not None]
+    if now == before or (not looked and now[:_OF_CONTENT] == before[:_OF_CONTENT]):
         return None
-    if known is not None and file_sha256(file) == known:
+    if looked and looked[0][0] == looked[0][1](file):
         return None
     return "was replaced by another file" if now[:2] != before[:2] else "was written to"
 

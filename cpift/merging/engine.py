@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
@@ -34,7 +34,7 @@ from cpift.merging.checks import CheckedFile, OnElements, Tally
 
 if TYPE_CHECKING:
     import torch
-    from cpift_kernels import Core, Mark, Masks, Models, Ready, Selection
+    from cpift_kernels import Mark, Masks, Ready, Selection
 
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
@@ -104,7 +104,8 @@ def merge_shards(
     if not shards:
         return {}
     infos = [info for shard in shards for info in shard.tensors]
-    largest = max((stop - start) * info.itemsize for info in infos for start, stop in method.pieces(info)[:1])
+    pieces = ((info, piece) for info in infos for piece in method.pieces(info)[:1])  # an empty tensor has none
+    largest = max(((stop - start) * info.itemsize for info, (start, stop) in pieces), default=0)
     most = max(infos, key=method.beside)
     held = pinned.nbytes if pinned else 0
     depth = buffers_within(budget, largest, len(method.models), method.beside(most), most.name, held)
@@ -261,13 +262,3 @@ class Merging(Protocol):
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """The finished model is in `folder`: what was merged elsewhere can be completed there."""
-
-
-@runtime_checkable
-class Selects(Protocol):
-    """A `Merging` that may select by itself, all phases."""
-
-    def select(self, models: Models, counts: Sequence[int], masks: Masks, budget: int) -> list[list[Core]] | None:
-        """The regions as [task][k], their masks in `masks`; None where it does not have these models.
-
-        budget: in bytes, for buffers. Raises ValueError for a NaN or Inf in θi − θ0."""

@@ -17,10 +17,10 @@ from cpift_kernels import SLOT, SLOTS, Placement, Ready, placement_of, stream_co
 from cpift.checkpoints.slices import Piece
 from cpift.checkpoints.writing import Shard, ShardRecord
 from cpift.config.run import ResourcesConfig, RunConfig
-from cpift.devices import current_gpu, visible_gpus
-from cpift.errors import Problem, entry
+from cpift.devices import assigned_gpus, current_gpu, visible_gpus
+from cpift.errors import CpiftError, Problem, entry
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Destination, Fill, Merged, MergeMethod
+from cpift.merging.base import Fill, Merged, MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
 from cpift.merging.engine import Merging, Pinned, Place, Tell, merge_shards
@@ -39,10 +39,7 @@ def check_device(config: RunConfig) -> list[Problem]:
     if resources.device != "cuda":
         return []
     problems = []
-    if resources.on_cluster:
-        remedy = "leave it out, or run without resources.distributed, resources.address and RAY_ADDRESS"
-        problems.append(Problem(where, "is `cuda`, and on a cluster regions and fusion are computed on CPUs", remedy))
-    elif lacking := _lacking():
+    if resources.cluster is None and (lacking := _lacking()):  # what a cluster has is seen when it is connected to
         problems.append(Problem(where, f"is `cuda`, and {lacking[0]}", f"use `cpu`, or {lacking[1]}"))
     problems += [
         Problem(where, f"is `cuda`, and {what}", f"use `cpu`, or {remedy}") for what, remedy in _on_cpus(config)
@@ -71,14 +68,19 @@ def _on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def foretold(config: RunConfig) -> str | None:
     """What `resources.device` will come to, as far as that is known before anything is timed, and not plain from it."""
-    if config.resources.device == "cpu":
+    resources = config.resources
+    if resources.device == "cpu":
         return None
-    if config.resources.device == "cuda":
-        several = one_of_several()
-        return f"resources.device cuda: regions and fusion {several}" if several else None
+    if resources.device == "cuda":
+        if resources.cluster is not None:
+            return "resources.device cuda: regions and fusion on all GPUs of the cluster, a process of Ray for each"
+        several = f"all {visible_gpus()} GPUs, a process of Ray for each" if shared_out(resources) else None
+        return several and f"resources.device cuda: regions and fusion on {several}"
     lacking = _lacking()
-    if config.resources.on_cluster or lacking:
-        why = lacking[0] if lacking and not config.resources.on_cluster else "a cluster's CPUs compute them"
+    if resources.on_cluster or lacking:
+        why = "a cluster's CPUs compute them (`cuda` takes its GPUs)"
+        if lacking and not resources.on_cluster:
+            why = lacking[0]
         return f"resources.device auto: regions and fusion on the CPU: {why}"
     gpu = one_of_several() or "on the GPU"
     timed = f"{gpu} or the CPU, whichever is faster on their first elements"
@@ -87,10 +89,22 @@ def foretold(config: RunConfig) -> str | None:
     return f"resources.device auto: regions and fusion {timed}"
 
 
+def shared_out(resources: ResourcesConfig) -> bool:
+    """Whether this machine has several GPUs for regions and fusion: a process of Ray takes each."""
+    return resources.device == "cuda" and visible_gpus() > 1
+
+
 def one_of_several() -> str | None:
-    """Where regions and fusion are computed, and why there alone, on a machine with several GPUs."""
+    """Where a process computes that is to take no more than one of several GPUs; None where there are no others."""
     gpus = visible_gpus()
-    return f"on one of {gpus} GPUs (they are one process's work)" if gpus > 1 else None
+    return f"on one of {gpus} GPUs (`cuda` takes all of them)" if gpus > 1 else None
+
+
+def own_gpu() -> DeviceMerging:
+    """On the GPU of this process. Raises CpiftError for what its work needs and is not there."""
+    if lacking := _lacking():
+        raise CpiftError(f"resources.device: is `cuda`, and {lacking[0]} → use `cpu`, or {lacking[1]}")
+    return DeviceMerging(current_gpu())
 
 
 def device_merging(resources: ResourcesConfig) -> Merging | None:
@@ -103,7 +117,19 @@ def _faster() -> Merging | None:
         return None
     from cpift.merging.gpu.choice import AutoMerging
 
-    return AutoMerging(DeviceMerging(current_gpu()))
+    return AutoMerging(DeviceMerging(current_gpu()), where=one_of_several() or "on the GPU")
+
+
+_SAID: set[int] = set()  # by this process: of so many GPUs that one of them is used
+
+
+def on_own_gpu(here: DeviceMerging | None, method: MergeMethod) -> MergeMethod:
+    """A method as the process computes it that this is called in: of a worker of Ray's on its GPU, and without one on
+    its processors, for the bits are the same. here: of a process that is none."""
+    assigned = assigned_gpus()
+    if assigned:
+        return own_gpu()._placed(method)
+    return here._placed(method) if here is not None and assigned is None else method
 
 
 class DeviceMerging:
@@ -111,13 +137,31 @@ class DeviceMerging:
 
     in_passing = False
 
-    def __init__(self, device: torch.device, place: Callable[[torch.device], Placement] = placement_of):
+    def __init__(
+        self,
+        device: torch.device,
+        place: Callable[[torch.device], Placement] = placement_of,
+        tell: Tell | None = None,
+    ):
         """place: makes queues of the device's own for whoever uses it, see `cpift_kernels.Placement`."""
-        self._place = partial(place, device)
+        self._device, self._queues, self._tell = device, place, tell
 
     def telling(self, tell: Tell) -> DeviceMerging:
-        """It has nothing to tell."""
-        return self
+        """The same; once a process it tells where it is one of several GPUs that is used."""
+        return DeviceMerging(self._device, self._queues, tell)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, in which nobody is told."""
+        return self.__dict__ | {"_tell": None}
+
+    def _place(self) -> Placement:
+        return self._queues(self._device)
+
+    def _say(self) -> None:
+        gpus = visible_gpus() if self._tell is not None and not _SAID else 0
+        if self._tell is not None and gpus > 1:
+            _SAID.add(gpus)
+            self._tell(f"resources.device cuda: on one of {gpus} GPUs, for it is all this process that computes")
 
     def session(self) -> AbstractContextManager[None]:
         """Nothing is kept open."""
@@ -127,6 +171,7 @@ class DeviceMerging:
         """Marks ranges on the device. Raises GpuMemoryError where it has too little memory."""
 
         def mark(ranges: Sequence[Range], brackets: np.ndarray) -> Iterator[Marked]:
+            self._say()
             there = stream_cores(selection.models, selection.counts, place=self._place())
             with within_memory():
                 yield from there.marking(masks)(ranges, brackets)
@@ -137,16 +182,17 @@ class DeviceMerging:
         self, method: MergeMethod, shards: Sequence[Shard], out: Path, made_from: str, budget: int, progress: OnElements
     ) -> dict[str, ShardRecord]:
         """`merging.engine.merge_shards`; of a baseline that has no form for GPUs on the host."""
+        self._say()
         placed, pinned = self._placed(method), Pinned(self._place().pinned, 2 * SLOTS * SLOT)
         on_gpu = pinned if placed is not method else None
         return merge_shards(placed, shards, out, made_from, budget, progress, pinned=on_gpu)
 
     def placing(self, method: MergeMethod) -> Place:
         """It computes on the device, where it has such a form."""
-        return self._placed
+        return partial(on_own_gpu, self)
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
-        on_device: Any = OnDevice(method, self._place) if method.leaves_host else method
+        on_device: Any = _OnDevice(method, self._place) if method.leaves_host else method
         return cast("MergeMethod", on_device)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
@@ -156,19 +202,18 @@ class DeviceMerging:
 DEVICES: dict[str, Callable[[], Merging | None]] = {
     "auto": _faster,
     "cpu": lambda: None,
-    "cuda": lambda: DeviceMerging(current_gpu()),
+    "cuda": own_gpu,
 }
 
 
-class OnDevice:
+class _OnDevice:
     """A method as `merge_shards` asks for it: computed on a device, written from the host.
 
     What writes a piece returns before it is on the host."""
 
-    def __init__(self, method: MergeMethod, place: Callable[[], Placement], at: Destination | None = None):
-        """at: where models and masks are read to; their slices are copied there as they are asked for if not given."""
+    def __init__(self, method: MergeMethod, place: Callable[[], Placement]):
         self._lanes = Lanes(place(), place())
-        self._host, self._placed = method, method.placed(at or Placed(self._lanes))
+        self._host, self._placed = method, method.placed(Placed(self._lanes))
         self.models = self._placed.models
 
     def at(self, name: str) -> Any:

@@ -39,7 +39,7 @@ def total_seconds(config: RunConfig, costs: Sequence[FitCost]) -> float | None:
     if not costs or any(cost.seconds is None for cost in costs):
         return None
     resources, probes = config.resources, [cost.seconds or 0.0 for cost in costs if cost.stage == "probe"]
-    if resources.address or os.environ.get("RAY_ADDRESS"):
+    if resources.cluster:
         return None  # how many go side by side is the cluster's to say
     room = int((os.cpu_count() or 1) // max(resources.workers * resources.cpus_per_worker, 1))
     at_once = max(min(resources.parallel or len(probes), len(probes), room), 1)

@@ -97,8 +97,8 @@ def field_problems(config: RunConfig, stage: str | None) -> list[Problem]:
 
     problems = [*missing(config, stage), *check_methods(config, stage), *check_device(config)]
     problems += [] if problems else [*_check_space(config, stage), *_check_moments(config, stage)]
-    if any(one.packing for one in trainings(config)) and (folder := at_hand(config.model)) is not None:
-        problems += _check_packing(config, folder)
+    if (folder := at_hand(config.model)) is not None:
+        problems += _check_trained(config, folder)
     return problems + check_trackers(config.tracking) + check_lora(trainings(config)) + _check_backbone(config)
 
 
@@ -164,18 +164,24 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
         model = Checkpoint(folder)
     except CheckpointError:
         return []  # `check_model` and `check_given` say what is wrong with it
-    problems = [*untrainable(model.folder, where), *_check_packing(config, model.folder)] if trains else []
+    problems = [*untrainable(model.folder, where), *_check_trained(config, model.folder)] if trains else []
     problems = problems or unloadable(model, where)
     return problems or (unwritable(model, where) if trains else [])
 
 
-def _check_packing(config: RunConfig, folder: Path) -> Iterator[Problem]:
+def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    from cpift.pretrained.architecture import narrowing
     from cpift.pretrained.attention import mixing
+    from cpift.training.compiling import not_compiled
 
     fits = {"probe": config.probe, "backbone": config.backbone.training, "integration": config.integration}
     for section, training in fits.items():
         if training is not None and training.packing:
             yield from mixing(folder, f"{section}.packing")
+        if training is not None and training.gather == "bfloat16":
+            yield from narrowing(folder, f"{section}.gather")
+        if training is not None and training.compile:
+            yield from not_compiled(folder, "cuda" if config.resources.gpus_per_worker else "cpu", f"{section}.compile")
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

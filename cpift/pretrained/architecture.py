@@ -136,6 +136,29 @@ def _embedding_names(network: PreTrainedModel) -> list[str]:
     ]
 
 
+def kept_wide(folder: Path) -> list[str]:
+    """Parameters that the class computes with in float32, whatever the rest is in. Raises CheckpointError."""
+    source = _source(folder)
+    return [] if _plain(source) else list(remembered("kept wide", source.text, lambda: _kept_wide(_skeleton(source))))
+
+
+def _kept_wide(network: PreTrainedModel) -> list[str]:
+    listed = {*(network._keep_in_fp32_modules or ()), *(network._keep_in_fp32_modules_strict or ())}
+    pattern = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(listed)))
+    return [name for name, _ in network.named_parameters() if listed and pattern.search(name)]
+
+
+def narrowing(folder: Path, where: str) -> list[Problem]:
+    """Why the weights of the model in a folder are not gathered as bfloat16; empty if they may be. `where`: the field.
+
+    Raises CheckpointError.
+    """
+    if not (wide := kept_wide(folder)):
+        return []
+    what = f"is bfloat16, and the model's class computes in float32 with {wide[0]}" + (", …" if wide[1:] else "")
+    return [Problem(where, what, "write auto or float32")]
+
+
 def reads_field(folder: Path, name: str) -> bool:
     """Whether the code of the model's class, or of a class that it is built of, reads a field of its configuration.
 

@@ -242,17 +242,13 @@ def load_sweep(path: Path, overrides: Sequence[str] = (), output: Path | None = 
 
 
 def _check_device(base: RunConfig) -> list[Problem]:
-    """Why trials could not fuse on a GPU: each is a worker of Ray, which sees none but its own."""
+    """Why trials could not fuse on a GPU: each is a worker of Ray, which sees none but its own, unless it asks Ray for
+    processes that have one."""
     resources = base.resources
-    if resources.device in ("auto", "cpu"):
+    if resources.device in ("auto", "cpu") or resources.by_train or resources.on_cluster or resources.gpus_per_worker:
         return []
-    what, where = f"is `{resources.device}`, and ", "resources.device"
-    if resources.by_train:
-        what += "trials hold no GPU where fine-tunes have several workers or a `storage`"
-        return [Problem(where, what, "leave it out here")]
-    if not resources.gpus_per_worker:
-        return [Problem(where, what + "a trial has no GPU", "set resources.gpus_per_worker: 1, or a share of one")]
-    return []
+    what = f"is `{resources.device}`, and a trial has no GPU"
+    return [Problem("resources.device", what, "set resources.gpus_per_worker: 1, or a share of one")]
 
 
 def _check_space(sweep: Sweep) -> list[Problem]:

@@ -19,7 +19,7 @@ from ray import tune
 from cpift.cluster.engine import RayEngine
 from cpift.cluster.fits import cpus_for, parallel_fits
 from cpift.cluster.placement import demand, tune_options
-from cpift.cluster.session import progress_board, ray_session, show_progress
+from cpift.cluster.session import progress_board, show_progress
 from cpift.cluster.tasks import TaskEngine
 from cpift.config.loading import describe
 from cpift.config.run import ResourcesConfig, RunConfig
@@ -37,7 +37,7 @@ from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt, TrialResult, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep.results import all_there, own_artifacts
 from cpift.sweep.searching import OptunaStudy, optuna_study
-from cpift.sweep.trial import asks_ray, failure_file, held_between, point_of, run_trial
+from cpift.sweep.trial import asks_ray, failure_file, point_of, run_trial
 from cpift.text.units import show_size
 
 _ENVIRONMENT = {
@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, view: View) -> list[Attempt]:
         shutil.rmtree(record.path)
     started = time.time()
     require_benchmarks(sweep, pipeline(sweep.base))
-    with ray_session(sweep.base.resources):
+    with TaskEngine(sweep.base.resources).session():
         search = _search_as_it_goes if sweep.config.search.kind.as_it_goes else _search_planned
         attempts = search(sweep, record, view)
     if not any(attempt.status == "failed" for attempt in attempts):
@@ -188,10 +188,7 @@ def _tune(
     storage.mkdir(parents=True, exist_ok=True)
     with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
         _ViewCallback.current, _ViewCallback.ended = (view, board, keeper), 0
-        workers = _concurrency(sweep) or parallel_fits(sweep.base.resources)
-        given = {"board_name": board_name, "failures": storage / "failures"}
-        given["held"] = held_between(sweep, pipeline(sweep.base), workers, view)
-        trainable = tune.with_parameters(run_trial, sweep=sweep, **given)
+        trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
         resources = _trial_resources(sweep.base.resources)
         limited = tune.with_resources(trainable, resources)
         grid = _restored_or_new(sweep, limited, storage, space, samples, view, study)

@@ -1,9 +1,9 @@
 """One fine-tune, inside one worker: a sequence of stages, each a transformers.Trainer on the model of the last.
 
 `spec` (a fine-tune, described), `fit` (done), `speed` (how fast), `rows` (what a stage goes over), `adapters` (LoRA),
-`fsdp` (over several workers), `steps` (arguments and learning rate), `optimizers`, `watching` (held-out loss, the best
-weights), `weights` (their average and copies), `memory` (what a worker holds), `spacing` (checkpoints by the clock),
-`tracking` (logs and curves).
+`fsdp` (over several workers), `weights` (read, averaged, kept, written), `steps` (arguments and learning rate),
+`compiling`, `optimizers`, `watching` (held-out loss, the best weights), `memory` (what a worker holds), `spacing`
+(checkpoints by the clock), `tracking` (logs and curves).
 
     >>> from cpift.training import stages_of
     >>> for stage in stages_of([["sums"], ["poems", "code"]], "earlier"):

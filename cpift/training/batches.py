@@ -48,10 +48,11 @@ class Abilities:
 
 
 class Batches:
-    """Makes a batch of rows with `input_ids` and `labels`, padded or behind each other, whichever costs less."""
+    """Makes a batch of rows with `input_ids` and `labels`, padded or behind each other, whichever costs less; or padded
+    to `length` tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, abilities: Abilities):
-        self._padded, self._abilities = CompletionCollator(tokenizer), abilities
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, abilities: Abilities, length: int | None = None):
+        self._padded, self._abilities, self._fixed = CompletionCollator(tokenizer, length), abilities, bool(length)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """`input_ids`, `attention_mask` or `position_ids`, and `labels` of shape (rows, length), int64.
@@ -69,7 +70,7 @@ class Batches:
         row: among all of one row, masked or not.
         """
         lengths, width = [len(row["input_ids"]) for row in rows], self._abilities.width
-        if not width or "position_ids" in rows[0]:
+        if self._fixed or not width or "position_ids" in rows[0]:
             return False
         tokens, longest = sum(lengths), padded_length(rows)
         return tokens * (6 * width + tokens) < len(rows) * longest * (6 * width + longest)

@@ -33,28 +33,24 @@ from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.use import UseRecord
 from cpift.devices import device_name, keep_freed_memory, resolved
 from cpift.disk.files import read_json, write_json
-from cpift.errors import CheckpointError, StageError
+from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
-from cpift.models.sources import load_model, load_tokenizer
-from cpift.pretrained.attention import mixing
+from cpift.models.sources import load_tokenizer
 from cpift.training.adapters import merge_adapters, with_adapters
 from cpift.training.batches import Abilities, Batches
-from cpift.training.fsdp import (
-    ShardedTrainer,
-    WholeTrainer,
-    load_sharded,
-    save_whole,
-    workers_here,
-    write_trained,
-)
+from cpift.training.compiling import compiled, fixed_length
+from cpift.training.fsdp import ShardedTrainer, WholeTrainer
 from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
 from cpift.training.spacing import Spacing
 from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, TrainingRecord
-from cpift.training.steps import arguments, device_of
+from cpift.training.steps import arguments, device_of, gathers_narrow, require_possible
 from cpift.training.tracking import tracked
 from cpift.training.watching import Averaging, Watch, checkpoint_folder
+from cpift.training.weights.reading import load_sharded, load_whole
+from cpift.training.weights.workers import workers_here
+from cpift.training.weights.writing import write_trained
 
 _log = logging.getLogger(__name__)
 _STAGE_FILE = "cpift_stage.json"
@@ -99,8 +95,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     origin = Checkpoint(spec.model)
     layout = checkpoint_layout(origin)
     require_whole(layout, spec.model)
-    if spec.training.packing and (problems := mixing(spec.model, "packing")):  # of a GGUF file nobody knew before
-        raise CheckpointError(spec.title, problems)
+    require_possible(spec)
     model = _load(spec, hooks.resume_from if progress.stage_done else None)
     tokenizer = load_tokenizer(spec.model)
     mid_stage = hooks.resume_from if not progress.stage_done else None
@@ -121,6 +116,8 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         "device": device_name(device_of(spec)),
         "precision": resolved(spec.training.precision, device_of(spec)),
     }
+    if _sharded(spec):
+        result["gathered"] = "bfloat16" if gathers_narrow(spec) else "float32"
     write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
     if moments is not None:
         write_moments(moments, layout, origin, spec.export, hooks.is_main)
@@ -139,9 +136,9 @@ def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
     source = spec.model if saved is None or lora else saved
-    model = (
-        load_sharded(source, torch.float32, device_of(spec)) if _sharded(spec) else load_model(source, torch.float32)
-    )
+    if _sharded(spec):
+        return load_sharded(source, torch.float32, device_of(spec), gathers_narrow(spec))
+    model = load_whole(source, torch.float32, device_of(spec))
     return with_adapters(model, lora, spec.seed, saved) if lora else model
 
 
@@ -177,13 +174,14 @@ def _run_stage(
             args=arguments(spec, index, workers_here()),
             training=spec.training,
             train_dataset=stage_data(spec, index, tokenizer, uses),
-            data_collator=Batches(tokenizer, Abilities.of(model)),
+            data_collator=Batches(tokenizer, Abilities.of(model), fixed_length(spec.training)),
             callbacks=[*lookers, follower, *curves, *_spacing(spec.training)],  # the follower hands checkpoints over
         )
         trainer.remove_callback(PrinterCallback)  # progress and log are ours
         if watch is not None:
             watch.trainer = trainer
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with compiled(model, spec.training.compile):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if averaging is not None:
         averaging.average.swap()
     if watch is not None:
@@ -191,7 +189,7 @@ def _run_stage(
     follower.finish(model)
     progress.tokens.append(int(trainer.state.num_input_tokens_seen))
     if index + 1 < len(spec.stages):
-        _save_stage_end(spec, index, model, progress, hooks)
+        _save_stage_end(spec, index, model, layout, progress, hooks)
     return second_moments(model, trainer.optimizer) if spec.keep_moments else None
 
 
@@ -317,11 +315,16 @@ class _Follower(TrainerCallback):
         self._hooks.on_progress(self._last)
 
 
-def _save_stage_end(spec: FitSpec, index: int, model: PreTrainedModel, progress: _StageState, hooks: FitHooks) -> None:
+def _save_stage_end(
+    spec: FitSpec, index: int, model: PreTrainedModel, layout: Layout, progress: _StageState, hooks: FitHooks
+) -> None:
     """A checkpoint between stages: weights in float32 and no optimizer, for the next stage makes its own."""
     folder = spec.stage_folder(index) / "end"
     progress.stage_done = True
-    save_whole(model, folder, hooks.is_main)
+    if spec.training.lora is None:
+        write_trained(model, layout, Checkpoint(spec.model), folder, hooks.is_main, kind="F32")
+    elif hooks.is_main:
+        model.save_pretrained(folder)
     if hooks.is_main:
         write_json(folder / _STAGE_FILE, progress.__dict__)
     hooks.on_checkpoint(folder, {"stage": index, "step": -1})

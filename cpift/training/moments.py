@@ -19,8 +19,8 @@ from cpift.checkpoints.layout import Layout
 from cpift.checkpoints.opening import MOMENTS
 from cpift.checkpoints.writing import Shard, write_index
 from cpift.formats.safetensors import FileWriter, read_header
-from cpift.training.fsdp import full_tensor
 from cpift.training.spec import MomentsRecord
+from cpift.training.weights.workers import full_tensor
 
 _KIND = "BF16"  # has the exponents of float32: no moment that AdamW divides by becomes 0
 
@@ -36,10 +36,10 @@ class SecondMoments:
     record: MomentsRecord
 
     def whole(self, name: str) -> torch.Tensor:
-        """All of a parameter's, on the CPU; 0 where it has none. Collective."""
+        """All of a parameter's in bf16, on the CPU; 0 where it has none. Collective."""
         if name in self.values:
-            return full_tensor(self.values[name]).cpu()
-        return torch.zeros(self.shapes[name])
+            return full_tensor(self.values[name].to(torch.bfloat16)).cpu()
+        return torch.zeros(self.shapes[name], dtype=torch.bfloat16)
 
 
 def second_moments(model: torch.nn.Module, optimizer: Any) -> SecondMoments:

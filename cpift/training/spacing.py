@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cpift.training.fsdp import workers_here
+from cpift.training.weights.workers import workers_here
 
 
 def of_first_worker(value: float) -> float:

@@ -59,6 +59,7 @@ class _Later(TypedDict, total=False):
     tokens: list[int]  # input tokens seen, by stage
     rows: list[dict[str, UseRecord]]  # by stage and task
     precision: str
+    gathered: str  # what FSDP2 gathered weights as
     held_out: list[HeldOutRow]
     moments: MomentsRecord
 

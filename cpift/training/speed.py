@@ -32,7 +32,11 @@ def known_speed(parameters: int, training: TrainingConfig, resources: ResourcesC
 
 def _kind(parameters: int, training: TrainingConfig, resources: ResourcesConfig, threads: int) -> list[Any]:
     """What decides how fast a fine-tune goes, on this machine."""
-    named = {"optimizer"} if training.optimizer != "adamw" else set()
+    named = {
+        name
+        for name, before in {"optimizer": "adamw", "gather": "auto", "compile": False}.items()
+        if getattr(training, name) != before
+    }
     shape = training.model_dump(mode="json", include=_SHAPE | named)
     workers = [resources.workers, resources.gpus_per_worker, resources.cpus_per_worker]
     return [socket.gethostname(), parameters, shape, threads, workers]

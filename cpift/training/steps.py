@@ -8,14 +8,33 @@ from collections.abc import Callable
 from transformers import TrainingArguments
 
 from cpift.config.training import TrainingConfig
-from cpift.devices import Device, compute_device, resolved
-from cpift.errors import entry
+from cpift.devices import GATHERS, Device, compute_device, resolved
+from cpift.errors import CheckpointError, entry
+from cpift.pretrained.architecture import kept_wide, narrowing
+from cpift.pretrained.attention import mixing
+from cpift.training.compiling import not_compiled
 from cpift.training.spec import FitSpec
 
 
 def device_of(spec: FitSpec) -> Device:
     """Where a fine-tune is computed."""
     return compute_device(spec.resources.gpus_per_worker)
+
+
+def require_possible(spec: FitSpec) -> None:
+    """Raise CheckpointError for what the model's class cannot do: of a GGUF file nobody knew it before."""
+    problems = mixing(spec.model, "packing") if spec.training.packing else []
+    problems += narrowing(spec.model, "gather") if spec.training.gather == "bfloat16" else []
+    problems += not_compiled(spec.model, device_of(spec), "compile") if spec.training.compile else []
+    if problems:
+        raise CheckpointError(spec.title, problems)
+
+
+def gathers_narrow(spec: FitSpec) -> bool:
+    """Whether a sharded fine-tune gathers weights as bfloat16."""
+    device, training = device_of(spec), spec.training
+    asked = entry(GATHERS, training.gather, "gather")(device, resolved(training.precision, device))
+    return asked and not kept_wide(spec.model)
 
 
 def arguments(spec: FitSpec, index: int, workers: int) -> TrainingArguments:

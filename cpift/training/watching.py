@@ -23,9 +23,9 @@ from cpift.data.tokenise import IGNORED
 from cpift.disk.files import link_folder
 from cpift.errors import entry
 from cpift.training.batches import Batch, BatchTrainer
-from cpift.training.fsdp import rank_here, workers_here
 from cpift.training.spec import HeldOutRow
-from cpift.training.weights import Average, in_step, read_weights, trained, write_weights
+from cpift.training.weights.copies import Average, read_weights, trained, write_weights
+from cpift.training.weights.workers import in_step, rank_here, workers_here
 
 if TYPE_CHECKING:
     from datasets import Dataset

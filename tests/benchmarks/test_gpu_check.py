@@ -12,12 +12,14 @@ from unittest.mock import patch
 import cpift_kernels
 import pytest
 import torch
+from cpift_kernels import Placement, placement_of
 from cpift_kernels.triton import freeze
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.bits import OPERATIONS, Inputs, WrongError, same
 from benchmarks.gpu.card import Card, Sizes, absent
 from tests.helpers.as_gpu import as_gpu
+from tests.helpers.placements import Lazy, queued_launches
 
 TINY = Sizes(
     small=(1, 4099),
@@ -25,6 +27,7 @@ TINY = Sizes(
     far=9000,
     timed=1 << 12,
     copied=1 << 10,
+    lanes=(3, 1503),
     model=[4099, 64, 4096],
     tasks=(2,),
     repeats=1,
@@ -41,6 +44,9 @@ class StandIn(Card):
 
     def elsewhere(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def place(self) -> Placement:
+        return placement_of(torch.device("cpu"))
 
     def pinned(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8)
@@ -78,6 +84,10 @@ def test_every_step_gives_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (calls["restore"]["launches"], calls["pull"]["launches"], calls["zero"]["launches"]) == (1, 2, 3)
     assert calls["restore"]["torch_operations"] == 0
     assert calls["select_cores, flat"]["launches"] < calls["select_cores"]["launches"]
+    lanes = {row["operation"]: row for row in rows if row["step"] == "lanes' rates"}
+    assert lanes["slices: all together"]["host_waits_a_slice"] > 0
+    assert lanes["slices: copies in alone"]["gb_per_second"] > 0
+    assert [row["operation"] for row in rows if row["step"] == "lanes"] == ["fused_apply of slices", "stream_cores"]
     assert "of a copy" in capsys.readouterr().out
 
 
@@ -98,6 +108,26 @@ def test_a_wrong_bit_ends_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [(row["step"], row["correct"]) for row in rows] == [("beyond 32 bits", False)]
     assert rows[0]["error"] == "saved: 4 of 4 elements differ, the first at 0"
     assert "WRONG: saved: 4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "without",
+    [None, ("compute", "in"), ("host", "out")],
+    ids=str,
+)
+def test_a_lane_that_does_not_wait_has_wrong_bits(without: Any, tmp_path: Path) -> None:
+    """Of a card that does as late as it may what it is asked for."""
+
+    class Queued(StandIn):
+        def place(self) -> Placement:
+            return Lazy((), without)
+
+    with as_gpu(), queued_launches():
+        status = gpu.check(Queued(), TINY, ["lanes"], tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert status == (0 if without is None else 1), rows
+    assert without is None or "fused_apply of slices" not in [row.get("operation") for row in rows]
 
 
 def test_a_machine_without_a_gpu_is_told_so_and_nothing_is_written(

@@ -123,8 +123,8 @@ def test_both_passes_give_a_part_of_the_model_to_the_same_node(  # type: ignore[
     for name in ("masks", "merged", "out"):
         (tmp_path / name).mkdir()
     places = sorted(node["NodeID"] for node in ray.nodes())
-    marks = NotesPlaces(distributed_fusion._mark)
-    monkeypatch.setattr(distributed_fusion, "_mark", marks)
+    marks = NotesPlaces(distributed_fusion._task)
+    monkeypatch.setattr(distributed_fusion, "_task", marks)
     streaming = Streaming(budget=1, mark=merging.mark)
     write_regions(base, tuned, RegionsConfig(p=0.05), {0.05: tmp_path / "masks"}, streaming)
     assert marks.places == [places[0], places[0], places[1]]  # three ranges, of about a segment each

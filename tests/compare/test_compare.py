@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cpift.compare.budgets import Budgets
@@ -39,6 +40,7 @@ from cpift.console.view import quiet
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import file_sha256, write_json
 from cpift.errors import ConfigError, StageError
+from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import METHODS
 from cpift.pipeline.engine import NoEngine, Scoring
 from cpift.pipeline.identity import StageArtifacts
@@ -459,6 +461,11 @@ def test_merges_that_are_only_scored_are_never_written(
             shutil.rmtree(entry.fused().path, ignore_errors=True)
 
     forget()
+    on_gpu = InProcessEngine(DeviceMerging(torch.device("cpu")))
+    assert len(ComparisonWork(made, on_gpu, quiet())._only_scored()) == 2
+    spread = made.base.resources.model_copy(update={"distributed": True})
+    cluster = replace(made, base=made.base.model_copy(update={"resources": spread}))
+    assert ComparisonWork(cluster, InProcessEngine(), quiet())._only_scored() == [], "whose nodes' memory is not known"
     with monkeypatch.context() as through_disk:
         through_disk.setattr(ComparisonWork, "_only_scored", lambda self: [])
         record = run_comparison(made, InProcessEngine(), quiet())

@@ -13,13 +13,17 @@ import pytest
 import yaml
 
 from cpift.config.loading import load_config
-from cpift.config.run import DataSource
+from cpift.config.run import DataSource, ResourcesConfig
 from cpift.console.view import quiet
 from cpift.data.tasks import load_examples, same_rows, source_fingerprint
+from cpift.disk.artifacts import Artifact
+from cpift.disk.files import file_sha256, write_json
 from cpift.errors import ChangedInput, StageError
 from cpift.pipeline.engine import NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.stages import fuse, regions
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, Inputs
+from cpift.pipeline.stages.names import ModelRef
 from cpift.training.spec import RESULT, FitSpec
 from tests.helpers.files import flip, forge, replace
 
@@ -103,6 +107,36 @@ def test_bytes_forged_between_two_commands_are_noticed_where_they_are_read(merge
     forge(merge.parent / "models" / "two" / "model-00002-of-00002.safetensors")
     with pytest.raises(ChangedInput, match=r"two: model-00002-of-00002.*regions were selected from .*touch"):
         pipeline(merge).fuse()
+
+
+def test_bytes_forged_while_they_are_merged_are_noticed(merge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pipeline(merge)
+    run.group()
+    during(monkeypatch, "fuse_models", lambda: forge(merge.parent / "models" / "one" / "model.safetensors"))
+    with pytest.raises(ChangedInput, match=r"one/model.safetensors: was written to"):
+        run.fuse()
+
+
+def test_a_record_without_checksums_is_compared_by_its_hashes(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "one", tmp_path / "one", copy_function=shutil.copy2)
+    weights = tmp_path / "one" / "model.safetensors"
+    fused = Artifact(tmp_path, "fuse", "", {}, {}, 1)
+
+    def inputs(**fields: bool) -> Inputs:
+        return Inputs.of({"one": ModelRef("one", weights.parent, "")}, ResourcesConfig(**fields), {})
+
+    described = inputs(hash_inputs=True).described()
+    assert described["one"]["files"][weights.name]["sha256"] == file_sha256(weights)
+    record = described["one"]["files"][weights.name]
+    del record["xxh3_128"]
+    write_json(tmp_path / INPUTS_RECORD, described)
+    weights.chmod(0o640)  # the same bytes
+    inputs().require_as_recorded(tmp_path / INPUTS_RECORD, inputs().described(), fused)
+    forge(weights)
+    with pytest.raises(ChangedInput, match="regions were selected from"):
+        inputs().require_as_recorded(tmp_path / INPUTS_RECORD, inputs().described(), fused)
+    unverified = inputs(verify=False)
+    unverified.require_as_recorded(tmp_path / INPUTS_RECORD, unverified.described(), fused)
 
 
 class Exports:

@@ -19,7 +19,7 @@ from cpift_kernels import pack_mask
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -74,6 +74,7 @@ class Option:
     recompute: bool = False
     tied: bool = False
     resume: bool = False
+    narrow: bool = False  # gathered and computed with as bf16
 
 
 OPTIONS = {
@@ -84,6 +85,7 @@ OPTIONS = {
     "recompute": Option(recompute=True),
     "tied": Option(tied=True, clip=0.05),
     "resume": Option(resume=True),
+    "narrow": Option(narrow=True, accumulate=2, clip=0.05, resume=True),
     "all": Option(accumulate=2, clip=0.05, autocast=True, recompute=True, tied=True, resume=True),
 }
 Cell = tuple[str, str, str]
@@ -102,7 +104,8 @@ def cells() -> Iterator[Cell]:
             "muon",
             "torch adafactor",
         ) and option not in ("clipping", "all")
-        if not unsharded and not known and not step_only:
+        gathers = option != "narrow" or engine == "fsdp2"
+        if gathers and not unsharded and not known and not step_only:
             yield engine, optimizer, option
 
 
@@ -156,7 +159,9 @@ def batches(option: Option, step: int) -> list[torch.Tensor]:
 
 def forward_backward(model: nn.Module, option: Option, ids: torch.Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=option.autocast):
-        loss = model(ids)
+        narrow = option.narrow and not isinstance(model, FSDPModule)  # which does it itself
+        copies = {name: value.bfloat16() for name, value in model.named_parameters()} if narrow else {}
+        loss = torch.func.functional_call(model, copies, (ids,)) if narrow else model(ids)
     (loss / option.accumulate).backward()
 
 
@@ -191,9 +196,11 @@ class Run:
         self.masks = {name: pack_mask(mask) for name, mask in masks_of(self.model).items()}
         if engine == "fsdp2":
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            policy = narrow if option.narrow else MixedPrecisionPolicy()
             for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(self.model, mesh=mesh, mp_policy=policy)
         view = engine == "ddp bucket view"
         ddp = engine.startswith("ddp")
         self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=view) if ddp else self.model

@@ -27,12 +27,17 @@ from tests.helpers.fits import fit_spec, weights
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
+STRATEGIES: dict[str, tuple[Strategy, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "fsdp": ("fsdp", {}),
+    "fsdp, bf16": ("fsdp", {"gather": "bfloat16", "precision": "bfloat16"}),
+}
+EXACT = ("ddp", "fsdp")  # but for the order of sums
 # Two workers sum a batch in another order than one, and AdamW carries that on (measured: 2e-6 after 80 steps).
 TOLERANCE = 1e-4
 
 
-def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int = 1) -> FitSpec:
+def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int = 1, **more: Any) -> FitSpec:
     """The smoke config's first probe, then a second stage in which its core is frozen; 8 examples a step."""
     changes = {
         "steps": 16,
@@ -46,7 +51,7 @@ def spec(config: RunConfig, base: Path, out: Path, batch: int, accumulate: int =
         "ema": 0.9,
     }
     stages = (StageSpec(("addition",)), StageSpec(("spelling",), frozen=("addition",)))
-    training = config.probe_training.model_copy(update=changes)
+    training = config.probe_training.model_copy(update=changes | more)
     held = DataSource(procedural="echo", size=9)  # which two workers cannot share out evenly
     tasks = tuple(task.model_copy(update={"validation": held}) for task in config.tasks)
     return fit_spec(base, out, tasks, stages, training, regions=base.parent / "regions", keep_moments=True)
@@ -72,18 +77,14 @@ def work(rank: int, folder: str, config: RunConfig) -> None:
             kept.append(checkpoint)
             raise _Killed
 
-    for strategy in STRATEGIES:
-        undisturbed = replace(
-            spec(config, out / "base", out / strategy, 2, 2), resources=ResourcesConfig(workers=2, strategy=strategy)
-        )
+    for name, (strategy, more) in STRATEGIES.items():
+        resources = ResourcesConfig(workers=2, strategy=strategy)
+        undisturbed = replace(spec(config, out / "base", out / name, 2, 2, **more), resources=resources)
         hooks = FitHooks(on_checkpoint=lambda *_: barrier(), is_main=main)
         result = fit(undisturbed, hooks)
         if main:
-            (out / f"{strategy}.json").write_text(json.dumps(result))
-        broken = replace(
-            spec(config, out / "base", out / f"{strategy} resumed", 2, 2),
-            resources=ResourcesConfig(workers=2, strategy=strategy),
-        )
+            (out / f"{name}.json").write_text(json.dumps(result))
+        broken = replace(spec(config, out / "base", out / f"{name} resumed", 2, 2, **more), resources=resources)
         with pytest.raises(_Killed):
             fit(broken, replace(hooks, on_checkpoint=stop))
         if main and strategy == "ddp":
@@ -115,7 +116,7 @@ def losses(folder: Path, name: str, field: str = "loss") -> torch.Tensor:
     return torch.tensor([entry[field] for entry in json.loads((folder / f"{name}.json").read_text())["log"]])
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])
+@pytest.mark.parametrize("strategy", [*EXACT, "left"])
 def test_two_workers_have_the_loss_curve_of_one_process(folder: Path, strategy: str) -> None:
     """left: one of two that goes on alone from their checkpoint."""
     for field in ("loss", "grad_norm", "learning_rate"):
@@ -124,7 +125,7 @@ def test_two_workers_have_the_loss_curve_of_one_process(folder: Path, strategy: 
         torch.testing.assert_close(two, one, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "left"])
+@pytest.mark.parametrize("strategy", [*EXACT, "left"])
 def test_two_workers_have_the_held_out_losses_of_one_process(folder: Path, strategy: str) -> None:
     one, two = (json.loads((folder / f"{name}.json").read_text())["held_out"] for name in ("one", strategy))
     assert [(row["stage"], row["step"]) for row in two] == [
@@ -142,7 +143,15 @@ def test_no_frozen_element_moves_on_either_worker(folder: Path, strategy: str) -
     assert two[0]["moved"] == 0 < two[0]["elements"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gathered_as_bf16_two_workers_learn_what_one_does(folder: Path) -> None:
+    one, two = losses(folder, "one"), losses(folder, "fsdp, bf16")
+    assert two[-1] < 0.9 * two[0]
+    torch.testing.assert_close(two, one, rtol=0.02, atol=0.02)
+    gathered = {name: json.loads((folder / f"{name}.json").read_text()).get("gathered") for name in STRATEGIES}
+    assert gathered == {"ddp": None, "fsdp": "float32", "fsdp, bf16": "bfloat16"}
+
+
+@pytest.mark.parametrize("strategy", EXACT)
 def test_two_workers_keep_the_second_moments_of_one_process(folder: Path, strategy: str) -> None:
     """Of the last stage, gathered where they are shared out; resumed, the same bits."""
     one, two, resumed = (

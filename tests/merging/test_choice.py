@@ -150,7 +150,7 @@ def test_a_merge_is_made_where_it_is_faster(
         True
     ]
     placed = merging.placing(method_of(models, "slerp"))(method_of(models, "slerp"))
-    assert isinstance(placed, on_device.OnDevice) == bool(on_gpu), "in memory where it is made in files"
+    assert isinstance(placed, on_device._OnDevice) == bool(on_gpu), "in memory where it is made in files"
     assert timer.left == []
 
 
@@ -212,7 +212,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"resources": {"device": "cpu"}}, 1, None),
         ({}, 0, "regions and fusion on the CPU: torch sees no GPU here"),
         ({}, 1, "regions and fusion on the GPU or the CPU, whichever is faster on their first elements"),
-        ({}, 2, "regions and fusion on one of 2 GPUs (they are one process's work) or the CPU, whichever is faster"),
+        ({}, 2, "regions and fusion on one of 2 GPUs (`cuda` takes all of them) or the CPU, whichever is faster"),
         ({"resources": {"distributed": True}}, 1, "regions and fusion on the CPU: a cluster's CPUs compute them"),
         (
             {"fusion": {"method": "ties"}},
@@ -236,8 +236,8 @@ def test_a_plan_says_what_it_will_be(
     assert told is None or (found is not None and found.startswith("resources.device auto: ") and told in found), found
 
 
-@pytest.mark.parametrize(("gpus", "told"), [(1, None), (3, "one of 3 GPUs (they are one process's work)")])
-def test_a_plan_for_a_gpu_says_that_others_are_idle(
+@pytest.mark.parametrize(("gpus", "told"), [(1, None), (3, "all 3 GPUs, a process of Ray for each")])
+def test_a_plan_for_gpus_says_that_ray_shares_them_out(
     gpus: int, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_device, "visible_gpus", lambda: gpus)

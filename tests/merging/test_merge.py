@@ -26,6 +26,7 @@ from cpift.cli.main import main
 from cpift.config.loading import load_config
 from cpift.config.run import RunConfig
 from cpift.console.view import quiet
+from cpift.disk.checksums import file_checksum
 from cpift.disk.files import file_sha256, read_json
 from cpift.errors import CheckpointError, ConfigError
 from cpift.evaluation.scoring import evaluate_model
@@ -71,7 +72,10 @@ def test_the_command_fuses_without_ray_and_the_model_answers(tmp_path: Path, mod
         assert {name for name in files if name.endswith(".safetensors")} == {
             file.name for file in (models / folder).glob("*.safetensors")
         }
-        assert all(found["sha256"] == file_sha256(models / folder / name) for name, found in files.items())
+        for name, found in files.items():
+            weights = name.endswith(".safetensors")
+            assert found["sha256"] == (None if weights else file_sha256(models / folder / name))
+            assert found.get("xxh3_128") == (file_checksum(models / folder / name) if weights else None)
     record = read_json(out / "fusion.json")
     assert len(record["checks"]) >= 4
     assert not any(check["passed"] is False for check in record["checks"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,12 +17,15 @@ from typer.testing import CliRunner
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.cli.main import app
+from cpift.cluster.merging import RayMerging
 from cpift.config.loading import parse_config
-from cpift.config.run import FusionConfig, RegionsConfig
+from cpift.config.run import FusionConfig, RegionsConfig, ResourcesConfig
 from cpift.merging import on_device
 from cpift.merging.base import FusionInputs, Materials
-from cpift.merging.engine import merge
-from cpift.merging.on_device import DeviceMerging, check_device
+from cpift.merging.engine import Merging, merge
+from cpift.merging.gpu import choice
+from cpift.merging.gpu.choice import AutoMerging
+from cpift.merging.on_device import DeviceMerging, check_device, own_gpu
 from cpift.merging.registry import METHODS, method_named
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.as_gpu import as_gpu
@@ -111,6 +116,32 @@ def test_a_merge_has_the_bits_of_the_cpu(fields: dict[str, Any], models: Models,
         assert torch.equal(found[name], values), name
 
 
+@pytest.mark.parametrize(("assigned", "on_gpu"), [(None, True), (1, True), (0, False)])
+@pytest.mark.parametrize("kind", ["cuda", "auto", "shared out"])
+def test_a_merge_that_is_sent_elsewhere_is_computed_as_its_process_can(
+    assigned: int | None, on_gpu: bool, kind: str, models: Models, regions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its GPU, or with processors alone; those whom the sender tells are not sent along."""
+    monkeypatch.setattr(on_device, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(on_device, "current_gpu", lambda: CPU)
+    monkeypatch.setattr(AutoMerging, "_takes_gpu", lambda self, one: True)
+    base, tuned = models
+    method = method_named("linear").make(
+        Materials(FusionInputs(base, base, tuned, regions, list(tuned)), FusionConfig(method="linear"), 0, list)
+    )
+    tell = threading.Lock().acquire  # cannot be pickled
+    merging: Merging = {
+        "cuda": DeviceMerging(CPU),
+        "auto": AutoMerging(DeviceMerging(CPU)),
+        "shared out": RayMerging(ResourcesConfig(device="cuda"), own_gpu),
+    }[kind].telling(tell)  # type: ignore[arg-type]  # any function
+    place = pickle.loads(pickle.dumps(merging.placing(method)))
+    for module in (on_device, choice):
+        monkeypatch.setattr(module, "assigned_gpus", lambda: assigned)
+    here = assigned is None and kind == "shared out"  # a driver that merges nothing itself
+    assert (place(method) is method) == (here or not on_gpu)
+
+
 def test_only_methods_that_say_so_leave_the_host(models: Models, regions: Path, tmp_path: Path) -> None:
     """A baseline beside a run on a GPU is what it is without one."""
     fields = {"method": "dare", "density": 0.5}
@@ -130,7 +161,9 @@ def test_only_methods_that_say_so_leave_the_host(models: Models, regions: Path, 
             1,
             "fusion.method dare is computed on CPUs alone → use `cpu`, or one of cpift",
         ),
-        ({"resources": {"distributed": True}}, 1, "on a cluster regions and fusion are computed on CPUs"),
+        ({"resources": {"distributed": True}}, 1, None),
+        ({"resources": {"distributed": True}}, 0, "torch sees no GPU here"),
+        ({"resources": {"address": "head:6379"}}, 0, None),  # its nodes may have some
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused_before_anything_runs(

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 # Two workers sum gradients in another order than one; under autocast their bf16 rounding differs as well.
 FLOAT32, AUTOCAST = 5e-7, 1e-3
+NARROW = 2e-2  # two steps: where a gradient of bf16 is nearly 0, AdamW goes as far for either sign of it
 MUON = 5e-3  # orthogonalises in bf16, whose rounding follows the order of sums
 EIGHT_BIT = 3  # times as far: a moment near the edge of an 8-bit step falls to either side of it
 
@@ -40,6 +41,7 @@ def test_no_frozen_bit_moves_and_the_rest_trains_as_in_the_slow_way(results: dic
     assert "error" not in found, found
     assert found["moved"] == 0
     assert found["trained"] > 300  # of about 450 elements, 30 % of them frozen
-    allowed = 0.0 if engine == "single" else AUTOCAST if OPTIONS[option].autocast else FLOAT32
+    allowed = 0.0 if engine == "single" else AUTOCAST if OPTIONS[option].autocast or OPTIONS[option].narrow else FLOAT32
+    allowed = NARROW if (optimizer, option) == ("adamw foreach", "narrow") else allowed
     allowed = max(allowed, MUON) if optimizer == "muon" and engine != "single" else allowed
     assert found["worst"] <= allowed * (EIGHT_BIT if optimizer == "adamw 8-bit" else 1)

@@ -20,7 +20,8 @@ from cpift.checkpoints.opening import MOMENTS
 from cpift.config.loading import load_config, with_fields
 from cpift.config.run import RegionsConfig, RunConfig
 from cpift.console.view import quiet
-from cpift.disk.files import file_sha256, read_json
+from cpift.disk.checksums import file_checksum
+from cpift.disk.files import read_json
 from cpift.errors import CheckpointError, ConfigError
 from cpift.method.masks import read_summary
 from cpift.method.measures import Curvature, curvature_in_fp64
@@ -201,9 +202,9 @@ def curved(tmp_path: Path, given: Path, **changes: object) -> RunConfig:
 
 
 def recorded(folder: Path) -> dict[str, str]:
-    """The hashes of second moments that a record of inputs has, by label."""
+    """The checksums of second moments that a record of inputs has, by label."""
     record = read_json(folder / INPUTS_RECORD)
-    return {label: one["files"][MOMENTS]["sha256"] for label, one in record.items() if label.startswith("moments")}
+    return {label: one["files"][MOMENTS]["xxh3_128"] for label, one in record.items() if label.startswith("moments")}
 
 
 def test_given_checkpoints_are_fused_by_curvature(given: Path, tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_given_checkpoints_are_fused_by_curvature(given: Path, tmp_path: Path) -
     assert {"moments one", "moments two"} <= regions.inputs.keys()
     run.fuse()
     files = {"one": given / "one" / MOMENTS, "two": given / "elsewhere" / MOMENTS}
-    assert recorded(regions.path) == {f"moments {task}": file_sha256(file) for task, file in files.items()}
+    assert recorded(regions.path) == {f"moments {task}": file_checksum(file) for task, file in files.items()}
     base = given / "base"
     cores = cpift.regions(
         base, {n: given / n for n in files}, p=0.1, measure="curvature", moments={"two": files["two"]}
@@ -233,7 +234,7 @@ def test_given_checkpoints_are_averaged_by_their_moments(given: Path, tmp_path: 
     made = cpift.merge(given / "base", models, tmp_path / "out", method="fisher", moments=moments)
     assert all(check["passed"] for check in made.checks)
     files = {"one": given / "one" / MOMENTS, **moments}
-    assert recorded(made.path) == {f"moments {task}": file_sha256(file) for task, file in files.items()}
+    assert recorded(made.path) == {f"moments {task}": file_checksum(file) for task, file in files.items()}
     assert cpift.merge(given / "base", models, tmp_path / "out", method="fisher", moments=moments).cached
     moments = {"two": given / "one" / MOMENTS}
     with pytest.raises(ConfigError, match="holds another merge"):

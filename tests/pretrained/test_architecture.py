@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cpift.errors import CheckpointError
-from cpift.pretrained.architecture import effective_config, skeleton, tied_names
+from cpift.pretrained.architecture import effective_config, kept_wide, narrowing, skeleton, tied_names
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -81,3 +81,13 @@ def test_the_same_text_is_built_once_and_the_class_that_is_named_wins(tmp_path: 
 def test_what_transformers_cannot_build_is_said_in_a_line(tmp_path: Path, config: Any) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         skeleton(folder_of(tmp_path / "model", **config))
+
+
+def test_what_a_class_computes_in_float32_is_not_gathered_narrow(tmp_path: Path) -> None:
+    routed = folder_of(tmp_path / "routed", model_type="gpt_oss", head_dim=8, num_local_experts=2, **TINY)
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert {name.split(".")[-2] for name in kept_wide(routed)} == norms
+    (problem,) = narrowing(routed, "probe.gather")
+    assert "computes in float32 with model.layers.0.input_layernorm.weight, …" in str(problem)
+    plain = folder_of(tmp_path / "plain", model_type="llama", **TINY)
+    assert (kept_wide(plain), narrowing(plain, "probe.gather")) == ([], [])

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from cpift.cli.compare import _engine
+from cpift.cluster.merging import RayMerging
 from cpift.cluster.tasks import TaskEngine
 from cpift.compare.config import load_comparison
 from cpift.compare.work import ComparisonWork
@@ -20,13 +21,14 @@ from cpift.console.view import quiet
 from cpift.disk.files import read_json
 from cpift.errors import ConfigError
 from cpift.merging import on_device
+from cpift.merging.on_device import own_gpu
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.shared import SharedWork
 from cpift.pipeline.stages import handover
 from cpift.sweep import search
 from cpift.sweep.config import Sweep, load_sweep
 from cpift.sweep.points import check_points, choose_points
-from cpift.sweep.trial import rungs
+from cpift.sweep.trial import engine_for, rungs
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.sweeps import ByWeights, load, run_fields, sweep_file
 
@@ -100,17 +102,18 @@ def compared(tmp_path: Path, fields: dict[str, Any], made: Mapping[str, str]) ->
     assert isinstance(_engine(comparison.base.resources, here=False).merging, on_device.DeviceMerging)
 
 
-@pytest.mark.parametrize(
-    ("resources", "said"),
-    [
-        ({}, "a trial has no GPU → set resources.gpus_per_worker: 1, or a share of one"),
-        ({"gpus_per_worker": 1, "workers": 2}, "trials hold no GPU where fine-tunes have several workers"),
-    ],
-)
-def test_trials_without_a_gpu_cannot_fuse_on_one(tmp_path: Path, resources: dict[str, Any], said: str) -> None:
+def test_trials_without_a_gpu_cannot_fuse_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they ask Ray for processes that have one."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, run=RUN | {"resources": {"device": "cuda", **resources}})
-    assert said in str(caught.value)
+        load(tmp_path, run=RUN | {"resources": {"device": "cuda"}})
+    assert "a trial has no GPU → set resources.gpus_per_worker: 1, or a share of one" in str(caught.value)
+    for number, resources in enumerate(({"gpus_per_worker": 1, "workers": 2}, {"distributed": True})):
+        (tmp_path / str(number)).mkdir()
+        sweep = load(tmp_path / str(number), run=RUN | {"resources": {"device": "cuda", **resources}})
+        made = engine_for(sweep.base).merging
+        assert isinstance(made, RayMerging)
+        assert made._make is own_gpu
 
 
 def test_trials_may_choose(no_training: None, tmp_path: Path) -> None:

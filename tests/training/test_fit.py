@@ -12,7 +12,7 @@ from cpift.errors import StageError
 from cpift.method.masks import read_mask
 from cpift.pipeline.inprocess import fit_here
 from cpift.training.fit import FitHooks, fit
-from cpift.training.spec import StageSpec, stages_of
+from cpift.training.spec import FitSpec, StageSpec, stages_of
 from tests.helpers.fits import spec, weights
 
 
@@ -164,6 +164,45 @@ def test_frozen_cores_leave_a_staged_fit_as_they_entered(
         free += int((before != after).sum())
     assert result["frozen"][-1] == {"stage": 1, "elements": frozen, "moved": 0}
     assert free > 1000
+
+
+@pytest.mark.slow
+def test_compiled_layers_freeze_and_go_on_bit_for_bit(base: Path, tmp_path: Path, regions: Path) -> None:
+    """Compiled anew for what is left, as in another process, and with a last batch of other size."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    def described(name: str, compile: bool) -> FitSpec:
+        stages = stages_of([["rev"], ["add"]], "earlier")
+        short = {"steps": None, "epochs": 1, "batch_size": 3, "gradient_accumulation": 1, "packing": True}
+        own = spec(base, tmp_path / name, *stages, checkpoint_every=2, max_length=64, compile=compile, **short)
+        return replace(own, regions=regions)
+
+    def stop(folder: Path, metrics: dict[str, int]) -> None:
+        if (metrics["stage"], metrics["step"]) == (1, 2):
+            kept.append(folder)
+            raise _Killed
+
+    kept: list[Path] = []
+    eager, whole, broken = described("eager", False), described("whole", True), described("broken", True)
+    plain = fit(eager)
+    counters.clear()
+    found = fit(whole)
+    assert counters["stats"]["unique_graphs"] >= 2  # a full batch, and a last one
+    assert found["frozen"][0]["moved"] == 0 < found["frozen"][0]["elements"]
+    assert len(found["log"]) == len(plain["log"]) > 2
+    for one, other in zip(found["log"], plain["log"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+    with pytest.raises(_Killed):
+        fit(broken, FitHooks(on_checkpoint=stop))
+    torch._dynamo.reset()
+    fit(broken, FitHooks(resume_from=kept[0]))
+    assert weights(broken.export) == weights(whole.export)
+    counters.clear()
+    again = described("eager again", False)
+    fit(again)
+    assert not counters["stats"]
+    assert weights(again.export) == weights(eager.export)
 
 
 @pytest.mark.slow

@@ -113,6 +113,14 @@ def test_embeddings_norms_and_the_head_are_adamws(base: Path) -> None:
             "integration.optimizer: adafactor keeps whole tensors, and resources.strategy: fsdp shares them out",
         ),
         ({"probe__optimizer": "sgd"}, "probe.optimizer"),
+        (
+            {"probe__gather": "bfloat16", "probe__precision": "auto"},
+            "probe.gather: bfloat16 is of weights that are sharded; set resources.strategy",
+        ),
+        (
+            {"probe__gather": "bfloat16", "probe__precision": "float32", "resources": {"strategy": "fsdp"}},
+            "gather: bfloat16 makes products bfloat16, and precision is float32",
+        ),
     ],
 )
 def test_what_does_not_know_shares_is_refused(tmp_path: Path, fields: dict[str, Any], said: str) -> None:

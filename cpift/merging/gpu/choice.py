@@ -12,13 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cpift_kernels import stream_cores
 
 from cpift.checkpoints.slices import sweep
 from cpift.checkpoints.writing import Shard, ShardRecord
+from cpift.devices import assigned_gpus
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
@@ -66,17 +68,22 @@ class _Pass:
 class AutoMerging:
     """How a pipeline selects and merges where a GPU may be slower than the processors (`merging.engine.Merging`).
 
-    gpu: how it does on the GPU. timer: seconds of some work. tells: who is told what was taken, and why.
+    gpu: how it does on the GPU. timer: seconds of some work. tells: who is told what was taken, and why. where: what
+    they are told of the GPU's place.
     """
 
     in_passing = True
 
-    def __init__(self, gpu: Merging, timer: Timer | None = None, tells: Sequence[Tell] = ()):
-        self._gpu, self._timer, self._tells = gpu, timer or seconds_of, tuple(tells)
+    def __init__(self, gpu: Merging, timer: Timer | None = None, tells: Sequence[Tell] = (), where: str = "on the GPU"):
+        self._gpu, self._timer, self._tells, self._where = gpu, timer or seconds_of, tuple(tells), where
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, in which nobody is told."""
+        return self.__dict__ | {"_tells": ()}
 
     def telling(self, tell: Tell) -> AutoMerging:
         """It tells this one too."""
-        return AutoMerging(self._gpu, self._timer, (*self._tells, tell))
+        return AutoMerging(self._gpu, self._timer, (*self._tells, tell), self._where)
 
     def session(self) -> AbstractContextManager[None]:
         return self._gpu.session()
@@ -104,8 +111,9 @@ class AutoMerging:
         return merge(method, shards, out, made_from, budget, progress)
 
     def placing(self, method: MergeMethod) -> Place:
-        """It computes where its first tensors took less time, in the process that computes it."""
-        return self._placed
+        """It computes where its first tensors took less time, in the process that computes it; on the processors of one
+        without a GPU."""
+        return partial(_chosen, self)
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
         on_gpu = self._fuses_on_gpu(method, list(method.models[0].tensors.values()))
@@ -135,13 +143,18 @@ class AutoMerging:
             self._say(f"{one.title} on the CPU: {why}")
             return False
         cpu = self._timer(one.on_cpu)
-        where, times = "GPU" if gpu < cpu else "CPU", f"{gpu:.2f} s on the GPU, {cpu:.2f} s on {threads} threads"
-        self._say(f"{one.title} on the {where}: {times}, for {one}")
+        where = self._where if gpu < cpu else "on the CPU"
+        times = f"{gpu:.2f} s on the GPU, {cpu:.2f} s on {threads} threads"
+        self._say(f"{one.title} {where}: {times}, for {one}")
         return gpu < cpu
 
     def _say(self, text: str) -> None:
         for tell in self._tells:
             tell(f"resources.device auto: {text}")
+
+
+def _chosen(choosing: AutoMerging, method: MergeMethod) -> MergeMethod:
+    return method if assigned_gpus() == 0 else choosing._placed(method)
 
 
 # ---- what both are timed on ------------------------------------------------------------------------------------------

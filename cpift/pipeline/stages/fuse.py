@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from cpift.models.sources import configured_template
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import backbone as backbones
 from cpift.pipeline.stages import group, model, probe, regions
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing, require_same_bytes
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, Inputs
 from cpift.pipeline.stages.names import Groups, Known, ModelRef, Names
 from cpift.pipeline.stages.step import Step, step_of
 from cpift.pretrained.tokenizer_files import TEMPLATE, shared_template
@@ -183,8 +183,7 @@ def fuse_models(run: Run, sources: Sources, out: Path) -> None:
     shards = fused.work_dir / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     checked: dict[str, CheckedFile] = {}
-    models = _models(run.artifacts, sources)
-    with hashing(models, _hashed(config, method, models), probe.moments_merged(run.artifacts)):
+    with _read(run.artifacts, sources, method).looked_at():
         records = merge(
             method,
             inputs.backbone,
@@ -243,21 +242,17 @@ def write_beside(names: Names, sources: Sources, method: MergeMethod, out: Path)
         sources.backbone.path, [probed.path for probed in tuned.values()]
     ):
         (out / TEMPLATE).write_text(template, encoding="utf-8")
-    models = _models(names, sources)
-    described = describe_inputs(models, _hashed(config, method, models), probe.moments_merged(names))
-    require_same_bytes(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
+    inputs = _read(names, sources, method)
+    described = inputs.described()
+    inputs.require_as_recorded(regions.artifact(names).path / INPUTS_RECORD, described, sources.fused)
     write_json(out / INPUTS_RECORD, described)
 
 
-def _models(names: Names, sources: Sources) -> dict[str, ModelRef]:
+def _read(names: Names, sources: Sources, method: MergeMethod) -> Inputs:
     """What is merged, by label."""
-    return {"pretrained": model.base(names), "backbone": sources.backbone, **probe.tuned(names)}
-
-
-def _hashed(config: RunConfig, method: MergeMethod, models: Mapping[str, ModelRef]) -> list[str]:
-    """The labels of models whose hashes are recorded: of those that are read, where the run verifies."""
+    models = {"pretrained": model.base(names), "backbone": sources.backbone, **probe.tuned(names)}
     unread = () if method.reads_base else ("pretrained", "backbone")  # without `needs_base` the two are one
-    return [label for label in models if label not in unread] if config.resources.verify else []
+    return Inputs.of(models, names.config.resources, probe.moments_merged(names), unread)
 
 
 def _set_aside(out: Path, artifact: Artifact) -> Path:

@@ -13,14 +13,13 @@ from cpift.config.identity import identity_of
 from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json, write_json
-from cpift.merging.engine import Selects
 from cpift.method.changes import Change, ChangesInPassing
 from cpift.method.measures import measure_named
 from cpift.method.moments import open_moments
 from cpift.method.regions import Streaming, join_regions, parameter_space, write_regions
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import model, probe
-from cpift.pipeline.stages.inputs import INPUTS_RECORD, describe_inputs, hashing
+from cpift.pipeline.stages.inputs import INPUTS_RECORD, Inputs
 from cpift.pipeline.stages.names import Known, ModelRef, Names, once
 from cpift.pipeline.stages.step import Step, step_of
 
@@ -90,22 +89,19 @@ def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -
     folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.fitted)
     mark = run.merging.mark if run.merging else None
-    whole = run.merging.select if isinstance(run.merging, Selects) else None
     here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
     passing = ChangesInPassing() if here else None
     given = probe.moments(run.artifacts) if _needs_moments(run.artifacts) else {}
     files = {task: file for task, file in given.items() if task in tuned}
     moments = open_moments(files, opened)
-    budget = run.config.resources.memory_budget
-    streaming = Streaming(budget, mark=mark, select=whole, passing=passing, moments=moments)
-    models = {"pretrained": base, **tuned}
-    hashed = list(models) if run.config.resources.verify else []
-    with hashing(models, hashed, files):
+    streaming = Streaming(run.config.resources.memory_budget, mark=mark, passing=passing, moments=moments)
+    inputs = Inputs.of({"pretrained": base, **tuned}, run.config.resources, files)
+    with inputs.looked_at():
         write_regions(opened, others, run.config.regions, outputs, streaming)
     for read_there in moments.values():
         read_there.require_unchanged()
     changed = _changes(passing, opened, list(others), run.config.regions) if passing else {}
-    described = describe_inputs(models, hashed, files)
+    described = inputs.described()
     for out in outputs.values():
         write_json(out / INPUTS_RECORD, described)
         if changed:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.pretrained.sharded_state import read_state
-from cpift.training.fsdp import rank_here, workers_here
+from cpift.training.weights.workers import in_step, rank_here
 
 Weights = Mapping[str, torch.Tensor]
 _FILE = "model.safetensors"
@@ -58,12 +58,6 @@ def read_weights(weights: Weights, folder: Path) -> None:
     kept = Checkpoint(folder)
     for name, tensor in weights.items():
         tensor.copy_(kept.tensor(name))
-
-
-def in_step() -> None:
-    """Wait until all workers of the fine-tune are here."""
-    if workers_here() > 1:
-        torch.distributed.barrier()
 
 
 class Average:

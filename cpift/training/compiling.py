@@ -1,0 +1,75 @@
+"""Decoder layers compiled by torch (`compile: true`).
+
+Each shape of a batch has code of its own: code for sizes that vary is made for those that are seen first, so that a
+fine-tune that goes on from a checkpoint would compute in another order than one that was never stopped. So rows are
+padded to `max_length`, which costs nothing where they are packed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpift.config.training import TrainingConfig
+from cpift.devices import Device
+from cpift.errors import Problem
+from cpift.pretrained.architecture import skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+_SHAPES = 64  # of one layer's code: full and last batches, in training and looking, with a mask and without, by layer
+# What torch's compiler needs of the machine, by device: a variable that names it, and names that are looked for.
+_COMPILERS: dict[Device, tuple[str, tuple[str, ...]]] = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
+
+
+def not_compiled(folder: Path, device: Device, where: str) -> list[Problem]:
+    """Why the model in a folder is not compiled on this machine; empty if it is. `where`: the field.
+
+    Raises CheckpointError.
+    """
+    variable, names = _COMPILERS[device]
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(shutil.which(name) for name in names):
+        what = f"needs a C compiler, and {' or '.join(names)} is not installed"
+        return [Problem(where, what, f"install one, or name it in {variable}; or write false")]
+    if not skeleton(folder)._no_split_modules:
+        return [Problem(where, "is true, and transformers does not say what the model's layers are", "write false")]
+    return []
+
+
+def fixed_length(training: TrainingConfig) -> int | None:
+    """Tokens that every row of a batch is padded to; None where it need not be."""
+    return training.max_length if training.compile else None
+
+
+@contextmanager
+def compiled(model: Any, asked: bool) -> Iterator[None]:
+    """Within it each decoder layer is compiled when it is first used, forward and backward; names stay as they are.
+
+    Layers that are not compiled any more, for there were too many shapes, are an error: they would not compute the same
+    bits.
+    """
+    if not asked:
+        yield
+        return
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    for layer in _layers(model):
+        layer.compile(dynamic=False)
+    try:
+        with config.patch(recompile_limit=_SHAPES, fail_on_recompile_limit_hit=True):
+            yield
+    finally:
+        for layer in _layers(model):
+            layer._compiled_call_impl = None  # as torch has it before
+
+
+def _layers(model: Any) -> Iterator[torch.nn.Module]:
+    names = set(model._no_split_modules or ())
+    return (one for one in model.modules() if type(one).__name__.removeprefix("FSDP") in names)

@@ -1,0 +1,94 @@
+"""A checkpoint into the model that is to be trained: every worker reads what it holds, to where it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.layout import Layout, checkpoint_layout, require_whole
+from cpift.devices import Device
+from cpift.pretrained.loading import empty_network
+from cpift.training.weights.workers import own_rows
+
+
+def load_whole(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedModel:
+    """The model of a local safetensors folder in `dtype`, on `device`. A GPU's takes no room in this machine's memory:
+    tensor after tensor goes there as the file has it, and is widened there.
+
+    Raises CheckpointError naming parameters that the folder does not give.
+    """
+    model = _unwritten(path, dtype)
+    _saved_as_read(model, read_into(model, Checkpoint(path), torch.device(device)))
+    return cast(PreTrainedModel, model.to(device).eval())
+
+
+def load_sharded(path: Path, dtype: torch.dtype, device: Device, narrow: bool = False) -> PreTrainedModel:
+    """The same, sharded over the workers of the process group. Collective.
+
+    A unit is one decoder layer; embeddings, last norm and head are another, so that tied ones are gathered as one. A
+    worker reads its own rows of each tensor: memory is touched for its share of the model and, on a GPU, one layer.
+
+    narrow: units are gathered, and computed with, as bfloat16; gradients are summed over the workers as float32.
+    """
+    model = _unwritten(path, dtype)
+    how: dict[str, Any] = {"mesh": init_device_mesh(device, (torch.distributed.get_world_size(),))}
+    if narrow:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, **how)
+    fully_shard(model, **how)
+    _saved_as_read(model, read_into(model, Checkpoint(path)))
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True  # what Trainer looks for
+    return cast(PreTrainedModel, model.eval())
+
+
+def _unwritten(path: Path, dtype: torch.dtype) -> Any:
+    """The network of a folder, allocated and never written: pages that nobody writes cost nothing."""
+    with no_init_weights():
+        model = empty_network(path, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _saved_as_read(model: Any, layout: Layout) -> None:
+    """A file in the class's own layout: `save_pretrained` would take the model for one of the layout before, if its
+    class has one, and write that."""
+    if all(layout.same(name) == name for name in layout.blocks):
+        model._weight_conversions = []
+
+
+@torch.no_grad()
+def read_into(model: torch.nn.Module, checkpoint: Checkpoint, device: torch.device | None = None) -> Layout:
+    """Give a model's parameters and kept buffers the values of a checkpoint of its class, whatever layout that has; of
+    sharded ones, this worker's rows. Returns that layout.
+
+    device: where parameters that are not sharded are put; default: where they are.
+
+    Raises CheckpointError naming parameters that the checkpoint does not give.
+    """
+    layout = checkpoint_layout(checkpoint)
+    require_whole(layout, checkpoint.folder)
+    for name, held in model.state_dict(keep_vars=True).items():
+        blocks = layout.blocks.get(name, ())
+        if isinstance(held, DTensor):
+            target, rows = held.to_local(), own_rows(held)
+        else:
+            target, rows = held, None
+            if device is not None and held.device != device:
+                held.data = torch.empty_like(held, device=device)
+        if blocks and target.numel():
+            values = layout.parameter(name, checkpoint.mapped, rows)  # so that only the rows taken of it are read
+            target.copy_(values.to(target.device))  # narrow, if the file is
+            del values
+            for tensor in {block.tensor for block in blocks}:
+                checkpoint.release(tensor, 0, checkpoint.tensors[tensor].numel)
+    return layout

@@ -1,0 +1,50 @@
+"""What is not compiled is said by name; layers are no longer compiled when a stage is over."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cpift.config.run import TrainingConfig
+from cpift.training.compiling import compiled, fixed_length, not_compiled
+from cpift.training.weights.reading import load_whole
+
+
+def test_what_cannot_be_compiled_is_refused_by_name(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert not_compiled(base, "cpu", "probe.compile") == []
+    assert not_compiled(base, "cuda", "probe.compile") == []
+    monkeypatch.setenv("CXX", "icpx")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (problem,) = not_compiled(base, "cpu", "probe.compile")
+    assert str(problem).startswith("probe.compile: needs a C compiler, and icpx is not installed")
+    (problem,) = not_compiled(base, "cuda", "probe.compile")
+    assert "gcc or clang is not installed" in str(problem)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "openai-gpt", "n_embd": 8, "n_head": 2, "n_layer": 1})
+    )
+    (problem,) = not_compiled(tmp_path, "cpu", "probe.compile")
+    assert "does not say what the model's layers are" in str(problem)
+
+
+def test_layers_are_compiled_while_a_stage_is_trained(base: Path) -> None:
+    import torch
+
+    model = load_whole(base, torch.float32, "cpu")
+    names = [name for name, _ in model.named_parameters()]
+    with suppress(KeyError), compiled(model, True):
+        assert sum(module._compiled_call_impl is not None for module in model.modules()) == 2
+        assert [name for name, _ in model.named_parameters()] == names
+        raise KeyError
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert [fixed_length(TrainingConfig(steps=1, max_length=24, compile=asked)) for asked in (True, False)] == [
+        24,
+        None,
+    ]
