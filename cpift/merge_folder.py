@@ -21,9 +21,9 @@ from cpift.config.run import RunConfig
 from cpift.console.view import View
 from cpift.disk.artifact_state import read_manifest, state_of
 from cpift.disk.artifacts import Artifact, claimed
-from cpift.disk.files import read_json
+from cpift.disk.files import MANIFEST, read_json
 from cpift.disk.locks import exclusive
-from cpift.errors import ConfigError, Problem
+from cpift.errors import CheckpointError, ConfigError, Problem
 from cpift.hub import HUB_ID
 from cpift.merging.conflicts import by_stage
 from cpift.merging.options import OPTIONS, tune_names
@@ -275,7 +275,12 @@ def merge_into(
         cached = occupied(place)
         if not cached:
             view.note(f"Partial work lies in {pipeline.root} until the model is whole")
-            pipeline.fuse()
+            try:
+                pipeline.fuse()
+            except CheckpointError:  # of other inputs it will be other work
+                if made_work and not _has_finished(pipeline.root):
+                    _clear(pipeline.root)
+                raise
             os.rename(fused.path, place)
         _clear(pipeline.root)
     checks = read_json(place / FUSION_RECORD)["checks"]
@@ -301,6 +306,11 @@ def _adopt(cores: Cores, pipeline: Pipeline) -> None:
         if not artifacts.regions.has_weights:
             with artifacts.regions.build() as out:
                 cores.subset(list(models)).write_masks(out)
+
+
+def _has_finished(work: Path) -> bool:
+    """Whether an output of a stage is whole: a copy of θ0, or core regions."""
+    return any(work.glob(f"[!.]*/[!.]*/{MANIFEST}"))
 
 
 def _clear(work: Path) -> None:

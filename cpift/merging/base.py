@@ -182,8 +182,8 @@ class MergeMethod(ABC):
 
     @property
     def leaves_host(self) -> bool:
-        """Whether it, as it is configured, is merged on a GPU where there is one."""
-        return self.on_gpu
+        """Whether it, as it is configured and with these models, is merged on a GPU where there is one."""
+        return self.on_gpu and all(model.replaced_alone is None for model in self.tuned.values())
 
     @property
     def reads_base(self) -> bool:

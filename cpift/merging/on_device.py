@@ -60,6 +60,8 @@ def _on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What of a fusion is computed on CPUs alone; and what would help."""
     if config.fusion.slices:
         yield "slices of layers are merged on CPUs alone", "leave fusion.slices out"
+    if config.fusion.into:
+        yield "text models of a part of θ0 are merged on CPUs alone", "leave fusion.into out"
     able = {"method": [name for name, method in METHODS.items() if method.on_gpu], "conflict": list(CONFLICTS)}
     for field, words in able.items():  # without what users bring, which was written for the CPU
         if (word := getattr(config.fusion, field)) not in words:

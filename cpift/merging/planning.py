@@ -28,10 +28,12 @@ from cpift.errors import ConfigError, CpiftError, Problem, ProblemsError
 from cpift.formats.safetensors import DTYPES, TensorInfo
 from cpift.merging.adapters.planning import field_problems, opened_problems
 from cpift.merging.conflicts import conflict_named
-from cpift.merging.registry import METHODS, method_named
+from cpift.merging.registry import METHODS, method_named, reads_moments
 from cpift.merging.settings import Settings
 from cpift.merging.stacks.inputs import slice_problems
 from cpift.merging.stacks.planning import check_stack, open_stack, stack_notes
+from cpift.method.measures import measure_named
+from cpift.method.moments import moments_at_hand
 from cpift.pretrained.architecture import vocabulary_size
 from cpift.pretrained.fields import computing_problems, setting_notes
 from cpift.pretrained.loading import code_problems
@@ -139,8 +141,6 @@ def _of_towers(config: RunConfig, stage: str | None) -> Iterator[Problem]:
         yield Problem(where, what, "set fusion.method: task_arithmetic, or another that has no cores")
     if fusion.slices or fusion.by_tokens or fusion.vocabulary != "error" or fusion.as_lora:
         yield Problem(where, "goes with no slices, other vocabulary or adapter", "leave one of the two out")
-    if config.resources.device != "cpu":
-        yield Problem(where, "is merged on the processors", "set resources.device: cpu")
     if config.integration is not None or config.baselines is not None:
         yield Problem(where, "is for merges of checkpoints alone", "leave integration and baselines out")
 
@@ -263,16 +263,23 @@ def _differences(base: Path, folder: Path) -> Iterator[str]:
 
 def _costs(config: RunConfig, models: list[Checkpoint]) -> str:
     """Reads, buffers and time of a merge."""
-    size = sum(model.nbytes for model in models)
-    reads = method_named(config.fusion.method).reads + 1 + config.resources.verify
-    written = models[0].nbytes * (1 + config.resources.verify)
-    seconds = (reads * size + written) / _BYTES_A_SECOND
+    size, moments, once = sum(model.nbytes for model in models), _moments(config), 1 + config.resources.verify
+    reads = method_named(config.fusion.method).reads + once
+    seconds = (reads * size + once * (models[0].nbytes + moments)) / _BYTES_A_SECOND
     why = " (the last time to verify)" if config.resources.verify else ""
+    why += f" and {show_size(moments)} of second moments {_TIMES[once]}" if moments else ""
     rate, budget = show_size(_BYTES_A_SECOND), show_size(config.resources.memory_budget)
     return (
         f"Reads {show_size(size)} {_TIMES[reads]}{why}, about {seconds:.0f} s at {rate}/s; holds at most {budget} "
         "beside the page cache (resources.memory_budget)"
     )
+
+
+def _moments(config: RunConfig) -> int:
+    """Bytes of the second moments that a merge reads, of files that are at hand."""
+    fusion, measure = config.fusion, measure_named(config.regions.measure)
+    reads = measure.needs_moments if fusion.isolates else reads_moments(fusion.method)
+    return sum(file.stat().st_size for file in moments_at_hand(config.tasks)) if reads else 0
 
 
 def _given(config: RunConfig) -> Iterator[tuple[str, Path]]:

@@ -120,8 +120,7 @@ def _masks() -> Iterator[Path]:
 def _config(tasks: list[str], fields: Mapping[str, Any]) -> RunConfig:
     """The run whose fusion this is; its models are in memory. Raises ConfigError."""
     if unknown := [name for name in fields if name not in KEYWORDS]:
-        remedy = f"one of {', '.join(sorted(KEYWORDS))}"
-        raise ConfigError(_SUBJECT, [Problem(name, "is no field of a merge in memory", remedy) for name in unknown])
+        raise ConfigError(_SUBJECT, [_unknown(name) for name in unknown])
     nowhere = {"hub": "in/memory"}
     raw = {"name": "merge", "model": nowhere, "tasks": [{"name": task, "checkpoint": nowhere} for task in tasks]}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -134,6 +133,12 @@ def _config(tasks: list[str], fields: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(_SUBJECT, [Problem(field, what, "merge folders: cpift.merge(…, moments={NAME: FILE})")])
     changes = {"backbone.source": "pretrained", **{OPTIONS[name].field: value for name, value in plain.items()}}
     return parse_config(raw, Path.cwd(), _SUBJECT, changes=changes)
+
+
+def _unknown(name: str) -> Problem:
+    if name in OPTIONS:
+        return Problem(name, "is of merges of folders", "merge folders, with cpift.merge")
+    return Problem(name, "is no field of a merge in memory", f"one of {', '.join(sorted(KEYWORDS))}")
 
 
 def _shared(base: StateDict, others: list[StateDict]) -> dict[str, str]:

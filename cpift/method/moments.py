@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
+from cpift.checkpoints.opening import MOMENTS, at_hand
+from cpift.config.run import TaskConfig
 from cpift.errors import CheckpointError, Problem
 from cpift.formats.safetensors import TensorInfo
 
@@ -71,6 +73,13 @@ def misfits(moments: Checkpoint, base: Checkpoint) -> list[Problem]:
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
+
+
+def moments_at_hand(tasks: Sequence[TaskConfig]) -> list[Path]:
+    """The files of second moments that are given for checkpoints, or lie beside them."""
+    folders = ((task, task.checkpoint and at_hand(task.checkpoint)) for task in tasks)
+    files = (task.moments or (folder and folder / MOMENTS) for task, folder in folders)
+    return [file for file in files if file and file.is_file()]
 
 
 def open_moments(files: Mapping[str, Path], base: Checkpoint) -> dict[str, Checkpoint]:

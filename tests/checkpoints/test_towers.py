@@ -14,6 +14,8 @@ import cpift
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.towers import open_tower
 from cpift.errors import CheckpointError
+from cpift.merging.gpu.choice import AutoMerging
+from cpift.merging.on_device import DEVICES, DeviceMerging
 from tests.helpers.toys import write_tokenizer
 
 TEXT: dict[str, Any] = {
@@ -136,6 +138,18 @@ def test_what_is_not_the_text_models_stays_whatever_the_weights_are(tmp_path: Pa
             assert torch.allclose(after[name], wanted, atol=1e-6), name
         else:
             assert torch.equal(after[name], before[name]), name
+
+
+def test_where_a_gpu_may_be_chosen_text_models_are_merged_on_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, models, _ = made("llava", tmp_path)
+    plain = merged(base, models, tmp_path / "cpu")
+    nothing = DeviceMerging(torch.device("meta"), place=lambda device: pytest.fail("a GPU was used"))
+    monkeypatch.setitem(DEVICES, "auto", lambda: AutoMerging(nothing))
+    chosen = merged(base, models, tmp_path / "auto", device="auto")
+    one, other = (load_file(result.path / "model.safetensors") for result in (plain, chosen))
+    assert all(torch.equal(other[name], values) for name, values in one.items())
 
 
 def test_a_whole_model_goes_beside_a_text_model(tmp_path: Path) -> None:

@@ -161,6 +161,11 @@ def test_only_methods_that_say_so_leave_the_host(models: Models, regions: Path, 
             1,
             "fusion.method dare is computed on CPUs alone → use `cpu`, or one of cpift",
         ),
+        (
+            {"fusion": {"method": "linear", "into": {"x": "language"}}},
+            1,
+            "text models of a part of θ0 are merged on CPUs alone → use `cpu`, or leave fusion.into out",
+        ),
         ({"resources": {"distributed": True}}, 1, None),
         ({"resources": {"distributed": True}}, 0, "torch sees no GPU here"),
         ({"resources": {"address": "head:6379"}}, 0, None),  # its nodes may have some

@@ -23,6 +23,7 @@ from cpift.console.view import quiet
 from cpift.disk.checksums import file_checksum
 from cpift.disk.files import read_json
 from cpift.errors import CheckpointError, ConfigError
+from cpift.merging.planning import given_notes
 from cpift.method.masks import read_summary
 from cpift.method.measures import Curvature, curvature_in_fp64
 from cpift.method.moments import Moments, open_moments
@@ -33,6 +34,7 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.preflight import preflight
 from cpift.pipeline.stages.inputs import INPUTS_RECORD
 from cpift.sweep.points import check_points
+from cpift.text.units import show_size
 from tests.helpers.checkpoints import Models, large, random_tensors, save_checkpoint
 from tests.helpers.merges import config_file, make_models
 from tests.helpers.sweeps import load
@@ -275,6 +277,33 @@ def test_what_is_wrong_with_moments_is_told_first(
     with pytest.raises(ConfigError, match=said):
         cpift.merge(given / "base", {name: given / name for name in ("one", "two")}, tmp_path / "out", **fields)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_the_moments_that_are_read(given: Path, tmp_path: Path) -> None:
+    size = sum(file.stat().st_size for file in (given / "one" / MOMENTS, given / "elsewhere" / MOMENTS))
+
+    def said(**fields: object) -> str:
+        (costs,) = (note for note in given_notes(curved(tmp_path, given, **fields)) if note.startswith("Reads "))
+        return costs
+
+    counted = f"and {show_size(size)} of second moments"
+    assert f"{counted} twice, " in said()
+    assert f"{counted} twice, " in said(fusion={"method": "fisher"})
+    assert f"{counted} once, " in said(resources={"verify": False})
+    assert counted not in said(regions={"p": 0.1})
+
+
+@pytest.mark.parametrize("fields", [{"method": "fisher"}, {"measure": "curvature"}])
+def test_moments_that_are_refused_when_they_are_read_leave_nothing(
+    given: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    values = load_file(given / "one" / MOMENTS)
+    save_file(values | {(last := list(values)[-1]): -values[last] - 1}, tmp_path / MOMENTS)
+    moments = {"one": tmp_path / MOMENTS, "two": given / "elsewhere" / MOMENTS}
+    models = {name: given / name for name in moments}
+    with pytest.raises(CheckpointError, match=f"{last}: holds NaN, Inf or values below 0"):
+        cpift.merge(given / "base", models, tmp_path / "out", moments=moments, **fields)
+    assert [path.name for path in tmp_path.iterdir()] == [MOMENTS]
 
 
 def test_probes_that_keep_none_are_told_first(smoke_config: Path) -> None:
