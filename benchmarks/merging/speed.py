@@ -75,6 +75,9 @@ class Shape:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "vocab_size": self.vocabulary,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
             "tie_word_embeddings": True,
             "torch_dtype": "bfloat16",
         }
