@@ -91,12 +91,14 @@ def field_problems(config: RunConfig, stage: str | None) -> list[Problem]:
     of a comparison, whose run itself was `examined`."""
     from cpift.checkpoints.opening import at_hand
     from cpift.merging.on_device import check_device
-    from cpift.merging.planning import check_methods
+    from cpift.merging.planning import check_budget, check_methods
     from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
     problems = [*missing(config, stage), *check_methods(config, stage), *check_device(config)]
-    problems += [] if problems else [*_check_space(config, stage), *_check_moments(config, stage)]
+    if not problems:
+        problems += check_budget(config) if stage not in _BEFORE_FUSION else []
+        problems += [*_check_space(config, stage), *_check_moments(config, stage)]
     if (folder := at_hand(config.model)) is not None:
         problems += _check_trained(config, folder)
     return problems + check_trackers(config.tracking) + check_lora(trainings(config)) + _check_backbone(config)

@@ -25,9 +25,10 @@ from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork
 from cpift.sweep.config import Sweep, load_sweep
 from cpift.sweep.judging import on_report_rows
-from cpift.sweep.points import choose_points, group_points
+from cpift.sweep.points import check_points, choose_points, group_points
 from cpift.sweep.record import sweep_record
 from tests.helpers.sweeps import TASKS, Copies, load, run_fields
+from tests.helpers.toys import make_toy
 
 # ---- the sweep file ------------------------------------------------------------------------------------------------
 
@@ -239,3 +240,12 @@ def test_estimate() -> None:
     assert found.mean == 2.0
     assert found.high == pytest.approx(2 + 4.3026527 / 3**0.5)
     assert (estimate([1.0], 0.95).low, estimate([1.0], 0.95).mean) == (None, 1.0)
+
+
+def test_points_that_the_memory_budget_does_not_hold_are_told_first(tmp_path: Path) -> None:
+    run = run_fields() | {"model": {"path": str(make_toy(tmp_path / "toy", 0))}}
+    run["resources"] = run["resources"] | {"memory_budget": 8000}  # slices of the toy, and no whole matrices
+    sweep = load(tmp_path, run=run, space={"fusion.method": ["linear", "iso_c"]})
+    with pytest.raises(ConfigError, match=r"by whole tensors, .* \(at fusion\.method iso_c\)") as told:
+        check_points(sweep, "sweep final")
+    assert [problem.where for problem in told.value.problems] == ["resources.memory_budget"]
