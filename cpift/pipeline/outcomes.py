@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift.disk.artifacts import Artifact
-from cpift.disk.files import digest, file_sha256, read_json, write_json
+from cpift.disk.files import MANIFEST, digest, file_sha256, read_json, write_json
 from cpift.errors import entry
 from cpift.evaluation.scores import Score, read_scores
 from cpift.pipeline.pipeline import Pipeline
@@ -70,13 +71,30 @@ def known_scores(run: Pipeline, model: str) -> dict[str, dict[str, Score]] | Non
 
 
 def benchmarked(run: Pipeline, model: str, wanted: Benchmarks) -> Artifact:
-    """lm-eval's figures of a run's final (or fused) model, made or not: named by the model, and what is run of it."""
+    """lm-eval's figures of a run's final (or fused) model, made or not: named by the model, what is run of it, and
+    lm-eval's release, for that decides prompts and metrics. Finished figures of an earlier cpift, which named none,
+    count for every release; where lm-eval is not installed, those of any release do."""
     fields = asdict(wanted) | {"tasks": list(wanted.tasks), "folder": None}
     inputs = {"model": own_models(run, model)[model].fingerprint}
     if wanted.folder is not None:
         files = sorted(path for path in wanted.folder.rglob("*") if path.is_file())
         inputs["task files"] = digest([[str(path.relative_to(wanted.folder)), file_sha256(path)] for path in files])
-    return run.artifacts.artifact("evaluate", 1, inputs, fields, f"{model}-benchmarks")
+
+    def of(**release: str) -> Artifact:
+        return run.artifacts.artifact("evaluate", 1, inputs, fields | release, f"{model}-benchmarks")
+
+    try:
+        named, others = of(lm_eval=metadata.version("lm_eval")), [of()]
+    except metadata.PackageNotFoundError:
+        named = of()
+        others = [of(lm_eval=release) for release in _releases(named.path.parent)]
+    return next((one for one in (named, *others) if one.complete), named)
+
+
+def _releases(folder: Path) -> list[str]:
+    """The releases of lm-eval that figures in a folder are of, the last first."""
+    fields = [read_json(manifest)["fields"] for manifest in folder.glob(f"[!.]*/{MANIFEST}")]
+    return sorted({one["lm_eval"] for one in fields if "lm_eval" in one}, reverse=True)
 
 
 def benchmark_figures(run: Pipeline, model: str, wanted: Benchmarks | None) -> dict[str, float]:

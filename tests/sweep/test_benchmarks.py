@@ -4,8 +4,9 @@ them. A table stands in for lm-eval, which is an extra; the last test has it its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,43 @@ def test_a_task_file_that_changed_is_scored_anew(asked: list[Benchmarks], tmp_pa
     (tmp_path / "tasks" / "kinds.yaml").write_text("task: kinds  # other")
     list(sweep_trial.rungs(sweep, point, quiet()))
     assert len(asked) == 2
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Makes a release of lm-eval the installed one; None: no release."""
+    version = metadata.version
+
+    def installed(release: str | None) -> None:
+        def told(name: str) -> str:
+            if name == "lm_eval" and release is None:
+                raise metadata.PackageNotFoundError(name)
+            return str(release) if name == "lm_eval" else version(name)
+
+        monkeypatch.setattr(metadata, "version", told)
+
+    return installed
+
+
+def test_figures_are_of_a_release_of_lm_eval(
+    asked: list[Benchmarks], tmp_path: Path, install: Callable[[str | None], None]
+) -> None:
+    sweep, times = load(tmp_path, **CHANGES), []
+    for release in ("0.4.9", "0.4.9", "0.4.13", "0.4.9", None):  # at last a machine that only reports
+        install(release)
+        assert [one.keys() for one in sweep_trial.rungs(sweep, {"fusion.omega": 0.5}, quiet())] == [{FIGURE}]
+        times.append(len(asked))
+    assert times == [1, 1, 2, 2, 2]
+
+
+def test_finished_figures_of_no_release_stay(
+    asked: list[Benchmarks], tmp_path: Path, install: Callable[[str | None], None]
+) -> None:
+    sweep = load(tmp_path, **CHANGES)
+    for release in (None, "0.4.13"):
+        install(release)
+        list(sweep_trial.rungs(sweep, {"fusion.omega": 0.5}, quiet()))
+    assert len(asked) == 1
 
 
 def test_a_figure_that_lm_eval_has_not_is_told_before_any_work(asked: list[Benchmarks], tmp_path: Path) -> None:
