@@ -58,7 +58,7 @@ def examined(
     if not problems:
         problems += _check_space(config, stage)
     problems += [] if problems else _check_moments(config, stage)
-    problems += check_trackers(config.tracking) + check_lora(trainings(config))
+    problems += check_trackers(config.tracking) + check_lora(trainings(config)) + _check_compiler(config)
     folder = _check_store(config) or _check_output(config.output_dir)
     problems += _check_backbone(config) + folder
     if not folder:
@@ -101,7 +101,13 @@ def field_problems(config: RunConfig, stage: str | None) -> list[Problem]:
         problems += [*_check_space(config, stage), *_check_moments(config, stage)]
     if (folder := at_hand(config.model)) is not None:
         problems += _check_trained(config, folder)
-    return problems + check_trackers(config.tracking) + check_lora(trainings(config)) + _check_backbone(config)
+    return (
+        problems
+        + check_trackers(config.tracking)
+        + check_lora(trainings(config))
+        + _check_compiler(config)
+        + _check_backbone(config)
+    )
 
 
 def _check_held_out(config: RunConfig, task: TaskConfig, stage: str | None, download: bool) -> Iterator[Problem]:
@@ -171,6 +177,12 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     return problems or (unwritable(model, where) if trains else [])
 
 
+def _check_compiler(config: RunConfig) -> list[Problem]:
+    from cpift.training.compiling import check_compiler
+
+    return check_compiler(trainings(config), "cuda" if config.resources.gpus_per_worker else "cpu")
+
+
 def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
     from cpift.pretrained.architecture import narrowing
     from cpift.pretrained.attention import mixing
@@ -183,7 +195,7 @@ def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
         if training is not None and training.gather == "bfloat16":
             yield from narrowing(folder, f"{section}.gather")
         if training is not None and training.compile:
-            yield from not_compiled(folder, "cuda" if config.resources.gpus_per_worker else "cpu", f"{section}.compile")
+            yield from not_compiled(folder, f"{section}.compile")
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

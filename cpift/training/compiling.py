@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,19 +27,21 @@ _SHAPES = 64  # of one layer's code: full and last batches, in training and look
 _COMPILERS: dict[Device, tuple[str, tuple[str, ...]]] = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
 
 
-def not_compiled(folder: Path, device: Device, where: str) -> list[Problem]:
-    """Why the model in a folder is not compiled on this machine; empty if it is. `where`: the field.
-
-    Raises CheckpointError.
-    """
+def check_compiler(trainings: Sequence[TrainingConfig], device: Device) -> list[Problem]:
+    """What is missing on this machine for those that ask for compiled layers."""
     variable, names = _COMPILERS[device]
     names = (os.environ[variable],) if os.environ.get(variable) else names
-    if not any(shutil.which(name) for name in names):
-        what = f"needs a C compiler, and {' or '.join(names)} is not installed"
-        return [Problem(where, what, f"install one, or name it in {variable}; or write false")]
-    if not skeleton(folder)._no_split_modules:
-        return [Problem(where, "is true, and transformers does not say what the model's layers are", "write false")]
-    return []
+    if not any(training.compile for training in trainings) or any(shutil.which(name) for name in names):
+        return []
+    what = f"needs a C compiler, and {' or '.join(names)} is not installed"
+    return [Problem("compile", what, f"install one, or name it in {variable}; or write false")]
+
+
+def not_compiled(folder: Path, where: str) -> list[Problem]:
+    """Why the model in a folder is not compiled; empty if it is. `where`: the field. Raises CheckpointError."""
+    if skeleton(folder)._no_split_modules:
+        return []
+    return [Problem(where, "is true, and transformers does not say what the model's layers are", "write false")]
 
 
 def fixed_length(training: TrainingConfig) -> int | None:

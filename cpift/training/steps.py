@@ -12,7 +12,7 @@ from cpift.devices import GATHERS, Device, compute_device, resolved
 from cpift.errors import CheckpointError, entry
 from cpift.pretrained.architecture import kept_wide, narrowing
 from cpift.pretrained.attention import mixing
-from cpift.training.compiling import not_compiled
+from cpift.training.compiling import check_compiler, not_compiled
 from cpift.training.spec import FitSpec
 
 
@@ -25,7 +25,8 @@ def require_possible(spec: FitSpec) -> None:
     """Raise CheckpointError for what the model's class cannot do: of a GGUF file nobody knew it before."""
     problems = mixing(spec.model, "packing") if spec.training.packing else []
     problems += narrowing(spec.model, "gather") if spec.training.gather == "bfloat16" else []
-    problems += not_compiled(spec.model, device_of(spec), "compile") if spec.training.compile else []
+    problems += check_compiler([spec.training], device_of(spec))
+    problems += not_compiled(spec.model, "compile") if spec.training.compile else []
     if problems:
         raise CheckpointError(spec.title, problems)
 

@@ -9,28 +9,34 @@ from pathlib import Path
 import pytest
 
 from cpift.config.run import TrainingConfig
-from cpift.training.compiling import compiled, fixed_length, not_compiled
+from cpift.errors import ConfigError
+from cpift.pipeline.preflight import preflight
+from cpift.training.compiling import check_compiler, compiled, fixed_length, not_compiled
 from cpift.training.weights.reading import load_whole
+from tests.helpers.small_runs import run_of, turns
 
 
 def test_what_cannot_be_compiled_is_refused_by_name(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-    assert not_compiled(base, "cpu", "probe.compile") == []
-    assert not_compiled(base, "cuda", "probe.compile") == []
-    monkeypatch.setenv("CXX", "icpx")
+    asked = run_of(tmp_path, [turns("a", "b"), turns("c", "d")], probe__compile=True)
+    preflight(asked)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    (problem,) = not_compiled(base, "cpu", "probe.compile")
-    assert str(problem).startswith("probe.compile: needs a C compiler, and icpx is not installed")
-    (problem,) = not_compiled(base, "cuda", "probe.compile")
+    with pytest.raises(ConfigError, match=r"compile: needs a C compiler, and g\+\+ is not installed"):
+        preflight(asked)
+    monkeypatch.setenv("CXX", "icpx")
+    trainings = [TrainingConfig(steps=1, compile=compile) for compile in (False, True)]
+    assert check_compiler(trainings[:1], "cpu") == []
+    (problem,) = check_compiler(trainings, "cpu")
+    assert "icpx is not installed" in str(problem)
+    (problem,) = check_compiler(trainings, "cuda")
     assert "gcc or clang is not installed" in str(problem)
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert not_compiled(base, "probe.compile") == []
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "openai-gpt", "n_embd": 8, "n_head": 2, "n_layer": 1})
     )
-    (problem,) = not_compiled(tmp_path, "cpu", "probe.compile")
+    (problem,) = not_compiled(tmp_path, "probe.compile")
     assert "does not say what the model's layers are" in str(problem)
 
 
