@@ -74,7 +74,8 @@ class ResourcesConfig(Section):
     memory_budget: Bytes = Field(
         2**30,
         **identity(),
-        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB",
+        description="most bytes that regions and fusion hold (the system's page cache apart), for example 512MiB; and "
+        "as much again of models that stay in a sweep's workers from point to point",
     )
     distributed: bool = Field(
         False,

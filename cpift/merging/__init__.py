@@ -2,10 +2,11 @@
 
 `methods/`, `updates/` and `selected/` (a file a way to merge; the paper's is `cpift`), `registry` (all of them by
 name), `base` (what a way is), `forms` (the two that most have), `conflicts` (who donates what several tasks' cores
-hold), `engine` (any method over all tensors), `on_device` (the same on a GPU), `gpu/` (what that needs),
-`definition` (what methods' definitions in fp64 are made of), `verify` and `checks` (what was merged, beside them),
-`state_dicts` (dictionaries of tensors), `in_memory` (a run's merge, made where it is scored), `options` (what a merge
-may be told), `planning` (what headers tell beforehand), `signs` (what TIES does with updates that disagree).
+hold), `engine` (any method over all tensors), `on_device` (the same on a GPU), `gpu/` (what that needs), `resident/`
+(models that stay in memory between merges), `definition` (what methods' definitions in fp64 are made of), `verify` and
+`checks` (what was merged, beside them), `state_dicts` (dictionaries of tensors), `in_memory` (a run's merge, made where
+it is scored), `options` (what a merge may be told), `planning` (what headers tell beforehand), `signs` (what TIES does
+with updates that disagree).
 
     >>> from cpift.merging import METHODS, method_named
     >>> list(METHODS)[:3]

@@ -107,6 +107,7 @@ class MergeMethod(ABC):
     compared_where: ClassVar[str] = "sampled elements"  # what verification holds against the definition
 
     statistics: dict[str, Any] | None = None  # by tensor, kept for merges that differ in `late` fields alone
+    reused: dict[Any, Any] | None = None  # the same by slice, where there is memory for it
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""
@@ -174,6 +175,14 @@ class MergeMethod(ABC):
         if not self.seeded:
             raise CpiftError(f"merge method {self.config.method_name}: reads the seed → say `seeded = True`")
         return self._seed
+
+    def reuse(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or gave for a merge that differs in `late` fields alone."""
+        if self.reused is None:
+            return make()
+        if key not in self.reused:
+            self.reused[key] = make()
+        return self.reused[key]
 
     @property
     def models(self) -> list[Checkpoint]:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
@@ -34,7 +34,7 @@ from cpift.merging.checks import CheckedFile, OnElements, Tally
 
 if TYPE_CHECKING:
     import torch
-    from cpift_kernels import Mark, Masks, Ready, Selection
+    from cpift_kernels import Core, Mark, Masks, Models, Ready, Selection
 
 _DEEPEST = 6  # buffers in flight; more would not make a disk faster
 
@@ -262,3 +262,13 @@ class Merging(Protocol):
 
     def publish(self, folder: Path, fingerprint: str) -> None:
         """The finished model is in `folder`: what was merged elsewhere can be completed there."""
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """A `Merging` that may select by itself, all phases."""
+
+    def select(self, models: Models, counts: Sequence[int], masks: Masks, budget: int) -> list[list[Core]] | None:
+        """The regions as [task][k], their masks in `masks`; None where it does not have these models.
+
+        budget: in bytes, for buffers. Raises ValueError for a NaN or Inf in θi − θ0."""

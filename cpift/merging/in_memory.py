@@ -76,12 +76,13 @@ class MergeInMemory:
             records = [*records, *fill_shard(placed, shard, target, progress)["tensors"]]
             files[shard.name] = target.file()
             tensors |= target.tensors
-        return tensors, MergeRecord(files, records, self._checks(tensors), time.time() - started)
+        reads = placed if isinstance(placed, MergeMethod) else self.method  # what was read, if the processors may
+        return tensors, MergeRecord(files, records, self._checks(reads, tensors), time.time() - started)
 
-    def _checks(self, tensors: Mapping[str, torch.Tensor]) -> list[Check]:
+    def _checks(self, method: MergeMethod, tensors: Mapping[str, torch.Tensor]) -> list[Check]:
         checks = []
         if self.checked:
-            checks = verify_values(self.method, self.like, TensorsInMemory("the fused model", tensors, {}))
+            checks = verify_values(method, self.like, TensorsInMemory("the fused model", tensors, {}))
         if failed := failures(checks):
             raise StageError("\n  - ".join(["the fused model is not what it has to be, and was not scored:", *failed]))
         return checks

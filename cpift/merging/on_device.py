@@ -20,7 +20,7 @@ from cpift.config.run import ResourcesConfig, RunConfig
 from cpift.devices import assigned_gpus, current_gpu, visible_gpus
 from cpift.errors import CpiftError, Problem, entry
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.base import Fill, Merged, MergeMethod
+from cpift.merging.base import Destination, Fill, Merged, MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.conflicts import CONFLICTS
 from cpift.merging.engine import Merging, Pinned, Place, Tell, merge_shards
@@ -194,7 +194,7 @@ class DeviceMerging:
         return partial(on_own_gpu, self)
 
     def _placed(self, method: MergeMethod) -> MergeMethod:
-        on_device: Any = _OnDevice(method, self._place) if method.leaves_host else method
+        on_device: Any = OnDevice(method, self._place) if method.leaves_host else method
         return cast("MergeMethod", on_device)
 
     def publish(self, folder: Path, fingerprint: str) -> None:
@@ -208,14 +208,15 @@ DEVICES: dict[str, Callable[[], Merging | None]] = {
 }
 
 
-class _OnDevice:
+class OnDevice:
     """A method as `merge_shards` asks for it: computed on a device, written from the host.
 
     What writes a piece returns before it is on the host."""
 
-    def __init__(self, method: MergeMethod, place: Callable[[], Placement]):
+    def __init__(self, method: MergeMethod, place: Callable[[], Placement], at: Destination | None = None):
+        """at: where models and masks are read to; their slices are copied there as they are asked for if not given."""
         self._lanes = Lanes(place(), place())
-        self._host, self._placed = method, method.placed(Placed(self._lanes))
+        self._host, self._placed = method, method.placed(at or Placed(self._lanes))
         self.models = self._placed.models
 
     def at(self, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -15,6 +16,7 @@ from cpift.formats.safetensors import FileWriter, TensorInfo, read_tensors_of
 
 if TYPE_CHECKING:
     import torch
+    from cpift_kernels import Masks
 
 SUMMARY = "regions.json"
 
@@ -113,6 +115,34 @@ class MasksInMemory:
 
     def words(self, task: int, k: int, tensor: int) -> np.ndarray:
         return self._words[task][k][tensor]
+
+
+@dataclass(frozen=True)
+class MasksFrom:
+    """The masks of the tensors from number `first` on, as those of a model that has no others."""
+
+    masks: Masks
+    first: int
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self.masks.store(task, k, self.first + tensor, first, words)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self.masks.words(task, k, self.first + tensor)
+
+
+@dataclass(frozen=True)
+class MasksOfTask:
+    """The masks of one task, as those of a selection that has no other."""
+
+    masks: Masks
+    number: int
+
+    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
+        self.masks.store(self.number, k, tensor, first, words)
+
+    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
+        return self.masks.words(self.number, k, tensor)
 
 
 class MaskFiles:

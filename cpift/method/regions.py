@@ -28,7 +28,15 @@ from cpift.config.run import RegionsConfig
 from cpift.disk.files import link_or_copy, write_json
 from cpift.errors import CheckpointError, Problem, entry
 from cpift.method.changes import ChangesInPassing
-from cpift.method.masks import SUMMARY, MaskFiles, MasksInMemory, RegionMasks, read_summary
+from cpift.method.masks import (
+    SUMMARY,
+    MaskFiles,
+    MasksFrom,
+    MasksInMemory,
+    MasksOfTask,
+    RegionMasks,
+    read_summary,
+)
 from cpift.method.measures import measure_named, scope_named
 from cpift.method.moments import moments_of, require_moments
 from cpift.method.placement import PLACEMENTS
@@ -36,7 +44,7 @@ from cpift.untrusted.json import shown
 
 if TYPE_CHECKING:
     import torch
-    from cpift_kernels import Core, Mark, Masks, Selection
+    from cpift_kernels import Core, Mark, Masks, Models, Selection
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,9 @@ def write_shares(
     paths = [[folder / f"{task}.safetensors" for folder in folders] for task in tuned]
     with MaskFiles.create(paths, names, sizes) as masks:
         of_tasks = [
-            _select(pretrained, {task: model}, config, names, partial(shares, task), _OneTask(masks, number), streaming)
+            _select(
+                pretrained, {task: model}, config, names, partial(shares, task), MasksOfTask(masks, number), streaming
+            )
             for number, (task, model) in enumerate(tuned.items())
         ]
         cores = [[part for one in block for part in one] for block in zip(*of_tasks, strict=True)]
@@ -169,12 +179,14 @@ def write_shares(
 @dataclass(frozen=True)
 class Streaming:
     """How a selection reads: `budget` in bytes for buffers; `mark` does the marking elsewhere, given the selection of
-    each block; `spill` is a folder for candidates; `passing` measures the changes that are read here; `moments` are the
-    second moments of the tasks, for measures that need them."""
+    each block; `select` does all of it, where it has these models, and else gives None; `spill` is a folder for
+    candidates; `passing` measures the changes that are read here; `moments` are the second moments of the tasks, for
+    measures that need them."""
 
     budget: int = DEFAULT_BUDGET
     spill: Path | None = None
     mark: Callable[[Selection, Masks], Mark] | None = None
+    select: Callable[[Models, Sequence[int], Masks, int], list[list[Core]] | None] | None = None
     passing: ChangesInPassing | None = None
     moments: Mapping[str, Checkpoint] = field(default_factory=dict)
 
@@ -199,12 +211,10 @@ def _select(
     for first, last in scope_named(config.scope).blocks(len(names)):
         models = measure([pretrained, *tuned.values()], names[first:last], streaming.passing, moments)
         sizes = [core_size(p, sum(models.sizes)) for p in ps(names[first])]
-        selection, ks = stream_cores(models, sizes), len(sizes)
-        block: Masks = masks if last - first == len(names) else _OneTensor(masks, first)
-        mark = streaming.mark(selection, block) if streaming.mark else None
-        ranges = selection.ranges_within(streaming.budget)
+        ks = len(sizes)
+        block: Masks = masks if last - first == len(names) else MasksFrom(masks, first)
         try:
-            regions.append(selection.select(block, ranges, mark, streaming.spill))
+            regions.append(_select_block(models, sizes, block, streaming))
         except ValueError:
             _raise_if_not_finite({"pretrained": pretrained, **tuned}, names[first:last])
             require_moments(dict(zip(tuned, moments, strict=False)), names[first:last])
@@ -214,32 +224,14 @@ def _select(
     return regions
 
 
-@dataclass(frozen=True)
-class _OneTensor:
-    """The masks of one tensor, as those of a model that has no other."""
-
-    masks: Masks
-    number: int
-
-    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
-        self.masks.store(task, k, self.number, first, words)
-
-    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
-        return self.masks.words(task, k, self.number)
-
-
-@dataclass(frozen=True)
-class _OneTask:
-    """The masks of one task, as those of a selection that has no other."""
-
-    masks: Masks
-    number: int
-
-    def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
-        self.masks.store(self.number, k, tensor, first, words)
-
-    def words(self, task: int, k: int, tensor: int) -> np.ndarray:
-        return self.masks.words(self.number, k, tensor)
+def _select_block(models: Models, sizes: Sequence[int], masks: Masks, streaming: Streaming) -> list[list[Core]]:
+    """[task][p]"""
+    cores = streaming.select(models, sizes, masks, streaming.budget) if streaming.select else None
+    if cores is not None:
+        return cores
+    selection = stream_cores(models, sizes)
+    mark = streaming.mark(selection, masks) if streaming.mark else None
+    return selection.select(masks, selection.ranges_within(streaming.budget), mark, streaming.spill)
 
 
 def _raise_if_not_finite(models: Mapping[str, Checkpoint], names: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ from cpift.sweep.points import Trial, choose_points, group_points
 from cpift.sweep.record import Attempt, TrialResult, attempts_of, pinned, read_attempts, sweep_record
 from cpift.sweep.results import all_there, own_artifacts
 from cpift.sweep.searching import OptunaStudy, optuna_study
-from cpift.sweep.trial import asks_ray, failure_file, point_of, run_trial
+from cpift.sweep.trial import asks_ray, failure_file, held_between, point_of, run_trial
 from cpift.text.units import show_size
 
 _ENVIRONMENT = {
@@ -188,7 +188,10 @@ def _tune(
     storage.mkdir(parents=True, exist_ok=True)
     with progress_board() as (board_name, board), view.stage(f"{samples} trials"):
         _ViewCallback.current, _ViewCallback.ended = (view, board, keeper), 0
-        trainable = tune.with_parameters(run_trial, sweep=sweep, board_name=board_name, failures=storage / "failures")
+        workers = _concurrency(sweep) or parallel_fits(sweep.base.resources)
+        given = {"board_name": board_name, "failures": storage / "failures"}
+        given["held"] = held_between(sweep, pipeline(sweep.base), workers, view)
+        trainable = tune.with_parameters(run_trial, sweep=sweep, **given)
         resources = _trial_resources(sweep.base.resources)
         limited = tune.with_resources(trainable, resources)
         grid = _restored_or_new(sweep, limited, storage, space, samples, view, study)

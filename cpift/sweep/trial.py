@@ -21,6 +21,7 @@ from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
 from cpift.merging.on_device import device_merging
+from cpift.merging.resident.engine import hold_at_most, staying
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import (
@@ -31,7 +32,7 @@ from cpift.pipeline.outcomes import (
     scored_models,
 )
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages.handover import score_fused
+from cpift.pipeline.stages.handover import kept_between_points, score_fused
 from cpift.sweep.config import Sweep
 from cpift.sweep.keep import hands_over, remake_command
 from cpift.sweep.objectives import figures
@@ -39,8 +40,8 @@ from cpift.sweep.record import sweep_record
 from cpift.training.tracking import ended_if_stuck
 
 
-def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path) -> None:
-    """What Tune runs: `config` holds the point, see `point_of`.
+def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path, held: int = 0) -> None:
+    """What Tune runs: `config` holds the point, see `point_of`. held: see `hold_at_most`.
 
     An error that would only come again is kept in `failures`, so that Tune's next try of the trial ends at once.
     """
@@ -50,6 +51,7 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         raise StageError(marker.read_text(encoding="utf-8"))
     try:
         use_assigned_gpus()
+        hold_at_most(held)
         torch.set_num_threads(sweep.base.resources.most_threads)
         with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
             view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
@@ -59,6 +61,16 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         failures.mkdir(parents=True, exist_ok=True)
         write_text(marker, str(error))
         raise
+
+
+def held_between(sweep: Sweep, run: Pipeline, workers: int, view: View) -> int:
+    """Bytes that the worker of a trial, of so many at once, may keep of models from point to point; says why."""
+    if asks_ray(sweep.base.resources) or not hands_over(sweep):
+        return 0
+    held, why = kept_between_points(run, workers)
+    if why:
+        view.note(why)
+    return held
 
 
 def point_of(config: dict[str, Any]) -> Fields:
@@ -97,7 +109,7 @@ def engine_for(config: RunConfig) -> Engine:
     resources = config.resources
     if asks_ray(resources):
         return TaskEngine(resources, own_cpus=False)
-    return InProcessEngine(device_merging(resources))
+    return InProcessEngine(staying(device_merging(resources)))
 
 
 def _figures(sweep: Sweep, fields: Mapping[str, Any], run: Pipeline, model: str) -> dict[str, float]:

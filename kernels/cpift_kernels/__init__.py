@@ -18,7 +18,7 @@ from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflict
 from .placement import SLOT, SLOTS, Lane, Placement, Ready, Staged, placement_of
 from .selection import CoreMask, select_cores
 from .slerp import SlerpResult, slerp_coefficients
-from .streaming import Core, Mark, Marked, Masks, Models, Range, Selection, stream_cores
+from .streaming import Core, Mark, Marked, Masks, Models, Range, Selection, SelectionShard, select_over, stream_cores
 
 __all__ = [
     "SLOT",
@@ -37,6 +37,7 @@ __all__ = [
     "Range",
     "Ready",
     "Selection",
+    "SelectionShard",
     "SlerpResult",
     "Staged",
     "add_low_rank",
@@ -56,6 +57,7 @@ __all__ = [
     "resolve_conflicts",
     "scatter_masked_",
     "select_cores",
+    "select_over",
     "slerp_coefficients",
     "stream_cores",
     "union_mask",

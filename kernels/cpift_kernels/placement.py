@@ -8,7 +8,7 @@ that a lane asks of a device, so that another one can stand for it where there i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -181,6 +181,15 @@ class Lane:
         values = self.place.room(source.nbytes, "compute").view(source.dtype)
         self._send("compute", values, source)
         return values
+
+    def keep(self, parts: Iterable[Tensor], target: Tensor) -> None:
+        """Copy parts, [n] each on the host, one after another to `target` on the device; waits until it is there, for
+        whatever queue reads it."""
+        start = 0
+        for part in parts:
+            self._send("compute", target[start : start + part.numel()], part)
+            start += part.numel()
+        self.place.wait(self.place.record("compute"))
 
     def _buffer(self, nbytes: int) -> Tensor:
         fitting = [number for number, (buffer, _) in enumerate(self._free) if buffer.nbytes >= nbytes]

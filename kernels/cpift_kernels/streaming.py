@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,36 @@ class Masks(Protocol):
         """All words of a mask, int32, which may be changed in place."""
 
 
+class SelectionShard(Protocol):
+    """Consecutive tensors of the models, wherever they lie, and what is selected of them. What others learn of it is a
+    sample, counts and histograms: masks and candidates stay."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Elements of each of its tensors."""
+
+    @property
+    def tasks(self) -> int:
+        """N"""
+
+    def sample(self, segment: Ints, start: Ints) -> NDArray[np.int32]:
+        """Bits of |Δ|, int32 [N, R, 32], of runs of elements from start [R] of its segments [R] on; 0 past their
+        ends."""
+
+    def mark(self, brackets: Ints) -> Ints:
+        """Look through the models for brackets [N, K, 4], chunks counted from its first; int64 [N, K, 2]: elements
+        before each bracket, which its masks have from now on, and candidates within, which it keeps until the next
+        call. Raises ValueError for a NaN or Inf in θi − θ0, as `select_cores` does."""
+
+    def histogram(self, task: int, k: int, prefix: int, shift: int) -> Ints:
+        """int64 [2048]: candidates of a region whose key, the bits of |Δ|, has `prefix` above bit shift + 11, by the 11
+        bits from `shift` on."""
+
+    def settle(self, task: int, k: int, least: int, ties: int) -> int:
+        """Take into the mask the candidates whose key exceeds `least`, and the first `ties` of those at it, in linear
+        order; returns the ties that are left for the shards after it."""
+
+
 @dataclass(frozen=True)
 class Core:
     """What `CoreMask` says of a region beside its masks."""
@@ -116,6 +147,12 @@ class Selection(ABC):
         """Marks ranges in this process, while the next ones are read ahead."""
 
     @abstractmethod
+    def shard(
+        self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
+    ) -> AbstractContextManager[SelectionShard]:
+        """The models as one of several shards (`select_over`, whose counts are what counts); as `select` has it."""
+
+    @abstractmethod
     def select(
         self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
     ) -> list[list[Core]]:
@@ -124,12 +161,18 @@ class Selection(ABC):
 
 
 def stream_cores(
-    models: Models, counts: Sequence[int], *, place: Placement | None = None, backend: Backend = "auto"
+    models: Models,
+    counts: Sequence[int],
+    *,
+    place: Placement | None = None,
+    held: bool = False,
+    backend: Backend = "auto",
 ) -> Selection:
     """The selection of the exact top-`counts[k]` elements of |θi − θ0| over all tensors of models read in pieces.
 
     place: of the device that pieces are copied to and marked on; the CPU if not given, and `auto` follows it as it
-    follows tensors. Masks and thresholds are the same bits everywhere. Raises ValueError for a count outside 0..D.
+    follows tensors. held: `load` gives tensors that lie there already, and stay as they are. Masks and thresholds are
+    the same bits everywhere. Raises ValueError for a count outside 0..D.
     """
     import torch
 
@@ -138,10 +181,20 @@ def stream_cores(
         if not 0 <= count <= total:
             raise ValueError(f"counts holds {count}; the models have {total} elements, so use 0..{total}")
     chosen = resolve(backend, torch.empty(0, device=place.device))
-    return implementation(chosen, stream_cores_reference)(models, counts, place)
+    return implementation(chosen, stream_cores_reference)(models, counts, place, held)
 
 
-def stream_cores_reference(models: Models, counts: Sequence[int], place: Placement) -> Selection:
+def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list[list[Core]]:
+    """The regions, as [task][k], of models whose tensors lie in shards, in this order; their masks are with the shards.
+
+    Masks and thresholds are those of one selection over all tensors, bit for bit, however these are cut into shards.
+    """
+    from .cpu import sharded
+
+    return sharded.select_over(shards, counts)
+
+
+def stream_cores_reference(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> Selection:
     """`stream_cores` in plain torch; holds |Δ| of all tasks in fp32."""
     return _Reference(models, counts)
 
@@ -164,6 +217,11 @@ class _Reference(Selection):
 
     def marking(self, masks: Masks) -> Mark:
         return lambda ranges, brackets: (self.mark(part, brackets, masks) for part in ranges)
+
+    def shard(
+        self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
+    ) -> AbstractContextManager[SelectionShard]:
+        raise ValueError("backend='reference' selects from all tensors at once; use backend='cpu' for shards")
 
     def select(
         self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from cpift_kernels import Backend, Marked, Range, add_low_rank, placement_of, select_cores, stream_cores
+from cpift_kernels import Backend, Marked, Range, add_low_rank, placement_of, select_cores, select_over, stream_cores
+from cpift_kernels.cpu import sharded
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.helpers.streamed import Held
@@ -43,6 +49,61 @@ def test_phases_select_what_the_whole_selects(backend: Backend, dtype: torch.dty
             assert (cores[task][k].count, cores[task][k].threshold) == (core.count, core.threshold)
             for mine, its in zip(held.masks[task][k], core.words, strict=True):
                 assert np.array_equal(mine, its.numpy())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "moved", "counts"),
+    [
+        (torch.float32, 1.0, [0, 40, 20_000]),
+        (torch.bfloat16, 1.0, [20_000]),  # few values: many ties, within one shard and across several
+        (torch.float16, 0.01, [90_000]),  # more than moved
+    ],
+)
+def test_shards_select_what_the_whole_selects(dtype: torch.dtype, moved: float, counts: list[int]) -> None:
+    models = models_of(dtype)
+    kept = torch.Generator().manual_seed(1)
+    for x, x0 in zip(models[1], models[0], strict=True):
+        stays = torch.rand(len(x), generator=kept) >= moved
+        x[stays] = x0[stays]
+    compare_shards(models, counts)
+
+
+def test_equal_updates_go_to_the_first_shards() -> None:
+    """In one pass over each shard: brackets that act at other chunks would miss, and be drawn again."""
+    base = [torch.zeros(size) for size in SIZES]
+    selection = stream_cores(Held([base], 0), [])
+    shard = type(selection.shard(Held([base], 0), []))
+    with mock.patch.object(shard, "mark", autospec=True, side_effect=shard.mark) as marks:  # type: ignore[attr-defined]
+        compare_shards([base, [x + 1.0 for x in base], [x - 1.0 for x in base]], [150_003])
+    assert marks.call_count == 1 + 2 + 3 + 8
+
+
+def compare_shards(models: list[list[torch.Tensor]], counts: list[int]) -> None:
+    """What shards select, beside the reference."""
+    wanted = select_cores(models[0], models[1:], counts, backend="reference")
+    for width in (1, 2, 3, 8):
+        edges = [round(len(SIZES) * number / width) for number in range(width + 1)]  # some have no tensor
+        parts = [Held([model[first:last] for model in models], len(counts)) for first, last in pairwise(edges)]
+        shards = []
+        for held in parts:
+            selection = stream_cores(held, [0] * len(counts))
+            shards.append(selection.shard(held, selection.ranges(1 << 17)))
+        with ExitStack() as stack:
+            cores = select_over([stack.enter_context(shard) for shard in shards], counts)
+        for task, of_task in enumerate(wanted):
+            for k, core in enumerate(of_task):
+                assert (cores[task][k].count, cores[task][k].threshold) == (core.count, core.threshold), width
+                words = [words for held in parts for words in held.masks[task][k]]
+                for mine, its in zip(words, core.words, strict=True):
+                    assert np.array_equal(mine, its.numpy()), width
+
+
+@given(st.lists(st.integers(0, 0x7F7FFFFF) | st.sampled_from([0, 1, 2047, 2048, 1 << 22]), min_size=1), st.data())
+def test_histograms_find_the_kth_largest(keys: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(keys)))
+    found = sharded.largest(lambda prefix, shift: sharded.histogram(np.array(keys, np.int32), prefix, shift), count)
+    least = sorted(keys, reverse=True)[count - 1]
+    assert found == (least, count - sum(key > least for key in keys))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

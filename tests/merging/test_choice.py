@@ -150,7 +150,7 @@ def test_a_merge_is_made_where_it_is_faster(
         True
     ]
     placed = merging.placing(method_of(models, "slerp"))(method_of(models, "slerp"))
-    assert isinstance(placed, on_device._OnDevice) == bool(on_gpu), "in memory where it is made in files"
+    assert isinstance(placed, on_device.OnDevice) == bool(on_gpu), "in memory where it is made in files"
     assert timer.left == []
 
 

@@ -175,14 +175,19 @@ class Fusion(MergeMethod):
     def operands(self, name: str, start: int, stop: int) -> Operands:
         """Elements start..stop-1 of one parameter, ready to be fused; start is a multiple of 32."""
         tasks, sources = list(self.tuned), self.sources(name, start, stop)
-        claims = self._claims(name, start, stop, dict(zip(tasks, sources[-len(tasks) :], strict=True)))
-        donated = owned(self._conflict, claims, self.config.conflict)
-        kept = self._protected(name, start, stop)
-        return Operands(
-            sources=sources,
-            masks=[*[None] * (len(sources) - len(tasks) - 1), kept, *(donated[task] for task in tasks)],
-            core=_joint(claims, kept),
+        donated, core = self.reuse(
+            ("donors", name, start, stop),
+            lambda: self._donors(name, start, stop, dict(zip(tasks, sources[-len(tasks) :], strict=True))),
         )
+        return Operands(sources, masks=[*[None] * (len(sources) - len(donated)), *donated], core=core)
+
+    def _donors(
+        self, name: str, start: int, stop: int, known: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+        """What the backbone keeps and each task donates, and the union of all cores; packed masks."""
+        claims, kept = self._claims(name, start, stop, known), self._protected(name, start, stop)
+        donated = owned(self._conflict, claims, self.config.conflict)
+        return [kept, *(donated[task] for task in self.tuned)], _joint(claims, kept)
 
     def union(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The packed union of the cores of all tasks; start is a multiple of 32."""

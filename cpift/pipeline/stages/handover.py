@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cpift.checkpoints.opening import model_files, quick_fingerprint
+from cpift.checkpoints.opening import model_files, open_merged, quick_fingerprint
 from cpift.checkpoints.writing import copy_companions, write_index
 from cpift.devices import device_name
 from cpift.disk.artifacts import Artifact, Unwritten, claimed, require_sound
@@ -23,10 +23,13 @@ from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation
 from cpift.formats.sizes import available_memory
 from cpift.merging.in_memory import MergeInMemory, MergeRecord
+from cpift.merging.resident.residents import Residents, identity
 from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run, unless_damaged
-from cpift.pipeline.stages import evaluate, fuse
+from cpift.pipeline.stages import evaluate, fuse, probe
+from cpift.pipeline.stages import model as pretrained
 from cpift.pipeline.stages.names import ModelRef
+from cpift.text.units import show_size
 
 _SCORED_AS = 4  # bytes a weight while it is scored: float32
 _MOST_KNOWN = 8
@@ -68,6 +71,35 @@ def score_fused(run: Run, remake: str) -> None:
     is written. remake: the command that writes its weights.
     """
     score_each(run, [ToScore(run, "fused", remake)])
+
+
+def kept_between_points(run: Run, workers: int) -> tuple[int, str]:
+    """Bytes that each of so many workers may keep of the models of all points, 0 for none; and what is taken, and why,
+    in a sentence, where the models are there to be looked at."""
+    folders = {task: probed.path for task, probed in probe.tuned(run.artifacts).items()}
+    base, resources = pretrained.base(run.artifacts).path, run.config.resources
+    if not all(folder.is_dir() for folder in (base, *folders.values())):
+        return 0, ""
+    opened, tuned = open_merged(base, folders, run.config.fusion)
+    models = [opened, *tuned.values()]
+    if any(identity(one) is None for one in models):
+        return 0, "Models are read anew for every point: more than their files decides what they are"
+    if resources.device != "cpu" and resources.gpus_per_worker:
+        return 1, "Models stay on the trials' GPUs from point to point, where these have room for them"
+    need, free = Residents([None], 0).needs(models, len(tuned)), available_memory() // 2
+    kept = f"{show_size(need)} in each of {workers} workers"
+    if need > resources.memory_budget:
+        why = f"more than resources.memory_budget ({show_size(resources.memory_budget)})"
+        return 0, f"Models are read anew for every point: they would take {kept}, {why}"
+    if need * workers > free:
+        why = f"more than half of what is free ({show_size(free)})"
+        return 0, f"Models are read anew for every point: they would take {kept}, {why}"
+    return resources.memory_budget, f"Models stay in memory from point to point: {kept}, beside their mapped files"
+
+
+def forget() -> None:
+    """Drop what this process knows of the models of earlier fusions."""
+    _KNOWN.clear()
 
 
 @unless_damaged
@@ -148,7 +180,7 @@ def _score(lead: Run, batch: Mapping[str, Merge]) -> None:
         with lead.view.stage(said, list(batch)), guarded_reads(", ".join(batch), sorted(files)):
             lead.engine.evaluate(scorings, keep, lead.view.progress)
     except BaseException:
-        _KNOWN.clear()  # maybe of a file that changed meanwhile
+        forget()  # maybe what a file was before it changed
         raise
 
 

@@ -13,6 +13,7 @@ from cpift.config.identity import identity_of
 from cpift.config.run import RegionsConfig, RunConfig
 from cpift.disk.artifacts import Artifact
 from cpift.disk.files import read_json, write_json
+from cpift.merging.engine import Selects
 from cpift.method.changes import Change, ChangesInPassing
 from cpift.method.measures import measure_named
 from cpift.method.moments import open_moments
@@ -89,12 +90,14 @@ def select(run: Run, outputs: Mapping[float, Path], known: Sequence[str] = ()) -
     folders = {task: probed.path for task, probed in tuned.items()}
     opened, others = open_models(base.path, folders, run.config.fusion.fitted)
     mark = run.merging.mark if run.merging else None
+    whole = run.merging.select if isinstance(run.merging, Selects) else None
     here = run.merging is None or run.merging.in_passing  # else models pass by other machines or a GPU
     passing = ChangesInPassing() if here else None
     given = probe.moments(run.artifacts) if _needs_moments(run.artifacts) else {}
     files = {task: file for task, file in given.items() if task in tuned}
     moments = open_moments(files, opened)
-    streaming = Streaming(run.config.resources.memory_budget, mark=mark, passing=passing, moments=moments)
+    budget = run.config.resources.memory_budget
+    streaming = Streaming(budget, mark=mark, select=whole, passing=passing, moments=moments)
     inputs = Inputs.of({"pretrained": base, **tuned}, run.config.resources, files)
     with inputs.looked_at():
         write_regions(opened, others, run.config.regions, outputs, streaming)

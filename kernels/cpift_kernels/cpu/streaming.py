@@ -1,19 +1,18 @@
 """Selection in phases on the CPU.
 
-    draw   brackets around every threshold, from a sample of all models
+    sample runs of all models, for brackets around every threshold
     mark   any range of segments, in any order, anywhere: the mask before the bracket, and the candidates
-    finish the largest candidates join the mask; where a bracket missed, draw and mark again, wider
+    settle the largest candidates join the mask; where a bracket missed, sample and mark again, wider
 
-Counts are sums and candidates are joined in the order of the segments, so the masks are those of `select_cores`, bit
-for bit, whoever marked what.
+`sharded` has the order of these, for one shard or many. Counts are sums and candidates are joined in the order of the
+segments, so the masks are those of `select_cores`, bit for bit, whoever marked what.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -26,16 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..placement import Placement
-from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection
-from .bracket import ATTEMPTS, RUN, brackets_from, elements_kept, sample_places
-from .candidates import SKIP, Candidates, mark_item, wanted_of
+from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection, SelectionShard
+from .bracket import RUN
+from .candidates import Candidates, mark_item, wanted_of
 from .compiled import in_threads
-from .order import kth_largest
 from .segments import Segments, storage_kind
 from .selection import set_chosen
+from .sharded import histogram, select_over
 
 
-def stream_cores(models: Models, counts: Sequence[int], place: Placement) -> Selection:
+def stream_cores(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> Selection:
     """See `cpift_kernels.stream_cores`."""
     return BracketSelection(models, counts)
 
@@ -43,14 +42,8 @@ def stream_cores(models: Models, counts: Sequence[int], place: Placement) -> Sel
 class BracketSelection(Selection):
     """By brackets around every threshold, so that one pass over the models is enough, and no |Δ| is kept."""
 
-    def draw(self, attempt: int) -> Ints:
-        """Brackets [N, K, 4], see `bracket.draw_brackets`."""
-        total = int(self._numel.sum())
-        return brackets_from(lambda: self._sample(attempt), self.models.tasks, total, self.counts, attempt)
-
-    def _sample(self, attempt: int) -> tuple[Ints, NDArray[np.int32]]:
-        """Chunk [R] and keys [N, R, RUN] of the sampled runs, 0 past a segment's end."""
-        segment, start = sample_places(self._numel, attempt)
+    def sample(self, segment: Ints, start: Ints) -> NDArray[np.int32]:
+        """See `SelectionShard.sample`."""
         tensor, place = self._tensor[segment], self._start[segment] + start
         keys = np.empty((self.models.tasks, len(segment), RUN), np.int32)
         edges = np.flatnonzero(np.diff(tensor, prepend=-1, append=-1))
@@ -62,7 +55,7 @@ class BracketSelection(Selection):
                 keys[task, at] = (values - base).abs().view(torch.int32).numpy()
             self.models.release(int(tensor[first]), 0, self.models.sizes[int(tensor[first])])
         keys *= np.arange(RUN) < (self._numel[segment] - start)[:, None]
-        return self._chunk[segment] + start // CHUNK, keys
+        return keys
 
     def mark(self, part: Range, brackets: Ints, masks: Masks) -> dict[tuple[int, int], Candidates]:
         """Its mask words go to `masks`; the result counts and holds the candidates."""
@@ -113,47 +106,74 @@ class BracketSelection(Selection):
 
         return mark
 
+    def shard(
+        self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
+    ) -> AbstractContextManager[SelectionShard]:
+        return _Shard(self, masks, ranges, mark or self.marking(masks), spill)
+
     def select(
         self, masks: Masks, ranges: Sequence[Range], mark: Mark | None = None, spill: Path | None = None
     ) -> list[list[Core]]:
-        mark = mark or self.marking(masks)
-        cores: dict[tuple[int, int], Core] = {}
-        for attempt in range(ATTEMPTS):
-            brackets = self.draw(attempt)
-            for done in cores:
-                brackets[done][0] = SKIP
-            with ExitStack() as stack:
-                pools = {wanted: _Pool(stack, spill) for wanted in wanted_of(brackets)}
-                for part, marked in zip(ranges, mark(ranges, brackets), strict=True):
-                    for wanted, piece in marked.items():
-                        pools[wanted].add(part, piece)
-                for (task, k), pool in pools.items():
-                    core = self._finish(task, k, brackets[task, k], pool, masks)
-                    if core is not None:
-                        cores[task, k] = core
-            if len(cores) == self.models.tasks * len(self.counts):
-                break
-        return [[cores[task, k] for k in range(len(self.counts))] for task in range(self.models.tasks)]
+        with self.shard(masks, ranges, mark, spill) as shard:
+            return select_over([shard], self.counts)
 
-    def _finish(self, task: int, k: int, bracket: Ints, pool: _Pool, masks: Masks) -> Core | None:
-        """Add the largest candidates to the mask; None if the bracket missed."""
-        requested = self.counts[k]
-        kept = elements_kept(bracket, requested, pool.marked, pool.held)
-        if kept is None:
-            return None
-        if kept == 0:
-            return Core(0, requested, math.inf)
-        least, ties = kth_largest(pool.keys, kept - pool.marked)
+    def set_largest(self, task: int, k: int, pool: Pool, least: int, ties: int, masks: Masks) -> int:
+        """Add the largest candidates to a mask, see `SelectionShard.settle`."""
         for (first, last), keys, places, per_segment in pool.pieces():
             at = zip(self._tensor[first:last].tolist(), self._start[first:last].tolist(), strict=True)
             held = {tensor: masks.words(task, k, tensor) for tensor in dict.fromkeys(self._tensor[first:last].tolist())}
             words = np.array([held[tensor].ctypes.data + start // 8 for tensor, start in at], np.int64)
-            ties = set_chosen(words, per_segment, keys, places, least, ties)
-        return Core(kept, requested, float(np.int32(least).view(np.float32)))
+            ties = int(set_chosen(words, per_segment, keys, places, least, ties))
+        return ties
+
+
+class _Shard:
+    """All tensors of a selection (`SelectionShard`), their candidates in memory or in nameless files of `spill`."""
+
+    def __init__(
+        self, selection: BracketSelection, masks: Masks, ranges: Sequence[Range], mark: Mark, spill: Path | None
+    ):
+        self._selection, self._masks, self._ranges, self._mark = selection, masks, ranges, mark
+        self._spill, self._pools, self._files = spill, dict[tuple[int, int], Pool](), ExitStack()
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        return self._selection.models.sizes
+
+    @property
+    def tasks(self) -> int:
+        return self._selection.models.tasks
+
+    def sample(self, segment: Ints, start: Ints) -> NDArray[np.int32]:
+        return self._selection.sample(segment, start)
+
+    def mark(self, brackets: Ints) -> Ints:
+        self._files.close()
+        self._pools = {wanted: Pool(self._files, self._spill) for wanted in wanted_of(brackets)}
+        for part, marked in zip(self._ranges, self._mark(self._ranges, brackets), strict=True):
+            for wanted, piece in marked.items():
+                self._pools[wanted].add(part, piece)
+        found = np.zeros((*brackets.shape[:2], 2), np.int64)
+        for wanted, pool in self._pools.items():
+            found[wanted] = pool.marked, pool.held
+        return found
+
+    def histogram(self, task: int, k: int, prefix: int, shift: int) -> Ints:
+        return histogram(self._pools[task, k].keys, prefix, shift)
+
+    def settle(self, task: int, k: int, least: int, ties: int) -> int:
+        return self._selection.set_largest(task, k, self._pools.pop((task, k)), least, ties, self._masks)
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pools.clear()
+        self._files.close()
 
 
 @dataclass
-class _Pool:
+class Pool:
     """The candidates of one task and k in linear order, in memory or in a nameless file."""
 
     stack: ExitStack

@@ -29,9 +29,9 @@ from .selection import GROUP, Marks, begin_marks, blame
 Found = dict[tuple[int, int], Candidates]  # by task and k
 
 
-def stream_cores(models: Models, counts: Sequence[int], place: Placement) -> BracketSelection:
+def stream_cores(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> BracketSelection:
     """See `cpift_kernels.stream_cores`."""
-    return DeviceSelection(models, counts, place)
+    return (HeldSelection if held else DeviceSelection)(models, counts, place)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class DeviceSelection(BracketSelection):
                 if at + 1 < len(pieces):
                     coming = self._staged(lane, tasks, pieces, at + 1)
                 parts.append(self._found(lane, piece, marks, brackets, masks))
-                for staged in piece.models.values():
-                    lane.done(staged)
+                self._used(lane, piece)
                 if at + 1 == len(pieces) or pieces[at + 1][0] != number:
                     yield _joined(parts)
                     parts = []
@@ -90,6 +89,10 @@ class DeviceSelection(BracketSelection):
         }
         self.models.release(tensor, start, stop)
         return _Piece(tensor, start, models)
+
+    def _used(self, lane: Lane, piece: _Piece) -> None:
+        for staged in piece.models.values():
+            lane.done(staged)
 
     def _begun(self, lane: Lane, piece: _Piece, brackets: Ints) -> list[tuple[list[int], Marks]]:
         """What marks a piece, launched, with the tasks of each launch."""
@@ -141,6 +144,20 @@ class DeviceSelection(BracketSelection):
     def _chunk_at(self, tensor: int, start: int) -> int:
         """The number of the chunk that begins at an element of a tensor."""
         return int(self._chunk[np.flatnonzero((self._tensor == tensor) & (self._start == start))[0]])
+
+
+class HeldSelection(DeviceSelection):
+    """Marks models that lie on the device."""
+
+    def _staged(self, lane: Lane, tasks: Sequence[int], pieces: Sequence[tuple[int, int, int, int]], at: int) -> _Piece:
+        _, tensor, start, stop = pieces[at]
+        with lane.place.computing():  # some models are computed as they are asked for
+            values = {model: self.models.load(model, tensor, start, stop) for model in (0, *(n + 1 for n in tasks))}
+        there = lane.place.record("compute")
+        return _Piece(tensor, start, {model: Staged(one, one, there) for model, one in values.items()})
+
+    def _used(self, lane: Lane, piece: _Piece) -> None:
+        """They stay."""
 
 
 def _candidates(sure: int, keys: NDArray[np.int32], places: Ints, segments: int) -> Candidates:
