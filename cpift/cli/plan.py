@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cpift.config.run import RunConfig
     from cpift.data.use import RowFacts
     from cpift.pipeline.plan import Plan
-    from cpift.training.memory import Fitting
+    from cpift.training.memory import Fitting, Holding
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -57,20 +57,31 @@ def show_plan(run: RunConfig, as_json: bool = False, gpu: str | None = None) -> 
     artifacts = StageArtifacts(run)
     planned, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
     fits = _fitting(run, gpu) if gpu is not None else []
+    held = list(_holding(run, gpu)) if gpu is not None else []
     if as_json:
-        say(json.dumps(plan_record(planned, run.name, artifacts.root, idle, fits), indent=1, ensure_ascii=False))
+        record = plan_record(planned, run.name, artifacts.root, idle, fits, held)
+        say(json.dumps(record, indent=1, ensure_ascii=False))
         return
     _print_plan(planned, artifacts.root, idle)
-    for line in _told(fits, str(gpu)):
+    for line in (*_told(fits, str(gpu)), *_held(held, str(gpu))):
         say(line)
 
 
 def _fitting(run: RunConfig, gpu: str) -> list[Fitting]:
     """The fine-tunes of a run on a GPU of this size. Imports torch and the model's class, which takes seconds."""
     from cpift.config.needs import trained_in
+    from cpift.training.memory import fitting
+
+    limit, folder = _on_gpu(run, gpu)
+    shards = run.resources.workers if run.resources.sharded else 1
+    every = {section: fit for task in run.tasks for section, fit in trained_in(run, task, "run").items()}
+    return [fitting(section, folder, training, shards, limit) for section, training in every.items()]
+
+
+def _on_gpu(run: RunConfig, gpu: str) -> tuple[int, Path]:
+    """The bytes that `--gpu` says, and where θ0's config is."""
     from cpift.errors import ConfigError, Problem
     from cpift.pipeline.row_checks import folder_at_hand
-    from cpift.training.memory import fitting
 
     try:
         limit, folder = parse_size(gpu), folder_at_hand(run)
@@ -79,31 +90,61 @@ def _fitting(run: RunConfig, gpu: str) -> list[Fitting]:
     if folder is None:
         what = "counts on the model's config, which is not here yet"
         raise ConfigError("plan", [Problem("--gpu", what, "give model.path, or ask again once the model is there")])
-    shards = run.resources.workers if run.resources.sharded else 1
-    every = {section: fit for task in run.tasks for section, fit in trained_in(run, task, "run").items()}
-    return [fitting(section, folder, training, shards, limit) for section, training in every.items()]
+    return limit, folder
+
+
+def _holding(run: RunConfig, gpu: str) -> Iterator[Holding]:
+    """What regions, fusion and scoring hold on it."""
+    from cpift.merging.gpu.room import merge_holds
+    from cpift.merging.on_device import on_cpus
+    from cpift.training.memory import Holding, scoring_weights
+
+    limit, folder = _on_gpu(run, gpu)
+    slices, now = merge_holds(run), "" if run.resources.device != "cpu" else "; resources.device is cpu now"
+    now += "".join(f"; {what}" for what, _ in on_cpus(run))
+    yield Holding("regions and fusion", slices, slices <= limit, f"slices of the models, whatever their size{now}")
+    if all(task.source("test") for task in run.tasks):
+        weights = scoring_weights(folder, run.evaluation.precision != "float32")
+        now = "" if run.resources.gpus_per_worker else "; resources.gpus_per_worker is 0 now"
+        yield Holding("scoring", weights, weights <= limit, f"a model's weights{now}")
+
+
+def _held(holdings: Sequence[Holding], gpu: str) -> Iterator[str]:
+    for one in holdings:
+        verdict = "fits" if one.fits else "does not fit"
+        yield f"{one.section} on {gpu}: {verdict}, {show_size(one.held)} ({one.what})"
 
 
 def _told(fits: list[Fitting], gpu: str) -> Iterator[str]:
     """Sentences of what fits."""
+    limit = parse_size(gpu) if fits else 0
     for fit in fits:
-        if fit.memory is None:
-            yield f"{fit.section} on {gpu}: is not counted under lora"
-            continue
         parts = [f"{name} {show_size(size)}" for name, size in asdict(fit.memory).items() if size]
         verdict = "fits" if fit.fits else "does not fit"
         yield f"{fit.section} on {gpu}: {verdict}, {show_size(fit.memory.total)} a worker ({', '.join(parts)})"
         for change, memory in fit.ways:
             yield f"  {change}: {show_size(memory.total)}"
         if fit.workers is not None:
-            yield f"  resources: {{strategy: fsdp, workers: {fit.workers}}} and all of these but the optimizer: fits"
-        elif not fit.fits and not any(memory.total <= parse_size(gpu) for _, memory in fit.ways):
-            yield "  no change of these makes room: its longest batch alone holds more; lower max_length"
+            shared = "all of these but optimizer and lora"
+            yield f"  resources: {{strategy: fsdp, workers: {fit.workers}}} and {shared}: fits"
+        elif not fit.fits and not any(memory.total <= limit for _, memory in fit.ways):
+            least = min((fit.memory, *(memory for _, memory in fit.ways)), key=lambda memory: memory.total)
+            batch = "its longest batch holds too much; lower max_length"
+            fixed = "what it holds beside a batch is too much"
+            yield f"  no change of these makes room: {batch if least.total - least.activations < limit else fixed}"
 
 
-def plan_record(planned: Plan, name: str, root: Path, idle: str | None, fits: Sequence[Fitting] = ()) -> dict[str, Any]:
+def plan_record(
+    planned: Plan,
+    name: str,
+    root: Path,
+    idle: str | None,
+    fits: Sequence[Fitting] = (),
+    held: Sequence[Holding] = (),
+) -> dict[str, Any]:
     """As `--json` gives it; fields are added and none changes its meaning within one `format`."""
-    record = asdict(planned) | ({"gpu": [asdict(fit) for fit in fits]} if fits else {})
+    on_gpu = {"gpu": [asdict(fit) for fit in fits], "holding": [asdict(one) for one in held]} if held else {}
+    record = asdict(planned) | on_gpu
     return {"format": 1, "name": name, "output": str(root), "unused_gpus": idle, **record}
 
 

@@ -42,7 +42,7 @@ def check_device(config: RunConfig) -> list[Problem]:
     if resources.cluster is None and (lacking := _lacking()):  # what a cluster has is seen when it is connected to
         problems.append(Problem(where, f"is `cuda`, and {lacking[0]}", f"use `cpu`, or {lacking[1]}"))
     problems += [
-        Problem(where, f"is `cuda`, and {what}", f"use `cpu`, or {remedy}") for what, remedy in _on_cpus(config)
+        Problem(where, f"is `cuda`, and {what}", f"use `cpu`, or {remedy}") for what, remedy in on_cpus(config)
     ]
     return problems
 
@@ -56,7 +56,7 @@ def _lacking() -> tuple[str, str] | None:
     return None
 
 
-def _on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
+def on_cpus(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What of a fusion is computed on CPUs alone; and what would help."""
     if config.fusion.slices:
         yield "slices of layers are merged on CPUs alone", "leave fusion.slices out"
@@ -86,7 +86,7 @@ def foretold(config: RunConfig) -> str | None:
         return f"resources.device auto: regions and fusion on the CPU: {why}"
     gpu = one_of_several() or "on the GPU"
     timed = f"{gpu} or the CPU, whichever is faster on their first elements"
-    if said := [what for what, _ in _on_cpus(config)]:
+    if said := [what for what, _ in on_cpus(config)]:
         return f"resources.device auto: regions {timed}; fusion on the CPU: {', '.join(said)}"
     return f"resources.device auto: regions and fusion {timed}"
 

@@ -15,6 +15,7 @@ from cpift.config.run import TrainingConfig
 from cpift.config.training import LoraConfig
 from cpift.errors import CheckpointError, Problem
 from cpift.pretrained.loading import load_adapter
+from cpift.training.weights.frozen import seen_as_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,8 @@ def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Path | None = None) -> PreTrainedModel:
-    """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `saved`.
+    """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `saved`;
+    in float32, whatever the weights beside them are.
 
     Raises:
         CheckpointError: no module has a name that ends in one of the targets.
@@ -45,8 +47,9 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Pa
         task_type="CAUSAL_LM",
     )
     if saved is not None:
-        return load_adapter(model, saved, config)
-    with torch.random.fork_rng():
+        with seen_as_float32(model):
+            return load_adapter(model, saved, config)
+    with torch.random.fork_rng(), seen_as_float32(model):
         torch.manual_seed(seed)
         try:
             adapted: Any = peft.get_peft_model(model, config)

@@ -135,11 +135,13 @@ def _sharded(spec: FitSpec) -> bool:
 def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
     lora = spec.training.lora
-    source = spec.model if saved is None or lora else saved
+    device = device_of(spec)
+    if lora is not None:
+        narrow = resolved(spec.training.precision, device) == "bfloat16"
+        return with_adapters(load_whole(spec.model, torch.float32, device, narrow), lora, spec.seed, saved)
     if _sharded(spec):
-        return load_sharded(source, torch.float32, device_of(spec), gathers_narrow(spec))
-    model = load_whole(source, torch.float32, device_of(spec))
-    return with_adapters(model, lora, spec.seed, saved) if lora else model
+        return load_sharded(saved or spec.model, torch.float32, device, gathers_narrow(spec))
+    return load_whole(saved or spec.model, torch.float32, device)
 
 
 def _resume(checkpoint: Path | None) -> _StageState:

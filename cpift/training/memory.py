@@ -8,7 +8,7 @@ and what the allocator does not give back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import TrainingConfig
+from cpift.config.training import IntegrationConfig, LoraConfig
+from cpift.pretrained.architecture import skeleton
 from cpift.pretrained.loading import empty_network
+from cpift.training.adapters import with_adapters
 from cpift.training.optimizers import outside_layers
+from cpift.training.weights.frozen import Dtypes, hold_as_stored, stored_dtypes
 
 _SMALL_8BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 32 bits
 
@@ -40,20 +45,46 @@ class TrainingMemory:
 
 
 def training_memory(folder: Path, training: TrainingConfig, shards: int, narrow: bool) -> TrainingMemory:
-    """Of a full fine-tune of the model in a local folder. shards: workers that FSDP2 shares its state out to, or 1;
-    narrow: whether products are bfloat16."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        how = {} if training.packing else {"attn_implementation": _unmasked()}
+    """Of a fine-tune of the model in a local folder. shards: workers that FSDP2 shares its state out to, or 1; narrow:
+    whether products are bfloat16."""
+    how = {} if training.packing else {"attn_implementation": _unmasked()}
+    with torch.device("meta"):
         model: Any = empty_network(folder, dtype=torch.float32, **how)
+    if training.lora is not None:
+        if narrow:
+            hold_as_stored(model, _stored(folder))
+        model = with_adapters(model, training.lora, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _onto_cpu(model)
         model.config.use_cache = False
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = sum(_state(training.optimizer, parameter, inside) for parameter, inside in _places(model, moved))
-        trained, every = sum(p.numel() for p in moved), sum(p.numel() for p in model.parameters())
+        trained, every = sum(p.numel() for p in moved), sum(p.nbytes for p in model.parameters())
         average = 4 * trained if training.ema else 0
         held = _activations(model.train(), training, narrow)
-    return TrainingMemory(4 * every // shards, 4 * trained // shards, state // shards, average // shards, held)
+    return TrainingMemory(every // shards, 4 * trained // shards, state // shards, average // shards, held)
+
+
+def _onto_cpu(model: torch.nn.Module) -> None:
+    """From `meta`, in FakeTensorMode: tensors of a device that autocast and libraries know, without memory."""
+    known: dict[int, torch.nn.Parameter] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            there = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            setattr(module, name, known.setdefault(id(parameter), there))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+def _stored(folder: Path) -> Dtypes:
+    """What the parameters of a folder are stored in; where it has a config alone, all in what that says."""
+    if any(folder.glob("*.safetensors")):
+        return stored_dtypes(Checkpoint(folder))
+    network = skeleton(folder)
+    dtype: Any = network.config.dtype or torch.float32
+    return dict.fromkeys(network.state_dict(), dtype)
 
 
 def _unmasked() -> str:
@@ -115,6 +146,9 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_ADAPTERS = LoraConfig()
+
+
 def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, TrainingConfig]]:
     """Changes that take less memory, those first that change least of what is learnt; each with all before it."""
     if not training.gradient_checkpointing:
@@ -125,17 +159,20 @@ def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, T
         training = training.model_copy(update={"batch_size": 1, "gradient_accumulation": steps})
         yield f"batch_size: 1, gradient_accumulation: {steps}", training
     if training.optimizer == "adamw" and shards == 1 and not training.keep_moments:  # which are of adamw alone
-        yield "optimizer: adamw_8bit", training.model_copy(update={"optimizer": "adamw_8bit"})
+        training = training.model_copy(update={"optimizer": "adamw_8bit"})
+        yield "optimizer: adamw_8bit", training
+    if training.lora is None and shards == 1 and not (training.keep_moments or isinstance(training, IntegrationConfig)):
+        yield f"lora: {{rank: {_ADAPTERS.rank}}}", training.model_copy(update={"lora": _ADAPTERS})
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """A fine-tune on a GPU. memory: None where it is not counted, as of LoRA. ways: what each change would take, up to
-    the first that fits; workers: how many FSDP2 would need where none does, None where even all too many hold too much.
+    """A fine-tune on a GPU. ways: what each change would take, up to the first that fits; workers: how many FSDP2 would
+    need where no change of a full fine-tune is enough, None where even all too many hold too much.
     """
 
     section: str
-    memory: TrainingMemory | None
+    memory: TrainingMemory
     fits: bool
     ways: tuple[tuple[str, TrainingMemory], ...] = ()
     workers: int | None = None
@@ -143,17 +180,41 @@ class Fitting:
 
 def fitting(section: str, folder: Path, training: TrainingConfig, shards: int, limit: int) -> Fitting:
     """Whether a fine-tune fits `limit` bytes of a GPU, and what to change if it does not."""
-    if training.lora is not None:
-        return Fitting(section, None, False)
     narrow = training.precision != "float32"
     memory = training_memory(folder, training, shards, narrow)
     if memory.total <= limit:
         return Fitting(section, memory, True)
     ways: list[tuple[str, TrainingMemory]] = []
+    full = [memory] if training.lora is None else []  # what FSDP2 can share out
     for change, changed in ways_to_save(training, shards):
         ways.append((change, training_memory(folder, changed, shards, narrow)))
+        full += [ways[-1][1]] if changed.lora is None else []
         if ways[-1][1].total <= limit:
-            return Fitting(section, memory, False, tuple(ways))
-    least = min((memory, *(way for _, way in ways)), key=lambda one: one.activations)
+            break
+    return Fitting(section, memory, False, tuple(ways), _workers(full, shards, limit))
+
+
+def _workers(full: Sequence[TrainingMemory], shards: int, limit: int) -> int | None:
+    if not full or any(memory.total <= limit for memory in full):
+        return None
+    least = min(full, key=lambda one: one.activations)
     room, state = limit - least.activations, (least.total - least.activations) * shards
-    return Fitting(section, memory, False, tuple(ways), math.ceil(state / room) if room > 0 else None)
+    return math.ceil(state / room) if room > 0 else None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a part of a run that trains nothing holds on a GPU, in bytes, and in words; the rest comes on top."""
+
+    section: str
+    held: int
+    fits: bool
+    what: str
+
+
+def scoring_weights(folder: Path, narrow: bool) -> int:
+    """Bytes of a model that is scored: float32, and bfloat16 for factors of products that are narrow."""
+    network = skeleton(folder)
+    shared = {id(layer.weight) for layer in network.modules() if isinstance(layer, torch.nn.Embedding)}
+    linear = {id(layer.weight) for layer in network.modules() if isinstance(layer, torch.nn.Linear)} - shared
+    return sum(one.numel() * (2 if narrow and id(one) in linear else 4) for one in network.parameters())

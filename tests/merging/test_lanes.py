@@ -21,6 +21,7 @@ from cpift.merging.engine import merge
 from cpift.merging.gpu import choice
 from cpift.merging.gpu.choice import AutoMerging
 from cpift.merging.gpu.lanes import GpuMemoryError
+from cpift.merging.gpu.room import lane_holds
 from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import method_named
 from cpift.method.regions import Streaming, write_regions
@@ -160,7 +161,8 @@ def test_what_a_lane_holds_is_bounded(models: Models, regions: Path, tmp_path: P
     """Two slices of each model and the results on their way, whatever the tensor; bytes are the CPU's."""
     method = method_of(models, regions, {"method": "slerp"})
     wanted = written(method, models[0], tmp_path / "cpu")
-    bound = 2 * 2 * placement.BUFFER + (placement.LEAVING + 1) * 512 * 4
+    bound = lane_holds(len(method.models))
+    assert bound == 2 * 2 * placement.BUFFER + (placement.LEAVING + 1) * 512 * 4
     merging, made = limited(bound)
     assert written(method, models[0], tmp_path / "gpu", merging) == wanted
     assert max(place.most for place in made) <= bound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.inputs import ScratchModel
 from cpift.config.run import ModelConfig, TrainingConfig
 from cpift.config.training import IntegrationConfig, LoraConfig
+from cpift.devices import Device
 from cpift.errors import CheckpointError
 from cpift.models.sources import materialise
 from cpift.training.fit import FitHooks, fit
 from cpift.training.spec import FitSpec, StageSpec
+from cpift.training.weights.reading import load_whole
 from tests.helpers.fits import spec, weights
 
 pytest.importorskip("peft")
@@ -76,6 +79,29 @@ def test_a_resumed_fit_ends_with_the_same_bits(
         fit(broken, FitHooks(on_checkpoint=on_checkpoint))
     fit(broken, FitHooks(resume_from=kept[0]))
     assert weights(broken.export) == weights(trained)
+
+
+@pytest.mark.slow
+def test_weights_under_adapters_are_held_as_stored_and_that_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = ScratchModel(hidden_size=32, intermediate_size=48, heads=2)
+    materialise(ModelConfig(scratch=scratch, dtype="bfloat16"), tmp_path / "base")
+    fields = {"lora": LORA, "precision": "bfloat16", "evaluate_every": 3, "validation": {"rows": 8}}
+    trained, dtypes = [], []
+    for name, as_stored in (("narrow", True), ("wide", False)):
+
+        def load(path: Path, dtype: torch.dtype, device: Device, _: bool, as_stored: bool = as_stored) -> Any:
+            model = load_whole(path, dtype, device, as_stored)
+            dtypes.append(model.model.layers[0].mlp.down_proj.weight.dtype)
+            return model
+
+        monkeypatch.setattr("cpift.training.fit.load_whole", load)
+        each = spec(tmp_path / "base", tmp_path / name, *STAGES, **fields)
+        fit(each)
+        trained.append(weights(each.export))
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert trained[0] == trained[1] != weights(tmp_path / "base")
 
 
 def test_targets_that_are_nowhere_and_lora_while_freezing_are_refused(base: Path, tmp_path: Path) -> None:

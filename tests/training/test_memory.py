@@ -13,11 +13,16 @@ from typer.testing import CliRunner
 
 from cpift.cli.main import app
 from cpift.config.loading import dump_config
+from cpift.config.run import EvaluationConfig
 from cpift.config.training import TrainingConfig
 from cpift.errors import ConfigError
+from cpift.evaluation import scoring
 from cpift.models.sources import load_model
-from cpift.training.memory import fitting, training_memory, ways_to_save
+from cpift.training.adapters import with_adapters
+from cpift.training.memory import fitting, scoring_weights, training_memory, ways_to_save
 from cpift.training.optimizers import OPTIMIZERS
+from cpift.training.weights.reading import load_whole
+from tests import memory_table
 from tests.helpers.small_runs import run_of, turns
 
 
@@ -37,7 +42,9 @@ def held(model: Any, training: TrainingConfig) -> int:
     ids = torch.zeros((training.batch_size, training.max_length), dtype=torch.long)
     packed = {"position_ids": torch.arange(training.max_length).remainder(7).expand(ids.shape)}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids, use_cache=False, **(packed if training.packing else {}))
+        products = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bfloat16")
+        with products:
+            model(input_ids=ids, labels=ids, use_cache=False, **(packed if training.packing else {}))
     return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
@@ -49,6 +56,23 @@ def test_activations_are_those_of_a_real_pass(base: Path, fields: dict[str, Any]
     assert counted.activations == held(model, training)
     assert counted.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     assert counted.gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapters_are_trained_beside_weights_as_they_are_stored(base: Path, precision: Any) -> None:
+    pytest.importorskip("peft")
+    training = settings(lora={"rank": 2, "targets": ["q_proj", "down_proj"]}, precision=precision)
+    narrow = precision == "bfloat16"
+    assert training.lora is not None
+    model: Any = with_adapters(load_whole(base, torch.float32, "cpu", narrow), training.lora, 0).train()
+    counted = training_memory(base, training, 1, narrow)
+    assert counted.activations == held(model, training)
+    assert counted.weights == sum(parameter.nbytes for parameter in model.parameters())
+    adapters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert (counted.gradients, counted.optimizer) == (adapters, 2 * adapters)
+    linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    layers = [module.weight for module in linear if not module.weight.requires_grad and module is not model.lm_head]
+    assert {weight.dtype for weight in layers} == {torch.bfloat16 if narrow else torch.float32}
 
 
 def test_recomputed_layers_keep_less(base: Path) -> None:
@@ -85,11 +109,11 @@ def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
         "gradient_checkpointing: true",
         "batch_size: 1, gradient_accumulation: 4",
         "optimizer: adamw_8bit",
+        "lora: {rank: 16}",
     ]
     assert least.workers is not None
     shared = training_memory(base, settings(batch_size=1, gradient_checkpointing=True), least.workers, False)
     assert shared.total <= whole.weights < shared.total * least.workers
-    assert fitting("probe", base, settings(lora={"rank": 2}), 1, 10**9).memory is None
 
 
 @pytest.mark.parametrize("fields", [{}, {"keep_moments": True}, {"ema": 0.9, "packing": True}, {"optimizer": "muon"}])
@@ -97,6 +121,20 @@ def test_no_change_is_told_that_a_config_may_not_have(fields: dict[str, Any]) ->
     told = [changed for _, changed in ways_to_save(settings(**fields), 1)]
     assert [TrainingConfig(**changed.model_dump()) for changed in told] == told
     assert len(told) > 1
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_model_that_is_scored_holds_what_is_counted(base: Path, precision: Any) -> None:
+    model = scoring._Room(base, EvaluationConfig(precision=precision), "cpu").model
+    assert scoring_weights(base, precision == "bfloat16") == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_documents_table_is_what_is_counted() -> None:
+    pytest.importorskip("peft")
+    document = memory_table.DOCUMENT.read_text(encoding="utf-8")
+    for row in (memory_table.ROWS[0], memory_table.ROWS[-1]):  # each takes seconds
+        assert memory_table.line(row) in document, "write it anew: python -m tests.memory_table"
 
 
 @pytest.mark.slow
@@ -109,9 +147,13 @@ def test_a_plan_for_a_gpu_says_what_fits(base: Path, tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert "probe on 24GB: fits, " in said.stdout
     assert "integration on 24GB: fits, " in said.stdout
-    small = CliRunner().invoke(app, ["plan", str(file), "--json", "--gpu", "100kB"])
-    first = json.loads(small.stdout)["gpu"][0]
+    assert "regions and fusion on 24GB: fits, " in said.stdout
+    assert "scoring on 24GB: fits, " in said.stdout
+    small = CliRunner().invoke(app, ["plan", str(file), "--json", "--gpu", "10kB"])
+    record = json.loads(small.stdout)
+    first = record["gpu"][0]
     assert (first["section"], first["fits"]) == ("probe", False)
+    assert {one["section"]: one["fits"] for one in record["holding"]} == {"regions and fusion": False, "scoring": False}
     assert first["memory"]["weights"] > 100_000
     refused = CliRunner().invoke(app, ["plan", str(file), "--gpu", "large"]).exception
     assert isinstance(refused, ConfigError)

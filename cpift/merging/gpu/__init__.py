@@ -1,7 +1,7 @@
 """What `on_device` needs of a GPU: slices on their way there, and whether it is faster.
 
 `lanes` has models and masks whose slices are copied while others are computed. `choice` times the GPU and the
-processors on the first elements of the work at hand, and takes the faster.
+processors on the first elements of the work at hand, and takes the faster. `room` says what a merge holds.
 
     >>> from cpift.merging.gpu import SAMPLE
     >>> SAMPLE

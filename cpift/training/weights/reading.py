@@ -16,17 +16,22 @@ from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout, checkpoint_layout, require_whole
 from cpift.devices import Device
 from cpift.pretrained.loading import empty_network
+from cpift.training.weights.frozen import hold_as_stored, stored_dtypes
 from cpift.training.weights.workers import own_rows
 
 
-def load_whole(path: Path, dtype: torch.dtype, device: Device) -> PreTrainedModel:
+def load_whole(path: Path, dtype: torch.dtype, device: Device, as_stored: bool = False) -> PreTrainedModel:
     """The model of a local safetensors folder in `dtype`, on `device`. A GPU's takes no room in this machine's memory:
     tensor after tensor goes there as the file has it, and is widened there.
 
+    as_stored: linear layers are not to be trained, and are no wider than in the file (`frozen.py`).
+
     Raises CheckpointError naming parameters that the folder does not give.
     """
-    model = _unwritten(path, dtype)
-    _saved_as_read(model, read_into(model, Checkpoint(path), torch.device(device)))
+    model, checkpoint = _unwritten(path, dtype), Checkpoint(path)
+    if as_stored:
+        hold_as_stored(model, stored_dtypes(checkpoint))
+    _saved_as_read(model, read_into(model, checkpoint, torch.device(device)))
     return cast(PreTrainedModel, model.to(device).eval())
 
 
