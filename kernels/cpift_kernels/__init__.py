@@ -15,7 +15,7 @@ from .low_rank import add_low_rank
 from .magnitudes import Magnitudes, delta_magnitudes
 from .masks import count_mask, pack_mask, union_mask, unpack_mask
 from .overlap import overlap_counts, overlap_counts_per_tensor, resolve_conflicts
-from .placement import SLOT, SLOTS, Lane, Placement, Ready, Staged, placement_of
+from .placement import SLOT, SLOTS, Lane, Placement, Ready, Staged, lane_bytes, placement_of
 from .selection import CoreMask, select_cores
 from .slerp import SlerpResult, slerp_coefficients
 from .streaming import Core, Mark, Marked, Masks, Models, Range, Selection, SelectionShard, select_over, stream_cores
@@ -46,6 +46,7 @@ __all__ = [
     "fused_apply",
     "gather_masked",
     "hold_masked",
+    "lane_bytes",
     "lost_pages",
     "mask_starts",
     "masked_gram",

@@ -146,6 +146,11 @@ class Staged:
     there: Event
 
 
+def lane_bytes(slices: int) -> int:
+    """What a `Lane` holds on the device, at most, of so many slices at once, a result, and those on their way."""
+    return (slices + 1 + LEAVING) * BUFFER
+
+
 class Lane:
     """What one thread sends to a device, has done there and takes back, each beside the others.
 

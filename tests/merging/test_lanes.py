@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpift_kernels import Placement, placement
+from cpift_kernels import Placement, lane_bytes, placement
 
 from cpift.checkpoints import slices
 from cpift.checkpoints.checkpoint import Checkpoint
@@ -21,7 +21,6 @@ from cpift.merging.engine import merge
 from cpift.merging.gpu import choice
 from cpift.merging.gpu.choice import AutoMerging
 from cpift.merging.gpu.lanes import GpuMemoryError
-from cpift.merging.gpu.room import lane_holds
 from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import method_named
 from cpift.method.regions import Streaming, write_regions
@@ -161,7 +160,7 @@ def test_what_a_lane_holds_is_bounded(models: Models, regions: Path, tmp_path: P
     """Two slices of each model and the results on their way, whatever the tensor; bytes are the CPU's."""
     method = method_of(models, regions, {"method": "slerp"})
     wanted = written(method, models[0], tmp_path / "cpu")
-    bound = lane_holds(len(method.models))
+    bound = lane_bytes(2 * len(method.models))
     assert bound == 2 * 2 * placement.BUFFER + (placement.LEAVING + 1) * 512 * 4
     merging, made = limited(bound)
     assert written(method, models[0], tmp_path / "gpu", merging) == wanted
