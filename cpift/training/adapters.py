@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cpift.config.run import TrainingConfig
 from cpift.config.training import LoraConfig
+from cpift.devices import Device, resolved
 from cpift.errors import CheckpointError, Problem
 from cpift.pretrained.loading import load_adapter
-from cpift.training.weights.frozen import seen_as_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +28,19 @@ def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
     return []
 
 
+def load_adapted(
+    folder: Path, training: TrainingConfig, device: Device, seed: int, saved: Path | None = None
+) -> PreTrainedModel:
+    """The model in a folder `with_adapters`; its own weights as they are stored where products are bfloat16."""
+    import torch
+
+    from cpift.training.weights.reading import load_whole
+
+    assert training.lora is not None
+    narrow = resolved(training.precision, device) == "bfloat16"
+    return with_adapters(load_whole(folder, torch.float32, device, narrow), training.lora, seed, saved)
+
+
 def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Path | None = None) -> PreTrainedModel:
     """The model with adapters beside its weights, and only these to train: new ones, or those in the folder `saved`;
     in float32, whatever the weights beside them are.
@@ -37,6 +50,8 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Pa
     """
     import peft
     import torch
+
+    from cpift.training.weights.frozen import seen_as_float32
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = peft.LoraConfig(

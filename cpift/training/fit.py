@@ -37,7 +37,7 @@ from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
 from cpift.models.sources import load_tokenizer
-from cpift.training.adapters import merge_adapters, with_adapters
+from cpift.training.adapters import load_adapted, merge_adapters
 from cpift.training.batches import Abilities, Batches
 from cpift.training.compiling import compiled, fixed_length
 from cpift.training.fsdp import ShardedTrainer, WholeTrainer
@@ -134,11 +134,9 @@ def _sharded(spec: FitSpec) -> bool:
 
 def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
-    lora = spec.training.lora
     device = device_of(spec)
-    if lora is not None:
-        narrow = resolved(spec.training.precision, device) == "bfloat16"
-        return with_adapters(load_whole(spec.model, torch.float32, device, narrow), lora, spec.seed, saved)
+    if spec.training.lora is not None:
+        return load_adapted(spec.model, spec.training, device, spec.seed, saved)
     if _sharded(spec):
         return load_sharded(saved or spec.model, torch.float32, device, gathers_narrow(spec))
     return load_whole(saved or spec.model, torch.float32, device)

@@ -96,7 +96,7 @@ def test_weights_under_adapters_are_held_as_stored_and_that_changes_no_bit(
             dtypes.append(model.model.layers[0].mlp.down_proj.weight.dtype)
             return model
 
-        monkeypatch.setattr("cpift.training.fit.load_whole", load)
+        monkeypatch.setattr("cpift.training.weights.reading.load_whole", load)
         each = spec(tmp_path / "base", tmp_path / name, *STAGES, **fields)
         fit(each)
         trained.append(weights(each.export))
