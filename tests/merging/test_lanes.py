@@ -15,12 +15,13 @@ from cpift_kernels import Placement, lane_bytes, placement
 from cpift.checkpoints import slices
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import sweep
-from cpift.config.run import FusionConfig, RegionsConfig
+from cpift.config.run import FusionConfig, RegionsConfig, RunConfig
 from cpift.merging.base import FusionInputs, Materials, MergeMethod
 from cpift.merging.engine import merge
 from cpift.merging.gpu import choice
 from cpift.merging.gpu.choice import AutoMerging
 from cpift.merging.gpu.lanes import GpuMemoryError
+from cpift.merging.gpu.room import merge_holds
 from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import method_named
 from cpift.method.regions import Streaming, write_regions
@@ -165,6 +166,13 @@ def test_what_a_lane_holds_is_bounded(models: Models, regions: Path, tmp_path: P
     merging, made = limited(bound)
     assert written(method, models[0], tmp_path / "gpu", merging) == wanted
     assert max(place.most for place in made) <= bound
+
+
+def test_a_plan_counts_what_two_lanes_hold_of_all_models() -> None:
+    tasks = [{"name": name, "checkpoint": {"path": name}} for name in ("a", "b")]
+    fields = {"model": {"path": "base"}, "tasks": tasks, "fusion": {"method": "linear"}}
+    assert merge_holds(RunConfig(**fields, backbone={"source": "pretrained"})) == 2 * lane_bytes(2 * 3)  # type: ignore[arg-type]
+    assert merge_holds(RunConfig(**fields, backbone={"source": "c"})) == 2 * lane_bytes(2 * 4)  # type: ignore[arg-type]
 
 
 def select(models: Models, regions: Path, out: Path, merging: Any) -> None:
