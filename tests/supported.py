@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.merging import beside
 from cpift.checkpoints import layout, lora_config
 from cpift.pretrained import fields as model_fields
 from cpift.rows import formats as row_formats
@@ -15,7 +16,7 @@ from cpift.rows.examples import parse_row
 from cpift.rows.turns import RowError
 from cpift.untrusted import json as untrusted
 
-DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("supported.md", "security.md")]
+DOCUMENTS = [Path(__file__).parents[1] / "docs" / name for name in ("supported.md", "security.md", "comparison.md")]
 _READ = {
     "CONFIG": "a run's, sweep's or comparison's YAML, values of `--set`",
     "MODEL_CONFIG": "`config.json`, the tokenizer's and generation's configs",
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": layout.models_table,
     "configuration": model_fields.fields_table,
     "limits": limits_table,
+    "beside mergekit": beside.table,
 }  # a marker in the document → the function that gives its table as markdown
 
 _USER, _REPLY = {"role": "user", "content": "u"}, {"role": "assistant", "content": "r"}

@@ -1,4 +1,4 @@
-"""docs/supported.md, docs/security.md and docs/reference.md say what the code does."""
+"""docs/supported.md, security.md, comparison.md and reference.md say what the code does, and what was measured."""
 
 from __future__ import annotations
 
