@@ -1,6 +1,7 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be there.
 
     python -m benchmarks.kernels.compile_report [--markdown] [--tasks 5] [--kernels mark apply] [--targets sm_90]
+    python -m benchmarks.kernels.compile_report --kernels mark --into kernels/GPU.md
 
 For each kernel, dtype and target: whether every access of a tensor is 128 bits wide, registers, spills, shared memory,
 estimated occupancy, bytes moved per parameter against the least possible, and the time that a card would take. The time
@@ -11,8 +12,9 @@ compiled PTX on the CPU, NVIDIA only) at its peak issue rate, whichever is longe
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cpift_kernels.triton import catalog
 from cpift_kernels.triton.machine_code import MachineCode, read_machine_code
@@ -88,7 +90,7 @@ def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:
         ("zero", "gather", "scatter", "zero_blocks", "hold"), 1
     )
     wanted = tensors.get(entry.name, 1 + min(entry.tasks, 8))
-    return bool(code.loads[128] >= wanted * entry.elements / entry.launch.threads * item / 16)
+    return bool(code.loads[128] >= wanted * entry.tile / entry.launch.threads * item / 16)
 
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
@@ -100,6 +102,17 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
                 yield row(name, dtype, target, options.tasks, options.parameters)
 
 
+def replaced(page: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """A page's text with other rows about these kernels, dtypes and targets. Raises ValueError where it has none."""
+    lines = page.split("\n")
+    for row in rows:
+        places = [at for at, line in enumerate(lines) if line.startswith(f"| {' | '.join(row[:3])} |")]
+        if len(places) != 1:
+            raise ValueError(f"the page has {len(places)} rows about {' '.join(row[:3])}, so add one by hand")
+        lines[places[0]] = f"| {' | '.join(row)} |"
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", default=[*catalog.KERNELS], choices=catalog.KERNELS)
@@ -107,8 +120,12 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=TARGETS)
     parser.add_argument("--tasks", type=int, default=5, help="tuned models that an operation takes")
     parser.add_argument("--parameters", type=float, default=7e9, help="model size of the predicted time")
-    parser.add_argument("--markdown", action="store_true", help="a table for kernels/README.md")
+    parser.add_argument("--markdown", action="store_true", help="a table for kernels/GPU.md")
+    parser.add_argument("--into", type=Path, help="a page: these rows take the place of its rows about the same")
     options = parser.parse_args()
+    if options.into:
+        options.into.write_text(replaced(options.into.read_text(encoding="utf-8"), rows(options)), encoding="utf-8")
+        return
     if options.markdown:
         print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     else:

@@ -40,9 +40,10 @@ REGISTERS = {
     "scatter": 40, "zero_blocks": 32, "hold": 40, "magnitudes": 80,
     "count": 24,
 }  # fmt: skip
+FP16 = {"mark": 160}  # which may hold all 255, see `common.all_registers`
 # PTX instructions a parameter at four tasks: what was measured, and a tenth more.
 INSTRUCTIONS = {
-    "mark": 97, "collect": 8, "overlap": 2.2, "conflict": 80, "gram": 74, "apply": 99, "zero": 15, "gather": 33,
+    "mark": 81, "collect": 8, "overlap": 2.2, "conflict": 75, "gram": 74, "apply": 99, "zero": 15, "gather": 33,
     "scatter": 32, "zero_blocks": 16, "hold": 34, "magnitudes": 42,
     "count": 6,
 }  # fmt: skip
@@ -68,7 +69,7 @@ def _machine_code(name: str, dtype: str, target: str, tasks: int = TASKS) -> Mac
 def test_no_spills_and_few_registers(name: str, dtype: str, target: str) -> None:
     code = _machine_code(name, dtype, target)
     assert code.spilled == 0
-    assert code.registers <= REGISTERS[name]
+    assert code.registers <= (FP16 if dtype == "fp16" else REGISTERS).get(name, REGISTERS[name])
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_no_spills_at_sixteen_tasks(name: str, dtype: str, target: str) -> None:
 def test_tensors_move_128_bits_at_a_time(name: str, dtype: str, target: str) -> None:
     code, entry = _machine_code(name, dtype, target), catalog.entry(name, dtype, TASKS)
     item = 1 / 8 if name == "overlap" else catalog.DTYPES[dtype].itemsize
-    accesses = entry.elements / entry.launch.threads * item / 16
+    accesses = entry.tile / entry.launch.threads * item / 16
     loads, stores = WIDE[name]
     assert code.loads[128] >= loads * accesses
     assert code.stores[128] == stores * accesses

@@ -27,7 +27,8 @@ CORE = 0.05  # share of core elements that the data-dependent kernels are priced
 class Entry:
     """One kernel at one dtype and number of tasks, with the launch that covers whole blocks.
 
-    elements: parameters that one program covers. reached: tensors that it may find by address, in a table.
+    elements: parameters that one program covers, `tile` of them at a time. reached: tensors that it may find by
+    address, in a table.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     tasks: int
     launch: Launch
     elements: int
+    tile: int
     bytes_moved: float
     bytes_needed: float
     reached: tuple[Tensor, ...]
@@ -121,7 +123,9 @@ def entry(name: str, dtype: str, tasks: int) -> Entry:
     launch = _launches(name, inputs)[0]
     moved, needed = _traffic(name, DTYPES[dtype].itemsize, tasks)
     reached = (inputs.origin, *inputs.masks)
-    return Entry(name, dtype, tasks, launch, SIZE // launch.programs, moved, needed, reached)
+    covered = SIZE // launch.programs
+    tile = launch.arguments.get("TILE", covered)
+    return Entry(name, dtype, tasks, launch, covered, tile, moved, needed, reached)
 
 
 def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:

@@ -67,21 +67,20 @@ def conflict_kernel(
         needed = (contested[:, None] != 0) & within(numel - first, BLOCK, TAIL)
         origin = read(pretrained, first, needed, BLOCK)
         best = tl.full((BLOCK // 8, 8), -1.0, tl.float32)
-        owner = tl.full((BLOCK // 8, 8), -1, tl.int32)
+        claims = ()
         for i in tl.static_range(N):
             claim = tl.abs(read(tuned[i], first, needed, BLOCK) - origin)
             takes = ((members[i][:, None] & bit_masks(True)) != 0) & (claim > best)
             best = tl.where(takes, claim, best)
-            owner = tl.where(takes, i, owner)
-        for i in tl.static_range(N):
-            won = members[i] & (pack(owner == i) | ~contested)
-            tl.store(settled[i] + first // 8 + row, won.to(tl.uint8), mask=written)
+            claims = claims + (pack(takes),)
     else:
-        later = tl.zeros((BLOCK // 8,), tl.int32)
-        for back in tl.static_range(N):
-            won = members[N - 1 - back] & ~later
-            tl.store(settled[N - 1 - back] + first // 8 + row, won.to(tl.uint8), mask=written)
-            later = later | members[N - 1 - back]
+        claims = members
+    # Whoever takes an element has it until another takes it.
+    later = tl.zeros((BLOCK // 8,), tl.int32)
+    for back in tl.static_range(N):
+        won = members[N - 1 - back] & ((claims[N - 1 - back] & ~later) | ~contested)
+        tl.store(settled[N - 1 - back] + first // 8 + row, won.to(tl.uint8), mask=written)
+        later = later | claims[N - 1 - back]
 
 
 def overlap_counts_per_tensor(masks: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -9,7 +9,8 @@ The index half of a cut point acts at block boundaries, so a block compares with
 ties costs nothing.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: RUF005 (Triton does not unpack tuples)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment"
 from __future__ import annotations
 
 import math
@@ -38,6 +39,7 @@ from .common import (
 )
 
 BLOCK = 4096  # elements that one program reads of every tensor
+TILE = 1024  # of them at a time, 32 bytes of each a thread: what a program does once costs less where it does more
 GROUP = 8  # models that one launch marks; more would spill registers, and θ0 is read once a group
 SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is marked, then its candidates taken
 
@@ -45,7 +47,7 @@ SCRATCH_BYTES = 1 << 25  # of lower masks at a time: a slice of each tensor is m
 @triton.jit
 def mark_kernel(
     pretrained, tuned, upper, lower, lower_stride, counts, faults, cuts, edges, start, numel, base,
-    N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Mark one block of N models against K cut pairs each.
 
@@ -55,27 +57,35 @@ def mark_kernel(
     start: linear index of the slice's first element.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK + base
-    row = tl.arange(0, BLOCK // 8)
-    inside = within(numel - first, BLOCK, TAIL)
-    written = word_bytes_within(numel - first, BLOCK, TAIL)
-    origin = read(pretrained, first, inside, BLOCK)
-    fault = tl.zeros((BLOCK // 8, 8), tl.float32)
-    for i in tl.static_range(N):
-        delta = read(tuned[i], first, inside, BLOCK) - origin
-        fault += delta * 0.0  # NaN from the first NaN or Inf on
-        for k in tl.static_range(K):
-            c = i * K + k
-            above = tl.load(cuts + 2 * c) - (start + first < tl.load(edges + 2 * c)).to(tl.int32)
-            below = tl.load(cuts + 2 * c + 1) - (start + first < tl.load(edges + 2 * c + 1)).to(tl.int32)
-            # Non-negative floats order like their bits, so the cut's bits serve as a float.
-            sure = pack(tl.abs(delta) > above.to(tl.float32, bitcast=True))
-            possible = pack(tl.abs(delta) > below.to(tl.float32, bitcast=True))
-            upper_row = upper[i * K + k] + first // 8 + row
-            lower_row = lower + lower_stride * c + first // 8 + row
-            tl.store(upper_row, sure.to(tl.uint8), mask=written)
-            tl.store(lower_row, possible.to(tl.uint8), mask=written)
-            found = popcount(sure.to(tl.uint32)) + (popcount(possible.to(tl.uint32)) << 16)
-            tl.store(counts + first // BLOCK * (N * K) + c, tl.sum(found, 0))
+    above, below, found = (), (), ()
+    for c in tl.static_range(N * K):
+        # Non-negative floats order like their bits, so the cut's bits serve as a float.
+        high = tl.load(cuts + 2 * c) - (start + first < tl.load(edges + 2 * c)).to(tl.int32)
+        low = tl.load(cuts + 2 * c + 1) - (start + first < tl.load(edges + 2 * c + 1)).to(tl.int32)
+        above = above + (high.to(tl.float32, bitcast=True),)
+        below = below + (low.to(tl.float32, bitcast=True),)
+        found = found + (tl.zeros((TILE // 8,), tl.int32),)
+    fault = tl.zeros((TILE // 8, 8), tl.float32)
+    for turn in tl.range(0, BLOCK, TILE):
+        at = first + turn
+        row = at // 8 + tl.arange(0, TILE // 8)
+        inside = within(numel - at, TILE, TAIL)
+        written = word_bytes_within(numel - at, TILE, TAIL)
+        origin = read(pretrained, at, inside, TILE)
+        counted = ()
+        for i in tl.static_range(N):
+            delta = read(tuned[i], at, inside, TILE) - origin
+            fault += delta * 0.0  # NaN from the first NaN or Inf on
+            for k in tl.static_range(K):
+                sure = pack(tl.abs(delta) > above[i * K + k])
+                possible = pack(tl.abs(delta) > below[i * K + k])
+                tl.store(upper[i * K + k] + row, sure.to(tl.uint8), mask=written)
+                tl.store(lower + lower_stride * (i * K + k) + row, possible.to(tl.uint8), mask=written)
+                both = popcount(sure.to(tl.uint32)) + (popcount(possible.to(tl.uint32)) << 16)
+                counted = counted + (found[i * K + k] + both,)
+        found = counted
+    for c in tl.static_range(N * K):
+        tl.store(counts + first // BLOCK * (N * K) + c, tl.sum(found[c], 0))
     tl.store(faults + first // BLOCK, tl.max(tl.max((fault != fault).to(tl.int32), 1), 0))
 
 
@@ -261,7 +271,7 @@ def launch_mark(
         mark_kernel, numel, BLOCK, device,
         origin, tuple(models), tuple(map(mask_bytes, uppers)), mask_bytes(lower.view(-1)), 4 * lower.stride(0),
         counts, faults, cuts, edges, start, numel,
-        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, threads=BLOCK // 16,
+        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, TILE=TILE, threads=TILE * origin.element_size() // 32,
         registers=all_registers(origin, *models),
     )  # fmt: skip
     return lower, counts, faults
