@@ -24,17 +24,19 @@ from cpift.errors import ChangedInput
 from cpift.merging.base import FusionInputs, Materials
 from cpift.merging.engine import Selects
 from cpift.merging.in_memory import MergeInMemory
-from cpift.merging.registry import method_named
+from cpift.merging.registry import METHODS, method_named
 from cpift.merging.resident import engine
 from cpift.merging.resident.engine import ResidentMerging, hold_at_most, staying
 from cpift.merging.resident.residents import Residents, cut, identity
+from cpift.merging.resident.shard import ResidentCheckpoint
 from cpift.method.masks import MasksInMemory
 from cpift.method.measures import Update
 from cpift.method.regions import Streaming, write_regions
 from cpift.models.sources import materialise
 from tests.helpers.as_gpu import as_gpu
-from tests.helpers.checkpoints import Models, make_moved, make_sharded, save_checkpoint
+from tests.helpers.checkpoints import SMALL, Models, make_moved, make_sharded, save_checkpoint
 from tests.helpers.placements import Lazy, Limited, queued_launches
+from tests.helpers.ways_to_merge import CASES, masks_of, moments_for
 
 ROOM = 1 << 30
 CPU = torch.device("cpu")
@@ -119,6 +121,36 @@ def test_merges_have_the_same_bytes_on_any_number_of_shards(
 def test_whatever_is_merged(fields: dict[str, Any], models: Models, regions: dict[float, Path]) -> None:
     wanted = files(recipe(models, regions[0.05], **fields))
     assert files(recipe(models, regions[0.05], {}, **fields), on_shards(3)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*CASES, *METHODS} - {"cpift", "linear"}))
+def test_every_way_to_merge(name: str, three: Models, tmp_path: Path) -> None:
+    """In this process's memory; on a GPU those that have a form for it."""
+    base, tuned = three
+    tasks, fields = CASES.get(name, ({"slerp": 2, "passthrough": 1}.get(name, 3), {}))
+    config = FusionConfig(method=name, **fields)
+    chosen = {task: tuned[task] for task in list(tuned)[:tasks]}
+    inputs = FusionInputs(base, base, chosen, tmp_path, list(chosen), moments=moments_for(base, chosen, tmp_path))
+    method = method_named(name).make(Materials(inputs, config, 3, partial(masks_of, config, tmp_path / "masks")))
+    made = MergeInMemory(method, None, base, 1 << 20, checked=True)
+    assert files(made, on_shards(1)) == files(made)
+    residents = Residents([None], ROOM)
+    placed = residents.placed(method)
+    assert (placed is None) == METHODS[name].needs_moments, "these are not read twice"
+    if placed is not None:
+        assert all(type(model) is ResidentCheckpoint for model in placed.models)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root, generator = tmp_path_factory.mktemp("three"), torch.Generator().manual_seed(4)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SMALL.items()}
+    tuned = {}
+    for task in ("t0", "t1", "t2"):
+        moved = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        tuned[task] = Checkpoint(save_checkpoint(root / task, moved))
+    return Checkpoint(save_checkpoint(root / "base", base)), tuned
 
 
 def test_a_tensor_is_on_one_shard() -> None:

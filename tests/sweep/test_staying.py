@@ -87,6 +87,7 @@ def test_the_first_point_alone_reads_the_models(tmp_path: Path, read: Counter[st
         ({}, True, "Models stay in memory from point to point"),
         ({"keep": "all"}, False, ""),
         ({"model": "final"}, False, ""),
+        ({"fixed": {"fusion.method": "ties"}}, True, "Models stay in memory from point to point"),
         ({"fixed": {"resources.memory_budget": 1}}, False, "more than resources.memory_budget"),
     ],
     ids=str,

@@ -24,6 +24,7 @@ from cpift.disk.mapped import file_version
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Merged, MergeMethod
 from cpift.merging.on_device import OnDevice
+from cpift.merging.registry import METHODS
 from cpift.merging.resident.shard import ResidentShard, mask_key
 from cpift.method.masks import MasksFrom
 from cpift.method.measures import Update
@@ -84,7 +85,8 @@ class Residents:
         """The method over the models here; None where it cannot be, or they have no room.
 
         Raises GpuMemoryError where a device has less room than it seemed to have."""
-        if not method.leaves_host or not self._admits(method.models, len(method.tuned), method.with_masks):
+        able = method.leaves_host if self.on_device else type(method) in METHODS.values()
+        if not able or not self._admits(method.models, len(method.tuned), method.with_masks):
             return None
         method.reused = self._reused_by(method)
         merged = [info for info in method.rest[1].tensors.values() if method.merges(info)]

@@ -23,6 +23,7 @@ from cpift.disk.input_watch import noted
 from cpift.evaluation.scores import Evaluation
 from cpift.formats.sizes import available_memory
 from cpift.merging.in_memory import MergeInMemory, MergeRecord
+from cpift.merging.registry import METHODS
 from cpift.merging.resident.residents import Residents, identity
 from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run, unless_damaged
@@ -78,7 +79,8 @@ def kept_between_points(run: Run, workers: int) -> tuple[int, str]:
     in a sentence, where the models are there to be looked at."""
     folders = {task: probed.path for task, probed in probe.tuned(run.artifacts).items()}
     base, resources = pretrained.base(run.artifacts).path, run.config.resources
-    if not all(folder.is_dir() for folder in (base, *folders.values())):
+    method = METHODS.get(run.config.fusion.method)  # what users bring reads models as it likes
+    if method is None or method.needs_moments or not all(one.is_dir() for one in (base, *folders.values())):
         return 0, ""
     opened, tuned = open_merged(base, folders, run.config.fusion)
     models = [opened, *tuned.values()]
