@@ -170,9 +170,9 @@ def test_what_a_lane_holds_is_bounded(models: Models, regions: Path, tmp_path: P
 
 def test_a_plan_counts_what_two_lanes_hold_of_all_models() -> None:
     tasks = [{"name": name, "checkpoint": {"path": name}} for name in ("a", "b")]
-    fields = {"model": {"path": "base"}, "tasks": tasks, "fusion": {"method": "linear"}}
-    assert merge_holds(RunConfig(**fields, backbone={"source": "pretrained"})) == 2 * lane_bytes(2 * 3)  # type: ignore[arg-type]
-    assert merge_holds(RunConfig(**fields, backbone={"source": "c"})) == 2 * lane_bytes(2 * 4)  # type: ignore[arg-type]
+    for source, models in (("pretrained", 3), ("c", 4)):
+        fields: dict[str, Any] = {"model": {"path": "base"}, "tasks": tasks, "backbone": {"source": source}}
+        assert merge_holds(RunConfig(name="m", **fields)) == 2 * lane_bytes(2 * models)
 
 
 def select(models: Models, regions: Path, out: Path, merging: Any) -> None:
