@@ -16,7 +16,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cpift.cluster.session import KEPT, alive_nodes, use_assigned_gpus
+from cpift.cluster.session import KEPT, alive_nodes, ray_answers, use_assigned_gpus
 from cpift.errors import StageError, first_line
 from cpift.merging.engine import Merging, Tell
 
@@ -104,7 +104,7 @@ class _Pool:
             self._give(at)
 
     def close(self) -> None:
-        for at in list(self._actors):
+        for at in list(self._actors) if ray_answers() else ():
             self._leave(at)
 
     def _start(self, at: int) -> None:

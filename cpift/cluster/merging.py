@@ -76,8 +76,10 @@ class RayMerging:
         """Keep one connection over several stages. Raises CpiftError for a cluster without what is asked of it."""
         if not self._resources.on_cluster:
             with ExitStack() as self._session:
-                yield
-            self._session = None
+                try:
+                    yield
+                finally:
+                    self._session = None  # what comes later connects anew
             return
         with ray_session(self._resources):
             if self._make is not None:
@@ -238,7 +240,7 @@ class _Words:
         self.stored: list[tuple[int, int, int, int, np.ndarray]] = []
 
     def store(self, task: int, k: int, tensor: int, first: int, words: np.ndarray) -> None:
-        self.stored.append((task, k, tensor, first, words))
+        self.stored.append((task, k, tensor, first, words.copy()))  # a GPU's come in pinned memory, which others want
 
     def words(self, task: int, k: int, tensor: int) -> np.ndarray:
         raise NotImplementedError("marking writes masks and reads none")

@@ -92,6 +92,13 @@ def test_a_cluster_without_gpus_is_refused_when_it_is_connected_to(monkeypatch: 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     said: list[str] = []
     here = RayMerging(ResourcesConfig(device="cuda"), lambda: DeviceMerging(torch.device("cpu")), said.append)
-    with here.session():
-        assert isinstance(here._alone(), DeviceMerging)
+
+    def fails() -> None:
+        with here.session(), here._connected():
+            assert isinstance(here._alone(), DeviceMerging)
+            raise CpiftError("of a stage")
+
+    with pytest.raises(CpiftError, match="of a stage"):
+        fails()
+    assert here._session is None, "what comes later connects anew, and ends it"
     assert said == ["resources.device cuda: on one GPU, for Ray sees none of this machine's"]
