@@ -12,15 +12,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpift.config.training import TrainingConfig
 from cpift.devices import Device
 from cpift.errors import Problem
 from cpift.pretrained.architecture import skeleton
-
-if TYPE_CHECKING:
-    import torch
 
 _SHAPES = 64  # of one layer's code: full and last batches, in training and looking, with a mask and without, by layer
 # What torch's compiler needs of the machine, by device: a variable that names it, and names that are looked for.
@@ -61,17 +58,14 @@ def compiled(model: Any, asked: bool) -> Iterator[None]:
         return
     import torch._dynamo
 
+    from cpift.training.weights.units import layers_of
+
     config: Any = torch._dynamo.config
-    for layer in _layers(model):
+    for layer in layers_of(model):
         layer.compile(dynamic=False)
     try:
         with config.patch(recompile_limit=_SHAPES, fail_on_recompile_limit_hit=True):
             yield
     finally:
-        for layer in _layers(model):
+        for layer in layers_of(model):
             layer._compiled_call_impl = None  # as torch has it before
-
-
-def _layers(model: Any) -> Iterator[torch.nn.Module]:
-    names = set(model._no_split_modules or ())
-    return (one for one in model.modules() if type(one).__name__.removeprefix("FSDP") in names)

@@ -25,6 +25,7 @@ from cpift.pretrained.loading import empty_network
 from cpift.training.adapters import with_adapters
 from cpift.training.optimizers import outside_layers
 from cpift.training.weights.frozen import Dtypes, hold_as_stored, stored_dtypes
+from cpift.training.weights.units import layers_of
 
 _SMALL_8BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 32 bits
 
@@ -123,7 +124,7 @@ def _activations(model: Any, training: TrainingConfig, narrow: bool) -> int:
     held = _kept(model, batch, narrow)
     if not training.gradient_checkpointing:
         return held
-    layers = sum(type(module).__name__ in (model._no_split_modules or ()) for module in model.modules())
+    layers = len(layers_of(model))
     model.gradient_checkpointing_disable()
     return held + max(0, _kept(model, batch, narrow) - held) // max(layers, 1)
 

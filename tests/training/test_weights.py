@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -20,6 +21,7 @@ from cpift.disk.files import file_sha256
 from cpift.models.loading import load_model
 from cpift.training.weights import writing
 from cpift.training.weights.reading import load_sharded, load_whole
+from cpift.training.weights.units import layers_of
 from cpift.training.weights.workers import own_rows
 from tests.helpers.families import make_family
 
@@ -152,3 +154,29 @@ def test_workers_write_one_model(
 def mine(whole: torch.Tensor, shared: DTensor) -> torch.Tensor:
     rows = own_rows(shared)
     return whole[rows.start : rows.stop]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "units"),
+    [
+        ("mamba", {}, ["backbone.layers.0", "backbone.layers.1"]),
+        (
+            "zamba2",
+            {"layers_block_type": ["hybrid", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1},
+            ["model.layers.0.mamba_decoder", "model.layers.1.mamba_decoder"],
+        ),
+    ],
+)
+def test_layers_in_layers_and_what_layers_share_are_sharded_once(
+    tmp_path: Path, family: str, fields: dict[str, Any], units: list[str]
+) -> None:
+    folder = make_family(family, tmp_path, fields)
+    whole = load_whole(folder, torch.float32, "cpu")
+    assert len(layers_of(whole)) == 2
+    with worker(1):
+        model = load_sharded(folder, torch.float32, "cpu")
+        sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+        assert sharded == ["", *units]
+        for name, held in model.named_parameters():
+            assert isinstance(held, DTensor)
+            assert torch.equal(held.to_local(), mine(whole.get_parameter(name), held)), name

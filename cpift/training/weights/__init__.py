@@ -1,7 +1,8 @@
 """The weights of a fine-tune: read, kept beside it, written; of a model that is sharded every worker its own share.
 
 `reading` (a checkpoint into a model), `copies` (their average, copies on disk while they are trained), `writing` (a
-trained model as a checkpoint), `workers` (those that train together, and which rows each has).
+trained model as a checkpoint), `workers` (those that train together, and which rows each has), `units` (layers, and
+what is gathered at a time).
 
     >>> from cpift.training.weights import rows_of
     >>> [rows_of(10, worker, 4) for worker in range(4)]

@@ -17,6 +17,7 @@ from cpift.checkpoints.layout import Layout, checkpoint_layout, require_whole
 from cpift.devices import Device
 from cpift.pretrained.loading import empty_network
 from cpift.training.weights.frozen import hold_as_stored, stored_dtypes
+from cpift.training.weights.units import units_of
 from cpift.training.weights.workers import own_rows
 
 
@@ -38,8 +39,9 @@ def load_whole(path: Path, dtype: torch.dtype, device: Device, as_stored: bool =
 def load_sharded(path: Path, dtype: torch.dtype, device: Device, narrow: bool = False) -> PreTrainedModel:
     """The same, sharded over the workers of the process group. Collective.
 
-    A unit is one decoder layer; embeddings, last norm and head are another, so that tied ones are gathered as one. A
-    worker reads its own rows of each tensor: memory is touched for its share of the model and, on a GPU, one layer.
+    A unit is one decoder layer; embeddings, last norm, head and what layers share are another, so that tied parameters
+    are gathered as one. A worker reads its own rows of each tensor: memory is touched for its share of the model and,
+    on a GPU, one layer.
 
     narrow: units are gathered, and computed with, as bfloat16; gradients are summed over the workers as float32.
     """
@@ -47,9 +49,8 @@ def load_sharded(path: Path, dtype: torch.dtype, device: Device, narrow: bool = 
     how: dict[str, Any] = {"mesh": init_device_mesh(device, (torch.distributed.get_world_size(),))}
     if narrow:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in list(model.modules()):
-        if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(module, **how)
+    for unit in units_of(model):
+        fully_shard(unit, **how)
     fully_shard(model, **how)
     _saved_as_read(model, read_into(model, Checkpoint(path)))
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True  # what Trainer looks for
