@@ -73,9 +73,11 @@ def test_no_spills_and_few_registers(name: str, dtype: str, target: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tasks"), [("mark", 5), ("apply", 3)])
-def test_no_spills_where_ptxas_would_stop_early(name: str, tasks: int) -> None:
-    assert _machine_code(name, "fp16", "sm_80", tasks).spilled == 0
+@pytest.mark.parametrize(
+    ("name", "tasks", "target"), [("mark", 2, "sm_90"), ("mark", 5, "sm_80"), ("apply", 3, "sm_80")]
+)
+def test_no_spills_where_ptxas_would_stop_early(name: str, tasks: int, target: str) -> None:
+    assert _machine_code(name, "fp16", target, tasks).spilled == 0
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def launch(
 
 
 def all_registers(*tensors: Tensor) -> int | None:
-    """Every register there is for fp16, where ptxas would stop at 64 on sm_80 and spill; None, its own choice, else."""
+    """Every register there is for fp16, where ptxas may stop early and spill; None, its own choice, else."""
     return 255 if any(tensor.dtype == torch.float16 for tensor in tensors) else None
 
 
