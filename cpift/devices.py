@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -139,11 +140,26 @@ def keep_freed_memory() -> None:
 _KEEPS = ((-4, 0), (-1, 2**31 - 1))
 
 
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """Inside, tensors are made where others were freed: half the processor time of merges that make several for each
+    slice was new pages. What is free at the end is given back; blocks of any size stay in the heap from then on."""
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        _trim()
+
+
 def free_memory() -> None:
     """Give back what torch keeps of GPU memory for its next tensors, and the C library of the machine's."""
     import torch
 
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    _trim()
+
+
+def _trim() -> None:
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

@@ -25,6 +25,7 @@ from cpift.checkpoints.writing import (
     write_index,
     write_shard,
 )
+from cpift.devices import reusing_memory
 from cpift.disk.files import file_sha256
 from cpift.disk.guarded import guarded_reads
 from cpift.errors import CpiftError
@@ -178,7 +179,7 @@ class _ToFile:
 def fill_shard(method: MergeMethod, shard: Shard, target: Target, progress: OnElements) -> ShardRecord:
     """Merge every tensor of a shard into `target`."""
     records: list[TensorRecord] = []
-    with guarded_reads(shard.name), drained(target):
+    with reusing_memory(), guarded_reads(shard.name), drained(target):
         for info, (record, fill) in _looked_ahead(method, shard.tensors):
             records += [] if record is None else [record]
             for start, stop in sweep(method.at(info.name).models, info, method.pieces(info)):

@@ -113,19 +113,21 @@ class Limited(Inline):
 
     def __init__(self, limit: int):
         super().__init__(CPU)
-        self.limit, self.held, self.most = limit, 0, 0
+        self.limit, self.most = limit, 0
+        self._live: dict[object, int] = {}  # bytes of each room; entries come and go at once, from whatever thread
+
+    @property
+    def held(self) -> int:
+        return sum(list(self._live.values()))
 
     def room(self, nbytes: int, queue: Queue) -> torch.Tensor:
         if self.held + nbytes > self.limit:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.\nMore is said here.")
-        self.held += nbytes
+        room, key = super().room(nbytes, queue), object()
+        self._live[key] = nbytes
         self.most = max(self.most, self.held)
-        room = super().room(nbytes, queue)
-        weakref.finalize(room.untyped_storage(), self._freed, nbytes)
+        weakref.finalize(room.untyped_storage(), self._live.pop, key)
         return room
-
-    def _freed(self, nbytes: int) -> None:
-        self.held -= nbytes
 
 
 def _copied(target: torch.Tensor, source: torch.Tensor) -> None:
