@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import TrainingConfig
 from cpift.config.training import IntegrationConfig, LoraConfig
+from cpift.errors import CheckpointError
 from cpift.pretrained.architecture import skeleton
 from cpift.pretrained.loading import empty_network
 from cpift.training.adapters import with_adapters
@@ -188,9 +189,15 @@ def fitting(section: str, folder: Path, training: TrainingConfig, shards: int, l
     ways: list[tuple[str, TrainingMemory]] = []
     full = [memory] if training.lora is None else []  # what FSDP2 can share out
     for change, changed in ways_to_save(training, shards):
-        ways.append((change, training_memory(folder, changed, shards, narrow)))
-        full += [ways[-1][1]] if changed.lora is None else []
-        if ways[-1][1].total <= limit:
+        try:
+            less = training_memory(folder, changed, shards, narrow)
+        except CheckpointError:
+            if training.lora is None and changed.lora is not None:
+                continue  # the class, mamba's for one, takes no such adapters
+            raise
+        ways.append((change, less))
+        full += [less] if changed.lora is None else []
+        if less.total <= limit:
             break
     return Fitting(section, memory, False, tuple(ways), _workers(full, shards, limit))
 

@@ -23,6 +23,7 @@ from cpift.training.memory import fitting, scoring_weights, training_memory, way
 from cpift.training.optimizers import OPTIMIZERS
 from cpift.training.weights.reading import load_whole
 from tests import memory_table
+from tests.helpers.families import make_family
 from tests.helpers.small_runs import run_of, turns
 
 
@@ -138,6 +139,12 @@ def test_the_documents_table_is_what_is_counted() -> None:
 
 
 @pytest.mark.slow
+def test_adapters_that_a_class_does_not_take_are_no_way(tmp_path: Path) -> None:
+    training = TrainingConfig(steps=1, max_length=16, batch_size=1)
+    told = fitting("probe", make_family("mamba", tmp_path, {}), training, 1, 1)
+    assert [change for change, _ in told.ways] == ["gradient_checkpointing: true", "optimizer: adamw_8bit"]
+
+
 def test_a_plan_for_a_gpu_says_what_fits(base: Path, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     config = run_of(tmp_path / "rows", [turns("a", "b"), turns("c", "d")], {"path": str(base)})
