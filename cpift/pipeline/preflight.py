@@ -186,6 +186,7 @@ def _check_compiler(config: RunConfig) -> list[Problem]:
 def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
     from cpift.pretrained.architecture import narrowing
     from cpift.pretrained.attention import mixing
+    from cpift.training.adapters import not_adapted
     from cpift.training.compiling import not_compiled
 
     fits = {"probe": config.probe, "backbone": config.backbone.training, "integration": config.integration}
@@ -196,6 +197,8 @@ def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
             yield from narrowing(folder, f"{section}.gather")
         if training is not None and training.compile:
             yield from not_compiled(folder, f"{section}.compile")
+        if training is not None and training.lora is not None:
+            yield from not_adapted(folder, training.lora, f"{section}.lora.targets")
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

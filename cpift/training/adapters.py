@@ -7,24 +7,56 @@ its adapters imply, and zero outside their targets.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cpift.config.run import TrainingConfig
 from cpift.config.training import LoraConfig
 from cpift.devices import Device, resolved
-from cpift.errors import CheckpointError, Problem
-from cpift.pretrained.loading import load_adapter
+from cpift.disk.facts import remembered
+from cpift.errors import CheckpointError, Problem, first_line
+from cpift.pretrained.architecture import config_text
+from cpift.pretrained.loading import empty_network, load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TARGETS = "name modules of this model"
 
 
 def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
     """What is missing for those that ask for LoRA."""
     if any(training.lora for training in trainings) and importlib.util.find_spec("peft") is None:
         return [Problem("lora", "needs peft, which is not installed", "pip install 'cpift[peft]', or leave `lora` out")]
+    return []
+
+
+def not_adapted(folder: Path, lora: LoraConfig, where: str) -> list[Problem]:
+    """Why the model in a folder takes no such adapters, as peft says it; empty if it does, or if there is no peft.
+
+    where: the field of the targets. Raises CheckpointError.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return []
+    asked = [config_text(folder), lora.model_dump(mode="json", include={"targets"}), version("peft")]
+    problems = remembered("no adapters", asked, lambda: _not_adapted(folder, lora))
+    return [Problem(where, what, _TARGETS) for what in problems]
+
+
+def _not_adapted(folder: Path, lora: LoraConfig) -> list[str]:
+    import torch
+
+    with torch.device("meta"):
+        model = empty_network(folder, dtype=torch.float32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, of what it sets right by itself
+            with_adapters(model, lora, 0)
+    except CheckpointError as error:
+        return [problem.what for problem in error.problems]
     return []
 
 
@@ -69,9 +101,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Pa
         try:
             adapted: Any = peft.get_peft_model(model, config)
         except ValueError as error:
-            raise CheckpointError(
-                "model", [Problem("lora.targets", str(error), "name modules of this model")]
-            ) from error
+            raise CheckpointError("model", [Problem("lora.targets", first_line(error), _TARGETS)]) from error
     return cast("PreTrainedModel", adapted)
 
 

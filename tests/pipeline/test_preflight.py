@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from cpift.config.inputs import ScratchModel
 from cpift.config.loading import load_config
 from cpift.config.needs import require_extra
+from cpift.config.run import RunConfig
+from cpift.config.training import LoraConfig
 from cpift.console.view import quiet
 from cpift.data.use import RowUse, use_sentences
 from cpift.errors import ConfigError, DataError
@@ -123,6 +125,18 @@ def test_what_a_method_cannot_do_is_told_first(tmp_path: Path, fusion: dict[str,
     with pytest.raises(ConfigError, match=said):
         preflight(run_of(tmp_path, ROWS, fusion=fusion))
     preflight(run_of(tmp_path, ROWS, fusion=fusion), stage="regions")
+
+
+def test_adapters_that_the_model_does_not_take_are_told_first(gpt2: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run = run_of(tmp_path, ROWS, model={"path": str(gpt2)})
+
+    def with_targets(*names: str) -> RunConfig:
+        return run.model_copy(update={"probe": run.probe.model_copy(update={"lora": LoraConfig(targets=names)})})
+
+    preflight(with_targets("c_attn"))
+    with pytest.raises(ConfigError, match=r"probe\.lora\.targets: .*q_proj.* → name modules"):
+        preflight(with_targets("q_proj", "x_proj"))
 
 
 def test_rows_beyond_the_first_of_which_an_evaluation_or_a_sample_would_fail(gpt2: Path, tmp_path: Path) -> None:
