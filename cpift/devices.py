@@ -140,6 +140,23 @@ def keep_freed_memory() -> None:
 _KEEPS = ((-4, 0), (-1, 2**31 - 1))
 
 
+def own_gpus() -> list[torch.device]:
+    """Every GPU of a worker of Ray that has some; of any other process the one that it computes on."""
+    import torch
+
+    if not assigned_gpus():
+        return [current_gpu()]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def free_on(gpu: torch.device) -> int:
+    """Bytes of its memory that nobody holds."""
+    import torch
+
+    free: int = torch.cuda.mem_get_info(gpu)[0]
+    return free
+
+
 @contextmanager
 def reusing_memory() -> Iterator[None]:
     """Inside, tensors are made where others were freed: half the processor time of merges that make several for each

@@ -30,6 +30,7 @@ from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.training.fit import fit
 from cpift.training.spec import StageSpec
+from cpift.training.weights.reading import load_whole
 from tests.helpers.fits import spec
 
 CPIFT = Path(devices.__file__).parent
@@ -129,6 +130,11 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
         made.append(SimpleNamespace(n_gpu=4, **fields))
         return made[-1]
 
+    def loaded(path: Path, dtype: torch.dtype, device: str) -> Any:
+        assert device == "cuda"
+        return load_whole(path, dtype, "cpu")
+
+    monkeypatch.setattr(finetune, "load_whole", loaded)  # no GPU is here
     monkeypatch.setattr(steps, "TrainingArguments", arguments)
     monkeypatch.setattr(finetune, "WholeTrainer", lambda args, **rest: (_ for _ in ()).throw(StopIteration(args)))
     one = spec(model_path, tmp_path, StageSpec(("add",)))
@@ -143,7 +149,8 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
 @pytest.mark.slow
 def test_nothing_but_devices_asks_torch_for_gpus() -> None:
     """The word stands where it is a config's, or another tool's option, and not for torch."""
-    words = ("devices", "steps", "resources", "mergekit_flags", "on_device", "options")
+    configs = ("resources", "many", "merging", "preflight")
+    words = (*configs, "devices", "steps", "mergekit_flags", "on_device", "options", "compiling")
     for path in CPIFT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = isinstance(node, ast.Attribute) and node.attr in ("cuda", "is_bf16_supported", "accelerator")

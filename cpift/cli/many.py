@@ -57,12 +57,12 @@ def unused_gpus(run: RunConfig) -> str | None:
 
 def require_gpus(run: RunConfig) -> None:
     """Raise ConfigError where regions and fusion are to run on the GPUs of a cluster that answers and has none."""
-    from cpift.cluster.session import cluster_gpus
-    from cpift.errors import ConfigError, CpiftError, Problem
-
     named = run.resources.cluster
     if named is None or run.resources.device != "cuda":
         return
+    from cpift.cluster.session import cluster_gpus
+    from cpift.errors import ConfigError, CpiftError, Problem
+
     try:
         count = cluster_gpus(run.resources)
     except CpiftError:  # the plan says of other things too that they are not known then

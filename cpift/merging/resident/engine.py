@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cpift_kernels import Placement, placement_of
 
 from cpift.checkpoints.writing import Shard, ShardRecord
-from cpift.devices import assigned_gpus, current_gpu
+from cpift.devices import assigned_gpus, free_on, own_gpus
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.engine import Merging, Place, Tell, merge_shards
@@ -109,11 +109,7 @@ def _residents(on_gpu: bool) -> Residents:
 
 def _on_gpus() -> Residents:
     """A shard on every GPU of a worker of Ray, and on one of a process that is none."""
-    import torch
-
-    devices = [current_gpu()]
-    if assigned_gpus():
-        devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    devices = own_gpus()
+    free = min(map(free_on, devices))
     places: list[Callable[[], Placement]] = [partial(placement_of, device) for device in devices]
     return Residents(places, int(_GPU_SHARE * free * len(devices)))
