@@ -69,6 +69,23 @@ def current_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def own_gpus() -> list[torch.device]:
+    """Every GPU of a worker of Ray that has some; of any other process the one that it computes on."""
+    import torch
+
+    if not assigned_gpus():
+        return [current_gpu()]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def free_on(gpu: torch.device) -> int:
+    """Bytes of its memory that nobody holds."""
+    import torch
+
+    free: int = torch.cuda.mem_get_info(gpu)[0]
+    return free
+
+
 def visible_gpus() -> int:
     """GPUs of this machine that torch could use."""
     if not _has_driver():
@@ -138,23 +155,6 @@ def keep_freed_memory() -> None:
 
 # M_MMAP_MAX: no block gets pages of its own; M_TRIM_THRESHOLD: what is free at the top of the heap stays. <malloc.h>
 _KEEPS = ((-4, 0), (-1, 2**31 - 1))
-
-
-def own_gpus() -> list[torch.device]:
-    """Every GPU of a worker of Ray that has some; of any other process the one that it computes on."""
-    import torch
-
-    if not assigned_gpus():
-        return [current_gpu()]
-    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-
-
-def free_on(gpu: torch.device) -> int:
-    """Bytes of its memory that nobody holds."""
-    import torch
-
-    free: int = torch.cuda.mem_get_info(gpu)[0]
-    return free
 
 
 @contextmanager

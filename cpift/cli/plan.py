@@ -56,8 +56,7 @@ def show_plan(run: RunConfig, as_json: bool = False, gpu: str | None = None) -> 
     require_gpus(run)
     artifacts = StageArtifacts(run)
     planned, idle = plan_all(artifacts, seen.notes, seen.rows), unused_gpus(run)
-    fits = _fitting(run, gpu) if gpu is not None else []
-    held = list(_holding(run, gpu)) if gpu is not None else []
+    fits, held = _on_gpu(run, gpu) if gpu is not None else ([], [])
     if as_json:
         record = plan_record(planned, run.name, artifacts.root, idle, fits, held)
         say(json.dumps(record, indent=1, ensure_ascii=False))
@@ -67,19 +66,18 @@ def show_plan(run: RunConfig, as_json: bool = False, gpu: str | None = None) -> 
         say(line)
 
 
-def _fitting(run: RunConfig, gpu: str) -> list[Fitting]:
-    """The fine-tunes of a run on a GPU of this size. Imports torch and the model's class, which takes seconds."""
+def _fitting(run: RunConfig, limit: int, folder: Path) -> list[Fitting]:
+    """The fine-tunes of a run on a GPU of so many bytes. Imports torch and the model's class, which takes seconds."""
     from cpift.config.needs import trained_in
     from cpift.training.memory import fitting
 
-    limit, folder = _on_gpu(run, gpu)
     shards = run.resources.workers if run.resources.sharded else 1
     every = {section: fit for task in run.tasks for section, fit in trained_in(run, task, "run").items()}
     return [fitting(section, folder, training, shards, limit) for section, training in every.items()]
 
 
-def _on_gpu(run: RunConfig, gpu: str) -> tuple[int, Path]:
-    """The bytes that `--gpu` says, and where θ0's config is."""
+def _on_gpu(run: RunConfig, gpu: str) -> tuple[list[Fitting], list[Holding]]:
+    """What of a run fits the GPU that `--gpu` says."""
     from cpift.errors import ConfigError, Problem
     from cpift.pipeline.row_checks import folder_at_hand
 
@@ -90,16 +88,15 @@ def _on_gpu(run: RunConfig, gpu: str) -> tuple[int, Path]:
     if folder is None:
         what = "counts on the model's config, which is not here yet"
         raise ConfigError("plan", [Problem("--gpu", what, "give model.path, or ask again once the model is there")])
-    return limit, folder
+    return _fitting(run, limit, folder), list(_holding(run, limit, folder))
 
 
-def _holding(run: RunConfig, gpu: str) -> Iterator[Holding]:
+def _holding(run: RunConfig, limit: int, folder: Path) -> Iterator[Holding]:
     """What regions, fusion and scoring hold on it."""
     from cpift.merging.gpu.room import merge_holds
     from cpift.merging.on_device import on_cpus
     from cpift.training.memory import Holding, scoring_weights
 
-    limit, folder = _on_gpu(run, gpu)
     slices, now = merge_holds(run), "" if run.resources.device != "cpu" else "; resources.device is cpu now"
     now += "".join(f"; {what}" for what, _ in on_cpus(run))
     yield Holding("regions and fusion", slices, slices <= limit, f"slices of the models, whatever their size{now}")

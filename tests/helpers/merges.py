@@ -10,9 +10,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cpift.config.inputs import ScratchModel
-from cpift.config.run import ModelConfig
+from cpift.config.run import ModelConfig, RegionsConfig
+from cpift.method.regions import write_regions
 from cpift.models.sources import materialise
-from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.checkpoints import Models, save_checkpoint
 
 
 def make_models(root: Path) -> Path:
@@ -49,3 +50,9 @@ def config_file(tmp_path: Path, models: Path, **changes: object) -> Path:
     path = tmp_path / "merge.yaml"
     path.write_text(yaml.safe_dump(raw | changes))
     return path
+
+
+def regions_of(models: Models, p: float, out: Path) -> Path:
+    """`out`, with the regions of the fine-tunes for one p."""
+    write_regions(*models, RegionsConfig(p=p), {p: out})
+    return out

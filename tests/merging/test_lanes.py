@@ -27,6 +27,7 @@ from cpift.merging.registry import method_named
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import Models, make_moved
+from tests.helpers.merges import regions_of
 from tests.helpers.placements import CPU, Lazy, Limited, placing, queued_launches
 
 SLOW = pytest.mark.slow
@@ -47,9 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def regions(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("regions")
-    write_regions(*models, RegionsConfig(p=0.3), {0.3: out})
-    return out
+    return regions_of(models, 0.3, tmp_path_factory.mktemp("regions"))
 
 
 def method_of(models: Models, regions: Path, fields: Mapping[str, Any]) -> MergeMethod:

@@ -30,7 +30,7 @@ from cpift.merging.registry import METHODS, method_named
 from cpift.method.regions import Streaming, write_regions
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import save_checkpoint
-from tests.helpers.merges import config_file, make_models
+from tests.helpers.merges import config_file, make_models, regions_of
 
 Models = tuple[Checkpoint, dict[str, Checkpoint]]  # θ0, and fine-tunes by task
 SHAPES = {"a.weight": (30, 70), "b.norm": (33,), "c.weight": (3, 501), "one": (1,), "empty": (0, 4)}
@@ -56,9 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def regions(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("regions")
-    write_regions(*models, RegionsConfig(p=0.05), {0.05: out})
-    return out
+    return regions_of(models, 0.05, tmp_path_factory.mktemp("regions"))
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from cpift.method.regions import Streaming, write_regions
 from cpift.models.sources import materialise
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import SMALL, Models, make_moved, make_sharded, save_checkpoint
+from tests.helpers.merges import regions_of
 from tests.helpers.placements import Lazy, Limited, queued_launches
 from tests.helpers.ways_to_merge import CASES, masks_of, moments_for
 
@@ -290,9 +291,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def of_small(small: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("regions")
-    write_regions(*small, RegionsConfig(p=0.1), {0.1: folder})
-    return folder
+    return regions_of(small, 0.1, tmp_path_factory.mktemp("regions"))
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class Residents:
 
     def __init__(self, places: Sequence[Callable[[], Placement] | None], limit: int):
         self.limit, self.on_device = limit, places[0] is not None
-        self._shards = [ResidentShard(place, _named) for place in places]
+        self._shards = [ResidentShard(place, identity) for place in places]
         self._order: dict[Hashable, int] = {}  # bytes by model, the one that was used last at the end
         self._reused: tuple[Any, dict[Any, Any]] = None, {}
 
@@ -165,10 +165,6 @@ class Residents:
                 part = selection.shard(MasksFrom(masks, first), selection.ranges_within(budget))
                 shards.append(stack.enter_context(part))
             return select_over(shards, counts)
-
-
-def _named(model: Checkpoint) -> Hashable:
-    return identity(model)
 
 
 def _at(shard: ResidentShard, method: MergeMethod) -> Any:
