@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 from cpift.config.inputs import Precision
@@ -145,27 +146,43 @@ def device_name(device: Device = "cpu") -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free for the next ones: of a model of a few hundred million
-    parameters a fifth of a step on a CPU is new pages otherwise. Of glibc alone; `free_memory` gives it back."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for parameter, value in _KEEPS:
-            mallopt(parameter, value)
-
-
-# M_MMAP_MAX: no block gets pages of its own; M_TRIM_THRESHOLD: what is free at the top of the heap stays. <malloc.h>
-_KEEPS = ((-4, 0), (-1, 2**31 - 1))
+# For mallopt of glibc's <malloc.h>. M_MMAP_MAX: no block gets pages of its own. M_TRIM_THRESHOLD: what is free at the
+# top of the heap stays.
+_REUSING = ((-4, 0), (-1, 2**31 - 1))
+# As glibc has it, with M_MMAP_THRESHOLD where its own rule ends, which no longer works once a value was set.
+_AS_BEFORE = ((-4, 65_536), (-3, 32 << 20), (-1, 64 << 20))
+_inside = 0  # how many are inside `reusing_memory`
+_counting = Lock()
 
 
 @contextmanager
-def reusing_memory() -> Iterator[None]:
-    """Inside, tensors are made where others were freed: half the processor time of merges that make several for each
-    slice was new pages. What is free at the end is given back; blocks of any size stay in the heap from then on."""
-    keep_freed_memory()
+def reusing_memory(device: Device = "cpu") -> Iterator[None]:
+    """Inside, tensors are made where others were freed: of a model of a few hundred million parameters a fifth of a
+    training step on a CPU is new pages otherwise, and half of a merge that makes several tensors for each slice.
+
+    Of glibc alone, and for a CPU: torch itself keeps the memory of a GPU. At the end free memory is given back, and
+    large blocks have pages of their own again: in a heap of blocks of any size, one that stays holds all addresses
+    below it, and Linux refuses to fork a process of which one mapping is larger than the machine's memory, however
+    little of it is in use.
+    """
+    if device != "cpu":
+        yield
+        return
+    _enter(1)
     try:
         yield
     finally:
+        _enter(-1)
         _trim()
+
+
+def _enter(step: int) -> None:
+    global _inside
+    with _counting:
+        was, _inside = _inside, _inside + step
+        if 0 in (was, _inside) and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+            for parameter, value in _REUSING if _inside else _AS_BEFORE:
+                mallopt(parameter, value)
 
 
 def free_memory() -> None:

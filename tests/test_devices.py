@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import sys
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from cpift.cluster.session import use_assigned_gpus
 from cpift.config.inputs import ScratchModel
 from cpift.config.loading import load_config, with_fields
 from cpift.config.run import ModelConfig, ResourcesConfig, RunConfig
-from cpift.devices import compute_device, resolved
+from cpift.devices import compute_device, resolved, reusing_memory
 from cpift.errors import ConfigError, CpiftError
 from cpift.evaluation.scoring import evaluate_model
 from cpift.models.sources import materialise
@@ -222,3 +223,26 @@ def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CpiftError, match=r"resources\.device: is `cuda`, and torch .* sees no GPU here"):
         devices.current_gpu()
+
+
+def _in_heap(block: torch.Tensor) -> bool:
+    """Whether a tensor lies among the process's other blocks, not in pages of its own."""
+    (heap,) = (line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+    start, stop = (int(end, 16) for end in heap.split("-"))
+    return start <= block.data_ptr() < stop
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_memory_is_reused_inside_only() -> None:
+    """A heap that grew over large blocks for good made Linux refuse to fork the process later."""
+
+    def made() -> torch.Tensor:
+        return torch.empty(128 << 20, dtype=torch.uint8)
+
+    with reusing_memory():
+        with reusing_memory():
+            assert _in_heap(made())
+        assert _in_heap(made()), "the outer one is not over"
+    with reusing_memory("cuda"):
+        assert not _in_heap(made())
+    assert not _in_heap(made())

@@ -31,7 +31,7 @@ from cpift.checkpoints.layout import Layout, ParameterMasks, checkpoint_layout, 
 from cpift.config.run import TrainingConfig
 from cpift.console.progress import OnProgress, ProgressMessage
 from cpift.data.use import UseRecord
-from cpift.devices import device_name, keep_freed_memory, resolved
+from cpift.devices import device_name, resolved, reusing_memory
 from cpift.disk.files import read_json, write_json
 from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
@@ -88,43 +88,42 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
     """Train all stages and export the model to `spec.export`; returns the content of its training.json."""
     hooks = hooks or FitHooks()
     torch.set_num_threads(spec.threads)
-    if device_of(spec) == "cpu":
-        keep_freed_memory()
-    progress = _resume(hooks.resume_from)
-    started = time.time() - progress.seconds
-    origin = Checkpoint(spec.model)
-    layout = checkpoint_layout(origin)
-    require_whole(layout, spec.model)
-    require_possible(spec)
-    model = _load(spec, hooks.resume_from if progress.stage_done else None)
-    tokenizer = load_tokenizer(spec.model)
-    mid_stage = hooks.resume_from if not progress.stage_done else None
-    first = progress.stage + int(progress.stage_done)
-    moments: SecondMoments | None = None
-    for index in range(first, len(spec.stages)):
-        resumed = mid_stage if index == first else None
-        moments = _run_stage(spec, index, model, layout, tokenizer, progress, hooks, resumed)
-    progress.seconds = time.time() - started
-    result: TrainingRecord = {
-        "title": spec.title,
-        "log": progress.log,
-        "frozen": progress.frozen,
-        "tokens": progress.tokens,
-        "rows": progress.rows,
-        "held_out": progress.held_out,
-        "seconds": progress.seconds,
-        "device": device_name(device_of(spec)),
-        "precision": resolved(spec.training.precision, device_of(spec)),
-    }
-    if _sharded(spec):
-        result["gathered"] = "bfloat16" if gathers_narrow(spec) else "float32"
-    write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
-    if moments is not None:
-        write_moments(moments, layout, origin, spec.export, hooks.is_main)
-        result["moments"] = moments.record
-    if hooks.is_main:
-        write_json(spec.export / RESULT, result)  # the last file makes the folder complete
-    return result
+    with reusing_memory(device_of(spec)):
+        progress = _resume(hooks.resume_from)
+        started = time.time() - progress.seconds
+        origin = Checkpoint(spec.model)
+        layout = checkpoint_layout(origin)
+        require_whole(layout, spec.model)
+        require_possible(spec)
+        model = _load(spec, hooks.resume_from if progress.stage_done else None)
+        tokenizer = load_tokenizer(spec.model)
+        mid_stage = hooks.resume_from if not progress.stage_done else None
+        first = progress.stage + int(progress.stage_done)
+        moments: SecondMoments | None = None
+        for index in range(first, len(spec.stages)):
+            resumed = mid_stage if index == first else None
+            moments = _run_stage(spec, index, model, layout, tokenizer, progress, hooks, resumed)
+        progress.seconds = time.time() - started
+        result: TrainingRecord = {
+            "title": spec.title,
+            "log": progress.log,
+            "frozen": progress.frozen,
+            "tokens": progress.tokens,
+            "rows": progress.rows,
+            "held_out": progress.held_out,
+            "seconds": progress.seconds,
+            "device": device_name(device_of(spec)),
+            "precision": resolved(spec.training.precision, device_of(spec)),
+        }
+        if _sharded(spec):
+            result["gathered"] = "bfloat16" if gathers_narrow(spec) else "float32"
+        write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
+        if moments is not None:
+            write_moments(moments, layout, origin, spec.export, hooks.is_main)
+            result["moments"] = moments.record
+        if hooks.is_main:
+            write_json(spec.export / RESULT, result)  # the last file makes the folder complete
+        return result
 
 
 def _sharded(spec: FitSpec) -> bool:
