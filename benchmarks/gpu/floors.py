@@ -92,23 +92,21 @@ def launches() -> Iterator[str]:
 
 
 def counted(sizes: list[int]) -> dict[str, int]:
-    """By call the launches over tensors of so many elements; none of them is made, and no memory is touched."""
-
-    def each(call: Callable[[list[Tensor], list[Tensor]], object]) -> Callable[[], None]:
-        def action() -> None:
-            for size in sizes:
-                models = [torch.empty(size, dtype=torch.bfloat16) for _ in range(TASKS + 1)]
-                call(models, [torch.empty(-(-size // 32), dtype=torch.int32) for _ in range(TASKS)])
-
-        return action
-
+    """By call the launches over tensors of so many elements. Their memory is not touched, nor held beyond a tensor's
+    own launches: together it would be more than most machines have."""
     scale = torch.zeros(1, TASKS + 1, dtype=torch.float64)
-    calls: dict[str, Callable[[], object]] = {
-        "resolve_conflicts": each(lambda x, words: overlap.resolve_conflicts("magnitude", x[0], x[1:], words)),
-        "masked_gram": each(lambda x, words: gram.masked_gram(x[0], x[1:], words[0])),
-        "fused_apply": each(lambda x, words: apply.fused_apply(x[0], x, scale, [None, *words])),
+    calls: dict[str, Callable[[list[Tensor], list[Tensor]], object]] = {
+        "resolve_conflicts": lambda x, words: overlap.resolve_conflicts("magnitude", x[0], x[1:], words),
+        "masked_gram": lambda x, words: gram.masked_gram(x[0], x[1:], words[0]),
+        "fused_apply": lambda x, words: apply.fused_apply(x[0], x, scale, [None, *words]),
     }
-    return {name: len(offline.record(call)) for name, call in calls.items()}
+
+    def launched(call: Callable[[list[Tensor], list[Tensor]], object], size: int) -> int:
+        models = [torch.empty(size, dtype=torch.bfloat16) for _ in range(TASKS + 1)]
+        words = [torch.empty(-(-size // 32), dtype=torch.int32) for _ in range(TASKS)]
+        return len(offline.record(lambda: call(models, words)))
+
+    return {name: sum(launched(call, size) for size in sizes) for name, call in calls.items()}
 
 
 def tables(results: Path = RESULTS) -> str:
