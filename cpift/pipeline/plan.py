@@ -11,6 +11,7 @@ from cpift.config.run import RunConfig
 from cpift.data.use import RowFacts
 from cpift.errors import entry
 from cpift.models.sources import source_of
+from cpift.pipeline.checks.idle import idle_notes
 from cpift.pipeline.costs import FitCost, fit_costs, total_seconds
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.preflight import trainings
@@ -120,6 +121,7 @@ def _notes(config: RunConfig) -> Iterator[str]:
         yield f"chance level of the Jaccard overlap at this p: {chance:.4g}"
         if tau is not None and tau <= chance:
             yield f"τ = {tau:g} is not above it: unrelated tasks will be grouped"
+    yield from idle_notes(config)
     if said := foretold(config):
         yield said
     if loose := list(dict.fromkeys(_unpinned(config))):

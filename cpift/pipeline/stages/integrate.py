@@ -91,15 +91,26 @@ def trains(config: RunConfig) -> bool:
 def plan(names: Names, known: Known) -> Iterator[Step]:
     if not trains(names.config):
         return
-    each = f"{length(names.config.integration_training)} each"
     fused = fuse.known_artifact(names, known)
     if known.groups is None:
+        each = f"{length(names.config.integration_training)} each"
         yield Step("integrate", "", "after group", f"its groups decide the stages, {each}")
     elif fused is None:
         yield Step("integrate", "", "after fuse", "")
     else:
-        last = f"1 stage, {each}, earlier cores frozen" if names.config.earlier else ""
-        yield step_of(artifact(names, known.groups, fused), last or f"{len(known.groups)} stages, {each}")
+        yield step_of(artifact(names, known.groups, fused), detail(names.config, known.groups))
+
+
+def detail(config: RunConfig, groups: Groups) -> str:
+    """How the integration is trained, in a plan's words."""
+    settings = config.integration_training
+    each = length(settings)
+    if config.earlier:
+        return f"1 stage, {each} each, earlier cores frozen"
+    if len(entry(STAGES, settings.stages, "integration.stages")(groups)) == len(groups):
+        return f"{len(groups)} stages, {each} each"
+    several = settings.steps is not None and settings.steps_per == "stage"
+    return f"1 stage of all tasks, {f'{len(groups)} × ' if several else ''}{each}"
 
 
 def outputs(names: Names, known: Known) -> dict[str, Artifact]:
