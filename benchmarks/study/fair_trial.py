@@ -13,11 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import admission
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document
 from cpift.compare.record import Record, finished, read_record
 from cpift.config.loading import read_yaml
 from cpift.errors import CpiftError
+from cpift.text.escaping import markdown
 
 HERE = Path(__file__).parent
 PROTOCOL = HERE / "protocol.md"
@@ -55,13 +57,58 @@ def seeds_of(name: str) -> list[int]:
 
 
 def require_development(name: str, results: Path) -> None:
-    """Raise CpiftError where the values that `name` tests were chosen on no record, or on one of which seeds lack."""
+    """Raise CpiftError where the values that `name` tests were chosen on no record, or on one of which seeds lack; and
+    where it is not decided there which tasks count."""
     first = DEVELOPMENT.get(name)
     if first and (first not in (records := _records(results)) or _missing(first, records[first])):
         raise CpiftError(
             f"{name} has no chosen values yet: run {first} to its end, choose as protocol.md says, commit both, then "
             "this"
         )
+    if first and records[first].header.admission is None:
+        raise CpiftError(f"{name}: which tasks count is not decided → study.py admit {first}, commit the record")
+    require_admission(results)
+
+
+def admit(name: str, results: Path) -> Record:
+    """The record of a development with its decision on which tasks count.
+
+    Raises CpiftError where it is no development's, where seeds lack, and where test scores have been seen already.
+    """
+    known = _records(results)
+    if name in DEVELOPMENT or name not in known:
+        raise CpiftError(f"{name}: no record of a development → one of {', '.join(sorted({*DEVELOPMENT.values()}))}")
+    if missing := _missing(name, known[name]):
+        raise CpiftError(f"{name}: seeds {', '.join(map(str, missing))} are not whole → run {name} to its end")
+    decision = admission.decided(_of_development(name, known[name]), seeds_of(name))
+    tests = [test for test, first in DEVELOPMENT.items() if first == name and test in known]
+    if seen := [test for test in tests if known[test].header.admission != decision]:
+        raise CpiftError(f"{name}: {', '.join(seen)} was scored under another decision, which comes before scores")
+    return replace(known[name], header=replace(known[name].header, admission=decision))
+
+
+def require_admission(results: Path) -> None:
+    """Raise CpiftError where a record says otherwise of which tasks count than the development seeds do."""
+    known = _records(results)
+    for name, record in known.items():
+        first = DEVELOPMENT.get(name, name)
+        if first in known:
+            development = _of_development(first, known[first])
+            kept = known[first].header.admission
+            wanted = None if kept is None else admission.decided(development, seeds_of(first))
+            if kept != wanted or record.header.admission != kept:
+                raise CpiftError(
+                    f"{name}.jsonl: the admission of tasks does not follow from {first}.jsonl → study.py admit"
+                )
+        elif record.header.admission is not None:
+            raise CpiftError(f"{name}.jsonl: tasks were admitted, and there is no {first}.jsonl to show it")
+
+
+def _of_development(name: str, record: Record) -> Record:
+    """The record of a development. Raises CpiftError where it has a seed that is none of development's."""
+    if others := sorted({row.seed for row in record.rows} - set(seeds_of(name))):
+        raise CpiftError(f"{name}.jsonl: seed {others[0]} is no development seed; protocol.md names {seeds_of(name)}")
+    return record
 
 
 def _missing(name: str, record: Record) -> list[int]:
@@ -76,9 +123,16 @@ def protocol_hash() -> str:
     return sha256(PROTOCOL.read_bytes()).hexdigest()
 
 
-def stamped(record: Record) -> Record:
-    """A record that says which protocol it was made under."""
-    return replace(record, header=replace(record.header, protocol=protocol_hash()))
+def stamped(record: Record, name: str = "", results: Path | None = None) -> Record:
+    """A record that says which protocol it was made under; one of test seeds also which tasks count. Of fewer than
+    three of them there is no contrast."""
+    header = replace(record.header, protocol=protocol_hash())
+    if results is not None and name in DEVELOPMENT:
+        decision = _records(results)[DEVELOPMENT[name]].header.admission
+        header = replace(header, admission=decision)
+        if len(admission.admitted(decision or {})) < admission.LEAST:
+            header = replace(header, comparison=header.comparison | {"contrasts": []})
+    return replace(record, header=header)
 
 
 def require_protocol(results: Path) -> None:
@@ -104,8 +158,19 @@ def section(results: Path) -> tuple[str, dict[str, str]]:
             part = f"**{named - len(missing)} of {named} seeds are there: nothing is shown before all are.**\n"
         else:
             part, drawn = document(finished(record), f"results/{name}", level=4)
-        text, plots = f"{text}\n### {TRIALS[name]}\n\n{part}", plots | drawn
+        text, plots = f"{text}\n### {TRIALS[name]}\n\n{_admission(name, record)}{part}", plots | drawn
     return text, plots
+
+
+def _admission(name: str, record: Record) -> str:
+    """Which tasks count, of a development with the reasons."""
+    if name in DEVELOPMENT:
+        few = len(admission.admitted(record.header.admission or {})) < admission.LEAST
+        return f"*Fewer than {admission.LEAST} tasks were admitted: there is no contrast.*\n\n" if few else ""
+    if record.header.admission is None:
+        return "*Which tasks count is not decided yet.*\n\n"
+    lines = "\n".join(f"- {markdown(line)}" for line in admission.told(record.header.admission))
+    return f"Which tasks count:\n\n{lines}\n\n"
 
 
 def _records(results: Path) -> dict[str, Record]:

@@ -5,6 +5,7 @@
     python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 0     # a piece of it
     python -m benchmarks.study.study run smollm2 --data FOLDER --hours 2 --seeds 1     # another machine, another day
     python -m benchmarks.study.study run once_loss --data OUT/test   # a part of the fair trial (protocol.md)
+    python -m benchmarks.study.study admit dev_loss                  # which of its tasks count, before any test seed
     python -m benchmarks.study.study write                           # docs/results.md, its plots, README's claims
     python -m benchmarks.study.study check                           # the document follows from the records
     python -m benchmarks.study.study check --artifacts tiny          # and the record from the models' scores
@@ -32,7 +33,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-from benchmarks.study import fair_trial
+from benchmarks.study import admission, fair_trial
 from benchmarks.study.fair_trial import TRIALS
 from cpift.compare.config import Comparison, load_comparison
 from cpift.compare.files import document
@@ -163,7 +164,9 @@ def run(options: argparse.Namespace) -> None:
         finally:  # out of hours or killed by a failure, what is finished goes into the record
             if work.done:
                 made = work.record()
-                _keep(fair_trial.stamped(made) if options.study in TRIALS else made, path)
+                if options.study in TRIALS:
+                    made = fair_trial.stamped(made, options.study, RESULTS)
+                _keep(made, path)
 
 
 def _keep(record: Record, path: Path) -> None:
@@ -297,9 +300,20 @@ def write(options: argparse.Namespace) -> None:
     print(f"Written: {DOCUMENT}, its plots, and the claims in {README.name}")
 
 
+def admit(options: argparse.Namespace) -> None:
+    """Decide which tasks of a development's record count, and keep it there with the reasons."""
+    path = RESULTS / f"{options.study}.jsonl"
+    record = fair_trial.admit(options.study, RESULTS)
+    write_record(record, path)
+    for line in admission.told(record.header.admission or {}):
+        print(line)
+    print(f"Record: {path}")
+
+
 def check(options: argparse.Namespace) -> None:
     """Raise CpiftError where the document, its records and, if asked for, the artifacts do not agree."""
     fair_trial.require_protocol(RESULTS)
+    fair_trial.require_admission(RESULTS)
     wrong = [str(path) for path, text in compose().items() if not path.is_file() or path.read_text("utf-8") != text]
     if wrong:
         raise CpiftError(f"{', '.join(wrong)}: not what the records say; run study.py write")
@@ -321,7 +335,7 @@ def _check_artifacts(record: Record, comparison: Comparison) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, command in (("run", run), ("write", write), ("check", check)):
+    for name, command in (("run", run), ("admit", admit), ("write", write), ("check", check)):
         sub = commands.add_parser(name)
         sub.set_defaults(command=command, seeds=None, methods=None, data=None, output=None)
         if name == "run":
@@ -329,6 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sub.add_argument("--hours", type=float, default=2.0, help="start nothing new after so long (default 2)")
             sub.add_argument("--here", action="store_true", help="in this process, without Ray")
             sub.add_argument("--plan", action="store_true", help="check everything and stop before the first fine-tune")
+        if name == "admit":
+            sub.add_argument("study", choices=sorted({*fair_trial.DEVELOPMENT.values()}))
+            continue
         if name == "check":
             sub.add_argument(
                 "--artifacts", choices=[*STUDIES, *TRIALS], help="also compare this study's record with its artifacts"

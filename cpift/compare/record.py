@@ -50,6 +50,8 @@ class Header:
     train_rows: dict[str, int] = field(default_factory=dict)  # by task; empty in records from before they were counted
     chance: dict[str, float] = field(default_factory=dict)  # what guessing scores, of choices; empty in older records
     protocol: str | None = None  # sha256 of the text that fixed it beforehand; None: there was none
+    # By task, `admitted` and `reasons`, decided on other seeds; None: these scores decide which tasks means are over.
+    admission: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,13 @@ class Record:
     @property
     def references(self) -> References:
         """What every method is measured against."""
-        return References(BASE, PROBES, self.header.tasks, self.header.chance)
+        decided = None
+        if self.header.admission is not None:
+            decided = {
+                task: "" if one["admitted"] else f"not admitted beforehand, {'; '.join(one['reasons'])}"
+                for task, one in self.header.admission.items()
+            }
+        return References(BASE, PROBES, self.header.tasks, self.header.chance, decided)
 
     def scores(self, methods: Sequence[str]) -> Scores:
         """Everything that intervals are computed from, for these methods."""
@@ -117,6 +125,7 @@ def joined(first: Record, second: Record) -> Record:
             ("run", _recipe(first.header.config), _recipe(second.header.config)),
             ("tasks", first.header.tasks, second.header.tasks),
             ("protocol", first.header.protocol, second.header.protocol),
+            ("admission", _tasks(first), _tasks(second)),
             *((name, first.header.comparison.get(name), second.header.comparison.get(name)) for name in _SHARED),
         )
         if _differ(one, other)
@@ -129,6 +138,11 @@ def joined(first: Record, second: Record) -> Record:
     if problems:
         raise ConfigError("records to be joined", problems)
     return _joined(first, second)
+
+
+def _tasks(record: Record) -> dict[str, bool]:
+    """What was decided beforehand of each task; empty where nothing was."""
+    return {task: one["admitted"] for task, one in (record.header.admission or {}).items()}
 
 
 _SHARED = ("stages", "heuristic")  # of a comparison: what a method's name does not tell

@@ -18,7 +18,7 @@ from cpift.compare.words import number, points, primary_points, share, signed
 from cpift.config.run import ModelConfig
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.metrics import metric_of
-from cpift.evaluation.retention import DEFINITION
+from cpift.evaluation.retention import DECIDED, DEFINITION
 from cpift.models.sources import source_of
 
 Show = Callable[[str], str]
@@ -103,7 +103,7 @@ def reading(findings: Findings) -> str:
     return (
         f"Intervals are {100 * header.confidence:g} % each, over test rows (paired bootstrap, {header.resamples:,} "
         "draws) and seeds (jackknife), not adjusted for their number. They hold for this θ0 and this training data. "
-        f"{DEFINITION}"
+        f"{DEFINITION if header.admission is None else DECIDED}"
     )
 
 

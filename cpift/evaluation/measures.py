@@ -149,12 +149,13 @@ def _quantile(confidence: float, freedom: int) -> float:
 @dataclass(frozen=True)
 class References:
     """What methods are measured against: the names of θ0 and of the own probes, each task's metric, and what guessing
-    scores where that is known."""
+    scores where that is known. decided: by task why it is in no mean, "" where it is; None: these scores decide."""
 
     base: str
     probes: str
     metrics: Mapping[str, str]
     chance: Mapping[str, float] = field(default_factory=dict)
+    decided: Mapping[str, str] | None = None
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -180,7 +181,9 @@ def _learnt(scores: Scores, references: References) -> dict[str, Learning]:
     for place, task in enumerate(scores.tasks):
         own, origin = probes[:, place], float(base[:, place].mean())
         chance, always = references.chance.get(task), bool((own != 0).all())
-        learnt[task] = Learning(task, references.metrics[task], float(own.mean()), origin, chance, None, always)
+        decided = None if references.decided is None else references.decided[task]
+        metric, mean = references.metrics[task], float(own.mean())
+        learnt[task] = Learning(task, metric, mean, origin, chance, None, always, decided)
     return learnt
 
 

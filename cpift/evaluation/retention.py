@@ -27,6 +27,10 @@ DEFINITION = (
     "Retention is score ÷ the own probe's score, of a loss the other way round; means and the worst task are over the "
     "tasks whose own probe is better than θ0 and, of a choice, than guessing, and scores at least 5 %."
 )
+DECIDED = (
+    "Retention is score ÷ the own probe's score, of a loss the other way round; means and the worst task are over the "
+    "tasks that were admitted on other seeds, before these were scored."
+)
 LEAST = 0.05  # a probe's score below which its task is not judged; losses have no such bound
 _CONFIDENCE = 0.95
 
@@ -49,10 +53,13 @@ class Learning:
     chance: float | None = None  # what guessing scores
     gain: Estimate | None = None  # over θ0; None where rows are not at hand
     always: bool = True  # whether the probe scored something with every seed
+    decided: str | None = None  # beforehand: why the task is not judged, "" if it is; None: by what is here
 
     @property
     def left_out(self) -> str:
         """Why the task is not judged; empty where it is."""
+        if self.decided is not None:
+            return self.decided
         if self.base is not None and self.probe <= self.base:
             return f"probe {self._shown(self.probe)}, θ0 {self._shown(self.base)}"
         if self.chance is not None and self.probe <= self.chance:

@@ -8,14 +8,19 @@ from argparse import Namespace
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.study import fair_trial, study, tasks
+from benchmarks.study import admission, fair_trial, study, tasks
 from configs import quickstart_tasks
+from cpift.compare.findings import Findings
 from cpift.compare.methods import methods_of
-from cpift.compare.record import joined, read_record, write_record
+from cpift.compare.record import Record, joined, read_record, write_record
+from cpift.compare.tables import reading
 from cpift.errors import ConfigError, CpiftError
+from cpift.evaluation.retention import judged, sentences
 
 RESULTS = study.RESULTS
 
@@ -119,8 +124,89 @@ def test_no_test_seed_before_development_and_no_claim_without_a_record(
         assert f"{there} of 2 seeds are there: nothing is shown before all are" in text
         assert not plots
     write_record(fair_trial.stamped(whole), tmp_path / "dev_loss.jsonl")
+    with pytest.raises(CpiftError, match="seed 2 is no development seed"):
+        fair_trial.admit("dev_loss", tmp_path)
+    monkeypatch.setattr(fair_trial, "seeds_of", lambda name: [0, 1, 2])
+    with pytest.raises(CpiftError, match=r"study\.py admit dev_loss"):
+        fair_trial.require_development("once_loss", tmp_path)
+    assert "Which tasks count is not decided yet" in fair_trial.section(tmp_path)[0]
+    write_record(fair_trial.admit("dev_loss", tmp_path), tmp_path / "dev_loss.jsonl")
     fair_trial.require_development("once_loss", tmp_path)
+    assert "- gsm8k: admitted; seed 0, probe less θ0: +" in fair_trial.section(tmp_path)[0]
     (tmp_path / "dev_loss.jsonl").unlink()
     text, plots = fair_trial.section(tmp_path)
     assert "Not run yet" in text
     assert not plots
+
+
+def record_of(gains: dict[str, list[float]], chance: dict[str, float]) -> Record:
+    """Two seeds. By task, what the probe's test rows are better by with each of them: of x in loss, else in score."""
+    random = np.random.default_rng(0)
+    whole = read_record(RESULTS / "smollm2.jsonl")
+    rows = []
+    for method, share in (("θ0", 0.0), ("own probes", 1.0)):
+        for number, seed in enumerate((0, 1)):
+            scores: dict[str, dict[str, Any]] = {}
+            for task, gain in gains.items():
+                values = random.random(60) < 0.3 + share * gain[number]
+                items = [[1.0 - share * gain[number], 3]] * 60 if task == "x" else [int(value) for value in values]
+                scores[task] = {"score": None, "loss": 1.0, "items": items}
+            row = next(row for row in whole.rows if row.method == method)
+            rows.append(replace(row, seed=seed, scores=scores))
+    tasks = {task: "loss" if task == "x" else "choice" for task in gains}
+    header = replace(whole.header, tasks=tasks, seeds=[0, 1], chance=chance)
+    return replace(whole, header=header, rows=rows)
+
+
+def test_a_task_counts_only_if_every_seed_shows_it_above_theta0_and_guessing() -> None:
+    gains = {"x": [0.1, 0.1], "y": [0.5, 0.5], "once": [0.5, 0.0], "guessed": [0.25, 0.25]}
+    record = record_of(gains, {"y": 0.25, "once": 0.25, "guessed": 0.5})
+    decision = admission.decided(record, [0, 1])
+    assert admission.admitted(decision) == ["x", "y"]
+    assert decision["x"]["reasons"] == [f"seed {seed}, probe less θ0: +0.100 [+0.100, +0.100] nats" for seed in (0, 1)]
+    assert [text.partition(":")[0] for text in decision["guessed"]["reasons"][:2]] == [
+        "seed 0, probe less θ0",
+        "seed 0, probe less guessing",
+    ]
+    header = replace(record.header, admission=decision)
+    found = Findings(replace(record, header=header))
+    assert judged(found.learning) == ["x", "y"]
+    assert "not admitted beforehand, seed 0, probe less θ0" in sentences(found.learning)[0]
+    assert "admitted on other seeds" in reading(found)
+    assert set(found.line("own probes").scores) == set(gains), "it stays in the table"
+
+
+def test_test_records_carry_the_decision_and_check_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair_trial, "seeds_of", lambda name: [0, 1])
+    monkeypatch.setattr(fair_trial, "_missing", lambda name, record: [])
+    development = record_of({"x": [0.1, 0.1], "y": [0.5, 0.0]}, {})
+    write_record(development, tmp_path / "dev_loss.jsonl")
+    with pytest.raises(CpiftError, match="no record of a development"):
+        fair_trial.admit("once_loss", tmp_path)
+    decided = fair_trial.admit("dev_loss", tmp_path)
+    write_record(decided, tmp_path / "dev_loss.jsonl")
+    stamped = fair_trial.stamped(decided)  # check asks for the protocol first
+    write_record(stamped, tmp_path / "dev_loss.jsonl")
+    tested = fair_trial.stamped(development, "once_loss", tmp_path)
+    assert tested.header.admission == decided.header.admission
+    assert tested.header.protocol == fair_trial.protocol_hash()
+    assert tested.header.comparison["contrasts"] == [], "one task is left"
+    write_record(tested, tmp_path / "once_loss.jsonl")
+    fair_trial.require_admission(tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    study.main(["admit", "dev_loss"])  # the same again
+    write_record(fair_trial.stamped(development), tmp_path / "dev_loss.jsonl")
+    study.main(["admit", "dev_loss"])  # a later piece of development has none
+    forged = {task: {"admitted": True, "reasons": []} for task in ("x", "y")}
+    forged_test = replace(tested, header=replace(tested.header, admission=forged))
+    write_record(forged_test, tmp_path / "once_loss.jsonl")
+    with pytest.raises(CpiftError, match="was scored under another decision"):
+        fair_trial.admit("dev_loss", tmp_path)
+    with pytest.raises(CpiftError, match="does not follow from dev_loss"):
+        study.check(Namespace(artifacts=None))
+    write_record(replace(decided, header=replace(decided.header, admission=forged)), tmp_path / "dev_loss.jsonl")
+    with pytest.raises(CpiftError, match="does not follow from dev_loss"):
+        fair_trial.require_admission(tmp_path)
+    (tmp_path / "dev_loss.jsonl").unlink()
+    with pytest.raises(CpiftError, match="there is no dev_loss"):
+        fair_trial.require_admission(tmp_path)
