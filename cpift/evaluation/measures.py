@@ -238,6 +238,8 @@ def imbalance(scores: Scores, method: str, references: References, low: Sequence
 
 def ranks(scores: Scores, among: Sequence[str]) -> dict[str, np.ndarray]:
     """[seeds, 1 + draws] by method: its rank (1 is best, ties share the mean rank), averaged over tasks."""
+    if not among:
+        return {}
     values = np.stack([scores.of(method) for method in among])
     places = {}
     for place, method in enumerate(among):

@@ -5,9 +5,10 @@
     >>> from pathlib import Path
     >>> from cpift.config.loading import parse_config
     >>> from cpift.pipeline.checks import idle_notes
-    >>> task = {"name": "a", "checkpoint": {"path": "a"}}
-    >>> fields = {"name": "x", "model": {"path": "b"}, "tasks": [task], "fusion": {"method": "linear", "omega": 0.3}}
-    >>> list(idle_notes(parse_config(fields, Path.cwd(), "x")))
+    >>> task = {"name": "a", "train": {"procedural": "echo", "size": 40}}
+    >>> fields = {"name": "x", "model": {"scratch": {}}, "tasks": [task], "probe": {"steps": 2}}
+    >>> fusion = {"method": "linear", "omega": 0.3}
+    >>> list(idle_notes(parse_config({**fields, "fusion": fusion}, Path.cwd(), "x")))
     ['fusion.omega does nothing: method linear does not read it']
 """
 
