@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _SCAN = 1 << 22  # elements looked at together
+_RUN = 1 << 18  # bytes of these that stay in a processor's own cache
 
 
 def require_finite(label: str, checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
@@ -37,7 +40,26 @@ def is_finite(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether every element is finite: one pass and no memory, unlike `isfinite().all()`; a NaN is both extremes."""
+    """Whether every element is finite: one pass and no memory, unlike `isfinite().all()`.
+
+    On the CPU by the bits of short runs: this looks on beside a merge, and torch would have threads of its own do it,
+    which wait for their next work by turning round and so take the cores from the merge."""
     import torch
 
-    return values.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
+    if values.numel() == 0:
+        return True
+    if values.device.type != "cpu" or values.element_size() == 1:
+        return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))  # a NaN is both
+    bits, infinity = _unsigned(values), _unsigned(torch.tensor(torch.inf, dtype=values.dtype))[0]
+    magnitude = bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
+    run = _RUN // bits.itemsize
+    return all((bits[start : start + run] & magnitude).max() < infinity for start in range(0, len(bits), run))
+
+
+def _unsigned(values: torch.Tensor) -> np.ndarray:
+    """The bits of floating-point numbers, flat: without the sign, NaN and Inf are those from Inf's on."""
+    import torch
+
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits: np.ndarray = values.reshape(-1).view(whole).numpy()
+    return bits.view(f"u{bits.itemsize}")

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.formats.safetensors import TensorInfo
 
-# Elements that are held in fp64 at once, a multiple of 32: what is made of them stays in the cache, and is computed by
-# this thread alone. Threads of libraries would spin between so many small products, while the merge's need the cores.
+# Elements that a thread holds in fp64 at once, a multiple of 32: what is made of them stays in the cache, and is
+# computed by this thread alone. Threads of libraries would spin between so many small products.
 RUN = 1 << 15
+_AHEAD = 256  # runs of which the results are held at once
 _ANTIPARALLEL = 1e-2
 
 
@@ -37,7 +40,8 @@ Definition = Callable[[int, int], Expected]  # for elements start..stop-1 of one
 # For elements start..stop-1: every model's vector [stop - start], and the places [P] that are defined.
 Vectors = Callable[[int, int], tuple[list[np.ndarray], np.ndarray]]
 Fold = tuple[float, float]  # running ← first · running + second · next vector
-Runs = Callable[[], Iterator[list[np.ndarray]]]  # one pass over every model's vector, some elements at a time
+# One pass over every model's vector: calls that give some elements of each, in any order and by any thread.
+Runs = Callable[[], Iterator[Callable[[], list[np.ndarray]]]]
 
 
 def in_fp64(model: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
@@ -116,27 +120,45 @@ def expected(vectors: list[np.ndarray], folds: list[Fold], places: np.ndarray) -
 
 def runs_of(vectors: Vectors, numel: int) -> Runs:
     """Passes over all elements of a tensor."""
-    return lambda: (vectors(start, min(start + RUN, numel))[0] for start in range(0, numel, RUN))
+
+    def run(start: int) -> list[np.ndarray]:
+        return vectors(start, min(start + RUN, numel))[0]
+
+    return lambda: (partial(run, start) for start in range(0, numel, RUN))
+
+
+def total(runs: Runs, of: Callable[[list[np.ndarray]], np.ndarray], size: tuple[int, ...]) -> np.ndarray:
+    """Σ of(run) over a pass, of this size: computed by several threads, added in the order of the runs."""
+    from cpift_kernels.cpu.compiled import in_threads
+
+    sums, left = np.zeros(size), runs()
+    while some := list(islice(left, _AHEAD)):
+        for part in in_threads(lambda run: of(run()), some):
+            sums += part
+    return sums
 
 
 def sequential_slerp(runs: Runs, factors: Sequence[float], epsilon: float) -> list[Fold]:
     """The definition, fold after fold over whole vectors, in fp64: the weights of every fold."""
     folds: list[Fold] = []
     for index, omega in enumerate(factors):
-        sums = np.zeros(5)
-        for run in runs():
-            a, b = _folded(run[: index + 1], folds), run[index + 1]
-            d = b - a
-            sums += (_dot(a, a), _dot(b, b), _dot(d, d), _dot(a, d), _dot(a, b))
+        sums = total(runs, partial(_products, folds=tuple(folds), next_one=index + 1), (3,))
         folds.append(_weights(sums, omega, epsilon))
     return folds
+
+
+def _products(run: list[np.ndarray], folds: Sequence[Fold], next_one: int) -> np.ndarray:
+    """[3]: aa, ad, dd of what the folds give, a, and of the way to the next vector, d = b − a."""
+    a = _folded(run[:next_one], folds)
+    d = run[next_one] - a
+    return np.array([_dot(a, a), _dot(a, d), _dot(d, d)])
 
 
 def _dot(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.einsum("i,i->", one, other))
 
 
-def _folded(vectors: list[np.ndarray], folds: list[Fold]) -> np.ndarray:
+def _folded(vectors: list[np.ndarray], folds: Sequence[Fold]) -> np.ndarray:
     running = vectors[0]
     for vector, (first, second) in zip(vectors[1:], folds, strict=True):
         running = first * running + second * vector
@@ -144,8 +166,10 @@ def _folded(vectors: list[np.ndarray], folds: list[Fold]) -> np.ndarray:
 
 
 def _weights(sums: np.ndarray, omega: float, epsilon: float) -> Fold:
-    """The weights of SLERP(a, b, ω), of LERP where the angle is degenerate; sums: aa, bb, dd, ad, ab of d = b − a."""
-    aa, bb, dd, ad, ab = sums.tolist()
+    """The weights of SLERP(a, b, ω), of LERP where the angle is degenerate; sums: aa, ad, dd of d = b − a,
+    of which those of b follow: little is lost where the two are close, and nothing where b = 0."""
+    aa, ad, dd = sums.tolist()
+    ab, bb = aa + ad, aa + 2 * ad + dd
     angle = math.atan2(math.sqrt(max(aa * dd - ad * ad, 0.0)), ab)
     if min(aa, bb) <= 0 or angle <= epsilon or math.pi - angle < max(epsilon, _ANTIPARALLEL):
         return 1 - omega, omega

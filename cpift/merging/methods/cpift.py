@@ -324,4 +324,4 @@ def _joint(claims: Claims, kept: torch.Tensor | None) -> torch.Tensor:
 
 
 def _once(row: list[np.ndarray]) -> Runs:
-    return lambda: iter([row])
+    return lambda: iter([lambda: row])

@@ -10,7 +10,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.definition import Definition, runs_of, vectors_of, weighted
+from cpift.merging.definition import Definition, runs_of, total, vectors_of, weighted
 from cpift.merging.forms import WeightedMerge
 from cpift.merging.settings import no_shares
 
@@ -42,9 +42,7 @@ class Karcher(WeightedMerge):
 
     def definition(self, info: TensorInfo) -> Definition:
         vectors, size = vectors_of(self.models, info), len(self.tuned)
-        products = np.zeros((size, size))
-        for run in runs_of(vectors, info.numel)():
-            products += np.stack(run) @ np.stack(run).T
+        products = total(runs_of(vectors, info.numel), lambda run: np.stack(run) @ np.stack(run).T, (size, size))
         return weighted(vectors, _by_fixed_points(products, np.array(self.weights)))
 
 

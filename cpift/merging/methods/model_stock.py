@@ -10,7 +10,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.definition import Definition, runs_of, vectors_of, weighted
+from cpift.merging.definition import Definition, moves_of, runs_of, total, vectors_of, weighted
 from cpift.merging.forms import WeightedMerge
 
 
@@ -47,16 +47,13 @@ class ModelStock(WeightedMerge):
         return [1.0 - share, *[share / size] * size], record
 
     def definition(self, info: TensorInfo) -> Definition:
-        vectors, size = vectors_of(self.models, info), len(self.tuned)
-        products = np.zeros((size, size))
-        for origin, *tuned in runs_of(vectors, info.numel)():
-            updates = np.stack(tuned) - origin
-            products += updates @ updates.T
+        updates, size = runs_of(moves_of(self.models, info), info.numel), len(self.tuned)
+        products = total(updates, lambda run: np.stack(run) @ np.stack(run).T, (size, size))
         pairs = [(i, j) for i in range(size) for j in range(i)]
         sizes = np.sqrt(np.diagonal(products))
         cosines = [products[i, j] / (sizes[i] * sizes[j]) if sizes[i] * sizes[j] > 0 else 0.0 for i, j in pairs]
         share = _share(float(np.mean(cosines)), size)
-        return weighted(vectors, np.array([1 - share, *[share / size] * size]))
+        return weighted(vectors_of(self.models, info), np.array([1 - share, *[share / size] * size]))
 
 
 def _share(cosine: float, size: int) -> float:

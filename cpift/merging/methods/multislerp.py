@@ -12,7 +12,7 @@ from cpift.checkpoints.writing import TensorRecord
 from cpift.config.run import FusionConfig
 from cpift.errors import CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo
-from cpift.merging.definition import Definition, from_origin, moves_of, runs_of, vectors_of, weighted
+from cpift.merging.definition import Definition, from_origin, moves_of, runs_of, total, vectors_of, weighted
 from cpift.merging.forms import WeightedMerge
 from cpift.merging.methods.karcher import Karcher
 
@@ -60,8 +60,8 @@ class MultiSlerp(WeightedMerge):
         delta = self.config.space == "delta"
         vectors = moves_of(self.models, info) if delta else vectors_of(self.models, info)
         shares, runs = np.array(self.weights) / sum(self.weights), runs_of(vectors, info.numel)
-        sizes = np.sqrt(sum((np.square(run).sum(1) for run in runs()), np.zeros(len(shares))))
+        sizes = np.sqrt(total(runs, lambda run: np.square(run).sum(1), shares.shape))
         inverse = np.where(sizes > 0, 1 / np.where(sizes > 0, sizes, 1), 0)
-        length = math.sqrt(sum(float(np.square((shares * inverse) @ np.stack(run)).sum()) for run in runs()))
+        length = math.sqrt(total(runs, lambda run: np.square((shares * inverse) @ np.stack(run)).sum(), ()))
         wanted = weighted(vectors, shares * inverse * (shares @ sizes) / (length or 1.0))
         return from_origin(wanted, self.pretrained, info.name) if delta else wanted
