@@ -48,7 +48,9 @@ def all_finite(values: torch.Tensor) -> bool:
 
     if values.numel() == 0:
         return True
-    if values.device.type != "cpu" or values.element_size() == 1:
+    if values.element_size() == 1:  # of such numbers not all kinds have an Inf
+        values = values.float()
+    if values.device.type != "cpu":
         return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))  # a NaN is both
     bits, infinity = _unsigned(values), _unsigned(torch.tensor(torch.inf, dtype=values.dtype))[0]
     magnitude = bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
