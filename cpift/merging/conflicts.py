@@ -136,15 +136,22 @@ def by_stage(word: str) -> bool:
 
 
 def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tensor]:
-    """What each task donates. Raises CpiftError for a rule, called `word`, whose masks do not fit the claims."""
-    import torch
-
+    """What each task donates. Raises CpiftError for a user's rule, called `word`, whose masks do not fit the claims."""
     where = f"conflict rule {short_name(word)}: tensor {claims.name}, elements {claims.start} to {claims.stop - 1}"
     cores = claims.cores
     with own_code(type(rule), where):
         owners = list(rule.owners(claims))
     if len(owners) != len(cores):
         raise CpiftError(f"{where}: gives {len(owners)} masks → give one for each of {len(cores)} tasks, in order")
+    if type(rule) not in CONFLICTS.values():
+        _require_owners(cores, owners, where)
+    return dict(zip(cores, owners, strict=True))
+
+
+def _require_owners(cores: Mapping[str, torch.Tensor], owners: Sequence[torch.Tensor], where: str) -> None:
+    """Raise CpiftError unless every element of a core is donated by tasks that hold it."""
+    import torch
+
     for (task, core), mask in zip(cores.items(), owners, strict=True):
         _require_mask(mask, core, f"{where}: of task {task}")
     outside = [mask & ~core for core, mask in zip(cores.values(), owners, strict=True)]
@@ -154,7 +161,6 @@ def owned(rule: ConflictRule, claims: Claims, word: str) -> dict[str, torch.Tens
         raise CpiftError(f"{where}: task {task} donates what its core does not hold → keep to `claims.cores`")
     if unowned:
         raise CpiftError(f"{where}: an element of a core has no owner → give it one, or leave it out by `excluded`")
-    return dict(zip(cores, owners, strict=True))
 
 
 def remaining(rule: ConflictRule, claims: Claims, word: str) -> Claims:

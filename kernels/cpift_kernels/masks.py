@@ -56,7 +56,18 @@ def union_mask(words: Sequence[Tensor]) -> Tensor:
     """The OR of the masks of one tensor; a new tensor."""
     if not words:
         raise ValueError("words is empty; pass at least one mask")
-    union = words[0].clone()
+    union = copy_mask(words[0])
     for mask in words[1:]:
-        union |= mask
+        if union.device.type == "cpu" and mask.shape == union.shape:
+            np.bitwise_or(union.numpy(), mask.numpy(), out=union.numpy())
+        else:
+            union |= mask
     return union
+
+
+def copy_mask(words: Tensor) -> Tensor:
+    """The same words in memory of their own. On the CPU by numpy, as above: for so few bytes torch has threads of its
+    own, which then wait for more by turning round, beside those of the kernels."""
+    import torch
+
+    return torch.from_numpy(words.numpy().copy()) if words.device.type == "cpu" else words.clone()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..masks import copy_mask
 from ..overlap import ConflictPolicy
 from .compiled import in_threads, inner, kernel
 from .emit import LANES
@@ -62,7 +63,7 @@ def resolve_conflicts(
     policy: ConflictPolicy, pretrained: Tensor, tuned: Sequence[Tensor], masks: Sequence[Tensor]
 ) -> list[Tensor]:
     """See `cpift_kernels.resolve_conflicts`."""
-    resolved = [words.clone() for words in masks]
+    resolved = [copy_mask(words) for words in masks]
     if policy == "mean":
         return resolved
     kinds = np.array([storage_kind(x) for x in (pretrained, *tuned)], np.int64)
