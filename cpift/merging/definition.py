@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -129,12 +130,13 @@ def runs_of(vectors: Vectors, numel: int) -> Runs:
 
 def total(runs: Runs, of: Callable[[list[np.ndarray]], np.ndarray], size: tuple[int, ...]) -> np.ndarray:
     """Σ of(run) over a pass, of this size: computed by several threads, added in the order of the runs."""
-    from cpift_kernels.cpu.compiled import in_threads
+    import torch
 
     sums, left = np.zeros(size), runs()
-    while some := list(islice(left, _AHEAD)):
-        for part in in_threads(lambda run: of(run()), some):
-            sums += part
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="cpift-definition") as pool:
+        while some := list(islice(left, _AHEAD)):
+            for part in pool.map(lambda run: of(run()), some):
+                sums += part
     return sums
 
 
