@@ -46,6 +46,7 @@ ROWS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("llama2-7b", "1 row, `optimizer: adamw_8bit`", 1, _ALONE | {"optimizer": "adamw_8bit"}),
     ("llama2-7b", "1 row, `optimizer: adafactor`", 1, _ALONE | {"optimizer": "adafactor"}),
     ("llama2-7b", "1 row, `lora: {rank: 16}`", 1, _ALONE | {"lora": {"rank": 16}}),
+    ("llama2-7b", "1 row, `lora: {rank: 16, base: nf4}`", 1, _ALONE | {"lora": {"rank": 16, "base": "nf4"}}),
 ]
 
 

@@ -131,7 +131,7 @@ def test_one_gpu_of_four_is_no_data_parallel_model(
         made.append(SimpleNamespace(n_gpu=4, **fields))
         return made[-1]
 
-    def loaded(path: Path, dtype: torch.dtype, device: str) -> Any:
+    def loaded(path: Path, dtype: torch.dtype, device: str, attention: str) -> Any:
         assert device == "cuda"
         return load_whole(path, dtype, "cpu")
 

@@ -22,7 +22,7 @@ from cpift.config.inputs import DataSource, ModelConfig, ScratchModel
 from cpift.config.resources import SHARDED
 from cpift.config.run import FusionConfig, RunConfig
 from cpift.config.tasks import BASELINES
-from cpift.config.training import KEEPS, WARMUPS
+from cpift.config.training import BASES, KEEPS, WARMUPS
 from cpift.data import sources as row_sources
 from cpift.data import tasks as data
 from cpift.errors import CpiftError, entry
@@ -36,6 +36,7 @@ from cpift.models import sources as models
 from cpift.pipeline import outcomes
 from cpift.pipeline import plan as planning
 from cpift.pipeline.stages import integrate
+from cpift.pretrained import attention
 from cpift.sweep import config as sweep_config
 from cpift.sweep import searching as sweep_searching
 from cpift.training import optimizers, steps, tracking
@@ -62,6 +63,9 @@ TABLES: dict[str, Collection[str]] = {
     "IntegrationConfig.steps_per": fit_spec.STEPS_PER,
     "TrainingConfig.optimizer": optimizers.OPTIMIZERS,
     "IntegrationConfig.optimizer": optimizers.OPTIMIZERS,
+    "LoraConfig.base": BASES,
+    "TrainingConfig.attention": attention.IMPLEMENTATIONS,
+    "IntegrationConfig.attention": attention.IMPLEMENTATIONS,
     "TrainingConfig.keep": KEEPS,
     "IntegrationConfig.keep": KEEPS,
     "TrainingConfig.warmup": WARMUPS,

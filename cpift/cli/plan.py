@@ -73,7 +73,8 @@ def _fitting(run: RunConfig, limit: int, folder: Path) -> list[Fitting]:
 
     shards = run.resources.workers if run.resources.sharded else 1
     every = {section: fit for task in run.tasks for section, fit in trained_in(run, task, "run").items()}
-    return [fitting(section, folder, training, shards, limit) for section, training in every.items()]
+    strategy = run.resources.strategy
+    return [fitting(section, folder, training, shards, limit, strategy) for section, training in every.items()]
 
 
 def _on_gpu(run: RunConfig, gpu: str) -> tuple[list[Fitting], list[Holding]]:

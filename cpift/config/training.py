@@ -12,6 +12,9 @@ from cpift.config.inputs import Precision, Section, Seed, exactly_one
 Freeze = Literal["earlier", "all", "none"]
 KEEPS = {"last": False, "best": True}  # `keep` → whether held-out loss chooses among a stage's weights
 WARMUPS = {"rounded": False, "exact": True}  # `warmup` → whether the share of steps is taken as it is
+BASES = {"stored": False, "nf4": True}  # `lora.base` → whether weights under adapters are held in 4 bits
+# `attention` → whether it is known together with layers that are compiled
+ATTENTIONS = {"auto": True, "eager": True, "sdpa": True, "flash_attention_2": False, "flex": False}
 Tracker = Literal[
     "tensorboard",
     "mlflow",
@@ -53,6 +56,18 @@ class LoraConfig(Section):
         **identity(*FITS),
         description="ends of module names, for example [q_proj, v_proj]; all-linear: all but the head",
     )
+    base: Literal["stored", "nf4"] = Field(
+        "stored",
+        **identity(*FITS, absent="stored"),
+        description="what linear layers hold beside the adapters: stored: their weights as they are; nf4: these in 4 "
+        "bits, double quantisation (QLoRA; needs the `qlora` extra). The model that is kept is θ0 and the adapters, "
+        "whatever stood in for θ0 while they were trained",
+    )
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether weights beside the adapters are held in 4 bits."""
+        return BASES[self.base]
 
 
 class Validation(Section):
@@ -120,6 +135,13 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False, **identity(*FITS), description="activations are computed twice: less memory, more time"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex"] = Field(
+        "auto",
+        **identity(*FITS, absent="auto"),
+        description="what computes attention, as transformers has it: auto: sdpa (torch's own) where the class has it, "
+        "else eager; flash_attention_2: needs flash-attn, GPUs and bfloat16 products; flex: torch's flex_attention, on "
+        "GPUs. Scoring is not concerned",
     )
     compile: bool = Field(
         False,
@@ -203,6 +225,22 @@ class TrainingConfig(Section):
             raise ValueError(
                 "gather: bfloat16 makes products bfloat16, and precision is float32; change one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_what_is_known(self) -> TrainingConfig:
+        if self.compile and self.lora is not None and self.lora.in_four_bits:
+            raise ValueError("lora.base: nf4 is not known with compiled layers; write compile: false, or base: stored")
+        if self.compile and not ATTENTIONS[self.attention]:
+            raise ValueError(
+                f"attention: {self.attention} is not known with compiled layers; write compile: false, or sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attends_in_a_precision_there_is(self) -> TrainingConfig:
+        if (self.attention, self.precision) == ("flash_attention_2", "float32"):
+            raise ValueError("attention: flash_attention_2 computes in bfloat16, and precision is float32; change one")
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,8 @@ def new_row() -> dict[str, list[int]]:
 
 
 def append(row: dict[str, list[int]], example: Mapping[str, list[int]]) -> None:
-    """Put an example behind those of a row. Its first token is nobody's label, for the token before it is another's."""
+    """Put an example, or a row of several, behind those of a row. Its first token is nobody's label, for the token
+    before it is another's."""
     row["input_ids"] += example["input_ids"]
     row["labels"] += [_IGNORED, *example["labels"][1:]]
-    row["position_ids"] += range(len(example["input_ids"]))
+    row["position_ids"] += example.get("position_ids", range(len(example["input_ids"])))

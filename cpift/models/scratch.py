@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpift.config.inputs import ScratchModel
@@ -9,7 +10,7 @@ from cpift.pretrained.plain_tokenizer import PlainTokenizer, with_post_processor
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _SPECIAL = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}  # in the order of their ids
 _CHAT_TEMPLATE = (
@@ -59,9 +60,24 @@ def _bytes_only() -> Tokenizer:
 def make_scratch_model(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """A Llama of the given size with tied embeddings, in float32; the same weights for the same fields."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scratch.seed)
+        return LlamaForCausalLM(_config(scratch, tokenizer))
+
+
+def write_scratch_config(scratch: ScratchModel, folder: Path) -> None:
+    """The config.json of `make_scratch_model`, before there is one."""
+    config = _config(scratch, make_scratch_tokenizer(scratch))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def _config(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=scratch.hidden_size,
         intermediate_size=scratch.intermediate_size,
@@ -74,6 +90,3 @@ def make_scratch_model(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scratch.seed)
-        return LlamaForCausalLM(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cpift.config.needs import NEEDS, missing, trained_in
@@ -44,7 +45,6 @@ def examined(
     from cpift.models.sources import check_model, read_ahead
     from cpift.pipeline.row_checks import RowChecks, ask_ahead, check_written
     from cpift.pipeline.stages.parents import check_parent
-    from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
     problems, models = [*missing(config, stage), *check_methods(config, stage)], check_model(config.model)
@@ -58,7 +58,7 @@ def examined(
     if not problems:
         problems += _check_space(config, stage)
     problems += [] if problems else _check_moments(config, stage)
-    problems += check_trackers(config.tracking) + check_lora(trainings(config)) + _check_compiler(config)
+    problems += check_trackers(config.tracking) + _check_machine(config)
     folder = _check_store(config) or _check_output(config.output_dir)
     problems += _check_backbone(config) + folder
     if not folder:
@@ -92,22 +92,14 @@ def field_problems(config: RunConfig, stage: str | None) -> list[Problem]:
     from cpift.checkpoints.opening import at_hand
     from cpift.merging.on_device import check_device
     from cpift.merging.planning import check_budget, check_methods
-    from cpift.training.adapters import check_lora
     from cpift.training.tracking import check_trackers
 
     problems = [*missing(config, stage), *check_methods(config, stage), *check_device(config)]
     if not problems:
         problems += check_budget(config) if stage not in _BEFORE_FUSION else []
         problems += [*_check_space(config, stage), *_check_moments(config, stage)]
-    if (folder := at_hand(config.model)) is not None:
-        problems += _check_trained(config, folder)
-    return (
-        problems
-        + check_trackers(config.tracking)
-        + check_lora(trainings(config))
-        + _check_compiler(config)
-        + _check_backbone(config)
-    )
+    problems += _check_trained(config, at_hand(config.model))
+    return problems + check_trackers(config.tracking) + _check_machine(config) + _check_backbone(config)
 
 
 def _check_held_out(config: RunConfig, task: TaskConfig, stage: str | None, download: bool) -> Iterator[Problem]:
@@ -167,7 +159,7 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     where, trains = f"model.{config.model.kind}", integrates or not config.merges_only
     folder = at_hand(config.model)
     if folder is None or (stage in _BEFORE_FUSION and not trains):
-        return []
+        return _check_trained(config, folder) if trains else []
     try:
         model = Checkpoint(folder)
     except CheckpointError:
@@ -177,28 +169,31 @@ def _check_class(config: RunConfig, stage: str | None) -> list[Problem]:
     return problems or (unwritable(model, where) if trains else [])
 
 
-def _check_compiler(config: RunConfig) -> list[Problem]:
-    from cpift.training.compiling import check_compiler
+def _check_machine(config: RunConfig) -> list[Problem]:
+    from cpift.training.possible import missing_here
 
-    return check_compiler(trainings(config), "cuda" if config.resources.gpus_per_worker else "cpu")
+    asked, tasks = config.resources, [config.resources.overridden(task.resources) for task in config.tasks]
+    on_gpus = all(resources.gpus_per_worker for resources in (asked, *tasks))
+    return missing_here(trainings(config), "cuda" if on_gpus else "cpu")
 
 
-def _check_trained(config: RunConfig, folder: Path) -> Iterator[Problem]:
-    from cpift.pretrained.architecture import narrowing
-    from cpift.pretrained.attention import mixing
-    from cpift.training.adapters import not_adapted
-    from cpift.training.compiling import not_compiled
+def _check_trained(config: RunConfig, folder: Path | None) -> list[Problem]:
+    """What the class of θ0 does not do in a fine-tune. folder: θ0's; None where it is made, or not here yet."""
+    from cpift.models.scratch import write_scratch_config
+    from cpift.training.possible import impossible
 
     fits = {"probe": config.probe, "backbone": config.backbone.training, "integration": config.integration}
-    for section, training in fits.items():
-        if training is not None and training.packing:
-            yield from mixing(folder, f"{section}.packing")
-        if training is not None and training.gather == "bfloat16":
-            yield from narrowing(folder, f"{section}.gather")
-        if training is not None and training.compile:
-            yield from not_compiled(folder, f"{section}.compile")
-        if training is not None and training.lora is not None:
-            yield from not_adapted(folder, training.lora, f"{section}.lora.targets")
+    asking = {section: training for section, training in fits.items() if training is not None}
+    with TemporaryDirectory() as made:
+        asks = [training for training in asking.values() if training.lora or training.attention != "auto"]
+        if folder is None and config.model.scratch is not None and asks:  # of all else it is known to do it
+            folder = Path(made)
+            write_scratch_config(config.model.scratch, folder)
+        return [
+            problem
+            for section, training in asking.items()
+            for problem in (impossible(folder, training, section) if folder is not None else [])
+        ]
 
 
 def _check_space(config: RunConfig, stage: str | None) -> list[Problem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,28 +23,42 @@ from cpift.pretrained.architecture import config_text
 from cpift.pretrained.loading import empty_network, load_adapter
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+    from cpift.checkpoints.checkpoint import Checkpoint
+    from cpift.checkpoints.layout import Layout
 
 _TARGETS = "name modules of this model"
 
 
 def check_lora(trainings: Sequence[TrainingConfig]) -> list[Problem]:
     """What is missing for those that ask for LoRA."""
-    if any(training.lora for training in trainings) and importlib.util.find_spec("peft") is None:
-        return [Problem("lora", "needs peft, which is not installed", "pip install 'cpift[peft]', or leave `lora` out")]
-    return []
+    asked, problems = [training.lora for training in trainings if training.lora], []
+    if asked and importlib.util.find_spec("peft") is None:
+        remedy = "pip install 'cpift[peft]', or leave `lora` out"
+        problems.append(Problem("lora", "needs peft, which is not installed", remedy))
+    if any(lora.in_four_bits for lora in asked) and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = "pip install 'cpift[qlora]', or write base: stored"
+        problems.append(Problem("lora.base", "nf4 needs bitsandbytes, which is not installed", remedy))
+    return problems
 
 
 def not_adapted(folder: Path, lora: LoraConfig, where: str) -> list[Problem]:
-    """Why the model in a folder takes no such adapters, as peft says it; empty if it does, or if there is no peft.
+    """Why the model in a folder takes no such adapters, as peft says it, or is not held in 4 bits beside them; empty
+    if it does and is, or if there is no peft.
 
-    where: the field of the targets. Raises CheckpointError.
+    where: the section. Raises CheckpointError.
     """
+    from cpift.training.weights.quantised import not_quantised
+
     if importlib.util.find_spec("peft") is None:
         return []
+    if lora.in_four_bits and (problems := not_quantised(folder, f"{where}.base")):
+        return problems
     asked = [config_text(folder), lora.model_dump(mode="json", include={"targets"}), version("peft")]
-    problems = remembered("no adapters", asked, lambda: _not_adapted(folder, lora))
-    return [Problem(where, what, _TARGETS) for what in problems]
+    reasons = remembered("no adapters", asked, lambda: _not_adapted(folder, lora))
+    return [Problem(f"{where}.targets", what, _TARGETS) for what in reasons]
 
 
 def _not_adapted(folder: Path, lora: LoraConfig) -> list[str]:
@@ -54,23 +69,33 @@ def _not_adapted(folder: Path, lora: LoraConfig) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, of what it sets right by itself
-            with_adapters(model, lora, 0)
+            adapted: Any = with_adapters(model, lora, 0)
     except CheckpointError as error:
         return [problem.what for problem in error.problems]
-    return []
+    holders = Counter(id(parameter) for _, parameter in adapted.named_parameters(remove_duplicate=False))
+    return [
+        f"{name} shares its weights with another layer, which a merged adapter would change too"
+        for name, layer in adapted.get_base_model().named_modules()
+        if hasattr(layer, "get_delta_weight") and holders[id(layer.weight)] > 1
+    ]
 
 
 def load_adapted(
     folder: Path, training: TrainingConfig, device: Device, seed: int, saved: Path | None = None
 ) -> PreTrainedModel:
-    """The model in a folder `with_adapters`; its own weights as they are stored where products are bfloat16."""
+    """The model in a folder `with_adapters`; its own weights as they are stored where products are bfloat16, or in 4
+    bits where `lora.base` says so."""
     import torch
 
     from cpift.training.weights.reading import load_whole
 
     assert training.lora is not None
     narrow = resolved(training.precision, device) == "bfloat16"
-    return with_adapters(load_whole(folder, torch.float32, device, narrow), training.lora, seed, saved)
+    how: dict[str, Any] = {"as_stored": narrow}
+    if training.lora.in_four_bits:
+        how = {"nf4": torch.bfloat16 if narrow else torch.float32}
+    model = load_whole(folder, torch.float32, device, **how, attention=training.attention)
+    return with_adapters(model, training.lora, seed, saved)
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Path | None = None) -> PreTrainedModel:
@@ -103,6 +128,15 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, saved: Pa
         except ValueError as error:
             raise CheckpointError("model", [Problem("lora.targets", first_line(error), _TARGETS)]) from error
     return cast("PreTrainedModel", adapted)
+
+
+def merged_weights(model: Any, layout: Layout, origin: Checkpoint) -> torch.nn.Module:
+    """What a fine-tune of `origin` keeps: `merge_adapters`, on θ0 as it is stored where 4 bits stood in for it."""
+    from cpift.training.weights.quantised import Merged
+
+    if getattr(model, "is_loaded_in_4bit", False):
+        return Merged(model, layout, origin)
+    return merge_adapters(model)
 
 
 def merge_adapters(model: Any) -> PreTrainedModel:

@@ -20,23 +20,25 @@ from cpift.config.training import WARMUPS, TrainingConfig
 from cpift.data.packing import append, new_row
 from cpift.data.tokenise import IGNORED, CompletionCollator, padded_length
 from cpift.errors import entry
-from cpift.pretrained.attention import keeps_apart
+from cpift.pretrained.attention import keeps_apart, takes_lengths
 from cpift.training.optimizers import OPTIMIZERS, Group
 from cpift.training.steps import exact_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, and numbers that go to the model as they are
 
 
 @dataclass(frozen=True)
 class Abilities:
     """What a model can be given. `width`: its hidden size, 0 where it does not keep the examples of a row apart;
-    `chooses`: whether it computes logits at chosen positions alone."""
+    `chooses`: whether it computes logits at chosen positions alone; `lengths`: whether its attention has no mask, and
+    is told where examples begin."""
 
     width: int
     chooses: bool
+    lengths: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Abilities:
@@ -44,7 +46,7 @@ class Abilities:
         config, asked = network.config, inspect.signature(network.forward).parameters
         apart = keeps_apart(config.to_dict()) and "position_ids" in asked
         chooses = "logits_to_keep" in asked and network.loss_function is ForCausalLMLoss
-        return cls(int(config.hidden_size) if apart else 0, chooses)
+        return cls(int(config.hidden_size) if apart else 0, chooses, apart and takes_lengths(config))
 
 
 class Batches:
@@ -59,17 +61,24 @@ class Batches:
 
         Of rows behind each other, shape (1, tokens), both: the mask, all ones, is for who counts tokens. Where the
         model chooses, `logits_to_keep` (columns) and `shift_labels` (rows, columns): the labels that follow these.
+        Where it is told lengths, `cu_seq_lens_q` and `_k` (int32, examples + 1) and the longest, `max_length_q` and
+        `_k`.
         """
         batch = _joined(rows) if self._joins(rows) else self._padded(rows)
+        if self._abilities.lengths:
+            batch |= _lengths(batch["position_ids"])
         return batch | _columns(batch["labels"]) if self._abilities.chooses else batch
 
     def _joins(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether one row of all tokens costs less than padded ones.
+        """Whether one row of all tokens costs less than padded ones; a flash kernel computes no pair across examples,
+        and takes several from one row alone.
 
         A layer of width d takes about 24·d² operations a token in its matrices, and 4·d for each pair of tokens of a
         row: among all of one row, masked or not.
         """
         lengths, width = [len(row["input_ids"]) for row in rows], self._abilities.width
+        if self._abilities.lengths:
+            return True
         if self._fixed or not width or "position_ids" in rows[0]:
             return False
         tokens, longest = sum(lengths), padded_length(rows)
@@ -82,6 +91,14 @@ def _joined(rows: Sequence[dict[str, Any]]) -> Batch:
         append(joined, row)
     batch = {name: torch.tensor([values]) for name, values in joined.items()}
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def _lengths(positions: torch.Tensor) -> dict[str, Any]:
+    """Where the examples of one row begin and the last ends, as transformers' flash attention takes it."""
+    begins = (positions[0] == 0).nonzero()[:, 0]
+    ends = torch.cat([begins, torch.tensor([positions.shape[1]])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _columns(labels: torch.Tensor) -> Batch:

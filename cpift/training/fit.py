@@ -37,9 +37,8 @@ from cpift.errors import StageError
 from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
 from cpift.method.masks import JointCores
 from cpift.models.sources import load_tokenizer
-from cpift.training.adapters import load_adapted, merge_adapters
+from cpift.training.adapters import load_adapted, merged_weights
 from cpift.training.batches import Abilities, Batches
-from cpift.training.compiling import compiled, fixed_length
 from cpift.training.fsdp import ShardedTrainer, WholeTrainer
 from cpift.training.moments import SecondMoments, second_moments, write_moments
 from cpift.training.rows import held_out_rows, stage_data
@@ -48,6 +47,7 @@ from cpift.training.spec import RESULT, FitSpec, FrozenRow, HeldOutRow, LogRow, 
 from cpift.training.steps import arguments, device_of, gathers_narrow, require_possible
 from cpift.training.tracking import tracked
 from cpift.training.watching import Averaging, Watch, checkpoint_folder
+from cpift.training.weights.compiling import compiled, fixed_length
 from cpift.training.weights.reading import load_sharded, load_whole
 from cpift.training.weights.workers import workers_here
 from cpift.training.weights.writing import write_trained
@@ -117,7 +117,7 @@ def fit(spec: FitSpec, hooks: FitHooks | None = None) -> TrainingRecord:
         }
         if _sharded(spec):
             result["gathered"] = "bfloat16" if gathers_narrow(spec) else "float32"
-        write_trained(merge_adapters(model), layout, origin, spec.export, hooks.is_main)
+        write_trained(merged_weights(model, layout, origin), layout, origin, spec.export, hooks.is_main)
         if moments is not None:
             write_moments(moments, layout, origin, spec.export, hooks.is_main)
             result["moments"] = moments.record
@@ -133,12 +133,12 @@ def _sharded(spec: FitSpec) -> bool:
 
 def _load(spec: FitSpec, saved: Path | None) -> PreTrainedModel:
     """The model to train, as `kept` at the end of a stage if that is given."""
-    device = device_of(spec)
+    device, attention = device_of(spec), spec.training.attention
     if spec.training.lora is not None:
         return load_adapted(spec.model, spec.training, device, spec.seed, saved)
     if _sharded(spec):
-        return load_sharded(saved or spec.model, torch.float32, device, gathers_narrow(spec))
-    return load_whole(saved or spec.model, torch.float32, device)
+        return load_sharded(saved or spec.model, torch.float32, device, gathers_narrow(spec), attention)
+    return load_whole(saved or spec.model, torch.float32, device, attention=attention)
 
 
 def _resume(checkpoint: Path | None) -> _StageState:

@@ -18,14 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.config.resources import SHARDED, Strategy
 from cpift.config.run import TrainingConfig
 from cpift.config.training import IntegrationConfig, LoraConfig
 from cpift.errors import CheckpointError
 from cpift.pretrained.architecture import skeleton
-from cpift.pretrained.loading import empty_network
+from cpift.pretrained.attention import implementation
 from cpift.training.adapters import with_adapters
 from cpift.training.optimizers import outside_layers
 from cpift.training.weights.frozen import Dtypes, hold_as_stored, stored_dtypes
+from cpift.training.weights.hollow import hollow_network, onto_cpu, without_masks
+from cpift.training.weights.quantised import nf4_bytes, not_quantised, quantisable
 from cpift.training.weights.units import layers_of
 
 _SMALL_8BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 32 bits
@@ -49,35 +52,48 @@ class TrainingMemory:
 def training_memory(folder: Path, training: TrainingConfig, shards: int, narrow: bool) -> TrainingMemory:
     """Of a fine-tune of the model in a local folder. shards: workers that FSDP2 shares its state out to, or 1; narrow:
     whether products are bfloat16."""
-    how = {} if training.packing else {"attn_implementation": _unmasked()}
-    with torch.device("meta"):
-        model: Any = empty_network(folder, dtype=torch.float32, **how)
+    model, less = hollow_network(folder, _attention(training)), 0
     if training.lora is not None:
-        if narrow:
+        if training.lora.in_four_bits:
+            less = _in_four_bits(model, torch.bfloat16 if narrow else torch.float32)
+        elif narrow:
             hold_as_stored(model, _stored(folder))
         model = with_adapters(model, training.lora, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _onto_cpu(model)
+        onto_cpu(model)
         model.config.use_cache = False
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = sum(_state(training.optimizer, parameter, inside) for parameter, inside in _places(model, moved))
-        trained, every = sum(p.numel() for p in moved), sum(p.nbytes for p in model.parameters())
+        trained, weights = sum(p.numel() for p in moved), sum(p.nbytes for p in model.parameters()) - less
         average = 4 * trained if training.ema else 0
         held = _activations(model.train(), training, narrow)
-    return TrainingMemory(every // shards, 4 * trained // shards, state // shards, average // shards, held)
+    return TrainingMemory(weights // shards, 4 * trained // shards, state // shards, average // shards, held)
 
 
-def _onto_cpu(model: torch.nn.Module) -> None:
-    """From `meta`, in FakeTensorMode: tensors of a device that autocast and libraries know, without memory."""
-    known: dict[int, torch.nn.Parameter] = {}  # tied ones stay tied
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            there = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-            setattr(module, name, known.setdefault(id(parameter), there))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+def _attention(training: TrainingConfig) -> str | None:
+    """transformers' name of an attention that keeps what the one that is asked for keeps: of a flash kernel's and of
+    flex's, whose masks are no tensors over pairs of tokens, that is torch's without a mask."""
+    name = implementation(training.attention).name
+    masked = name == "eager" or (training.packing and name in (None, "sdpa"))  # rows of several examples have one
+    return name if masked else without_masks()
+
+
+class _Dequantised(torch.nn.Linear):
+    """A linear layer in 4 bits, as its weights are when they are multiplied: made anew each time, and not kept."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return super().forward(values.to(self.weight.dtype)).to(values.dtype)
+
+
+def _in_four_bits(model: Any, compute: torch.dtype) -> int:
+    """Put such layers in the place of those that would be held so; returns by how many bytes these are smaller."""
+    linear = list(quantisable(model).values())
+    for layer in linear:
+        layer.__class__ = _Dequantised
+        layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, dtype=compute), requires_grad=False)
+    return sum(layer.weight.nbytes - nf4_bytes(layer.weight.numel()) for layer in linear)
 
 
 def _stored(folder: Path) -> Dtypes:
@@ -87,17 +103,6 @@ def _stored(folder: Path) -> Dtypes:
     network = skeleton(folder)
     dtype: Any = network.config.dtype or torch.float32
     return dict.fromkeys(network.state_dict(), dtype)
-
-
-def _unmasked() -> str:
-    """The name of an attention that is torch's own and builds no mask: whether rows need one, only values tell, and the
-    longest batch has no padding."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("cpift_counted", sdpa_attention_forward)
-    AttentionMaskInterface.register("cpift_counted", lambda *_, **__: None)
-    return "cpift_counted"
 
 
 def _places(model: Any, moved: list[torch.nn.Parameter]) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -149,10 +154,16 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 _ADAPTERS = LoraConfig()
+_WHOLE: Strategy = "ddp"
 
 
-def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, TrainingConfig]]:
-    """Changes that take less memory, those first that change least of what is learnt; each with all before it."""
+def ways_to_save(
+    training: TrainingConfig, shards: int, strategy: Strategy = "ddp"
+) -> Iterator[tuple[str, TrainingConfig]]:
+    """Changes that take less memory, those first that change least of what is learnt; each with all before it.
+
+    strategy: of the resources, which decides what else has to be changed.
+    """
     if not training.gradient_checkpointing:
         training = training.model_copy(update={"gradient_checkpointing": True})
         yield "gradient_checkpointing: true", training
@@ -163,8 +174,16 @@ def ways_to_save(training: TrainingConfig, shards: int) -> Iterator[tuple[str, T
     if training.optimizer == "adamw" and shards == 1 and not training.keep_moments:  # which are of adamw alone
         training = training.model_copy(update={"optimizer": "adamw_8bit"})
         yield "optimizer: adamw_8bit", training
-    if training.lora is None and shards == 1 and not (training.keep_moments or isinstance(training, IntegrationConfig)):
-        yield f"lora: {{rank: {_ADAPTERS.rank}}}", training.model_copy(update={"lora": _ADAPTERS})
+    if shards > 1 or training.keep_moments or isinstance(training, IntegrationConfig):
+        return
+    if training.lora is None:
+        besides = f"resources.strategy: {_WHOLE}, " if SHARDED[strategy] else ""  # of one worker it says nothing else
+        training = training.model_copy(update={"lora": _ADAPTERS})
+        yield f"{besides}lora: {{rank: {_ADAPTERS.rank}}}", training
+    assert training.lora is not None
+    if not (training.lora.in_four_bits or training.compile):
+        adapters = training.lora.model_copy(update={"base": "nf4"})
+        yield "lora.base: nf4", training.model_copy(update={"lora": adapters})
 
 
 @dataclass(frozen=True)
@@ -180,7 +199,9 @@ class Fitting:
     workers: int | None = None
 
 
-def fitting(section: str, folder: Path, training: TrainingConfig, shards: int, limit: int) -> Fitting:
+def fitting(
+    section: str, folder: Path, training: TrainingConfig, shards: int, limit: int, strategy: Strategy = "ddp"
+) -> Fitting:
     """Whether a fine-tune fits `limit` bytes of a GPU, and what to change if it does not."""
     narrow = training.precision != "float32"
     memory = training_memory(folder, training, shards, narrow)
@@ -188,7 +209,9 @@ def fitting(section: str, folder: Path, training: TrainingConfig, shards: int, l
         return Fitting(section, memory, True)
     ways: list[tuple[str, TrainingMemory]] = []
     full = [memory] if training.lora is None else []  # what FSDP2 can share out
-    for change, changed in ways_to_save(training, shards):
+    for change, changed in ways_to_save(training, shards, strategy):
+        if changed.lora is not None and changed.lora.in_four_bits and not_quantised(folder, "lora.base"):
+            continue
         try:
             less = training_memory(folder, changed, shards, narrow)
         except CheckpointError:

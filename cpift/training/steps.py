@@ -10,9 +10,8 @@ from transformers import TrainingArguments
 from cpift.config.training import TrainingConfig
 from cpift.devices import GATHERS, Device, compute_device, resolved
 from cpift.errors import CheckpointError, entry
-from cpift.pretrained.architecture import kept_wide, narrowing
-from cpift.pretrained.attention import mixing
-from cpift.training.compiling import check_compiler, not_compiled
+from cpift.pretrained.architecture import kept_wide
+from cpift.training.possible import impossible, missing_here
 from cpift.training.spec import FitSpec
 
 
@@ -23,10 +22,7 @@ def device_of(spec: FitSpec) -> Device:
 
 def require_possible(spec: FitSpec) -> None:
     """Raise CheckpointError for what the model's class cannot do: of a GGUF file nobody knew it before."""
-    problems = mixing(spec.model, "packing") if spec.training.packing else []
-    problems += narrowing(spec.model, "gather") if spec.training.gather == "bfloat16" else []
-    problems += check_compiler([spec.training], device_of(spec))
-    problems += not_compiled(spec.model, "compile") if spec.training.compile else []
+    problems = missing_here([spec.training], device_of(spec)) or impossible(spec.model, spec.training)
     if problems:
         raise CheckpointError(spec.title, problems)
 

@@ -36,13 +36,14 @@ SIZES = {
 }
 
 
-def tiny(kind: str) -> Any:
+def tiny(kind: str, **more: Any) -> Any:
     """A model of a class at toy width, with weights large enough to tell one context from another."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = AutoConfig.for_model(kind)
     fields = {name: value for name, value in SIZES.items() if hasattr(known, name)}
     fields |= {"num_key_value_heads": SIZES["num_attention_heads"]} if kind.startswith("deepseek") else {}
+    fields |= more
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), dtype=torch.float32).eval()
     for parameter in model.parameters():

@@ -91,8 +91,8 @@ def test_weights_under_adapters_are_held_as_stored_and_that_changes_no_bit(
     trained, dtypes = [], []
     for name, as_stored in (("narrow", True), ("wide", False)):
 
-        def load(path: Path, dtype: torch.dtype, device: Device, _: bool, as_stored: bool = as_stored) -> Any:
-            model = load_whole(path, dtype, device, as_stored)
+        def load(path: Path, dtype: torch.dtype, device: Device, hold: bool = as_stored, **how: Any) -> Any:
+            model = load_whole(path, dtype, device, **(how | {"as_stored": hold}))
             dtypes.append(model.model.layers[0].mlp.down_proj.weight.dtype)
             return model
 

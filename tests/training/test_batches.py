@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from cpift.data.packing import packed_rows
 from cpift.data.tokenise import CompletionCollator
 from cpift.training.batches import Abilities, Batches
 from tests.helpers.classes import tiny
+from tests.helpers.flash import use_flash
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
 
@@ -48,6 +50,46 @@ def test_loss_and_gradients_are_those_of_padded_rows(kind: str) -> None:
     for name, expected in gradients[0].items():
         if expected is not None:
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def outcome(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The loss and all gradients of a batch."""
+    model.zero_grad()
+    found = loss(model, batch)
+    found.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": found.detach()} | {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_every_attention_gives_the_same_loss_and_gradients(
+    kind: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any batch: padded rows, packed rows (all of them at once for a flash kernel, padding left out)."""
+    use_flash(monkeypatch)
+    model, data = tiny(kind), rows(9, 5, 31, 2)
+    expected = outcome(model, CompletionCollator(TOKENIZER)(data))
+    given = list(packed_rows(data, 36)) if packed else data
+    for name in ("eager", "flash_attention_2", *(["sdpa"] if kind == "llama" else [])):
+        model.config._attn_implementation = name
+        batch = Batches(TOKENIZER, Abilities.of(model))(given)
+        assert ("cu_seq_lens_q" in batch) == (name == "flash_attention_2")
+        found = outcome(model, batch)
+        torch.testing.assert_close(found.pop("loss"), expected["loss"], rtol=1e-5, atol=0)
+        for parameter, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-5, msg=f"{name} {parameter}")
+
+
+def test_a_flash_kernel_is_told_where_examples_begin() -> None:
+    packed = list(packed_rows(rows(9, 5, 31, 2), 36))
+    assert [len(row["input_ids"]) for row in packed] == [16, 31]
+    batch = Batches(TOKENIZER, Abilities(16, chooses=False, lengths=True))(packed)
+    assert batch["input_ids"].shape == (1, 47)
+    assert batch["position_ids"][0].tolist() == [*range(9), *range(5), *range(2), *range(31)]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 9, 14, 16, 47]
+    assert (batch["cu_seq_lens_q"].dtype, batch["max_length_q"], batch["max_length_k"]) == (torch.int32, 31, 31)
+    assert [int(batch["labels"][0, begin]) for begin in (0, 9, 14, 16)] == [-100] * 4
 
 
 def test_rows_lie_behind_each_other_where_that_costs_less() -> None:

@@ -11,7 +11,8 @@ import pytest
 from cpift.config.run import TrainingConfig
 from cpift.errors import ConfigError
 from cpift.pipeline.preflight import preflight
-from cpift.training.compiling import check_compiler, compiled, fixed_length, not_compiled
+from cpift.training.possible import impossible, missing_here
+from cpift.training.weights.compiling import compiled, fixed_length
 from cpift.training.weights.reading import load_whole
 from tests.helpers.small_runs import run_of, turns
 
@@ -27,17 +28,17 @@ def test_what_cannot_be_compiled_is_refused_by_name(
         preflight(asked)
     monkeypatch.setenv("CXX", "icpx")
     trainings = [TrainingConfig(steps=1, compile=compile) for compile in (False, True)]
-    assert check_compiler(trainings[:1], "cpu") == []
-    (problem,) = check_compiler(trainings, "cpu")
+    assert missing_here(trainings[:1], "cpu") == []
+    (problem,) = missing_here(trainings, "cpu")
     assert "icpx is not installed" in str(problem)
-    (problem,) = check_compiler(trainings, "cuda")
+    (problem,) = missing_here(trainings, "cuda")
     assert "gcc or clang is not installed" in str(problem)
-    assert not_compiled(base, "probe.compile") == []
+    assert impossible(base, trainings[1], "probe") == []
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "openai-gpt", "n_embd": 8, "n_head": 2, "n_layer": 1})
     )
-    (problem,) = not_compiled(tmp_path, "probe.compile")
-    assert "does not say what the model's layers are" in str(problem)
+    (problem,) = impossible(tmp_path, trainings[1], "probe")
+    assert str(problem).startswith("probe.compile: is true, and transformers does not say what the model's layers are")
 
 
 def test_layers_are_compiled_while_a_stage_is_trained(base: Path) -> None:

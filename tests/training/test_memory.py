@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from typer.testing import CliRunner
 
 from cpift.cli.main import app
 from cpift.config.loading import dump_config
-from cpift.config.run import EvaluationConfig
+from cpift.config.run import EvaluationConfig, ResourcesConfig
 from cpift.config.training import TrainingConfig
 from cpift.errors import ConfigError
 from cpift.evaluation import scoring
@@ -24,29 +23,12 @@ from cpift.training.optimizers import OPTIMIZERS
 from cpift.training.weights.reading import load_whole
 from tests import memory_table
 from tests.helpers.families import make_family
+from tests.helpers.held import held
 from tests.helpers.small_runs import run_of, turns
 
 
 def settings(**fields: Any) -> TrainingConfig:
     return TrainingConfig(**({"steps": 1, "batch_size": 3, "max_length": 24, "precision": "float32"} | fields))
-
-
-def held(model: Any, training: TrainingConfig) -> int:
-    """Bytes of different storages that a real forward pass keeps, weights apart."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    ids = torch.zeros((training.batch_size, training.max_length), dtype=torch.long)
-    packed = {"position_ids": torch.arange(training.max_length).remainder(7).expand(ids.shape)}
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        products = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bfloat16")
-        with products:
-            model(input_ids=ids, labels=ids, use_cache=False, **(packed if training.packing else {}))
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
 
 @pytest.mark.parametrize("fields", [{}, {"batch_size": 1, "max_length": 9}, {"packing": True}])
@@ -111,17 +93,44 @@ def test_what_does_not_fit_is_told_what_would(base: Path) -> None:
         "batch_size: 1, gradient_accumulation: 4",
         "optimizer: adamw_8bit",
         "lora: {rank: 16}",
+        "lora.base: nf4",
     ]
+    taken = [memory.weights for _, memory in least.ways]
+    assert taken[-1] < taken[-2]
     assert least.workers is not None
     shared = training_memory(base, settings(batch_size=1, gradient_checkpointing=True), least.workers, False)
     assert shared.total <= whole.weights < shared.total * least.workers
 
 
-@pytest.mark.parametrize("fields", [{}, {"keep_moments": True}, {"ema": 0.9, "packing": True}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"keep_moments": True}, {"ema": 0.9, "packing": True}, {"optimizer": "muon"}, {"compile": True, "lora": {}}],
+)
 def test_no_change_is_told_that_a_config_may_not_have(fields: dict[str, Any]) -> None:
     told = [changed for _, changed in ways_to_save(settings(**fields), 1)]
     assert [TrainingConfig(**changed.model_dump()) for changed in told] == told
     assert len(told) > 1
+
+
+def test_adapters_are_no_change_of_weights_that_are_shared_out() -> None:
+    """`fsdp` with one worker shares nothing, but no config has it with `lora`."""
+    told = [change for change, _ in ways_to_save(settings(), 1, "fsdp")]
+    assert told[-2:] == ["resources.strategy: ddp, lora: {rank: 16}", "lora.base: nf4"]
+    assert "lora" not in " ".join(change for change, _ in ways_to_save(settings(), 2, "fsdp"))
+    with pytest.raises(ValueError, match="use ddp with lora"):
+        ResourcesConfig(strategy="fsdp").refuse("probe", settings(lora={}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_scores_of_all_pairs_are_counted_where_they_are_kept(base: Path, packing: bool) -> None:
+    training = settings(attention="eager", packing=packing)
+    model: Any = load_whole(base, torch.float32, "cpu", attention="eager").train()
+    counted = {
+        name: training_memory(base, settings(attention=name, packing=packing, precision="auto"), 1, False).activations
+        for name in ("auto", "eager", "sdpa", "flash_attention_2", "flex")
+    }
+    assert counted["eager"] == held(model, training) > counted["sdpa"] == counted["auto"]
+    assert counted["flash_attention_2"] == counted["flex"] <= counted["auto"]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])

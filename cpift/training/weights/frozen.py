@@ -42,7 +42,8 @@ def hold_as_stored(model: torch.nn.Module, stored: Dtypes) -> None:
 def seen_as_float32(model: torch.nn.Module) -> Iterator[None]:
     """Within it every parameter is one of float32, of a single element's memory: peft makes new adapters in the dtype
     of the layer beside them, and rounds what they begin with."""
-    narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype != torch.float32}
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]  # in 4 bits they are not
+    narrow = {parameter: parameter.data for parameter in weights if parameter.dtype != torch.float32}
     for parameter, values in narrow.items():
         parameter.data = torch.zeros((), dtype=torch.float32, device=values.device).expand(values.shape)
     try:

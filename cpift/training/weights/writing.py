@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.layout import Layout
@@ -29,22 +28,24 @@ _BEHIND = 4  # pieces that wait for the disk, at most
 
 
 def write_trained(
-    model: PreTrainedModel, layout: Layout, origin: Checkpoint, out: Path, main: bool, kind: str | None = None
+    model: torch.nn.Module, layout: Layout, origin: Checkpoint, out: Path, main: bool, kind: str | None = None
 ) -> None:
     """Write a model, sharded or not, with the names and files of `origin`, which has this layout. Collective.
 
     Tensors that the class does not take are the origin's. kind: the format's name of the dtype that numbers are
     written in; default: of each tensor the origin's. The model is whole when every worker has come back.
     """
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     infos = [replace(info, kind=kind) if kind and info.floating else info for info in origin.tensors.values()]
     shards = [Shard(file.name, tuple(info for info in infos if info.file == file)) for file in origin.files]
     if main:
         out.mkdir(parents=True, exist_ok=True)
         _create(shards, out)
-    together = any(isinstance(tensor, DTensor) for tensor in state.values()) and _seen_by_all(out, main)
+    sharded = any(isinstance(tensor, DTensor) for tensor in model.parameters())
+    together = sharded and _seen_by_all(out, main)
+    parts, written = _Gathered(state, sharded), [info for shard in shards for info in shard.tensors]
     with _Files(out, shards if together or main else ()) as files:
-        _write_tensors(state, layout, origin, [info for shard in shards for info in shard.tensors], files, together)
+        _write_tensors(parts, layout, origin, written, files, together)
     if together:
         in_step()
     if main:
@@ -74,7 +75,7 @@ def _create(shards: Sequence[Shard], folder: Path) -> None:
 
 
 def _write_tensors(
-    state: Mapping[str, torch.Tensor],
+    parts: _Gathered,
     layout: Layout,
     origin: Checkpoint,
     infos: Sequence[TensorInfo],
@@ -83,11 +84,10 @@ def _write_tensors(
 ) -> None:
     """Write what this worker has to. together: all write, what is gathered in turn; else the first one alone."""
     rank, writers = rank_here(), workers_here() if together else 1
-    parts = _Gathered(state)
     for number, info in enumerate(infos):
         holders = [holder for holder, _ in layout.places.get(info.name, ())]
-        same = state[holders[0]] if holders and layout.same(holders[0]) == info.name else None
-        if together and isinstance(same, DTensor):
+        same = parts.sharded(holders[0]) if holders and layout.same(holders[0]) == info.name else None
+        if together and same is not None:
             files.put(info, own_rows(same).start * (info.numel // max(info.shape[0], 1)), same.to_local())
             continue
         shared = parts.gather(holders, info.dtype)
@@ -96,17 +96,23 @@ def _write_tensors(
 
 
 class _Gathered:
-    """Whole parameters; of those that are sharded the last two that were asked for."""
+    """Whole parameters; of those that are sharded the last two that were asked for. sharded: whether any is; of a model
+    that is not none is looked at before it is written, for some are computed then."""
 
-    def __init__(self, state: Mapping[str, torch.Tensor]):
-        self._state = state
+    def __init__(self, state: Mapping[str, torch.Tensor], sharded: bool):
+        self._state, self._any = state, sharded
         self._whole = lru_cache(maxsize=2)(lambda name, dtype: full_tensor(state[name].to(dtype)).cpu())
         self._dtype = torch.float32
+
+    def sharded(self, name: str) -> DTensor | None:
+        """A parameter of which each worker has its rows; None for one that all have."""
+        held = self._state[name] if self._any else None
+        return held if isinstance(held, DTensor) else None
 
     def gather(self, names: Sequence[str], dtype: torch.dtype) -> bool:
         """Have `whole` of these, in `dtype` where they are sharded; whether one is. Collective."""
         self._dtype = dtype
-        shared = [name for name in names if isinstance(self._state[name], DTensor)]
+        shared = [name for name in names if self.sharded(name) is not None]
         for name in shared:
             self._whole(name, dtype)
         return bool(shared)

@@ -7,38 +7,13 @@ padded to `max_length`, which costs nothing where they are packed.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from cpift.config.training import TrainingConfig
-from cpift.devices import Device
-from cpift.errors import Problem
-from cpift.pretrained.architecture import skeleton
 
 _SHAPES = 64  # of one layer's code: full and last batches, in training and looking, with a mask and without, by layer
-# What torch's compiler needs of the machine, by device: a variable that names it, and names that are looked for.
-_COMPILERS: dict[Device, tuple[str, tuple[str, ...]]] = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
-
-
-def check_compiler(trainings: Sequence[TrainingConfig], device: Device) -> list[Problem]:
-    """What is missing on this machine for those that ask for compiled layers."""
-    variable, names = _COMPILERS[device]
-    names = (os.environ[variable],) if os.environ.get(variable) else names
-    if not any(training.compile for training in trainings) or any(shutil.which(name) for name in names):
-        return []
-    what = f"needs a C compiler, and {' or '.join(names)} is not installed"
-    return [Problem("compile", what, f"install one, or name it in {variable}; or write false")]
-
-
-def not_compiled(folder: Path, where: str) -> list[Problem]:
-    """Why the model in a folder is not compiled; empty if it is. `where`: the field. Raises CheckpointError."""
-    if skeleton(folder)._no_split_modules:
-        return []
-    return [Problem(where, "is true, and transformers does not say what the model's layers are", "write false")]
 
 
 def fixed_length(training: TrainingConfig) -> int | None:
