@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,6 +137,34 @@ def apply(x: Inputs) -> None:
     same("fused elements", out, wanted)
 
 
+def together(x: Inputs) -> None:
+    """All tensors of a model in one buffer."""
+    layout, models, masks = ck.FlatLayout(x.sizes), x.models(), x.masks()
+    here = [laid(model, layout) for model in models]
+    words = [laid(task, layout) for task in masks]
+    there, held = [x.there(model) for model in here], [x.there(task) for task in words]
+    found = ck.flat_overlaps(held, layout, backend="triton")
+    same("counts", found, ck.flat_overlaps(words, layout, backend="reference"))
+    found = ck.flat_gram(there[0], there[1:], held[0], layout, elements=4096, backend="triton")
+    wanted = ck.flat_gram(here[0], here[1:], words[0], layout, elements=4096, backend="reference")
+    same("inner products", found, wanted)
+    scales = torch.linspace(-0.3, 0.5, len(x.sizes) * len(here)).view(len(x.sizes), -1)
+    out, fused = torch.zeros_like(there[0]), torch.zeros_like(here[0])
+    ck.flat_apply(out, there, scales.to(out.device), [None, *held], layout, backend="triton")
+    ck.flat_apply(fused, here, scales, [None, *words], layout, backend="reference")
+    for t in range(len(x.sizes)):
+        same(f"fused elements of tensor {t}", layout.tensor(out, t), layout.tensor(fused, t))
+
+
+def laid(parts: Sequence[Tensor], layout: ck.FlatLayout) -> Tensor:
+    """Tensors, or their masks, at their places in a buffer, with zeros between them."""
+    masks = parts[0].dtype == torch.int32
+    flat = torch.zeros(layout.total // (32 if masks else 1), dtype=parts[0].dtype, device=parts[0].device)
+    for number, part in enumerate(parts):
+        (layout.words if masks else layout.tensor)(flat, number).copy_(part)
+    return flat
+
+
 def magnitudes(x: Inputs) -> None:
     base, tuned = (model[-1] for model in x.models()[:2])
     found = ck.delta_magnitudes(x.there(base), x.there(tuned), backend="triton")
@@ -187,6 +215,7 @@ OPERATIONS: dict[str, Callable[[Inputs], None]] = {
     "resolve_conflicts": conflicts,
     "masked_gram": gram,
     "fused_apply": apply,
+    "all tensors in one buffer": together,
     "delta_magnitudes": magnitudes,
     "gather, zero, scatter": freezing,
     "hold_masked": holding,

@@ -10,13 +10,12 @@ import cpift_kernels as ck
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bits import WrongError, same
+from benchmarks.gpu.bits import WrongError, laid, same
 from benchmarks.gpu.card import Action, Card, Sizes
 from benchmarks.kernels.workloads import WORKLOADS, Setting
 
 Row = dict[str, Any]
 OPERATIONS = ("select_cores", "masked_gram", "fused_apply", "overlap_counts", "freeze")
-PAD = 8192  # elements that a tensor's part of a flat one is a multiple of: whole blocks of every kernel
 
 
 def copy_rate(card: Card, sizes: Sizes) -> float:
@@ -121,19 +120,31 @@ def calls(card: Card, sizes: Sizes) -> Iterator[Row]:
     named = {"dtype": "bf16", "elements": sum(sizes.model), "tensors": len(base), "tasks": 3}
     for operation, action in actions.items():
         yield {"operation": operation, **named, **timed(card, sizes, action)}
-    yield {"operation": "select_cores, flat", **named, **_flat(card, sizes, models, masks, count)}
+    for operation, row in _flat(card, sizes, models, masks, count):
+        yield {"operation": f"{operation}, flat", **named, **row}
 
 
-def _flat(card: Card, sizes: Sizes, models: list[list[Tensor]], masks: list[list[Tensor]], count: int) -> Row:
-    """Selection with each model as one padded tensor: the same masks, in fewer launches."""
-    flat = [torch.cat([torch.nn.functional.pad(x, (0, -len(x) % PAD)) for x in model]) for model in models]
-    cores = ck.select_cores([flat[0]], [[x] for x in flat[1:]], [count], backend="triton")
+def _flat(
+    card: Card, sizes: Sizes, models: list[list[Tensor]], masks: list[list[Tensor]], count: int
+) -> Iterator[tuple[str, Row]]:
+    """The same with each model in one buffer: the same masks, in fewer launches."""
+    layout = ck.FlatLayout(sizes.model)
+    base, *tuned = [laid(model, layout) for model in models]
+    cores = ck.select_cores([base], [[x] for x in tuned], [count], backend="triton")
     for task, (core,) in enumerate(cores):
-        start = 0
         for t, words in enumerate(masks[task]):
-            same(f"flat mask of task {task}, tensor {t}", core.words[0][start : start + len(words)], words)
-            start += -(-sizes.model[t] // PAD) * PAD // 32
-    return timed(card, sizes, lambda: ck.select_cores([flat[0]], [[x] for x in flat[1:]], [count], backend="triton"))
+            same(f"flat mask of task {task}, tensor {t}", layout.words(core.words[0], t), words)
+    held, out = [core.words[0] for (core,) in cores], torch.empty_like(base)
+    scale = torch.full((len(sizes.model), 4), 0.25, device=base.device)
+    actions: dict[str, Callable[[], object]] = {
+        "select_cores": lambda: ck.select_cores([base], [[x] for x in tuned], [count], backend="triton"),
+        "overlap_counts": lambda: ck.flat_overlaps(held, layout, backend="triton").cpu(),
+        "resolve_conflicts": lambda: ck.resolve_conflicts("magnitude", base, tuned, held, backend="triton"),
+        "masked_gram": lambda: ck.flat_gram(base, tuned, held[0], layout, elements=1 << 22, backend="triton").cpu(),
+        "fused_apply": lambda: ck.flat_apply(out, [base, *tuned], scale, [None, *held], layout, backend="triton"),
+    }
+    for name, action in actions.items():
+        yield name, timed(card, sizes, action)
 
 
 def _model(card: Card, tensors: list[int], seed: int) -> list[Tensor]:

@@ -6,7 +6,8 @@
 For each kernel, dtype and target: whether every access of a tensor is 128 bits wide, registers, spills, shared memory,
 estimated occupancy, bytes moved per parameter against the least possible, and the time that a card would take. The time
 is a prediction, not a measurement: bytes at the card's peak bandwidth, or PTX instructions (counted by executing the
-compiled PTX on the CPU, NVIDIA only) at its peak issue rate, whichever is longer.
+compiled PTX on the CPU, NVIDIA only) at its peak issue rate, whichever is longer. What the host adds to it in a pass
+over models that lie in one buffer each is predicted too, from a time of a launch and of a wait that are assumed.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ CARDS = {
 }
 HEADER = (
     "kernel", "dtype", "target", "128-bit", "registers", "spills", "shared B", "occupancy",
-    "bytes/param", "least", "PTX instr/param", "predicted ms", "bound by",
+    "bytes/param", "least", "PTX instr/param", "predicted ms", "bound by", "+ launches, waits ms",
 )  # fmt: skip
+# Seconds that one is taken to cost, whatever the kernel; no card has been asked. A launch is 4 to 10 µs of the host's.
+LAUNCH, WAIT = 7e-6, 20e-6
+# Kernels whose results the host waits for; what a kernel before another of them found comes in the same copy.
+WAITED_FOR = ("collect", "collect_all", "sum_blocks", "magnitudes", "count")
 # Kernels whose work is a few scattered elements, or whose order of sums decides what a thread reads.
-SCATTERED = ("collect", "count", "gram")
+SCATTERED = ("collect", "collect_all", "count", "gram", "sum_blocks")
 
 
 def occupancy(code: MachineCode, threads: int, target: str) -> float:
@@ -80,7 +85,13 @@ def row(name: str, dtype: str, target: str, tasks: int, parameters: float) -> tu
         f"{entry.bytes_moved:.2f}", f"{entry.bytes_needed:.2f}",
         f"{instructions:.1f}" if instructions else "–",
         f"{1e3 * max(moving, issuing):.1f} ({card.name})", "issue" if issuing > moving else "memory",
+        f"{1e3 * host_seconds(1, name in WAITED_FOR):.3f}",
     )  # fmt: skip
+
+
+def host_seconds(launches: int, waits: int) -> float:
+    """What so many launches and waits add where the card has nothing else to do meanwhile."""
+    return LAUNCH * launches + WAIT * waits
 
 
 def is_wide(entry: catalog.Entry, code: MachineCode) -> bool:

@@ -8,6 +8,7 @@ they are imported when an operation first needs them.
 from .apply import fused_apply
 from .dispatch import Backend, resolve
 from .faults import lost_pages, watch_pages
+from .flat import Flat, FlatLayout, flat_apply, flat_gram, flat_overlaps
 from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
 from .gram import masked_gram
 from .held import HeldElements, hold_masked
@@ -26,6 +27,8 @@ __all__ = [
     "Backend",
     "Core",
     "CoreMask",
+    "Flat",
+    "FlatLayout",
     "HeldElements",
     "Lane",
     "Magnitudes",
@@ -43,6 +46,9 @@ __all__ = [
     "add_low_rank",
     "count_mask",
     "delta_magnitudes",
+    "flat_apply",
+    "flat_gram",
+    "flat_overlaps",
     "fused_apply",
     "gather_masked",
     "hold_masked",

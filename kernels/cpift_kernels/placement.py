@@ -187,13 +187,11 @@ class Lane:
         self._send("compute", values, source)
         return values
 
-    def keep(self, parts: Iterable[Tensor], target: Tensor) -> None:
-        """Copy parts, [n] each on the host, one after another to `target` on the device; waits until it is there, for
-        whatever queue reads it."""
-        start = 0
-        for part in parts:
-            self._send("compute", target[start : start + part.numel()], part)
-            start += part.numel()
+    def keep(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy parts, [n] on the host each, to their places on the device; waits until all are there, for whatever
+        queue reads them."""
+        for part, target in parts:
+            self._send("compute", target, part)
         self.place.wait(self.place.record("compute"))
 
     def _buffer(self, nbytes: int) -> Tensor:

@@ -24,6 +24,8 @@ from .selection import nonfinite_update, top_elements
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .flat import Flat
+
 CHUNK = 1 << 16  # elements handled together: the base's chunk stays in the L2 cache while all tasks pass by
 SEGMENT = 1 << 18  # most elements of one tensor that one row of the table describes, a multiple of CHUNK
 ITEM = 1 << 24  # elements of all models together that one call of a kernel reads
@@ -165,14 +167,15 @@ def stream_cores(
     counts: Sequence[int],
     *,
     place: Placement | None = None,
-    held: bool = False,
+    held: bool | Sequence[Flat] = False,
     backend: Backend = "auto",
 ) -> Selection:
     """The selection of the exact top-`counts[k]` elements of |θi − θ0| over all tensors of models read in pieces.
 
     place: of the device that pieces are copied to and marked on; the CPU if not given, and `auto` follows it as it
-    follows tensors. held: `load` gives tensors that lie there already, and stay as they are. Masks and thresholds are
-    the same bits everywhere. Raises ValueError for a count outside 0..D.
+    follows tensors. held: `load` gives tensors that lie there already, and stay as they are; or the buffers in which
+    all of them lie there. Masks and thresholds are the same bits everywhere. Raises ValueError for a count outside
+    0..D.
     """
     import torch
 
@@ -194,7 +197,9 @@ def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list
     return sharded.select_over(shards, counts)
 
 
-def stream_cores_reference(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> Selection:
+def stream_cores_reference(
+    models: Models, counts: Sequence[int], place: Placement, held: bool | Sequence[Flat] = False
+) -> Selection:
     """`stream_cores` in plain torch; holds |Δ| of all tasks in fp32."""
     return _Reference(models, counts)
 

@@ -9,7 +9,8 @@ from functools import cache
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from cpift_kernels.triton import catalog, offline
+from cpift_kernels import FlatLayout
+from cpift_kernels.triton import catalog, flat, offline
 from cpift_kernels.triton.machine_code import MachineCode, read_machine_code
 
 from tests.ptx.device import reachable, run_launch
@@ -36,14 +37,16 @@ def _cells(targets: Sequence[str], names: Collection[str] = catalog.KERNELS) -> 
 
 # Registers a thread at four tasks: 128 leave 16 warps on a multiprocessor.
 REGISTERS = {
-    "mark": 128, "collect": 40, "overlap": 40, "conflict": 96, "gram": 160, "apply": 112, "zero": 32, "gather": 56,
+    "mark": 128, "collect": 40, "collect_all": 40, "sum_blocks": 48,
+    "overlap": 40, "conflict": 96, "gram": 160, "apply": 112, "zero": 32, "gather": 56,
     "scatter": 40, "zero_blocks": 32, "hold": 40, "magnitudes": 80,
     "count": 24,
 }  # fmt: skip
 FP16 = {"mark": 160}  # which may hold all 255, see `common.all_registers`
 # PTX instructions a parameter at four tasks: what was measured, and a tenth more.
 INSTRUCTIONS = {
-    "mark": 81, "collect": 8, "overlap": 2.2, "conflict": 75, "gram": 74, "apply": 99, "zero": 15, "gather": 33,
+    "mark": 81, "collect": 8, "collect_all": 11.5, "sum_blocks": 1.9,
+    "overlap": 2.2, "conflict": 75, "gram": 74, "apply": 99, "zero": 15, "gather": 33,
     "scatter": 32, "zero_blocks": 16, "hold": 34, "magnitudes": 42,
     "count": 6,
 }  # fmt: skip
@@ -113,6 +116,24 @@ def test_instructions_and_bytes_a_parameter(name: str, dtype: str, target: str) 
     if name in ("mark", "overlap", "apply", "magnitudes"):
         assert done.traffic / parameters >= 0.99 * entry.bytes_moved
         assert entry.bytes_moved <= 1.06 * entry.bytes_needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", catalog.DTYPES)
+def test_coefficients_of_each_tensor_cost_one_load(dtype: str) -> None:
+    """Of a fused apply over tensors in one buffer: no spills, and accesses as wide as those of one tensor."""
+    layout, target, alone = (
+        FlatLayout([catalog.SIZE, 7]),
+        offline.TARGETS["sm_90"],
+        _machine_code("apply", dtype, "sm_90"),
+    )
+    out, *sources = [torch.zeros(layout.total, dtype=catalog.DTYPES[dtype]) for _ in range(TASKS + 2)]
+    masks = [torch.zeros(layout.total // 32, dtype=torch.int32) for _ in range(TASKS)]
+    scales = torch.zeros(2, TASKS + 1)
+    (launch,) = offline.record(lambda: flat.flat_apply(out, sources, scales, [None, *masks], layout))
+    code = read_machine_code(offline.compile_launch(launch, target), target)
+    assert (code.spilled, code.loads[128], code.stores[128]) == (0, alone.loads[128], alone.stores[128])
+    assert sum(code.loads[bits] for bits in (16, 32, 64)) <= SCALARS["apply"] + 1
 
 
 def test_widths_are_lost_without_alignment() -> None:

@@ -1,4 +1,7 @@
-"""test_operations.py again, under Triton's interpreter: it must be chosen before the kernels are imported."""
+"""test_operations.py and test_flat.py again, under Triton's interpreter.
+
+It must be chosen before the kernels are imported.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ HERE = Path(__file__).parent
 
 
 PARTS = {
-    "quick": ["-m", "not slow", "-k", "not TestSelection"],
-    "selection": ["-m", "not slow", "-k", "TestSelection"],
-    "rest": ["-m", "slow"],
+    "quick": ["-m", "not slow", "-k", "not TestSelection", "test_operations.py"],
+    "selection": ["-m", "not slow", "-k", "TestSelection", "test_operations.py"],
+    "rest": ["-m", "slow", "test_operations.py"],
+    "flat": ["-m", "not slow", "test_flat.py"],
 }
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_under_the_interpreter(part: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part, str(HERE / "test_operations.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *part[:-1], str(HERE / part[-1])],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,

@@ -35,6 +35,7 @@ from cpift.method.regions import Streaming, write_regions
 from cpift.models.sources import materialise
 from tests.helpers.as_gpu import as_gpu
 from tests.helpers.checkpoints import SMALL, Models, make_moved, make_sharded, save_checkpoint
+from tests.helpers.flat import counted_launches
 from tests.helpers.merges import regions_of
 from tests.helpers.placements import Lazy, Limited, queued_launches
 from tests.helpers.ways_to_merge import CASES, masks_of, moments_for
@@ -302,7 +303,7 @@ def test_on_devices_it_is_the_cpus(width: int, small: Models, of_small: Path, tm
     with as_gpu() as launches:
         folders = {0.1: tmp_path}
         write_regions(*small, RegionsConfig(p=0.1), folders, Streaming(select=merging.select, mark=refused))
-        assert {"mark_kernel", "collect_kernel"} <= set(launches)
+        assert launches["mark_kernel"] == launches["collect_all_kernel"] == width, "in one pass a shard"
         for path in of_small.iterdir():
             assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
         found, counts = [], []
@@ -311,8 +312,9 @@ def test_on_devices_it_is_the_cpus(width: int, small: Models, of_small: Path, tm
             found.append(files(recipe(small, of_small, known, omega=omega), merging))
             counts.append(Counter(launches))
     assert found == wanted
-    assert set(counts[0]) == {"gram_kernel", "conflict_kernel", "apply_kernel"}
-    assert counts[1] == {"apply_kernel": counts[0]["apply_kernel"]}, "all else was there"
+    at_once = ("conflict", "gram", "sum_blocks", "overlap", "apply")
+    assert counts[0] == {f"{kernel}_kernel": width for kernel in at_once}, "all tensors of a shard at one pass"
+    assert counts[1] == {"apply_kernel": width}, "all else was there"
 
 
 @pytest.mark.slow
@@ -327,8 +329,67 @@ def test_what_is_computed_waits_for_what_it_reads(small: Models, of_small: Path)
             assert files(recipe(small, of_small, known, omega=omega), merging) == files(
                 recipe(small, of_small, omega=omega)
             )
-    assert counts["copies in"] == counts["copies compute"] == 0
+    assert counts["copies in"] == 0
+    assert counts["copies compute"] == 1, "the coefficients of all tensors"
     assert counts["copies out"] == 3, "of each tensor that is not empty, and once"
+
+
+@pytest.mark.parametrize("tensors", [2, 200])
+def test_a_fusion_is_five_launches_and_a_wait_whatever_the_number_of_tensors(tensors: int, tmp_path: Path) -> None:
+    base, *tuned = (
+        Checkpoint(save_checkpoint(tmp_path / name, {f"t{n:03}": torch.full((7,), n + 0.5) for n in range(tensors)}))
+        for name in ("base", "x", "y")
+    )
+    models = base, dict(zip(("x", "y"), tuned, strict=True))
+    (tmp_path / "regions").mkdir()
+    made, counts = recipe(models, regions_of(models, 0.1, tmp_path / "regions")), Counter[str]()
+    residents = Residents([lambda: Lazy(("in", "compute", "out"), counts=counts)], ROOM)
+    with as_gpu(), counted_launches() as launches:
+        placed = residents.placed(made.method)
+        assert placed is not None
+        counts.clear()
+        for info in base.tensors.values():
+            placed.tensor(info)
+    assert set(launches.values()) == {1}
+    assert set(launches) == {"conflict_kernel", "overlap_kernel", "gram_kernel", "sum_blocks_kernel", "apply_kernel"}
+    assert {what: count for what, count in counts.items() if what.startswith("waits")} == {"waits out": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"space": "delta", "conflict": "last"},
+        {"granularity": "model", "conflict": "mean"},
+        {"granularity": "row"},
+        {"conflict": "agree"},
+        {"transplant": False},
+    ],
+    ids=str,
+)
+def test_whatever_is_fused_on_devices(fields: dict[str, Any], small: Models, of_small: Path) -> None:
+    """At one pass, or tensor by tensor where that cannot be."""
+    wanted = files(recipe(small, of_small, **fields))
+    with as_gpu() as launches:
+        assert files(recipe(small, of_small, {}, **fields), on_device([placement_of(CPU)])) == wanted
+    assert (launches["apply_kernel"] == 1) == ({"row", "agree"}.isdisjoint(fields.values()))
+
+
+@pytest.mark.slow
+def test_tensors_of_several_dtypes_are_fused_a_launch_for_each(tmp_path: Path) -> None:
+    """One model in another dtype than the others, and tensors of two dtypes in all of these."""
+    generator, found = torch.Generator().manual_seed(3), list[Checkpoint]()
+    for name in ("base", "x", "y"):
+        values = {one: torch.randn(shape, generator=generator) for one, shape in SMALL.items()}
+        stored = {one: value if one == "b" or name == "y" else value.bfloat16() for one, value in values.items()}
+        found.append(Checkpoint(save_checkpoint(tmp_path / name, stored)))
+    models = found[0], dict(zip(("x", "y"), found[1:], strict=True))
+    (tmp_path / "regions").mkdir()
+    made = recipe(models, regions_of(models, 0.2, tmp_path / "regions"))
+    wanted = files(made)
+    with as_gpu() as launches:
+        assert files(made, on_device([placement_of(CPU)])) == wanted
+    assert launches["apply_kernel"] == launches["gram_kernel"] == 2
 
 
 def test_a_device_that_is_full_leaves_it_to_others(small: Models, of_small: Path) -> None:

@@ -86,7 +86,7 @@ class Fusion(MergeMethod):
         self.from_origin = entry(SPACES, config.space, "fusion.space")
         masks = RegionMasks if config.transplant else NoCores
         self.masks: RegionMasks = masks(inputs.regions, [*inputs.protected, *inputs.tuned])
-        self._model: tuple[torch.Tensor, TensorRecord] | None = None
+        self.of_model: tuple[torch.Tensor, TensorRecord] | None = None  # coefficients [1, M], once it is prepared
 
     @classmethod
     def described(cls, config: FusionConfig) -> str:
@@ -138,19 +138,19 @@ class Fusion(MergeMethod):
             if self.masks.has(name):
                 total = total + self._gram(self.inputs.backbone.tensors[name])[0]
         assert isinstance(total, torch.Tensor)  # a parameter space is never empty
-        coefficients, angles, lerp = self._slerp(total, "(model)")
+        coefficients, angles, lerp = self.slerp(total, "(model)")
         record: TensorRecord = {"tensor": "(model)", "numel": 0, "core": 0, "angles": angles, "lerp": lerp}
-        self._model = coefficients, record
+        self.of_model = coefficients, record
         return [record]
 
     def merged(self, info: TensorInfo) -> Merged:
         record: TensorRecord = {"tensor": info.name, "numel": info.numel, "core": 0}
-        if self._model is not None:
-            coefficients = self._model[0]
+        if self.of_model is not None:
+            coefficients = self.of_model[0]
             record["core"] = self._core_count(info)
         else:
             gram, record["core"] = self._gram(info)
-            coefficients, record["angles"], record["lerp"] = self._slerp(gram, info.name)
+            coefficients, record["angles"], record["lerp"] = self.slerp(gram, info.name)
         width = info.numel // len(coefficients)
 
         def fill(start: int, stop: int, out: torch.Tensor) -> None:
@@ -237,10 +237,10 @@ class Fusion(MergeMethod):
             return torch.zeros(1, size, size, dtype=torch.float64), 0
         return (torch.cat(grams) if by == "row" else sum(grams[1:], grams[0])), core
 
-    def _slerp(self, gram: torch.Tensor, name: str) -> tuple[torch.Tensor, list[float], list[float]]:
+    def slerp(self, gram: torch.Tensor, name: str) -> tuple[torch.Tensor, list[float], list[float]]:
         """Coefficients (R, sources); per fold the mean angle in radians and the share of vectors that took LERP."""
         try:
-            result = slerp_coefficients(gram, self._factors, self.config.epsilon, space=self.config.space)
+            result = slerp_coefficients(gram, self.factors, self.config.epsilon, space=self.config.space)
         except ValueError:
             names = None if name == "(model)" else [name]
             for label, model in {"backbone": self.inputs.backbone, **self.inputs.tuned}.items():
@@ -311,10 +311,11 @@ class Fusion(MergeMethod):
         return self._folds(lambda: (run for part in parts for run in part()))
 
     def _folds(self, runs: Runs) -> list[Fold]:
-        return sequential_slerp(runs, self._factors, self.config.epsilon)
+        return sequential_slerp(runs, self.factors, self.config.epsilon)
 
     @property
-    def _factors(self) -> list[float]:
+    def factors(self) -> list[float]:
+        """ω of each fold."""
         return omegas(self.config, len(self.inputs.tuned), len(self.inputs.protected))
 
 

@@ -23,8 +23,11 @@ from cpift.checkpoints.vocabulary import FittedCheckpoint
 from cpift.disk.mapped import file_version
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.base import Merged, MergeMethod
+from cpift.merging.gpu.whole import FusedWhole, groups_to_fuse
+from cpift.merging.methods.cpift import Fusion
 from cpift.merging.on_device import OnDevice
 from cpift.merging.registry import METHODS
+from cpift.merging.resident.flat import flats_of
 from cpift.merging.resident.shard import ResidentShard, mask_key
 from cpift.method.masks import MasksFrom
 from cpift.method.measures import Update
@@ -90,10 +93,14 @@ class Residents:
             return None
         method.reused = self._reused_by(method)
         merged = [info for info in method.rest[1].tensors.values() if method.merges(info)]
-        shards = [_at(shard, method) for shard in self._shards]
+        runs = self._runs(merged)
+        shards = [_at(shard, method, run) for shard, run in zip(self._shards, runs, strict=True)]
         if len(shards) == 1 and not self.on_device:
             return cast(MergeMethod, shards[0])
         if self.on_device:
+            for one in shards:
+                if isinstance(one, FusedWhole):
+                    one.load()
             self._load(method.models, merged)
         return cast(MergeMethod, _OnShards(method, shards, self._cut(merged)))
 
@@ -161,14 +168,20 @@ class Residents:
                     passing=None if self.on_device else models.passing,
                 )
                 place = shard.place() if shard.place else None
-                selection = stream_cores(here, [0] * len(counts), place=place, held=self.on_device)
+                held = flats_of(here) if self.on_device and type(here) is Update else self.on_device
+                selection = stream_cores(here, [0] * len(counts), place=place, held=held)
                 part = selection.shard(MasksFrom(masks, first), selection.ranges_within(budget))
                 shards.append(stack.enter_context(part))
             return select_over(shards, counts)
 
 
-def _at(shard: ResidentShard, method: MergeMethod) -> Any:
-    return method.placed(shard) if shard.place is None else OnDevice(method, shard.place, shard)
+def _at(shard: ResidentShard, method: MergeMethod, infos: Sequence[TensorInfo]) -> Any:
+    """The method over what is here of the models; infos: of the tensors that are merged here."""
+    if shard.place is None:
+        return method.placed(shard)
+    if groups := groups_to_fuse(method, infos):
+        return FusedWhole(cast(Fusion, method), shard.place, shard, groups)
+    return OnDevice(method, shard.place, shard)
 
 
 def cut(sizes: Sequence[int], parts: int) -> list[Piece]:

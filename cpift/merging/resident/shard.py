@@ -7,14 +7,15 @@ of models with another vocabulary. There the masks' files are read where they ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cpift_kernels import Lane, Placement
+from cpift_kernels import FlatLayout, Lane, Placement
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.slices import pieces
@@ -46,7 +47,7 @@ class ResidentShard:
         return ResidentCheckpoint(model, self, self._key(model))
 
     def masks(self, masks: RegionMasks) -> RegionMasks:
-        return masks if self.place is None else _ResidentMasks(masks, self)
+        return masks if self.place is None else ResidentMasks(masks, self)
 
     def forget(self, but: Iterable[Hashable]) -> None:
         """Free all models and masks but these."""
@@ -72,6 +73,24 @@ class ResidentShard:
                 known[name] = values
             return known[name]
 
+    def together(
+        self, key: Hashable, names: Sequence[Hashable], parts: Sequence[Part], total: int, check: Callable[[], None]
+    ) -> torch.Tensor:
+        """Tensors, or masks, in one buffer of `total` elements, which is 0 between them; each is a view of it from then
+        on. parts: of each of `names` its place and what reads it; `check` as for `tensor`.
+
+        Raises GpuMemoryError where the device has no room."""
+        assert self.place is not None
+        with self._lock:
+            known, group = self._held.setdefault(key, {}), Together(frozenset(names))
+            if group not in known:
+                _drop(known, group.names)
+                values = _joined(self.place(), parts, total)
+                check()
+                views = [values[part.start : part.start + part.numel] for part in parts]
+                known |= {group: values, **dict(zip(names, views, strict=True))}
+            return known[group]
+
     def require(self, key: Hashable, model: Checkpoint) -> None:
         """Raise ChangedInput unless the model's files are still those that `key` names."""
         model.require_unchanged()
@@ -81,11 +100,49 @@ class ResidentShard:
             raise ChangedInput("what is made of it", [problem], resumable=True)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Elements start..start+numel-1 of a buffer, and what reads them on the host, see `ResidentShard.tensor`."""
+
+    start: int
+    numel: int
+    read: Read
+
+
+@dataclass(frozen=True)
+class Together:
+    """What names a buffer of several tensors among what is held."""
+
+    names: frozenset[Hashable]
+
+
+def _drop(known: dict[Hashable, torch.Tensor], names: frozenset[Hashable]) -> None:
+    """Free these tensors where they lie otherwise, and those that lie with them."""
+    for other in [one for one in known if isinstance(one, Together) and one.names & names]:
+        names |= other.names
+        del known[other]
+    for name in names:
+        known.pop(name, None)
+
+
+def _joined(place: Placement, parts: Sequence[Part], total: int) -> torch.Tensor:
+    first = next(part.read(0, 1) for part in parts if part.numel)
+    with within_memory():
+        target = place.room(total * first.itemsize, "compute").view(first.dtype)
+        with place.computing():
+            target.zero_()
+        runs = [(part, *run) for part in parts for run in pieces(part.numel)]
+        Lane(place).keep(
+            (part.read(start, stop), target[part.start + start : part.start + stop]) for part, start, stop in runs
+        )
+    return target
+
+
 def _copied(place: Placement, numel: int, read: Read) -> torch.Tensor:
     first = read(0, min(1, numel))
     with within_memory():
         target = place.room(numel * first.itemsize, "compute").view(first.dtype)
-        Lane(place).keep((read(start, stop) for start, stop in pieces(numel)), target)
+        Lane(place).keep((read(start, stop), target[start:stop]) for start, stop in pieces(numel))
     return target
 
 
@@ -105,6 +162,14 @@ class ResidentCheckpoint(Checkpoint):
         numel = self.tensors[name].numel
         whole = self._shard.tensor(self._key, name, numel, partial(self._inner.slice, name), self.require_unchanged)
         return whole[start:stop]
+
+    def together(self, names: Sequence[str], layout: FlatLayout) -> torch.Tensor:
+        """Whole tensors in one buffer on the shard's device; only to read."""
+        parts = [
+            Part(start, size, partial(self._inner.slice, name))
+            for name, start, size in zip(names, layout.starts.tolist(), layout.sizes, strict=True)
+        ]
+        return self._shard.together(self._key, names, parts, layout.total, self.require_unchanged)
 
     def gather(self, name: str, starts: np.ndarray, length: int) -> torch.Tensor:
         """float32 [R, length] on the host."""
@@ -133,7 +198,7 @@ def _itself(model: Checkpoint) -> Checkpoint:
     return model
 
 
-class _ResidentMasks(RegionMasks):
+class ResidentMasks(RegionMasks):
     """Masks whose words are in a device's memory."""
 
     def __init__(self, inner: RegionMasks, shard: ResidentShard):
@@ -148,13 +213,21 @@ class _ResidentMasks(RegionMasks):
         return self._inner.has(name)
 
     def words(self, task: str, name: str, start: int, stop: int) -> torch.Tensor:
-        inner, count = self._inner, self.infos[task][name].numel
-
-        def read(first: int, last: int) -> torch.Tensor:
-            return inner.words(task, name, 32 * first, 32 * last)
-
-        words = self._shard.tensor(self._keys[task], (name, type(inner)), count, read, lambda: None)
+        count, read = self.infos[task][name].numel, partial(self._read, task, name)
+        words = self._shard.tensor(self._keys[task], (name, type(self._inner)), count, read, lambda: None)
         return words[start // 32 : (stop + 31) // 32]
+
+    def together(self, task: str, names: Sequence[str], layout: FlatLayout) -> torch.Tensor:
+        """The masks of whole tensors in one buffer on the shard's device; only to read."""
+        parts = [
+            Part(start // 32, self.infos[task][name].numel, partial(self._read, task, name))
+            for name, start in zip(names, layout.starts.tolist(), strict=True)
+        ]
+        held = [(name, type(self._inner)) for name in names]
+        return self._shard.together(self._keys[task], held, parts, layout.total // 32, lambda: None)
+
+    def _read(self, task: str, name: str, first: int, last: int) -> torch.Tensor:
+        return self._inner.words(task, name, 32 * first, 32 * last)
 
 
 def mask_key(file: Path) -> Hashable:

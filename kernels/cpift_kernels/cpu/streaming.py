@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..flat import Flat
 from ..placement import Placement
 from ..streaming import CHUNK, Core, Ints, Mark, Marked, Masks, Models, Range, Selection, SelectionShard
 from .bracket import RUN
@@ -34,7 +35,9 @@ from .selection import set_chosen
 from .sharded import histogram, select_over
 
 
-def stream_cores(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> Selection:
+def stream_cores(
+    models: Models, counts: Sequence[int], place: Placement, held: bool | Sequence[Flat] = False
+) -> Selection:
     """See `cpift_kernels.stream_cores`."""
     return BracketSelection(models, counts)
 

@@ -42,16 +42,19 @@ def _quotient(total, count):
 
 @triton.jit
 def apply_kernel(
-    out, sources, masks, scales, width, base, chunks,
-    M: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, TAIL: tl.constexpr,
+    out, sources, masks, scales, width, base, chunks, numbers,
+    M: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Fuse one block of one row.
 
     out [rows * width]; sources[M]: elements; masks[M]: mask bytes or None; scales [rows, M]: fp32 coefficients.
+    numbers: None; or of one row, which rows of `scales` each UNIT elements have, int32.
     """
     row = tl.program_id(0).to(tl.int64) // chunks
     column = tl.program_id(0).to(tl.int64) % chunks * BLOCK + base
     first = row * width + column
+    if numbers is not None:
+        row = tl.load(numbers + first // UNIT).to(tl.int64)
     select = bit_masks(ALIGNED)
     inside = within(width - column, BLOCK, TAIL)
     held = tl.zeros_like(select)  # by at least one mask
@@ -85,13 +88,26 @@ def fused_apply(out: Tensor, sources: Sequence[Tensor], coefficients: Tensor, ma
     """`cpift_kernels.fused_apply` on CUDA or ROCm tensors."""
     if out.numel() == 0:
         return
-    rows = coefficients.shape[0]
+    _launch(out, sources, masks, coefficients.to(out.device, torch.float32), coefficients.shape[0], None, 1)
+
+
+def apply_by_number(
+    out: Tensor, sources: Sequence[Tensor], masks: Sequence[Tensor | None], scales: Tensor, numbers: Tensor, unit: int
+) -> None:
+    """`fused_apply` where each `unit` elements have a row of `scales`, fp32, by its number in `numbers`, int32."""
+    _launch(out, sources, masks, scales, 1, numbers, unit)
+
+
+def _launch(
+    out: Tensor, sources: Sequence[Tensor], masks: Sequence[Tensor | None], scales: Tensor, rows: int,
+    numbers: Tensor | None, unit: int,
+) -> None:  # fmt: skip
     width = out.numel() // rows
     vector = 16 // min(tensor.element_size() for tensor in (out, *sources))  # elements of a 128-bit access
     block = row_block(rows, width, THREADS * vector)
     launch_rows(
         apply_kernel, rows, width, block, out.device,
         elements(out), tuple(map(elements, sources)), tuple(None if m is None else mask_bytes(m) for m in masks),
-        coefficients.to(out.device, torch.float32), width,
+        scales, width, numbers=numbers, UNIT=unit,
         M=len(sources), BLOCK=block, threads=max(block // vector, 64), registers=all_registers(out, *sources),
     )  # fmt: skip

@@ -56,6 +56,13 @@ class Sample:
         return Bracket(upper, lower)
 
 
+def cut_tables(brackets: Sequence[Sequence[Bracket]]) -> tuple[Tensor, Tensor]:
+    """int32 and int64 [N * K, 2] on the host: key bits and linear indices of upper and lower cuts."""
+    cuts = [(cut.upper, cut.lower) for row in brackets for cut in row]
+    keys, edges = ([[side[at] for side in cut] for cut in cuts] for at in (0, 1))
+    return torch.tensor(keys, dtype=torch.int32), torch.tensor(edges, dtype=torch.int64)
+
+
 def draw_samples(pretrained: Sequence[Tensor], tuned: Sequence[Sequence[Tensor]], attempt: int) -> list[Sample]:
     """One stratified sample per model, at the same positions, which depend on nothing but the sizes and `attempt`."""
     sizes = torch.tensor([tensor.numel() for tensor in pretrained])

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..flat import PAD
+from ..gram import BLOCK as GRAM_BLOCK
 from ..magnitudes import BLOCK as MAGNITUDES_BLOCK
-from . import apply, freeze, gram, held, magnitudes, overlap, selection
-from .bracket import NOTHING, Bracket
+from . import apply, flat, freeze, gram, held, magnitudes, overlap, selection
+from .bracket import NOTHING, Bracket, cut_tables
 from .common import elements
 from .offline import Launch, record
 
@@ -56,14 +58,28 @@ class _Inputs:
 
 def _mark(x: _Inputs) -> object:
     models = [elements(model) for model in x.tuned[: selection.GROUP]]
-    brackets = [[Bracket(NOTHING, NOTHING)]] * len(models)
-    return selection.launch_mark(elements(x.origin), models, x.masks[: len(models)], brackets, 0)
+    tables = cut_tables([[Bracket(NOTHING, NOTHING)]] * len(models))
+    return selection.launch_mark(elements(x.origin), models, x.masks[: len(models)], tables, 0)
 
 
 def _collect(x: _Inputs) -> object:
     before = torch.zeros(SIZE // selection.BLOCK, dtype=torch.int64)
     model = elements(x.tuned[0])
     return selection.launch_collect(elements(x.origin), model, x.masks[0], x.masks[0], before, 1, 0)
+
+
+def _collect_all(x: _Inputs) -> object:
+    models = [elements(model) for model in x.tuned[: selection.GROUP]]
+    upper, lower = torch.zeros(2, len(models), SIZE // 32, dtype=torch.int32)
+    ranks = torch.zeros(len(models), SIZE // selection.BLOCK, dtype=torch.int64)
+    places = torch.zeros(SIZE // PAD, dtype=torch.int32)
+    return flat.collect_all(elements(x.origin), models, upper, lower, ranks, places, 1)
+
+
+def _sum_blocks(x: _Inputs) -> None:
+    pairs, blocks = (len(x.tuned) + 1) * (len(x.tuned) + 2) // 2, SIZE // GRAM_BLOCK
+    partial, sums = torch.zeros(blocks, pairs, dtype=torch.float64), torch.zeros(1, pairs, dtype=torch.float64)
+    flat.sum_blocks(partial, torch.tensor([[0], [blocks]], dtype=torch.int32), sums, blocks)
 
 
 def _apply(x: _Inputs) -> None:
@@ -92,9 +108,11 @@ def _zero_blocks(x: _Inputs) -> None:
 _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "mark": _mark,
     "collect": _collect,
+    "collect_all": _collect_all,
     "overlap": lambda x: overlap._intersections(x.masks),
     "conflict": lambda x: overlap.resolve_conflicts("magnitude", x.origin, x.tuned, x.masks),
     "gram": lambda x: gram.masked_gram(x.origin, x.tuned, x.masks[0]),
+    "sum_blocks": _sum_blocks,
     "apply": _apply,
     "zero": lambda x: freeze.zero_masked_(x.origin, x.masks[0]),
     "gather": lambda x: _move(x, restore=False),
@@ -105,7 +123,7 @@ _ACTIONS: dict[str, Callable[[_Inputs], object]] = {
     "count": lambda x: freeze.mask_starts(x.masks[0], SIZE),
 }
 KERNELS = tuple(_ACTIONS)
-ANY_DTYPE = ("overlap", "count")  # they see masks alone
+ANY_DTYPE = ("overlap", "sum_blocks", "count")  # they see masks, or sums, alone
 
 
 def launches(name: str, dtype: str, tasks: int) -> list[Launch]:
@@ -139,17 +157,20 @@ def _traffic(name: str, item: int, tasks: int) -> tuple[float, float]:
     contested = 1 - alone**sector
     models, mask = item * (tasks + 1), 1 / 8
     again = item * (-(-tasks // selection.GROUP) - 1)  # the origin, read once a group
-    plan = gram.plan(tasks)
+    plan, pairs = gram.plan(tasks), (tasks + 1) * (tasks + 2) // 2
     gram_reads = sum(1 + len(left) + len(right or ()) for left, right in plan)
     table = {
         "mark": (models + again + 2 * tasks * mask, models + tasks * mask),
         "collect": (2 * mask, 2 * mask),
+        "collect_all": (2 * tasks * mask + 8 * tasks / selection.BLOCK, 2 * tasks * mask),
         "overlap": (tasks * mask, tasks * mask),
         "conflict": (2 * tasks * mask + contested * models, 2 * tasks * mask + (1 - alone) * models),
         "gram": (
             item * gram_reads + 2 * len(plan),
             models + mask,
         ),  # a mask's sector again for each of its words, cached
+        # A sum's sector again for each of its four, cached.
+        "sum_blocks": (32 * pairs / GRAM_BLOCK, 8 * pairs / GRAM_BLOCK),
         "apply": (models + item + tasks * mask, models + item + tasks * mask),
         "zero": (mask + 2 * item * touched, mask + item * CORE),
         "gather": (mask + item * (touched + CORE), mask + 2 * item * CORE),

@@ -89,7 +89,7 @@ def _running_sums(
 
 
 @triton.jit
-def _add_neighbours(sums, LEVELS: tl.constexpr):
+def neighbours_added(sums, LEVELS: tl.constexpr):
     """fp64 [blocks] of [blocks, 2**LEVELS]: `gram.add_neighbours`."""
     sums = sums.to(tl.float64)
     for _ in tl.static_range(LEVELS):
@@ -127,13 +127,13 @@ def gram_kernel(
     count = tl.sum(found[P], 1)
     few = (count > 0) & (count <= FEW)
     for p in tl.static_range(P):
-        tl.store(partial + block * P + p, _add_neighbours(found[p], LEVELS), mask=exists & (few == 0))
+        tl.store(partial + block * P + p, neighbours_added(found[p], LEVELS), mask=exists & (few == 0))
     if tl.max(few.to(tl.int32), 0) > 0:
         exact = _running_sums(  # seldom: not unrolled, it would only take time to compile
             reference, left, right, excluded, first, column, width, words, L, R, P, SUMS, 1, ALIGNED, TAIL, True
         )
         for p in tl.static_range(P):
-            tl.store(partial + block * P + p, _add_neighbours(exact[p], LEVELS), mask=exists & few)
+            tl.store(partial + block * P + p, neighbours_added(exact[p], LEVELS), mask=exists & few)
 
 
 def masked_gram(
@@ -149,15 +149,10 @@ def masked_gram(
     if reference.numel() == 0:
         return gram
     launches = [
-        (left, right, _block_sums(reference, vectors, left, right, excluded, rows)) for left, right in plan(size - 1)
+        (left, right, block_sums(reference, vectors, left, right, excluded, rows)) for left, right in plan(size - 1)
     ]
     for left, right, sums in launches:
-        if right is None:
-            index = torch.tensor([0, *(i + 1 for i in left)])
-            a, b = torch.tril_indices(len(index), len(index))
-            a, b = index[a], index[b]
-        else:
-            b, a = (x.flatten() + 1 for x in torch.meshgrid(torch.tensor(right), torch.tensor(left), indexing="ij"))
+        a, b = torch.tensor(pairs_of(left, right)).T
         gram[:, a, b] = gram[:, b, a] = add_neighbours(sums).cpu()
     return gram
 
@@ -172,7 +167,15 @@ def plan(vectors: int) -> list[tuple[range, range | None]]:
     return launches
 
 
-def _block_sums(
+def pairs_of(left: range, right: range | None) -> list[tuple[int, int]]:
+    """The places in a Gram matrix, in or below its diagonal, of the products of a launch over these vectors."""
+    if right is None:
+        index = [0, *(i + 1 for i in left)]
+        return [(a, b) for number, a in enumerate(index) for b in index[: number + 1]]
+    return [(j + 1, i + 1) for j in right for i in left]
+
+
+def block_sums(
     reference: Tensor,
     vectors: Sequence[Tensor],
     left: range,

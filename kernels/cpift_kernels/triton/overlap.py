@@ -96,6 +96,11 @@ def overlap_counts_per_tensor(masks: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _intersections(masks: list[Tensor]) -> Tensor:
     """int64 [N (N + 1) / 2] on the device: the lower triangle of one tensor's counts."""
+    return launch_overlaps(masks).sum(0, dtype=torch.int64)
+
+
+def launch_overlaps(masks: list[Tensor]) -> Tensor:
+    """int32 [runs of WORDS words, N (N + 1) / 2]: the same of each run."""
     words, device = masks[0].numel(), masks[0].device
     pairs = len(masks) * (len(masks) + 1) // 2
     partial = torch.empty(triton.cdiv(words, WORDS), pairs, dtype=torch.int32, device=device)
@@ -103,7 +108,7 @@ def _intersections(masks: list[Tensor]) -> Tensor:
         overlap_kernel, words, WORDS, device, tuple(masks), partial, words,
         N=len(masks), P=pairs, WORDS=WORDS, threads=THREADS,
     )  # fmt: skip
-    return partial.sum(0, dtype=torch.int64)
+    return partial
 
 
 def resolve_conflicts(

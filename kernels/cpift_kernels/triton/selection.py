@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import words_for
 from ..selection import CoreMask, nonfinite_update
-from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, draw_samples
+from .bracket import EVERYTHING, NOTHING, SPREADS, Bracket, cut_tables, draw_samples
 from .common import (
     all_registers,
     elements,
@@ -213,7 +213,8 @@ def marked(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Fill the masks `uppers`; of each in turn how many bits are set, and the candidates' key bits and linear indices
     [C], in order. Waits for the device once. Raises ArithmeticError if a Δ is NaN or Inf."""
-    marks = begin_marks(origin, models, uppers, brackets, start)
+    tables = [table.to(origin.device) for table in cut_tables(brackets)]
+    marks = begin_marks(origin, models, uppers, tables, start)
     yield from marks.collected(marks.totals.tolist())
 
 
@@ -246,10 +247,10 @@ class Marks:
 
 
 def begin_marks(
-    origin: Tensor, models: list[Tensor], uppers: list[Tensor], brackets: Sequence[Sequence[Bracket]], start: int
+    origin: Tensor, models: list[Tensor], uppers: list[Tensor], tables: Sequence[Tensor], start: int
 ) -> Marks:
-    """Launch what fills the masks `uppers`, without a wait."""
-    lower, counts, faults = launch_mark(origin, models, uppers, brackets, start)
+    """Launch what fills the masks `uppers`, without a wait; tables: `cut_tables` on the device."""
+    lower, counts, faults = launch_mark(origin, models, uppers, tables, start)
     sure, possible = (counts & 0xFFFF).T.long(), (counts >> 16).T.long()
     before = (possible - sure).cumsum(1) - (possible - sure)
     totals = torch.cat([faults.sum()[None], sure.sum(1), possible.sum(1)])
@@ -257,21 +258,18 @@ def begin_marks(
 
 
 def launch_mark(
-    origin: Tensor, models: list[Tensor], uppers: list[Tensor], brackets: Sequence[Sequence[Bracket]], start: int
+    origin: Tensor, models: list[Tensor], uppers: list[Tensor], tables: Sequence[Tensor], start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill `uppers`; the lower mask words [N * K, ...], counts [blocks, N * K] and faults [blocks] of `mark_kernel`."""
     numel, device = origin.numel(), origin.device
-    flat = [(cut.upper, cut.lower) for row in brackets for cut in row]
-    cuts = torch.tensor([[side[0] for side in cut] for cut in flat], dtype=torch.int32, device=device)
-    edges = torch.tensor([[side[1] for side in cut] for cut in flat], dtype=torch.int64, device=device)
-    lower = torch.empty(len(flat), triton.cdiv(numel, 512) * 16, dtype=torch.int32, device=device)
-    counts = torch.empty(triton.cdiv(numel, BLOCK), len(flat), dtype=torch.int32, device=device)
+    lower = torch.empty(len(uppers), triton.cdiv(numel, 512) * 16, dtype=torch.int32, device=device)
+    counts = torch.empty(triton.cdiv(numel, BLOCK), len(uppers), dtype=torch.int32, device=device)
     faults = torch.empty(len(counts), dtype=torch.int32, device=device)
     launch_blocks(
         mark_kernel, numel, BLOCK, device,
         origin, tuple(models), tuple(map(mask_bytes, uppers)), mask_bytes(lower.view(-1)), 4 * lower.stride(0),
-        counts, faults, cuts, edges, start, numel,
-        N=len(models), K=len(brackets[0]), BLOCK=BLOCK, TILE=TILE, threads=TILE * origin.element_size() // 32,
+        counts, faults, *tables, start, numel,
+        N=len(models), K=len(uppers) // len(models), BLOCK=BLOCK, TILE=TILE, threads=TILE * origin.element_size() // 32,
         registers=all_registers(origin, *models),
     )  # fmt: skip
     return lower, counts, faults

@@ -20,18 +20,24 @@ from torch import Tensor
 from ..checks import words_for
 from ..cpu.candidates import Candidates, wanted_of
 from ..cpu.streaming import BracketSelection
+from ..flat import Flat
 from ..placement import Lane, Placement, Staged
 from ..streaming import CHUNK, SEGMENT, Ints, Mark, Marked, Masks, Models, Range
-from .bracket import NOTHING, Bracket
+from .bracket import NOTHING, Bracket, cut_tables
 from .common import elements
+from .flat_selection import FlatSelection
 from .selection import GROUP, Marks, begin_marks, blame
 
 Found = dict[tuple[int, int], Candidates]  # by task and k
 
 
-def stream_cores(models: Models, counts: Sequence[int], place: Placement, held: bool = False) -> BracketSelection:
+def stream_cores(
+    models: Models, counts: Sequence[int], place: Placement, held: bool | Sequence[Flat] = False
+) -> BracketSelection:
     """See `cpift_kernels.stream_cores`."""
-    return (HeldSelection if held else DeviceSelection)(models, counts, place)
+    if isinstance(held, bool):
+        return (HeldSelection if held else DeviceSelection)(models, counts, place)
+    return FlatSelection(models, counts, place, held)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class DeviceSelection(BracketSelection):
             cuts = [[_local(bracket, first) for bracket in brackets[task].tolist()] for task in group]
             shape = len(group) * brackets.shape[1], words_for(origin.numel())
             uppers = torch.empty(shape, dtype=torch.int32, device=self._place.device)
-            begun.append((group, begin_marks(origin, values[at : at + GROUP], list(uppers), cuts, 0)))
+            tables = [lane.load(table.view(-1)) for table in cut_tables(cuts)]
+            begun.append((group, begin_marks(origin, values[at : at + GROUP], list(uppers), tables, 0)))
         return begun
 
     def _found(
