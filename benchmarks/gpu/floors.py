@@ -35,8 +35,8 @@ OPERATIONS: Mapping[str, Callable[[int], Iterator[str]]] = {
     "overlap_counts": lambda tasks: iter(["overlap"]),
 }
 # By call the kernels that move what is counted, and the waits of a tensor alone and of all in one buffer: sizes of
-# cores and Gram matrices come in one copy. Tensors alone wait for masks and candidates, for what a call gives, for the
-# check of owners, and for coefficients on their way to the device.
+# cores and Gram matrices come in one copy. Tensors alone wait for masks and candidates, for what a call gives, and for
+# coefficients on their way to the device.
 KERNELS_OF = {
     "select_cores": ("mark", "collect_all"),
     "overlap_counts": ("overlap",),
@@ -47,7 +47,7 @@ KERNELS_OF = {
 WAITS_OF = {
     "select_cores": (2, 1),
     "overlap_counts": (1, 0),
-    "resolve_conflicts": (1, 0),
+    "resolve_conflicts": (0, 0),
     "masked_gram": (1, 1),
     "fused_apply": (1, 0),
 }
@@ -56,7 +56,7 @@ TASKS = 3  # of the calls whose launches are counted, as gpu-check has them
 FREEZING = {"restore": ("up to 582", "1"), "pull": ("2 waits a tensor", "3, no wait")}
 WAITS = {
     "a piece of a selection": ("15", "2", "for counts with masks, for candidates"),
-    "a slice of a fusion": ("26", "3", "for its sums, its core elements, the check of its owners"),
+    "a slice of a fusion": ("26", "2", "for its sums, its core elements (and the check of owners by a user's rule)"),
 }
 
 
