@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 from cpift.checkpoints.checkpoint import Checkpoint
+from cpift.checkpoints.finite import all_finite, require_finite
 from cpift.checkpoints.slices import DEFAULT_BUDGET, sweep
 from cpift.checkpoints.writing import (
     Room,
@@ -116,7 +117,7 @@ def merge_shards(
             checking = _Checking(method) if checked is not None else None
 
             def fill(file: FileWriter) -> ShardRecord:
-                return fill_shard(method, shard, _ToFile(file, writing, checking), progress)
+                return fill_shard(method, shard, _ToFile(method, file, writing, checking), progress)
 
             record = write_shard(shard, out, made_from, fill, checking is not None)
             if checked is not None and checking is not None:
@@ -150,6 +151,8 @@ class _Checking:
     def look(self, placed: TensorInfo, start: int, values: torch.Tensor) -> None:
         """At elements start.. of a tensor, which is at its place in the file."""
         found = self._method.tally(placed, start, values)
+        if not found.finite:
+            refuse_not_finite(self._method, placed)
         self._tallies[placed.name] = self._tallies.get(placed.name, Tally()) + found
         self._starts[placed.name] = placed.start
 
@@ -157,17 +160,32 @@ class _Checking:
         return CheckedFile(file_sha256(file), self._starts, self._tallies)
 
 
+def require_finite_slice(method: MergeMethod, info: TensorInfo, values: torch.Tensor) -> None:
+    """Raise what `refuse_not_finite` does for merged elements of a tensor that are not finite."""
+    if info.floating and not all_finite(values):
+        refuse_not_finite(method, info)
+
+
+def refuse_not_finite(method: MergeMethod, info: TensorInfo) -> NoReturn:
+    """Raise CheckpointError naming the model in which a tensor is not finite, CpiftError where all models' are."""
+    tasks = {id(model): task for task, model in method.tuned.items()}
+    for model in (one for one in method.at(info.name).models if info.name in one.tensors):
+        require_finite(tasks.get(id(model), "base model"), model, [info.name])
+    what = f"merge method {method.config.method_name}: tensor {info.name}"
+    raise CpiftError(f"{what}: gives NaN or Inf of finite models → give smaller weights")
+
+
 class _ToFile:
     """A file that is written behind the merge."""
 
-    def __init__(self, file: FileWriter, writing: WriteBehind, checking: _Checking | None = None):
-        self._file, self._writing, self._checking = file, writing, checking
+    def __init__(self, method: MergeMethod, file: FileWriter, writing: WriteBehind, checking: _Checking | None):
+        self._method, self._file, self._writing, self._checking = method, file, writing, checking
 
     def buffer(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self._writing.buffer(stop - start, info.dtype)
 
     def write(self, info: TensorInfo, start: int, values: torch.Tensor, after: Ready | None) -> None:
-        look = None
+        look = partial(require_finite_slice, self._method, info, values)
         if self._checking is not None:
             look = partial(self._checking.look, self._file.tensors[info.name], start, values)
         self._writing.write(self._file, info.name, start, values, look, after)

@@ -22,7 +22,7 @@ from cpift.errors import StageError
 from cpift.formats.safetensors import TensorInfo, laid_out, raw_bytes
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import Check, OnElements, failures
-from cpift.merging.engine import Place, fill_shard
+from cpift.merging.engine import Place, fill_shard, require_finite_slice
 from cpift.merging.state_dicts import TensorsInMemory
 from cpift.merging.verify import verify_values
 
@@ -72,7 +72,7 @@ class MergeInMemory:
         tensors: dict[str, torch.Tensor] = {}
         files = {}
         for shard in self.shards():
-            target = _ToMemory(shard)
+            target = _ToMemory(self.method, shard)
             records = [*records, *fill_shard(placed, shard, target, progress)["tensors"]]
             files[shard.name] = target.file()
             tensors |= target.tensors
@@ -91,7 +91,8 @@ class MergeInMemory:
 class _ToMemory:
     """The tensors of one file, and what that would be (`engine.Target`)."""
 
-    def __init__(self, shard: Shard):
+    def __init__(self, method: MergeMethod, shard: Shard):
+        self._method = method
         self._header, self._infos = laid_out(Path(shard.name), shard.tensors)[0], shard.tensors
         self.tensors = {info.name: torch.empty(info.shape, dtype=info.dtype) for info in shard.tensors}
         self._hash, self._hasher = hashlib.sha256(self._header), ThreadPoolExecutor(1)
@@ -101,11 +102,12 @@ class _ToMemory:
         return self.tensors[info.name].view(-1)[start:stop]
 
     def write(self, info: TensorInfo, start: int, values: torch.Tensor, after: Ready | None) -> None:
-        self._hashed.append(self._hasher.submit(self._absorb, values, after))
+        self._hashed.append(self._hasher.submit(self._absorb, info, values, after))
 
-    def _absorb(self, values: torch.Tensor, after: Ready | None) -> None:
+    def _absorb(self, info: TensorInfo, values: torch.Tensor, after: Ready | None) -> None:
         if after is not None:
             after()
+        require_finite_slice(self._method, info, values)
         self._hash.update(raw_bytes(values))
 
     def drain(self) -> None:

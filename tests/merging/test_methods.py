@@ -151,11 +151,3 @@ def test_dare_keeps_its_share_whatever_the_slices(tmp_path: Path, monkeypatch: p
     assert abs(kept.mean() - 0.25) < 0.002
     assert np.array_equal(kept[1000:2000], survives(3, "t0", "w", 1000, 2000, 0.25))
     assert abs(float(np.corrcoef(kept, survives(3, "t1", "w", 0, 1 << 20, 0.25))[0, 1])) < 0.005
-
-
-def test_what_is_not_finite_fails_a_check(tmp_path: Path) -> None:
-    base, tuned = saved(tmp_path, [[1.0, 2.0], [1.0, float("nan")], [2.0, 3.0]])
-    out, method = tmp_path / "out", Linear(inputs_of(base, tuned), FusionConfig(method="linear"))
-    out.mkdir()
-    merge(method, base, out, "inputs", shard_size=10**9)
-    assert "every element of the fused model is finite: 1 tensors, wrong: w" in failures(verify(method, base, out))

@@ -16,6 +16,7 @@ from cpift.checkpoints import slices
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.config.run import FusionConfig, RegionsConfig
 from cpift.disk.files import link_or_copy
+from cpift.errors import CheckpointError, CpiftError
 from cpift.merging import verify as verifying
 from cpift.merging.base import FusionInputs, MergeMethod
 from cpift.merging.checks import CheckedFile, failures
@@ -116,19 +117,44 @@ def test_wrong_arithmetic_is_found_by_the_definition(
     assert "equal the definition of cpift in fp64" in said
 
 
-def two_models(tmp_path: Path, value: float) -> Linear:
+def inputs_of_two(tmp_path: Path, value: float) -> FusionInputs:
     counts = torch.arange(7)
     made = [
         Checkpoint(save_checkpoint(tmp_path / str(n), {"n": counts, "w": torch.tensor([1.0, one])}))
         for n, one in enumerate((1.0, value, 2.0))
     ]
-    inputs = FusionInputs(made[0], made[0], {"a": made[1], "b": made[2]}, Path(), ())
-    return Linear(inputs, FusionConfig(method="linear"))
+    return FusionInputs(made[0], made[0], {"a": made[1], "b": made[2]}, Path(), ())
 
 
-def test_what_is_not_finite_is_found_in_passing(tmp_path: Path) -> None:
-    method = two_models(tmp_path, float("nan"))
+def two_models(tmp_path: Path, value: float) -> Linear:
+    return Linear(inputs_of_two(tmp_path, value), FusionConfig(method="linear"))
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_what_is_not_finite_is_refused_in_passing_by_its_models_name(tmp_path: Path, verified: bool) -> None:
+    """With checks and without: a mean has NaN where one model has it, and nothing else in it says so."""
+    (tmp_path / "out").mkdir()
+    checked: dict[str, CheckedFile] | None = {} if verified else None
+
+    def made(value: float, named: str = "linear") -> None:
+        inputs = inputs_of_two(tmp_path, value)
+        method = method_named(named)(inputs, FusionConfig(method=named, weight=5.0))
+        merge(method, inputs.backbone, tmp_path / "out", f"{value} {named}", shard_size=10**9, checked=checked)
+
+    for bad in ("nan", "inf"):
+        with pytest.raises(CheckpointError, match=r"a \(.*1\): 1 problem\n  - w: holds NaN or Inf"):
+            made(float(bad))
+    with pytest.raises(CpiftError, match="tensor w: gives NaN or Inf of finite models → give smaller weights"):
+        made(3e38, "task_arithmetic")
+    made(3.0)
+
+
+def test_what_is_not_finite_later_is_found_by_reading_everything(tmp_path: Path) -> None:
+    method = two_models(tmp_path, 3.0)
     checked = merged(tmp_path / "out", method, method.pretrained)
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(struct.pack("<f", float("nan")))
     said = failures(verify(method, method.pretrained, tmp_path / "out", checked=checked))
     assert "every element of the fused model is finite: 1 tensors, wrong: w" in said
 
