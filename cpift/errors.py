@@ -44,7 +44,7 @@ class Problem:
 
 
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some room, or give another folder with --output"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some room there, or write to another folder"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or give another folder"),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "check the path"),
     errno.EIO: "look after the disk",
@@ -72,8 +72,10 @@ def explain_os_error(error: BaseException) -> str | None:
     """
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in _REMEDIES and cause.filename is not None:
-            room = _room(cause) if cause.errno in _FULL else ""
-            return redacted(f"{cause.filename}: {cause.strerror}{room} → {_REMEDIES[cause.errno]}{_KEPT}")
+            full = cause.errno in _FULL
+            where = (full and cause.filename2) or cause.filename  # of a copy: what is written, not what is read
+            room = _room(cause, where) if full else ""
+            return redacted(f"{where}: {cause.strerror}{room} → {_REMEDIES[cause.errno]}{_KEPT}")
     for cause in _chain(error):
         full = next((said for said in _FULL.values() if said.lower() in str(cause).lower()), None)
         if full is not None:
@@ -104,9 +106,9 @@ def naming(path: Path, nbytes: int = 0) -> Iterator[None]:
         raise
 
 
-def _room(error: OSError) -> str:
+def _room(error: OSError, where: object) -> str:
     """Needed and free bytes, as far as they are known."""
-    folder = next((parent for parent in Path(str(error.filename)).absolute().parents if parent.is_dir()), None)
+    folder = next((parent for parent in Path(str(where)).absolute().parents if parent.is_dir()), None)
     needed = getattr(error, "needed", 0)
     parts = [f"{show_size(needed)} needed"] if needed else []
     parts += [f"{show_size(shutil.disk_usage(folder).free)} free"] if folder is not None else []

@@ -177,7 +177,7 @@ def require_room(folder: Path, nbytes: int) -> None:
     if free < nbytes:
         raise StageError(
             f"{folder}: the disk has {show_size(free)} free, the merged model takes {show_size(nbytes)} → free some, "
-            "or give another folder with --output"
+            "or write to another folder"
         )
 
 

@@ -141,6 +141,10 @@ def caused() -> Exception:
     [
         (OSError(errno.ENOSPC, "No space left on device", "/nowhere/x"), ["/nowhere/x: No space", "free", "goes on"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device", "goes on"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/read/x", None, "/written/x"),
+            ["/written/x: No space", "free"],
+        ),
         (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), ["goes on"]),
         (RuntimeError("[enforce fail at inline_container.cc:868] . No space left on device"), ["inline_container"]),
         (
