@@ -72,9 +72,9 @@ def explain_os_error(error: BaseException) -> str | None:
     """
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in _REMEDIES and cause.filename is not None:
-            full = cause.errno in _FULL
-            where = (full and cause.filename2) or cause.filename  # of a copy: what is written, not what is read
-            room = _room(cause, where) if full else ""
+            beyond = cause.errno in _FULL
+            where = (beyond and cause.filename2) or cause.filename  # of a copy: what is written, not what is read
+            room = _room(cause, where) if beyond else ""
             return redacted(f"{where}: {cause.strerror}{room} → {_REMEDIES[cause.errno]}{_KEPT}")
     for cause in _chain(error):
         full = next((said for said in _FULL.values() if said.lower() in str(cause).lower()), None)
