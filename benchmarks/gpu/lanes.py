@@ -19,7 +19,7 @@ import torch
 from cpift_kernels import Backend, Lane, Placement, Ready, Staged, placement
 from torch import Tensor
 
-from benchmarks.gpu.bits import WrongError, same
+from benchmarks.gpu.bits import WrongError, laid, same
 from benchmarks.gpu.card import Card, Sizes
 from benchmarks.gpu.rates import Row
 
@@ -98,14 +98,19 @@ def bits(card: Card, sizes: Sizes) -> Iterator[Row]:
             same(f"slice {at} of {count}", mine, its)
     yield {"operation": "fused_apply of slices", **named, "correct": True}
     if CPU == "cpu":  # numba's kernels have a part in a streamed selection wherever its pass runs
-        _selected(card, models)
+        _selected(card, models, held=False)
         yield {"operation": "stream_cores", **named, "correct": True}
+        layout = ck.FlatLayout(models.sizes)
+        buffers = [card.there(laid(model, layout)) for model in models.slices]
+        card.wait()
+        _selected(card, models, held=[ck.Flat(layout, range(count), buffers)])
+        yield {"operation": "stream_cores, one buffer a model", **named, "correct": True}
 
 
-def _selected(card: Card, models: Sliced) -> None:
+def _selected(card: Card, models: Sliced, held: bool | Sequence[ck.Flat]) -> None:
     wanted, found = Kept(models), Kept(models)
     counts = [int(SHARE * sum(models.sizes))]
-    there = ck.stream_cores(models, counts, place=card.place(), backend="triton")
+    there = ck.stream_cores(models, counts, place=card.place(), held=held, backend="triton")
     here = ck.stream_cores(models, counts, backend="cpu")
     each = max(models.sizes)
     mine, its = (one.select(masks, one.ranges(each)) for one, masks in ((there, found), (here, wanted)))

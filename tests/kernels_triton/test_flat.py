@@ -13,6 +13,7 @@ from cpift_kernels import FlatLayout, Placement, flat_apply, flat_gram, flat_ove
 from cpift_kernels import flat as flat_module
 from cpift_kernels import gram as gram_module
 from cpift_kernels.apply import fused_apply_reference
+from cpift_kernels.cpu.streaming import BracketSelection
 from cpift_kernels.gram import masked_gram_reference
 from cpift_kernels.masks import pack_mask
 from cpift_kernels.overlap import overlap_counts_per_tensor_reference, resolve_conflicts_reference
@@ -231,6 +232,18 @@ def test_tensors_of_several_dtypes_are_in_one_order() -> None:
         model[1::2] = [values.float() for values in model[1::2]]
     models[2] = [x + 1 for x in models[0]]
     both(models, [5 * sum(sizes) // 8])
+
+
+def test_the_sample_is_the_cpus() -> None:
+    """Of runs that end beyond their tensors too, in buffers of two dtypes, with one wait."""
+    models, place = models_of(torch.bfloat16, 2, [40, 5003, 1]), Lazy(("in", "compute", "out"))
+    for model in models:
+        model[1] = model[1].float()
+    held = Held(models, 1)
+    segment, start = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 8, 0, 17, 4971, 0])
+    found = FlatSelection(held, [1], place, flats_of(models)).sample(segment, start)
+    assert np.array_equal(found, BracketSelection(held, [1]).sample(segment, start))
+    assert place.counts["waits out"] == 1 + 1  # the last before memory is freed
 
 
 @pytest.mark.slow
