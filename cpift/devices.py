@@ -87,6 +87,14 @@ def free_on(gpu: torch.device) -> int:
     return free
 
 
+def all_on(gpu: torch.device) -> int:
+    """Bytes of its memory, whoever holds them."""
+    import torch
+
+    there: int = torch.cuda.mem_get_info(gpu)[1]
+    return there
+
+
 def visible_gpus() -> int:
     """GPUs of this machine that torch could use."""
     if not _has_driver():

@@ -120,6 +120,9 @@ def _told(fits: list[Fitting], gpu: str) -> Iterator[str]:
         parts = [f"{name} {show_size(size)}" for name, size in asdict(fit.memory).items() if size]
         verdict = "fits" if fit.fits else "does not fit"
         yield f"{fit.section} on {gpu}: {verdict}, {show_size(fit.memory.total)} a worker ({', '.join(parts)})"
+        if fit.recomputes is not None:
+            what = "are computed twice" if fit.recomputes else "are kept"
+            yield f"  gradient_checkpointing: auto: activations {what} there"
         for change, memory in fit.ways:
             yield f"  {change}: {show_size(memory.total)}"
         if fit.workers is not None:

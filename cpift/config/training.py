@@ -133,8 +133,12 @@ class TrainingConfig(Section):
         **identity(*FITS),
         description="train adapters only; core regions come from the merged weights",
     )
-    gradient_checkpointing: bool = Field(
-        False, **identity(*FITS), description="activations are computed twice: less memory, more time"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False,
+        **identity(*FITS),
+        description="activations are computed twice: less memory, more time, the same results. auto: where the longest "
+        "batch would else take more than 0.8 of the GPU's memory, or of this machine's free memory by the CPUs of a "
+        "worker",
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex"] = Field(
         "auto",

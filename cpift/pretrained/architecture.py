@@ -159,6 +159,11 @@ def narrowing(folder: Path, where: str) -> list[Problem]:
     return [Problem(where, what, "write auto or float32")]
 
 
+def recomputable(folder: Path) -> bool:
+    """Whether layers of the model in a folder can be computed again in the backward pass. Raises CheckpointError."""
+    return known_class(folder) is not None or bool(skeleton(folder).supports_gradient_checkpointing)
+
+
 def reads_field(folder: Path, name: str) -> bool:
     """Whether the code of the model's class, or of a class that it is built of, reads a field of its configuration.
 

@@ -22,7 +22,7 @@ from cpift.config.resources import SHARDED, Strategy
 from cpift.config.run import TrainingConfig
 from cpift.config.training import IntegrationConfig, LoraConfig
 from cpift.errors import CheckpointError
-from cpift.pretrained.architecture import skeleton
+from cpift.pretrained.architecture import recomputable, skeleton
 from cpift.pretrained.attention import implementation
 from cpift.training.adapters import with_adapters
 from cpift.training.optimizers import outside_layers
@@ -49,9 +49,23 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
+_SHARE = 0.8  # of the memory there is that what is counted may take, for single operations come on top
+
+
+def recomputes(folder: Path, training: TrainingConfig, shards: int, narrow: bool, room: float) -> bool:
+    """Whether activations are computed twice, as `gradient_checkpointing` says: for `auto` where a fine-tune that keeps
+    them would take more than 0.8 of `room` bytes. Otherwise as for `training_memory`."""
+    if training.gradient_checkpointing != "auto":
+        return training.gradient_checkpointing
+    if not recomputable(folder):
+        return False
+    keeps = training.model_copy(update={"gradient_checkpointing": False})
+    return training_memory(folder, keeps, shards, narrow).total > _SHARE * room
+
+
 def training_memory(folder: Path, training: TrainingConfig, shards: int, narrow: bool) -> TrainingMemory:
     """Of a fine-tune of the model in a local folder. shards: workers that FSDP2 shares its state out to, or 1; narrow:
-    whether products are bfloat16."""
+    whether products are bfloat16. `gradient_checkpointing: auto` counts as true."""
     model, less = hollow_network(folder, _attention(training)), 0
     if training.lora is not None:
         if training.lora.in_four_bits:
@@ -158,13 +172,14 @@ _WHOLE: Strategy = "ddp"
 
 
 def ways_to_save(
-    training: TrainingConfig, shards: int, strategy: Strategy = "ddp"
+    training: TrainingConfig, shards: int, strategy: Strategy = "ddp", again: bool = True
 ) -> Iterator[tuple[str, TrainingConfig]]:
     """Changes that take less memory, those first that change least of what is learnt; each with all before it.
 
-    strategy: of the resources, which decides what else has to be changed.
+    strategy: of the resources, which decides what else has to be changed. again: whether the class can compute
+    activations again.
     """
-    if not training.gradient_checkpointing:
+    if again and not training.gradient_checkpointing:
         training = training.model_copy(update={"gradient_checkpointing": True})
         yield "gradient_checkpointing: true", training
     if training.batch_size > 1:
@@ -189,7 +204,8 @@ def ways_to_save(
 @dataclass(frozen=True)
 class Fitting:
     """A fine-tune on a GPU. ways: what each change would take, up to the first that fits; workers: how many FSDP2 would
-    need where no change of a full fine-tune is enough, None where even all too many hold too much.
+    need where no change of a full fine-tune is enough, None where even all too many hold too much. recomputes: whether
+    activations are computed twice, where that is decided by the GPU.
     """
 
     section: str
@@ -197,19 +213,23 @@ class Fitting:
     fits: bool
     ways: tuple[tuple[str, TrainingMemory], ...] = ()
     workers: int | None = None
+    recomputes: bool | None = None
 
 
 def fitting(
     section: str, folder: Path, training: TrainingConfig, shards: int, limit: int, strategy: Strategy = "ddp"
 ) -> Fitting:
     """Whether a fine-tune fits `limit` bytes of a GPU, and what to change if it does not."""
-    narrow = training.precision != "float32"
+    narrow, chosen = training.precision != "float32", None
+    if training.gradient_checkpointing == "auto":
+        chosen = recomputes(folder, training, shards, narrow, limit)
+        training = training.model_copy(update={"gradient_checkpointing": chosen})
     memory = training_memory(folder, training, shards, narrow)
     if memory.total <= limit:
-        return Fitting(section, memory, True)
+        return Fitting(section, memory, True, recomputes=chosen)
     ways: list[tuple[str, TrainingMemory]] = []
     full = [memory] if training.lora is None else []  # what FSDP2 can share out
-    for change, changed in ways_to_save(training, shards, strategy):
+    for change, changed in ways_to_save(training, shards, strategy, recomputable(folder)):
         if changed.lora is not None and changed.lora.in_four_bits and not_quantised(folder, "lora.base"):
             continue
         try:
@@ -222,7 +242,7 @@ def fitting(
         full += [less] if changed.lora is None else []
         if less.total <= limit:
             break
-    return Fitting(section, memory, False, tuple(ways), _workers(full, shards, limit))
+    return Fitting(section, memory, False, tuple(ways), _workers(full, shards, limit), chosen)
 
 
 def _workers(full: Sequence[TrainingMemory], shards: int, limit: int) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cpift.config.training import TrainingConfig
 from cpift.devices import Device
 from cpift.errors import Problem
-from cpift.pretrained.architecture import narrowing, skeleton
+from cpift.pretrained.architecture import narrowing, recomputable, skeleton
 from cpift.pretrained.attention import check_attention, mixing, not_attending
 from cpift.training.adapters import check_lora, not_adapted
 
@@ -33,6 +33,9 @@ def impossible(folder: Path, training: TrainingConfig, section: str = "") -> lis
     problems = mixing(folder, f"{at}packing") if training.packing else []
     problems += narrowing(folder, f"{at}gather") if training.gather == "bfloat16" else []
     problems += _not_compiled(folder, f"{at}compile") if training.compile else []
+    if training.gradient_checkpointing is True and not recomputable(folder):
+        what = "is true, and transformers' class of the model does not compute activations again"
+        problems.append(Problem(f"{at}gradient_checkpointing", what, "write false, or auto"))
     problems += not_adapted(folder, training.lora, f"{at}lora") if training.lora is not None else []
     return problems + not_attending(folder, training, f"{at}attention")
 

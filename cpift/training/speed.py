@@ -32,11 +32,10 @@ def known_speed(parameters: int, training: TrainingConfig, resources: ResourcesC
 
 def _kind(parameters: int, training: TrainingConfig, resources: ResourcesConfig, threads: int) -> list[Any]:
     """What decides how fast a fine-tune goes, on this machine."""
-    named = {
-        name
-        for name, before in {"optimizer": "adamw", "gather": "auto", "compile": False}.items()
-        if getattr(training, name) != before
-    }
+    later = {"optimizer": "adamw", "gather": "auto", "compile": False, "attention": "auto"}
+    named = {name for name, before in later.items() if getattr(training, name) != before}
     shape = training.model_dump(mode="json", include=_SHAPE | named)
+    if training.lora is not None and not training.lora.in_four_bits:
+        del shape["lora"]["base"]  # as it was before there was another
     workers = [resources.workers, resources.gpus_per_worker, resources.cpus_per_worker]
     return [socket.gethostname(), parameters, shape, threads, workers]

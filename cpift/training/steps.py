@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from cpift.config.training import TrainingConfig
-from cpift.devices import GATHERS, Device, compute_device, resolved
-from cpift.errors import CheckpointError, entry
+from cpift.devices import GATHERS, Device, all_on, compute_device, current_gpu, resolved
+from cpift.errors import CheckpointError, Problem, entry
+from cpift.formats.sizes import available_memory
 from cpift.pretrained.architecture import kept_wide
+from cpift.text.units import show_size
+from cpift.training.memory import recomputes
 from cpift.training.possible import impossible, missing_here
 from cpift.training.spec import FitSpec
+
+_log = logging.getLogger(__name__)
 
 
 def device_of(spec: FitSpec) -> Device:
@@ -22,9 +30,23 @@ def device_of(spec: FitSpec) -> Device:
 
 def require_possible(spec: FitSpec) -> None:
     """Raise CheckpointError for what the model's class cannot do: of a GGUF file nobody knew it before."""
-    problems = missing_here([spec.training], device_of(spec)) or impossible(spec.model, spec.training)
+    problems = missing_here([spec.training], device_of(spec)) or [*_no_flash(spec)]
+    problems = problems or impossible(spec.model, spec.training)
     if problems:
         raise CheckpointError(spec.title, problems)
+
+
+def _no_flash(spec: FitSpec) -> Iterator[Problem]:
+    """What of flash attention only the process that trains can tell. Without a flash-attn that it knows, transformers
+    would load a kernel from the hub."""
+    if spec.training.attention != "flash_attention_2":
+        return
+    if not is_flash_attn_2_available():
+        what = "flash_attention_2 needs flash-attn, and transformers does not take the one that is installed"
+        yield Problem("attention", what, "install a release that it takes, or write sdpa")
+    if resolved(spec.training.precision, device_of(spec)) != "bfloat16":
+        what = "flash_attention_2 computes in bfloat16, which this GPU does not"
+        yield Problem("attention", what, "write sdpa, or precision: bfloat16")
 
 
 def gathers_narrow(spec: FitSpec) -> bool:
@@ -48,7 +70,7 @@ def arguments(spec: FitSpec, index: int, workers: int) -> TrainingArguments:
         warmup_steps=training.warmup_ratio,  # below 1: a share of all steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=_recomputes(spec, workers),
         bf16=resolved(training.precision, device_of(spec)) == "bfloat16",
         use_cpu=not cuda,
         seed=spec.seed + index,
@@ -68,6 +90,20 @@ def arguments(spec: FitSpec, index: int, workers: int) -> TrainingArguments:
     )
     made._n_gpu = min(made.n_gpu, 1)  # of several that it sees, Trainer would make a DataParallel model
     return made
+
+
+def _recomputes(spec: FitSpec, workers: int) -> bool:
+    """Whether activations are computed twice; one line of the log says what `auto` came to."""
+    device, asked, training = device_of(spec), spec.resources, spec.training
+    if training.gradient_checkpointing != "auto":
+        return training.gradient_checkpointing
+    share = asked.cpus_per_worker / (os.cpu_count() or 1) if device == "cpu" else asked.gpus_per_worker
+    there = available_memory() if device == "cpu" else all_on(current_gpu())
+    room, shards = min(1.0, share) * there, workers if asked.sharded else 1
+    twice = recomputes(spec.model, training, shards, resolved(training.precision, device) == "bfloat16", room)
+    what = "computed twice" if twice else "kept"
+    _log.info("gradient_checkpointing: auto: activations are %s; a worker has %s", what, show_size(int(room)))
+    return twice
 
 
 # `schedule` → the share of the learning rate that is left after a share of the way from warm-up to the end

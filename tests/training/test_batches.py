@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 
 from cpift.data.packing import packed_rows
 from cpift.data.tokenise import CompletionCollator
+from cpift.errors import CheckpointError
+from cpift.training import steps
 from cpift.training.batches import Abilities, Batches
 from tests.helpers.classes import tiny
+from tests.helpers.fits import spec
 from tests.helpers.flash import use_flash
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
@@ -79,6 +83,17 @@ def test_every_attention_gives_the_same_loss_and_gradients(
         torch.testing.assert_close(found.pop("loss"), expected["loss"], rtol=1e-5, atol=0)
         for parameter, gradient in found.items():
             torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-5, msg=f"{name} {parameter}")
+
+
+def test_a_flash_kernel_is_not_taken_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "device_of", lambda _: "cuda")
+    monkeypatch.setattr(steps, "resolved", lambda *_: "float32")
+    monkeypatch.setattr("cpift.pretrained.attention.importlib.util.find_spec", lambda name: name)
+    with pytest.raises(CheckpointError) as refused:
+        steps.require_possible(spec(base, tmp_path, attention="flash_attention_2"))
+    said = [str(problem) for problem in refused.value.problems]
+    assert said[0].startswith("attention: flash_attention_2 needs flash-attn, and transformers does not take")
+    assert said[1].startswith("attention: flash_attention_2 computes in bfloat16, which this GPU does not")
 
 
 def test_a_flash_kernel_is_told_where_examples_begin() -> None:

@@ -17,12 +17,16 @@ from cpift.config.training import TrainingConfig
 from cpift.errors import ConfigError
 from cpift.evaluation import scoring
 from cpift.models.sources import load_model
+from cpift.training import steps
 from cpift.training.adapters import with_adapters
-from cpift.training.memory import fitting, scoring_weights, training_memory, ways_to_save
+from cpift.training.fit import fit
+from cpift.training.memory import fitting, recomputes, scoring_weights, training_memory, ways_to_save
 from cpift.training.optimizers import OPTIMIZERS
+from cpift.training.possible import impossible
 from cpift.training.weights.reading import load_whole
 from tests import memory_table
 from tests.helpers.families import make_family
+from tests.helpers.fits import spec, weights
 from tests.helpers.held import held
 from tests.helpers.small_runs import run_of, turns
 
@@ -62,6 +66,29 @@ def test_recomputed_layers_keep_less(base: Path) -> None:
     plain, again = (training_memory(base, settings(gradient_checkpointing=on), 1, False) for on in (False, True))
     assert 0 < again.activations < plain.activations
     assert (again.weights, again.optimizer) == (plain.weights, plain.optimizer)
+
+
+@pytest.mark.slow
+def test_layers_are_recomputed_where_memory_is_short_and_bits_stay(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = training_memory(base, settings(), 1, False).total / 0.8
+    auto = settings(gradient_checkpointing="auto")
+    assert [recomputes(base, auto, 1, False, there) for there in (1.01 * room, 0.99 * room)] == [False, True]
+    assert [recomputes(base, settings(gradient_checkpointing=on), 1, False, 1) for on in (False, True)] == [False, True]
+    told = [fitting("probe", base, auto, 1, limit) for limit in (int(1.01 * room), int(0.99 * room))]
+    assert [(one.fits, one.recomputes) for one in told] == [(True, False), (True, True)]
+    assert fitting("probe", base, settings(), 1, 10**9).recomputes is None
+    made = []
+    for name, there in (("short", 1000), ("large", 10**12)):
+        monkeypatch.setattr(steps, "available_memory", lambda there=there: there)
+        each = spec(base, tmp_path / name, gradient_checkpointing="auto", precision="float32", steps=2)
+        with caplog.at_level("INFO", logger="cpift"):
+            fit(each)
+        made.append(weights(each.export))
+    assert made[0] == made[1]
+    said = [record.getMessage() for record in caplog.records if "gradient_checkpointing: auto" in record.getMessage()]
+    assert ["computed twice" in line for line in said] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
@@ -145,6 +172,16 @@ def test_the_documents_table_is_what_is_counted() -> None:
     document = memory_table.DOCUMENT.read_text(encoding="utf-8")
     for row in (memory_table.ROWS[0], memory_table.ROWS[-1]):  # each takes seconds
         assert memory_table.line(row) in document, "write it anew: python -m tests.memory_table"
+
+
+@pytest.mark.slow
+def test_a_class_that_computes_nothing_again_is_known(tmp_path: Path) -> None:
+    folder = make_family("gpt_neox_japanese", tmp_path, {})
+    (problem,) = impossible(folder, settings(gradient_checkpointing=True), "probe")
+    assert str(problem).startswith("probe.gradient_checkpointing: is true, and transformers' class")
+    assert not recomputes(folder, settings(gradient_checkpointing="auto"), 1, False, 1)
+    told = [change for change, _ in fitting("probe", folder, settings(), 1, 1).ways]
+    assert told[0] == "batch_size: 1, gradient_accumulation: 3"
 
 
 @pytest.mark.slow
