@@ -7,9 +7,10 @@ Only for fine-tunes of one worker; data parallel ones are Ray Train's (`fits.run
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from cpift.cluster.choice import merging_for
 from cpift.cluster.engine import evaluate_models
 from cpift.cluster.fits import cpus_for, parallel_fits, run_fits
 from cpift.cluster.placement import demand, task_options
+from cpift.cluster.resident.choosing import staying_between
 from cpift.cluster.session import (
     NAMESPACE,
     POLL_SECONDS,
@@ -29,10 +31,14 @@ from cpift.cluster.session import (
 )
 from cpift.config.run import ResourcesConfig
 from cpift.console.progress import OnProgress, ProgressMessage
+from cpift.console.view import View
 from cpift.evaluation.scores import OnResult
 from cpift.merging.engine import Merging
+from cpift.merging.resident.engine import asking
+from cpift.merging.resident.holders import Holders
 from cpift.pipeline.engine import Scoring
 from cpift.pipeline.inprocess import fit_here
+from cpift.pipeline.run import Run
 from cpift.training.spec import RESULT, FitSpec
 from cpift.training.tracking import ended_if_stuck
 
@@ -55,6 +61,12 @@ class TaskEngine:
     def expect(self, specs: Sequence[FitSpec]) -> None:
         """Nothing to start."""
 
+    @contextmanager
+    def keeping(self, runs: Sequence[Run], view: View) -> Iterator[Callable[[Merging | None], Merging | None]]:
+        """See `pipeline.engine.KeepsModels`; in processes that all tasks ask."""
+        with staying_between(runs, parallel_fits(self._resources), True, view) as where:
+            yield partial(asking, holders=where) if isinstance(where, Holders) else _itself
+
     def fit(self, specs: Sequence[FitSpec], on_progress: OnProgress) -> None:
         fits_in_tasks([spec for spec in specs if not spec.resources.by_train], on_progress)
         spread = [spec for spec in specs if spec.resources.by_train]
@@ -68,6 +80,10 @@ class TaskEngine:
 
     def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
         evaluate_models([_on_cpus(scoring) for scoring in scorings], on_result, on_progress)
+
+
+def _itself(merging: Merging | None) -> Merging | None:
+    return merging
 
 
 def _on_cpus(scoring: Scoring) -> Scoring:

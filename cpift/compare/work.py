@@ -9,7 +9,8 @@ methods costs only what is new.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from cpift.disk.top_files import write_top
 from cpift.errors import ConfigError, Problem
 from cpift.evaluation.retention import chance_of
 from cpift.evaluation.scores import Score, read_scores
-from cpift.pipeline.engine import Engine, NoEngine
+from cpift.pipeline.engine import Engine, KeepsModels, NoEngine
 from cpift.pipeline.pipeline import Pipeline
 from cpift.pipeline.shared import SharedWork, Wanted
 from cpift.pipeline.stages.fuse import add_card
@@ -133,7 +134,24 @@ class ComparisonWork:
             held.append(ToScore(entry.run, name, self._remake(entry)))
         if held:
             write_top(self.comparison.base.output_dir, {RUN_FILE: dump_config(self.comparison.base)})
-            score_each(Pipeline(held[0].run.config, self.shared.engine, self.view), held)
+            with self._models_kept(held):
+                score_each(Pipeline(held[0].run.config, self.shared.engine, self.view), held)
+
+    @contextmanager
+    def _models_kept(self, held: Sequence[ToScore]) -> Iterator[None]:
+        """Several of them read the same models, which the engine may keep meanwhile."""
+        engine = self.shared.engine
+        if len(held) == 1 or not isinstance(engine, KeepsModels):
+            yield
+            return
+        with engine.keeping(list(self.full_runs.values()), self.view) as staying:
+            for one in held:
+                one.run.merging = staying(self._merging)
+            try:
+                yield
+            finally:
+                for one in held:
+                    one.run.merging = self._merging
 
     def _remake(self, entry: Entry) -> str:
         """What writes the weights of an entry's fused model."""

@@ -108,6 +108,7 @@ class MergeMethod(ABC):
 
     statistics: dict[str, Any] | None = None  # by tensor, kept for merges that differ in `late` fields alone
     reused: dict[Any, Any] | None = None  # the same by slice, where there is memory for it
+    known_as: str | None = None  # what names `statistics` where other processes make them too
 
     def __init__(self, inputs: FusionInputs, config: FusionConfig, seed: int = 0):
         """Raises ProblemsError for a config that it cannot do. The seed is of use where it is `seeded`."""

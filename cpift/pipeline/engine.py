@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from cpift.checkpoints.opening import model_files
 from cpift.config.run import ResourcesConfig, TaskConfig
@@ -84,6 +84,16 @@ class Engine(Protocol):
 
     def evaluate(self, scorings: Sequence[Scoring], on_result: OnResult, on_progress: OnProgress) -> None:
         """Score every model; a result, by title, is as `Evaluation` has it."""
+
+
+@runtime_checkable
+class KeepsModels(Protocol):
+    """An engine that may keep models in memory from one of several merges of them to the next."""
+
+    def keeping(
+        self, runs: Sequence[Any], view: View
+    ) -> AbstractContextManager[Callable[[Merging | None], Merging | None]]:
+        """What makes of how these runs merge how they merge meanwhile."""
 
 
 class NoEngine:

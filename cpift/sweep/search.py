@@ -190,11 +190,11 @@ def _tune(
         _ViewCallback.current, _ViewCallback.ended = (view, board, keeper), 0
         workers = _concurrency(sweep) or parallel_fits(sweep.base.resources)
         given = {"board_name": board_name, "failures": storage / "failures"}
-        given["held"] = held_between(sweep, pipeline(sweep.base), workers, view)
-        trainable = tune.with_parameters(run_trial, sweep=sweep, **given)
         resources = _trial_resources(sweep.base.resources)
-        limited = tune.with_resources(trainable, resources)
-        grid = _restored_or_new(sweep, limited, storage, space, samples, view, study)
+        with held_between(sweep, pipeline, workers, view) as held:
+            trainable = tune.with_parameters(run_trial, sweep=sweep, held=held, **given)
+            limited = tune.with_resources(trainable, resources)
+            grid = _restored_or_new(sweep, limited, storage, space, samples, view, study)
     tried = [_read_result(grid[i], storage / "failures") for i in range(len(grid))]
     return {digest(result["fields"]): result for result in tried}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 import torch
 from ray import tune
 
+from cpift.cluster.resident.choosing import staying_between
 from cpift.cluster.session import NAMESPACE, use_assigned_gpus
 from cpift.cluster.tasks import TaskEngine
 from cpift.config.loading import Fields, describe
@@ -21,7 +23,8 @@ from cpift.console.view import View, quiet
 from cpift.disk.files import digest, write_text
 from cpift.errors import CpiftError, StageError, entry
 from cpift.merging.on_device import device_merging
-from cpift.merging.resident.engine import hold_at_most, staying
+from cpift.merging.resident.engine import hold_or_ask, staying
+from cpift.merging.resident.holders import Holders
 from cpift.pipeline.engine import Engine
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.outcomes import (
@@ -32,7 +35,7 @@ from cpift.pipeline.outcomes import (
     scored_models,
 )
 from cpift.pipeline.pipeline import Pipeline
-from cpift.pipeline.stages.handover import kept_between_points, score_fused
+from cpift.pipeline.stages.handover import score_fused
 from cpift.sweep.config import Sweep
 from cpift.sweep.keep import hands_over, remake_command
 from cpift.sweep.objectives import figures
@@ -40,8 +43,10 @@ from cpift.sweep.record import sweep_record
 from cpift.training.tracking import ended_if_stuck
 
 
-def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path, held: int = 0) -> None:
-    """What Tune runs: `config` holds the point, see `point_of`. held: see `hold_at_most`.
+def run_trial(
+    config: dict[str, Any], *, sweep: Sweep, board_name: str, failures: Path, held: int | Holders = 0
+) -> None:
+    """What Tune runs: `config` holds the point, see `point_of`. held: see `hold_or_ask`.
 
     An error that would only come again is kept in `failures`, so that Tune's next try of the trial ends at once.
     """
@@ -51,7 +56,7 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         raise StageError(marker.read_text(encoding="utf-8"))
     try:
         use_assigned_gpus()
-        hold_at_most(held)
+        hold_or_ask(held)
         torch.set_num_threads(sweep.base.resources.most_threads)
         with ended_if_stuck(sweep.base.resources.hang_timeout, sys.stderr) as alive:
             view = _BoardView(describe(fields), ray.get_actor(board_name, namespace=NAMESPACE), alive)
@@ -63,14 +68,17 @@ def run_trial(config: dict[str, Any], *, sweep: Sweep, board_name: str, failures
         raise
 
 
-def held_between(sweep: Sweep, run: Pipeline, workers: int, view: View) -> int:
-    """Bytes that the worker of a trial, of so many at once, may keep of models from point to point; says why."""
-    if asks_ray(sweep.base.resources) or not hands_over(sweep):
-        return 0
-    held, why = kept_between_points(run, workers)
-    if why:
-        view.note(why)
-    return held
+@contextmanager
+def held_between(
+    sweep: Sweep, pipeline: Callable[[RunConfig], Pipeline], workers: int, view: View
+) -> Iterator[int | Holders]:
+    """What the workers of trials, so many at once, keep of models from point to point, or ask for them; says why."""
+    if not hands_over(sweep):
+        yield 0
+        return
+    runs = [pipeline(sweep.run({}, seed)) for seed in sweep.seeds]
+    with staying_between(runs, workers, asks_ray(sweep.base.resources), view) as where:
+        yield where
 
 
 def point_of(config: dict[str, Any]) -> Fields:
@@ -108,7 +116,9 @@ def engine_for(config: RunConfig) -> Engine:
     """This very process, with the CPUs (and the GPU) that it holds, where that is enough; else Ray."""
     resources = config.resources
     if asks_ray(resources):
-        return TaskEngine(resources, own_cpus=False)
+        engine = TaskEngine(resources, own_cpus=False)
+        engine.merging = staying(engine.merging)
+        return engine
     return InProcessEngine(staying(device_merging(resources)))
 
 

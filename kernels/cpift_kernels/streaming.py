@@ -187,14 +187,17 @@ def stream_cores(
     return implementation(chosen, stream_cores_reference)(models, counts, place, held)
 
 
-def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list[list[Core]]:
+def select_over(
+    shards: Sequence[SelectionShard], counts: Sequence[int], side_by_side: bool = False
+) -> list[list[Core]]:
     """The regions, as [task][k], of models whose tensors lie in shards, in this order; their masks are with the shards.
 
     Masks and thresholds are those of one selection over all tensors, bit for bit, however these are cut into shards.
+    side_by_side: all shards are asked at once, each by a thread, for they are other processes'.
     """
     from .cpu import sharded
 
-    return sharded.select_over(shards, counts)
+    return sharded.select_over(shards, counts, side_by_side)
 
 
 def stream_cores_reference(

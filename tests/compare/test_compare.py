@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from cpift.disk.files import file_sha256, write_json
 from cpift.errors import ConfigError, StageError
 from cpift.merging.on_device import DeviceMerging
 from cpift.merging.registry import METHODS
+from cpift.merging.resident.engine import asking
 from cpift.pipeline.engine import NoEngine, Scoring
 from cpift.pipeline.identity import StageArtifacts
 from cpift.pipeline.inprocess import InProcessEngine
@@ -53,6 +56,7 @@ from cpift.pipeline.stages.names import ModelRef
 from cpift.report.facts import tokens_of
 from cpift.text.escaping import html
 from cpift.training.spec import FitSpec
+from tests.helpers.holders import holders
 from tests.helpers.sweeps import TASKS, run_fields
 
 
@@ -480,7 +484,15 @@ def test_merges_that_are_only_scored_are_never_written(
 
     with pytest.raises(KeyboardInterrupt):
         run_comparison(made, Stopping(), quiet())
-    again = run_comparison(made, InProcessEngine(), quiet())
+    of = holders(2)
+
+    class Keeping(InProcessEngine):
+        @contextmanager
+        def keeping(self, runs: Sequence[Pipeline], view: Any) -> Iterator[Any]:
+            yield partial(asking, holders=of)
+
+    again = run_comparison(made, Keeping(), quiet())
+    assert all(ask.calls["piece"] for ask in of.asks), "models that others hold are merged there"  # type: ignore[attr-defined]  # what stands in for them counts
     assert [(row.method, row.scores) for row in again.rows] == [(row.method, row.scores) for row in record.rows]
     states = {entry.method.name: entry.fused().state().kind for entry in merges()}
     assert states == {"linear average": "dropped", "SLERP": "dropped"}

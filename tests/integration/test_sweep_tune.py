@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cpift.cli.main import main
+from cpift.cluster.resident import choosing
 from cpift.cluster.session import ray_session
 from cpift.config.inputs import ScratchModel
 from cpift.config.run import ModelConfig
@@ -21,6 +22,7 @@ from cpift.console.view import quiet
 from cpift.disk.files import file_sha256, read_json
 from cpift.models.sources import materialise
 from cpift.pipeline.outcomes import own_models
+from cpift.pipeline.stages import handover
 from cpift.sweep.config import Sweep, load_sweep
 from cpift.sweep.record import Attempt, sweep_record
 from cpift.sweep.results import gather
@@ -177,19 +179,28 @@ def test_given_checkpoints_with_test_rows_alone_are_scored_by_the_command(
     assert models == ["base", "probe t1", "probe t2", "fused"]
 
 
-def test_given_checkpoints_are_swept_alike_in_trials_and_by_the_clusters_tasks(root: Path) -> None:
-    """Three trials, for a linear merge has no ω. On a cluster a trial holds no CPU, and its fusion is tasks."""
-    found = []
+@pytest.mark.parametrize("held", [False, True], ids=["written", "held by other processes"])
+def test_given_checkpoints_are_swept_alike_in_trials_and_by_the_clusters_tasks(
+    held: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three trials, for a linear merge has no ω. On a cluster a trial holds no CPU, and its fusion is tasks; or it is
+    merged where it is scored, from models in the memory of processes that all trials ask."""
+    monkeypatch.setattr(handover, "room_here", lambda: 1)  # no worker has room for models of its own
+    free = choosing.free_resources
+    monkeypatch.setattr(choosing, "free_resources", lambda: free() * 2)  # one machine reads its own files by itself
+    found, notes = [], list[str]()
     for distributed in (False, True):
-        folder = root / f"given-{distributed}"
+        folder = root / f"given-{distributed}-{held}"
         folder.mkdir()
         resources = given(root)["resources"] | {"distributed": distributed}
         space = {"fusion.method": ["cpift", "linear"], "fusion.omega": [0.2, 0.8]}
-        fields = {"run": given(root, resources=resources), "space": space, "model": "fused", "keep": "all"}
+        keep = "scores" if held else "all"
+        fields = {"run": given(root, resources=resources), "space": space, "model": "fused", "keep": keep}
         (folder / "sweep.yaml").write_text(yaml.safe_dump(fields | {"objectives": ["mean_loss"]}))
-        sweep = load_sweep(folder / "sweep.yaml", output=folder / "out")
+        sweep, view = load_sweep(folder / "sweep.yaml", output=folder / "out"), quiet()
+        monkeypatch.setattr(view, "note", notes.append)
         assert asks_ray(sweep.base.resources) == distributed
-        attempts = run_sweep(sweep, quiet())
+        attempts = run_sweep(sweep, view)
         assert [(one.status, len(one.points)) for one in attempts] == [("done", 1), ("done", 1), ("done", 2)]
         best = best_trial(gather(sweep, attempts, pipeline))
         assert best is not None
@@ -197,8 +208,18 @@ def test_given_checkpoints_are_swept_alike_in_trials_and_by_the_clusters_tasks(r
             trial.number: trial.figures["fused"]["mean_loss"].mean for trial in gather(sweep, attempts, pipeline).trials
         }
         assert best.number == min(means, key=lambda number: means[number])
-        made = (folder / "out" / "fuse").glob("*/model.safetensors")
-        hashes = {path.parent.name: file_sha256(path) for path in made}
+        made = {path.parent: read_json(path)["outputs"] for path in (folder / "out" / "fuse").glob("*/manifest.json")}
+        hashes = {path.name: outputs["model.safetensors"] for path, outputs in made.items()}
+        assert held or hashes == {path.name: file_sha256(path / "model.safetensors") for path in made}
+        assert not (held and any((folder / "out" / "fuse").glob("*/model.safetensors")))
         found.append((best.points, hashes))
     assert len(found[0][1]) == 3
     assert found[0] == found[1]
+    _FOUND.append(found[0])
+    assert all(one == found[0] for one in _FOUND)
+    stay = [note for note in notes if note.startswith("Models stay in memory from point to point: ")]
+    where = ["in a process that all workers ask, beside mapped files; ", "in 2 processes of the cluster"]
+    assert [what in note for what, note in zip(where, stay, strict=False)] == [True, True] * held
+
+
+_FOUND: list[Any] = []  # of the same points, each way

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from cpift.cluster.resident import choosing
 from cpift.cluster.tasks import TaskEngine
-from cpift.console.view import quiet
+from cpift.console.view import View, quiet
 from cpift.disk import mapped
 from cpift.disk.files import read_json
 from cpift.merging.resident.engine import hold_at_most
+from cpift.merging.resident.residents import MAPPED
 from cpift.pipeline.inprocess import InProcessEngine
 from cpift.pipeline.shared import SharedWork
 from cpift.pipeline.stages import handover
 from cpift.sweep import search
+from cpift.sweep.config import Sweep
 from cpift.sweep.points import choose_points
 from cpift.sweep.trial import held_between, rungs
 from tests.helpers.sweeps import ByWeights, load, run_fields
@@ -98,11 +101,18 @@ def test_what_is_taken_is_said(
     sweep = load(tmp_path, **FUSED | {"space": {"fusion.omega": [0.5]}} | changes)
     run, view, notes = search.pipeline(sweep.base), quiet(), list[str]()
     monkeypatch.setattr(view, "note", notes.append)
-    assert held_between(sweep, run, 2, view) == 0, "nothing is there to be looked at yet"
+    monkeypatch.setattr(choosing, "alive_nodes", list)
+    assert kept(sweep, view) == 0, "nothing is there to be looked at yet"
     SharedWork([run], TaskEngine(sweep.base.resources), quiet()).prepare()
     assert not notes
-    assert bool(held_between(sweep, run, 2, view)) == held
+    assert bool(kept(sweep, view)) == held
     assert [said in note for note in notes] == ([True] if said else [])
+
+
+def kept(sweep: Sweep, view: View) -> Any:
+    """What two workers keep, or ask."""
+    with held_between(sweep, search.pipeline, 2, view) as where:
+        return where
 
 
 def test_where_memory_has_no_room_for_all_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +120,21 @@ def test_where_memory_has_no_room_for_all_workers(tmp_path: Path, monkeypatch: p
     run = search.pipeline(sweep.base)
     SharedWork([run], TaskEngine(sweep.base.resources), quiet()).prepare()
     monkeypatch.setattr(handover, "available_memory", lambda: 1 << 12)
-    held, why = handover.kept_between_points(run, 2)
-    assert held == 0
-    assert "in each of 2 workers, more than half of what is free" in why
+    found = handover.kept_between_points([run], 2)
+    assert found.held == 0
+    assert "in each of 2 workers would be more than half of what is free" in found.why
+    need = MAPPED.needs(found.models, found.tasks)
+    monkeypatch.setattr(handover, "available_memory", lambda: 2 * need)
+    choice = choosing._choice(handover.kept_between_points([run], 2), run.config.resources, 2, False)
+    assert choice is not None
+    assert (choice.count, choice.room) == (1, MAPPED), "one copy for both"
+    assert "in a process that all workers ask, beside mapped files; " in choice.said
+
+
+def test_every_seeds_models_are_counted(tmp_path: Path) -> None:
+    sweep = load(tmp_path, **FUSED, space={"fusion.omega": [0.5]}, seeds=[1, 2])
+    runs = [search.pipeline(sweep.run({}, seed)) for seed in sweep.seeds]
+    SharedWork(runs, TaskEngine(sweep.base.resources), quiet()).prepare()
+    found = handover.kept_between_points(runs, 1)
+    assert found.held
+    assert (len(found.models), found.tasks) == (1 + 2 * 3, 3)

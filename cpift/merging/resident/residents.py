@@ -1,14 +1,16 @@
 """The shards of one process: which device has which tensors, and which models they hold.
 
-Tensors are cut into as many runs of about equal size, in name order, as there are shards. A tensor is whole, so its
-sums are made in one place in one order: neither masks nor merged bytes depend on the number of shards.
+A model's tensors are cut into as many runs of about equal size, in name order, as there are shards. A tensor is whole,
+so its sums are made in one place in one order: neither masks nor merged bytes depend on the number of shards. These
+may be of several processes (`holders`), each of which then has some of the runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -59,50 +61,79 @@ def copied(model: Checkpoint) -> bool:
     return type(model) is not Checkpoint
 
 
+@dataclass(frozen=True)
+class Room:
+    """What models take where they stay. on_device: a GPU's memory; whole: files are copied; scored: a model that is
+    scored lies there too."""
+
+    on_device: bool = False
+    whole: bool = False
+    scored: bool = False
+
+    def needs(self, models: Sequence[Checkpoint], tasks: int) -> int:
+        """Bytes of these models and of what is kept of so many tasks' cores."""
+        held, elements = sum(self.size(model) for model in models), models[0].numel
+        masks = (tasks + 1) * elements // 8
+        made = self.size(models[0]) if self.on_device else 0  # a fused model, until it is fetched
+        return held + (2 if self.on_device else 1) * masks + (_SCORED_AS * elements if self.scored else made)
+
+    def size(self, model: Checkpoint) -> int:
+        nbytes = sum(info.nbytes for info in model.tensors.values())
+        return nbytes if self.whole or copied(model) else 0
+
+
+MAPPED = Room()  # a process's memory, beside the files' pages
+OWN_COPIES = Room(whole=True)
+GPUS = Room(on_device=True, whole=True)
+
+
 class Residents:
     """Shards that hold models between the merges of one process.
 
-    places: make queues of the device of each; None stands for this process's memory. limit: bytes that all of them may
-    hold. A model that is needed no more makes room for others.
+    places: make queues of the device of each; None stands for this process's memory. limit: bytes that all shards of
+    all processes may hold. A model that is needed no more makes room for others. room: how models lie there; of a
+    device, or this process's memory, as it is alone, if not given. first, width: the number of the first one of the
+    shards that are here, and how many there are in all processes.
     """
 
-    def __init__(self, places: Sequence[Callable[[], Placement] | None], limit: int):
+    def __init__(
+        self,
+        places: Sequence[Callable[[], Placement] | None],
+        limit: int,
+        room: Room | None = None,
+        first: int = 0,
+        width: int = 0,
+    ):
         self.limit, self.on_device = limit, places[0] is not None
-        self._shards = [ResidentShard(place, identity) for place in places]
+        self.room = room or (replace(GPUS, scored=True) if self.on_device else MAPPED)
+        self._shards = [ResidentShard(place, identity, self.room.whole) for place in places]
+        self._first, self._width = first, width or len(places)
         self._order: dict[Hashable, int] = {}  # bytes by model, the one that was used last at the end
         self._reused: tuple[Any, dict[Any, Any]] = None, {}
 
     def needs(self, models: Sequence[Checkpoint], tasks: int) -> int:
-        """Bytes of these models and of what is kept of so many tasks' cores; on GPUs also of a model that is scored."""
-        held, elements = sum(self._size(model) for model in models), models[0].numel
-        masks = (tasks + 1) * elements // 8
-        return held + (2 * masks + _SCORED_AS * elements if self.on_device else masks)
-
-    def _size(self, model: Checkpoint) -> int:
-        nbytes = sum(info.nbytes for info in model.tensors.values())
-        return nbytes if self.on_device or copied(model) else 0
+        """See `Room.needs`."""
+        return self.room.needs(models, tasks)
 
     # ---- merges ------------------------------------------------------------------------------------------------------
 
-    def placed(self, method: MergeMethod) -> MergeMethod | None:
-        """The method over the models here; None where it cannot be, or they have no room.
+    def placed(self, method: MergeMethod, reuse: bool = True) -> MergeMethod | None:
+        """The method over the models here; None where it cannot be, or they have no room. reuse: whether what merges
+        that share their statistics have in common may be kept.
 
         Raises GpuMemoryError where a device has less room than it seemed to have."""
-        able = method.leaves_host if self.on_device else type(method) in METHODS.values()
-        if not able or not self._admits(method.models, len(method.tuned), method.with_masks):
+        if not able(method, self.on_device) or not self._admits(method.models, len(method.tuned), method.with_masks):
             return None
-        method.reused = self._reused_by(method)
-        merged = [info for info in method.rest[1].tensors.values() if method.merges(info)]
-        runs = self._runs(merged)
-        shards = [_at(shard, method, run) for shard, run in zip(self._shards, runs, strict=True)]
-        if len(shards) == 1 and not self.on_device:
+        method.reused = self._reused_by(method) if reuse else None
+        infos = method.rest[1].tensors
+        merged = [name for name, info in infos.items() if method.merges(info)]
+        mine = [[infos[name] for name in merged[first:last]] for first, last in self._runs(infos, merged)]
+        shards = [_at(shard, method, run) for shard, run in zip(self._shards, mine, strict=True)]
+        if self._width == 1 and not self.on_device:
             return cast(MergeMethod, shards[0])
         if self.on_device:
-            for one in shards:
-                if isinstance(one, FusedWhole):
-                    one.load()
-            self._load(method.models, merged)
-        return cast(MergeMethod, _OnShards(method, shards, self._cut(merged)))
+            self._load(method, shards, mine)
+        return on_shards(method, dict(enumerate(shards, self._first)), self._width)
 
     def _reused_by(self, method: MergeMethod) -> dict[Any, Any] | None:
         """Of merges that share their statistics, those of the last method."""
@@ -119,8 +150,8 @@ class Residents:
             return False
         for name, model in names.items():
             self._order.pop(name, None)
-            self._order[name] = self._size(model)
-        room = self.limit - self.needs(models, tasks) + sum(self._size(model) for model in models)
+            self._order[name] = self.room.size(model)
+        room = self.limit - self.needs(models, tasks) + sum(map(self.room.size, models))
         for name in list(self._order):
             if sum(self._order.values()) > room and name not in names:
                 del self._order[name]
@@ -135,44 +166,53 @@ class Residents:
             shard.forget(set(self._order) | files)
         return True
 
-    def _load(self, models: Sequence[Checkpoint], infos: Sequence[TensorInfo]) -> None:
-        for shard, mine in zip(self._shards, self._runs(infos), strict=True):
-            for model in models:
-                there = shard.model(model)
+    def _load(self, method: MergeMethod, placed: Sequence[Any], infos: Sequence[Sequence[TensorInfo]]) -> None:
+        for shard, there, mine in zip(self._shards, placed, infos, strict=True):
+            if isinstance(there, FusedWhole):
+                there.load()
+            for model in map(shard.model, method.models):
                 for info in mine:
-                    there.slice(info.name, 0, 0)
+                    model.slice(info.name, 0, 0)
 
-    def _cut(self, infos: Sequence[TensorInfo]) -> dict[str, int]:
-        """By tensor the number of its shard."""
-        return {info.name: number for number, run in enumerate(self._runs(infos)) for info in run}
-
-    def _runs(self, infos: Sequence[TensorInfo]) -> list[Sequence[TensorInfo]]:
-        edges = cut([info.numel for info in infos], len(self._shards))
-        return [infos[first:last] for first, last in edges]
+    def _runs(self, infos: Mapping[str, TensorInfo], names: Sequence[str]) -> list[Piece]:
+        """Of the shards that are here."""
+        return runs(infos, names, self._width)[self._first : self._first + len(self._shards)]
 
     # ---- selection ---------------------------------------------------------------------------------------------------
 
     def select(self, models: Models, counts: Sequence[int], masks: Masks, budget: int) -> list[list[Core]] | None:
         """See `merging.engine.Selects`."""
-        if not isinstance(models, Update) or (self.on_device and models.moments):
-            return None
-        if not self._admits(models.models, 0, lambda read: None):
+        if not isinstance(models, Update) or not self.selects(models):
             return None
         with ExitStack() as stack:
-            shards: list[SelectionShard] = []
-            for shard, (first, last) in zip(self._shards, cut(models.sizes, len(self._shards)), strict=True):
-                here = replace(
-                    models,
-                    models=[shard.model(model) for model in models.models],
-                    names=models.names[first:last],
-                    passing=None if self.on_device else models.passing,
-                )
-                place = shard.place() if shard.place else None
-                held = flats_of(here) if self.on_device and type(here) is Update else self.on_device
-                selection = stream_cores(here, [0] * len(counts), place=place, held=held)
-                part = selection.shard(MasksFrom(masks, first), selection.ranges_within(budget))
-                shards.append(stack.enter_context(part))
-            return select_over(shards, counts)
+            return select_over([stack.enter_context(one) for one in self.shards(models, counts, masks, budget)], counts)
+
+    def selects(self, models: Update) -> bool:
+        """Whether it can select from these models, and they have room; then others that have to are gone."""
+        return not (self.on_device and models.moments) and self._admits(models.models, 0, lambda read: None)
+
+    def here(self, models: Update) -> Piece:
+        """The tensors [first, last) of a selection that are here."""
+        parts = self._runs(models.models[0].tensors, models.names)
+        return parts[0][0], parts[-1][1]
+
+    def shards(
+        self, models: Update, counts: Sequence[int], masks: Masks, budget: int
+    ) -> list[AbstractContextManager[SelectionShard]]:
+        """The shards that are here, of models that it `selects` from; masks: of the tensors of all shards."""
+        found = []
+        for shard, (first, last) in zip(self._shards, self._runs(models.models[0].tensors, models.names), strict=True):
+            here = replace(
+                models,
+                models=[shard.model(model) for model in models.models],
+                names=models.names[first:last],
+                passing=None if self.on_device else models.passing,
+            )
+            place = shard.place() if shard.place else None
+            held = flats_of(here) if self.on_device and type(here) is Update else self.on_device
+            selection = stream_cores(here, [0] * len(counts), place=place, held=held)
+            found.append(selection.shard(MasksFrom(masks, first), selection.ranges_within(budget)))
+        return found
 
 
 def _at(shard: ResidentShard, method: MergeMethod, infos: Sequence[TensorInfo]) -> Any:
@@ -192,18 +232,45 @@ def cut(sizes: Sequence[int], parts: int) -> list[Piece]:
     return list(pairwise(edges))
 
 
-class _OnShards:
-    """A method as `engine.fill_shard` asks for it: each tensor is merged where it lies."""
+def runs(infos: Mapping[str, TensorInfo], names: Sequence[str], parts: int) -> list[Piece]:
+    """Of some of a model's tensors, in name order, those [first, last) of each part: whichever are asked for, a tensor
+    belongs to the same one."""
+    owners = _owners(infos, parts)
+    mine = [owners[name] for name in names]
+    return [(bisect_left(mine, part), bisect_right(mine, part)) for part in range(parts)]
 
-    def __init__(self, method: MergeMethod, shards: Sequence[Any], cut: dict[str, int]):
-        self._host, self._shards, self._cut = method, shards, cut
+
+def _owners(infos: Mapping[str, TensorInfo], parts: int) -> dict[str, int]:
+    """By tensor the number of its part."""
+    names, edges = list(infos), cut([info.numel for info in infos.values()], parts)
+    return {name: part for part, (first, last) in enumerate(edges) for name in names[first:last]}
+
+
+def able(method: MergeMethod, on_device: bool) -> bool:
+    """Whether a method merges models that stay."""
+    return method.leaves_host if on_device else type(method) in METHODS.values()
+
+
+def on_shards(method: MergeMethod, shards: Mapping[int, Any], width: int) -> MergeMethod:
+    """A method as `engine.fill_shard` asks for it: each tensor is merged where it lies. shards: the method at some of
+    the `width` shards, by their number."""
+    infos = method.rest[1].tensors
+    where = {name: part for name, part in _owners(infos, width).items() if method.merges(infos[name])}
+    return cast(MergeMethod, _OnShards(method, shards, where))
+
+
+class _OnShards:
+    """A method whose tensors lie in shards; those of no shard are merged as they would be without any."""
+
+    def __init__(self, method: MergeMethod, shards: Mapping[int, Any], where: Mapping[str, int]):
+        self._host, self._shards, self._where = method, shards, where
 
     @cached_property
     def models(self) -> list[Checkpoint]:
         return self._host.models
 
     def at(self, name: str) -> Any:
-        return self._shards[self._cut[name]].at(name) if name in self._cut else self._host.at(name)
+        return self._shards[self._where[name]].at(name) if name in self._where else self._host.at(name)
 
     def pieces(self, info: TensorInfo) -> list[Piece]:
         return self._host.pieces(info)
@@ -212,5 +279,5 @@ class _OnShards:
         return self._host.beside(info)
 
     def tensor(self, info: TensorInfo) -> Merged:
-        merged: Merged = (self._shards[self._cut[info.name]] if info.name in self._cut else self._host).tensor(info)
+        merged: Merged = (self._shards[self._where[info.name]] if info.name in self._where else self._host).tensor(info)
         return merged

@@ -1,7 +1,8 @@
 """Tensors of models, and masks, in the memory of one device: copied there once, whole, and read there from then on.
 
 On the processors nothing is copied that a file's pages already hold: what stays is what was computed, of adapters and
-of models with another vocabulary. There the masks' files are read where they are mapped, too.
+of models with another vocabulary. There the masks' files are read where they are mapped, too. A process that reads
+files over a network has copies of its own.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ class ResidentShard:
     """What one device holds (`merging.base.Destination`).
 
     place: makes queues of the device's own; None for this process's memory. `model` needs names of models that stay
-    the same as long as these are (`residents.identity`).
+    the same as long as these are (`residents.identity`). apart: what files hold is copied there too.
     """
 
-    def __init__(self, place: Callable[[], Placement] | None = None, key: Callable[[Checkpoint], Hashable] = id):
-        self.place, self._key = place, key
+    def __init__(
+        self,
+        place: Callable[[], Placement] | None = None,
+        key: Callable[[Checkpoint], Hashable] = id,
+        apart: bool = False,
+    ):
+        self.place, self._key, self._apart = place, key, apart
         self._held: dict[Hashable, dict[Hashable, torch.Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -68,7 +74,8 @@ class ResidentShard:
         with self._lock:
             known = self._held.setdefault(key, {})
             if name not in known:
-                values = read(0, numel) if self.place is None else _copied(self.place(), numel, read)
+                values = _copied(self.place(), numel, read) if self.place else read(0, numel)
+                values = values.clone() if self._apart and self.place is None else values
                 check()
                 known[name] = values
             return known[name]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.checkpoints.opening import model_files, open_merged, quick_fingerprint
 from cpift.checkpoints.writing import copy_companions, write_index
 from cpift.devices import device_name
@@ -24,7 +25,7 @@ from cpift.evaluation.scores import Evaluation
 from cpift.formats.sizes import available_memory
 from cpift.merging.in_memory import MergeInMemory, MergeRecord
 from cpift.merging.registry import METHODS
-from cpift.merging.resident.residents import Residents, identity
+from cpift.merging.resident.residents import MAPPED, identity
 from cpift.pipeline.engine import Scoring, keep_scores
 from cpift.pipeline.run import Run, unless_damaged
 from cpift.pipeline.stages import evaluate, fuse, probe
@@ -74,29 +75,53 @@ def score_fused(run: Run, remake: str) -> None:
     score_each(run, [ToScore(run, "fused", remake)])
 
 
-def kept_between_points(run: Run, workers: int) -> tuple[int, str]:
-    """Bytes that each of so many workers may keep of the models of all points, 0 for none; and what is taken, and why,
-    in a sentence, where the models are there to be looked at."""
-    folders = {task: probed.path for task, probed in probe.tuned(run.artifacts).items()}
-    base, resources = pretrained.base(run.artifacts).path, run.config.resources
-    method = METHODS.get(run.config.fusion.method)  # what users bring reads models as it likes
-    if method is None or method.needs_moments or not all(one.is_dir() for one in (base, *folders.values())):
-        return 0, ""
-    opened, tuned = open_merged(base, folders, run.config.fusion)
-    models = [opened, *tuned.values()]
-    if any(identity(one) is None for one in models):
-        return 0, "Models are read anew for every point: more than their files decides what they are"
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a worker may keep of the models of all points, 0 for none; what is taken and why, in a sentence, and
+    the reason alone. models, tasks: of all points, where their files decide what they are."""
+
+    held: int = 0
+    why: str = ""
+    short: str = ""
+    models: Sequence[Checkpoint] = ()
+    tasks: int = 0
+
+
+def kept_between_points(runs: Sequence[Run], workers: int) -> Kept:
+    """What each of so many workers may keep, where the models are there to be looked at. runs: of each seed."""
+    config, models, tasks = runs[0].config, dict[Any, Checkpoint](), 0
+    resources, method = config.resources, METHODS.get(config.fusion.method)  # what users bring reads as it likes
+    for run in runs if method is not None and not method.needs_moments else ():
+        folders = {task: probed.path for task, probed in probe.tuned(run.artifacts).items()}
+        base, tasks = pretrained.base(run.artifacts).path, len(folders)
+        if not all(one.is_dir() for one in (base, *folders.values())):
+            return Kept()
+        opened, tuned = open_merged(base, folders, config.fusion)
+        models |= {identity(one): one for one in (opened, *tuned.values())}
+    if not models:
+        return Kept()
+    if None in models:
+        return Kept(why="Models are read anew for every point: more than their files decides what they are")
+    known = Kept(models=list(models.values()), tasks=tasks)
     if resources.device != "cpu" and resources.gpus_per_worker:
-        return 1, "Models stay on the trials' GPUs from point to point, where these have room for them"
-    need, free = Residents([None], 0).needs(models, len(tuned)), available_memory() // 2
-    kept = f"{show_size(need)} in each of {workers} workers"
-    if need > resources.memory_budget:
-        why = f"more than resources.memory_budget ({show_size(resources.memory_budget)})"
-        return 0, f"Models are read anew for every point: they would take {kept}, {why}"
-    if need * workers > free:
-        why = f"more than half of what is free ({show_size(free)})"
-        return 0, f"Models are read anew for every point: they would take {kept}, {why}"
-    return resources.memory_budget, f"Models stay in memory from point to point: {kept}, beside their mapped files"
+        where = "Models stay on the trials' GPUs from point to point, where these have room for them"
+        return replace(known, held=1, why=where)
+    need, budget, free = MAPPED.needs(known.models, tasks), resources.memory_budget, room_here()
+    said = f"{show_size(need)} in each of {workers} workers"
+    short = ""
+    if need > budget:
+        short = f"more than resources.memory_budget ({show_size(budget)})"
+    elif need * workers > free:
+        short = f"more than half of what is free ({show_size(free)})"
+    if short:
+        short = f"{said} would be {short}"
+        return replace(known, why=f"Models are read anew for every point: {short}", short=short)
+    return replace(known, held=budget, why=f"Models stay in memory from point to point: {said}, beside mapped files")
+
+
+def room_here() -> int:
+    """Bytes of this machine's memory that models may take."""
+    return available_memory() // 2
 
 
 def forget() -> None:
@@ -147,19 +172,20 @@ def _batches(merges: Iterable[Merge], large: list[_Model]) -> Iterator[dict[str,
 def _merge(run: Run, sources: fuse.Sources) -> MergeInMemory:
     inputs = fuse.open_inputs(run.artifacts, sources.groups, sources.backbone)
     method = fuse.method_of(run.config, inputs, sources.fused.work_dir, run.merging)
-    method.statistics = _known_of(sources.fused, method.late)
+    method.known_as, method.statistics = _known_of(sources.fused, method.late)
     place, config = run.merging.placing(method) if run.merging else None, run.config
     return MergeInMemory(method, place, inputs.backbone, config.fusion.shard_size, config.resources.verify)
 
 
-def _known_of(fused: Artifact, late: Sequence[str]) -> dict[str, Any]:
-    """What is known already, or will be, of models that are fused with other values of `late` fields alone."""
+def _known_of(fused: Artifact, late: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """What is known already, or will be, of models that are fused with other values of `late` fields alone; and a name
+    of that."""
     fields = {name: value for name, value in fused.fields.items() if name not in late}
     key = digest([dict(fused.inputs), fields])
     known = _KNOWN[key] = _KNOWN.pop(key, {})
     while len(_KNOWN) > _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
-    return known
+    return key, known
 
 
 def _score(lead: Run, batch: Mapping[str, Merge]) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +24,35 @@ from .candidates import SKIP, wanted_of
 DIGIT = 11  # bits of a key that one histogram tells apart
 SHIFTS = (22, 11, 0)  # of the digits of a key, 31 bits
 _AT_ONCE = 1 << 18  # keys that are looked at together
+_Arrays = list[NDArray[Any]]
+_Calls = Sequence[Callable[[], NDArray[Any]]]
 
 
-def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list[list[Core]]:
+def select_over(
+    shards: Sequence[SelectionShard], counts: Sequence[int], side_by_side: bool = False
+) -> list[list[Core]]:
     """See `cpift_kernels.select_over`."""
-    table, tasks = _Table(shards), shards[0].tasks
+    if not side_by_side:
+        return _selected(_Table(shards, _one_by_one), counts)
+    with ThreadPoolExecutor(len(shards), thread_name_prefix="cpift-shards") as threads:
+        return _selected(_Table(shards, partial(_together, threads)), counts)
+
+
+def _one_by_one(calls: _Calls) -> _Arrays:
+    return [call() for call in calls]
+
+
+def _together(threads: ThreadPoolExecutor, calls: _Calls) -> _Arrays:
+    return list(threads.map(lambda call: call(), calls))
+
+
+def _sum(counts: _Arrays) -> Ints:
+    total: Ints = np.sum(counts, axis=0, dtype=np.int64)
+    return total
+
+
+def _selected(table: _Table, counts: Sequence[int]) -> list[list[Core]]:
+    tasks = table.tasks
     cores: dict[tuple[int, int], Core] = {}
     for attempt in range(ATTEMPTS):
         brackets = brackets_from(partial(table.sample, attempt), tasks, table.total, counts, attempt)
@@ -39,7 +65,7 @@ def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list
             if kept == 0:
                 cores[task, k] = Core(0, counts[k], math.inf)
             elif kept is not None:
-                cores[task, k] = Core(kept, counts[k], _settled(shards, task, k, kept - marked))
+                cores[task, k] = Core(kept, counts[k], table.settled(task, k, kept - marked))
         if len(cores) == tasks * len(counts):
             break
     return [[cores[task, k] for k in range(len(counts))] for task in range(tasks)]
@@ -48,7 +74,9 @@ def select_over(shards: Sequence[SelectionShard], counts: Sequence[int]) -> list
 class _Table:
     """The segments of all shards, one after another."""
 
-    def __init__(self, shards: Sequence[SelectionShard]):
+    def __init__(self, shards: Sequence[SelectionShard], ask: Callable[[_Calls], _Arrays]):
+        """ask: has every shard do something, and gives what each answers."""
+        self._ask, self.tasks = ask, shards[0].tasks
         _, _, self._numel, self._chunk = cut([size for shard in shards for size in shard.sizes])
         ends = np.cumsum([len(cut(shard.sizes)[0]) for shard in shards]).tolist()
         self._shards = [(shard, first, last) for shard, first, last in zip(shards, [0, *ends], ends, strict=False)]
@@ -57,35 +85,32 @@ class _Table:
     def sample(self, seed: int) -> tuple[Ints, NDArray[np.int32]]:
         """Chunk [R] and keys [N, R, RUN] of sampled runs."""
         segment, start = sample_places(self._numel, seed)
-        parts = []
+        calls = []
         for shard, first, last in self._shards:
             mine = (segment >= first) & (segment < last)
-            parts.append(shard.sample(segment[mine] - first, start[mine]))
-        return self._chunk[segment] + start // CHUNK, np.concatenate(parts, 1)
+            calls.append(partial(shard.sample, segment[mine] - first, start[mine]))
+        return self._chunk[segment] + start // CHUNK, np.concatenate(self._ask(calls), 1)
 
     def mark(self, brackets: Ints) -> Ints:
         """int64 [N, K, 2], of all shards together."""
-        found = np.zeros((*brackets.shape[:2], 2), np.int64)
+        calls = []
         for shard, first, last in self._shards:
             mine = brackets.copy()
             mine[..., 1::2] = np.maximum(mine[..., 1::2] - (self._chunk[first] if first < last else 0), 0)
-            found += shard.mark(mine)
-        return found
+            calls.append(partial(shard.mark, mine))
+        return _sum(self._ask(calls))
 
+    def settled(self, task: int, k: int, count: int) -> float:
+        """Take the `count` largest candidates of a region, wherever they are; the smallest |Δ| among them."""
 
-def _settled(shards: Sequence[SelectionShard], task: int, k: int, count: int) -> float:
-    """Take the `count` largest candidates of a region, wherever they are; the smallest |Δ| among them."""
+        def histograms(prefix: int, shift: int) -> Ints:
+            calls = [partial(shard.histogram, task, k, prefix, shift) for shard, _, _ in self._shards]
+            return _sum(self._ask(calls))
 
-    def histograms(prefix: int, shift: int) -> Ints:
-        total = np.zeros(1 << DIGIT, np.int64)
-        for shard in shards:
-            total += shard.histogram(task, k, prefix, shift)
-        return total
-
-    least, ties = largest(histograms, count)
-    for shard in shards:
-        ties = shard.settle(task, k, least, ties)
-    return float(np.int32(least).view(np.float32))
+        least, ties = largest(histograms, count)
+        for shard, _, _ in self._shards:
+            ties = shard.settle(task, k, least, ties)
+        return float(np.int32(least).view(np.float32))
 
 
 def largest(histograms: Callable[[int, int], Ints], count: int) -> tuple[int, int]:
