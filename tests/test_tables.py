@@ -14,7 +14,7 @@ from transformers.trainer_utils import SchedulerType
 from cpift import devices
 from cpift.checkpoints import opening as given
 from cpift.checkpoints import uniting
-from cpift.compare import contrasts
+from cpift.compare import arrivals, contrasts
 from cpift.compare import methods as baselines
 from cpift.compare.config import CompareConfig
 from cpift.config import needs
@@ -88,6 +88,7 @@ TABLES: dict[str, Collection[str]] = {
     "SweepConfig.keep": sweep_config.KEEPS,
     "CompareConfig.budgets": baselines.BUDGETS,
     "Contrast.by": contrasts.SCALES,
+    "ArrivalMethod.hold": arrivals.CONTROLS,
 }
 SCHEDULES = {"TrainingConfig.schedule", "IntegrationConfig.schedule"}  # transformers' own list
 

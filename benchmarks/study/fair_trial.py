@@ -26,13 +26,22 @@ PROTOCOL = HERE / "protocol.md"
 TRIALS = {
     "dev_loss": "Development, tasks by loss",
     "dev_scored": "Development, tasks with real scores",
+    "dev_arrival": "Development, tasks that arrive",
     "once_loss": "Train once, tasks by loss",
     "once_scored": "Train once, tasks with real scores",
     "later_5": "Checkpoints exist, 5 % of the probes' tokens",
     "later_20": "Checkpoints exist, 20 % of the probes' tokens",
+    "arrival": "Tasks arrive, old data is gone",
 }
 # The development that a trial's values are chosen on: no test seed runs before its record is there.
-DEVELOPMENT = {"once_loss": "dev_loss", "once_scored": "dev_scored", "later_5": "dev_loss", "later_20": "dev_loss"}
+DEVELOPMENT = {
+    "once_loss": "dev_loss",
+    "once_scored": "dev_scored",
+    "later_5": "dev_loss",
+    "later_20": "dev_loss",
+    "arrival": "dev_arrival",
+}
+ARRIVING = ("dev_arrival", "arrival")  # pairs of tasks: where both count there is a contrast
 
 
 def load_trial(name: str, data: str | None, changes: Mapping[str, Any]) -> Comparison:
@@ -125,12 +134,12 @@ def protocol_hash() -> str:
 
 def stamped(record: Record, name: str = "", results: Path | None = None) -> Record:
     """A record that says which protocol it was made under; one of test seeds also which tasks count. Of fewer than
-    three of them there is no contrast."""
+    three of them there is no contrast, but of pairs."""
     header = replace(record.header, protocol=protocol_hash())
     if results is not None and name in DEVELOPMENT:
         decision = _records(results)[DEVELOPMENT[name]].header.admission
         header = replace(header, admission=decision)
-        if len(admission.admitted(decision or {})) < admission.LEAST:
+        if _too_few(name, decision):
             header = replace(header, comparison=header.comparison | {"contrasts": []})
     return replace(record, header=header)
 
@@ -162,11 +171,15 @@ def section(results: Path) -> tuple[str, dict[str, str]]:
     return text, plots
 
 
+def _too_few(name: str, decision: admission.Admission | None) -> bool:
+    return name not in ARRIVING and len(admission.admitted(decision or {})) < admission.LEAST
+
+
 def _admission(name: str, record: Record) -> str:
     """Which tasks count, of a development with the reasons."""
     if name in DEVELOPMENT:
-        few = len(admission.admitted(record.header.admission or {})) < admission.LEAST
-        return f"*Fewer than {admission.LEAST} tasks were admitted: there is no contrast.*\n\n" if few else ""
+        few = f"*Fewer than {admission.LEAST} tasks were admitted: there is no contrast.*\n\n"
+        return few if _too_few(name, record.header.admission) else ""
     if record.header.admission is None:
         return "*Which tasks count is not decided yet.*\n\n"
     lines = "\n".join(f"- {markdown(line)}" for line in admission.told(record.header.admission))

@@ -49,6 +49,18 @@ class Layout:
         """`same`, and None for what the class does not have or no tensor gives."""
         return self.same(parameter) if self.blocks.get(parameter) else None
 
+    def trained(self, network: torch.nn.Module) -> list[str]:
+        """The tensors that parameters of `network` are made of; of those that make one tied parameter, the first."""
+        parameters, seen, found = dict(network.named_parameters(remove_duplicate=False)), dict[int, str](), list[str]()
+        for tensor, parts in self.places.items():
+            holders = [parameters.get(name) for name, _ in parts]
+            if all(
+                holder is not None and seen.setdefault(id(holder), name) == name
+                for holder, (name, _) in zip(holders, parts, strict=True)
+            ):
+                found.append(tensor)
+        return found
+
     def parameter(self, name: str, tensor: Callable[[str], torch.Tensor], rows: range | None = None) -> torch.Tensor:
         """A parameter in its class's layout, made of the file's tensors; the tensor itself where it is the same.
 

@@ -58,7 +58,8 @@ def compare(
     from cpift.pipeline.preflight import preflight
 
     say_code(comparison.base, comparison.config)
-    writes = (*written_files(comparison.config.curves), RUN_FILE)
+    arrival = comparison.config.arrival
+    writes = (*written_files(comparison.config.curves, arrival.pairs if arrival is not None else ()), RUN_FILE)
     preflight(comparison.base, stage="compare", download=not plan, writes=writes)
     from cpift.compare.methods import methods_of, require_possible
 

@@ -2,7 +2,8 @@
 
 `config` is a comparison's file, `methods` are the contenders, `budgets` what each may spend, `work` does all of it with
 every seed. `record` keeps the scores, `findings` says what they show, `contrasts` tests what was named beforehand, and
-`words` puts differences into sentences. `tables` and `plots` show it, in a `page` and in text `files`. `run_baselines`
+`words` puts differences into sentences. `arrivals` are ways to learn a task that arrives after another, `frontier` what
+these cost. `tables` and `plots` show it, in a `page` and in text `files`. `run_baselines`
 has the baselines of an ordinary run.
 
     >>> from cpift.compare import in_stages

@@ -42,11 +42,68 @@ class Contrast(Section):
 
     method: str = Field(description="the method that is asked for; its name as tables show it")
     rival: str = Field(description="what it is measured against")
-    by: Literal["retention", "worst", "loss"] = Field(
+    by: Literal["retention", "worst", "loss", "arrival"] = Field(
         "retention",
         description="mean retention | the worst task's | loss: mean over tasks that are measured by their loss of "
-        "ln(the rival's ÷ its own)",
+        "ln(the rival's ÷ its own) | arrival: of methods of `arrival`, ΔA at equal ΔB, mean over pairs",
     )
+
+
+class ArrivalMethod(Section):
+    """How B is learnt by a model that has learnt A, whose rows are gone."""
+
+    hold: Literal["none", "core", "others", "half", "all"] = Field(
+        "none",
+        description="elements that B's fine-tune leaves as A's model has them. core: A's core region; others: all but "
+        "B's own core region; half: each with chance ½, drawn by the seed; all: every one, with a penalty",
+    )
+    penalty: float | None = Field(
+        None, gt=0, description="instead of holding them: every step takes them this · learning rate of the way back"
+    )
+    weighted: bool = Field(
+        False,
+        description="the penalty by element: times A's second moment over their mean (needs probe.keep_moments: true)",
+    )
+    replay: float = Field(0.0, ge=0, le=1, description="share of A's rows, at random, that are mixed with B's")
+    keep: float = Field(
+        0.0, ge=0, lt=1, description="share of the weights from before: keep·θ_A + (1 − keep)·θ, after the fine-tune"
+    )
+
+    @model_validator(mode="after")
+    def _does_what_it_says(self) -> ArrivalMethod:
+        if self.hold == "none" and self.penalty is not None:
+            raise ValueError("penalty: pulls back what `hold` names; give hold, for example all")
+        if self.hold == "all" and self.penalty is None:
+            raise ValueError("hold: all leaves nothing to train; give a penalty")
+        if self.weighted and self.penalty is None:
+            raise ValueError("weighted: is of a penalty; give one")
+        return self
+
+
+class Arrival(Section):
+    """Tasks that arrive one after another: A is learnt by its probe, then B from there without A's rows. Every method
+    is trained at every learning rate; its line of ΔA against ΔB says what it costs to learn B."""
+
+    pairs: tuple[tuple[str, str], ...] = Field(min_length=1, description="[A, B]: A is learnt first")
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        min_length=1, description="of B's fine-tune, which else is as `probe` says"
+    )
+    methods: dict[Annotated[str, AfterValidator(_title)], ArrivalMethod] = Field(
+        min_length=1, description="by the name to show; {} is plain sequential SFT"
+    )
+    at: tuple[str, float] | None = Field(
+        None,
+        description="[method, learning rate]: ΔA of all methods is compared at the ΔB of this one, in a straight line "
+        "between the points of their learning rates; default: not compared",
+    )
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> Arrival:
+        if len({*self.pairs}) < len(self.pairs) or len({*self.learning_rates}) < len(self.learning_rates):
+            raise ValueError("pairs or learning_rates has an entry twice")
+        if self.at is not None and not (self.at[0] in self.methods and self.at[1] in self.learning_rates):
+            raise ValueError(f"at: {self.at[0]!r} at {self.at[1]:g} is none of methods and learning_rates")
+        return self
 
 
 class CompareConfig(Section):
@@ -88,6 +145,11 @@ class CompareConfig(Section):
     )
     forgetting: tuple[tuple[str, str], ...] = Field(
         (), description="pairs of tasks that are learnt one after the other, in both orders"
+    )
+    arrival: Arrival | None = Field(
+        None,
+        description="methods to learn tasks that arrive one after another; CPI-FT itself then takes part only if "
+        "`methods` names it",
     )
     contrasts: tuple[Contrast, ...] = Field(
         (),
@@ -186,13 +248,22 @@ def _check_fields(comparison: Comparison) -> list[Problem]:
 def _check_names(comparison: Comparison) -> list[Problem]:
     tasks = [task.name for task in comparison.base.tasks]
     known, problems = f"the run has {', '.join(tasks)}", []
-    for pair in comparison.config.forgetting:
-        problems += [Problem("forgetting", f"there is no task {name!r}", known) for name in pair if name not in tasks]
+    arrival = comparison.config.arrival
+    arriving = arrival.pairs if arrival is not None else ()
+    for where, pair in [("forgetting", p) for p in comparison.config.forgetting] + [
+        ("arrival.pairs", p) for p in arriving
+    ]:
+        problems += [Problem(where, f"there is no task {name!r}", known) for name in pair if name not in tasks]
         if pair[0] == pair[1]:
-            problems.append(Problem("forgetting", f"{pair[0]} twice", "name two tasks"))
+            problems.append(Problem(where, f"{pair[0]} twice", "name two tasks"))
     grouped = [name for group in comparison.config.heuristic for name in group]
     if comparison.config.heuristic and sorted(grouped) != sorted(tasks):
         problems.append(Problem("heuristic", f"holds {', '.join(grouped)}", f"name every task once; {known}"))
+    problems += [
+        Problem(f"contrasts.{number}.by", "arrival, and there is no arrival.at to compare at", "give it")
+        for number, contrast in enumerate(comparison.config.contrasts)
+        if contrast.by == "arrival" and (arrival is None or arrival.at is None)
+    ]
     by_loss = any(metric_of(task.metric_name).by_loss for task in comparison.base.tasks)
     problems += [
         Problem(f"contrasts.{number}.by", "loss, and no task is measured by its loss", "take retention")

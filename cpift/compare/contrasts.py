@@ -14,6 +14,7 @@ from difflib import get_close_matches
 import numpy as np
 
 from cpift.compare.config import Comparison, Contrast
+from cpift.compare.frontier import Frontiers
 from cpift.errors import ConfigError, Problem, entry
 from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.measures import References, Scores, log_loss_ratio, mean_retention, worst_retention
@@ -32,21 +33,29 @@ class Tested:
 
 def require_compared(comparison: Comparison, names: Sequence[str]) -> None:
     """Raise ConfigError where a contrast names a method that is none of `names`."""
-    problems = []
+    problems, arrival = [], comparison.config.arrival
     for number, contrast in enumerate(comparison.config.contrasts):
+        known = list(arrival.methods) if contrast.by == "arrival" and arrival is not None else names
         for field, name in (("method", contrast.method), ("rival", contrast.rival)):
-            if name not in names:
-                close = get_close_matches(name, names, 1)
-                remedy = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(names)}"
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                remedy = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
                 problems.append(Problem(f"contrasts.{number}.{field}", f"{name!r} is not compared", remedy))
     if problems:
         raise ConfigError(f"comparison {comparison.name}", problems)
 
 
-def by_holm(scores: Scores, contrasts: Sequence[Contrast], references: References) -> list[Tested]:
-    """Every contrast whose methods are there, in their order. Those without an interval count as not shown."""
+def by_holm(
+    scores: Scores, contrasts: Sequence[Contrast], references: References, frontiers: Frontiers | None = None
+) -> list[Tested]:
+    """Every contrast whose methods are there, in their order. Those without an interval count as not shown.
+
+    frontiers: of methods for tasks that arrive, where a contrast is by `arrival`.
+    """
     values = [
-        entry(SCALES, contrast.by, "contrasts.by").difference(scores, contrast.method, contrast.rival, references)
+        frontiers.difference(contrast.method, contrast.rival)
+        if frontiers is not None and contrast.by == "arrival"
+        else entry(SCALES, contrast.by, "contrasts.by").difference(scores, contrast.method, contrast.rival, references)
         for contrast in contrasts
     ]
     ps = [scores.p_value(difference) for difference in values]
@@ -82,8 +91,13 @@ def _retained(figure: Callable[[Scores, str, References], np.ndarray]) -> Figure
     return difference
 
 
+def _of_frontiers(scores: Scores, method: str, rival: str, references: References) -> np.ndarray:
+    raise LookupError("ΔA at equal ΔB is asked of the frontiers")
+
+
 SCALES = {
     "retention": Scale("mean retention", _retained(mean_retention)),
     "worst": Scale("worst task", _retained(worst_retention)),
     "loss": Scale("ln of the losses' ratio", log_loss_ratio),
+    "arrival": Scale("ΔA at equal ΔB", _of_frontiers),
 }

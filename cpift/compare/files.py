@@ -11,13 +11,18 @@ from rich import box
 from rich.table import Table
 
 from cpift.compare.findings import Findings
-from cpift.compare.plots import curve, intervals, standalone
+from cpift.compare.plots import curve, frontier, intervals, standalone
 from cpift.compare.record import OURS, Record, record_text
 from cpift.compare.tables import (
+    ARRIVAL,
     FORGETTING,
     PRIMARY,
     TextTable,
     all_methods,
+    arrival,
+    arrival_lines,
+    at_equal_gain,
+    by_losses,
     count,
     curve_points,
     curve_references,
@@ -46,10 +51,11 @@ _NAME = "comparison"
 RUN_FILE = "comparison-run.yaml"  # the run of all methods: its commands write weights that were only scored
 
 
-def written_files(curves: Iterable[str]) -> tuple[str, ...]:
-    """What `write_comparison` may write where these fields have curves."""
+def written_files(curves: Iterable[str], pairs: Iterable[tuple[str, str]] = ()) -> tuple[str, ...]:
+    """What `write_comparison` may write where these fields have curves, and tasks arrive in these pairs."""
     fixed = (f"{_NAME}.jsonl", f"{_NAME}.html", f"{_NAME}.md", f"{_NAME}.csv", f"{_NAME}-methods.svg")
-    return (*fixed, *(_curve_file(_NAME, field) for field in curves))
+    arriving = (_curve_file(_NAME, _arrival_name(pair)) for pair in pairs)
+    return (*fixed, *(_curve_file(_NAME, field) for field in curves), *arriving)
 
 
 def write_comparison(record: Record, folder: Path) -> Path:
@@ -86,13 +92,15 @@ def _document(findings: Findings, prefix: str, level: int) -> tuple[str, dict[st
     if findings.primary:
         lines += [f"{heading} Primary contrasts", "", _listing(primary(findings, markdown)), "", PRIMARY, ""]
     lines += [f"{heading} What it shows", "", *said, "", _reading(findings), ""]
-    drawn = intervals(drawn_methods(findings), OURS)
-    lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", drawn)
+    if shown := drawn_methods(findings):
+        lines += _picture(plots, f"{prefix}-methods.svg", "Mean retention of every method", intervals(shown, OURS))
     lines += [f"{heading} Set-up", "", *(f"- {text}" for text in set_up(findings.record, markdown)), ""]
     lines += [f"{heading} All methods", "", _table(all_methods(findings, markdown, _strong)), ""]
     for ours in findings.recipes:
         name = f"{ours}," if "," in ours else ours
         lines += [f"{heading} {name} against each method", "", _listing(differences(findings, ours, markdown)), ""]
+    if findings.frontiers.pairs:
+        lines += [f"{heading} Tasks that arrive", "", ARRIVAL, "", *_arrival(findings, plots, prefix), ""]
     if findings.pairs:
         forgotten = [line for text in forgets(findings, markdown) for line in ("", text)]
         lines += [f"{heading} Forgetting", "", FORGETTING, "", _listing(forgetting(findings, markdown)), *forgotten, ""]
@@ -146,6 +154,20 @@ def _curve(findings: Findings, field: str, values: Sequence[Any], plots: dict[st
     yield md_table(table.head, table.rows, right=(1, 2))
 
 
+def _arrival(findings: Findings, plots: dict[str, str], prefix: str) -> Iterator[str]:
+    for pair in findings.frontiers.pairs:
+        drawn = frontier(pair, arrival_lines(findings, pair), by_losses(findings, pair))
+        file = _curve_file(prefix, _arrival_name(pair))
+        yield from _picture(plots, file, f"ΔA against ΔB, {pair[0]} → {pair[1]}", drawn)
+    if (equal := at_equal_gain(findings, markdown)).rows:
+        yield from (_listing(equal), "")
+    yield _listing(arrival(findings, markdown))
+
+
+def _arrival_name(pair: tuple[str, str]) -> str:
+    return f"arrival {pair[0]} {pair[1]}"
+
+
 def _curve_file(prefix: str, field: str) -> str:
     return f"{prefix}-{re.sub('[^a-z0-9]+', '-', field.lower())}.svg"
 
@@ -184,7 +206,7 @@ def comparison_table(record: Record) -> Table:
     for name in findings.methods:
         if findings.kind(name) != "probe":
             line = findings.line(name)
-            less = "" if name == OURS else points(findings.against(name, OURS).mean)
+            less = "" if name == OURS or not findings.has(OURS) else points(findings.against(name, OURS).mean)
             style = "bold" if name == OURS else ""
             table.add_row(name, half(line.mean), half(line.worst), less, count(line.tokens), style=style)
     return table

@@ -16,6 +16,7 @@ import numpy as np
 
 from cpift.compare.config import Contrast
 from cpift.compare.contrasts import Tested, by_holm
+from cpift.compare.frontier import Frontiers
 from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.compare.words import points, primary_sentence, share, side
 from cpift.evaluation.estimates import Estimate
@@ -91,7 +92,7 @@ class Findings:
 
     @cached_property
     def scores(self) -> Scores:
-        return self.record.scores([*self.methods, *self.record.of_kind("forgetting")])
+        return self.record.scores([*self.methods, *self.record.of_kind("forgetting", "arrival")])
 
     @property
     def references(self) -> References:
@@ -147,15 +148,27 @@ class Findings:
     def primary(self) -> list[Tested]:
         """The contrasts that were named beforehand, of methods that the record has."""
         named = [Contrast.model_validate(entry) for entry in self.record.header.comparison.get("contrasts", ())]
-        known = [contrast for contrast in named if self.has(contrast.method) and self.has(contrast.rival)]
-        return by_holm(self.scores, known, self.references)
+        known = [one for one in named if {one.method, one.rival} <= self._contrasted(one.by)]
+        return by_holm(self.scores, known, self.references, self.frontiers)
+
+    def _contrasted(self, by: str) -> set[str]:
+        """What a contrast may be of."""
+        if by != "arrival":
+            return {*self.methods}
+        return {*self.frontiers.labels} if self.frontiers.at is not None else set()
+
+    @cached_property
+    def frontiers(self) -> Frontiers:
+        """What learning tasks that arrive one after another costs."""
+        return Frontiers(self.record, self.scores, judged(self.learning))
 
     # ---- forgetting --------------------------------------------------------------------------------------------------
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
         """Every A→B, in the order of the record."""
-        return list(dict.fromkeys(row.pair for row in self.record.rows if row.pair is not None))
+        rows = [row for row in self.record.rows if row.kind == "forgetting"]
+        return list(dict.fromkeys(row.pair for row in rows if row.pair is not None))
 
     @cached_property
     def sequences(self) -> list[Learnt]:
@@ -167,7 +180,7 @@ class Findings:
         ]
 
     def _labelled(self, pair: tuple[str, str]) -> dict[str, str]:
-        names = [row.method for row in self.record.rows if row.pair == pair]
+        names = [row.method for row in self.record.rows if row.pair == pair and row.kind == "forgetting"]
         return {method.partition(":")[0]: method for method in dict.fromkeys(names)}
 
     def cut(self, method: str, rival: str) -> Estimate:
@@ -197,7 +210,7 @@ class Findings:
         if self.has(RECOMMENDED):
             controls = [OURS, *(name for name in self.methods if name.startswith("recommended, "))]
             said += [self.sentence(RECOMMENDED, rival) for rival in controls]
-        said += self._of_imbalance() + self._of_forgetting() + self._of_stages()
+        said += self._of_arrival() + self._of_imbalance() + self._of_forgetting() + self._of_stages()
         return said[:1] + learnt + said[1:]
 
     @property
@@ -235,6 +248,13 @@ class Findings:
         picked = f"Of {len(variants)} variants “{best}” has the highest mean retention, picked by these very scores."
         differences = [self.sentence(best, rival) for rival in rivals]
         return [f"{picked} {self.aim(best, rivals)}", *differences]
+
+    def _of_arrival(self) -> list[str]:
+        if (at := self.frontiers.at) is None:
+            return []
+        title = f"ΔA at the ΔB of {at[0]} {at[1]:g}, mean over {len(self.frontiers.compared)} A → B"
+        found = [one for one in self.frontiers.estimates() if one[0] != at[0]]
+        return [f"{label} − {at[0]}, {title}: {points(difference)}." for label, _, difference in found]
 
     def _of_imbalance(self) -> list[str]:
         if not self.low:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from cpift.compare.arrivals import Arriving, arrival_problems, arriving
 from cpift.compare.budgets import BUDGETS, STAGED, Budgets, Groups
 from cpift.compare.config import Budget, Comparison, of_training
 from cpift.compare.contrasts import require_compared
@@ -26,7 +27,7 @@ from cpift.pipeline.preflight import field_problems
 from cpift.pipeline.shared import Wanted, titled_backbone
 from cpift.pipeline.stages import integrate, order
 
-Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final"]
+Judged = Literal["base", "probe", "probes", "sft", "backbone", "fused", "final", "arrived"]
 
 MERGES: dict[str, Fields] = {
     method.contender.name: {"fusion.method": name}
@@ -56,7 +57,7 @@ class OfCpift:
 
 
 JUDGED: dict[str, OfCpift] = {
-    **dict.fromkeys(("base", "probe", "probes", "sft"), OfCpift()),
+    **dict.fromkeys(("base", "probe", "probes", "sft", "arrived"), OfCpift()),
     "backbone": OfCpift(backbone=True),
     "fused": OfCpift(backbone=True, fusion=True),
     "final": OfCpift(backbone=True, fusion=True, integration=True),
@@ -81,10 +82,12 @@ class ComparedMethod:
     training: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     pair: tuple[str, str] | None = None
+    arriving: Arriving | None = None
 
 
 def methods_of(comparison: Comparison) -> list[ComparedMethod]:
-    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part.
+    """Every method of a comparison, in the order of its tables. θ0, the probes and CPI-FT itself always take part,
+    CPI-FT not where tasks arrive one after another.
 
     Raises ConfigError where a primary contrast names another.
     """
@@ -106,9 +109,14 @@ def methods_of(comparison: Comparison) -> list[ComparedMethod]:
     ]
     for first, other in config.forgetting:
         chosen += [*_in_sequence((first, other), config.recommended), *_in_sequence((other, first), config.recommended)]
+    chosen += [
+        ComparedMethod(one.name, "arrival", "arrived", one.fields, pair=one.pair, arriving=one)
+        for one in arriving(config.arrival)
+    ]
     _require_names(comparison, [method.name for method in methods + chosen])
     require_compared(comparison, [method.name for method in methods + chosen])  # a piece may have some of them alone
-    return methods + [method for method in chosen if method.kind == "cpift" or config.chosen(method.name)]
+    always = () if config.arrival is not None else ("cpift",)
+    return methods + [method for method in chosen if method.kind in always or config.chosen(method.name)]
 
 
 def _require_names(comparison: Comparison, names: Sequence[str]) -> None:
@@ -129,9 +137,11 @@ def require_possible(comparison: Comparison) -> None:
     primary contrasts of methods that are left out."""
     methods = methods_of(comparison)
     require_compared(comparison, [method.name for method in methods])
+    if missing := list(arrival_problems(comparison)):
+        raise ConfigError(f"comparison {comparison.name}", missing)
     found: dict[Problem, str] = {}
     for method in methods:
-        fields = dict(method.fields)
+        fields = {} if method.arriving is not None else dict(method.fields)
         if method.judged == "sft":  # what `Budgets.sft` makes of it
             fields |= of_training(comparison.base, method.training) | STAGED
         for problem in field_problems(comparison.run(fields, comparison.seeds[0]), "compare"):
@@ -267,6 +277,8 @@ class Entry:
         stages, run = self.run.artifacts, self.run
         if self.method.judged == "base":
             return [stages.model]
+        if self.method.arriving is not None:
+            return self.method.arriving.artifacts(run)
         if self.sft is not None:
             staged = self.sft.artifacts.backbone(self.groups)
             assert staged is not None

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from cpift.compare.findings import Findings
-from cpift.compare.plots import curve, intervals
+from cpift.compare.plots import curve, frontier, intervals
 from cpift.compare.record import OURS
 from cpift.compare.tables import (
+    ARRIVAL,
     FORGETTING,
     PRIMARY,
     TextTable,
     all_methods,
+    arrival,
+    arrival_lines,
+    at_equal_gain,
+    by_losses,
     curve_points,
     curve_references,
     curve_rows,
@@ -39,12 +44,14 @@ def comparison_page(findings: Findings) -> str:
     note = f'<p class="warning"><strong>Note.</strong> {html(warning)}</p>' if warning else ""
     bars = f"bars are {100 * findings.record.header.confidence:g} % intervals"
     caption = f"Mean retention of every method; {bars}. Dashed: {OURS}."
-    drawn = f'<div class="narrow">{figure(intervals(drawn_methods(findings), OURS), caption)}</div>'
+    shown_methods = drawn_methods(findings)
+    drawn = f'<div class="narrow">{figure(intervals(shown_methods, OURS), caption)}</div>' if shown_methods else ""
     sections = {
         "primary": ("Primary contrasts", _primary(findings)),
         "picture": ("Every method", f'{drawn}{note}{_folded(others)}<p class="muted">{html(reading(findings))}</p>'),
         "methods": ("All figures", _methods(findings)),
         "against": ("Against each method", _against(findings)),
+        "arrival": ("Tasks that arrive", _arrival(findings)),
         "forgetting": ("Forgetting", _forgetting(findings)),
         "curves": ("Over fields", _curves(findings)),
         "setup": ("Set-up", _list(set_up(findings.record, str))),
@@ -108,6 +115,22 @@ def _forgetting(findings: Findings) -> str:
     if not findings.pairs:
         return ""
     return f"<p>{html(FORGETTING)}</p>{_rows(forgetting(findings, html), '')}{_list(forgets(findings, str))}"
+
+
+def _arrival(findings: Findings) -> str:
+    if not findings.frontiers.pairs:
+        return ""
+    parts = [f"<p>{html(ARRIVAL)}</p>"]
+    for pair in findings.frontiers.pairs:
+        drawn = frontier(pair, arrival_lines(findings, pair), by_losses(findings, pair))
+        parts.append(f"<h3>{html(f'{pair[0]} → {pair[1]}')}</h3>")
+        parts.append(
+            figure(drawn, "ΔA against ΔB. One line a method, one point a learning rate; up and right is better.")
+        )
+    equal = at_equal_gain(findings, html)
+    parts.append(_rows(equal, "Points; of losses hundredths of a nat.") if equal.rows else "")
+    parts.append(f"<details><summary>Every point</summary>{_rows(arrival(findings, html), '')}</details>")
+    return "".join(parts)
 
 
 def _curves(findings: Findings) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
 
 from cpift.evaluation.estimates import Estimate
+from cpift.evaluation.measures import Forgetting
 from cpift.report.html import Plot
 from cpift.report.style import STYLE
-from cpift.report.svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure
+from cpift.report.svg import MUTED, PLOT_STYLE, SERIES, as_svg, legend_label, new_figure, series_style
 from cpift.text.escaping import one_line
 
 _LONGEST = 36  # letters of a method's name beside the axis
@@ -88,3 +89,24 @@ def curve(
     axes.set(xlabel=field, ylabel="%")
     svg = as_svg(figure, axes, f"Retention over {field}", 2 + len(references))
     return Plot(svg, [field, *series], [[value, _text(mean), _text(worst)] for value, mean, worst in points])
+
+
+@rc_context(PLOT_STYLE)
+def frontier(pair: tuple[str, str], lines: Mapping[str, Sequence[tuple[float, Forgetting]]], losses: bool) -> Plot:
+    """ΔA against ΔB, one line a method over its learning rates. losses: one of the two is a loss, and both are shown as
+    they are; else in points."""
+    title, scale = f"{pair[0]} → {pair[1]}", 1 if losses else 100
+    figure, axes = new_figure(title, 5.2, 3.6)
+    rows = []
+    for place, (label, points) in enumerate(lines.items()):
+        drawn = [(scale * change.second.mean, scale * change.first.mean) for _, change in points]
+        axes.plot(*zip(*drawn, strict=True), label=legend_label(label), **series_style(place))
+        rows += [
+            [label, f"{rate:g}", f"{kept:.3g}", f"{gained:.3g}"]
+            for (rate, _), (gained, kept) in zip(points, drawn, strict=True)
+        ]
+    axes.axhline(0, color=MUTED, linestyle="--", linewidth=0.8, zorder=0)
+    unit = "score or negated loss" if losses else "points"
+    axes.set(xlabel=f"ΔB, {one_line(pair[1])} ({unit})", ylabel=f"ΔA, {one_line(pair[0])} ({unit})")
+    svg = as_svg(figure, axes, f"ΔA against ΔB, {title}", len(lines))
+    return Plot(svg, ["method", "learning rate", "ΔA", "ΔB"], rows)

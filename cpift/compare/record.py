@@ -65,7 +65,7 @@ class Row:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     method: str
-    kind: str  # reference | probe | sft | merge | cpift | part | variant | curve | forgetting
+    kind: str  # reference | probe | sft | merge | cpift | part | variant | curve | forgetting | arrival
     seed: int
     budget: str | None
     pair: tuple[str, str] | None

@@ -7,6 +7,7 @@ ours and holds no sign of Markdown or HTML.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from cpift.compare.record import BASE, OURS, PROBES, RECOMMENDED, Record
 from cpift.compare.words import number, points, primary_points, share, signed
 from cpift.config.run import ModelConfig
 from cpift.evaluation.estimates import Estimate
+from cpift.evaluation.measures import Forgetting
 from cpift.evaluation.metrics import metric_of
 from cpift.evaluation.retention import DECIDED, DEFINITION
 from cpift.models.sources import source_of
@@ -222,6 +224,50 @@ def _change(estimate: Estimate, metric: str) -> str:
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} [{signed(scale * estimate.low, digits)}, {signed(scale * estimate.high, digits)}]"
+
+
+ARRIVAL = (
+    "A is learnt by its own probe, then B from there at each learning rate, without A's rows unless a method replays "
+    "some. ΔA: score on A afterwards less that of A's probe; ΔB: score on B less that of A's probe; both in the "
+    "metric's own units (points; nats of a loss, negated)."
+)
+
+
+def arrival(findings: Findings, show: Show) -> TextTable:
+    """What every method kept of A and learnt of B, by learning rate."""
+    table, metrics = TextTable(["A → B", "method", "learning rate", "ΔA", "ΔB"]), findings.record.header.tasks
+    for point in findings.frontiers.points:
+        first, second = point.pair
+        cells = [_change(point.change.first, metrics[first]), _change(point.change.second, metrics[second])]
+        table.rows.append([show(f"{first} → {second}"), show(point.label), f"{point.learning_rate:g}", *cells])
+    return table
+
+
+def at_equal_gain(findings: Findings, show: Show) -> TextTable:
+    """ΔA of every method at one ΔB; empty where none is named, or no pair's tasks count."""
+    at = findings.frontiers.at
+    if at is None:
+        return TextTable([])
+    head = ["method", f"ΔA at the ΔB of {show(at[0])} {at[1]:g}", f"less {show(at[0])}"]
+    table = TextTable(head)
+    for label, kept, difference in findings.frontiers.estimates():
+        value = half(kept) if math.isfinite(kept.mean) else "does not get there"
+        table.rows.append([show(label), value, "" if label == at[0] else points(difference)])
+    return table
+
+
+def arrival_lines(findings: Findings, pair: tuple[str, str]) -> dict[str, list[tuple[float, Forgetting]]]:
+    """By method, its learning rates and what each did on A → B."""
+    found: dict[str, list[tuple[float, Forgetting]]] = {}
+    for point in findings.frontiers.points:
+        if point.pair == pair:
+            found.setdefault(point.label, []).append((point.learning_rate, point.change))
+    return found
+
+
+def by_losses(findings: Findings, pair: tuple[str, str]) -> bool:
+    """Whether a task of a pair is measured by its loss."""
+    return any(metric_of(findings.record.header.tasks[task]).by_loss for task in pair)
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from cpift.pipeline.stages.handover import ToScore, score_each
 from cpift.pipeline.stages.names import ModelRef
 from cpift.report.facts import tokens_of
 
+_UNGROUPED = ("base", "probe", "probes", "arrived")  # models that no groups have a part in
 WantedScores = tuple[Artifact, ModelRef, Pipeline]
 
 
@@ -69,6 +70,8 @@ class ComparisonWork:
 
     def _pipeline(self, method: ComparedMethod, seed: int) -> Pipeline:
         comparison, fields = self.comparison, method.fields
+        if method.arriving is not None:  # between models of the whole run
+            return Pipeline(comparison.run({}, seed), NoEngine(self._merging), quiet())
         config = comparison.pair(fields, seed, method.pair) if method.pair else comparison.run(fields, seed)
         return Pipeline(config, NoEngine(self._merging), quiet())
 
@@ -76,6 +79,7 @@ class ComparisonWork:
         """Everything, in order; what is there is not made again."""
         self.prepare()
         self.train()
+        self.arrive()
         self.fuse()
         self.integrate()
         self.score_fused()
@@ -99,6 +103,13 @@ class ComparisonWork:
             entry.run for entry in self.entries if entry.needs_backbone and entry.run.config.backbone_source == "staged"
         ]
         self.shared.train("baselines and backbones", _each_once([*wanted, *self.shared.backbones(runs)]))
+
+    def arrive(self) -> None:
+        """What goes on from a probe: fine-tunes on a task that arrives after it, and averages of before and after."""
+        arriving = [(entry.run, one) for entry in self.entries if (one := entry.method.arriving) is not None]
+        self.shared.train("fine-tunes on tasks that arrive", _each_once(one.wanted(run) for run, one in arriving))
+        for run, one in arriving:
+            one.average(run)
 
     def fuse(self) -> None:
         """Fusions one after the other, in this process; less those that are only scored."""
@@ -204,7 +215,7 @@ class ComparisonWork:
         return [entry for entry in self.entries if self._finished(entry)]
 
     def _finished(self, entry: Entry) -> bool:
-        if entry.method.judged not in ("base", "probe", "probes") and not entry.groups:
+        if entry.method.judged not in _UNGROUPED and not entry.groups:
             return False  # stopped before there was a plan
         return all(artifact.complete for artifact, _, _ in self._scorings(entry))
 

@@ -29,7 +29,7 @@ from cpift.disk.files import (
     write_json,
 )
 
-STAGES = ("model", "probe", "regions", "group", "backbone", "fuse", "integrate", "evaluate", "sweep")
+STAGES = ("model", "probe", "regions", "group", "backbone", "fuse", "integrate", "arrival", "evaluate", "sweep")
 TOKENS = "tokens"  # in the work folder, beside what stages go on from: training rows as tokens
 SMALL = 1 << 22  # bytes up to which a file is hashed whenever it is looked at
 _HASH = re.compile("[0-9a-f]{64}")

@@ -92,7 +92,10 @@ class ElementAnchor(ElementFreezer):
 
     After each step θ ← θ − lr·strength·(θ − θ_origin) there, never past θ_origin: the L2 penalty of L2-SP (Li et al.,
     2018) on some elements, decoupled from the gradient as AdamW's decay is, so that Adam's scaling does not undo it.
-    `origin` gives whole parameters by name, of any floating dtype.
+    `origin` gives whole parameters by name, of any floating dtype; so does `weights`, of values from 0 on: where it is
+    given an element's strength is its weight over the mean weight of all masked elements (second moments, which stand
+    for the diagonal of the Fisher matrix: elastic weight consolidation, arXiv 1612.00796). Raises CpiftError where that
+    mean is 0.
     """
 
     def __init__(
@@ -101,11 +104,19 @@ class ElementAnchor(ElementFreezer):
         masks: Mapping[str, torch.Tensor],
         strength: float,
         origin: Callable[[str], torch.Tensor],
+        weights: Callable[[str], torch.Tensor] | None = None,
     ):
         super().__init__(model, masks)
         self._strength = strength
         for place, (name, p) in enumerate(zip(self._words, self._parameters, strict=True)):  # one whole at a time
-            self._held.replace(place, _local(p, origin(name).to(p.dtype).view(p.shape)).to(p.device))
+            self._held.replace(place, _here(p, origin(name)))
+        self._weights: list[torch.Tensor] | None = None
+        if weights is not None:
+            mean = _mean_weight(model, masks, weights)
+            self._weights = [
+                self._held.chosen(place, _here(p, weights(name))) / mean
+                for place, (name, p) in enumerate(zip(self._words, self._parameters, strict=True))
+            ]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Start pulling: a hook on the optimizer's step."""
@@ -115,8 +126,33 @@ class ElementAnchor(ElementFreezer):
 
     def pull(self) -> None:
         """One step back."""
-        shares = [min(self._strength * group["lr"], 1.0) for group in self._groups]
-        self._held.pull_(self._values(), shares)
+        if self._weights is None:
+            shares = [min(self._strength * group["lr"], 1.0) for group in self._groups]
+            self._held.pull_(self._values(), shares)
+            return
+        each = zip(self._groups, self._weights, strict=True)
+        self._held.pull_each_(
+            self._values(), [(weight * (self._strength * group["lr"])).clamp_(max=1.0) for group, weight in each]
+        )
+
+
+def _here(parameter: torch.nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """1-D: what this worker holds of a parameter's whole values, in its dtype."""
+    return _local(parameter, whole.to(parameter.dtype).view(parameter.shape)).to(parameter.device)
+
+
+def _mean_weight(
+    model: torch.nn.Module, masks: Mapping[str, torch.Tensor], weights: Callable[[str], torch.Tensor]
+) -> float:
+    """Over the masked elements of whole parameters, so that all workers have the same."""
+    total, count = 0.0, 0
+    for name, parameter in _parameters_of(model, masks).items():
+        mask = unpack_mask(masks[name].cpu(), parameter.numel())
+        total += float(weights(name).reshape(-1).cpu()[mask].sum(dtype=torch.float64))
+        count += int(mask.sum())
+    if total <= 0:
+        raise CpiftError("the weights of a penalty are 0 wherever it pulls → take it without weights")
+    return total / count
 
 
 def snapshot(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

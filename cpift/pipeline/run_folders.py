@@ -28,7 +28,7 @@ SILENT_SECONDS = 60.0  # after which a run on another machine, whose lock cannot
 _NAME = re.compile(r"(?:.+-)?[0-9a-f]{12}")  # of an artifact's folder
 _LEFT = re.compile(r"\.(?:.+-)?[0-9a-f]{12}\.(?:partial|left)")  # of what an interrupted build left
 _LAST = ("integrate", "fuse")  # stages of the model that a run is for; the first of these that is there
-_MODELS = ("model", "probe", "backbone", "fuse", "integrate")
+_MODELS = ("model", "probe", "backbone", "fuse", "integrate", "arrival")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +34,7 @@ from cpift.data.use import UseRecord
 from cpift.devices import device_name, resolved, reusing_memory
 from cpift.disk.files import read_json, write_json
 from cpift.errors import StageError
-from cpift.method.freezing import ElementAnchor, ElementFreezer, count_moved_everywhere, snapshot
-from cpift.method.masks import JointCores
+from cpift.method.freezing import ElementFreezer, count_moved_everywhere, snapshot
 from cpift.models.sources import load_tokenizer
 from cpift.training.adapters import load_adapted, merged_weights
 from cpift.training.batches import Abilities, Batches
@@ -48,6 +47,7 @@ from cpift.training.steps import arguments, device_of, gathers_narrow, require_p
 from cpift.training.tracking import tracked
 from cpift.training.watching import Averaging, Watch, checkpoint_folder
 from cpift.training.weights.compiling import compiled, fixed_length
+from cpift.training.weights.held import anchored, held_masks
 from cpift.training.weights.reading import load_sharded, load_whole
 from cpift.training.weights.workers import workers_here
 from cpift.training.weights.writing import write_trained
@@ -155,13 +155,15 @@ def _run_stage(
     hooks: FitHooks,
     checkpoint: Path | None,
 ) -> SecondMoments | None:
-    stage, progress.stage, progress.stage_done = spec.stages[index], index, False
+    progress.stage, progress.stage_done = index, False
     if checkpoint is None and hooks.is_main:
         # An earlier attempt's checkpoints: by their numbers they look newer, and this attempt's would be rotated away.
         shutil.rmtree(spec.stage_folder(index), ignore_errors=True)
     uses: dict[str, UseRecord] = {}
     progress.rows = [*progress.rows[:index], uses]
-    follower = _Follower(spec, index, progress, hooks, layout, ParameterMasks(layout, _frozen(spec, stage.frozen)))
+    follower = _Follower(
+        spec, index, progress, hooks, layout, ParameterMasks(layout, held_masks(spec, index, layout, model))
+    )
     averaging = Averaging(spec.training.ema, checkpoint) if spec.training.ema else None
     watch = _watch(spec, index, tokenizer, progress, checkpoint, averaging, follower)
     lookers = [one for one in (averaging, watch) if one is not None]
@@ -211,15 +213,6 @@ def _spacing(training: TrainingConfig) -> list[TrainerCallback]:
     return [Spacing(training.checkpoint_minutes)] if training.checkpoint_minutes else []
 
 
-def _frozen(spec: FitSpec, tasks: Sequence[str]) -> Mapping[str, torch.Tensor]:
-    """The packed cores of these tasks together, by the checkpoint's names; empty where nothing is frozen."""
-    if not tasks:
-        return {}
-    if spec.regions is None:
-        raise StageError(f"{spec.title}: a stage freezes cores but no regions are given")
-    return JointCores(spec.regions, tasks)
-
-
 class _Follower(TrainerCallback):
     """Freezes, logs, reports and checkpoints one stage."""
 
@@ -250,8 +243,7 @@ class _Follower(TrainerCallback):
         if self._spec.penalty is None:
             self._before = snapshot(model, self._masks)
             return ElementFreezer(model, self._masks)
-        origin, layout = Checkpoint(self._spec.model), self._layout
-        return ElementAnchor(model, self._masks, self._spec.penalty, lambda name: layout.parameter(name, origin.tensor))
+        return anchored(self._spec, self._layout, model, self._masks)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._report(state)

@@ -8,7 +8,10 @@ in it, as in any other.
 from __future__ import annotations
 
 import logging
+import math
+import random
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +48,7 @@ def stage_data(
     chosen = [task for task in spec.tasks if task.name in spec.stages[index].tasks]
     with same_rows({task.name: task.train_data for task in chosen}, spec.rows):
         kept = _tokens(spec, tokenizer, {task.name: task.trained_rows(spec.training) for task in chosen})
-    places = _places(spec, kept)
+    places = _places(spec, [task.name for task in chosen], kept)
     for task, tokens, places_of in zip(chosen, kept, places, strict=True):
         record = _use(tokens, places_of)
         if uses is not None:
@@ -82,11 +85,19 @@ def _tokens(spec: FitSpec, tokenizer: PreTrainedTokenizerBase, sources: Mapping[
         return [files.rows(source, rows[name], spec.training.max_length) for name, source in sources.items()]
 
 
-def _places(spec: FitSpec, kept: Sequence[TokenRows]) -> Sequence[Sequence[int] | None]:
+def _places(spec: FitSpec, tasks: Sequence[str], kept: Sequence[TokenRows]) -> Sequence[Sequence[int] | None]:
     """Of each task, which rows of its source are gone over; None: all."""
     if not spec.balanced:
-        return [None] * len(kept)
+        shares = spec.shares or {}
+        return [_some(len(rows), shares.get(task), spec.seed, task) for task, rows in zip(tasks, kept, strict=True)]
     return balanced_sample([range(len(tokens)) for tokens in kept], spec.samples_per_task, spec.seed)
+
+
+def _some(rows: int, share: float | None, seed: int, task: str) -> list[int] | None:
+    """A share of the rows, rounded up, at random."""
+    if share is None:
+        return None
+    return sorted(random.Random(f"{seed}/{task}").sample(range(rows), math.ceil(Fraction(str(share)) * rows)))
 
 
 def _use(tokens: TokenRows, places: Sequence[int] | None) -> UseRecord:

@@ -109,6 +109,9 @@ class FitSpec:
     logs: Path
     regions: Path | None = None
     penalty: float | None = None  # instead of freezing
+    holds: str = "cores"  # which elements are frozen or pulled back: a key of `method.held.HELD`
+    moments: Path | None = None  # second moments of `model`, by which a penalty is weighted
+    shares: Mapping[str, float] | None = None  # by task, where a stage goes over some of its rows alone
     keep_moments: bool = False  # of the last stage, beside the model
     samples_per_task: int | None = None
     balanced: bool = False

@@ -84,6 +84,27 @@ class HeldElements:
         for x, share, mask, saved, starts in parts:
             self._scatter(x, mask, self._gather(x, mask).lerp_(saved, share), starts=starts)
 
+    def chosen(self, place: int, values: Tensor) -> Tensor:
+        """1-D: of `values` (as many elements as tensor `place`, any floating dtype) those where elements are held."""
+        self._check_one("values", values, self._sizes[place])
+        return self._gather(values, self._words[place])
+
+    def pull_each_(self, values: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
+        """`pull_` with a share for each held element: of each tensor as many as `chosen` has, in its dtype.
+
+        Raises ValueError as `restore_` does, and for shares of another number or dtype.
+        """
+        self._check(values)
+        self._check_shares(shares)
+        parts = zip(values, shares, self._words, self._saved, self._starts, strict=True)
+        for x, share, mask, saved, starts in parts:
+            self._scatter(x, mask, self._gather(x, mask).lerp_(saved, share), starts=starts)
+
+    def _check_shares(self, shares: Sequence[Tensor]) -> None:
+        wanted = [(saved.shape, saved.dtype) for saved in self._saved]
+        if [(share.shape, share.dtype) for share in shares] != wanted:
+            raise ValueError("shares are not one for each held element, in the dtype of what is held; see `chosen`")
+
     def _check(self, values: Sequence[Tensor]) -> None:
         if len(values) != len(self._words):
             raise ValueError(f"values holds {len(values)} tensors, {len(self._words)} are held; pass the same list")

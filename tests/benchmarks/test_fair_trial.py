@@ -45,7 +45,15 @@ def test_every_comparison_loads_and_development_has_as_many_trials_for_each(
         comparison = fair_trial.load_trial(name, str(data / part), {})
         names = [method.name for method in methods_of(comparison)]  # refuses a contrast of a method that is not there
         seeds[part == "test"] |= set(comparison.seeds)
-        if part == "dev":
+        if name in fair_trial.ARRIVING:
+            assert comparison.config.arrival is not None
+            assert len(names) == 7 + sum("→" in one for one in names)  # θ0 and the probes
+            strengths = [
+                sum(one.startswith(begin) for one in comparison.config.arrival.methods)
+                for begin in ("core penalty", "weighted core", "L2-SP", "weighted L2", "interpolation")
+            ]
+            assert strengths == [2 if part == "dev" else 1] * 5
+        elif part == "dev":
             begins = ("full SFT, balanced, ", "late ", "paper ", "average, last stage ")
             assert [sum(one.startswith(begin) for one in names) for begin in begins] == [6, 3, 3, 6]
         else:

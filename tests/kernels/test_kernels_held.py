@@ -89,6 +89,24 @@ def test_other_elements_are_held_instead_and_pulled_towards(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_each_element_is_pulled_by_its_own_share(backend: str) -> None:
+    values, words = case(0.3)
+    held = hold_masked(values, words, backend=backend)
+    values = [torch.randn(x.numel(), generator=generator(place)).to(x.dtype) for place, x in enumerate(values)]
+    for place, x in enumerate(values):
+        held.replace(place, x)
+    wanted = [torch.rand(x.numel(), generator=generator(place)).to(x.dtype) for place, x in enumerate(values)]
+    shares = [held.chosen(place, x) for place, x in enumerate(wanted)]
+    pulled = [torch.zeros_like(x) for x in values]
+    held.pull_each_(pulled, shares)
+    for x, share, near, mask in zip(values, wanted, pulled, words, strict=True):
+        masked = unpack_mask(mask, x.numel())
+        assert torch.equal(near, torch.where(masked, torch.zeros_like(x).lerp(x, share), 0))
+    with pytest.raises(ValueError, match="shares are not one for each held element"):
+        held.pull_each_(pulled, [share[:-1] for share in shares])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_held(backend: str) -> None:
     held = hold_masked([], [], backend=backend)
     held.restore_([])

@@ -67,7 +67,8 @@ def test_no_optimizer_moves_a_frozen_bit(name: str, share: float, dtype: torch.d
     assert moved >= 0.5 * (total - freezer.frozen_elements)
 
 
-def test_kernels_of_a_gpu_hold_and_pull_the_same_bits() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kernels_of_a_gpu_hold_and_pull_the_same_bits(weighted: bool) -> None:
     """As compiled for one, in a launch a step for each size of element."""
     results = []
     for on_gpu in (False, True):
@@ -76,7 +77,8 @@ def test_kernels_of_a_gpu_hold_and_pull_the_same_bits() -> None:
             masks = packed(bool_masks(model, 0.3))
             origin = {name: p.detach() + 1 for name, p in model.named_parameters()}
             freezer = ElementFreezer(model, masks)
-            anchor = ElementAnchor(model, masks, 4.0, origin.__getitem__)
+            weights = {name: p.detach().abs() for name, p in model.named_parameters()}
+            anchor = ElementAnchor(model, masks, 4.0, origin.__getitem__, weights.__getitem__ if weighted else None)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
             held_still = snapshot(model, masks)
             with freezer, anchor:
@@ -198,6 +200,30 @@ def test_an_anchor_pulls_only_masked_elements_back() -> None:
         for m in (free, model)
     )
     assert near < 0.5 * far
+
+
+def test_an_anchor_pulls_by_weight_over_the_mean_weight() -> None:
+    model, masks = network(), bool_masks(network(), 0.4)
+    start = copy.deepcopy(model)
+    weights = {
+        name: torch.rand(p.shape, generator=torch.Generator().manual_seed(5)) for name, p in start.named_parameters()
+    }
+    anchor = ElementAnchor(model, packed(masks), 4.0, start.get_parameter, weights.__getitem__)
+    anchor.attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    moved = {
+        name: torch.randn(p.shape, generator=torch.Generator().manual_seed(6)) for name, p in start.named_parameters()
+    }
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(moved[name])
+    anchor.pull()
+    mean = torch.cat([weights[name][mask] for name, mask in masks.items()]).mean()
+    for (name, p), q in zip(model.named_parameters(), start.parameters(), strict=True):
+        share = (0.05 * 4.0 * weights[name] / mean).clamp(max=1)
+        wanted = torch.where(masks[name], moved[name] + share * (q.detach() - moved[name]), moved[name])
+        torch.testing.assert_close(p.detach(), wanted)
+    with pytest.raises(CpiftError, match="are 0 wherever it pulls"):
+        ElementAnchor(model, packed(masks), 4.0, start.get_parameter, lambda name: 0 * weights[name])
 
 
 def test_an_anchor_never_goes_past_where_it_began() -> None:

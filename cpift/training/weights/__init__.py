@@ -2,7 +2,7 @@
 
 `reading` (a checkpoint into a model), `copies` (their average, copies on disk while they are trained), `writing` (a
 trained model as a checkpoint), `workers` (those that train together, and which rows each has), `units` (layers, and
-what is gathered at a time).
+what is gathered at a time), `held` (which elements a stage holds or pulls back).
 
     >>> from cpift.training.weights import rows_of
     >>> [rows_of(10, worker, 4) for worker in range(4)]

@@ -196,6 +196,17 @@ class HeldOnGpu(HeldElements):
                 here.lerp_(held, share)
         self._move(values, self._now, restore=True)
 
+    def pull_each_(self, values: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
+        self._check(values)
+        self._check_shares(shares)
+        if not self._now:
+            self._now = [torch.empty_like(moves.saved) for moves in self._moves]
+        self._move(values, self._now, restore=False)
+        for moves, now in zip(self._moves, self._now, strict=True):
+            for place, here in zip(moves.places, now.split(moves.counts), strict=True):
+                here.view(shares[place].dtype).lerp_(self._saved[place], shares[place])
+        self._move(values, self._now, restore=True)
+
     def _runs(self, moves: Moves, shares: Sequence[float]) -> Iterator[tuple[float, torch.dtype, int, int]]:
         """Runs of what is saved that move by one share: mostly one, for few optimizers have rates by tensor."""
         start = 0
