@@ -70,7 +70,7 @@ def compare(
         say(f"Each with seeds {', '.join(map(str, comparison.seeds))}; results in {comparison.base.output_dir}")
         return
 
-    from cpift.compare.files import comparison_table, first_sentences, write_comparison
+    from cpift.compare.files import arrival_table, comparison_table, first_sentences, write_comparison
     from cpift.compare.work import run_comparison
     from cpift.console.view import View
     from cpift.disk.locks import exclusive
@@ -83,6 +83,8 @@ def compare(
     for sentence in first_sentences(record):
         say(f"! {sentence}", "yellow")
     Terminal().print(comparison_table(record))
+    if (arrived := arrival_table(record)) is not None:
+        Terminal().print(arrived)
     say(f"Report: {report}")
 
 

@@ -44,6 +44,7 @@ class Control:
 CONTROLS = {
     "none": Control("cores", lambda first, second: ()),
     "core": Control("cores", lambda first, second: (first,)),
+    "random": Control("random", lambda first, second: (first,)),
     "others": Control("others", lambda first, second: (second,)),
     "half": Control("half", lambda first, second: ()),
     "all": Control("all", lambda first, second: ()),

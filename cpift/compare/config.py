@@ -52,10 +52,11 @@ class Contrast(Section):
 class ArrivalMethod(Section):
     """How B is learnt by a model that has learnt A, whose rows are gone."""
 
-    hold: Literal["none", "core", "others", "half", "all"] = Field(
+    hold: Literal["none", "core", "random", "others", "half", "all"] = Field(
         "none",
-        description="elements that B's fine-tune leaves as A's model has them. core: A's core region; others: all but "
-        "B's own core region; half: each with chance ½, drawn by the seed; all: every one, with a penalty",
+        description="elements that B's fine-tune leaves as A's model has them. core: A's core region; random: as many "
+        "of every tensor, drawn by the seed; others: all but B's own core region; half: each with chance ½, drawn by "
+        "the seed; all: every one, with a penalty",
     )
     penalty: float | None = Field(
         None, gt=0, description="instead of holding them: every step takes them this · learning rate of the way back"

@@ -45,7 +45,7 @@ from cpift.evaluation.estimates import Estimate
 from cpift.evaluation.retention import sentences
 from cpift.report.files import csv_text, md_table
 from cpift.report.html import Plot
-from cpift.text.escaping import markdown
+from cpift.text.escaping import markdown, one_line
 
 _NAME = "comparison"
 RUN_FILE = "comparison-run.yaml"  # the run of all methods: its commands write weights that were only scored
@@ -210,3 +210,14 @@ def comparison_table(record: Record) -> Table:
             style = "bold" if name == OURS else ""
             table.add_row(name, half(line.mean), half(line.worst), less, count(line.tokens), style=style)
     return table
+
+
+def arrival_table(record: Record) -> Table | None:
+    """What was kept and learnt by tasks that arrived, for the terminal; None where none did."""
+    shown = arrival(Findings(record), one_line)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown.head:
+        table.add_column(column)
+    for row in shown.rows:
+        table.add_row(*row)
+    return table if shown.rows else None

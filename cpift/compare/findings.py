@@ -200,7 +200,7 @@ class Findings:
         """What holds and what does not, most important first; second, what the own probes did not learn."""
         learnt = sentences(self.learning)
         if not judged(self.learning):
-            return learnt + self._of_forgetting()
+            return learnt + self.frontiers.why_not + self._of_forgetting()
         said = [primary_sentence(outcome) for outcome in self.primary]
         rivals = [name for name in self.methods if self.kind(name) in ("sft", "merge")]
         for ours in self.recipes if rivals else []:
@@ -251,7 +251,7 @@ class Findings:
 
     def _of_arrival(self) -> list[str]:
         if (at := self.frontiers.at) is None:
-            return []
+            return self.frontiers.why_not
         title = f"ΔA at the ΔB of {at[0]} {at[1]:g}, mean over {len(self.frontiers.compared)} A → B"
         found = [one for one in self.frontiers.estimates() if one[0] != at[0]]
         return [f"{label} − {at[0]}, {title}: {points(difference)}." for label, _, difference in found]

@@ -78,6 +78,13 @@ class Frontiers:
         return self._at if self._at is not None and self.compared else None
 
     @property
+    def why_not(self) -> list[str]:
+        """What is said where methods were to be compared at equal ΔB, and are not."""
+        if self._at is None or not self.pairs or self.compared:
+            return []
+        return ["At equal ΔB nothing is compared: of no A → B both tasks count, and the point that ΔB is of is there."]
+
+    @property
     def compared(self) -> list[Pair]:
         """The pairs that are compared: both tasks count, and the point that ΔB is taken from is there."""
         both = [pair for pair in self.pairs if set(pair) <= set(self._judged)]

@@ -1,6 +1,7 @@
 """Which elements of a model a fine-tune holds, or pulls back, where these are not cores: the controls of freezing.
 
     cores   the cores that are named (paper)
+    random  as many elements of every tensor as those cores have, elsewhere (see `placement`)
     others  all but those: what is trained is a core alone
     half    each element with chance ½, drawn anew for each stage (half fine-tuning, arXiv 2404.18466, which draws
             whole matrices; here elements, as cores are)
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from cpift.method.placement import place_words
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,15 @@ def _cores(cores: Masks, sizes: Mapping[str, int], seed: str) -> Masks:
     return cores
 
 
+def _random(cores: Masks, sizes: Mapping[str, int], seed: str) -> Masks:
+    def make(name: str, words: int) -> np.ndarray:
+        placed = cores[name].numpy().copy()
+        place_words(placed, sizes[name], f"{seed}\0{name}")
+        return placed.view(np.uint32)
+
+    return Drawn({name: size for name, size in sizes.items() if name in cores}, make)
+
+
 def _others(cores: Masks, sizes: Mapping[str, int], seed: str) -> Masks:
     def make(name: str, words: int) -> np.ndarray:
         if name not in cores:  # outside the parameter space
@@ -80,6 +92,7 @@ def _every(words: int) -> np.ndarray:
 # what is drawn.
 HELD: dict[str, Callable[[Masks, Mapping[str, int], str], Masks]] = {
     "cores": _cores,
+    "random": _random,
     "others": _others,
     "half": _half,
     "all": _all,

@@ -29,11 +29,15 @@ def place_at_random(masks: Masks, tasks: Sequence[str], ks: int, names: Sequence
     for number, task in enumerate(tasks):
         for k in range(ks):
             for tensor, (name, size) in enumerate(zip(names, sizes, strict=True)):
-                words = masks.words(number, k, tensor)
-                for start in range(0, size, BLOCK):
-                    stop = min(start + BLOCK, size)
-                    block = words[start // 32 : (stop + 31) // 32]
-                    block[:] = _random_words(block, stop - start, f"{task}\0{name}\0{start}")
+                place_words(masks.words(number, k, tensor), size, f"{task}\0{name}")
+
+
+def place_words(words: np.ndarray, size: int, label: str) -> None:
+    """Replace the int32 words of one tensor's mask by random ones, in place; every block keeps its count."""
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        block = words[start // 32 : (stop + 31) // 32]
+        block[:] = _random_words(block, stop - start, f"{label}\0{start}")
 
 
 PLACEMENTS = {"chosen": leave, "random": place_at_random}

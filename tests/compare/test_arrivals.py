@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cpift_kernels import unpack_mask
 
 from cpift.checkpoints.checkpoint import Checkpoint
 from cpift.compare.config import Comparison, load_comparison
-from cpift.compare.files import write_comparison, written_files
+from cpift.compare.files import arrival_table, write_comparison, written_files
 from cpift.compare.findings import Findings
 from cpift.compare.methods import methods_of, require_possible
 from cpift.compare.record import Record, read_record
@@ -28,6 +29,7 @@ from tests.helpers.sweeps import run_fields
 METHODS: dict[str, Any] = {
     "sequential SFT": {},
     "core frozen": {"hold": "core"},
+    "random frozen": {"hold": "random"},
     "penalty": {"hold": "core", "penalty": 50.0},
     "weighted penalty": {"hold": "core", "penalty": 50.0, "weighted": True},
     "core only": {"hold": "others"},
@@ -139,6 +141,8 @@ def test_every_control_holds_what_it_says(found: tuple[Comparison, Record]) -> N
         torch.testing.assert_close(mean, 0.25 * start + 0.75 * after, rtol=1e-5, atol=1e-7)
     assert same["half"] > 0.45 * before.numel > same["core frozen"]
     assert same["half"] < 0.6 * before.numel
+    assert same["random frozen"] == pytest.approx(same["core frozen"], rel=0.2)
+    assert far["random frozen"] != far["core frozen"]
     assert far["core only"] < 0.1 * far["sequential SFT"]
     for label in ("L2-SP", "weighted L2-SP", "penalty", "weighted penalty", "core frozen", "interpolation"):
         assert 0 < far[label] < far["sequential SFT"], label
@@ -166,6 +170,13 @@ def test_the_page_draws_a_line_a_method(found: tuple[Comparison, Record], tmp_pa
     }
     for text in ("Tasks that arrive", "a → b", "ΔA at the ΔB of sequential SFT 0.004", *METHODS):
         assert text in page
+    table = arrival_table(found[1])
+    assert table is not None
+    assert table.row_count == len(METHODS) * len(RATES)
+    unlearnt = replace(found[1].header, admission={task: {"admitted": False, "reasons": []} for task in "abc"})
+    assert any(
+        "At equal ΔB nothing is compared" in said for said in Findings(replace(found[1], header=unlearnt)).verdict()
+    )
     findings = Findings(read_record(tmp_path / "comparison.jsonl"))
     assert len(findings.frontiers.points) == len(METHODS) * len(RATES)
     assert [one.contrast.by for one in findings.primary] == ["arrival"]
@@ -179,7 +190,7 @@ def test_the_page_draws_a_line_a_method(found: tuple[Comparison, Record], tmp_pa
 
 @pytest.mark.slow
 def test_the_same_again_makes_nothing_and_a_lost_mean_is_made_without_training(
-    found: tuple[Comparison, Record], monkeypatch: pytest.MonkeyPatch
+    found: tuple[Comparison, Record],
 ) -> None:
     made, record = found
 
@@ -187,7 +198,9 @@ def test_the_same_again_makes_nothing_and_a_lost_mean_is_made_without_training(
         def fit(self, *_: Any) -> None:
             raise AssertionError("trained again")
 
-    (models(made)["interpolation"] / "model.safetensors").unlink()
     assert run_comparison(made, Idle(), quiet()) == record
+    (models(made)["interpolation"] / "model.safetensors").unlink()
+    again = run_comparison(made, Idle(), quiet())
+    assert [row.scores for row in again.rows] == [row.scores for row in record.rows]
     assert (models(made)["interpolation"] / "model.safetensors").is_file()
     assert [row.tokens for row in record.rows if row.kind == "arrival" and row.tokens is None] == []

@@ -12,7 +12,7 @@ SIZES = {"a": 1000, "b": 64, "c": 1, "outside": 40}
 
 def held(kind: str, seed: str = "3/0") -> dict[str, torch.Tensor]:
     masks = HELD[kind](cores(), SIZES, seed)
-    assert len(masks) == len([*masks]) == (3 if kind == "cores" else 4)
+    assert len(masks) == len([*masks]) == (3 if kind in ("cores", "random") else 4)
     return {name: unpack_mask(masks[name], SIZES[name]) for name in masks}
 
 
@@ -36,3 +36,10 @@ def test_a_half_is_drawn_anew_for_each_seed_and_tensor_and_alike_each_time() -> 
     assert 350 < int((one["a"] ^ other["a"]).sum()) < 650
     assert not torch.equal(one["a"][:64], one["b"])
     assert all(torch.equal(pack_mask(mask), HELD["half"]({}, SIZES, "3/0")[name]) for name, mask in one.items())
+
+
+def test_random_elements_are_as_many_in_every_tensor_and_others() -> None:
+    inside, placed, other = held("cores"), held("random"), held("random", "4/0")
+    assert {name: int(mask.sum()) for name, mask in placed.items()} == {n: int(m.sum()) for n, m in inside.items()}
+    assert int((placed["a"] & inside["a"]).sum()) < 0.5 * int(inside["a"].sum())
+    assert not torch.equal(placed["a"], other["a"])
