@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cpift_kernels import Placement, placement_of
+from cpift_kernels.triton import flat_selection
 from safetensors.torch import save_file
 
 from cpift.checkpoints.checkpoint import Checkpoint
@@ -390,6 +391,22 @@ def test_tensors_of_several_dtypes_are_fused_a_launch_for_each(tmp_path: Path) -
     with as_gpu() as launches:
         assert files(made, on_device([placement_of(CPU)])) == wanted
     assert launches["apply_kernel"] == launches["gram_kernel"] == 2
+
+
+def test_a_selection_that_a_device_has_no_room_for_is_left_to_others(
+    small: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass writes is asked for when it is launched."""
+
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 bytes.\nMore is said here.")
+
+    monkeypatch.setattr(flat_selection, "launch_mark", full)
+    base, tuned = small
+    update = Update([base, *tuned.values()], [name for name in base.names if base.tensors[name].floating])
+    with as_gpu():
+        found = on_device([placement_of(CPU)]).select(update, [5], MasksInMemory(2, 1, update.sizes), 1 << 24)
+    assert found is None
 
 
 def test_a_device_that_is_full_leaves_it_to_others(small: Models, of_small: Path) -> None:

@@ -20,7 +20,7 @@ from cpift.devices import assigned_gpus, free_on, own_gpus
 from cpift.merging.base import MergeMethod
 from cpift.merging.checks import OnElements
 from cpift.merging.engine import Merging, Place, Tell, merge_shards
-from cpift.merging.gpu.lanes import GpuMemoryError
+from cpift.merging.gpu.lanes import GpuMemoryError, within_memory
 from cpift.merging.resident.holders import Holders
 from cpift.merging.resident.residents import Residents
 
@@ -93,7 +93,8 @@ class ResidentMerging:
     def select(self, models: Models, counts: Sequence[int], masks: Masks, budget: int) -> list[list[Core]] | None:
         residents = self._make(self._inner is not None)
         try:
-            return residents.select(models, counts, masks, budget)
+            with within_memory():
+                return residents.select(models, counts, masks, budget)
         except GpuMemoryError:
             return None
 
