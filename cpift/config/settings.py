@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
-from cpift.untrusted.values import kind_of
+from cpift.untrusted.values import kind_of, numbers_meant
 
 _Case = dict[str, str | float | tuple[float, ...]]
 Plain = float | tuple[float | _Case, ...]
@@ -32,6 +32,7 @@ def setting(above: float = -math.inf, least: float = -math.inf, most: float = ma
     """The type of such a field, whose numbers all lie within the bounds."""
 
     def checked(value: Any) -> Any:
+        value = numbers_meant(value)
         for number in _numbers(value):
             if not above < number or not least <= number <= most:
                 bounds = [f"above {above:g}"] if above > -math.inf else []

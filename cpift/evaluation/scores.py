@@ -7,6 +7,7 @@ workers that share a model. A line of a file is a batch; whoever scores writes a
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,15 @@ class Score(TypedDict, total=False):
     counted: bool
     chance: float  # what guessing scores
     gain: Estimate  # of a task's own probe over θ0
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(element) for name, element in value.items()}
+    if isinstance(value, list):
+        return [finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Later(TypedDict, total=False):

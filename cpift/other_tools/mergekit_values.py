@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpift.errors import Problem
-from cpift.untrusted.values import Raw, is_list, kind_of
+from cpift.untrusted.values import Raw, is_list, kind_of, number_meant, numbers_meant
 
 Place = tuple[str, Raw]  # where parameters stand in the file, and they themselves
 _CASES = "give a number, a list of numbers over the layers, or cases {filter: …, value: …}"
@@ -17,7 +17,7 @@ def setting(problems: list[Problem], name: str, places: Sequence[Place]) -> Any:
     """A number, a gradient, or cases, the nearest first; None where no place has it. What is wrong goes to problems."""
     cases: list[Any] = []
     for where, given in places:
-        value = given.get(name)
+        value = numbers_meant(given.get(name))
         if value is None:
             continue
         if wrong := _wrong(value):
@@ -68,6 +68,7 @@ def flag(problems: list[Problem], name: str, places: Sequence[Place]) -> bool | 
 def number(problems: list[Problem], name: str, places: Sequence[Place]) -> float | None:
     """One number for the whole merge."""
     where, value = _nearest(name, places)
+    value = number_meant(value)
     if value is None or _is_number(value):
         return None if value is None else float(value)
     problems.append(Problem(f"{where}.{name}", f"is {value!r:.40}", "give one number for the whole merge"))

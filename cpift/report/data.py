@@ -22,7 +22,7 @@ from cpift.evaluation.retention import (
     retained,
     sentences,
 )
-from cpift.evaluation.scores import Score
+from cpift.evaluation.scores import Score, finite
 from cpift.merging.checks import Check
 from cpift.report.places import ExpertRow, Move
 from cpift.training.spec import HeldOutRow, LogRow
@@ -171,7 +171,7 @@ def summary(data: ReportData) -> dict[str, Any]:
                 "worst_task": figures.worst_task if figures else None,
                 "worst_retention": figures.worst if figures else None,
                 "training_tokens": total_tokens(data, model) if model in data.tokens else None,
-                "mean_loss": _finite(mean(score["loss"] for score in data.scores[model].values())),
+                "mean_loss": finite(mean(score["loss"] for score in data.scores[model].values())),
                 "scores": {task: _plain(score) for task, score in data.scores[model].items()},
             }
             for model, figures in standings.items()
@@ -187,18 +187,9 @@ def summary(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(element) for name, element in value.items()}
-    if isinstance(value, list):
-        return [_finite(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _plain(score: Score) -> Score:
     """A score as JSON has it."""
-    shown: Score = _finite(score | ({"gain": asdict(score["gain"])} if "gain" in score else {}))
+    shown: Score = finite(score | ({"gain": asdict(score["gain"])} if "gain" in score else {}))
     return shown
 
 

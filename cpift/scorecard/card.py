@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from cpift.evaluation.retention import (
     probe_of,
     sentences,
 )
-from cpift.evaluation.scores import Score
+from cpift.evaluation.scores import Score, finite
 from cpift.evaluation.verdict import Share, share_of
 
 
@@ -101,7 +102,18 @@ class Scorecard:
                 f"No fine-tune has the name of {' or '.join(self.chosen)}: retention there is of the best of them on "
                 "these rows."
             )
-        return said
+        return said + [
+            f"{model} computes NaN or Inf on {', '.join(tests)}: its weights hold some, or overflow."
+            for model, tests in self._not_finite().items()
+        ]
+
+    def _not_finite(self) -> dict[str, list[str]]:
+        """The tests of which a model's loss is no number, whatever its replies score."""
+        found = {
+            model: [test for test, score in tests.items() if not math.isfinite(score["loss"])]
+            for model, tests in self.scores.items()
+        }
+        return {model: tests for model, tests in found.items() if tests}
 
     def _kept(self) -> str:
         assert self.merged is not None
@@ -139,7 +151,7 @@ class Scorecard:
         for test in self.tests:
             figure, score = self.measured(model, test), self.scores[model][test]
             plain = {name: score[name] for name in ("metric", "score", "loss", "tokens", "rows")}
-            scores[test] = plain | {"low": figure.low, "high": figure.high}
+            scores[test] = finite(plain | {"low": figure.low, "high": figure.high})
         yield "scores", scores
 
 

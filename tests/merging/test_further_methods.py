@@ -285,6 +285,20 @@ def test_merges_that_would_give_nothing_are_refused(
         merged(tmp_path / "out", inputs_of(tmp_path, vectors([0.0] * len(models[0]), *models)), **fields)
 
 
+def test_models_that_are_each_others_opposite_have_no_mean_direction(tmp_path: Path) -> None:
+    """Their products cancel out but for rounding, whose root would be taken for a length."""
+    generator = torch.Generator().manual_seed(0)
+    one = {f"w{number}": torch.randn(64, 64, generator=generator) for number in range(12)}
+    inputs = inputs_of(tmp_path, [one, one, {name: -tensor for name, tensor in one.items()}])
+    found = merged(tmp_path / "karcher", inputs, method="karcher")
+    for name, tensor in one.items():  # the first one's
+        torch.testing.assert_close(found.tensor(name), tensor)
+    for name, tensor in one.items():
+        alone = inputs_of(tmp_path / name, [{name: tensor}, {name: tensor}, {name: -tensor}])
+        with pytest.raises(CpiftError, match=f"tensor {name}: directions cancel out"):
+            merged(tmp_path / f"multislerp-{name}", alone, method="multislerp")
+
+
 def rotated(values: list[float], columns: int, seed: int) -> torch.Tensor:
     """fp32 [5, columns] with these singular values."""
     generator = torch.Generator().manual_seed(seed)

@@ -106,3 +106,15 @@ def test_a_number_is_kept_as_it_was() -> None:
     assert FusionConfig(weight=1, density=0.5).model_dump(mode="json") | {"weight": 1.0} == FusionConfig(
         weight=1.0, density=0.5
     ).model_dump(mode="json")
+
+
+def test_a_power_of_ten_is_a_number_as_yaml_leaves_it() -> None:
+    """YAML 1.1 takes 1e-3 for a text; a filter of that form is one."""
+    given = FusionConfig(weight=[{"filter": "1e3", "value": ["1e-3", 2]}, {"value": "5E-1"}], density="1e-2")
+    assert given == FusionConfig(weight=[{"filter": "1e3", "value": [0.001, 2]}, {"value": 0.5}], density=0.01)
+    with pytest.raises(ValueError, match="at most 1"):
+        FusionConfig(density="1e3")
+    with pytest.raises(ValueError, match="is a text where a number belongs"):
+        FusionConfig(weight="1e")
+    with pytest.raises(ValueError, match="is a number where a number belongs"):
+        FusionConfig(weight="1e999")

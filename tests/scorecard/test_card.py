@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
 from cpift.scorecard import Scorecard, outcome
@@ -31,3 +34,11 @@ def test_a_card_says_what_the_rows_show_and_no_more() -> None:
     assert card_table(card).row_count == 4
     word, figure = outcome(scores["merged"]["code"], scores["merged"]["code"])
     assert (word, figure[:14]) == ("no difference shown on", "+0.0 [-13.9, +")  # rows to come may differ
+
+
+def test_a_model_that_computes_nan_is_named_and_its_summary_stays_json() -> None:
+    right, broken = scored("number", [1.0] * 4), scored("number", [0.0] * 4) | {"loss": math.nan}
+    card = Scorecard("scores", {"maths": ""}, {"good": {"maths": right}, "bad": {"maths": broken}})
+    assert card.warnings() == ["bad computes NaN or Inf on maths: its weights hold some, or overflow."]
+    summary = json.loads(json.dumps(card.summary(), allow_nan=False))
+    assert summary["models"]["bad"]["scores"]["maths"]["loss"] is None

@@ -16,6 +16,8 @@ from cpift.merging.settings import no_shares
 
 _ROUNDS = 200
 _STILL = 1e-12  # radians that a round moves the mean when it is found
+# Length of a mean of directions that is none. It is the root of a sum of products, whose rounding alone makes 1e-8.
+CANCEL = 1e-6
 
 
 class Karcher(WeightedMerge):
@@ -82,16 +84,16 @@ def _directions(products: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, 
 def _unit(factors: np.ndarray, cosines: np.ndarray) -> np.ndarray:
     """Factors of directions, scaled so that their sum has length 1; of directions that cancel out, the first's."""
     length = float(np.sqrt(max(factors @ cosines @ factors, 0.0)))
-    if length > 1e-9:
+    if length > CANCEL:
         return factors / length
     return np.eye(1, len(factors))[0] if len(factors) else factors
 
 
 def _over_sine(cosines: np.ndarray) -> np.ndarray:
-    """angle / sin(angle), 1 at 0."""
+    """angle / sin(angle), 1 at 0; 1 at the opposite point too, to which no way is the shortest."""
     angles = np.arccos(cosines)
     sines = np.sin(angles)
-    found: np.ndarray = np.where(sines > 1e-9, angles / np.where(sines > 1e-9, sines, 1.0), 1.0)
+    found: np.ndarray = np.where(sines > CANCEL, angles / np.where(sines > CANCEL, sines, 1.0), 1.0)
     return found
 
 

@@ -14,9 +14,7 @@ from cpift.errors import CpiftError, Problem
 from cpift.formats.safetensors import TensorInfo
 from cpift.merging.definition import Definition, from_origin, moves_of, runs_of, total, vectors_of, weighted
 from cpift.merging.forms import WeightedMerge
-from cpift.merging.methods.karcher import Karcher
-
-_CANCEL = 1e-9  # length of a mean of directions that is none
+from cpift.merging.methods.karcher import CANCEL, Karcher
 
 
 class MultiSlerp(WeightedMerge):
@@ -52,7 +50,7 @@ class MultiSlerp(WeightedMerge):
         return [1 - sum(factors), *factors] if delta else factors, None
 
     def _require_direction(self, length: float, norms: np.ndarray, name: str) -> None:
-        if norms.any() and length < _CANCEL:
+        if norms.any() and length < CANCEL:
             what = f"merge method {self.config.method_name}: tensor {name}: directions cancel out"
             raise CpiftError(f"{what}, and their mean has none → give other weights, or merge by linear")
 
