@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from cpift_kernels import elect_signs
 
 from cpift.config.fusion import FusionConfig
 
@@ -33,27 +34,8 @@ def elected(
     """fp32 [n]: the merged update; updates: fp32 [n], one a task, each of which counts as u / density."""
     import torch
 
-    kept = torch.stack(list(updates))
-    exact = torch.tensor([weights, densities], dtype=torch.float64)[:, :, None]
-    if config.normalize is not None:
-        return config.scale * _weighted(kept.double() / exact[1], exact[0], config.normalize)
-    agrees = kept.sign() == torch.where(in_turn(kept.double() / exact[1]) >= 0, 1.0, -1.0)
-    factors = exact.float()
-    found: torch.Tensor = in_turn(kept * (factors[0] / factors[1]) * agrees) / agrees.sum(0).clamp(min=1)
-    return found if config.scale == 1 else found * config.scale
-
-
-def _weighted(updates: torch.Tensor, weights: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """fp32 [n]; updates [N, n] and weights [N, 1] in fp64."""
-    import torch
-
-    moved = updates * weights
-    agrees = moved.sign() == torch.where(in_turn(moved) >= 0, 1.0, -1.0)
-    found: torch.Tensor = in_turn(moved * agrees)
-    if normalize:
-        total = in_turn(weights * agrees)
-        found = found / torch.where(total.abs() < NONE, 1.0, total)
-    return found.float()
+    kept = updates if isinstance(updates, torch.Tensor) else torch.stack(list(updates))
+    return elect_signs(kept, weights, densities, config.normalize, config.scale)
 
 
 def defined_elected(

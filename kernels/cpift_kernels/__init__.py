@@ -7,6 +7,7 @@ they are imported when an operation first needs them.
 
 from .apply import fused_apply
 from .dispatch import Backend, resolve
+from .elect import elect_signs
 from .faults import lost_pages, watch_pages
 from .flat import Flat, FlatLayout, flat_apply, flat_gram, flat_overlaps
 from .freeze import gather_masked, mask_starts, scatter_masked_, zero_masked_
@@ -46,6 +47,7 @@ __all__ = [
     "add_low_rank",
     "count_mask",
     "delta_magnitudes",
+    "elect_signs",
     "flat_apply",
     "flat_gram",
     "flat_overlaps",

@@ -26,7 +26,7 @@ class Ties(TrimmedMerge):
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        kept = list(torch.where(self.kept(name, start, stop), torch.stack(list(updates)), 0.0))
+        kept = torch.stack(list(updates)).masked_fill_(~self.kept(name, start, stop), 0.0)
         return elected(kept, self.weights, [1.0] * len(kept), self.config)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:

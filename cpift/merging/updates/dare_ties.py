@@ -26,10 +26,9 @@ class DareTies(UpdateMerge):
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        kept = [
-            torch.where(torch.from_numpy(survives(self.seed, task, name, start, stop, density)), update, 0.0)
-            for task, density, update in zip(self.tuned, self.densities, updates, strict=True)
-        ]
+        pairs = zip(self.tuned, self.densities, strict=True)
+        dropped = [~survives(self.seed, task, name, start, stop, density) for task, density in pairs]
+        kept = torch.stack(list(updates)).masked_fill_(torch.from_numpy(np.stack(dropped)), 0.0)
         return elected(kept, self.weights, self.densities, self.config)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
