@@ -29,13 +29,10 @@ NONE = 1e-8  # a sum of weights that counts as 0
 
 
 def elected(
-    updates: Sequence[torch.Tensor], weights: Sequence[float], densities: Sequence[float], config: FusionConfig
+    updates: torch.Tensor, weights: Sequence[float], densities: Sequence[float], config: FusionConfig
 ) -> torch.Tensor:
-    """fp32 [n]: the merged update; updates: fp32 [n], one a task, each of which counts as u / density."""
-    import torch
-
-    kept = updates if isinstance(updates, torch.Tensor) else torch.stack(list(updates))
-    return elect_signs(kept, weights, densities, config.normalize, config.scale)
+    """fp32 [n]: the merged update; updates: fp32 [N, n], each of which counts as u / density."""
+    return elect_signs(updates, weights, densities, config.normalize, config.scale)
 
 
 def defined_elected(

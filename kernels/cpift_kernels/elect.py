@@ -39,7 +39,8 @@ def elect_signs_reference(
     agrees = updates.sign() == torch.where(_in_turn(updates.double() / exact[1]) >= 0, 1.0, -1.0)
     factors = exact.float()
     found = _in_turn(updates * (factors[0] / factors[1]) * agrees) / agrees.sum(0).clamp(min=1)
-    return found * scale
+    scaled: Tensor = found * scale
+    return scaled
 
 
 def _weighted(updates: Tensor, weights: Tensor, normalize: bool) -> Tensor:

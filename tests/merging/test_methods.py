@@ -131,7 +131,7 @@ def test_ties_of_signs_are_elected_as_the_definition_elects_them() -> None:
         [-1.0, 0.0, -1.0 - 2.0**-23, 0.0, -1.0],
     ]
     ones, config = [1.0] * 3, FusionConfig()
-    found = elected([torch.tensor(update) for update in updates], ones, ones, config)
+    found = elected(torch.tensor(updates), ones, ones, config)
     defined = defined_elected(np.array(updates), ones, ones, config)
     assert found.tolist() == [0.5, 1.0, -1.0 - 2.0**-23, 0.0, 0.5]
     np.testing.assert_allclose(found.double().numpy(), defined, rtol=2**-23)

@@ -99,7 +99,10 @@ class Della(DellaLinear):
         return [one for one in super().problems(config, tasks) if one.where == "fusion.window"]
 
     def update(self, name: str, start: int, stop: int, updates: Sequence[torch.Tensor]) -> torch.Tensor:
-        return elected(self.kept(name, start, updates), self.weights, [1.0] * len(updates), self.config)
+        import torch
+
+        kept = torch.stack(self.kept(name, start, updates))
+        return elected(kept, self.weights, [1.0] * len(updates), self.config)
 
     def defined_update(self, name: str, start: int, stop: int, updates: np.ndarray) -> np.ndarray:
         kept = self.defined_kept(name, start, updates)
