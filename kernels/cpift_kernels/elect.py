@@ -57,7 +57,8 @@ def _weighted(updates: Tensor, weights: Tensor, normalize: bool) -> Tensor:
 
 
 def _in_turn(moved: Tensor) -> Tensor:
-    return functools.reduce(operator.add, moved)
+    total: Tensor = functools.reduce(operator.add, moved)
+    return total
 
 
 def elect_signs(
