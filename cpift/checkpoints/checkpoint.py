@@ -178,9 +178,9 @@ class Checkpoint:
             problems.append(Problem(file.name, str(error), remedy))
             return
         except (FormatError, OSError) as error:
-            problems.append(
-                Problem(file.name, f"cannot be read ({error})", "the file is damaged: download or copy it again")
-            )
+            denied = isinstance(error, PermissionError)
+            remedy = "change its permissions" if denied else "the file is damaged: download or copy it again"
+            problems.append(Problem(file.name, f"cannot be read ({error})", remedy))
             return
         problems += _not_computed_with(infos)
         for info in infos:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,8 @@ def _check_shard(file: Path, where: str) -> list[Problem]:
 
     if not file.is_file():
         return [Problem(where, f"shard {file.name} is missing from {file.parent}", "download it again")]
+    if not os.access(file, os.R_OK):  # safetensors calls it a file that is not there, and writes 0600 itself
+        return [Problem(where, f"{file} may not be read by this user", "change its permissions")]
     try:
         with safe_open(file, framework="numpy"):
             return []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -400,3 +402,18 @@ def test_every_source_is_told_here_and_elsewhere(checkpoint: Path) -> None:
     names = [info.name for info in Checkpoint(checkpoint).tensors.values()]
     assert source_of(ModelConfig(path=checkpoint)).names() == names
     assert set(source_of(ModelConfig(scratch=ScratchModel())).names()) >= set(names)
+
+
+def test_weights_of_another_user_are_named_with_what_to_do(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says of a file without permission that it is not there, which ended in a traceback."""
+
+    def refuse(*args: Any) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".safetensors")
+    (problem,) = check_model(ModelConfig(path=copy))
+    assert "may not be read" in problem.what
+    assert problem.remedy == "change its permissions"
+    monkeypatch.setattr("cpift.checkpoints.checkpoint.read_header", refuse)
+    with pytest.raises(CheckpointError, match=r"Permission denied.*change its permissions"):
+        Checkpoint(copy)
