@@ -73,7 +73,7 @@ def scratch_run(folder: Path) -> RunConfig:
         "tasks": [{"name": task, "checkpoint": {"path": str(folder / task)}} for task in TASKS],
         "backbone": {"source": "pretrained"},
     }
-    (folder / "scratch.yaml").write_text(yaml.safe_dump(fields))
+    (folder / "scratch.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
     return load_config(folder / "scratch.yaml")
 
 

@@ -38,7 +38,7 @@ KERNELS = ExitStack()  # of a process with a GPU
 
 @pytest.fixture(scope="module")
 def two_gpus() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, namespace="cpift", log_to_driver=False)
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, namespace="cpift", log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.shutdown()

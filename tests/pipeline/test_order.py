@@ -24,7 +24,7 @@ def planned(made: StageArtifacts) -> list[str]:
 
 
 def test_every_stage_has_its_place_on_the_disk() -> None:
-    assert [*order.ORDER, "evaluate", "sweep"] == list(STAGES)
+    assert [*order.ORDER, "arrival", "evaluate", "sweep"] == list(STAGES)
     assert [*order.FIRST, *order.LAST] == list(order.ORDER)
 
 
