@@ -9,6 +9,7 @@ import numpy as np
 
 from cpift.checkpoints.checkpoint import Checkpoint, first_problems
 from cpift.errors import CheckpointError, Problem
+from cpift.formats.safetensors import raw_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +53,13 @@ def all_finite(values: torch.Tensor) -> bool:
         values = values.float()
     if values.device.type != "cpu":
         return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))  # a NaN is both
-    bits, infinity = _unsigned(values), _unsigned(torch.tensor(torch.inf, dtype=values.dtype))[0]
+    bits, infinity = bits_of(values), bits_of(torch.tensor(torch.inf, dtype=values.dtype))[0]
     magnitude = bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
     run = _RUN // bits.itemsize
     return all((bits[start : start + run] & magnitude).max() < infinity for start in range(0, len(bits), run))
 
 
-def _unsigned(values: torch.Tensor) -> np.ndarray:
-    """The bits of floating-point numbers, flat: without the sign, NaN and Inf are those from Inf's on."""
-    import torch
-
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits: np.ndarray = values.reshape(-1).view(whole).numpy()
-    return bits.view(f"u{bits.itemsize}")
+def bits_of(values: torch.Tensor) -> np.ndarray:
+    """The bits of every element as an unsigned number of its size, [n], on the CPU: of floating-point numbers without
+    the sign, NaN and Inf are those from Inf's on."""
+    return np.asarray(raw_bytes(values.contiguous())).view(f"u{values.element_size()}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from cpift.checkpoints.finite import bits_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -79,18 +81,9 @@ def check_cores(tallies: Mapping[str, Tally], names: Sequence[str]) -> Check:
 
 def differing_bits(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
     """How many elements there are, and how many are not the same bit for bit; [n] each, of one dtype, on the CPU."""
-    left, right = _bits(one), _bits(other)
+    left, right = bits_of(one), bits_of(other)
     runs = (slice(start, start + _RUN) for start in range(0, len(left), _RUN))
     return len(left), sum(int(np.count_nonzero(left[run] != right[run])) for run in runs)
-
-
-def _bits(values: torch.Tensor) -> np.ndarray:
-    """The elements as whole numbers of their size, [n]."""
-    import torch
-
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits: np.ndarray = values.reshape(-1).view(whole).numpy()
-    return bits
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,11 @@ def differing_cores(operands: Operands, out: torch.Tensor) -> tuple[int, int]:
     more by turning round: this looks on beside a merge.
     """
     donors = [
-        (_bits(source.to(out.dtype)), mask.numpy().view(np.uint32))
+        (bits_of(source.to(out.dtype)), mask.numpy().view(np.uint32))
         for source, mask in zip(operands.sources, operands.masks, strict=True)
         if mask is not None
     ]
-    made, total, differing = _bits(out), 0, 0
+    made, total, differing = bits_of(out), 0, 0
     for start in range(0, len(made), _RUN):
         here, words = slice(start, start + _RUN), slice(start // 32, (start + _RUN) // 32)
         masks = [mask[words] for _, mask in donors]
